@@ -1,0 +1,21 @@
+"""Preference and RL losses straight from hidden states and the LM head, never holding tokens × vocabulary."""
+
+from .head import gather_logps, sequence_logps, shift_labels, token_logps, token_stats
+from .methods import METHODS
+from .objective import Objective
+from .types import Head, LossOutput, TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Head",
+    "LossOutput",
+    "Objective",
+    "TokenStats",
+    "gather_logps",
+    "sequence_logps",
+    "shift_labels",
+    "token_logps",
+    "token_stats",
+]

@@ -1,0 +1,245 @@
+"""Log-probs and statistics of the next token, straight from hidden states and the LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import TokenStats
+from . import dense
+from .autograd import token_stats as _token_stats_op
+from .gather import gather_logps
+from .plan import Plan, choose_backend, tile_size
+from .rows import packed_rows, shift_labels, sum_rows
+from .spec import DIFFERENTIABLE, OUTPUTS, Scaling, accumulation_dtype, cast_for_autocast, check_operands
+
+__all__ = ["Plan", "gather_logps", "head_plan", "sequence_logps", "shift_labels", "token_logps", "token_stats"]
+
+
+def token_stats(
+    hidden: Tensor,  # (…, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (…) integer, aligned: targets[i] is the token that hidden[i] predicts
+    *,
+    outputs: Sequence[str] = (),
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    ref_hidden: Tensor | None = None,  # (…, Dr)
+    ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight if not given
+    ref_bias: Tensor | None = None,  # (V,); the policy's bias if neither it nor ref_weight is given
+    chunk_tokens: int | None = None,
+    tile_bytes: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """Statistics of softmax(z), z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, without the logits.
+
+    In torch, for every position whose target is not `ignore_index`:
+
+        z = logit_scale * (hidden.float() @ weight.float().T + bias)
+        z = softcap * tanh(z / softcap) if softcap else z
+        logprobs = (z / temperature).log_softmax(-1)
+        logp = logprobs.gather(-1, targets[..., None])[..., 0]
+
+    softcap(x) = c·tanh(x/c). `outputs` names further statistics: see TokenStats; "kl" and "reverse_kl" need
+    `ref_hidden`, which goes through the same scaling. logp, lse, entropy, kl and reverse_kl are differentiable in
+    hidden, weight and bias, the first two at 2F with a frozen head; asking for one of the others, with gradient,
+    costs a recomputation (3F frozen, 4F trainable). There is no second derivative.
+
+    Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position
+    makes its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
+
+    chunk_tokens: tokens a tile, if you want to say; else from tile_bytes, 256 MiB on CPU.
+    Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
+    output or backend, and (on CPU) a target outside the vocabulary.
+    """
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = cast_for_autocast(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias
+    )
+    check_operands(hidden, weight, targets, bias)
+    scaling = Scaling(float(temperature), softcap, float(logit_scale))
+    outputs = tuple(dict.fromkeys(outputs))
+    if ref_hidden is not None and ref_weight is None:
+        ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+    _check_outputs(outputs, ref_hidden, ref_weight, ref_bias, weight, targets)
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat_targets = targets.reshape(-1).long()
+    ref = None
+    if ref_hidden is not None and ref_weight is not None and {"kl", "reverse_kl"} & set(outputs):
+        ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
+    plan = head_plan(
+        hidden, weight, bias=bias, outputs=outputs, chunk_tokens=chunk_tokens, tile_bytes=tile_bytes, backend=backend
+    )
+    if plan.backend == "dense":
+        found = dense.token_stats(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs)
+    else:
+        found = _tiled(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs, plan.tile_tokens)
+    return TokenStats(**{name: x.view(targets.shape) for name, x in found.items()})
+
+
+def token_logps(
+    hidden: Tensor,  # (…, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (…) integer, aligned
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    tile_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """log p(target), float32, shaped like targets, 0 where ignored: `token_stats(...).logp`.
+
+    1F without gradient, 2F with a frozen head, 4F with a trainable one (the objective: 3F), F = 2·N·V·D FLOP.
+    """
+    return token_stats(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+        tile_bytes=tile_bytes,
+        backend=backend,
+    ).logp
+
+
+def sequence_logps(
+    hidden: Tensor,  # (B, T, D), or (N, D) packed
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (B, T), or (N,) packed
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) offsets of the packed rows, from 0 to N
+    ignore_index: int = -100,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The log-prob of every row, summed over its scored tokens in nats, and their number: ((B,) float32, (B,) int64).
+
+    `options` are those of `token_logps`.
+    """
+    logp = token_logps(hidden, weight, targets, ignore_index=ignore_index, **options)
+    rows, count = packed_rows(targets, cu_seqlens)
+    scored = (targets != ignore_index).reshape(-1)
+    return sum_rows(logp.reshape(-1), rows, count), sum_rows(scored.long(), rows, count)
+
+
+def head_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    outputs: Sequence[str] = (),
+    chunk_tokens: int | None = None,
+    tile_bytes: int | None = None,
+    backend: str = "auto",
+    unit_tokens: int = 0,
+) -> Plan:
+    """How `token_stats` will run on these operands, gradient mode included.
+
+    unit_tokens: the scored tokens of the longest unit, where a tile should hold whole units.
+    """
+    chosen = choose_backend(backend, hidden.device)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"expected chunk_tokens of at least 1, got {chunk_tokens}")
+    has_ref = bool({"kl", "reverse_kl"} & set(outputs))
+    size = chunk_tokens or tile_size(
+        weight.shape[0], weight.dtype, weight.device, tile_bytes, tiles=1 + has_ref, unit_tokens=unit_tokens
+    )
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    more = sorted(set(outputs) & set(DIFFERENTIABLE))
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or trainable):
+        passes, why = 1, "no gradient is wanted"
+    elif chosen == "dense":
+        passes, why = 3 if trainable else 2, "every logit is kept"
+    elif trainable:
+        passes = 2 + int(hidden.requires_grad) + int(weight.requires_grad)
+        why = "the head is trainable, so the backward makes each tile again"
+    elif more:
+        passes, why = 3, f"the gradient of {', '.join(more)} makes each tile again"
+    else:
+        passes, why = 2, "the head is frozen, so the gradient is made while the tile is live"
+    if has_ref:
+        passes += 1 if passes == 1 or chosen == "dense" else 2
+        why += "; the reference's tile beside it"
+    return Plan(chosen, None, size, weight.shape[0], accumulation_dtype(weight.dtype), passes, why)
+
+
+def _tiled(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref: tuple[Tensor, Tensor, Tensor | None] | None,
+    scaling: Scaling,
+    ignore_index: int,
+    outputs: tuple[str, ...],
+    tile_tokens: int,
+) -> dict[str, Tensor]:
+    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    save_grad = (
+        torch.is_grad_enabled()
+        and hidden.requires_grad
+        and not trainable
+        and not set(outputs) & set(DIFFERENTIABLE)
+    )
+    logp, lse, extra, _ = _token_stats_op(
+        hidden,
+        weight,
+        bias,
+        targets,
+        *(ref or (None, None, None)),
+        scaling.temperature,
+        scaling.softcap or 0.0,
+        scaling.logit_scale,
+        ignore_index,
+        tile_tokens,
+        ",".join(outputs),
+        save_grad,
+    )
+    found = {"logp": logp, "lse": lse}
+    for name, x in zip(outputs, extra.unbind(0), strict=True):
+        found[name] = x if name in DIFFERENTIABLE else x.detach()
+        if name == "top1":
+            found[name] = found[name] > 0
+    return found
+
+
+def _check_outputs(
+    outputs: tuple[str, ...],
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    weight: Tensor,
+    targets: Tensor,
+) -> None:
+    unknown = [n for n in outputs if n not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"no statistic named {', '.join(unknown)}; there are {', '.join(OUTPUTS)}, beside logp and lse")
+    divergences = [n for n in outputs if n in ("kl", "reverse_kl")]
+    if divergences and (ref_hidden is None or ref_weight is None):
+        raise ValueError(f"{' and '.join(divergences)} need the reference's hidden states: pass ref_hidden=")
+    if ref_hidden is not None and ref_weight is not None:
+        if ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"the reference must have the policy's vocabulary of {weight.shape[0]}, got {ref_weight.shape[0]}"
+            )
+        try:
+            check_operands(ref_hidden, ref_weight, targets, ref_bias)
+        except ValueError as error:
+            raise ValueError(f"of the reference: {error}") from None
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()

@@ -1,0 +1,445 @@
+"""The `torch` backend: one tile of logits at a time, GEMMs by torch, everything else in place on the tile.
+
+A tile is (tile_tokens, V) logits in float32 (float64 for float64 operands), made by one GEMM. The row operations run
+over blocks of a few rows that stay in cache between passes, so that memory is crossed once. They turn logits into
+probabilities and those into dz = ∂L/∂z where they lie; dz goes into the gradient GEMMs and the tile is used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .spec import Scaling, accumulation_dtype, scored_positions
+
+# Bytes of the blocks that row operations and weight conversions work on: small enough to stay in a core's cache.
+_BLOCK_BYTES = 2 * 2**20
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """Let oneDNN multiply float32 operands as bf16, accumulating and returning float32.
+
+    Exact for operands that are bf16 values already, and the only way to bf16 GEMMs with float32 results on CPU,
+    where torch.mm has no out_dtype. The setting is the process's, so it is put back after each GEMM.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+class _Head:
+    """The GEMMs of one head, and what its forward does to logits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> None:
+        self.weight, self.scaling = weight, scaling
+        self.vocab, self.width = weight.shape
+        self.dtype = accumulation_dtype(weight.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.narrow = weight.dtype != self.dtype
+        # torch.mm has no float32 result for narrow operands on CPU: widen the weight there, a block at a time.
+        self.widen = self.narrow and weight.device.type != "cuda"
+        self._wide = None
+
+    def rows(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """hidden[index] (n, D), in the dtype that the GEMMs take."""
+        h = hidden.index_select(0, index)
+        return h.to(self.dtype) if self.widen else h
+
+    def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        if not self.widen:
+            yield slice(0, self.vocab), self.weight
+            return
+        size = max(1, min(self.vocab, _BLOCK_BYTES // (self.width * self.dtype.itemsize)))
+        if self._wide is None:
+            self._wide = self.weight.new_empty((size, self.width), dtype=self.dtype)
+        for start in range(0, self.vocab, size):
+            block = slice(start, min(start + size, self.vocab))
+            wide = self._wide[: block.stop - start].copy_(self.weight[block])
+            if self.weight.dtype == torch.bfloat16:
+                with _bf16_products():
+                    yield block, wide
+            else:
+                yield block, wide
+
+    def logits(self, h: Tensor, out: Tensor) -> Tensor:
+        """h Wᵀ into out (n, V): 1F. `finish` makes them final."""
+        for block, weight in self._weight_blocks():
+            if self.narrow and not self.widen:
+                torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
+            else:
+                torch.mm(h, weight.T, out=out[:, block])
+        return out
+
+    def into_hidden(self, dz: Tensor) -> Tensor:
+        """dz W (n, D), 1F, in the accumulation dtype."""
+        if self.narrow and not self.widen:
+            return torch.mm(dz.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
+        out = dz.new_empty((dz.shape[0], self.width))
+        for block, weight in self._weight_blocks():
+            torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
+        return out
+
+    def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
+        """out (V, D) = or += dzᵀ h, 1F, in the accumulation dtype."""
+        beta = 0 if first else 1
+        if self.narrow and not self.widen:
+            torch.addmm(out, dz.to(h.dtype).T, h, beta=beta, out_dtype=self.dtype, out=out)
+        elif self.weight.dtype == torch.bfloat16:
+            with _bf16_products():
+                torch.addmm(out, dz.T, h, beta=beta, out=out)
+        else:
+            torch.addmm(out, dz.T, h, beta=beta, out=out)
+
+    def finish(self, z: Tensor) -> None:
+        """Products to final logits, in place."""
+        s = self.scaling
+        if self.bias is not None:
+            z.add_(self.bias)
+        if s.softcap is not None:
+            z.mul_(s.logit_scale / s.softcap).tanh_().mul_(s.softcap / s.temperature)
+        elif s.gain != 1:
+            z.mul_(s.gain)
+
+    def logits_of(self, p: Tensor, y: Tensor, logp: Tensor, lse: Tensor) -> Tensor:
+        """The final logits back from probabilities, where a softcap bounds them; p (r, V), the others (r,)."""
+        ceiling = self.scaling.ceiling
+        assert ceiling is not None
+        z = p.log().add_(lse.unsqueeze(1)).clamp_(-ceiling, ceiling)
+        return z.scatter_(1, y.unsqueeze(1), (logp + lse).unsqueeze(1))
+
+    def unfinish(self, dz: Tensor, z: Tensor | None) -> None:
+        """∂L/∂z to ∂L/∂(product), in place; z: the final logits, needed with a softcap."""
+        ceiling = self.scaling.ceiling
+        if ceiling is not None:
+            assert z is not None
+            dz.mul_(z.div(ceiling).square_().neg_().add_(1))
+        if self.scaling.gain != 1:
+            dz.mul_(self.scaling.gain)
+
+
+def _row_blocks(tile: Tensor) -> Iterator[slice]:
+    rows = max(1, _BLOCK_BYTES // (tile.shape[1] * tile.dtype.itemsize))
+    for start in range(0, tile.shape[0], rows):
+        yield slice(start, min(start + rows, tile.shape[0]))
+
+
+def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (r, V) to probabilities in place; returns the largest logit (r,) and log Σ e^(z − largest) (r,)."""
+    largest = z.amax(dim=1)
+    if z.device.type == "cpu":
+        # The CPU kernel reads an element before it writes it, so it may write where it reads.
+        torch.softmax(z, dim=1, out=z)
+        return largest, z.amax(dim=1).log_().neg_()
+    z.sub_(largest.unsqueeze(1)).exp_()
+    total = z.sum(dim=1)
+    z.div_(total.unsqueeze(1))
+    return largest, total.log_()
+
+
+def _add_at(rows: Tensor, y: Tensor, x: Tensor) -> None:
+    """rows[i, y[i]] += x[i]."""
+    rows.scatter_add_(1, y.unsqueeze(1), x.unsqueeze(1))
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """Σ p·x a row, x overwritten; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
+    limit = torch.finfo(x.dtype).max
+    return x.clamp_(-limit, limit).mul_(p).sum(dim=1)
+
+
+def _tiles(index: Tensor, tile_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Equal tiles of at most tile_tokens positions."""
+    count = -(-index.shape[0] // tile_tokens)
+    for k in range(count):
+        part = slice(k * index.shape[0] // count, (k + 1) * index.shape[0] // count)
+        yield part, index[part]
+
+
+def _buffer(index: Tensor, tile_tokens: int, head: _Head) -> Tensor:
+    return torch.empty(
+        (min(tile_tokens, index.shape[0]), head.vocab), dtype=head.dtype, device=head.weight.device
+    )
+
+
+Reference = tuple[Tensor, Tensor, "Tensor | None"]  # hidden (N, Dr), weight (V, Dr), bias (V,)
+
+
+def forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    ref: Reference | None,
+    scaling: Scaling,
+    ignore_index: int,
+    outputs: Sequence[str],
+    tile_tokens: int,
+    save_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp (N,), lse (N,), the other outputs (len(outputs), N), and ∂logp/∂hidden (N, D), or (0, D) if not saved.
+
+    1F, one more to save the gradient, one more for a reference. top1 comes as 0 and 1.
+    """
+    head = _Head(weight, bias, scaling)
+    ref_head = None if ref is None else _Head(ref[1], ref[2], scaling)
+    index = scored_positions(targets, ignore_index, head.vocab)
+    found = torch.zeros((2 + len(outputs), targets.shape[0]), dtype=head.dtype, device=hidden.device)
+    dlogp = torch.zeros(hidden.shape if save_grad else (0, head.width), dtype=hidden.dtype, device=hidden.device)
+    tile = _buffer(index, tile_tokens, head)
+    ref_tile = _buffer(index, tile_tokens, ref_head) if ref_head is not None else None
+
+    for _, part in _tiles(index, tile_tokens):
+        z = head.logits(head.rows(hidden, part), tile[: part.shape[0]])
+        z_ref = None
+        if ref is not None:
+            assert ref_head is not None and ref_tile is not None
+            z_ref = ref_head.logits(ref_head.rows(ref[0], part), ref_tile[: part.shape[0]])
+        y = targets[part]
+        rows = torch.empty((found.shape[0], part.shape[0]), dtype=head.dtype, device=hidden.device)
+        for b in _row_blocks(z):
+            p = z[b]
+            head.finish(p)
+            keep = p.clone() if outputs or (save_grad and scaling.softcap is not None) else None
+            z_y = p.gather(1, y[b].unsqueeze(1)).squeeze(1)
+            largest, log_total = _softmax_(p)
+            rows[0, b] = z_y.sub_(largest).sub_(log_total)
+            rows[1, b] = largest + log_total
+            if outputs:
+                assert keep is not None
+                q = None
+                if z_ref is not None:
+                    assert ref_head is not None
+                    q = z_ref[b]
+                    ref_head.finish(q)
+                _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
+            if save_grad:
+                _add_at(p, y[b], p.new_full((p.shape[0],), -1.0))
+                head.unfinish(p, keep)
+        found[:, part] = rows
+        if save_grad:
+            dlogp[part] = head.into_hidden(z).neg_().to(hidden.dtype)
+    return found[0].clone(), found[1].clone(), found[2:].clone(), dlogp
+
+
+def _statistics(
+    rows: Tensor,  # (len(outputs), r) written
+    outputs: Sequence[str],
+    p: Tensor,  # (r, V) probabilities
+    z: Tensor,  # (r, V) final logits
+    z_ref: Tensor | None,  # (r, V) the reference's final logits, overwritten
+    largest: Tensor,  # (r,)
+    log_total: Tensor,  # (r,)
+    logp: Tensor,  # (r,)
+) -> None:
+    log_ratio = q = None
+    if z_ref is not None:
+        log_ratio = z_ref.clone()
+        ref_largest, ref_log_total = _softmax_(z_ref)
+        q = z_ref
+        shift = (ref_largest + ref_log_total) - (largest + log_total)
+        log_ratio.sub_(z).sub_(shift.unsqueeze(1))  # log q − log p
+    for row, name in zip(rows, outputs, strict=True):
+        if name == "entropy":
+            row.copy_(log_total - _expectation(p, z - largest.unsqueeze(1)))
+        elif name == "kl":
+            assert log_ratio is not None and q is not None
+            row.copy_(_expectation(q, log_ratio.clone()))
+        elif name == "reverse_kl":
+            assert log_ratio is not None
+            row.copy_(_expectation(p, -log_ratio))
+        elif name == "log_sum_sq_probs":
+            row.copy_(p.square().sum(dim=1).log_())
+        elif name == "mean_logit":
+            row.copy_(z.mean(dim=1))
+        else:
+            assert name == "top1", name
+            row.copy_(logp >= -log_total)
+
+
+def backward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    ref: Reference | None,
+    scaling: Scaling,
+    ignore_index: int,
+    tile_tokens: int,
+    upstream: dict[str, Tensor],  # name of a differentiable output → (N,) ∂L/∂output
+    values: dict[str, Tensor],  # entropy and reverse_kl (N,), where upstream has them
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by recomputing each tile: 1F, and 1F for hidden, 1F for weight, 1F for a reference."""
+    head = _Head(weight, bias, scaling)
+    ref_head = None if ref is None else _Head(ref[1], ref[2], scaling)
+    index = scored_positions(targets, ignore_index, head.vocab)
+    grads = _Gradients(head, hidden, needs)
+    tile = _buffer(index, tile_tokens, head)
+    ref_tile = _buffer(index, tile_tokens, ref_head) if ref_head is not None else None
+    extra = set(upstream) - {"logp", "lse"}
+
+    for _, part in _tiles(index, tile_tokens):
+        h = head.rows(hidden, part)
+        z = head.logits(h, tile[: part.shape[0]])
+        z_ref = None
+        if ref is not None:
+            assert ref_head is not None and ref_tile is not None
+            z_ref = ref_head.logits(ref_head.rows(ref[0], part), ref_tile[: part.shape[0]])
+        y = targets[part]
+        u = {name: x[part].to(head.dtype) for name, x in upstream.items()}
+        v = {name: x[part] for name, x in values.items()}
+        for b in _row_blocks(z):
+            p = z[b]
+            head.finish(p)
+            keep = p.clone() if extra or scaling.softcap is not None else None
+            largest, log_total = _softmax_(p)
+            factor = p.new_zeros(p.shape[0])
+            if "logp" in u:
+                factor -= u["logp"][b]
+            if "lse" in u:
+                factor += u["lse"][b]
+            if extra:
+                assert keep is not None
+                log_p = keep - (largest + log_total).unsqueeze(1)
+                _extra_dz_(p, factor, log_p, None if z_ref is None else z_ref[b], ref_head, u, v, b)
+            else:
+                p.mul_(factor.unsqueeze(1))
+            if "logp" in u:
+                _add_at(p, y[b], u["logp"][b])
+            head.unfinish(p, keep)
+        grads.add(z, h, part)
+    return grads.finished()
+
+
+def _extra_dz_(
+    p: Tensor,  # (r, V) probabilities, turned into dz
+    factor: Tensor,  # (r,) what multiplies p so far
+    log_p: Tensor,  # (r, V) overwritten
+    z_ref: Tensor | None,  # (r, V) products of the reference, overwritten
+    ref_head: _Head | None,
+    u: dict[str, Tensor],
+    v: dict[str, Tensor],
+    b: slice,
+) -> None:
+    """dz of entropy and both divergences on top of `factor`.
+
+    ∂entropy/∂z = −p (log p + entropy); ∂KL(q‖p)/∂z = p − q; ∂KL(p‖q)/∂z = p (log p − log q − KL(p‖q)).
+    """
+    limit = torch.finfo(p.dtype).max
+    q = None
+    coefficient = torch.zeros_like(p)
+    if z_ref is not None:
+        assert ref_head is not None
+        ref_head.finish(z_ref)
+        log_q = z_ref.clone() if "reverse_kl" in u else None
+        largest, log_total = _softmax_(z_ref)
+        q = z_ref
+        if log_q is not None:
+            log_q.sub_((largest + log_total).unsqueeze(1)).sub_(log_p).neg_().clamp_(-limit, limit)
+            coefficient.addcmul_(log_q, u["reverse_kl"][b].unsqueeze(1))
+            factor = factor - u["reverse_kl"][b] * v["reverse_kl"][b]
+    if "kl" in u:
+        factor = factor + u["kl"][b]
+    if "entropy" in u:
+        factor = factor - u["entropy"][b] * v["entropy"][b]
+        coefficient.addcmul_(log_p.clamp_(-limit, limit), u["entropy"][b].unsqueeze(1), value=-1)
+    p.mul_(coefficient.add_(factor.unsqueeze(1)))
+    if "kl" in u:
+        assert q is not None
+        p.sub_(q.mul_(u["kl"][b].unsqueeze(1)))
+
+
+class _Gradients:
+    """dH, dW and db, accumulated over tiles in the accumulation dtype, returned in their operands'."""
+
+    def __init__(self, head: _Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
+        self.head = head
+        weight, device = head.weight, hidden.device
+        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.weight = torch.empty(weight.shape, dtype=head.dtype, device=device) if needs[1] else None
+        self.bias = torch.zeros(head.vocab, dtype=head.dtype, device=device) if needs[2] else None
+        self.first = True
+
+    def add(self, dz: Tensor, h: Tensor, part: Tensor) -> None:
+        """Add a tile: dz (n, V), h (n, D), the n positions it stands for."""
+        if self.hidden is not None:
+            self.hidden[part] = self.head.into_hidden(dz).to(self.hidden.dtype)
+        if self.weight is not None:
+            self.head.into_weight(dz, h, self.weight, self.first)
+        if self.bias is not None:
+            self.bias += dz.sum(dim=0)
+        self.first = False
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.weight is not None:
+            if self.first:
+                self.weight.zero_()
+            self.weight = self.weight.to(self.head.weight.dtype)
+        return self.hidden, self.weight, self.bias
+
+
+def unit_gradients(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    scaling: Scaling,
+    groups: Sequence[tuple[Tensor, Sequence[int]]],
+    tile_tokens: int,
+    coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """logp (N,) and the gradients of a loss that is a sum over units, with the tile still live when u is known.
+
+    groups: the scored positions (n,) of some whole units, and the units. Once all tiles of a group have been scored,
+    coefficients(logp (n,), positions (n,), units) gives u = ∂L/∂logp (n,). A group of one tile costs 3F; of a longer one, all tiles
+    but the last are made again: 4F.
+    """
+    head = _Head(weight, bias, scaling)
+    grads = _Gradients(head, hidden, needs)
+    logp = torch.zeros(targets.shape, dtype=head.dtype, device=hidden.device)
+    longest = max((index.shape[0] for index, _ in groups), default=0)
+    tile = torch.empty((min(tile_tokens, longest), head.vocab), dtype=head.dtype, device=hidden.device)
+
+    def probabilities(part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h (n, D), the tile as probabilities (n, V), logp (n,) and lse (n,)."""
+        h = head.rows(hidden, part)
+        p = head.logits(h, tile[: part.shape[0]])
+        y = targets[part].unsqueeze(1)
+        found, lse = (torch.empty(part.shape, dtype=head.dtype, device=hidden.device) for _ in range(2))
+        for b in _row_blocks(p):
+            head.finish(p[b])
+            z_y = p[b].gather(1, y[b]).squeeze(1)
+            largest, log_total = _softmax_(p[b])
+            found[b] = z_y.sub_(largest).sub_(log_total)
+            lse[b] = largest + log_total
+        return h, p, found, lse
+
+    for index, units in groups:
+        parts = list(_tiles(index, tile_tokens))
+        scored = torch.empty(index.shape, dtype=head.dtype, device=hidden.device)
+        live = None
+        for at, part in parts:
+            live = probabilities(part)
+            scored[at] = live[2]
+        u = coefficients(scored, index, units)
+        for at, part in reversed(parts):
+            h, p, found, lse = live if live is not None else probabilities(part)
+            live = None
+            for b in _row_blocks(p):
+                y = targets[part[b]]
+                z = head.logits_of(p[b], y, found[b], lse[b]) if scaling.softcap is not None else None
+                p[b].mul_(-u[at][b].unsqueeze(1))
+                _add_at(p[b], y, u[at][b])
+                head.unfinish(p[b], z)
+            grads.add(p, h, part)
+        logp[index] = scored
+    return logp, grads.finished()

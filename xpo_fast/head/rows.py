@@ -1,0 +1,52 @@
+"""From positions to rows: padded (B, T) and packed (N,) with offsets are the same thing behind this file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels as `transformers` gives them, labels[t] = token t, to aligned targets: targets[t] = labels[t + 1].
+
+    labels (…, T) → (…, T); the last position predicts nothing and is ignored.
+    """
+    targets = torch.full_like(labels, ignore_index)
+    targets[..., :-1] = labels[..., 1:]
+    return targets
+
+
+def packed_rows(targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """The row of every position (N,) int64, and the number of rows. ValueError for offsets that do not fit.
+
+    targets (B, T), or (N,) with cu_seqlens (B + 1,).
+    """
+    if cu_seqlens is None:
+        if targets.dim() != 2:
+            raise ValueError(
+                f"expected padded rows (B, T), got targets {tuple(targets.shape)}; for packed rows pass cu_seqlens="
+            )
+        count = targets.shape[0]
+        return torch.arange(count, device=targets.device).repeat_interleave(targets.shape[1]), count
+    if targets.dim() != 1:
+        raise ValueError(f"with cu_seqlens, expected packed targets (N,), got {tuple(targets.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be an integer tensor (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    lengths = cu_seqlens.diff().to(targets.device)
+    readable = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (
+        int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != targets.shape[0] or bool((lengths < 0).any())
+    ):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of positions, {targets.shape[0]}, got {cu_seqlens.tolist()}"
+        )
+    count = cu_seqlens.shape[0] - 1
+    rows = torch.arange(count, device=targets.device)
+    return rows.repeat_interleave(lengths, output_size=targets.shape[0]), count
+
+
+def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Σ of x (N,) over the positions of each row: (count,). rows (N,): the row of each position."""
+    return x.new_zeros(count).index_add(0, rows, x)

@@ -1,0 +1,100 @@
+"""What every backend is given: the map from hidden states to logits, as plain values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Statistics beyond logp and lse. The first three have gradients of their own, which need the tile again.
+DIFFERENTIABLE = ("entropy", "kl", "reverse_kl")
+OUTPUTS = (*DIFFERENTIABLE, "log_sum_sq_probs", "mean_logit", "top1")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """z = softcap(logit_scale · (h Wᵀ + b)) / temperature."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "softcap"):
+            x = getattr(self, name)
+            if x is not None and not (x > 0 and math.isfinite(x)):
+                raise ValueError(f"{name} must be positive and finite, got {x}")
+        if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
+            raise ValueError(f"logit_scale must be finite and not 0, got {self.logit_scale}")
+
+    @property
+    def gain(self) -> float:
+        """dz/d(h Wᵀ + b) apart from the softcap."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def ceiling(self) -> float | None:
+        """The bound on abs(z) that the softcap implies."""
+        return None if self.softcap is None else self.softcap / self.temperature
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and statistics: float32, or float64 for float64 operands."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scored_positions(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
+    """Indices of the positions to score, in order; ValueError for a target outside the vocabulary.
+
+    targets: (N,) int64. Returns (n,) int64. On a device, where reading would wait for it, a bad target trips an
+    assertion of the device instead.
+    """
+    scored = targets != ignore_index
+    bad = scored & ((targets < 0) | (targets >= vocab))
+    if targets.device.type == "cpu":
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            raise ValueError(
+                f"target {int(targets[at])} at position {at} is outside the vocabulary of {vocab} tokens; "
+                f"targets are token ids in [0, {vocab}) or ignore_index={ignore_index}"
+            )
+    else:
+        torch._assert_async(~bad.any(), f"a target is outside the vocabulary of {vocab} tokens")
+    return scored.nonzero().squeeze(1)
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together."""
+    if not hidden.is_floating_point() or hidden.dim() < 1:
+        raise ValueError(f"hidden must be a float tensor (…, D), got {hidden.dtype} {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, D) with D = {hidden.shape[-1]} as hidden {tuple(hidden.shape)} has, "
+            f"got {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have one token a hidden state: expected {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be integer token ids, got {targets.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or compute under torch.autocast"
+        )
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")

@@ -1,0 +1,69 @@
+"""A trainable head at 3F: the loss of whole units is evaluated while their tile is live, and both gradients made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .autograd import refuse_double_backward, scale_saved
+from .spec import Scaling
+
+Group = tuple[Tensor, Sequence[int]]
+
+
+def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]:
+    """Whole units, in order, as many a tile as fit; a unit longer than a tile has a group of its own.
+
+    index (n,): the scored positions, sorted by unit. lengths: the scored positions of each unit.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for unit, length in enumerate(lengths):
+        if length == 0:
+            continue
+        if not groups or length > room:
+            groups.append([])
+            room = tile_tokens
+        groups[-1].append(unit)
+        room -= length
+    sizes = [sum(lengths[u] for u in group) for group in groups]
+    return list(zip(index.split(sizes), groups, strict=True))
+
+
+class UnitLoss(torch.autograd.Function):
+    """A sum over units as a function of hidden (N, D), weight (V, D), bias (V,): (loss (), logp (N,))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scaling: Scaling,
+        groups: Sequence[Group],
+        tile_tokens: int,
+        coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
+        total: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """coefficients(logp (n,), positions (n,), units) → ∂loss/∂logp (n,) for one group; total(logp (N,)) → the loss."""
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        logp, (d_hidden, d_weight, d_bias) = chunked.unit_gradients(
+            hidden, weight, bias, targets, scaling, groups, tile_tokens, coefficients, needs
+        )
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.mark_non_differentiable(logp)
+        return total(logp), logp
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple:
+        refuse_double_backward("the objective")
+        d_hidden, d_weight, d_bias = (None if g is None else scale_saved(g, upstream[0]) for g in ctx.saved_tensors)
+        if d_bias is not None:
+            d_bias = d_bias.to(ctx.bias_dtype)
+        return (d_hidden, d_weight, d_bias, *([None] * 6))

@@ -1,0 +1,36 @@
+"""Unit losses and a global denominator → one scalar. The only place where anything is averaged."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of a detached tensor over all ranks; the tensor itself without torch.distributed."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -> Tensor:
+    """Reduce unit losses (U,) to a scalar, or return them as they are with reduction="none".
+
+    denominator: what "mean" divides by, the items (units, or tokens) of the whole optimizer step over all
+    micro-batches and ranks. A unit left out has loss 0 and is not among them.
+    """
+    if reduction == "none":
+        return losses
+    return losses.sum() / denominator if reduction == "mean" else losses.sum()
+
+
+def mean_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+    """The mean of each metric over valid units, NaN entries left out; NaN if there are none. Detached."""
+    means = {}
+    for name, values in metrics.items():
+        means[name] = torch.where(valid, values.detach(), values.new_tensor(float("nan"))).nanmean()
+    return means
