@@ -4,8 +4,7 @@ from .head import gather_logps, sequence_logps, shift_labels, token_logps, token
 from .methods import METHODS
 from .objective import Objective
 from .types import Head, LossOutput, TokenStats
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "METHODS",
@@ -13,6 +12,7 @@ __all__ = [
     "LossOutput",
     "Objective",
     "TokenStats",
+    "__version__",
     "gather_logps",
     "sequence_logps",
     "shift_labels",

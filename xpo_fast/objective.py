@@ -175,7 +175,9 @@ class Objective:
         tokens = int((batch.targets != ignore_index).sum())
         if self._evaluates_live(hidden, weight, bias):
             groups = batch.groups(plan.tile_tokens, weight.shape[0])
-            again = sum(len(index) - -(-len(index) // -(-len(index) // plan.tile_tokens)) for index, _ in groups)
+            again = sum(
+                len(index) - -(-len(index) // -(-len(index) // plan.tile_tokens)) for index, _ in groups
+            )
             passes = passes - 1 + (again / tokens if tokens else 0)
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             if again:
@@ -187,7 +189,12 @@ class Objective:
     def _head_plan(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> Plan:
         unit_tokens = batch.longest_unit if self._evaluates_live(hidden, weight, bias) else 0
         return head_plan(
-            hidden, weight, bias=bias, tile_bytes=self.tile_bytes, backend=self.backend, unit_tokens=unit_tokens
+            hidden,
+            weight,
+            bias=bias,
+            tile_bytes=self.tile_bytes,
+            backend=self.backend,
+            unit_tokens=unit_tokens,
         )
 
     def _evaluates_live(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -257,10 +264,8 @@ class _Batch:
         """(R,) values of rows as the method's inputs, "logp" → logp_w, logp_l; `absent` in units left out."""
         if not values.is_floating_point():
             values = values.float()
-        if self.paired:
-            names = (prefix + "_w", prefix + "_l")
-        else:
-            names = ("length" if prefix == "len" else prefix,)
+        single = "length" if prefix == "len" else prefix
+        names = (prefix + "_w", prefix + "_l") if self.paired else (single,)
         parts = zip(names, values.view(-1, self.units), strict=True)
         return {name: torch.where(self.valid, x, absent) for name, x in parts if name in self.method.inputs}
 
@@ -272,13 +277,17 @@ class _Batch:
         if unknown or missing:
             raise ValueError(
                 f"{self.method.name}: "
-                + "; ".join(f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unknown", unknown)) if n)
+                + "; ".join(
+                    f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unknown", unknown)) if n
+                )
                 + f". It takes the columns: {', '.join(takes) or 'none'}"
             )
         for name, x in given.items():
             if x is not None and (not isinstance(x, Tensor) or x.shape not in ((), (self.units,))):
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"{self.method.name}: {name} must be a tensor ({self.units},) or (), got {got}")
+                raise ValueError(
+                    f"{self.method.name}: {name} must be a tensor ({self.units},) or (), got {got}"
+                )
             if x is not None and x.device != self.device:
                 raise ValueError(f"{self.method.name}: {name} is on {x.device} and targets on {self.device}")
         return {name: x for name, x in given.items() if x is not None}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 # Where transformers models keep what their forward does to logits: attribute of the config → how it acts.
@@ -41,7 +41,7 @@ class Head:
     logit_scale: float = 1.0
 
     @classmethod
-    def from_model(cls, model: torch.nn.Module) -> Head:
+    def from_model(cls, model: Any) -> Head:
         """Read the head of a causal LM of `transformers`, with what its forward does to logits.
 
         Raises ValueError if the output embedding is not a plain linear map (an adapter on it, a quantised one).

@@ -16,7 +16,15 @@ from .plan import Plan, choose_backend, tile_size
 from .rows import packed_rows, shift_labels, sum_rows
 from .spec import DIFFERENTIABLE, OUTPUTS, Scaling, accumulation_dtype, cast_for_autocast, check_operands
 
-__all__ = ["Plan", "gather_logps", "head_plan", "sequence_logps", "shift_labels", "token_logps", "token_stats"]
+__all__ = [
+    "Plan",
+    "gather_logps",
+    "head_plan",
+    "sequence_logps",
+    "shift_labels",
+    "token_logps",
+    "token_stats",
+]
 
 
 def token_stats(
@@ -72,14 +80,26 @@ def token_stats(
     flat_targets = targets.reshape(-1).long()
     ref = None
     if ref_hidden is not None and ref_weight is not None and {"kl", "reverse_kl"} & set(outputs):
-        ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
+        ref = (
+            ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+            ref_weight.detach(),
+            _detached(ref_bias),
+        )
     plan = head_plan(
-        hidden, weight, bias=bias, outputs=outputs, chunk_tokens=chunk_tokens, tile_bytes=tile_bytes, backend=backend
+        hidden,
+        weight,
+        bias=bias,
+        outputs=outputs,
+        chunk_tokens=chunk_tokens,
+        tile_bytes=tile_bytes,
+        backend=backend,
     )
     if plan.backend == "dense":
         found = dense.token_stats(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs)
     else:
-        found = _tiled(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs, plan.tile_tokens)
+        found = _tiled(
+            flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs, plan.tile_tokens
+        )
     return TokenStats(**{name: x.view(targets.shape) for name, x in found.items()})
 
 
@@ -226,7 +246,9 @@ def _check_outputs(
 ) -> None:
     unknown = [n for n in outputs if n not in OUTPUTS]
     if unknown:
-        raise ValueError(f"no statistic named {', '.join(unknown)}; there are {', '.join(OUTPUTS)}, beside logp and lse")
+        raise ValueError(
+            f"no statistic named {', '.join(unknown)}; there are {', '.join(OUTPUTS)}, beside logp and lse"
+        )
     divergences = [n for n in outputs if n in ("kl", "reverse_kl")]
     if divergences and (ref_hidden is None or ref_weight is None):
         raise ValueError(f"{' and '.join(divergences)} need the reference's hidden states: pass ref_hidden=")

@@ -108,7 +108,8 @@ def token_stats_backward(
         dict(zip(_names(values_names), values, strict=True)),
         (need_hidden, need_weight, need_bias),
     )
-    return [g if g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias)) if g is not None]
+    operands = zip(grads, (hidden, weight, bias), strict=True)
+    return [g.to(x.dtype) for g, x in operands if g is not None and x is not None]
 
 
 @token_stats_backward.register_fake
@@ -133,9 +134,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, extra)
 
 
+def _later_backward_possible() -> bool:
+    """Whether the backward under way was asked to retain its graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def scale_saved(saved: Tensor, factor: Tensor) -> Tensor:
     """saved · factor, in place where no later backward can want `saved` again; a fresh tensor object either way."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _later_backward_possible():
         return (saved * factor).to(saved.dtype)
     saved = saved.detach()
     if factor.dim() == 0 and factor.device.type == "cpu" and factor == 1:
@@ -148,7 +154,9 @@ def refuse_double_backward(what: str) -> None:
         raise RuntimeError(f"{what} has no second derivative; call backward without create_graph=True")
 
 
-def _backward(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None, _: None) -> tuple:
+def _backward(
+    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None, _: None
+) -> tuple:
     refuse_double_backward("token_stats")
     if ctx.save_grad:
         operands = _backward_frozen(ctx, d_logp, d_lse), None, None
@@ -162,9 +170,9 @@ def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> T
     temperature, softcap, logit_scale, ignore_index, _ = ctx.scalars
     scored = targets != ignore_index
     u, v = (None if d is None else torch.where(scored, d, 0.0) for d in (d_logp, d_lse))
-    if u is None and v is None:
-        return None
     if v is None:
+        if u is None:
+            return None
         return scale_saved(dlogp, u.unsqueeze(1))
     scaling = _scaling(temperature, softcap, logit_scale)
     gain = v * scaling.gain
@@ -175,7 +183,9 @@ def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> T
     return (rows + own).to(dlogp.dtype)
 
 
-def _backward_recompute(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None) -> tuple:
+def _backward_recompute(
+    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None
+) -> tuple:
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, extra = ctx.saved_tensors
     scored = targets != ctx.scalars[3]
     upstream = {"logp": d_logp, "lse": d_lse}

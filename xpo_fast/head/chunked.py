@@ -26,7 +26,7 @@ def _bf16_products() -> Iterator[None]:
     Exact for operands that are bf16 values already, and the only way to bf16 GEMMs with float32 results on CPU,
     where torch.mm has no out_dtype. The setting is the process's, so it is put back after each GEMM.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
@@ -192,7 +192,9 @@ def forward(
     ref_head = None if ref is None else _Head(ref[1], ref[2], scaling)
     index = scored_positions(targets, ignore_index, head.vocab)
     found = torch.zeros((2 + len(outputs), targets.shape[0]), dtype=head.dtype, device=hidden.device)
-    dlogp = torch.zeros(hidden.shape if save_grad else (0, head.width), dtype=hidden.dtype, device=hidden.device)
+    dlogp = torch.zeros(
+        hidden.shape if save_grad else (0, head.width), dtype=hidden.dtype, device=hidden.device
+    )
     tile = _buffer(index, tile_tokens, head)
     ref_tile = _buffer(index, tile_tokens, ref_head) if ref_head is not None else None
 

@@ -20,7 +20,9 @@ def _blocks(logits: Tensor, index: Tensor):
 
 
 @torch.library.custom_op("xpo_fast::gather_logps", mutates_args=())
-def _forward(logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, overwrite: bool) -> Tensor:
+def _forward(
+    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, overwrite: bool
+) -> Tensor:
     index = scored_positions(targets, ignore_index, logits.shape[1])
     logp = logits.new_zeros(targets.shape, dtype=accumulation_dtype(logits.dtype))
     for at, z in _blocks(logits, index):
@@ -36,7 +38,9 @@ def _(logits, targets, temperature, ignore_index, overwrite):
     return logits.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype))
 
 
-def _write_gradient(logits: Tensor, targets: Tensor, u: Tensor, temperature: float, ignore_index: int, out: Tensor):
+def _write_gradient(
+    logits: Tensor, targets: Tensor, u: Tensor, temperature: float, ignore_index: int, out: Tensor
+):
     """out (N, V) = u (e_y − softmax(logits / temperature)) / temperature; out may be logits."""
     index = scored_positions(targets, ignore_index, logits.shape[1])
     for at, z in _blocks(logits, index):

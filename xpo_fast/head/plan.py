@@ -51,7 +51,13 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def tile_size(
-    vocab: int, dtype: torch.dtype, device: torch.device, tile_bytes: int | None, *, tiles: int = 1, unit_tokens: int = 0
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tile_bytes: int | None,
+    *,
+    tiles: int = 1,
+    unit_tokens: int = 0,
 ) -> int:
     """Tokens of a tile: enough for the GEMMs to be fast and for the longest unit, no more than the budget holds.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +62,12 @@ def scored_positions(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
                 f"targets are token ids in [0, {vocab}) or ignore_index={ignore_index}"
             )
     else:
-        torch._assert_async(~bad.any(), f"a target is outside the vocabulary of {vocab} tokens")
+        message = f"a target is outside the vocabulary of {vocab} tokens"
+        torch._assert_async(~bad.any(), message)  # pyright: ignore[reportPrivateImportUsage]
     return scored.nonzero().squeeze(1)
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def cast_for_autocast(*tensors: Any) -> list[Any]:
     """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
@@ -97,4 +99,6 @@ def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         if x is not None and x.device != hidden.device:
             raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}"
+        )

@@ -63,7 +63,9 @@ class UnitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple:
         refuse_double_backward("the objective")
-        d_hidden, d_weight, d_bias = (None if g is None else scale_saved(g, upstream[0]) for g in ctx.saved_tensors)
+        d_hidden, d_weight, d_bias = (
+            None if g is None else scale_saved(g, upstream[0]) for g in ctx.saved_tensors
+        )
         if d_bias is not None:
             d_bias = d_bias.to(ctx.bias_dtype)
         return (d_hidden, d_weight, d_bias, *([None] * 6))

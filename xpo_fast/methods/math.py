@@ -14,7 +14,10 @@ _MAX_LOGP = -1e-10
 
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) for x < 0, accurate at both ends (Mächler 2012, "Accurately computing log(1 − exp(−|a|))")."""
-    return torch.where(x > -math.log(2.0), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    half = -math.log(2.0)
+    # Each branch sees only arguments it can differentiate: the gradient of the one not taken is multiplied by zero.
+    near = torch.log(-torch.expm1(x.clamp(min=half)))
+    return torch.where(x > half, near, torch.log1p(-torch.exp(x.clamp(max=half))))
 
 
 def log_odds(logp: Tensor) -> Tensor:

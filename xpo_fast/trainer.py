@@ -1,0 +1,544 @@
+"""A thin preference trainer on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs.
+
+Checkpoints, resume, logging, schedulers, mixed precision and data parallelism are the Trainer's. Added here: pairs and
+unpaired rows as batches, the reference policy (reference.py), losses divided by the items of the whole optimizer step
+(all micro-batches, all ranks), and metrics averaged over the same.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import datasets
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+except ImportError as error:
+    raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
+
+from . import data
+from .head import Plan, token_logps
+from .methods.unpaired import kto_kl
+from .models import cache_dir, causal_lm, install_fused_loss, load_model
+from .objective import Objective
+from .reduce import sum_over_ranks
+from .reference import COLUMNS, CachedReference, LiveReference, choose, dataset_logps, evaluating, row_logps
+from .types import Head
+
+TRAINABLE_COLUMNS = ("desirable", "kl")  # the columns of a method that the trainer's batches have
+_ENCODED = {
+    "pair": {"prompt_ids", "chosen_ids", "rejected_ids"},
+    "unpaired": {"prompt_ids", "completion_ids", "label"},
+}
+_PROBE_TOKENS = 8
+
+
+@dataclass
+class XPOConfig(TrainingArguments):
+    """`transformers.TrainingArguments`, and what is asked about preference training."""
+
+    method: str = field(default="dpo", metadata={"help": "A name in xpo_fast.METHODS."})
+    method_args: dict | str | None = field(
+        default=None, metadata={"help": 'Hyperparameters of the method, for example {"beta": 0.1}.'}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."},
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
+            "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
+            "adapter where there is one, cached otherwise."
+        },
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
+        },
+    )
+    backend: str = field(default="auto", metadata={"help": "The backend of the head: auto, torch, dense, …"})
+    tile_mib: float | None = field(
+        default=None, metadata={"help": "Memory for one tile of logits, in MiB. None: the head decides."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. None: one."}
+    )
+
+    # Other defaults than TrainingArguments has.
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={"help": "Must be False: batches are made from columns the model does not know."},
+    )
+    report_to: Any = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, …"})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and inf losses from the log."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must be False: batches are made from columns of the data set"
+            )
+        if isinstance(self.method_args, str):
+            self.method_args = json.loads(self.method_args)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns of it where there is nothing to copy to
+        if self.tile_mib is not None and self.tile_mib <= 0:
+            raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
+
+    def objective(self) -> Objective:
+        """The objective that these arguments describe."""
+        tile_bytes = None if self.tile_mib is None else int(self.tile_mib * 2**20)
+        hyperparameters: Any = self.method_args or {}
+        return Objective(self.method, backend=self.backend, tile_bytes=tile_bytes, **hyperparameters)
+
+
+class Means:
+    """Weighted means of the same named scalars, kept as detached sums on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None  # (2, M): weighted sums, weights
+
+    def add(self, values: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """values, weights: () each, under the same names. Where the weight is 0 the value may be NaN."""
+        self._names = list(values)
+        value = torch.stack([x.detach().float() for x in values.values()])
+        weight = torch.stack([weights[name].float() for name in values])
+        sums = torch.stack([torch.where(weight > 0, value * weight, 0.0), weight])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def pop(self) -> dict[str, float]:
+        """The means over all ranks since the last call; NaN where no weight was added. Every rank must call it."""
+        if self._sums is None:
+            return {}
+        total, weight = sum_over_ranks(self._sums)
+        self._sums = None
+        return dict(zip(self._names, (total / weight).tolist(), strict=True))
+
+
+class XPOTrainer(Trainer):
+    """Train a causal LM on preferences.
+
+    model: a causal LM of transformers, a PEFT model, or a name for `load_model`; peft_config makes it a PEFT model.
+    train_dataset, eval_dataset: anything `data.load` reads, or what `data.encode` returns; eval_dataset may be a dict
+        of them, as Trainer's may.
+    processing_class: the tokenizer. Without a pad token it pads with EOS, which stays a token to learn.
+    objective: an `Objective` to use in place of the one that args describe.
+    The reference policy is the model as it is handed over here. Other arguments are Trainer's.
+    """
+
+    # compute_loss divides by the items of the whole step, so Trainer must not divide by the micro-batches again.
+    loss_is_scaled_for_ga = True
+
+    args: XPOConfig
+    model: Any
+    model_wrapped: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: XPOConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = XPOConfig() if args is None else args
+        if isinstance(model, str):
+            model, tokenizer = load_model(model)
+            processing_class = processing_class or tokenizer
+        if processing_class is None:
+            raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
+
+        self.objective = objective if objective is not None else args.objective()
+        method = self.objective.method
+        absent = [
+            name for name in method.columns if name in method.required and name not in TRAINABLE_COLUMNS
+        ]
+        if absent:
+            raise ValueError(
+                f"{method.name} needs {', '.join(absent)}, which no data set of the trainer has; "
+                "call xpo_fast.Objective in a loop of your own, or choose another method"
+            )
+        self.kind = "unpaired" if method.layout == "unpaired" else "pair"
+        self._estimates_kl = "kl" in method.columns
+
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        install_fused_loss(model)
+        _warn_of_lost_updates(model, args)
+        self.reference, self.reference_reason = choose(args.reference, method, model)
+        self.args = args
+        self._tokenizer = processing_class
+        pad: Any = processing_class.pad_token_id
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind),
+            train_dataset=self._encode(train_dataset),
+            eval_dataset=_each(eval_dataset, self._encode),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._check_parallelism()
+        self._means = Means()
+        self._eval_means = Means()
+        self._kl: Tensor | None = None
+        self._prepared = False
+        self._live: LiveReference | None = None
+        self._cached: CachedReference | None = None
+        if self.reference in ("copy", "adapter"):
+            self._live = LiveReference(self.reference, model, self.accelerator, args.backend)
+        elif self.reference == "cached":
+            folder = Path(args.ref_cache_dir or cache_dir() / "reference")
+            dtype = str(self.accelerator.mixed_precision)
+            self._cached = CachedReference(model, folder, dtype=dtype, kind=self.kind)
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def _encode(self, dataset: Any) -> Any:
+        if dataset is None:
+            return None
+        if not (isinstance(dataset, datasets.Dataset) and _ENCODED[self.kind] <= set(dataset.column_names)):
+            args: XPOConfig = self.args
+            dataset = data.encode(
+                data.load(dataset, kind=self.kind),
+                self._tokenizer,
+                kind=self.kind,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                num_proc=args.dataset_num_proc,
+            )
+        name = self.args.length_column_name
+        if (
+            self.args.train_sampling_strategy not in ("random", "sequential")
+            and name not in dataset.column_names
+        ):
+            columns = [dataset[n] for n in dataset.column_names if n.endswith("_ids")]
+            lengths = [sum(map(len, row)) for row in zip(*columns, strict=True)]
+            dataset = dataset.add_column(name, lengths)  # type: ignore[call-arg]
+        return dataset
+
+    def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
+        if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
+            return dataset
+        return self._cached.attach(
+            dataset,
+            self.model,
+            self.accelerator,
+            self.data_collator,
+            batch_size=self.args.per_device_eval_batch_size,
+            backend=self.args.backend,
+            label=label,
+            progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+        )
+
+    def prepare(self) -> None:
+        """Check the fused head against the model, and cache the reference; `train` and `evaluate` call it."""
+        if self._prepared:
+            return
+        some = self.train_dataset or self.eval_dataset
+        some = next(iter(some.values())) if isinstance(some, dict) else some
+        if some:
+            self._check_head(some[0])
+        self.train_dataset = self._with_reference(self.train_dataset, "")
+        self.eval_dataset = _each(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
+        self._prepared = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare()
+        return super().train(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self.prepare()
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._with_reference(self._encode(eval_dataset), " (eval)")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        self.prepare()
+        return super().get_test_dataloader(self._with_reference(self._encode(test_dataset), " (test)"))
+
+    def completion_logps(self, dataset: Any) -> Tensor:
+        """Policy log-prob and length of both completions of every row: (N, 2, 2), see `reference.batch_logps`."""
+        return dataset_logps(
+            self._encode(dataset),
+            self.model,
+            self.accelerator,
+            self.data_collator,
+            self.kind,
+            batch_size=self.args.per_device_eval_batch_size,
+            backend=self.args.backend,
+        )
+
+    def plan(self) -> Plan:
+        """How the head will run on a batch of the first training rows."""
+        dataset: Any = self.train_dataset
+        rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
+        targets = self.data_collator(rows)["targets"].to(self.args.device)
+        head = Head.from_model(causal_lm(self.model))
+        hidden = head.weight.new_zeros(()).expand(*targets.shape, head.weight.shape[1]).requires_grad_()
+        with torch.enable_grad():
+            return self.objective.plan(hidden, head.weight, targets, bias=head.bias)
+
+    # --- the loss -------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Trainer's own casts floats to DeepSpeed's dtype: a log-prob of −200 in bfloat16 is off by up to half a nat.
+        return {name: value.to(self.args.device) for name, value in inputs.items()}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """The items of the whole optimizer step: all micro-batches of all ranks. () float."""
+        if not batch_samples:
+            return None
+        items = torch.stack([self.objective.count_items(batch["targets"]) for batch in batch_samples]).sum()
+        return sum_over_ranks(items.to(device)).clamp(min=1)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        iterator = map(self._without_repeats, epoch_iterator)
+        batches, items = super().get_batch_samples(iterator, num_batches, device)
+        if self._estimates_kl and batches:
+            # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
+            kl = self._estimate_kl(self.model_wrapped, batches)
+            batches = [{**{k: v for k, v in b.items() if not k.startswith("kl_")}, "kl": kl} for b in batches]
+        return batches, items
+
+    def _estimate_kl(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+        """KTO's reference point from the mismatched rows of these batches on all ranks. () in nats."""
+        policy, reference = [], []
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            rows = (batch["kl_input_ids"], batch["kl_attention_mask"], batch["kl_targets"])
+            with self.accelerator.autocast():
+                logps, lengths = row_logps(model, *rows, backend=self.args.backend).unbind(dim=1)
+            ref_logps = batch["kl_ref_logps"] if self._live is None else self._live.logps(model, *rows)
+            policy.append(logps[lengths > 0])
+            reference.append(ref_logps[lengths > 0])
+        logps, ref_logps = torch.cat(policy), torch.cat(reference)
+        total = sum_over_ranks(torch.tensor(logps.numel(), device=logps.device))
+        if self._kl is None or total >= 2:  # the odd row at the end of an epoch keeps the previous estimate
+            self._kl = kto_kl(logps, ref_logps)
+        return self._kl
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's sum of losses over `denominator`, with a graph, and its metrics."""
+        method = self.objective.method
+        rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
+        given: dict[str, Any] = {n: inputs[n] for n in TRAINABLE_COLUMNS if n in method.columns}
+        if self.reference != "none":
+            given["ref_logps"] = inputs["ref_logps"] if self._live is None else self._live.logps(model, *rows)
+        if self.kind == "pair" and len(method.sides) == 1:
+            rows, given["cu_seqlens"] = _half(rows, first=method.sides == ("_w",))
+
+        def fused(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+            targets = rows[2]
+            if "cu_seqlens" in given:
+                hidden, targets = hidden.flatten(0, 1), targets.flatten()
+            out = self.objective(
+                hidden, head.weight, targets, **head.kwargs(), denominator=denominator, **given
+            )
+            return {"loss": out.loss, **out.metrics}
+
+        outputs = dict(model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused))
+        return outputs.pop("loss"), outputs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        loss, metrics = self._loss(model, inputs, num_items_in_batch)
+        if model.training:
+            self._means.add(metrics, self._weights(metrics, inputs))
+        # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
+        loss = loss * self.accelerator.num_processes
+        return (loss, metrics) if return_outputs else loss
+
+    def _weights(self, metrics: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How much a batch's mean of each metric counts: the units it is a mean of. () each."""
+        scored = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1)
+        if self.kind == "pair":
+            sides = [scored.chunk(2)[0 if side == "_w" else 1] for side in self.objective.method.sides]
+            units = torch.stack(sides).all(dim=0).sum()
+            return dict.fromkeys(metrics, units)
+        desirable = inputs["desirable"]
+        kinds = {"chosen": scored & desirable, "rejected": scored & ~desirable}
+        return {name: kinds.get(name.rpartition("/")[2], scored).sum() for name in metrics}
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        self._eval_means = Means()
+        train_kl = self._kl
+        if self._estimates_kl:
+            self._kl = None
+            self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
+        output: Any = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        self._kl = train_kl
+        for name, value in self._eval_means.pop().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(self._without_repeats(inputs))
+        if self._estimates_kl:
+            inputs["kl"] = self._kl  # type: ignore[assignment]
+        items = self.objective.count_items(inputs["targets"])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self._loss(model, inputs, items.clamp(min=1))
+        weights = {**self._weights(metrics, inputs), "loss": items}
+        self._eval_means.add({**metrics, "loss": loss}, weights)
+        return loss.detach(), None, None
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unscore the rows with which the last batches are filled up to be as long on every rank.
+
+        To be called when the batch has just come from the data loader, which knows then whether it is the last.
+        """
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        units = len(inputs["targets"]) // (2 if self.kind == "pair" else 1)
+        own = state.remainder - self.accelerator.process_index * units
+        inputs = dict(inputs)
+        for name in ("targets", "kl_targets"):
+            if name in inputs:
+                at = torch.arange(len(inputs[name]), device=inputs[name].device) % units
+                inputs[name] = inputs[name].masked_fill((at >= own)[:, None], data.IGNORE_INDEX)
+        return inputs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._means.pop())
+        super().log(logs, start_time)
+
+    # --- checks ---------------------------------------------------------------------------------------------------
+
+    def _check_parallelism(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process a "
+                "device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
+            )
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "tensor, context and sequence parallelism split what one loss needs; use data parallelism"
+            )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and self.reference in ("copy", "cached"):
+            raise ValueError(
+                f"reference={self.reference!r} needs the whole model on every rank, which FSDP and DeepSpeed do not "
+                'keep: use LoRA with reference="adapter"'
+            )
+
+    def _check_head(self, row: dict[str, Any]) -> None:
+        """Refuse a model whose own logits are not what the fused head makes of its hidden states."""
+        completion = row["chosen_ids"] if self.kind == "pair" else row["completion_ids"]
+        ids = torch.tensor([(row["prompt_ids"] + completion)[: _PROBE_TOKENS + 1]], device=self.args.device)
+        inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
+        targets = ids[:, 1:]
+
+        def fused(hidden: Tensor, head: Head) -> Tensor:
+            if hidden.shape[:2] != targets.shape:
+                raise ValueError(
+                    f"expected one hidden state a token, {tuple(targets.shape)}, got {tuple(hidden.shape[:2])}: "
+                    "the model or its adapter adds positions of its own, which is not supported"
+                )
+            return token_logps(hidden, head.weight, targets, **head.kwargs(), backend=self.args.backend)
+
+        with evaluating(self.model):
+            logps = self.model(**inputs, fused_loss=fused)
+            logits = self.model(**inputs).logits  # (1, 8, V)
+        expected = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
+        tolerance = 1e-3 + torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
+        difference = float((logps - expected).abs().max())
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{type(causal_lm(self.model)).__name__} does more to its logits than a linear head with bias, scale "
+                f"and softcap: log-probs from hidden states differ from the model's own by {difference:.3g} (at most "
+                f"{tolerance:.3g} is rounding). Training would be silently wrong, so it is refused"
+            )
+
+
+def _half(rows: tuple[Tensor, ...], *, first: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The half of the rows (2P, T) that a method reads, for the model, and offsets that leave the others empty."""
+    rows = tuple(x.chunk(2)[0 if first else 1] for x in rows)
+    pairs, length = rows[0].shape
+    lengths = torch.zeros(2 * pairs, dtype=torch.int64, device=rows[0].device)
+    lengths[:pairs] = length if first else 0
+    lengths[pairs:] = 0 if first else length
+    return rows, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _each(dataset: Any, fn: Any) -> Any:
+    """fn of a data set, or of each of a dict of them."""
+    if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
+        return {name: fn(one) for name, one in dataset.items()}
+    return fn(dataset)
+
+
+def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config needs peft: pip install 'xpo-fast[train]'") from error
+    if hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "the model carries an adapter already: pass it without peft_config, or merge the adapter first"
+        )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(peft_config).__name__} adds positions of its own, which is not supported; use LoRA"
+        )
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def _warn_of_lost_updates(model: nn.Module, args: XPOConfig) -> None:
+    """Adam moves a weight by about the learning rate; under half a step of its dtype, that is no move at all."""
+    trained = [
+        p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if trained and args.learning_rate < 1e-5:
+        warnings.warn(
+            f"{sum(p.numel() for p in trained):,} weights in {trained[0].dtype} are trained with a learning rate of "
+            f"{args.learning_rate:g}: most updates round to nothing. Load the model in float32 and set bf16=True "
+            "(mixed precision), or use LoRA",
+            stacklevel=3,
+        )
