@@ -19,6 +19,7 @@ import torch
 from contenders import Missing, make_contenders
 from measure import MIB, peak_allocated_mib, peak_resident_mib, size_mib, table
 from problem import CASES, Batch, make_batch, make_weight
+from xpo_fast.head.chunked import release_tiles
 
 DEFAULT_TILE_MIB = 256
 ALLOWANCE = 1.10  # indices, statistics of tokens, one tile's hidden states and gradients
@@ -84,9 +85,11 @@ def measure(layout: Layout, case: str, contender: str, dtype: str) -> dict[str, 
         return {**about, "missing": str(error)}
     made.call(_batch(Layout(2, 8, 64, 16), dtype))  # code and threads are there before anything is counted
     batch = _batch(layout, dtype)
+    release_tiles()
     resident_mib, results = peak_resident_mib(lambda: made.call(batch))
     results_mib = size_mib(results.values())
     del results
+    release_tiles()  # or the second measurement would find the tile of the first
     allocated_mib, _ = peak_allocated_mib(lambda: made.call(batch))
     found = {
         **about,

@@ -6,6 +6,7 @@ allocated, operators inside custom operators included.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ def row_sums(x: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> tu
     if cu_seqlens is None:
         return (x * scored).sum(1), scored.sum(1)
     ends = cu_seqlens.tolist()
-    rows = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    rows = [slice(a, b) for a, b in itertools.pairwise(ends)]
     return torch.stack([(x * scored)[r].sum() for r in rows]), torch.stack([scored[r].sum() for r in rows])
 
 
@@ -115,10 +116,10 @@ class Meter:
         prof.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
         del kept
-        memory = [e["args"] for e in events if e["name"] == "[memory]"]
-        # "Total Allocated" starts from 0 with the profiler, so operands made before are not in it.
-        self.peak_bytes = max(m["Total Allocated"] for m in memory)
-        self.largest_bytes = max(m["Bytes"] for m in memory)
+        memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+        changes = [size for _, size in memory]  # frees are negative; operands made before are not in it
+        self.peak_bytes = max(itertools.accumulate(changes))
+        self.largest_bytes = max(changes)
         self.products = [  # (rows, inner, columns) of every matrix product
             (*e["args"]["Input Dims"][at], e["args"]["Input Dims"][at + 1][1])
             for e in events

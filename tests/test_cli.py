@@ -128,7 +128,7 @@ def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_pa
         (["--resume"], "--resume: no checkpoint in"),
         (["--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
         (["--eval-split", "20"], "leaves 0 rows to train on and 20 to evaluate"),
-        (["--model", "nowhere/at-all"], "cannot load a model from 'nowhere/at-all'"),
+        (["--model", "./nowhere"], "no model in './nowhere': no such folder"),
         (["--lora-targets", "no_such_module"], "no_such_module"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--scheduler", "wavy"], "wavy"),

@@ -616,7 +616,8 @@ def test_low_precision_weights_with_a_learning_rate_too_small_for_them_are_warne
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"cannot load a model from .*nowhere.*: expected 'smollm2-135m', a folder"
-    ):
+    with pytest.raises(ValueError, match="nowhere': no such folder; expected 'smollm2-135m', a folder"):
         load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"cannot load a model from .*: expected 'smollm2-135m', a folder"):
+        make_model().config.save_pretrained(tmp_path)
+        load_model(str(tmp_path))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import METHODS, __version__
+from . import METHODS, Objective, __version__
 from .head.plan import BACKENDS, choose_backend
 from .models import SMOLLM2, cache_dir, smollm2_gguf
 
@@ -321,11 +321,15 @@ def _check_settings(method: Method, settings: dict[str, Any]) -> None:
         default = method.defaults[name]
         if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
             raise UsageError(f"--set {name}: expected a number, got {value!r}")
-    one = torch.ones(1)
-    inputs = {
-        n: one.bool() if n == "desirable" else one if n.startswith("len") else -one for n in method.required
-    }
-    method(**inputs, **settings)
+    rows = 1 if method.layout == "unpaired" else 2
+    columns: dict[str, Any] = {"desirable": torch.ones(1, dtype=torch.bool), "kl": torch.zeros(())}
+    Objective(method.name, **settings)(
+        torch.zeros(rows, 1, 2),
+        torch.zeros(3, 2),
+        torch.zeros(rows, 1, dtype=torch.int64),
+        ref_logps=torch.zeros(rows) if method.needs_reference else None,
+        **{name: x for name, x in columns.items() if name in method.columns},
+    )
 
 
 def _checkpoint(output: Path, resume: str | None, overwrite: bool) -> str | None:
@@ -564,6 +568,7 @@ def _print_held_out(
 def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Any) -> None:
     parameters = list(trainer.model.parameters())
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    base = total if args.full else total - trained
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
     if trainer.accelerator.mixed_precision != "no":
@@ -574,7 +579,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Any) -> No
     step = args.batch_size * args.grad_accum * trainer.accelerator.num_processes
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
-        "model": f"{args.model}: {total / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
+        "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
         "data": f"{args.data}: {len(trainer.train_dataset)} {what} to train on, {held}",
         "method": f"{trainer.objective.method.name}({hyperparameters}), lr {trainer.args.learning_rate:g}, "
         f"{step} {what} a step",

@@ -55,14 +55,17 @@ def load_model(
     if (Path(name_or_path) / "adapter_config.json").is_file():
         return _merged(Path(name_or_path), dtype, kwargs)
     path = str(smollm2_path()) if name_or_path.lower() == SMOLLM2 else name_or_path
+    expected = f"{SMOLLM2!r}, a folder saved by save_pretrained, or a name on the Hugging Face hub"
+    # A hub's name is NAME or OWNER/NAME; anything else is a folder, and asking the hub for it would take a while.
+    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ValueError(f"no model in {name_or_path!r}: no such folder; expected {expected}")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(path, **_tokenizer_arguments(kwargs))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"cannot load a model from {name_or_path!r}: expected {SMOLLM2!r}, a folder saved by save_pretrained, or a "
-            f"name on the Hugging Face hub. {reason}"
+            f"cannot load a model from {name_or_path!r}: expected {expected}. {reason}"
         ) from error
     return model, tokenizer
 

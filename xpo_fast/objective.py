@@ -142,7 +142,9 @@ class Objective:
                 coefficients,
                 lambda logp: reduced(evaluate(sum_rows(logp, batch.rows, batch.count))[0]),
             )
-            _, metrics = evaluate(sum_rows(logp, batch.rows, batch.count))
+            losses, metrics = evaluate(sum_rows(logp, batch.rows, batch.count))
+            if losses.requires_grad:  # by a column: logp carries no gradient here
+                loss = loss + reduced(losses - losses.detach())
         else:
             logp = token_logps(flat, weight, batch.targets, bias=bias, **options)
             losses, metrics = evaluate(sum_rows(logp, batch.rows, batch.count))
@@ -249,14 +251,15 @@ class _Batch:
             )
         flat = targets.reshape(-1).long()
         self.device, self.units = flat.device, self.count // 2 if self.paired else self.count
+        self._sides = 2 if self.paired else 1
         self.lengths = sum_rows((flat != ignore_index).long(), self.rows, self.count)
         self.read = [k for k, side in enumerate(("_w", "_l")) if side in method.sides] if self.paired else [0]
-        lengths = self.lengths.view(-1, self.units)[self.read]
+        lengths = self.lengths.view(self._sides, self.units)[self.read]
         self.valid = (lengths > 0).all(dim=0)
         tokens = lengths.sum(dim=0) if method.denominator == "tokens" else torch.ones_like(lengths[0])
         self.items = tokens * self.valid
         # The head need not see a row that the method does not read, nor a unit that does not count.
-        counted = torch.zeros_like(self.lengths, dtype=torch.bool).view(-1, self.units)
+        counted = torch.zeros_like(self.lengths, dtype=torch.bool).view(self._sides, self.units)
         counted[self.read] = self.valid
         self.targets = torch.where(counted.view(-1)[self.rows], flat, ignore_index)
 
@@ -266,7 +269,7 @@ class _Batch:
             values = values.float()
         single = "length" if prefix == "len" else prefix
         names = (prefix + "_w", prefix + "_l") if self.paired else (single,)
-        parts = zip(names, values.view(-1, self.units), strict=True)
+        parts = zip(names, values.view(self._sides, self.units), strict=True)
         return {name: torch.where(self.valid, x, absent) for name, x in parts if name in self.method.inputs}
 
     def columns(self, given: dict[str, Tensor]) -> dict[str, Tensor]:

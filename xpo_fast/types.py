@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 # Where transformers models keep what their forward does to logits: attribute of the config → how it acts.
-_SOFTCAP_NAMES = ("final_logit_softcapping",)
+_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
 _MULTIPLIER_NAMES = ("logit_scale", "lm_head_multiplier")
 _DIVISOR_NAMES = ("logits_scaling",)
 

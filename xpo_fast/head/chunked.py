@@ -7,8 +7,10 @@ probabilities and those into dz = ∂L/∂z where they lie; dz goes into the gra
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +21,33 @@ from .spec import Scaling, accumulation_dtype, scored_positions
 _BLOCK_BYTES = 2 * 2**20
 
 
-@contextmanager
-def _bf16_products() -> Iterator[None]:
-    """Let oneDNN multiply float32 operands as bf16, accumulating and returning float32.
+class _Bf16Products:
+    """Lets oneDNN multiply float32 operands as bf16, accumulating and returning float32, in a `with` block.
 
     Exact for operands that are bf16 values already, and the only way to bf16 GEMMs with float32 results on CPU,
-    where torch.mm has no out_dtype. The setting is the process's, so it is put back after each GEMM.
+    where torch.mm has no out_dtype. The setting is the process's: it is turned on for single GEMMs, and put back by
+    the last of the threads that use it.
     """
-    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, "none"
+        self._setting: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = self._setting.fp32_precision
+                self._setting.fp32_precision = "bf16"
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._setting.fp32_precision = self._before
+
+
+_bf16_products = _Bf16Products()
 
 
 class _Head:
@@ -47,6 +62,7 @@ class _Head:
         # torch.mm has no float32 result for narrow operands on CPU: widen the weight there, a block at a time.
         self.widen = self.narrow and weight.device.type != "cuda"
         self._wide = None
+        self._products = _bf16_products if self.widen and weight.dtype == torch.bfloat16 else nullcontext()
 
     def rows(self, hidden: Tensor, index: Tensor) -> Tensor:
         """hidden[index] (n, D), in the dtype that the GEMMs take."""
@@ -62,12 +78,7 @@ class _Head:
             self._wide = self.weight.new_empty((size, self.width), dtype=self.dtype)
         for start in range(0, self.vocab, size):
             block = slice(start, min(start + size, self.vocab))
-            wide = self._wide[: block.stop - start].copy_(self.weight[block])
-            if self.weight.dtype == torch.bfloat16:
-                with _bf16_products():
-                    yield block, wide
-            else:
-                yield block, wide
+            yield block, self._wide[: block.stop - start].copy_(self.weight[block])
 
     def logits(self, h: Tensor, out: Tensor) -> Tensor:
         """h Wᵀ into out (n, V): 1F. `finish` makes them final."""
@@ -75,7 +86,8 @@ class _Head:
             if self.narrow and not self.widen:
                 torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
             else:
-                torch.mm(h, weight.T, out=out[:, block])
+                with self._products:
+                    torch.mm(h, weight.T, out=out[:, block])
         return out
 
     def into_hidden(self, dz: Tensor) -> Tensor:
@@ -84,7 +96,8 @@ class _Head:
             return torch.mm(dz.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
         out = dz.new_empty((dz.shape[0], self.width))
         for block, weight in self._weight_blocks():
-            torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
+            with self._products:
+                torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
         return out
 
     def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
@@ -92,11 +105,9 @@ class _Head:
         beta = 0 if first else 1
         if self.narrow and not self.widen:
             torch.addmm(out, dz.to(h.dtype).T, h, beta=beta, out_dtype=self.dtype, out=out)
-        elif self.weight.dtype == torch.bfloat16:
-            with _bf16_products():
-                torch.addmm(out, dz.T, h, beta=beta, out=out)
         else:
-            torch.addmm(out, dz.T, h, beta=beta, out=out)
+            with self._products:
+                torch.addmm(out, dz.T, h, beta=beta, out=out)
 
     def finish(self, z: Tensor) -> None:
         """Products to final logits, in place."""
@@ -151,8 +162,7 @@ def _add_at(rows: Tensor, y: Tensor, x: Tensor) -> None:
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
     """Σ p·x a row, x overwritten; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
-    limit = torch.finfo(x.dtype).max
-    return x.clamp_(-limit, limit).mul_(p).sum(dim=1)
+    return x.masked_fill_(p == 0, 0).mul_(p).sum(dim=1)
 
 
 def _tiles(index: Tensor, tile_tokens: int) -> Iterator[tuple[slice, Tensor]]:
@@ -163,13 +173,61 @@ def _tiles(index: Tensor, tile_tokens: int) -> Iterator[tuple[slice, Tensor]]:
         yield part, index[part]
 
 
-def _buffer(index: Tensor, tile_tokens: int, head: _Head) -> Tensor:
-    return torch.empty(
-        (min(tile_tokens, index.shape[0]), head.vocab), dtype=head.dtype, device=head.weight.device
-    )
+# The tiles of the last call on CPU, as bytes. Touching fresh memory costs a page fault for every 4 KiB of it, 7% of the
+# two GEMMs of a small head; a tile that has been used costs nothing.
+_used_tiles: list[Tensor] = []
+_KEEP_TILES, _KEEP_BYTES = 2, 256 * 2**20
+
+
+def release_tiles() -> None:
+    """Give back the memory that is kept for the next call on CPU, 256 MiB a tile at most."""
+    _used_tiles.clear()
+
+
+@contextmanager
+def _tile(rows: int, head: _Head) -> Iterator[Tensor]:
+    """Memory for (rows, V) logits, with anything in it."""
+    shape, device = (rows, head.vocab), head.weight.device
+    if device.type != "cpu":
+        yield torch.empty(shape, dtype=head.dtype, device=device)
+        return
+    size = rows * head.vocab * head.dtype.itemsize
+    try:
+        memory = _used_tiles.pop()
+    except IndexError:
+        memory = torch.empty(0, dtype=torch.uint8)
+    if memory.numel() < size:
+        del memory  # before its successor is allocated
+        memory = torch.empty(size, dtype=torch.uint8)
+    try:
+        yield memory[:size].view(head.dtype).view(shape)
+    finally:
+        if len(_used_tiles) < _KEEP_TILES and memory.numel() <= _KEEP_BYTES:
+            _used_tiles.append(memory)
 
 
 Reference = tuple[Tensor, Tensor, "Tensor | None"]  # hidden (N, Dr), weight (V, Dr), bias (V,)
+
+
+def _products(
+    head: _Head,
+    hidden: Tensor,
+    ref_head: _Head | None,
+    ref: Reference | None,
+    index: Tensor,
+    tile_tokens: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Tile by tile: its positions (n,), hidden states (n, D), products h Wᵀ (n, V), and the reference's (n, V)."""
+    rows = min(tile_tokens, index.shape[0])
+    with ExitStack() as stack:
+        tile = stack.enter_context(_tile(rows, head))
+        ref_tile = None if ref_head is None else stack.enter_context(_tile(rows, ref_head))
+        for _, part in _tiles(index, tile_tokens):
+            h = head.rows(hidden, part)
+            z_ref = None
+            if ref is not None and ref_head is not None and ref_tile is not None:
+                z_ref = ref_head.logits(ref_head.rows(ref[0], part), ref_tile[: part.shape[0]])
+            yield part, h, head.logits(h, tile[: part.shape[0]]), z_ref
 
 
 def forward(
@@ -195,15 +253,8 @@ def forward(
     dlogp = torch.zeros(
         hidden.shape if save_grad else (0, head.width), dtype=hidden.dtype, device=hidden.device
     )
-    tile = _buffer(index, tile_tokens, head)
-    ref_tile = _buffer(index, tile_tokens, ref_head) if ref_head is not None else None
 
-    for _, part in _tiles(index, tile_tokens):
-        z = head.logits(head.rows(hidden, part), tile[: part.shape[0]])
-        z_ref = None
-        if ref is not None:
-            assert ref_head is not None and ref_tile is not None
-            z_ref = ref_head.logits(ref_head.rows(ref[0], part), ref_tile[: part.shape[0]])
+    for part, _, z, z_ref in _products(head, hidden, ref_head, ref, index, tile_tokens):
         y = targets[part]
         rows = torch.empty((found.shape[0], part.shape[0]), dtype=head.dtype, device=hidden.device)
         for b in _row_blocks(z):
@@ -243,11 +294,11 @@ def _statistics(
 ) -> None:
     log_ratio = q = None
     if z_ref is not None:
-        log_ratio = z_ref.clone()
+        log_ratio = z_ref - z
         ref_largest, ref_log_total = _softmax_(z_ref)
         q = z_ref
         shift = (ref_largest + ref_log_total) - (largest + log_total)
-        log_ratio.sub_(z).sub_(shift.unsqueeze(1))  # log q − log p
+        log_ratio.sub_(shift.unsqueeze(1))  # log q − log p
     for row, name in zip(rows, outputs, strict=True):
         if name == "entropy":
             row.copy_(log_total - _expectation(p, z - largest.unsqueeze(1)))
@@ -283,18 +334,10 @@ def backward(
     head = _Head(weight, bias, scaling)
     ref_head = None if ref is None else _Head(ref[1], ref[2], scaling)
     index = scored_positions(targets, ignore_index, head.vocab)
-    grads = _Gradients(head, hidden, needs)
-    tile = _buffer(index, tile_tokens, head)
-    ref_tile = _buffer(index, tile_tokens, ref_head) if ref_head is not None else None
+    grads = _Gradients(head, hidden, needs, hidden.dtype)
     extra = set(upstream) - {"logp", "lse"}
 
-    for _, part in _tiles(index, tile_tokens):
-        h = head.rows(hidden, part)
-        z = head.logits(h, tile[: part.shape[0]])
-        z_ref = None
-        if ref is not None:
-            assert ref_head is not None and ref_tile is not None
-            z_ref = ref_head.logits(ref_head.rows(ref[0], part), ref_tile[: part.shape[0]])
+    for part, h, z, z_ref in _products(head, hidden, ref_head, ref, index, tile_tokens):
         y = targets[part]
         u = {name: x[part].to(head.dtype) for name, x in upstream.items()}
         v = {name: x[part] for name, x in values.items()}
@@ -335,7 +378,6 @@ def _extra_dz_(
 
     ∂entropy/∂z = −p (log p + entropy); ∂KL(q‖p)/∂z = p − q; ∂KL(p‖q)/∂z = p (log p − log q − KL(p‖q)).
     """
-    limit = torch.finfo(p.dtype).max
     q = None
     coefficient = torch.zeros_like(p)
     if z_ref is not None:
@@ -345,27 +387,30 @@ def _extra_dz_(
         largest, log_total = _softmax_(z_ref)
         q = z_ref
         if log_q is not None:
-            log_q.sub_((largest + log_total).unsqueeze(1)).sub_(log_p).neg_().clamp_(-limit, limit)
+            log_q.sub_((largest + log_total).unsqueeze(1)).sub_(log_p).neg_()
             coefficient.addcmul_(log_q, u["reverse_kl"][b].unsqueeze(1))
             factor = factor - u["reverse_kl"][b] * v["reverse_kl"][b]
     if "kl" in u:
         factor = factor + u["kl"][b]
     if "entropy" in u:
         factor = factor - u["entropy"][b] * v["entropy"][b]
-        coefficient.addcmul_(log_p.clamp_(-limit, limit), u["entropy"][b].unsqueeze(1), value=-1)
-    p.mul_(coefficient.add_(factor.unsqueeze(1)))
+        coefficient.addcmul_(log_p, u["entropy"][b].unsqueeze(1), value=-1)
+    ruled_out = p == 0
+    p.mul_(coefficient.add_(factor.unsqueeze(1))).masked_fill_(ruled_out, 0)
     if "kl" in u:
         assert q is not None
         p.sub_(q.mul_(u["kl"][b].unsqueeze(1)))
 
 
 class _Gradients:
-    """dH, dW and db, accumulated over tiles in the accumulation dtype, returned in their operands'."""
+    """dH, dW and db, accumulated over tiles in the accumulation dtype; dH and dW end in `dtype`."""
 
-    def __init__(self, head: _Head, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
-        self.head = head
+    def __init__(
+        self, head: _Head, hidden: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype
+    ) -> None:
+        self.head, self.dtype = head, dtype
         weight, device = head.weight, hidden.device
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
         self.weight = torch.empty(weight.shape, dtype=head.dtype, device=device) if needs[1] else None
         self.bias = torch.zeros(head.vocab, dtype=head.dtype, device=device) if needs[2] else None
         self.first = True
@@ -373,7 +418,7 @@ class _Gradients:
     def add(self, dz: Tensor, h: Tensor, part: Tensor) -> None:
         """Add a tile: dz (n, V), h (n, D), the n positions it stands for."""
         if self.hidden is not None:
-            self.hidden[part] = self.head.into_hidden(dz).to(self.hidden.dtype)
+            self.hidden[part] = self.head.into_hidden(dz).to(self.dtype)
         if self.weight is not None:
             self.head.into_weight(dz, h, self.weight, self.first)
         if self.bias is not None:
@@ -384,7 +429,7 @@ class _Gradients:
         if self.weight is not None:
             if self.first:
                 self.weight.zero_()
-            self.weight = self.weight.to(self.head.weight.dtype)
+            self.weight = self.weight.to(self.dtype)
         return self.hidden, self.weight, self.bias
 
 
@@ -402,16 +447,17 @@ def unit_gradients(
     """logp (N,) and the gradients of a loss that is a sum over units, with the tile still live when u is known.
 
     groups: the scored positions (n,) of some whole units, and the units. Once all tiles of a group have been scored,
-    coefficients(logp (n,), positions (n,), units) gives u = ∂L/∂logp (n,). A group of one tile costs 3F; of a longer one, all tiles
-    but the last are made again: 4F.
+    coefficients(logp (n,), positions (n,), units) gives u = ∂L/∂logp (n,). A group of one tile costs 3F; of a longer
+    one, all tiles but the last are made again: 4F.
     """
     head = _Head(weight, bias, scaling)
-    grads = _Gradients(head, hidden, needs)
+    # A loss scale comes with the backward: until then float16 would lose what is small.
+    dtype = head.dtype if hidden.dtype == torch.float16 else hidden.dtype
+    grads = _Gradients(head, hidden, needs, dtype)
     logp = torch.zeros(targets.shape, dtype=head.dtype, device=hidden.device)
     longest = max((index.shape[0] for index, _ in groups), default=0)
-    tile = torch.empty((min(tile_tokens, longest), head.vocab), dtype=head.dtype, device=hidden.device)
 
-    def probabilities(part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def probabilities(part: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """h (n, D), the tile as probabilities (n, V), logp (n,) and lse (n,)."""
         h = head.rows(hidden, part)
         p = head.logits(h, tile[: part.shape[0]])
@@ -425,23 +471,24 @@ def unit_gradients(
             lse[b] = largest + log_total
         return h, p, found, lse
 
-    for index, units in groups:
-        parts = list(_tiles(index, tile_tokens))
-        scored = torch.empty(index.shape, dtype=head.dtype, device=hidden.device)
-        live = None
-        for at, part in parts:
-            live = probabilities(part)
-            scored[at] = live[2]
-        u = coefficients(scored, index, units)
-        for at, part in reversed(parts):
-            h, p, found, lse = live if live is not None else probabilities(part)
+    with _tile(min(tile_tokens, longest), head) as tile:
+        for index, units in groups:
+            parts = list(_tiles(index, tile_tokens))
+            scored = torch.empty(index.shape, dtype=head.dtype, device=hidden.device)
             live = None
-            for b in _row_blocks(p):
-                y = targets[part[b]]
-                z = head.logits_of(p[b], y, found[b], lse[b]) if scaling.softcap is not None else None
-                p[b].mul_(-u[at][b].unsqueeze(1))
-                _add_at(p[b], y, u[at][b])
-                head.unfinish(p[b], z)
-            grads.add(p, h, part)
-        logp[index] = scored
+            for at, part in parts:
+                live = probabilities(part, tile)
+                scored[at] = live[2]
+            u = coefficients(scored, index, units)
+            for at, part in reversed(parts):
+                h, p, found, lse = live if live is not None else probabilities(part, tile)
+                live = None
+                for b in _row_blocks(p):
+                    y = targets[part[b]]
+                    z = head.logits_of(p[b], y, found[b], lse[b]) if scaling.softcap is not None else None
+                    p[b].mul_(-u[at][b].unsqueeze(1))
+                    _add_at(p[b], y, u[at][b])
+                    head.unfinish(p[b], z)
+                grads.add(p, h, part)
+            logp[index] = scored
     return logp, grads.finished()

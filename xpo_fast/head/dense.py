@@ -13,7 +13,8 @@ from .spec import Scaling, accumulation_dtype, scored_positions
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Tensor:
     """(n, D), (V, D) → (n, V) final logits."""
     dtype = accumulation_dtype(hidden.dtype)
-    z = hidden.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
     z = z * scaling.logit_scale

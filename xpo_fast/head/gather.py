@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .autograd import refuse_double_backward
 from .chunked import _row_blocks, _softmax_
-from .spec import accumulation_dtype, scored_positions
+from .spec import Scaling, accumulation_dtype, scored_positions
 
 
 def _blocks(logits: Tensor, index: Tensor):
@@ -105,8 +105,9 @@ def gather_logps(
         )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integer token ids, got {targets.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if targets.device != logits.device:
+        raise ValueError(f"logits are on {logits.device} and targets on {targets.device}: move one of them")
+    Scaling(float(temperature))
     flat = logits.reshape(-1, logits.shape[-1])
     logp = _forward(flat, targets.reshape(-1).long(), float(temperature), ignore_index, overwrite_logits)
     return logp.view(targets.shape)

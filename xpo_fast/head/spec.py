@@ -25,9 +25,9 @@ class Scaling:
     def __post_init__(self) -> None:
         for name in ("temperature", "softcap"):
             x = getattr(self, name)
-            if x is not None and not (x > 0 and math.isfinite(x)):
+            if x is not None and not 0 < x < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {x}")
-        if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
+        if not 0 < abs(self.logit_scale) < math.inf:
             raise ValueError(f"logit_scale must be finite and not 0, got {self.logit_scale}")
 
     @property

@@ -55,7 +55,7 @@ class UnitLoss(torch.autograd.Function):
         logp, (d_hidden, d_weight, d_bias) = chunked.unit_gradients(
             hidden, weight, bias, targets, scaling, groups, tile_tokens, coefficients, needs
         )
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.mark_non_differentiable(logp)
         return total(logp), logp
@@ -63,9 +63,8 @@ class UnitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple:
         refuse_double_backward("the objective")
-        d_hidden, d_weight, d_bias = (
-            None if g is None else scale_saved(g, upstream[0]) for g in ctx.saved_tensors
+        grads = (
+            None if g is None else scale_saved(g, upstream[0]).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        if d_bias is not None:
-            d_bias = d_bias.to(ctx.bias_dtype)
-        return (d_hidden, d_weight, d_bias, *([None] * 6))
+        return (*grads, *([None] * 6))
