@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 import transformers
-from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 
 import xpo_fast as xf
+from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, models
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")

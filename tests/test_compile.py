@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from torch.testing import assert_close
 
+import oracle
 import xpo_fast as xf
 
 VOCAB, WIDTH = 23, 8

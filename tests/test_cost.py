@@ -5,12 +5,12 @@ F = 2·N·V·D, one product of the N scored tokens with the head. Ignored tokens
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils import deterministic
 
+import oracle
 import xpo_fast as xf
 from xpo_fast.head import head_plan
 from xpo_fast.head.chunked import release_tiles

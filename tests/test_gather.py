@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from torch.testing import assert_close
 
+import oracle
 import xpo_fast as xf
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import oracle
 import xpo_fast as xf
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "top1", "kl", "reverse_kl")

@@ -294,7 +294,7 @@ def test_label_smoothing_mixes_the_pair_and_its_flip(name, hyper):
 def test_smoothed_dpo_is_convex_and_least_where_the_probability_is_right():
     margin = torch.linspace(-8, 8, 81, dtype=torch.float64)
     margin[-1] = math.log(0.9 / 0.1)  # s(h) = 1 - eps
-    given = {"logp_w": margin} | {k: margin * 0 for k in ("logp_l", "ref_logp_w", "ref_logp_l")}
+    given = {"logp_w": margin} | dict.fromkeys(("logp_l", "ref_logp_w", "ref_logp_l"), margin * 0)
     losses, gradients = losses_and_gradients("dpo", given, beta=1.0, label_smoothing=0.1)
     assert (losses[:-1].diff().diff() > 0).all() and (losses[:-1] > losses[-1]).all()
     assert abs(gradients["logp_w"][-1]) < 1e-10

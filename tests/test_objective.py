@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import oracle
 import xpo_fast as xf
 
 VOCAB, WIDTH, T = 29, 6, 7

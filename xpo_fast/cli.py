@@ -266,7 +266,7 @@ def run_train(args: argparse.Namespace) -> int:
     _print_header(trainer, args, say)
     results: dict[str, Any] = {"options": _options(args), "versions": _versions()}
     if eval_rows is not None:
-        results["before"] = _held_out(trainer)
+        results["before"] = trainer.held_out()
         if (
             trainer.objective.method.needs_reference
         ):  # policy = reference still, and rewards are rounding errors
@@ -283,7 +283,7 @@ def run_train(args: argparse.Namespace) -> int:
     trainer.save_model()
     trainer.save_state()
     if eval_rows is not None:
-        results["after"] = _held_out(trainer)
+        results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), kind, say)
     if main_process:
         (output / "results.json").write_text(json.dumps(_finite(results), indent=1) + "\n", encoding="utf-8")
@@ -530,19 +530,6 @@ def _stop_after_step(trainer: XPOTrainer) -> Iterator[list[int]]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _held_out(trainer: XPOTrainer) -> dict[str, float]:
-    """The loss and metrics on held-out rows; of pairs, also how often the chosen one is likelier per token."""
-    metrics = {
-        k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_second", "_time"))
-    }
-    if trainer.kind == "pair":
-        logp, length = trainer.completion_logps(trainer.eval_dataset).unbind(dim=-1)  # (P, 2)
-        mean = logp / length
-        scored = (length > 0).all(dim=1)
-        metrics["eval_likelier_per_token"] = float((mean[:, 0] > mean[:, 1])[scored].float().mean())
-    return metrics
 
 
 def _print_held_out(

@@ -329,7 +329,7 @@ def _transcript(text: str) -> list[dict[str, str]]:
 
 def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
     """The prompt that two texts begin with: up to a line's end, or the space before the words that differ."""
-    shared = os.path.commonprefix(values)
+    shared = os.path.commonprefix(values)  # noqa: RUF071 (of texts, which is what it compares)
     cut = len(shared.rstrip(" ")) if shared.endswith(" ") else max(shared.rfind(" "), shared.rfind("\n") + 1)
     if not shared[:cut].strip():
         raise DataError(

@@ -296,6 +296,21 @@ class XPOTrainer(Trainer):
             backend=self.args.backend,
         )
 
+    def held_out(self) -> dict[str, float]:
+        """`evaluate` on eval_dataset; of pairs, also how often the chosen completion is likelier per token.
+
+        The latter says something before training too, when every implicit reward is 0.
+        """
+        metrics = {
+            k: v for k, v in self.evaluate().items() if not k.endswith(("_runtime", "_second", "_time"))
+        }
+        if self.kind == "pair":
+            logp, length = self.completion_logps(self.eval_dataset).unbind(dim=-1)  # (P, 2)
+            mean = logp / length
+            scored = (length > 0).all(dim=1)
+            metrics["eval_likelier_per_token"] = float((mean[:, 0] > mean[:, 1])[scored].float().mean())
+        return metrics
+
     def plan(self) -> Plan:
         """How the head will run on a batch of the first training rows."""
         dataset: Any = self.train_dataset
