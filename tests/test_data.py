@@ -700,11 +700,11 @@ def test_encoding_faults():
         encode(chat, tokenizer(refusing), kind="pair")
     with pytest.raises(DataError, match=r"^rows\[0\]: the only row.*two or more"):
         encode(one, tokenizer(), kind="unpaired")
-    with pytest.raises(ValueError, match="takes what load.*'unpaired'.*completion.*got prompt, chosen"):
+    with pytest.raises(ValueError, match=r"takes what load.*'unpaired'.*completion.*got prompt, chosen"):
         encode(text, tokenizer(), kind="unpaired")
-    with pytest.raises(ValueError, match="max_length must be at least 2.*got 1"):
+    with pytest.raises(ValueError, match=r"max_length must be at least 2.*got 1"):
         encode(text, tokenizer(), kind="pair", max_length=1)
-    with pytest.raises(ValueError, match="max_prompt_length must be at least 1.*got 0"):
+    with pytest.raises(ValueError, match=r"max_prompt_length must be at least 1.*got 0"):
         encode(text, tokenizer(), kind="pair", max_prompt_length=0)
     with pytest.raises(DataError, match="no rows to encode"):
         encode(text.select([]), tokenizer(), kind="pair")
