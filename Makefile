@@ -28,6 +28,8 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo ## fine-tune a small chat model by DPO on the packaged pairs, under ten minutes on two cores
 	$(BIN)/python examples/demo.py
 
+# Threads cost more than they give on tensors as small as the tests'.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev ## the test suite
 	$(BIN)/python -m pytest
 

@@ -91,7 +91,7 @@ AIMS = (
 def run_case(
     shape: Shape, dtype: str, name: str, weight: Tensor, repeats: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Check, then time, every contender of a case: a record each, and what is missing."""
+    """Check, then time, every contender of a case: a record each, and why others are missing."""
     case = CASES[name]
     length = shape.scored // ROWS * (2 if case.prompts else 1)
     batches = [make_batch(weight, ROWS, length, case.prompts, seed) for seed in range(BATCHES)]
@@ -133,7 +133,7 @@ def _available(case: Case) -> tuple[dict[str, Contender], list[str]]:
         try:
             contenders[name] = make()
         except Missing as error:
-            missing.append(f"{name}: {error}")
+            missing.append(str(error))
     return contenders, missing
 
 
@@ -248,7 +248,7 @@ def main() -> int:
                 results["aims"] += [] if args.quick else compare_with_aims(records)
                 tables.append(f"### {title}\n\n{timing_table(records)}")
                 problems += [f"wrong: {r['contender']}, {title}" for r in records if r["outside_tolerance"]]
-                problems += [] if args.skip_missing else [f"missing: {name}" for name in missing]
+                problems += [] if args.skip_missing else [f"missing: {why}" for why in missing]
     if args.memory:
         for dtype in args.dtype:
             for record in memory.sweep(str(DTYPES[dtype]).removeprefix("torch."), args.quick):
@@ -260,7 +260,7 @@ def main() -> int:
             if not r.get("within_bound", True):
                 problems.append(f"over its memory: {r['case']}, {r['dtype']}, {r['rows']} × {r['length']}")
             if "missing" in r and not args.skip_missing:
-                problems.append(f"missing: {r['contender']}: {r['missing']}")
+                problems.append(f"missing: {r['missing']}")
 
     if args.json:
         write_json(args.json, results)

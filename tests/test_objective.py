@@ -293,6 +293,8 @@ def test_autocast(dtype, learn):
     xs, targets = operands(learn, torch.float32), targets_of()
     with torch.autocast("cpu", dtype):
         out = xf.Objective("dpo")(xs[0], xs[1], targets, bias=xs[2], ref_hidden=xs[0].detach() * 0.9)
+        plan = xf.Objective("dpo").plan(xs[0].to(dtype), xs[1], targets, bias=xs[2])
+        assert plan.passes == (3 if learn == "trainable" else 2)
     wide = oracle.leaves(*(x.to(dtype) for x in xs))
     ref = oracle.stats((xs[0].detach() * 0.9).to(dtype).double(), *wide[1:2], targets, bias=wide[2])["logp"]
     ref_logps = oracle.row_sums(ref, targets)[0].detach()
@@ -370,6 +372,10 @@ def test_nothing_to_learn(name, kind, packed, learn):
     assert out.loss == 0 and out.loss.requires_grad
     assert objective.count_items(y, **cu) == 0
     assert all(x.isnan() for x in out.metrics.values())  # the mean of nothing
+    counted = objective(
+        h, xs[1], y, bias=xs[2], denominator=objective.count_items(y, **cu), **cu, **ref, **columns
+    )
+    assert counted.loss == 0  # every micro-batch of a step may be like this one: 0 of 0 items
     out.loss.backward()
     for x in xs:
         assert (x.grad is not None) == x.requires_grad

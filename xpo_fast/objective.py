@@ -18,6 +18,10 @@ from .methods import Method, get_method
 from .reduce import REDUCTIONS, mean_metrics, reduce_losses
 from .types import LossOutput
 
+_OF_NO_MATTER_TO_THE_PLAN = {
+    "temperature", "softcap", "logit_scale", "ref_weight", "ref_bias", "ref_logps", "denominator",
+}  # fmt: skip
+
 
 class Objective:
     """A method through the head.
@@ -100,11 +104,13 @@ class Objective:
         }
         known = batch.columns(columns) | batch.sides("len", batch.lengths, absent=1.0)
         if self.method.needs_reference:
+            if ref_logps is not None and ref_hidden is not None:
+                raise ValueError("the reference came twice: pass either ref_hidden= or ref_logps=")
             if ref_logps is None:
                 ref_logps = self._reference(batch, weight, bias, ref_hidden, ref_weight, ref_bias, options)
             known |= batch.sides("ref_logp", batch.check_rows("ref_logps", ref_logps))
         if denominator is None:
-            denominator = batch.items.sum().clamp(min=1)
+            denominator = batch.items.sum()
 
         def evaluate(row_logps: Tensor, units: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             """Losses and metrics of the units given, or all, from the log-probs of all rows (R,)."""
@@ -167,9 +173,13 @@ class Objective:
         bias: Tensor | None = None,
         ref_hidden: Tensor | None = None,
         ignore_index: int = -100,
-        **_: Any,
+        **others: Any,
     ) -> Plan:
         """How a call with these arguments will run: backend, tile and passes. Print it."""
+        unknown = sorted(set(others) - _OF_NO_MATTER_TO_THE_PLAN - set(self.method.columns))
+        if unknown:
+            raise ValueError(f"{self.method.name}: unknown {', '.join(unknown)}")
+        hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
         check_operands(hidden, weight, targets, bias)
         batch = _Batch(self.method, targets, cu_seqlens, ignore_index)
         plan = self._head_plan(hidden, weight, bias, batch)

@@ -21,11 +21,11 @@ def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -
     """Reduce unit losses (U,) to a scalar, or return them as they are with reduction="none".
 
     denominator: what "mean" divides by, the items (units, or tokens) of the whole optimizer step over all
-    micro-batches and ranks. A unit left out has loss 0 and is not among them.
+    micro-batches and ranks. A unit left out has loss 0 and is not among them; nothing over no items is 0.
     """
     if reduction == "none":
         return losses
-    return losses.sum() / denominator if reduction == "mean" else losses.sum()
+    return losses.sum() / (denominator + (denominator == 0)) if reduction == "mean" else losses.sum()
 
 
 def mean_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..types import TokenStats
 from . import dense
 from .autograd import token_stats as _token_stats_op
+from .chunked import release_tiles
 from .gather import gather_logps
 from .plan import Plan, choose_backend, tile_size
 from .rows import packed_rows, shift_labels, sum_rows
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "gather_logps",
     "head_plan",
+    "release_tiles",
     "sequence_logps",
     "shift_labels",
     "token_logps",
@@ -62,7 +64,8 @@ def token_stats(
     Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position
     makes its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
 
-    chunk_tokens: tokens a tile, if you want to say; else from tile_bytes, 256 MiB on CPU.
+    chunk_tokens: tokens a tile, if you want to say; else as many as are useful within tile_bytes, 256 MiB on CPU,
+    where the tile is kept for the next call: `release_tiles()` gives it back.
     Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
     output or backend, and (on CPU) a target outside the vocabulary.
     """

@@ -187,13 +187,12 @@ def _backward_recompute(
     ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None
 ) -> tuple:
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, extra = ctx.saved_tensors
-    scored = targets != ctx.scalars[3]
     upstream = {"logp": d_logp, "lse": d_lse}
     values = {}
     for k, name in enumerate(ctx.names):
         if name in DIFFERENTIABLE and d_extra is not None:
             upstream[name], values[name] = d_extra[k], extra[k]
-    given = {n: torch.where(scored, d, 0.0) for n, d in upstream.items() if d is not None}
+    given = {n: d for n, d in upstream.items() if d is not None}
     need = ctx.needs_input_grad[:3]
     if not given or not any(need):
         return None, None, None
