@@ -97,6 +97,7 @@ CALL_ERRORS = [
     ({"targets": torch.full((4, 3), VOCAB)}, "target 29 at position 0 .*vocabulary of 29"),
     ({"targets": torch.full((4, 3), -1)}, "target -1 at position 0"),
     ({"ref_logps": None}, "pass ref_hidden=.* or ref_logps="),
+    ({"ref_hidden": torch.randn(4, 3, WIDTH)}, "reference came twice"),
     ({"ref_logps": torch.zeros(2)}, r"ref_logps must be \(4,\).*got \(2,\)"),
     ({"ref_logps": torch.zeros(4, device="meta")}, "meta"),
     ({"ref_logps": None, "ref_hidden": torch.randn(2, 3, WIDTH)}, "of the reference: "),
@@ -144,3 +145,9 @@ def test_setup_errors(args, kwargs, message):
 def test_out_of_range_options(change, message):
     with pytest.raises(ValueError, match=message):
         call(objective=change)
+
+
+def test_plan_refuses_what_the_call_would():
+    hidden, weight, targets = torch.randn(4, 3, WIDTH), torch.randn(VOCAB, WIDTH), torch.ones(4, 3).long()
+    with pytest.raises(ValueError, match="dpo: unknown softcaps"):
+        xf.Objective("dpo").plan(hidden, weight, targets, softcaps=3.0)

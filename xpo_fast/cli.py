@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import METHODS, Objective, __version__
-from .head.plan import BACKENDS, choose_backend
+from .head.plan import AUTO_REASON, BACKENDS, choose_backend
 from .models import SMOLLM2, cache_dir, smollm2_gguf
 
 if TYPE_CHECKING:
@@ -626,7 +626,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     for name in BACKENDS:
         print(f"  {name:<16} {_try_backend(name, best)}")
     try:
-        print(f"  auto on {best.type:<8} {choose_backend('auto', best)}")
+        print(f"  auto on {best.type:<8} {choose_backend('auto', best)}: {AUTO_REASON}")
         core = _try_backend("auto", best)
     except Exception as error:  # whatever it is, this command is there to tell
         core = _one_line(error)

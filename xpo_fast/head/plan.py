@@ -9,11 +9,12 @@ import torch
 from .spec import accumulation_dtype
 
 BACKENDS = ("dense", "torch")
+AUTO_REASON = "the one that makes tiles; dense keeps every logit and is there to be compared with"
 # Bytes of the one tile of logits (and of a reference's beside it, together) unless the caller says otherwise.
 DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2560 * 2**20}
 
-# More tokens make the GEMMs no faster, and every page of a larger tile is touched for the first time in each call.
-_ENOUGH_TOKENS = {"cpu": 512, "cuda": 4096}
+# More tokens make the GEMMs no faster.
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True)
