@@ -41,7 +41,7 @@ lint: $(VENV)/.dev
 check: lint test ## what CI runs: lint, types, tests
 
 bench: $(VENV)/.dev ## the head against its GEMMs and its peers; writes bench/results/
-	$(BIN)/python bench/head.py
+	$(BIN)/python bench/head.py --memory --json bench/results/head-cpu.json
 
 clean: ## remove the virtual environment and build outputs
 	rm -rf $(VENV) build dist *.egg-info

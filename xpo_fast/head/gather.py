@@ -28,7 +28,7 @@ def _forward(
     for at, z in _blocks(logits, index):
         z.div_(temperature)
         z_y = z.gather(1, targets[at].unsqueeze(1)).squeeze(1)
-        largest, log_total = _softmax_(z)
+        largest, log_total, _ = _softmax_(z)
         logp[at] = z_y - largest - log_total
     return logp
 
@@ -45,9 +45,9 @@ def _write_gradient(
     index = scored_positions(targets, ignore_index, logits.shape[1])
     for at, z in _blocks(logits, index):
         z.div_(temperature)
-        _softmax_(z)
+        *_, total = _softmax_(z)
         scale = (u[at] / temperature).unsqueeze(1).to(z.dtype)
-        z.mul_(-scale).scatter_add_(1, targets[at].unsqueeze(1), scale)
+        z.mul_(-scale / total.unsqueeze(1)).scatter_add_(1, targets[at].unsqueeze(1), scale)
         out[at] = z.to(out.dtype)
     out[targets == ignore_index] = 0
 
