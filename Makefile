@@ -25,6 +25,8 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(INSTALL) -e '.[train,demo,bench,dev]'
 	touch $@
 
+# The profiler that measures memory would tell of its start and end.
+demo: export KINETO_LOG_LEVEL := 5
 demo: $(VENV)/.demo ## fine-tune a small chat model by DPO on the packaged pairs, under ten minutes on two cores
 	$(BIN)/python examples/demo.py
 
