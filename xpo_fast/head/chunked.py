@@ -420,7 +420,8 @@ class _Gradients:
         self.head, self.dtype = head, dtype
         weight, device = head.weight, hidden.device
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
-        self.weight = torch.empty(weight.shape, dtype=head.dtype, device=device) if needs[1] else None
+        # Zeroed at once: fresh pages cost a GEMM that meets them out of order more than they cost in order.
+        self.weight = torch.empty(weight.shape, dtype=head.dtype, device=device).zero_() if needs[1] else None
         self.bias = torch.zeros(head.vocab, dtype=head.dtype, device=device) if needs[2] else None
         self.first = True
 
@@ -436,8 +437,6 @@ class _Gradients:
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None:
-            if self.first:
-                self.weight.zero_()
             self.weight = self.weight.to(self.dtype)
         return self.hidden, self.weight, self.bias
 
