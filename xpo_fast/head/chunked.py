@@ -253,6 +253,22 @@ def _products(
             yield part, h, head.logits(h, tile[: part.shape[0]]), z_ref
 
 
+def final_logits(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    scaling: Scaling,
+    index: Tensor,  # (n,) positions
+    tile_tokens: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tile by tile: its positions (n,) and their final logits (n, V), to be used before the next tile is asked for."""
+    head = _Head(weight, bias, scaling)
+    for part, _, z, _ in _products(head, hidden, None, None, index, tile_tokens):
+        for b in _row_blocks(z):
+            head.finish(z[b])
+        yield part, z
+
+
 def forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -456,6 +472,8 @@ class _Gradients:
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.weight is not None:
+            if self.first:
+                self.weight.zero_()
             self.weight = self.weight.to(self.dtype)
         return self.hidden, self.weight, self.bias
 
