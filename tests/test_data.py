@@ -7,12 +7,13 @@ import random
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpo_fast.data import Collator, DataError, encode, load, require
+from xpo_fast.data import COMPLETIONS, Collator, DataError, encode, load, require
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -34,6 +35,9 @@ HH = {
     "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: what\n\nAssistant: dog",
 }
 UNPAIRED = {"prompt": "what is it", "completion": " a cat", "label": True}
+LIST = {"prompt": "what is it", "completions": [" a cat", " a dog", " hi"], "scores": [0.5, -1.0, 2.0]}
+SCORED = {**PAIR, "score_chosen": 0.1, "score_rejected": -3.0}
+GOOD = {"pair": PAIR, "unpaired": UNPAIRED, "list": LIST, "rejected": PAIR, "chosen": PAIR}
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +141,7 @@ def test_every_source_gives_the_same_rows(make, tmp_path):
     assert list(rows) == [{**PAIR, "where": name} for name in where]
 
 
-@pytest.mark.parametrize(("row", "kind"), [(CHAT, "pair"), (UNPAIRED, "unpaired")])
+@pytest.mark.parametrize(("row", "kind"), [(CHAT, "pair"), (UNPAIRED, "unpaired"), (LIST, "list")])
 def test_the_output_format_of_a_data_set_does_not_matter(row, kind):
     source = datasets.Dataset.from_list([row]).with_format("numpy")
     assert load(source, kind=kind)[0] == {**row, "where": "dataset[0]"}
@@ -265,6 +269,151 @@ def test_a_pair_read_as_unpaired_is_two_rows(form):
     ]
 
 
+@pytest.mark.parametrize("kind", ["rejected", "chosen"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_read_for_one_side_is_that_side(form, kind):
+    row, prompt, chosen, rejected = FORMS[form]
+    side = {"chosen": chosen, "rejected": rejected}[kind]
+    assert list(load([row], kind=kind)) == [{"prompt": prompt, kind: side, "where": "rows[0]"}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_with_scores_is_a_list_of_two(form):
+    row, prompt, chosen, rejected = FORMS[form]
+    [got] = load([{**row, "score_chosen": 3, "score_rejected": 0.25}], kind="list")
+    assert got == {
+        **{"prompt": prompt, "completions": [chosen, rejected]},
+        **{"scores": [3.0, 0.25], "where": "rows[0]"},
+    }
+
+
+ONE_SIDE = {
+    "text": ({"prompt": "what", "{}": " cat"}, "what", " cat"),
+    "text, whatever the other side": ({"prompt": "what", "{}": " cat", "other": 5}, "what", " cat"),
+    "messages": ({"prompt": [user("what")], "{}": [answer("cat")]}, [user("what")], [answer("cat")]),
+    "a conversation answers with its last turn": (
+        {"{}": [user("hi"), answer("hello"), user("what"), answer("cat")]},
+        *([user("hi"), answer("hello"), user("what")], [answer("cat")]),
+    ),
+    "a transcript answers with its last turn": (
+        {"{}": HH["rejected"]},
+        *([user("hi"), answer("hello"), user("what")], [answer("dog")]),
+    ),
+    "prompt repeated as text": (
+        {"prompt": "what", "{}": [user("what"), answer("cat")]},
+        *([user("what")], [answer("cat")]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["rejected", "chosen"])
+@pytest.mark.parametrize("form", ONE_SIDE)
+def test_forms_of_one_side(form, kind):
+    row, prompt, side = ONE_SIDE[form]
+    other = {"rejected": "chosen", "chosen": "rejected"}[kind]
+    row = {name.format(kind).replace("other", other): value for name, value in row.items()}
+    assert load([row], kind=kind)[0] == {"prompt": prompt, kind: side, "where": "rows[0]"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        (UNPAIRED, "what is it", " a cat"),
+        ({**UNPAIRED, "label": False, "reward": "low"}, "what is it", " a cat"),
+        ({"prompt": "what", "completion": [answer("cat")]}, [user("what")], [answer("cat")]),
+        ({"completion": [user("what"), answer("cat")]}, [user("what")], [answer("cat")]),
+    ],
+)
+def test_a_completion_is_a_chosen_one_whatever_its_label(row, prompt, chosen):
+    assert load([row], kind="chosen")[0] == {"prompt": prompt, "chosen": chosen, "where": "rows[0]"}
+
+
+LISTS = {
+    "text": (LIST, LIST),
+    "integers for scores, more fields": (
+        {**LIST, "scores": [1, 0, -2], "chosen": " x", "score_chosen": "high"},
+        {**LIST, "scores": [1.0, 0.0, -2.0]},
+    ),
+    "rejected beside scores": ({**LIST, "rejected": " a cow"}, {**LIST, "rejected": " a cow"}),
+    "rejected for scores": (
+        {"prompt": "what", "completions": [" a", " b"], "rejected": " c", "scores": None},
+        {"prompt": "what", "completions": [" a", " b"], "rejected": " c"},
+    ),
+    "messages": (
+        {"prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]], "scores": [1.0, 2.0]},
+        {"prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]], "scores": [1.0, 2.0]},
+    ),
+    "prompt messages, completions text": (
+        {"prompt": [user("what")], "completions": ["cat", "dog"], "scores": [1.0, 2.0], "rejected": "cow"},
+        {
+            **{"prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]]},
+            **{"scores": [1.0, 2.0], "rejected": [answer("cow")]},
+        },
+    ),
+    "prompt text, some messages": (
+        {"prompt": "what", "completions": ["cat", [answer("dog")]], "scores": [1.0, 2.0]},
+        {"prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]], "scores": [1.0, 2.0]},
+    ),
+    "messages, prompt repeated as text": (
+        {
+            "prompt": "what",
+            "completions": [[user("what"), answer("cat")], [user("what"), answer("dog")]],
+            "scores": [1.0, 2.0],
+        },
+        {"prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]], "scores": [1.0, 2.0]},
+    ),
+    "messages, prompt repeated": (
+        {
+            "prompt": [user("what")],
+            "completions": [[user("what"), answer("cat")], [user("what"), answer("dog")]],
+            "scores": [1.0, 2.0],
+        },
+        {"prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]], "scores": [1.0, 2.0]},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_list_forms(form):
+    row, expected = LISTS[form]
+    assert load([row], kind="list")[0] == {**expected, "where": "rows[0]"}
+
+
+def test_lists_may_differ_in_length():
+    rows = [LIST, {**LIST, "completions": [" a", " b"], "scores": [1.0, 2.0]}]
+    assert [len(row["completions"]) for row in load(rows, kind="list")] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "expected"),
+    [
+        (SCORED, "pair", {"score_chosen": 0.1, "score_rejected": -3.0}),
+        # A method decides whether the order of scores matters.
+        (
+            {**PAIR, "score_chosen": 1, "score_rejected": 1},
+            "pair",
+            {"score_chosen": 1.0, "score_rejected": 1.0},
+        ),
+        ({**PAIR, "prob": 1, "margin": -2}, "pair", {"prob": 1.0, "margin": -2.0}),
+        ({**PAIR, "prob_chosen": 0.3, "prob": None}, "pair", {"prob": 0.3}),
+        ({**UNPAIRED, "reward": -1, "value": 1e-30}, "unpaired", {"reward": -1.0, "value": 1e-30}),
+        ({**UNPAIRED, "label": None, "reward": 0.7}, "unpaired", {"reward": 0.7}),
+    ],
+)
+def test_numbers_are_kept_as_floats(row, kind, expected, tmp_path):
+    asked = load(write(tmp_path / "p.jsonl", [row]), kind=kind)
+    got = asked[0]
+    assert {name: got[name] for name in expected} == expected
+    assert all(asked.features[name].dtype == "float64" for name in expected)
+    text = {name for name in ("prompt", *COMPLETIONS[kind], "label") if row.get(name) is not None}
+    assert set(got) == text | set(expected) | {"where"}
+
+
+def test_numpy_numbers_are_numbers():
+    row = {**LIST, "scores": [*np.float32([0.5, 1.0]), np.int64(2)]}
+    assert load([row], kind="list")[0]["scores"] == [0.5, 1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -300,9 +449,17 @@ def test_legal_oddities_are_counted_and_logged_once(row, note, warnings_logged):
     assert note in message and message.endswith("in 2 of 3 rows")
 
 
+def test_a_list_of_equal_scores_is_counted_and_logged(warnings_logged):
+    load([LIST, {**LIST, "scores": [1, 1, 1]}], kind="list")
+    [message] = warnings_logged()
+    assert "the scores of a list are all equal" in message and message.endswith("in 1 of 2 rows")
+
+
 def test_clean_data_logs_nothing(warnings_logged):
     load([PAIR], kind="pair")
     load([CHAT], kind="unpaired")
+    load([LIST], kind="list")
+    load([HH], kind="rejected")
     assert warnings_logged() == []
 
 
@@ -366,6 +523,113 @@ FAULTY_ROWS = {
         {"chosen": HH["chosen"] + "\n\nHuman: bye", "rejected": HH["rejected"]},
         *("pair", "chosen must begin and end with an assistant turn.*ends with user"),
     ),
+    "a number as text": ({**SCORED, "score_chosen": "0.1"}, "pair", r"score_chosen must be.*got 0.1 \(str\)"),
+    "a boolean for a number": ({**PAIR, "margin": True}, "pair", r"margin must be a finite number.*\(bool\)"),
+    "NaN": ({**SCORED, "score_rejected": float("nan")}, "pair", "score_rejected must be a finite.*got nan"),
+    "infinity": ({**UNPAIRED, "reward": float("inf")}, "unpaired", "reward must be a finite.*got inf"),
+    "beyond float32": ({**UNPAIRED, "value": -1e39}, "unpaired", "value must be a finite number.*float32"),
+    "beyond any float": ({**UNPAIRED, "value": 10**400}, "unpaired", "value must be a finite number.*100"),
+    "a list for a number": ({**PAIR, "prob": [1]}, "pair", r"prob must be a finite number.*\(list\)"),
+    "a probability above 1": ({**PAIR, "prob": 1.5}, "pair", r"prob must be a probability in \[0, 1\].*1\.5"),
+    "a probability below 0": (
+        {**PAIR, "prob_chosen": -1e-9},
+        "pair",
+        "prob_chosen must be a probability.*-1e",
+    ),
+    "two probabilities": ({**PAIR, "prob": 0.5, "prob_chosen": 0.5}, "pair", "prob and prob_chosen.*remove"),
+    "score of chosen only": (
+        {**PAIR, "score_chosen": 1},
+        "pair",
+        "score_chosen is the only score.*score_rejected",
+    ),
+    "score of rejected only": (
+        {**PAIR, "score_rejected": 1},
+        "pair",
+        "score_rejected is the only score.*drop",
+    ),
+    "half of a pair": ({"prompt": "a", "chosen": "b"}, "unpaired", "rejected missing.*got chosen, prompt"),
+    "neither label nor reward": (
+        {**UNPAIRED, "label": None, "value": 1.0},
+        "unpaired",
+        "label missing or null",
+    ),
+    "completions missing": (
+        {"prompt": "a", "scores": [1, 2]},
+        "list",
+        "completions missing.*got prompt, scores",
+    ),
+    "list without prompt": ({**LIST, "prompt": None}, "list", "prompt missing or null"),
+    "scores missing": ({**LIST, "scores": None}, "list", "scores missing.*expected prompt, completions and"),
+    "a pair without scores as a list": (PAIR, "list", "score_chosen, score_rejected missing"),
+    "a pair with one score as a list": (
+        {**PAIR, "score_chosen": 1.0},
+        *("list", "score_rejected missing.*got chosen, prompt, rejected, score_chosen"),
+    ),
+    "one completion": (
+        {**LIST, "completions": [" a"], "scores": [1]},
+        "list",
+        "two or more.*got 1; drop the row",
+    ),
+    "no completion": ({**LIST, "completions": [], "scores": []}, "list", "two or more.*got 0; drop the row"),
+    "a text for a list": (
+        {**LIST, "completions": "abc"},
+        "list",
+        "completions must be a list.*got str; drop",
+    ),
+    "a conversation for a list": (
+        {"prompt": [user("a")], "completions": [answer("b"), answer("c")], "scores": [1, 2]},
+        *("list", r"completions\[0\] must be text or a list of messages; got dict"),
+    ),
+    "more completions than scores": (
+        {**LIST, "scores": [1, 2]},
+        "list",
+        "got 2 scores for 3 completions; give",
+    ),
+    "more scores than completions": (
+        {**LIST, "scores": [1, 2, 3, 4]},
+        "list",
+        "got 4 scores for 3 completions",
+    ),
+    "one number for scores": (
+        {**LIST, "scores": 1.0},
+        "list",
+        "scores must be a list.*got float; drop the row",
+    ),
+    "a score that is NaN": (
+        {**LIST, "scores": [1, float("nan"), 2]},
+        "list",
+        r"scores\[1\] must be a finite.*nan",
+    ),
+    "a score that is null": ({**LIST, "scores": [1, 2, None]}, "list", r"scores\[2\] must be a finite.*None"),
+    "an empty completion of a list": (
+        {**LIST, "completions": ["a", "b", " "]},
+        "list",
+        r"completions\[2\] is empty",
+    ),
+    "a null completion of a list": (
+        {**LIST, "completions": ["a", None, "b"]},
+        "list",
+        r"completions\[1\] must be",
+    ),
+    "an empty rejected of a list": ({**LIST, "rejected": ""}, "list", "rejected is empty"),
+    "a list's completion ends with a user turn": (
+        {**LIST, "completions": ["a", [answer("b"), user("c")], "d"]},
+        *("list", r"completions\[1\] must begin and end with an assistant turn.*ends with user"),
+    ),
+    "rejected missing": ({"prompt": "a", "chosen": "b"}, "rejected", "rejected missing.*got chosen, prompt"),
+    "chosen missing": ({"prompt": "a", "rejected": "b"}, "chosen", "chosen missing.*got prompt, rejected"),
+    "empty rejected": ({"prompt": "a", "rejected": " "}, "rejected", "rejected is empty"),
+    "empty chosen completion": ({"prompt": "a", "completion": ""}, "chosen", "completion is empty"),
+    "one text without a prompt": ({"rejected": "what is it"}, "rejected", "no prompt.*add a prompt field"),
+    "one message without a prompt": (
+        {"chosen": [answer("a")]},
+        "chosen",
+        "no prompt.*beginning of chosen; add",
+    ),
+    "another conversation for an answer": (
+        {"prompt": "what", "completion": [user("hi"), answer("cat")], "label": True},
+        *("unpaired", "completion must begin and end.*begins with user"),
+    ),
     "half a surrogate pair": ({**PAIR, "chosen": "a\ud83d"}, "pair", "chosen holds half a surrogate"),
     "half a surrogate pair in a message": (
         {**CHAT, "prompt": [user("\ud83d")]},
@@ -377,17 +641,46 @@ FAULTY_ROWS = {
 @pytest.mark.parametrize("fault", FAULTY_ROWS)
 def test_a_faulty_row_is_named_with_its_line(fault, tmp_path):
     row, kind, message = FAULTY_ROWS[fault]
-    good = PAIR if kind == "pair" else UNPAIRED
+    good = GOOD[kind]
     with pytest.raises(DataError, match=rf"^p\.jsonl:2: .*{message}"):
         load(write(tmp_path / "p.jsonl", [good, row]), kind=kind)
     with pytest.raises(DataError, match=rf"^rows\[1\]: .*{message}"):
         load([good, row], kind=kind)
 
 
-@pytest.mark.parametrize("kind", ["pair", "unpaired"])
+@pytest.mark.parametrize("kind", COMPLETIONS)
 def test_one_data_set_has_one_form(kind):
+    rows = [{**row, "score_chosen": 1, "score_rejected": 0} for row in (PAIR, CHAT)]
     with pytest.raises(DataError, match=r"^rows\[1\]: this row is a conversation where rows\[0\] is text"):
-        load([PAIR, CHAT], kind=kind)
+        load(rows, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "without", "extra"),
+    [
+        ("pair", PAIR, {"score_chosen": 1.0, "score_rejected": 0.0}),
+        ("pair", PAIR, {"prob": 0.5}),
+        ("pair", PAIR, {"margin": 0.5}),
+        ("unpaired", UNPAIRED, {"reward": 0.5}),
+        ("unpaired", UNPAIRED, {"value": 0.5}),
+        ("unpaired", {**UNPAIRED, "label": None, "reward": 1.0}, {"label": False}),
+        ("list", LIST, {"rejected": " x"}),
+        ("list", {**LIST, "scores": None, "rejected": " x"}, {"scores": [1, 2, 3]}),
+    ],
+)
+def test_the_first_row_that_lacks_what_others_have_is_named(kind, without, extra, tmp_path):
+    with_it = {**without, **extra}
+    names = ", ".join(extra)
+    for rows, lacks, has in (
+        ([with_it, with_it, without, with_it], 3, 1),
+        ([without, without, with_it], 1, 3),
+    ):
+        path = write(tmp_path / "p.jsonl", rows)
+        expected = (
+            rf"^p\.jsonl:{lacks}: {names} missing or null, which p\.jsonl:{has} has; give it in every row"
+        )
+        with pytest.raises(DataError, match=expected):
+            load(path, kind=kind)
 
 
 LINE = json.dumps(PAIR).encode()
@@ -473,7 +766,8 @@ def test_a_streaming_data_set_is_refused():
 
 @pytest.mark.parametrize("use", [lambda k: load([PAIR], kind=k), lambda k: Collator(0, k)])
 def test_unknown_kind(use):
-    with pytest.raises(ValueError, match="kind must be one of pair, unpaired; got 'triple'"):
+    kinds = "pair, unpaired, list, rejected, chosen"
+    with pytest.raises(ValueError, match=f"kind must be one of {kinds}; got 'triple'"):
         use("triple")
 
 
@@ -613,6 +907,89 @@ def test_unpaired_rows_carry_label_and_mismatched_completion():
     assert [row["label"] for row in got] == [True, False, True]
 
 
+def test_rows_without_a_label_have_no_mismatched_completion():
+    rows = [{"prompt": "one", "completion": " cat", "reward": 0.1, "value": -2}]
+    assert encoded(rows, tokenizer(), "unpaired") == [
+        {
+            **{"prompt_ids": words("one"), "completion_ids": words("cat </s>")},
+            **{"reward": 0.1, "value": -2.0, "where": "rows[0]"},
+        }
+    ]
+    labelled = [{**rows[0], "label": True}, {**rows[0], "label": False}]
+    assert all(
+        {"label", "reward", "kl_completion_ids"} <= set(r) for r in encoded(labelled, tokenizer(), "unpaired")
+    )
+
+
+def test_numbers_of_a_pair_outlast_encoding():
+    numbers = {"score_chosen": 0.1, "score_rejected": -3.0, "prob": 1 / 3, "margin": 2.0}
+    [got] = encoded([{**PAIR, **numbers}], tokenizer())
+    assert {name: got[name] for name in numbers} == numbers
+
+
+def test_lists_of_text():
+    rows = [LIST, {**LIST, "completions": [" hello", " hi"], "scores": [1.0, 0.1]}]
+    first, second = encoded(rows, tokenizer(bos=True), "list")
+    assert first == {
+        "prompt_ids": words("<s> what is it"),
+        "completions_ids": [words("a cat </s>"), words("a dog </s>"), words("hi </s>")],
+        "scores": [0.5, -1.0, 2.0],
+        "where": "rows[0]",
+    }
+    assert second["completions_ids"] == [words("hello </s>"), words("hi </s>")] and second["scores"] == [
+        1.0,
+        0.1,
+    ]
+
+
+def test_lists_of_messages_with_a_rejected_one():
+    row = {"prompt": [user("what")], "completions": ["a cat", [answer("dog")]], "rejected": "hi"}
+    assert encoded([row], tokenizer(TEMPLATE), "list") == [
+        {
+            "prompt_ids": words("<s> <u> what <a>"),
+            "completions_ids": [words("a cat </s>"), words("dog </s>")],
+            "rejected_ids": words("hi </s>"),
+            "where": "rows[0]",
+        }
+    ]
+
+
+@pytest.mark.parametrize("kind", ["rejected", "chosen"])
+def test_one_side(kind):
+    for row, tok, prompt in (
+        (PAIR, tokenizer(), "what is it"),
+        (HH, tokenizer(TEMPLATE), "<s> <u> hi <a> hello </s> <u> what <a>"),
+    ):
+        [got] = encoded([row], tok, kind)
+        [pair] = encoded([row], tok)
+        assert got == {"prompt_ids": words(prompt), f"{kind}_ids": pair[f"{kind}_ids"], "where": "rows[0]"}
+
+
+def test_a_list_is_cut_as_a_whole(caplog):
+    caplog.set_level(logging.INFO, logger="xpo_fast")
+    row = {
+        "prompt": "one two three four five six",
+        "completions": [" a cat dog", " hi"],
+        "rejected": " a cat dog hi hello what",
+    }
+    [got] = encoded([row], tokenizer(), "list", max_length=8)
+    assert got["prompt_ids"] == words("three four five six")  # at half: the longest would leave it less
+    assert got["completions_ids"] == [words("a cat dog </s>"), words("hi </s>")]
+    assert got["rejected_ids"] == words("a cat dog hi")
+    [record] = [r for r in caplog.records if r.name == "xpo_fast"]
+    assert "1 of 3 completions cut" in record.getMessage() and "1 of 1 prompts cut" in record.getMessage()
+
+
+def test_a_template_that_rewrites_the_prompt_does_so_for_a_list(warnings_logged):
+    thinking = TEMPLATE.replace("add_generation_prompt %}<a>", "add_generation_prompt %}<a> <think>")
+    row = {"prompt": [user("what")], "completions": ["cat", "a dog", "hi"], "scores": [1, 2, 3]}
+    [got] = encoded([row], tokenizer(thinking), "list")
+    assert got["prompt_ids"] == words("<s> <u> what <a>")
+    assert got["completions_ids"] == [words("cat </s>"), words("a dog </s>"), words("hi </s>")]
+    [message] = warnings_logged()
+    assert "in 1 of 1 rows the chat template" in message
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(["one", "two", "three"]), min_size=2, max_size=8))
 def test_the_mismatched_completion_is_of_the_next_other_prompt(prompts):
@@ -681,6 +1058,16 @@ def test_the_mismatched_completion_is_cut_to_fit_beside_its_prompt():
 @FORKS
 def test_number_of_processes_changes_nothing(warnings_logged):
     rows = [{"prompt": w, "chosen": f" {w} a", "rejected": " cat"} for w in WORDS[6:12]]
+    lists = [
+        {
+            "prompt": w,
+            "completions": [" a", " cat", " dog"][: 2 + i % 2],
+            "scores": [i, 1.0, 2.0][: 2 + i % 2],
+        }
+        for i, w in enumerate(WORDS[6:12])
+    ]
+    one, two = (encoded(lists, tokenizer(), "list", num_proc=n) for n in (None, 2))
+    assert one == two
     for kind in ("pair", "unpaired"):
         one, two = (encoded(rows, tokenizer(), kind, num_proc=n, max_length=3) for n in (None, 2))
         assert one == two
@@ -702,6 +1089,10 @@ def test_encoding_faults():
         encode(one, tokenizer(), kind="unpaired")
     with pytest.raises(ValueError, match=r"takes what load.*'unpaired'.*completion.*got prompt, chosen"):
         encode(text, tokenizer(), kind="unpaired")
+    with pytest.raises(
+        ValueError, match=r"completions, prompt, scores, where or completions, prompt, rejected"
+    ):
+        encode(text, tokenizer(), kind="list")
     with pytest.raises(ValueError, match=r"max_length must be at least 2.*got 1"):
         encode(text, tokenizer(), kind="pair", max_length=1)
     with pytest.raises(ValueError, match=r"max_prompt_length must be at least 1.*got 0"):
@@ -719,6 +1110,13 @@ def test_a_completion_without_a_token_is_named(num_proc):
         encode(rows, tokenizer(bare), kind="pair", num_proc=num_proc)
 
 
+def test_a_completion_of_a_list_without_a_token_is_named():
+    row = {"prompt": [user("what")], "completions": ["cat", [answer("")]], "scores": [1, 2]}
+    bare = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    with pytest.raises(DataError, match=r"^rows\[1\]: completions\[1\] has no token"):
+        encoded([{**row, "completions": ["cat", "dog"]}, row], tokenizer(bare), "list")
+
+
 # --- collate --------------------------------------------------------------------------------------
 
 EOS = 2  # also the padding, the case in which masking by id goes wrong
@@ -728,6 +1126,14 @@ PAIRS = st.lists(
 )
 LABELLED = st.fixed_dictionaries(
     {**dict.fromkeys(("prompt_ids", "completion_ids", "kl_completion_ids"), IDS), "label": st.booleans()}
+)
+
+
+LISTED = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("prompt_ids", "rejected_ids"), IDS),
+        "completions_ids": st.lists(IDS, min_size=2, max_size=4),
+    }
 )
 
 
@@ -770,6 +1176,40 @@ def test_unpaired_rows_and_their_mismatched_ones(rows, multiple):
     assert "ref_logps" not in batch and "kl_ref_logps" not in batch
 
 
+@settings(deadline=None, max_examples=50)
+@given(rows=st.lists(LISTED, min_size=1, max_size=5), last=st.booleans(), multiple=st.sampled_from([None, 8]))
+def test_lists_side_by_side(rows, last, multiple):
+    longest = max(len(row["completions_ids"]) for row in rows)
+    layout: list[Any] = []
+    for row in rows:
+        row["scores"] = [float(i) for i, _ in enumerate(row["completions_ids"])]
+        listed = [(row["prompt_ids"], completion) for completion in row["completions_ids"]]
+        rejected = (row["prompt_ids"], row["rejected_ids"] if last else row.pop("rejected_ids"))
+        layout += [*listed, *[None] * (longest - len(listed)), *[rejected] * last]
+    batch = Collator(EOS, "list", pad_to_multiple_of=multiple)(rows)
+    scores = batch.pop("scores")
+    there = [r for r, row in enumerate(layout) if row]
+    check_rows({name: value[there] for name, value in batch.items()}, [layout[r] for r in there], multiple)
+    missing = [r for r, row in enumerate(layout) if not row]
+    assert len(layout) == len(batch["targets"])
+    assert (batch["targets"][missing] == -100).all() and (batch["input_ids"][missing] == EOS).all()
+    assert (batch["attention_mask"].sum(dim=1) > 0).all() and (
+        batch["attention_mask"][missing, 1:] == 0
+    ).all()
+    assert scores.dtype == torch.float32 and scores.shape == (len(rows), longest)
+    for row, got in zip(rows, scores):
+        assert got[: len(row["scores"])].tolist() == row["scores"] and got[len(row["scores"]) :].isnan().all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=PAIRS)
+def test_one_side_is_a_row_each(rows):
+    for kind in ("rejected", "chosen"):
+        batch = Collator(EOS, kind)(rows)
+        check_rows(batch, [(row["prompt_ids"], row[f"{kind}_ids"]) for row in rows], None)
+        assert set(batch) == {"input_ids", "attention_mask", "targets"}
+
+
 def test_a_batch_by_hand():
     rows = [
         {"prompt_ids": [5, 6], "chosen_ids": [7, EOS], "rejected_ids": [8], "where": "p.jsonl:1"},
@@ -782,6 +1222,65 @@ def test_a_batch_by_hand():
     assert batch["targets"].tolist() == [[n, 7, 2, n], [2, n, n, n], [n, 8, n, n], [9, 9, n, n]]
 
 
+def test_lists_by_hand():
+    rows = [
+        {
+            "prompt_ids": [5, 6],
+            "completions_ids": [[7, EOS], [8], [9]],
+            "scores": [1.0, 0.1, -3.0],
+            "where": "a",
+        },
+        {"prompt_ids": [5], "completions_ids": [[EOS], [9, 9, 4]], "scores": [2.0, 3.0], "where": "b"},
+    ]
+    batch = Collator(0, "list")(rows)
+    n, nan = -100, float("nan")
+    assert batch["input_ids"].tolist() == [
+        *([5, 6, 7, 2], [5, 6, 8, 0], [5, 6, 9, 0]),
+        *([5, 2, 0, 0], [5, 9, 9, 4], [0, 0, 0, 0]),
+    ]
+    assert batch["attention_mask"].tolist() == [
+        *([1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]),
+        *([1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]),
+    ]
+    assert batch["targets"].tolist() == [
+        *([n, 7, 2, n], [n, 8, n, n], [n, 9, n, n]),
+        *([2, n, n, n], [9, 9, 4, n], [n, n, n, n]),
+    ]
+    expected = torch.tensor([[1.0, 0.1, -3.0], [2.0, 3.0, nan]])
+    torch.testing.assert_close(batch["scores"], expected, rtol=0, atol=0, equal_nan=True)
+    assert set(batch) == {"input_ids", "attention_mask", "targets", "scores"}
+
+
+def test_a_rejected_one_is_the_last_of_its_list():
+    rows = [
+        {"prompt_ids": [5], "completions_ids": [[6], [7], [8]], "rejected_ids": [3]},
+        {"prompt_ids": [1], "completions_ids": [[6], [7]], "rejected_ids": [4]},
+    ]
+    batch = Collator(0, "list")(rows)
+    assert batch["input_ids"].tolist() == [
+        *([5, 6], [5, 7], [5, 8], [5, 3]),
+        *([1, 6], [1, 7], [0, 0], [1, 4]),
+    ]
+    assert batch["targets"][:, 0].tolist() == [6, 7, 8, 3, 6, 7, -100, 4]
+    assert set(batch) == {"input_ids", "attention_mask", "targets"}
+
+
+def test_numbers_are_columns_under_the_methods_names():
+    pair = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    numbers = {"score_chosen": 0.1, "score_rejected": 2.0, "prob": 0.25, "margin": -1.0}
+    batch = Collator(0, "pair")([{**pair, **numbers}, {**pair, **numbers, "score_chosen": 3.0}])
+    expected = {"score_w": [0.1, 3.0], "score_l": [2.0, 2.0], "prob_w": [0.25, 0.25], "margin": [-1.0, -1.0]}
+    assert set(batch) == {"input_ids", "attention_mask", "targets", *expected}
+    for name, values in expected.items():
+        assert batch[name].dtype == torch.float32 and torch.equal(batch[name], torch.tensor(values))
+    row = {"prompt_ids": [5], "completion_ids": [6], "reward": 0.1, "value": -2.0}
+    batch = Collator(0, "unpaired")([row, row])
+    assert set(batch) == {"input_ids", "attention_mask", "targets", "reward", "value"}
+    assert torch.equal(batch["reward"], torch.tensor([0.1, 0.1])) and batch["value"].tolist() == [-2, -2]
+    batch = Collator(0, "unpaired")([{**row, "label": True, "kl_completion_ids": [8]}])
+    assert batch["desirable"].tolist() == [True] and batch["kl_input_ids"].tolist() == [[5, 8]]
+
+
 def test_reference_log_probs_follow_their_rows():
     pair = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
     rows = [{**pair, "ref_logp_chosen": -i, "ref_logp_rejected": -10.0 - i} for i in (1.0, 2.0)]
@@ -792,6 +1291,31 @@ def test_reference_log_probs_follow_their_rows():
     batch = Collator(EOS, "unpaired")(rows)
     assert batch["ref_logps"].tolist() == [-1, -2] and batch["kl_ref_logps"].tolist() == [-11, -12]
     assert batch["ref_logps"].dtype == batch["kl_ref_logps"].dtype == torch.float32
+    for kind in ("rejected", "chosen"):
+        rows = [{**pair, f"ref_logp_{kind}": -i} for i in (1.0, 2.0)]
+        assert Collator(EOS, kind)(rows)["ref_logps"].tolist() == [-1, -2]
+
+
+# The second list lacks a completion; a table of the whole data set may hold something in its place.
+@pytest.mark.parametrize("place", [[], [-99.0]])
+def test_reference_log_probs_of_lists(place):
+    rows = [
+        {"prompt_ids": [5], "completions_ids": [[6], [7], [8]], "ref_logp": [-1.0, -2.0, -3.0]},
+        {"prompt_ids": [1], "completions_ids": [[6], [7]], "ref_logp": [-4.0, -5.0, *place]},
+    ]
+    ref_logps = Collator(0, "list")(rows)["ref_logps"]
+    assert ref_logps.dtype == torch.float32 and ref_logps.tolist() == [-1, -2, -3, -4, -5, 0]
+    for row, last in zip(rows, (-10.0, -11.0)):
+        row["rejected_ids"], row["ref_logp"] = [3], [*row["ref_logp"], last]
+    assert Collator(0, "list")(rows)["ref_logps"].tolist() == [-1, -2, -3, -10, -4, -5, 0, -11]
+
+
+def test_too_few_reference_log_probs_are_named():
+    row = {"prompt_ids": [5], "completions_ids": [[6], [7]], "ref_logp": [-1.0], "where": "p.jsonl:7"}
+    with pytest.raises(
+        DataError, match=r"^p\.jsonl:7: expected a ref_logp for each of 2 completions; got 1; comp"
+    ):
+        Collator(0, "list")([row])
 
 
 def test_from_file_to_batch(tmp_path):
@@ -799,3 +1323,17 @@ def test_from_file_to_batch(tmp_path):
     batch = Collator(EOS, "pair")(rows)
     assert batch["targets"][0][batch["targets"][0] != -100].tolist() == words("a cat </s>")
     assert batch["targets"][3][batch["targets"][3] != -100].tolist() == words("dog </s>")
+
+
+def test_lists_from_file_to_batch(tmp_path):
+    rows = [
+        {"prompt": [user("what")], "completions": ["a cat", "hi"], "scores": [1 / 3, 2]},
+        {"prompt": "hi", "completions": [[answer("dog")], "hello", "cat"], "scores": [0, -1, 0.1]},
+    ]
+    batch = Collator(EOS, "list")(encoded(write(tmp_path / "p.jsonl.gz", rows), tokenizer(TEMPLATE), "list"))
+    scored = [row[row != -100].tolist() for row in batch["targets"]]
+    assert scored == [
+        words(text) for text in ("a cat </s>", "hi </s>", "", "dog </s>", "hello </s>", "cat </s>")
+    ]
+    scores = torch.tensor([[1 / 3, 2, float("nan")], [0, -1, 0.1]])
+    torch.testing.assert_close(batch["scores"], scores, rtol=0, atol=0, equal_nan=True)

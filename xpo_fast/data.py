@@ -2,6 +2,17 @@
 
     a file ── load ──▶ prompt, chosen, rejected ── encode ──▶ token ids ── Collator ──▶ tensors (R, T)
 
+A data set is of one kind, by what a method learns from:
+
+    pair        prompt, chosen, rejected      score_chosen and score_rejected, prob, margin
+    unpaired    prompt, completion            label or reward (or both), value
+    list        prompt, completions           scores or rejected (or both)
+    rejected    prompt, rejected
+    chosen      prompt, chosen
+
+What stands on the right are numbers that the data may carry beside the text (and a list's `rejected`, one more
+completion, for the methods that compare it with all the others): in every row of a data set or in none.
+
 Every row keeps `where` (``"pairs.jsonl:17"``, the line of a file; ``"name[17]"``, the index into anything
 else), so that whatever is wrong with it can be said by name.
 """
@@ -12,12 +23,14 @@ import gzip
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,15 +43,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xpo_fast")
 
 IGNORE_INDEX = -100
-COMPLETIONS = {"pair": ("chosen", "rejected"), "unpaired": ("completion",)}
+COMPLETIONS = {
+    "pair": ("chosen", "rejected"),
+    "unpaired": ("completion",),
+    "list": ("completions",),
+    "rejected": ("rejected",),
+    "chosen": ("chosen",),
+}
+# The numbers that a row may carry, and the methods' names for them, which are the batch's.
+NUMBERS = {
+    "pair": {"score_chosen": "score_w", "score_rejected": "score_l", "prob": "prob_w", "margin": "margin"},
+    "unpaired": {"reward": "reward", "value": "value"},
+}
+_ALIASES = {"prob": "prob_chosen"}
 ACCEPTED = (
     "a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name that "
     "datasets.load_dataset understands, a datasets.Dataset, or a list of dicts"
 )
 FIELDS = {
     "pair": "chosen and rejected, and prompt unless the two begin with it",
-    "unpaired": "prompt, completion and label, or chosen and rejected",
+    "unpaired": "prompt, completion and label (or reward), or chosen and rejected",
+    "list": "prompt, completions and scores (or rejected), or chosen, rejected, score_chosen and score_rejected",
+    "rejected": "rejected, and prompt unless rejected is a conversation, or chosen and rejected share one",
+    "chosen": "chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one",
 }
+# The fields that a row of each kind must have: all those of one entry.
+_FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "pair": (("chosen", "rejected"),),
+    "unpaired": (
+        ("prompt", "completion", "label"),
+        ("prompt", "completion", "reward"),
+        ("chosen", "rejected"),
+    ),
+    "list": (
+        ("prompt", "completions", "scores"),
+        ("prompt", "completions", "rejected"),
+        ("chosen", "rejected", "score_chosen", "score_rejected"),
+    ),
+    "rejected": (("rejected",),),
+    "chosen": (("chosen",), ("completion",)),
+}
+# What `encode` leaves as it is.
+_KEPT = ("label", "scores", *NUMBERS["pair"], *NUMBERS["unpaired"])
 
 
 class DataError(ValueError):
@@ -66,19 +112,25 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
 
     Args:
         source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`).
-        kind: ``"pair"`` or ``"unpaired"``. A pair read as unpaired gives a desirable and an undesirable row.
+        kind: one of `COMPLETIONS`. A pair read as unpaired gives a desirable and an undesirable row; one with
+            scores read as a list, a list of two; read as rejected or chosen, that half. Unpaired rows read as
+            chosen are taken whatever their label.
         split: which split of a hub name, folder or `DatasetDict`; a single file is one split.
 
     Forms: TRL's preference data, prompt given or shared by `chosen` and `rejected`; TRL's unpaired data
-    (`prompt`, `completion`, `label`); each as strings or as lists of ``{"role", "content"}``; and Anthropic's
-    transcripts (``"\\n\\nHuman: … \\n\\nAssistant: …"``), which become conversations.
+    (`prompt`, `completion`, `label`); lists (`prompt`, `completions`, `scores`); each as strings or as lists of
+    ``{"role", "content"}``; and Anthropic's transcripts (``"\\n\\nHuman: … \\n\\nAssistant: …"``), which become
+    conversations. A conversation that stands alone, without a prompt, answers with its last turn.
 
     Returns:
-        prompt, chosen, rejected, where for pairs; prompt, completion, label, where for unpaired data.
-        Prompts and completions are all strings, or all lists of messages.
+        prompt, the columns of `COMPLETIONS`, where; and those of these that the data has, as floats:
+        score_chosen, score_rejected, prob (P(chosen beats rejected), also read from prob_chosen), margin of
+        pairs; reward, value of unpaired rows, and their label as a bool; scores (K numbers) of lists, and their
+        rejected. Prompts and completions are all strings, or all lists of messages.
 
     Raises:
-        DataError: a source that is not there or cannot be read, no rows, or a row that is not of these forms.
+        DataError: a source that is not there or cannot be read, no rows, a row that is not of these forms, or
+            one that lacks what other rows have.
     """
     _check_kind(kind)
     datasets = require("datasets", "train")
@@ -86,14 +138,9 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
     notes: Counter[str] = Counter()
     for where, row in _read(source, split):
         for shaped in _shape(row, kind, where):
-            if rows and isinstance(shaped["prompt"], str) != isinstance(rows[0]["prompt"], str):
-                forms = [_form(shaped["prompt"]), _form(rows[0]["prompt"])]
-                raise DataError(
-                    f"{where}: this row is {forms[0]} where {rows[0]['where']} is {forms[1]}; "
-                    "give all rows of a data set in one form"
-                )
-            notes.update(_notes(shaped))
             rows.append(shaped)
+            _check_alike(shaped, rows[0])
+            notes.update(_notes(shaped, kind))
     if not rows:
         raise DataError(f"{_name(source)}: no rows; expected {FIELDS[kind]} in each row")
     for note, count in notes.items():
@@ -110,6 +157,21 @@ def _name(source: Any) -> str:
 
 def _form(value: str | list) -> str:
     return "text" if isinstance(value, str) else "a conversation"
+
+
+def _check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
+    forms = [_form(row["prompt"]), _form(first["prompt"])]
+    if forms[0] != forms[1]:
+        raise DataError(
+            f"{row['where']}: this row is {forms[0]} where {first['where']} is {forms[1]}; "
+            "give all rows of a data set in one form"
+        )
+    for has, lacks in ((first, row), (row, first)):
+        if missing := [name for name in has if name not in lacks]:
+            raise DataError(
+                f"{lacks['where']}: {', '.join(missing)} missing or null, which {has['where']} has; "
+                "give it in every row, or in none"
+            )
 
 
 def _read(source: Any, split: str) -> Iterator[tuple[str, Any]]:
@@ -212,32 +274,133 @@ def _shape(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     """A raw row in the one shape; two rows where a pair is read as unpaired."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
-    given = {name for name, value in row.items() if value is not None}
-    if kind == "unpaired" and {"prompt", "completion", "label"} <= given:
-        prompt, [completion] = _prompt_and_completions(row, ["completion"], where)
-        return [
-            {"prompt": prompt, "completion": completion, "label": _label(row["label"], where), "where": where}
-        ]
-    if {"chosen", "rejected"} <= given:
-        prompt, (chosen, rejected) = _prompt_and_completions(row, ["chosen", "rejected"], where)
-        if kind == "pair":
-            return [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "where": where}]
-        return [
-            {"prompt": prompt, "completion": completion, "label": label, "where": where}
-            for completion, label in ((chosen, True), (rejected, False))
-        ]
-    if kind == "pair" and {"completion", "label"} <= given:
-        raise DataError(
+    given = {name: value for name, value in row.items() if value is not None}
+    form = next((form for form in _FORMS[kind] if given.keys() >= set(form)), None)
+    if form is None:
+        raise _without_form(given, kind, where)
+    pair = {"chosen", "rejected"}
+    if "completions" in form:
+        _check_list(given["completions"], where)
+        raw = _named(given, kind)
+    elif pair <= given.keys() and (pair <= set(form) or "prompt" not in given):
+        raw = {name: given[name] for name in ("chosen", "rejected")}
+    else:
+        raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
+    prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
+    named = dict(zip(raw, completions))
+    if kind == "unpaired" and "chosen" in named:
+        shaped = [{"completion": named[name], "label": name == "chosen"} for name in named]
+    elif kind == "list" and "chosen" in named:
+        scores = [_number(given[f"score_{name}"], f"score_{name}", where) for name in named]
+        shaped = [{"completions": completions, "scores": scores}]
+    elif kind in ("chosen", "rejected"):
+        shaped = [{kind: named[kind if kind in named else "completion"]}]
+    else:
+        shaped = [{**_grouped(named), **_extras(given, kind, where)}]
+    return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
+
+
+def _without_form(given: dict[str, Any], kind: str, where: str) -> DataError:
+    """The error of a row that is of no form of its kind, told by the form it is nearest to."""
+    if kind == "pair" and {"completion", "label"} <= given.keys():
+        return DataError(
             f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
             "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
         )
-    unpaired = kind == "unpaired" and given & {"completion", "label"}
-    needed = ("prompt", "completion", "label") if unpaired else ("chosen", "rejected")
-    missing = ", ".join(name for name in needed if name not in given)
-    raise DataError(
+    nearest = max(_FORMS[kind], key=lambda form: len(given.keys() & set(form) - {"prompt"}))
+    missing = ", ".join(name for name in nearest if name not in given)
+    return DataError(
         f"{where}: {missing} missing or null; expected {FIELDS[kind]}; "
         f"got {', '.join(sorted(given)) or 'no fields'}; rename the fields or drop the row"
     )
+
+
+def _check_list(completions: Any, where: str) -> None:
+    if not isinstance(completions, list):
+        raise DataError(
+            f"{where}: completions must be a list of texts or of conversations; "
+            f"got {type(completions).__name__}; drop the row, or give a list"
+        )
+    if len(completions) < 2:
+        raise DataError(
+            f"{where}: completions must be two or more, to be compared; got {len(completions)}; drop the row"
+        )
+
+
+def _named(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A row's completions by name, those of a list as ``completions[i]``, in the order of the batch's rows."""
+    if kind != "list":
+        return {name: row[name] for name in COMPLETIONS[kind]}
+    named = {f"completions[{i}]": completion for i, completion in enumerate(row["completions"])}
+    return {**named, "rejected": row["rejected"]} if "rejected" in row else named
+
+
+def _grouped(named: dict[str, Any]) -> dict[str, Any]:
+    """What `_named` was made of."""
+    listed = [value for name, value in named.items() if name.startswith("completions[")]
+    others = {name: value for name, value in named.items() if not name.startswith("completions[")}
+    return {"completions": listed, **others} if listed else others
+
+
+def _extras(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """What a row carries beside its text: label, scores, numbers."""
+    extras: dict[str, Any] = {}
+    if kind == "unpaired" and "label" in given:
+        extras["label"] = _label(given["label"], where)
+    if kind == "list" and "scores" in given:
+        extras["scores"] = _scores(given["scores"], len(given["completions"]), where)
+    if kind == "pair":
+        scores = [name for name in ("score_chosen", "score_rejected") if name in given]
+        if len(scores) == 1:
+            raise DataError(
+                f"{where}: {scores[0]} is the only score; expected both score_chosen and score_rejected, or "
+                "neither; give the other, or drop the row"
+            )
+    for name in NUMBERS.get(kind, ()):
+        aliases = [alias for alias in (name, _ALIASES.get(name)) if alias in given]
+        if len(aliases) > 1:
+            raise DataError(
+                f"{where}: {' and '.join(aliases)} are two names of one number; remove either field"
+            )
+        for alias in aliases:
+            read = _probability if name == "prob" else _number
+            extras[name] = read(given[alias], alias, where)
+    return extras
+
+
+def _scores(value: Any, count: int, where: str) -> list[float]:
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: scores must be a list of numbers, one a completion; got {type(value).__name__}; "
+            "drop the row, or give a list"
+        )
+    if len(value) != count:
+        raise DataError(
+            f"{where}: expected one score a completion; got {len(value)} scores for {count} completions; "
+            "give the others, or drop the row"
+        )
+    return [_number(score, f"scores[{i}]", where) for i, score in enumerate(value)]
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    # Batches hold float32. A NaN is not within its range either, and an int may be beyond any float.
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and abs(value) <= torch.finfo(torch.float32).max):  # type: ignore[operator]
+        raise DataError(
+            f"{where}: {name} must be a finite number; got {str(value)[:50]} ({type(value).__name__}); "
+            "write it as a number within float32's range, or drop the row"
+        )
+    return float(value)
+
+
+def _probability(value: Any, name: str, where: str) -> float:
+    number = _number(value, name, where)
+    if not 0 <= number <= 1:
+        raise DataError(
+            f"{where}: {name} must be a probability in [0, 1], that chosen beats rejected; got {number:g}; "
+            "rescale it, or drop the row"
+        )
+    return number
 
 
 def _label(value: Any, where: str) -> bool:
@@ -246,10 +409,10 @@ def _label(value: Any, where: str) -> bool:
     return bool(value)
 
 
-def _prompt_and_completions(row: dict[str, Any], names: list[str], where: str) -> tuple[Any, list[Any]]:
+def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
     """The prompt and the completions after it, all text or all lists of messages."""
-    prompt: Any = row.get("prompt")
-    values: list[Any] = [row[name] for name in names]
+    names = list(named)
+    values: list[Any] = list(named.values())
     if prompt is None and all(isinstance(v, str) and re.match(r"\s*(Human|Assistant):", v) for v in values):
         values = [_transcript(value) for value in values]
     if all(isinstance(value, str) for value in (values if prompt is None else [prompt, *values])):
@@ -257,12 +420,14 @@ def _prompt_and_completions(row: dict[str, Any], names: list[str], where: str) -
             prompt, values = _split_text(values, where)
         return _text(prompt, "prompt", where), [_text(v, n, where) for n, v in zip(names, values)]
     completions = [_messages(v, n, "assistant", where) for n, v in zip(names, values)]
-    if names == ["completion"] or not (prompt is None or isinstance(prompt, str)):
+    # Beside a prompt of text, "completion" is its answer; the others may be whole conversations that repeat it.
+    answer = names == ["completion"] and prompt is not None
+    if answer or not (prompt is None or isinstance(prompt, str)):
         prompt = _messages(prompt, "prompt", "user", where)
         if all(completion[: len(prompt)] == prompt for completion in completions):
             completions = [completion[len(prompt) :] for completion in completions]
     else:
-        prompt, completions = _split_messages(prompt, completions, where)
+        prompt, completions = _split_messages(prompt, completions, names, where)
     for name, completion in zip(names, completions):
         roles = [message["role"] for message in completion] or ["nothing"]
         if roles[0] != "assistant" or roles[-1] != "assistant":
@@ -329,6 +494,11 @@ def _transcript(text: str) -> list[dict[str, str]]:
 
 def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
     """The prompt that two texts begin with: up to a line's end, or the space before the words that differ."""
+    if len(values) == 1:
+        raise DataError(
+            f"{where}: no prompt: the row has no prompt field, and one text does not tell where its prompt ends; "
+            "add a prompt field"
+        )
     shared = os.path.commonprefix(values)  # noqa: RUF071 (of texts, which is what it compares)
     cut = len(shared.rstrip(" ")) if shared.endswith(" ") else max(shared.rfind(" "), shared.rfind("\n") + 1)
     if not shared[:cut].strip():
@@ -339,7 +509,9 @@ def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
     return shared[:cut], [value[cut:] for value in values]
 
 
-def _split_messages(prompt: str | None, completions: list[list], where: str) -> tuple[list, list[list]]:
+def _split_messages(
+    prompt: str | None, completions: list[list], names: list[str], where: str
+) -> tuple[list, list[list]]:
     """The prompt that conversations begin with; each keeps at least its last message as completion."""
     opens_with_answer = completions[0][0]["role"] == "assistant"
     if isinstance(prompt, str) and opens_with_answer:
@@ -350,17 +522,19 @@ def _split_messages(prompt: str | None, completions: list[list], where: str) -> 
         shared += 1
     if not shared:
         raise DataError(
-            f"{where}: no prompt: chosen and rejected do not begin with the same messages; "
-            "add a prompt field, or begin both with the conversation they answer"
+            f"{where}: no prompt: expected the same messages at the beginning of {' and '.join(names)}; "
+            "add a prompt field, or begin with the conversation that is answered"
         )
     return completions[0][:shared], [completion[shared:] for completion in completions]
 
 
-def _notes(row: dict[str, Any]) -> Iterator[str]:
+def _notes(row: dict[str, Any], kind: str) -> Iterator[str]:
     """What is legal in a row and yet worth knowing about the data set."""
-    completions = [row[name] for names in COMPLETIONS.values() for name in names if name in row]
-    if len(completions) == 2 and completions[0] == completions[1]:
+    completions = _named(row, kind).values()
+    if kind == "pair" and row["chosen"] == row["rejected"]:
         yield "chosen equals rejected (the pair teaches nothing)"
+    if len(set(row.get("scores", ()))) == 1:
+        yield "the scores of a list are all equal (its order teaches nothing)"
     if isinstance(row["prompt"], list):
         messages = [message for completion in completions for message in completion]
         if not all(message["content"].strip() for message in messages):
@@ -381,25 +555,24 @@ def encode(
     max_prompt_length: int | None = None,
     num_proc: int | None = None,
 ) -> datasets.Dataset:
-    """Token ids of what `load` gives.
+    """Token ids of what `load` gives, its other columns as they are.
 
     Text is prompt + completion + EOS, with the tokenizer's opening tokens (BOS) once in front. A conversation
     is what the chat template makes of it: the prompt with the generation prompt, then what follows it.
 
     What is longer than `max_length` is cut: first the prompt, from the left (its BOS stays), but not below
     half of `max_length`; then the completions, from the right, EOS first. `max_prompt_length` caps the prompt
-    in any case.
+    in any case. All completions of a prompt follow the same ids of it.
 
-    Unpaired rows also get `kl_completion_ids`, the mismatched completion of KTO's KL estimate: that of the
-    next row (cyclic) with another prompt, cut to fit. It depends neither on batch size nor on `num_proc`.
+    Unpaired rows with a label also get `kl_completion_ids`, the mismatched completion of KTO's KL estimate: that
+    of the next row (cyclic) with another prompt, cut to fit. It depends neither on batch size nor on `num_proc`.
 
     Returns:
-        prompt_ids, chosen_ids, rejected_ids, where for pairs; prompt_ids, completion_ids, label,
-        kl_completion_ids, where for unpaired data.
+        For each column of text one of ids, ``…_ids`` (completions_ids: a list of lists), and the others.
 
     Raises:
         DataError: a conversation without a chat template or refused by it, a prompt or completion without a
-            token, or unpaired data of one row.
+            token, or labelled unpaired data of one row.
         ValueError: a length too small, or columns that are not those of `load`.
     """
     _check_kind(kind)
@@ -409,10 +582,11 @@ def encode(
         )
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(f"max_prompt_length must be at least 1 or None; got {max_prompt_length}")
-    columns = {"prompt", "where", *COMPLETIONS[kind]} | ({"label"} if kind == "unpaired" else set())
-    if not columns <= set(dataset.column_names):
+    loaded = [{"prompt", "where", *form} for form in _FORMS[kind] if set(form) >= set(COMPLETIONS[kind])]
+    if not any(columns <= set(dataset.column_names) for columns in loaded):
         raise ValueError(
-            f"encode takes what load(…, kind={kind!r}) gives, with columns {', '.join(sorted(columns))}; "
+            f"encode takes what load(…, kind={kind!r}) gives, with columns "
+            f"{' or '.join(', '.join(sorted(columns)) for columns in loaded)}; "
             f"got {', '.join(dataset.column_names)}"
         )
     if not len(dataset):
@@ -423,10 +597,11 @@ def encode(
             f"{first['where']}: a conversation, and the tokenizer has no chat template to write it with; "
             "pass one (--chat-template FILE), or give prompt and completions as text"
         )
-    if kind == "unpaired" and len(dataset) == 1:
+    labelled = kind == "unpaired" and "label" in dataset.column_names
+    if labelled and len(dataset) == 1:
         raise DataError(
-            f"{first['where']}: the only row; unpaired data needs two or more, because the KL estimate sets "
-            "each prompt beside the completion of another row"
+            f"{first['where']}: the only row; labelled data needs two or more, because the KL estimate sets "
+            "each prompt beside the completion of another row; add rows"
         )
     encoded = dataset.map(
         _encode_rows,
@@ -436,15 +611,15 @@ def encode(
         desc="tokenize",
         fn_kwargs={
             "tokenizer": tokenizer,
-            "names": COMPLETIONS[kind],
+            "kind": kind,
             "opening": _opening(tokenizer, first["prompt"]),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
         },
     )
-    _report(encoded, kind, max_length)
-    encoded = encoded.remove_columns(["prompt_cut", "completions_cut", "parted"])
-    if kind == "unpaired":
+    _report(encoded, max_length)
+    encoded = encoded.remove_columns(["prompt_cut", "completions_cut", "count", "parted"])
+    if labelled:
         return _add_mismatched(encoded, list(dataset["prompt"]), max_length)
     return encoded
 
@@ -467,16 +642,17 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def _encode_rows(
     batch: dict[str, list],
     tokenizer: Any,
-    names: tuple[str, ...],
+    kind: str,
     opening: list[int],
     max_length: int,
     max_prompt_length: int | None,
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    texts = [_render(tokenizer, row["prompt"], [row[name] for name in names], row["where"]) for row in rows]
+    named = [_named(row, kind) for row in rows]
+    texts = [_render(tokenizer, row["prompt"], [*by.values()], row["where"]) for row, by in zip(rows, named)]
     ids = iter(_tokenize(tokenizer, [text for group in texts for text in group]))
     encoded = []
-    for row, group in zip(rows, texts):
+    for row, names, group in zip(rows, named, texts):
         prompt, completions, parted = _split_ids(tokenizer, group, [next(ids) for _ in group])
         if isinstance(row["prompt"], str):
             if prompt[: len(opening)] != opening:
@@ -492,11 +668,12 @@ def _encode_rows(
         encoded.append(
             {
                 "prompt_ids": short,
-                **{f"{name}_ids": completion for name, completion in zip(names, fitted)},
-                **({"label": row["label"]} if "label" in row else {}),
+                **{f"{name}_ids": value for name, value in _grouped(dict(zip(names, fitted))).items()},
+                **{name: row[name] for name in _KEPT if name in row},
                 "where": row["where"],
                 "prompt_cut": len(short) < len(prompt),
                 "completions_cut": sum(len(f) < len(c) for f, c in zip(fitted, completions)),
+                "count": len(fitted),
                 "parted": parted,
             }
         )
@@ -565,13 +742,14 @@ def _fit(
     return prompt, [completion[: max_length - keep] for completion in completions]
 
 
-def _report(encoded: datasets.Dataset, kind: str, max_length: int) -> None:
+def _report(encoded: datasets.Dataset, max_length: int) -> None:
     rows = len(encoded)
-    cut, prompts_cut, parted = (sum(encoded[name]) for name in ("completions_cut", "prompt_cut", "parted"))
+    names = ("completions_cut", "count", "prompt_cut", "parted")
+    cut, count, prompts_cut, parted = (sum(encoded[name]) for name in names)
     logger.log(
         logging.WARNING if cut else logging.INFO,
         "max_length=%d: %d of %d completions cut at the end (without EOS), %d of %d prompts cut at the start",
-        *(max_length, cut, rows * len(COMPLETIONS[kind]), prompts_cut, rows),
+        *(max_length, cut, count, prompts_cut, rows),
     )
     if parted:
         logger.warning(
@@ -622,17 +800,24 @@ def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
 class Collator:
     """Encoded rows to right-padded tensors, in the row layout of `Objective`.
 
-    Pairs: the P chosen rows, then the P rejected rows (R = 2P). Unpaired: B rows (R = B), and the same
-    prompts with their mismatched completions under ``kl_…``.
+    pair: the P chosen rows, then the P rejected rows (R = 2P). unpaired, rejected, chosen: a row each (R = B or
+    P). list: the K rows of a prompt side by side (R = P·K), K the longest list of the batch, and where the data
+    has `rejected`, that as one more row behind them (R = P·(K + 1)). A completion that a shorter list lacks is a
+    row without a target, and one position to attend to: attention over none is NaN in some kernels.
 
     ``targets[r, t]`` is the token that position t predicts, ``input_ids[r, t + 1]``, where that token belongs
     to the completion, and -100 elsewhere. Padding is known by length and never by id: EOS is scored even
     where ``pad_token_id`` is the same id.
 
     Returns:
-        input_ids, attention_mask, targets (R, T) int64; for unpaired rows desirable (B,) bool, and
-        kl_input_ids, kl_attention_mask, kl_targets (B, T'). Where the features carry ``ref_logp_chosen`` and
-        ``ref_logp_rejected``, or ``ref_logp``: ref_logps (R,) float32; ``kl_ref_logp``: kl_ref_logps (B,).
+        input_ids, attention_mask, targets (R, T) int64, and what the features carry of these:
+
+        * pair: score_w, score_l, prob_w, margin (P,) float32;
+        * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets
+          (B, T') int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
+        * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
+        * ref_logps (R,) float32, of the features ref_logp_chosen and ref_logp_rejected, or ref_logp: of a list
+          one log-prob a row, 0 for a completion that is missing.
     """
 
     pad_token_id: int
@@ -644,14 +829,45 @@ class Collator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         names = COMPLETIONS[self.kind]
+        if self.kind == "list":
+            return self._lists(features)
         batch = self._pad([(row["prompt_ids"], row[f"{name}_ids"]) for name in names for row in features])
-        ref_names = ["ref_logp_chosen", "ref_logp_rejected"] if self.kind == "pair" else ["ref_logp"]
+        ref_names = ["ref_logp" if name == "completion" else f"ref_logp_{name}" for name in names]
         batch |= _column(features, ref_names, "ref_logps", torch.float32)
+        for name, key in NUMBERS.get(self.kind, {}).items():
+            batch |= _column(features, [name], key, torch.float32)
         if self.kind == "unpaired":
             batch |= _column(features, ["label"], "desirable", torch.bool)
-            mismatched = self._pad([(row["prompt_ids"], row["kl_completion_ids"]) for row in features])
-            batch |= {f"kl_{name}": value for name, value in mismatched.items()}
-            batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
+            if "kl_completion_ids" in features[0]:
+                mismatched = self._pad([(row["prompt_ids"], row["kl_completion_ids"]) for row in features])
+                batch |= {f"kl_{name}": value for name, value in mismatched.items()}
+                batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
+        return batch
+
+    def _lists(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["completions_ids"]) for row in features)
+        last = "rejected_ids" in features[0]
+        rows: list[tuple[list[int], list[int]]] = []
+        for row in features:
+            listed = [(row["prompt_ids"], completion) for completion in row["completions_ids"]]
+            rejected = [(row["prompt_ids"], row["rejected_ids"])] if last else []
+            rows += _filled(listed, longest, ([], [])) + rejected
+        batch = self._pad(rows)
+        batch["list_lengths"] = torch.tensor([len(row["completions_ids"]) for row in features])
+        if "scores" in features[0]:
+            scores = [_filled(row["scores"], longest, math.nan) for row in features]
+            batch["scores"] = torch.tensor(scores, dtype=torch.float32)  # (P, K)
+        if "ref_logp" in features[0]:
+            ref_logps: list[float] = []
+            for row in features:
+                given, count = row["ref_logp"], len(row["completions_ids"])
+                if len(given) < count + last:
+                    raise DataError(
+                        f"{row.get('where', 'a row')}: expected a ref_logp for each of {count + last} completions; "
+                        f"got {len(given)}; compute the reference's log-probs again"
+                    )
+                ref_logps += _filled(given[:count], longest, 0.0) + (given[-1:] if last else [])
+            batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)  # (R,)
         return batch
 
     def _pad(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
@@ -664,7 +880,7 @@ class Collator:
         for r, (prompt, completion) in enumerate(rows):
             ids = torch.tensor([*prompt, *completion], dtype=torch.int64)
             input_ids[r, : len(ids)] = ids
-            attention_mask[r, : len(ids)] = 1
+            attention_mask[r, : max(len(ids), 1)] = 1
             targets[r, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets}
 
@@ -676,3 +892,7 @@ def _column(
     if not any(name in row for row in features for name in names):
         return {}
     return {key: torch.tensor([row[name] for name in names for row in features], dtype=dtype)}
+
+
+def _filled(values: list[Any], length: int, fill: Any) -> list[Any]:
+    return [*values, *[fill] * (length - len(values))]

@@ -1,60 +1,192 @@
-"""Objective: hidden states and a head in, one method's loss and metrics out. It composes the arrows and owns no loss."""
+"""Objective: hidden states and a head in, the loss and metrics of a method out. It composes the arrows, owns no loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .head import head_plan, token_logps
-from .head.plan import Plan, choose_backend
-from .head.rows import packed_rows, sum_rows
-from .head.spec import Scaling, cast_for_autocast, check_operands, scored_positions
-from .head.units import Group, UnitLoss, pack
+from .batch import PAIRS, Batch
+from .head import head_plan, token_logps, token_stats
+from .head.plan import Plan, choose_backend, tile_size
+from .head.rows import sum_rows
+from .head.sampled import picked_logits, sample_rivals
+from .head.spec import Scaling, cast_for_autocast, check_operands
+from .head.units import UnitLoss
 from .methods import Method, get_method
-from .reduce import REDUCTIONS, mean_metrics, reduce_losses
+from .methods.vocabulary import wpo_weights
+from .reduce import REDUCTIONS, count_metrics, mean_metrics, reduce_losses
 from .types import LossOutput
 
 _OF_NO_MATTER_TO_THE_PLAN = {
-    "temperature", "softcap", "logit_scale", "ref_weight", "ref_bias", "ref_logps", "denominator",
+    "temperature", "softcap", "logit_scale", "ref_weight", "ref_bias", "denominator",
 }  # fmt: skip
+_TERM = re.compile(r"\s*(?:([0-9.eE+-]*[0-9.])\s*\*)?\s*([A-Za-z_]\w*)\s*")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One method of an objective, and what its mean is multiplied by."""
+
+    method: Method
+    hyperparameters: Mapping[str, Any]
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
+        scale = "" if self.weight == 1 else f"{self.weight:g}*"
+        return f"{scale}{self.method.name}({options})"
 
 
 class Objective:
-    """A method through the head.
+    """A method, or a weighted sum of methods, through the head.
 
         objective = Objective("simpo", beta=2.0, gamma=1.0)
         out = objective(hidden, weight, targets)
         out.loss.backward()
 
-    method: a name of METHODS; further keyword arguments are its hyperparameters. reduction: "mean" over units (over
-    tokens for `sft`), "sum" or "none". tile_bytes: the budget of the tile of logits, 256 MiB on CPU if not given.
+    method: a name of METHODS; a sum of them, "dpo + 0.5*sft"; or a list of names, of which each may come with
+        hyperparameters of its own, [("dpo", {"beta": 0.2}), "sft"], and with `weights`. All of one layout.
+    reduction: "mean" over what the method's mean is over (units; tokens, rows or a fixed length: Method.denominator),
+        "sum" or "none".
+    pairs: with a pairwise method and lists of K scored completions: "all" pairs of a list, whose mean is its loss, or
+        the "extremes", its best against its worst.
+    ld_alpha: in [0, 1], multiplies the log-probs, policy's and reference's, of a pair's tokens beyond the length of its
+        shorter completion (LD-DPO, arXiv 2409.06411).
+    wpo: multiplies each loss by w_w·w_l, w the exponential of the mean over tokens of log p − log Σp², detached (WPO,
+        arXiv 2406.11827); clamp: by at most 1, as its authors do.
+    fixed_length: the tokens of a row that `dr_grpo` divides by; the width of the batch if not given.
+    top_k, seed: of the rival tokens that `cringe` draws.
+    tile_bytes: the budget of the tile of logits, 256 MiB on CPU if not given.
+    Further keyword arguments are hyperparameters; among several methods, of all that have them.
+
+    Methods that remember earlier batches (`beta_dpo`, `bco`, KTO's reference point) keep it in `state`, see
+    `state_dict`. It changes in calls with gradient only, by the rows of all ranks.
+
     Raises ValueError for an unknown method, hyperparameter, reduction or backend.
     """
 
     def __init__(
         self,
-        method: str,
+        method: str | Sequence[str | tuple[str, Mapping[str, Any]]],
         *,
+        weights: Sequence[float] | None = None,
         reduction: str = "mean",
+        pairs: str | None = None,
+        ld_alpha: float | None = None,
+        wpo: bool = False,
+        clamp: bool = True,
+        fixed_length: int | None = None,
+        top_k: int = 5,
+        seed: int | None = None,
         backend: str = "auto",
         tile_bytes: int | None = None,
         **hyperparameters: Any,
     ) -> None:
-        self.method = get_method(method)
-        self.method.check_hyperparameters(hyperparameters)
+        self.terms = _terms(method, weights, hyperparameters)
+        self.methods = [term.method for term in self.terms]
         if reduction not in REDUCTIONS:
             raise ValueError(f"no reduction named {reduction!r}; there are {', '.join(REDUCTIONS)}")
+        if fixed_length is not None and fixed_length < 1:
+            raise ValueError(f"expected fixed_length of at least one token, got {fixed_length}")
+        if top_k < 1:
+            raise ValueError(f"expected top_k of at least 1, got {top_k}")
         choose_backend(backend, torch.device("cpu"))
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
-        self.hyperparameters = {**self.method.defaults, **hyperparameters}
+        self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
+        self.fixed_length, self.top_k, self.seed = fixed_length, top_k, seed
+        self._generator: torch.Generator | None = None
+        self.state: dict[str, Tensor] = {}
+        self._check_modifiers()
+
+    @property
+    def method(self) -> Method:
+        """The first method."""
+        return self.methods[0]
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """The first method's."""
+        return self.terms[0].hyperparameters
+
+    @property
+    def layout(self) -> str:
+        """How the rows of a call are laid out, see `Method.layout`."""
+        return "listwise" if self.pairs else self.method.layout
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(term.method.reads_reference(term.hyperparameters) for term in self.terms)
+
+    @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether the reference must be known token by token, not as a sum over each row."""
+        by_token = self.layout == "policy" or self.ld_alpha is not None or self.needs_reference_hidden
+        return self.needs_reference and by_token
+
+    @property
+    def needs_reference_hidden(self) -> bool:
+        """Whether the reference's hidden states are needed: for divergences over the vocabulary."""
+        return "kl" in self._outputs()
+
+    @property
+    def data_kind(self) -> str:
+        """The data that it learns from, by `data.load`'s names; ValueError if that must be made while training."""
+        if self.layout in ("policy", "reward"):
+            raise ValueError(
+                f"{self.method.name} learns from completions sampled and scored while it trains, not from a data set: "
+                "call xpo_fast.Objective in such a loop"
+            )
+        if self.layout != "pairwise":
+            return {"listwise": "list"}.get(self.layout, self.layout)
+        sides = {side for m in self.methods for side in m.sides}
+        return {("_w",): "chosen", ("_l",): "rejected"}.get(tuple(sorted(sides)), "pair")
+
+    def rehearse(self, columns: Container[str] | None = None) -> None:
+        """Try the methods on made-up numbers: ValueError for a hyperparameter out of range, before anything is loaded.
+
+        columns: those that there will be, all if not given; ValueError for a method that cannot do without another.
+        """
+        for term in self.terms:
+            method = term.method
+            supplied = self._supplied() | ({"score_w", "score_l"} if self.pairs else set())
+            inputs = {
+                name: made_up(name, method.axes(name)[0])
+                for name in method.inputs
+                if method.wants(name, term.hyperparameters)
+                and (columns is None or name in columns or name in supplied or name not in method.columns)
+            }
+            method(**inputs, **term.hyperparameters)
+
+    def _check_modifiers(self) -> None:
+        names = ", ".join(m.name for m in self.methods)
+        layouts = {m.layout for m in self.methods}
+        if len(layouts) > 1:
+            raise ValueError(f"methods of different layouts do not go together: {names} ({', '.join(layouts)})")
+        if layouts == {"reward"} or any("returns" in m.inputs for m in self.methods):
+            raise ValueError(
+                f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value head"
+            )
+        if self.pairs is not None and self.pairs not in PAIRS:
+            raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
+        for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):
+            if given is not None and layouts != {"pairwise"}:
+                raise ValueError(f"{option}= is for pairwise methods, {names} is {self.method.layout}")
+            if given is not None and any("pos_score" in m.inputs for m in self.methods) and option != "wpo":
+                raise ValueError(f"{option}= does not go with {names}, which looks at single tokens")
+        if self.pairs and self.ld_alpha is not None:
+            raise ValueError("ld_alpha= is for pairs that come as pairs, not with pairs=")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"expected ld_alpha in [0, 1], got {self.ld_alpha}")
 
     def __repr__(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self.hyperparameters.items())
-        return f"Objective({self.method.name!r}{options}, reduction={self.reduction!r})"
+        return f"Objective({' + '.join(map(str, self.terms))}, reduction={self.reduction!r})"
+
+    # --- the call -----------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -71,20 +203,24 @@ class Objective:
         ref_hidden: Tensor | None = None,  # shaped as hidden, width Dr
         ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight if not given
         ref_bias: Tensor | None = None,  # (V,)
-        ref_logps: Tensor | None = None,  # (R,) log-probs of the rows under the reference, summed
+        ref_logps: Tensor | None = None,  # (R,) log-probs of the rows under the reference, summed; or one a token
+        list_size: int | None = None,
         denominator: float | Tensor | None = None,
         **columns: Tensor,
     ) -> LossOutput:
         """The loss, differentiable in hidden, weight and bias, and detached metrics.
 
-        Rows: pairwise methods take R = 2P rows, the P chosen ones and then the P rejected; unpaired ones a row a unit.
-        The reference is `ref_hidden` (with `ref_weight`, or the policy's head), or `ref_logps`; a method without a
-        reference reads neither. denominator: what the sum of losses is divided by, the items (`count_items`) of a
-        whole optimizer step over micro-batches and ranks; those of this call if not given. columns: the method's
-        other inputs by name, one entry a unit or a scalar.
+        Rows: pairwise methods take R = 2P rows, the P chosen ones and then the P rejected; listwise ones the K rows of
+        a prompt side by side (`list_size`, or the width of `scores`), an empty row where a list is shorter, for `nn`
+        the rejected completion as the last of each; unpaired and policy methods a row a unit.
+        The reference is `ref_hidden` (with `ref_weight`, or the policy's head), or `ref_logps`, a number a row, or
+        shaped as targets where a method looks at tokens; a method without a reference reads neither.
+        denominator: what the sum of losses is divided by, the items (`count_items`) of a whole optimizer step over
+        micro-batches and ranks; those of this call if not given. columns: the method's other inputs by name, with one
+        entry a unit, a scalar, or shaped as targets for inputs of tokens.
 
-        A unit with a row that has no scored token is left out: zero loss, not counted. With none left the loss is 0,
-        with a graph. What it costs: see `plan`.
+        A unit with a row that has no scored token (a list or a row of a policy method: with none at all) is left out:
+        zero loss, not counted. With none left the loss is 0, with a graph. What it costs: see `plan`.
 
         Raises ValueError for operands, rows or columns that do not fit, a missing reference or column, an unknown
         column, and (on CPU) a target outside the vocabulary.
@@ -93,48 +229,42 @@ class Objective:
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias
         )
         check_operands(hidden, weight, targets, bias)
-        batch = _Batch(self.method, targets, cu_seqlens, ignore_index)
-        options: dict[str, Any] = {
-            "temperature": temperature,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "ignore_index": ignore_index,
-            "tile_bytes": self.tile_bytes,
-            "backend": self.backend,
-        }
-        known = batch.columns(columns) | batch.sides("len", batch.lengths, absent=1.0)
-        if self.method.needs_reference:
-            if ref_logps is not None and ref_hidden is not None:
-                raise ValueError("the reference came twice: pass either ref_hidden= or ref_logps=")
-            if ref_logps is None:
-                ref_logps = self._reference(batch, weight, bias, ref_hidden, ref_weight, ref_bias, options)
-            known |= batch.sides("ref_logp", batch.check_rows("ref_logps", ref_logps))
+        if "ref_token_logp" in columns:
+            if ref_logps is not None:
+                raise ValueError("the reference came twice: ref_logps= and ref_token_logp= are the same")
+            ref_logps = columns.pop("ref_token_logp")
+        batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns)
+        known = _Known(batch.check_columns(columns, self._supplied()))
+        scaling: dict[str, Any] = {
+            "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
+        }  # fmt: skip
+        options = {
+            **scaling, "ignore_index": ignore_index, "tile_bytes": self.tile_bytes, "backend": self.backend,
+        }  # fmt: skip
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        known.rows["len"] = (batch.lengths, 1.0)
+        self._add_reference(known, batch, weight, bias, (ref_hidden, ref_weight, ref_bias), ref_logps, options)
+        self._add_rivals(known, batch, flat, weight, bias, Scaling(**scaling))
         if denominator is None:
-            denominator = batch.items.sum()
+            denominator = self._items(batch)
 
-        def evaluate(row_logps: Tensor, units: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-            """Losses and metrics of the units given, or all, from the log-probs of all rows (R,)."""
-            inputs = known | batch.sides("logp", row_logps)
-            valid = batch.valid
-            if units is not None:
-                inputs = {name: x[units] if x.dim() else x for name, x in inputs.items()}
-                valid = valid[units]
-            losses, metrics = self.method(**inputs, **self.hyperparameters)
-            return torch.where(valid, losses, 0.0), metrics
+        def evaluate(logp: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
+            return [self._evaluate(term, batch, known, logp) for term in self.terms]
 
-        def reduced(losses: Tensor) -> Tensor:
-            return reduce_losses(losses, self.reduction, denominator)
+        def reduced(found: Sequence[tuple[Tensor, Any]], positions: Tensor | None, units: Tensor | None) -> Tensor:
+            return self._reduce(batch, known, [losses for losses, _ in found], denominator, positions, units)
+
+        by_token = all(m.unit == "token" for m in self.methods)
 
         def coefficients(logp: Tensor, positions: Tensor, units: Sequence[int]) -> Tensor:
             """∂loss/∂logp at the positions (n,) of some units."""
-            rows = batch.rows[positions]
+            some = None if by_token else torch.tensor(units, device=logp.device)
             with torch.enable_grad():
-                row_logps = sum_rows(logp, rows, batch.count).requires_grad_()
-                losses, _ = evaluate(row_logps, torch.tensor(units, device=logp.device))
-                (u,) = torch.autograd.grad(reduced(losses), row_logps)
-            return u[rows]
+                leaf = logp.detach().requires_grad_()
+                found = [self._evaluate(term, batch, known, leaf, positions, some) for term in self.terms]
+                (u,) = torch.autograd.grad(reduced(found, positions, some), leaf)
+            return u
 
-        flat = hidden.reshape(-1, hidden.shape[-1])
         if self._evaluates_live(flat, weight, bias):
             tile_tokens = self._head_plan(flat, weight, bias, batch).tile_tokens
             loss, logp = UnitLoss.apply(
@@ -142,26 +272,316 @@ class Objective:
                 weight,
                 bias,
                 batch.targets,
-                Scaling(temperature, softcap, logit_scale),
-                batch.groups(tile_tokens, weight.shape[0]),
+                Scaling(**scaling),
+                batch.groups(tile_tokens, weight.shape[0], by_token=by_token),
                 tile_tokens,
                 coefficients,
-                lambda logp: reduced(evaluate(sum_rows(logp, batch.rows, batch.count))[0]),
+                lambda logp: reduced(evaluate(logp), None, None),
             )
-            losses, metrics = evaluate(sum_rows(logp, batch.rows, batch.count))
-            if losses.requires_grad:  # by a column: logp carries no gradient here
-                loss = loss + reduced(losses - losses.detach())
+            found = evaluate(logp)
+            if any(losses.requires_grad for losses, _ in found):  # by a column: logp carries no gradient here
+                loss = loss + reduced([(losses - losses.detach(), None) for losses, _ in found], None, None)
         else:
-            logp = token_logps(flat, weight, batch.targets, bias=bias, **options)
-            losses, metrics = evaluate(sum_rows(logp, batch.rows, batch.count))
-            loss = reduced(losses)
-        return LossOutput(loss, mean_metrics(metrics, batch.valid))
+            outputs = self._outputs()
+            ref = (ref_hidden, ref_weight, ref_bias) if self.needs_reference_hidden else (None, None, None)
+            logp = self._statistics(known, batch, flat, weight, bias, outputs, ref, options)
+            self._update_state(batch, known, logp)
+            found = evaluate(logp)
+            loss = reduced(found, None, None)
+        metrics, counts = self._metrics(batch, found)
+        out = LossOutput(loss, metrics, counts)
+        if any(m.token_reward for m in self.methods) and known.ref_tokens is not None:
+            reward = self.hyperparameters["beta"] * (logp.detach() - known.ref_tokens)
+            out.token_reward = torch.where(batch.scored, reward, 0.0).view(targets.shape)
+        return out
+
+    def _supplied(self) -> set[str]:
+        """Columns that need not be given: what is remembered, and `nn`'s second reference if there is but one."""
+        remembered = {n for m in self.methods if m.state for n in m.columns if m.axes(n) == ("",)}
+        return {"ref_pos_logp_l", *self.state, *remembered}
+
+    # --- what is known before the policy's log-probs ------------------------------------------------------------------
+
+    def _batch(
+        self,
+        targets: Tensor,
+        cu_seqlens: Tensor | None,
+        ignore_index: int,
+        list_size: int | None,
+        columns: Mapping[str, Any],
+    ) -> Batch:
+        scores = columns.get("scores")
+        if list_size is None and isinstance(scores, Tensor) and scores.dim() == 2:
+            list_size = scores.shape[1] + any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
+        batch = Batch(self.methods, targets, cu_seqlens, ignore_index, pairs=self.pairs, list_size=list_size)
+        if self.pairs and isinstance(scores, Tensor):
+            batch.choose_pairs(scores)
+        return batch
+
+    def _add_reference(
+        self,
+        known: _Known,
+        batch: Batch,
+        weight: Tensor,
+        bias: Tensor | None,
+        reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+        ref_logps: Tensor | None,
+        options: dict[str, Any],
+    ) -> None:
+        """The rows' log-probs under the reference, and the tokens' where they are known."""
+        ref_hidden, ref_weight, ref_bias = reference
+        reads = [term for term in self.terms if _reads(term, "ref_")]
+        if not reads:
+            return
+        names = ", ".join(term.method.name for term in reads)
+        if ref_logps is not None and ref_hidden is not None:
+            raise ValueError("the reference came twice: pass either ref_hidden= or ref_logps=")
+        if ref_logps is None and ref_hidden is None:
+            if self.needs_reference:
+                raise ValueError(
+                    f"{names} compares with a reference: pass ref_hidden= (and ref_weight= unless it has the policy's "
+                    "head) or ref_logps=, the summed log-prob of each row"
+                )
+            return
+        if ref_hidden is None and self.needs_reference_hidden:
+            raise ValueError(f"{names} compares whole distributions with the reference's: pass ref_hidden=")
+        if ref_logps is not None:
+            ref_logps = batch.check_rows("ref_logps", ref_logps)
+            if ref_logps.shape == batch.shape and ref_logps.shape != (batch.count,):
+                known.ref_tokens = ref_logps.reshape(-1)
+        else:
+            assert ref_hidden is not None
+            if ref_weight is None:
+                ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+            with torch.no_grad():
+                try:
+                    flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+                    known.ref_tokens = token_logps(flat, ref_weight, batch.targets, bias=ref_bias, **options)
+                except ValueError as error:
+                    raise ValueError(f"of the reference: {error}") from None
+        if known.ref_tokens is None:
+            if self.layout == "policy" or self.ld_alpha is not None:
+                raise ValueError(
+                    f"{names} looks at the reference's single tokens: pass ref_hidden=, or ref_logps= shaped as targets, "
+                    f"{tuple(batch.shape)}; got ({batch.count},), one a row"
+                )
+            assert ref_logps is not None
+            known.rows["ref_logp"] = (ref_logps, -1.0)
+        else:
+            tokens = torch.where(batch.scored, known.ref_tokens, 0.0)
+            known.tokens["ref_token_logp"] = known.ref_tokens = tokens
+            known.rows["ref_logp"] = (self._row_sums(batch, tokens), -1.0)
+
+    def _add_rivals(
+        self, known: _Known, batch: Batch, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
+    ) -> None:
+        """`cringe`: the logit of every rejected token, and that of a likely other one, with their gradients."""
+        if not any("pos_score" in m.inputs for m in self.methods):
+            return
+        if self.seed is not None and self._generator is None:
+            self._generator = torch.Generator(hidden.device).manual_seed(self.seed)
+        rejected = (batch.rows >= batch.units) & batch.scored
+        targets = torch.where(rejected, batch.targets, batch.ignore_index)
+        tile = tile_size(weight.shape[0], weight.dtype, weight.device, self.tile_bytes)
+        tokens = sample_rivals(
+            hidden, weight, bias, targets, scaling, batch.ignore_index, tile, self.top_k, self._generator
+        )
+        at = rejected.nonzero().squeeze(1)
+        h = hidden[at]
+        for name, picked in (("neg_score", batch.targets), ("pos_score", tokens)):
+            score = picked_logits(h, weight, bias, picked[at], scaling)
+            known.tokens[name] = score.new_zeros(batch.rows.shape).index_put((at,), score)
+        known.tokens["mask"] = rejected
+
+    def _statistics(
+        self,
+        known: _Known,
+        batch: Batch,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        outputs: tuple[str, ...],
+        reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The policy's log-probs (N,); further statistics go to `known`."""
+        if not outputs:
+            return token_logps(hidden, weight, batch.targets, bias=bias, **options)
+        ref_hidden, ref_weight, ref_bias = reference
+        if ref_hidden is not None:
+            ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+        stats = token_stats(
+            hidden,
+            weight,
+            batch.targets,
+            bias=bias,
+            outputs=outputs,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            **options,
+        )
+        if stats.kl is not None:
+            known.rows["kl"] = (sum_rows(stats.kl, batch.rows, batch.count), 0.0)
+        if stats.entropy is not None:
+            known.tokens["entropy"] = stats.entropy
+        if stats.log_sum_sq_probs is not None:
+            sums = (sum_rows(x.detach(), batch.rows, batch.count) for x in (stats.logp, stats.log_sum_sq_probs))
+            known.row_weight = wpo_weights(*sums, batch.lengths, clamp=False)
+        return stats.logp
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def _inputs(
+        self,
+        term: Term,
+        batch: Batch,
+        known: _Known,
+        logp: Tensor,
+        positions: Tensor | None,
+        units: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The method's inputs for some units: logp (n,) at the positions (n,), or at all of them."""
+        method = term.method
+        wanted = {n for n in method.inputs if method.wants(n, term.hyperparameters)}
+        columns = {**self.state, **known.columns}
+        if method.layout == "policy":
+            single = positions is not None and units is None  # a token a unit
+
+            def grid(x: Tensor) -> Tensor:
+                x = x if positions is None else x[positions]
+                return x[:, None] if single else batch.grid(x, positions, units)
+
+            inputs = {"token_logp": logp[:, None] if single else batch.grid(logp, positions, units)}
+            inputs["mask"] = grid(batch.scored)
+            inputs |= {n: grid(x) for n, x in known.tokens.items() if n in wanted}
+            for name, x in columns.items():
+                if name in wanted and batch.per_token(name, x):
+                    inputs[name] = grid(x.reshape(-1))
+                elif name in wanted:
+                    at = units if not single else batch.rows[positions]
+                    # "II", whatever belongs to no unit, is passed on whole.
+                    whole = x.dim() == 0 or at is None or "II" in method.axes(name)
+                    inputs[name] = x if whole else x[at]
+            return {n: x for n, x in inputs.items() if n in wanted}
+        inputs = batch.inputs("logp", self._row_sums(batch, logp, positions), units, -1.0)
+        for prefix, (values, absent) in known.rows.items():
+            inputs |= batch.inputs(prefix, values.to(logp.dtype), units, absent)
+        if "pos_score" in wanted:
+            half = torch.arange(batch.units, device=batch.device)
+            some = (half if units is None else units) + batch.units
+            inputs |= {n: batch.rejected_grid(x, some) for n, x in known.tokens.items()}
+        if batch.layout == "listwise":
+            inputs["mask"] = batch.list_mask(units)
+        for name, x in columns.items():
+            if name in wanted or name == "scores":
+                inputs |= batch.column(name, x, units)
+        return {n: x for n, x in inputs.items() if n in wanted}
+
+    def _row_sums(self, batch: Batch, logp: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Log-probs (n,) of the positions, or of all, summed over rows (R,); `ld_alpha` applied."""
+        if self.ld_alpha is not None:
+            beyond = batch.beyond_shorter if positions is None else batch.beyond_shorter[positions]
+            logp = torch.where(beyond, self.ld_alpha * logp, logp)
+        return sum_rows(logp, batch.rows if positions is None else batch.rows[positions], batch.count)
+
+    def _evaluate(
+        self,
+        term: Term,
+        batch: Batch,
+        known: _Known,
+        logp: Tensor,
+        positions: Tensor | None = None,
+        units: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses and metrics of one method; 0 and whatever for units left out."""
+        inputs = self._inputs(term, batch, known, logp, positions, units)
+        if term.method.unit == "batch":
+            losses, metrics = _of_counted(term, inputs, batch.counted)
+        else:
+            losses, metrics = term.method(**inputs, **term.hyperparameters)
+        if self.pairs:
+            losses, metrics = batch.mean_of_pairs(losses, metrics, units)
+        if known.row_weight is not None:
+            w = batch.of_units(known.row_weight, units).prod(dim=1)
+            losses = losses * (w.clamp(max=1) if self.clamp else w).to(losses.dtype)
+        if losses.dim() == 2:  # tokens, 0 outside the mask
+            return losses, metrics
+        valid = batch.valid if units is None else batch.valid[units]
+        return torch.where(valid, losses, 0.0), metrics
+
+    def _reduce(
+        self,
+        batch: Batch,
+        known: _Known,
+        found: Sequence[Tensor],
+        denominator: float | Tensor,
+        positions: Tensor | None,
+        units: Tensor | None,
+    ) -> Tensor:
+        """The methods' losses as one scalar, or summed unit by unit with reduction="none"."""
+        total: Any = 0
+        for k, (term, losses) in enumerate(zip(self.terms, found, strict=True)):
+            if self.reduction == "mean":
+                weights = batch.weights(term.method, self.fixed_length, losses.dtype)
+                if positions is not None:
+                    weights = weights[batch.rows[positions] if units is None else units]
+                losses = losses * (weights[:, None] if losses.dim() == 2 else weights)
+            one = denominator[k] if isinstance(denominator, Tensor) and denominator.dim() else denominator
+            total = total + term.weight * reduce_losses(losses, self.reduction, one)
+        return total
+
+    def _metrics(
+        self, batch: Batch, found: Sequence[tuple[Tensor, dict[str, Tensor]]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        metrics: dict[str, Tensor] = {}
+        for term, (losses, own) in zip(self.terms, found, strict=True):
+            if len(self.terms) > 1 and losses.dim() == 1:
+                own = {f"loss/{term.method.name}": losses.detach(), **own}
+            metrics = {**own, **metrics}
+        return mean_metrics(metrics, batch.valid), count_metrics(metrics, batch.valid)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _update_state(self, batch: Batch, known: _Known, logp: Tensor) -> None:
+        """Take the batch into what is remembered; without gradient, only for this call where there is nothing yet."""
+        for term in self.terms:
+            own = {n for n in term.method.columns if term.method.axes(n) == ("",)}
+            if term.method.state is None or own <= set(known.columns):
+                continue
+            learns = torch.is_grad_enabled()
+            if learns or not own <= set(self.state):
+                with torch.no_grad():
+                    inputs = self._inputs(term, batch, known, logp.detach(), None, None)
+                    remembered = term.method.state(self.state, inputs, batch.counted, **term.hyperparameters)
+                if learns:
+                    self.state.update(remembered)
+                else:
+                    known.columns.update({n: remembered[n] for n in own})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the methods remember of earlier batches, the same on every rank."""
+        return {name: x.detach().clone() for name, x in self.state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.state = {name: x.detach().clone() for name, x in state.items()}
+
+    # --- counting and planning ----------------------------------------------------------------------------------------
+
+    def _items(self, batch: Batch) -> Tensor:
+        items = [batch.items(m) for m in self.methods]
+        return items[0] if len(items) == 1 else torch.stack(items)
 
     def count_items(
-        self, targets: Tensor, cu_seqlens: Tensor | None = None, *, ignore_index: int = -100
+        self,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        list_size: int | None = None,
     ) -> Tensor:
-        """What `denominator` counts in a batch: units, or the tokens read by `sft`. A () int64 tensor."""
-        return _Batch(self.method, targets, cu_seqlens, ignore_index).items.sum()
+        """What `denominator` counts in a batch, see Method.denominator: int64, () or one entry a method."""
+        return self._items(self._batch(targets, cu_seqlens, ignore_index, list_size, {}))
 
     def plan(
         self,
@@ -172,21 +592,25 @@ class Objective:
         cu_seqlens: Tensor | None = None,
         bias: Tensor | None = None,
         ref_hidden: Tensor | None = None,
+        ref_logps: Tensor | None = None,
         ignore_index: int = -100,
+        list_size: int | None = None,
         **others: Any,
     ) -> Plan:
         """How a call with these arguments will run: backend, tile and passes. Print it."""
-        unknown = sorted(set(others) - _OF_NO_MATTER_TO_THE_PLAN - set(self.method.columns))
+        columns = {n for m in self.methods for n in m.columns} | ({"scores"} if self.pairs else set())
+        unknown = sorted(set(others) - _OF_NO_MATTER_TO_THE_PLAN - columns - {"ref_token_logp"})
         if unknown:
-            raise ValueError(f"{self.method.name}: unknown {', '.join(unknown)}")
+            raise ValueError(f"{', '.join(m.name for m in self.methods)}: unknown {', '.join(unknown)}")
         hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
         check_operands(hidden, weight, targets, bias)
-        batch = _Batch(self.method, targets, cu_seqlens, ignore_index)
+        batch = self._batch(targets, cu_seqlens, ignore_index, list_size, others)
         plan = self._head_plan(hidden, weight, bias, batch)
         passes, why = plan.passes, plan.why
-        tokens = int((batch.targets != ignore_index).sum())
+        tokens = int(batch.scored.sum())
         if self._evaluates_live(hidden, weight, bias):
-            groups = batch.groups(plan.tile_tokens, weight.shape[0])
+            by_token = all(m.unit == "token" for m in self.methods)
+            groups = batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token)
             again = sum(
                 len(index) - -(-len(index) // -(-len(index) // plan.tile_tokens)) for index, _ in groups
             )
@@ -194,19 +618,30 @@ class Objective:
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
-        if self.method.needs_reference and ref_hidden is not None:
+        if ref_hidden is not None and any(_reads(term, "ref_") for term in self.terms):
             passes, why = passes + 1, why + "; 1F of it for the reference"
+        if any("pos_score" in m.inputs for m in self.methods):
+            rejected = int((batch.scored & (batch.rows >= batch.units)).sum())
+            passes += rejected / tokens if tokens else 0
+            why += f"; {rejected} rejected tokens' logits once more, for their likeliest rivals"
         return Plan(plan.backend, tokens, plan.tile_tokens, plan.vocab, plan.dtype, passes, why)
 
-    def _head_plan(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: _Batch) -> Plan:
-        unit_tokens = batch.longest_unit if self._evaluates_live(hidden, weight, bias) else 0
+    def _outputs(self) -> tuple[str, ...]:
+        """The statistics that the methods need beside the log-prob."""
+        wants = {n for t in self.terms for n in t.method.inputs if t.method.wants(n, t.hyperparameters)}
+        needed = {"kl": {"kl_w", "kl_l"} & wants, "entropy": {"entropy"} & wants, "log_sum_sq_probs": self.wpo}
+        return tuple(name for name, needs in needed.items() if needs)
+
+    def _head_plan(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Plan:
+        live = self._evaluates_live(hidden, weight, bias)
         return head_plan(
             hidden,
             weight,
             bias=bias,
+            outputs=() if live else self._outputs(),
             tile_bytes=self.tile_bytes,
             backend=self.backend,
-            unit_tokens=unit_tokens,
+            unit_tokens=batch.longest_unit if live else 0,
         )
 
     def _evaluates_live(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -215,118 +650,83 @@ class Objective:
             torch.is_grad_enabled()
             and (weight.requires_grad or (bias is not None and bias.requires_grad))
             and self.reduction != "none"
-            and self.method.unit != "batch"
+            and all(m.unit != "batch" for m in self.methods)
+            and not self._outputs()
             and choose_backend(self.backend, hidden.device) != "dense"
             and not torch.compiler.is_compiling()
         )
 
-    def _reference(
-        self,
-        batch: _Batch,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """The rows' log-probs (R,) under the reference, from its hidden states."""
-        if ref_hidden is None:
-            raise ValueError(
-                f"{self.method.name} compares with a reference: pass ref_hidden= (and ref_weight= unless it has the "
-                "policy's head) or ref_logps=, the summed log-prob of each row"
-            )
-        if ref_weight is None:
-            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-        with torch.no_grad():
-            try:
-                logp = token_logps(flat, ref_weight, batch.targets, bias=ref_bias, **options)
-            except ValueError as error:
-                raise ValueError(f"of the reference: {error}") from None
-        return sum_rows(logp, batch.rows, batch.count)
+
+def made_up(name: str, axes: str) -> Tensor:
+    """Harmless values of an input: one unit, two completions a list, one token a row."""
+    shape = [{"K": 2}.get(axis, 1) for axis in axes]
+    if name in ("desirable", "mask", "ptx_mask"):
+        return torch.ones(shape, dtype=torch.bool)
+    if name in ("scores", "ranks"):
+        return torch.tensor([[2.0, 1.0]])
+    return torch.full(shape, {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5, "kl": 0.0}.get(name, 1.0))
 
 
-class _Batch:
-    """Rows and units of a call: which row belongs to which unit, which of them count."""
+@dataclass
+class _Known:
+    """What a call knows before the policy's log-probs, or beside them."""
 
-    def __init__(self, method: Method, targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
-        self.method, self.ignore_index = method, ignore_index
-        self.rows, self.count = packed_rows(targets, cu_seqlens)
-        self.paired = method.layout == "pairwise"
-        if self.paired and self.count % 2:
-            raise ValueError(
-                f"{method.name} takes pairs, the chosen rows and then as many rejected ones: expected an even number "
-                f"of rows, got {self.count}"
-            )
-        flat = targets.reshape(-1).long()
-        self.device, self.units = flat.device, self.count // 2 if self.paired else self.count
-        self._sides = 2 if self.paired else 1
-        self.lengths = sum_rows((flat != ignore_index).long(), self.rows, self.count)
-        self.read = [k for k, side in enumerate(("_w", "_l")) if side in method.sides] if self.paired else [0]
-        lengths = self.lengths.view(self._sides, self.units)[self.read]
-        self.valid = (lengths > 0).all(dim=0)
-        tokens = lengths.sum(dim=0) if method.denominator == "tokens" else torch.ones_like(lengths[0])
-        self.items = tokens * self.valid
-        # The head need not see a row that the method does not read, nor a unit that does not count.
-        counted = torch.zeros_like(self.lengths, dtype=torch.bool).view(self._sides, self.units)
-        counted[self.read] = self.valid
-        self.targets = torch.where(counted.view(-1)[self.rows], flat, ignore_index)
+    columns: dict[str, Tensor]
+    rows: dict[str, tuple[Tensor, float]] = field(default_factory=dict)  # (R,), and what stands in units left out
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
+    ref_tokens: Tensor | None = None  # (N,)
+    row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
 
-    def sides(self, prefix: str, values: Tensor, absent: float = -1.0) -> dict[str, Tensor]:
-        """(R,) values of rows as the method's inputs, "logp" → logp_w, logp_l; `absent` in units left out."""
-        if not values.is_floating_point():
-            values = values.float()
-        single = "length" if prefix == "len" else prefix
-        names = (prefix + "_w", prefix + "_l") if self.paired else (single,)
-        parts = zip(names, values.view(self._sides, self.units), strict=True)
-        return {name: torch.where(self.valid, x, absent) for name, x in parts if name in self.method.inputs}
 
-    def columns(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The method's inputs that come from the caller; ValueError for a missing, unknown or misshapen one."""
-        takes = self.method.columns
-        unknown = sorted(set(given) - set(takes))
-        missing = [name for name in takes if name in self.method.required and given.get(name) is None]
-        if unknown or missing:
-            raise ValueError(
-                f"{self.method.name}: "
-                + "; ".join(
-                    f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unknown", unknown)) if n
-                )
-                + f". It takes the columns: {', '.join(takes) or 'none'}"
-            )
-        for name, x in given.items():
-            if x is not None and (not isinstance(x, Tensor) or x.shape not in ((), (self.units,))):
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(
-                    f"{self.method.name}: {name} must be a tensor ({self.units},) or (), got {got}"
-                )
-            if x is not None and x.device != self.device:
-                raise ValueError(f"{self.method.name}: {name} is on {x.device} and targets on {self.device}")
-        return {name: x for name, x in given.items() if x is not None}
+def _of_counted(term: Term, inputs: Mapping[str, Tensor], counted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A method whose losses depend on one another, on the units (U,) that count; 0 and NaN for the others."""
+    at = counted.nonzero().squeeze(1)
+    inputs = {n: x[at] if x.dim() else x for n, x in inputs.items()}
+    losses, metrics = term.method(**inputs, **term.hyperparameters)
 
-    def check_rows(self, name: str, values: Tensor) -> Tensor:
-        """`values` detached, if it has one entry a row; else ValueError."""
-        if values.shape != (self.count,) or values.device != self.device:
-            raise ValueError(
-                f"{name} must be ({self.count},) on {self.device}, one entry a row, got {tuple(values.shape)} on "
-                f"{values.device}"
-            )
-        return values.detach().float() if values.dtype != torch.float64 else values.detach()
+    def spread(x: Tensor, absent: float) -> Tensor:
+        return x.new_full(counted.shape, absent).index_put((at,), x)
 
-    @cached_property
-    def _by_unit(self) -> tuple[Tensor, list[int]]:
-        """The scored positions sorted by unit, and each unit's number of them."""
-        index = (self.targets != self.ignore_index).nonzero().squeeze(1)
-        unit = self.rows[index] % max(1, self.units)
-        lengths = torch.bincount(unit, minlength=self.units).tolist()
-        return index[unit.argsort(stable=True)], lengths
+    return spread(losses, 0.0), {name: spread(x, torch.nan) for name, x in metrics.items()}
 
-    @property
-    def longest_unit(self) -> int:
-        return max(self._by_unit[1], default=0)
 
-    def groups(self, tile_tokens: int, vocab: int) -> list[Group]:
-        """Whole units packed into tiles; ValueError on CPU for a target outside the vocabulary."""
-        scored_positions(self.targets, self.ignore_index, vocab)
-        return pack(*self._by_unit, tile_tokens)
+def _reads(term: Term, prefix: str) -> bool:
+    return any(n.startswith(prefix) and term.method.wants(n, term.hyperparameters) for n in term.method.inputs)
+
+
+def _terms(
+    method: str | Sequence[str | tuple[str, Mapping[str, Any]]],
+    weights: Sequence[float] | None,
+    shared: Mapping[str, Any],
+) -> list[Term]:
+    """The methods that an objective's first argument names, with hyperparameters and weights."""
+    parsed: list[tuple[str, Mapping[str, Any], float]] = []
+    if isinstance(method, str):
+        for part in method.split(" + ") if " + " in method else [method]:
+            match = _TERM.fullmatch(part)
+            if match is None:
+                raise ValueError(f"expected a method or a sum of them as 'dpo + 0.5*sft', got {method!r}")
+            parsed.append((match[2], {}, float(match[1] or 1)))
+    else:
+        for entry in method:
+            name, own = (entry, {}) if isinstance(entry, str) else entry
+            parsed.append((name, own, 1.0))
+    if not parsed:
+        raise ValueError("expected at least one method, got an empty list")
+    if weights is not None:
+        if len(weights) != len(parsed):
+            raise ValueError(f"expected a weight for each of {len(parsed)} methods, got {len(weights)}")
+        parsed = [(name, own, float(w)) for (name, own, _), w in zip(parsed, weights, strict=True)]
+    terms = []
+    for name, own, scale in parsed:
+        found = get_method(name)
+        found.check_hyperparameters(own)
+        takes = {k: v for k, v in shared.items() if k in found.defaults}
+        terms.append(Term(found, {**found.defaults, **takes, **own}, scale))
+    nobody = {k: v for k, v in shared.items() if not any(k in t.method.defaults for t in terms)}
+    if nobody:
+        if len(terms) == 1:
+            terms[0].method.check_hyperparameters(nobody)
+        names = ", ".join(t.method.name for t in terms)
+        raise ValueError(f"none of {names} has a hyperparameter {', '.join(nobody)}")
+    return terms

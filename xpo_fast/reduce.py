@@ -29,8 +29,18 @@ def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -
 
 
 def mean_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
-    """The mean of each metric over valid units, NaN entries left out; NaN if there are none. Detached."""
-    means = {}
-    for name, values in metrics.items():
-        means[name] = torch.where(valid, values.detach(), values.new_tensor(float("nan"))).nanmean()
-    return means
+    """The mean of each metric over valid units (U,), NaN entries left out; NaN if there are none. Detached.
+
+    A metric has one entry a unit, or (…) of its own with NaN wherever it does not count.
+    """
+    return {name: _counted(values, valid).nanmean() for name, values in metrics.items()}
+
+
+def count_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+    """The number of entries that each mean of `mean_metrics` is over: () each."""
+    return {name: (~_counted(values, valid).isnan()).sum() for name, values in metrics.items()}
+
+
+def _counted(values: Tensor, valid: Tensor) -> Tensor:
+    values = values.detach()
+    return torch.where(valid, values, torch.nan) if values.shape == valid.shape else values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .head import sequence_logps
-from .methods import Method
+from .head import sequence_logps, token_logps
 from .models import causal_lm
+from .objective import Objective
 from .types import Head
 
 if TYPE_CHECKING:
@@ -31,28 +32,34 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "copy", "adapter", "cached", "none")
 SHARD_ROWS = 512
-_FORMAT = 1  # of the cache; in every key
+_FORMAT = 2  # of the cache; in every key
 
 # Where the cached log-probs of a row are kept, in the order of `batch_logps`' columns. The collator knows these names.
-COLUMNS = {"pair": ("ref_logp_chosen", "ref_logp_rejected"), "unpaired": ("ref_logp", "kl_ref_logp")}
+# A list has one column with a log-prob for each of its completions.
+COLUMNS = {
+    "pair": ("ref_logp_chosen", "ref_logp_rejected"),
+    "unpaired": ("ref_logp", "kl_ref_logp"),
+    "chosen": ("ref_logp_chosen",),
+    "rejected": ("ref_logp_rejected",),
+    "list": ("ref_logp",),
+}
 
 
-def choose(requested: str, method: Method, model: nn.Module) -> tuple[str, str]:
-    """The strategy for this method and model, and why; ValueError if `requested` cannot serve.
+def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str, str]:
+    """The strategy for this objective and model, and why; ValueError if `requested` cannot serve.
 
     Returns one of "none", "adapter", "copy", "cached", and a phrase for the user.
     """
+    name = " + ".join(m.name for m in objective.methods)
     if requested not in STRATEGIES:
         raise ValueError(f"reference must be one of {', '.join(STRATEGIES)}, got {requested!r}")
-    if not method.needs_reference:
+    if not objective.needs_reference:
         if requested in ("auto", "none"):
-            return "none", f"{method.name} has no reference"
-        raise ValueError(
-            f'{method.name} has no reference policy: use reference="none" or "auto", got {requested!r}'
-        )
+            return "none", f"{name} has no reference"
+        raise ValueError(f'{name} has no reference policy: use reference="none" or "auto", got {requested!r}')
     if requested == "none":
         raise ValueError(
-            f'{method.name} compares the policy with a reference; reference="none" is for methods without one. '
+            f'{name} compares the policy with a reference; reference="none" is for methods without one. '
             'Use "auto", "copy", "adapter" or "cached"'
         )
     has_adapter = hasattr(model, "disable_adapter")
@@ -60,10 +67,17 @@ def choose(requested: str, method: Method, model: nn.Module) -> tuple[str, str]:
         raise ValueError(
             'reference="adapter" is the model with its adapter switched off: train with a peft_config'
         )
+    if requested == "cached" and objective.needs_reference_tokens:
+        raise ValueError(
+            f'{name}, set as it is, looks at the reference token by token, and reference="cached" keeps sums over '
+            'completions: use "adapter" or "copy"'
+        )
     if requested != "auto":
         return requested, "as asked"
     if has_adapter:
         return "adapter", "the model with its adapter switched off, no second copy in memory"
+    if objective.needs_reference_tokens:
+        return "copy", f"a frozen copy, because {name} looks at the reference token by token"
     return "cached", "log-probs computed once and kept on disk, no second copy in memory"
 
 
@@ -102,19 +116,21 @@ def row_logps(
 
 
 def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str, *, backend: str = "auto") -> Tensor:
-    """Log-prob and length of both completions of every unit of a collated batch: (U, 2, 2).
+    """Log-prob and length of the completions of every unit of a collated batch: (U, S, 2).
 
-    Axis 1: chosen and rejected (kind "pair"), or the completion and the mismatched one that KTO's reference point is
-    estimated from ("unpaired"; NaN where the batch has none). Axis 2: summed log-prob, number of tokens.
+    Axis 1, of S completions: chosen and rejected ("pair"); the completion, and the mismatched one that KTO's reference
+    point is estimated from if the batch has it ("unpaired"); those of a list, and the rejected one behind them if
+    there is one ("list"); else the only one. Axis 2: summed log-prob, number of tokens.
     """
     rows = row_logps(model, batch["input_ids"], batch["attention_mask"], batch["targets"], backend=backend)
     if kind == "pair":
         return torch.stack(rows.chunk(2), dim=1)
-    other = torch.full_like(rows, float("nan"))
-    if "kl_input_ids" in batch:
-        names = ("kl_input_ids", "kl_attention_mask", "kl_targets")
-        other = row_logps(model, *(batch[name] for name in names), backend=backend)
-    return torch.stack([rows, other], dim=1)
+    if kind == "list":
+        return rows.view(batch["list_lengths"].shape[0], -1, 2)
+    if "kl_input_ids" not in batch:
+        return rows.unsqueeze(1)
+    names = ("kl_input_ids", "kl_attention_mask", "kl_targets")
+    return torch.stack([rows, row_logps(model, *(batch[name] for name in names), backend=backend)], dim=1)
 
 
 class LiveReference:
@@ -128,9 +144,36 @@ class LiveReference:
 
     def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
         """Summed reference log-prob of every row (R,), float32. `model` is the policy, as wrapped for training."""
-        scored = model if self.copy is None else self.copy
-        with self.accelerator.autocast(), without_adapter(self.accelerator.unwrap_model(scored)):
+        with self._scoring(model) as scored:
             return row_logps(scored, input_ids, attention_mask, targets, backend=self.backend)[:, 0]
+
+    def token_logps(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Reference log-prob of every target (R, T), 0 where there is none."""
+
+        def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+            options = {**head.kwargs(), "backend": self.backend}
+            return {"logps": token_logps(hidden, head.weight, targets, **options)}
+
+        with self._scoring(model) as scored:
+            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
+
+    def hidden_states(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """What `Objective` wants to compare whole distributions: ref_hidden (R, T, D), ref_weight, ref_bias."""
+
+        def take(hidden: Tensor, head: Head) -> dict[str, Any]:
+            return {"ref_hidden": hidden, "ref_weight": head.weight.detach(), "ref_bias": head.bias}
+
+        with self._scoring(model) as scored:
+            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=take)
+
+    @contextlib.contextmanager
+    def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference model, in eval mode and without gradient."""
+        scored = model if self.copy is None else self.copy
+        with self.accelerator.autocast(), without_adapter(self.accelerator.unwrap_model(scored)), evaluating(scored):
+            yield scored
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
@@ -214,11 +257,14 @@ class CachedReference:
                 values[i] = logps[..., 0].numpy()
                 if accelerator.is_main_process:
                     _write(paths[i], values[i])
-        table = (
-            np.concatenate([v for v in values if v is not None]) if values else np.zeros((0, 2), np.float32)
-        )
-        for j, name in enumerate(COLUMNS[self.kind]):
-            dataset = dataset.add_column(name, table[:, j])  # type: ignore[call-arg]
+        tables = [v for v in values if v is not None]
+        if self.kind == "list":
+            widths = (row_completions(row) for row in dataset)
+            lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
+            return dataset.add_column(COLUMNS["list"][0], lists)  # type: ignore[call-arg]
+        table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)
+        for name, column in zip(COLUMNS[self.kind], table.T, strict=False):
+            dataset = dataset.add_column(name, column)  # type: ignore[call-arg]
         return dataset
 
     def _key(self, shard: datasets.Dataset) -> str:
@@ -254,16 +300,19 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def rows_fingerprint(dataset: datasets.Dataset) -> str:
     """A hash of the token ids of every row, column by column."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     digest = hashlib.sha256()
     table = dataset.with_format("arrow")[:]
     for name in sorted(n for n in dataset.column_names if n.endswith("_ids")):
         column = table[name].combine_chunks()
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
-        digest.update(f"{name} {len(lengths)};".encode())
-        digest.update(lengths.astype(np.int64).tobytes())
-        digest.update(column.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+        digest.update(name.encode())
+        while isinstance(column.type, (pa.ListType, pa.LargeListType)):
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+            digest.update(f" {len(lengths)};".encode() + lengths.astype(np.int64).tobytes())
+            column = column.flatten()
+        digest.update(column.to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -278,14 +327,15 @@ def dataset_logps(
     backend: str = "auto",
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
-    """`batch_logps` of every row of an encoded data set, in its order: (N, 2, 2) float32 on the CPU.
+    """`batch_logps` of every row of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
 
+    A list that is shorter than the longest is filled up with NaN behind its own completions.
     Rows are shared out over the processes, and every process has all results. `advance` is told of rows done.
     """
     from accelerate.utils import gather_object
 
     rows: list[Any] = list(dataset)
-    lengths = [sum(len(v) for k, v in row.items() if k.endswith("_ids")) for row in rows]
+    lengths = [row_tokens(row) for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)  # rows of one length in a batch: little padding
     mine = order[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, list]] = []
@@ -293,12 +343,28 @@ def dataset_logps(
         at = mine[start : start + batch_size]
         batch = {k: v.to(accelerator.device) for k, v in collate([rows[i] for i in at]).items()}
         with accelerator.autocast():
-            done.extend(zip(at, batch_logps(model, batch, kind, backend=backend).tolist(), strict=True))
+            found = batch_logps(model, batch, kind, backend=backend).tolist()
+        for i, values in zip(at, found, strict=True):
+            last = values[-1:] if "rejected_ids" in rows[i] and kind == "list" else []
+            done.append((i, values if kind != "list" else values[: len(rows[i]["completions_ids"])] + last))
         advance(len(at) * accelerator.num_processes)
-    table = torch.full((len(rows), 2, 2), float("nan"))
-    for i, values in gather_object(done):
-        table[i] = torch.tensor(values)
+    found = gather_object(done)
+    table = torch.full((len(rows), max((len(v) for _, v in found), default=1), 2), float("nan"))
+    for i, values in found:
+        table[i, : len(values)] = torch.tensor(values)
     return table
+
+
+def row_completions(row: Mapping[str, Any]) -> int:
+    """The completions of an encoded list, the rejected one included."""
+    return len(row["completions_ids"]) + ("rejected_ids" in row)
+
+
+def row_tokens(row: Mapping[str, Any]) -> int:
+    """The tokens of an encoded row, its prompt counted once."""
+    return sum(
+        sum(map(len, v)) if v and isinstance(v[0], list) else len(v) for k, v in row.items() if k.endswith("_ids")
+    )
 
 
 def _from_main_process(accelerator: Accelerator, read: Callable[[], list]) -> list:
@@ -319,7 +385,7 @@ def _read(path: Path, rows: int) -> np.ndarray | None:
     except (OSError, SafetensorError, KeyError) as error:
         warnings.warn(f"{path} cannot be read ({error}); its rows are computed again", stacklevel=2)
         return None
-    return table if table.shape == (rows, 2) else None
+    return table if table.ndim == 2 and table.shape[0] == rows else None
 
 
 def _write(path: Path, table: np.ndarray) -> None:

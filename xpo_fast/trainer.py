@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 try:
     import datasets
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
 
@@ -29,14 +31,26 @@ from .methods.unpaired import kto_kl
 from .models import cache_dir, causal_lm, install_fused_loss, load_model
 from .objective import Objective
 from .reduce import sum_over_ranks
-from .reference import COLUMNS, CachedReference, LiveReference, choose, dataset_logps, evaluating, row_logps
+from .reference import (
+    COLUMNS,
+    CachedReference,
+    LiveReference,
+    choose,
+    dataset_logps,
+    evaluating,
+    row_logps,
+    row_tokens,
+)
 from .types import Head
 
-TRAINABLE_COLUMNS = ("desirable", "kl")  # the columns of a method that the trainer's batches have
-_ENCODED = {
-    "pair": {"prompt_ids", "chosen_ids", "rejected_ids"},
-    "unpaired": {"prompt_ids", "completion_ids", "label"},
+_ENCODED = {  # the columns of tokens that tell an encoded data set, the first completion's behind the prompt's
+    "pair": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "unpaired": ("prompt_ids", "completion_ids"),
+    "chosen": ("prompt_ids", "chosen_ids"),
+    "rejected": ("prompt_ids", "rejected_ids"),
+    "list": ("prompt_ids", "completions_ids"),
 }
+_STATE_FILE = "objective.pt"
 _PROBE_TOKENS = 8
 
 
@@ -44,9 +58,12 @@ _PROBE_TOKENS = 8
 class XPOConfig(TrainingArguments):
     """`transformers.TrainingArguments`, and what is asked about preference training."""
 
-    method: str = field(default="dpo", metadata={"help": "A name in xpo_fast.METHODS."})
+    method: str = field(
+        default="dpo", metadata={"help": "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft."}
+    )
     method_args: dict | str | None = field(
-        default=None, metadata={"help": 'Hyperparameters of the method, for example {"beta": 0.1}.'}
+        default=None,
+        metadata={"help": 'Hyperparameters, and options of xpo_fast.Objective, for example {"beta": 0.1}.'},
     )
     max_length: int = field(
         default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
@@ -176,23 +193,15 @@ class XPOTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
 
         self.objective = objective if objective is not None else args.objective()
-        method = self.objective.method
-        absent = [
-            name for name in method.columns if name in method.required and name not in TRAINABLE_COLUMNS
-        ]
-        if absent:
-            raise ValueError(
-                f"{method.name} needs {', '.join(absent)}, which no data set of the trainer has; "
-                "call xpo_fast.Objective in a loop of your own, or choose another method"
-            )
-        self.kind = "unpaired" if method.layout == "unpaired" else "pair"
-        self._estimates_kl = "kl" in method.columns
+        self.kind = self.objective.data_kind
+        self._columns = {name for m in self.objective.methods for name in m.columns} | {"scores"}
+        self._estimates_kl = "kl" in self._columns
 
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
         install_fused_loss(model)
         _warn_of_lost_updates(model, args)
-        self.reference, self.reference_reason = choose(args.reference, method, model)
+        self.reference, self.reference_reason = choose(args.reference, self.objective, model)
         self.args = args
         self._tokenizer = processing_class
         pad: Any = processing_class.pad_token_id
@@ -206,9 +215,9 @@ class XPOTrainer(Trainer):
             **kwargs,
         )
         self._check_parallelism()
+        self.add_callback(_SaveState(self.objective))
         self._means = Means()
         self._eval_means = Means()
-        self._kl: Tensor | None = None
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
@@ -224,7 +233,7 @@ class XPOTrainer(Trainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        if not (isinstance(dataset, datasets.Dataset) and _ENCODED[self.kind] <= set(dataset.column_names)):
+        if not (isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)):
             args: XPOConfig = self.args
             dataset = data.encode(
                 data.load(dataset, kind=self.kind),
@@ -234,15 +243,38 @@ class XPOTrainer(Trainer):
                 max_prompt_length=args.max_prompt_length,
                 num_proc=args.dataset_num_proc,
             )
+        unread = [] if self._estimates_kl else ["kl_completion_ids"]
+        if self.kind == "list" and not any("logp_l" in m.inputs for m in self.objective.methods if m.layout == "listwise"):
+            unread.append("rejected_ids")
+        dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
+        self._check_columns(dataset)
         name = self.args.length_column_name
         if (
             self.args.train_sampling_strategy not in ("random", "sequential")
             and name not in dataset.column_names
         ):
-            columns = [dataset[n] for n in dataset.column_names if n.endswith("_ids")]
-            lengths = [sum(map(len, row)) for row in zip(*columns, strict=True)]
-            dataset = dataset.add_column(name, lengths)  # type: ignore[call-arg]
+            dataset = dataset.add_column(name, [row_tokens(row) for row in dataset])  # type: ignore[call-arg]
         return dataset
+
+    def _check_columns(self, dataset: datasets.Dataset) -> None:
+        """ValueError for a data set without the numbers that the methods need beside the completions."""
+        fields = data.NUMBERS.get(self.kind, {})
+        there = {column for field, column in fields.items() if field in dataset.column_names}
+        there |= {"desirable"} if "label" in dataset.column_names else set()
+        there |= {"scores"} if "scores" in dataset.column_names else set()
+        there |= {"kl"} if self._estimates_kl else set()
+        if "reward" in there and "value" in self._columns:
+            there |= {"value"}  # see _value
+        try:
+            self.objective.rehearse(there)
+            if self.objective.pairs and "scores" not in there:
+                raise ValueError("missing scores")
+        except ValueError as error:
+            has = ", ".join(c for c in dataset.column_names if c != "where")
+            raise ValueError(
+                f"{error}. The data set has {has}; rows of this kind may have "
+                f"{', '.join([*fields, *({'list': ['scores'], 'unpaired': ['label']}.get(self.kind, []))]) or 'no numbers'}"
+            ) from None
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
         if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
@@ -270,9 +302,15 @@ class XPOTrainer(Trainer):
         self.eval_dataset = _each(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
         self._prepared = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         self.prepare()
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint:
+            named = isinstance(resume_from_checkpoint, str)
+            folder = resume_from_checkpoint if named else get_last_checkpoint(self.args.output_dir)
+            path = Path(str(folder)) / _STATE_FILE
+            if path.is_file():
+                self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self.prepare()
@@ -285,7 +323,7 @@ class XPOTrainer(Trainer):
         return super().get_test_dataloader(self._with_reference(self._encode(test_dataset), " (test)"))
 
     def completion_logps(self, dataset: Any) -> Tensor:
-        """Policy log-prob and length of both completions of every row: (N, 2, 2), see `reference.batch_logps`."""
+        """Policy log-prob and length of every row's completions: (N, S, 2), see `reference.batch_logps`."""
         return dataset_logps(
             self._encode(dataset),
             self.model,
@@ -315,11 +353,25 @@ class XPOTrainer(Trainer):
         """How the head will run on a batch of the first training rows."""
         dataset: Any = self.train_dataset
         rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
-        targets = self.data_collator(rows)["targets"].to(self.args.device)
+        targets, layout = self._layout(self._prepare_inputs(self.data_collator(rows)))
         head = Head.from_model(causal_lm(self.model))
         hidden = head.weight.new_zeros(()).expand(*targets.shape, head.weight.shape[1]).requires_grad_()
         with torch.enable_grad():
-            return self.objective.plan(hidden, head.weight, targets, bias=head.bias)
+            return self.objective.plan(hidden, head.weight, targets, bias=head.bias, **layout)
+
+    def _layout(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Targets as the objective takes them, and how: pairs of which one half is read have an empty other half."""
+        targets = inputs["targets"]
+        if self.kind == "list":
+            lists = inputs["list_lengths"].shape[0]
+            return targets, {"list_size": targets.shape[0] // max(lists, 1)}
+        if self.kind not in ("chosen", "rejected"):
+            return targets, {}
+        count, length = targets.shape
+        lengths = torch.zeros(2, count, dtype=torch.int64, device=targets.device)
+        lengths[0 if self.kind == "chosen" else 1] = length
+        ends = lengths.flatten().cumsum(0)
+        return targets.flatten(), {"cu_seqlens": torch.cat([ends.new_zeros(1), ends])}
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -328,11 +380,15 @@ class XPOTrainer(Trainer):
         return {name: value.to(self.args.device) for name, value in inputs.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """The items of the whole optimizer step: all micro-batches of all ranks. () float."""
+        """The items of the whole optimizer step: all micro-batches of all ranks. (), or one entry a method."""
         if not batch_samples:
             return None
-        items = torch.stack([self.objective.count_items(batch["targets"]) for batch in batch_samples]).sum()
+        items = torch.stack([self._items(batch) for batch in batch_samples]).sum(dim=0)
         return sum_over_ranks(items.to(device)).clamp(min=1)
+
+    def _items(self, batch: dict[str, Tensor]) -> Tensor:
+        targets, layout = self._layout(batch)
+        return self.objective.count_items(targets, **layout)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -341,8 +397,8 @@ class XPOTrainer(Trainer):
         batches, items = super().get_batch_samples(iterator, num_batches, device)
         if self._estimates_kl and batches:
             # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
-            kl = self._estimate_kl(self.model_wrapped, batches)
-            batches = [{**{k: v for k, v in b.items() if not k.startswith("kl_")}, "kl": kl} for b in batches]
+            self._estimate_kl(self.model_wrapped, batches)
+            batches = [{k: v for k, v in b.items() if not k.startswith("kl_")} for b in batches]
         return batches, items
 
     def _estimate_kl(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
@@ -358,33 +414,60 @@ class XPOTrainer(Trainer):
             reference.append(ref_logps[lengths > 0])
         logps, ref_logps = torch.cat(policy), torch.cat(reference)
         total = sum_over_ranks(torch.tensor(logps.numel(), device=logps.device))
-        if self._kl is None or total >= 2:  # the odd row at the end of an epoch keeps the previous estimate
-            self._kl = kto_kl(logps, ref_logps)
-        return self._kl
+        state = self.objective.state
+        if "kl" not in state or total >= 2:  # the odd row at the end of an epoch keeps the previous estimate
+            state["kl"] = kto_kl(logps, ref_logps)
+        return state["kl"]
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's sum of losses over `denominator`, with a graph, and its metrics."""
-        method = self.objective.method
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The batch's sum of losses over `denominator`, with a graph; its metrics, and what they are means of."""
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
-        given: dict[str, Any] = {n: inputs[n] for n in TRAINABLE_COLUMNS if n in method.columns}
-        if self.reference != "none":
-            given["ref_logps"] = inputs["ref_logps"] if self._live is None else self._live.logps(model, *rows)
-        if self.kind == "pair" and len(method.sides) == 1:
-            rows, given["cu_seqlens"] = _half(rows, first=method.sides == ("_w",))
+        targets, given = self._layout(inputs)
+        given |= {n: x for n, x in inputs.items() if n in self._columns}
+        if "value" in self._columns and "value" not in given:
+            given["value"] = self._value.to(targets.device)
+        given |= self._reference(model, rows, inputs)
+        packed = "cu_seqlens" in given
+        if packed and "ref_hidden" in given:
+            given["ref_hidden"] = given["ref_hidden"].flatten(0, 1)
 
-        def fused(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            targets = rows[2]
-            if "cu_seqlens" in given:
-                hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
+            hidden = hidden.flatten(0, 1) if packed else hidden
             out = self.objective(
                 hidden, head.weight, targets, **head.kwargs(), denominator=denominator, **given
             )
-            return {"loss": out.loss, **out.metrics}
+            return {"loss": out.loss, "metrics": out.metrics, "counts": out.counts}
 
-        outputs = dict(model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused))
-        return outputs.pop("loss"), outputs
+        out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
+        return out["loss"], out["metrics"], out["counts"]
+
+    def _reference(
+        self, model: nn.Module, rows: tuple[Tensor, Tensor, Tensor], inputs: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """What the objective is told of the reference."""
+        if self.reference == "none":
+            return {}
+        if self._live is None:
+            logps = inputs["ref_logps"]
+        elif self.objective.needs_reference_hidden:
+            return self._live.hidden_states(model, *rows[:2])
+        elif self.objective.needs_reference_tokens:
+            logps = self._live.token_logps(model, *rows)
+        else:
+            logps = self._live.logps(model, *rows)
+        if self.kind in ("chosen", "rejected"):
+            if logps.dim() == 2:
+                return {"ref_logps": logps.flatten()}
+            halves = (logps, torch.zeros_like(logps))
+            logps = torch.cat(halves if self.kind == "chosen" else halves[::-1])
+        return {"ref_logps": logps}
+
+    @cached_property
+    def _value(self) -> Tensor:
+        """The value of a prompt where the data set has none: the mean reward, () float32."""
+        return torch.tensor(self.train_dataset["reward"]).float().mean()
 
     def compute_loss(
         self,
@@ -393,23 +476,12 @@ class XPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        loss, metrics = self._loss(model, inputs, num_items_in_batch)
+        loss, metrics, counts = self._loss(model, inputs, num_items_in_batch)
         if model.training:
-            self._means.add(metrics, self._weights(metrics, inputs))
+            self._means.add(metrics, counts)
         # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
         loss = loss * self.accelerator.num_processes
         return (loss, metrics) if return_outputs else loss
-
-    def _weights(self, metrics: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How much a batch's mean of each metric counts: the units it is a mean of. () each."""
-        scored = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1)
-        if self.kind == "pair":
-            sides = [scored.chunk(2)[0 if side == "_w" else 1] for side in self.objective.method.sides]
-            units = torch.stack(sides).all(dim=0).sum()
-            return dict.fromkeys(metrics, units)
-        desirable = inputs["desirable"]
-        kinds = {"chosen": scored & desirable, "rejected": scored & ~desirable}
-        return {name: kinds.get(name.rpartition("/")[2], scored).sum() for name in metrics}
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -417,14 +489,14 @@ class XPOTrainer(Trainer):
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         self._eval_means = Means()
-        train_kl = self._kl
+        state = self.objective.state_dict()
         if self._estimates_kl:
-            self._kl = None
+            self.objective.state.pop("kl", None)
             self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
         output: Any = super().evaluation_loop(
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
-        self._kl = train_kl
+        self.objective.load_state_dict(state)
         for name, value in self._eval_means.pop().items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -433,13 +505,11 @@ class XPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(self._without_repeats(inputs))
-        if self._estimates_kl:
-            inputs["kl"] = self._kl  # type: ignore[assignment]
-        items = self.objective.count_items(inputs["targets"])
+        inputs = {n: x for n, x in inputs.items() if not n.startswith("kl_")}
+        items = self._items(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics = self._loss(model, inputs, items.clamp(min=1))
-        weights = {**self._weights(metrics, inputs), "loss": items}
-        self._eval_means.add({**metrics, "loss": loss}, weights)
+            loss, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
+        self._eval_means.add({**metrics, "loss": loss}, {**counts, "loss": items.view(-1)[0]})
         return loss.detach(), None, None
 
     def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -450,12 +520,13 @@ class XPOTrainer(Trainer):
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        units = len(inputs["targets"]) // (2 if self.kind == "pair" else 1)
+        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (1 + (self.kind == "pair"))
         own = state.remainder - self.accelerator.process_index * units
         inputs = dict(inputs)
         for name in ("targets", "kl_targets"):
             if name in inputs:
-                at = torch.arange(len(inputs[name]), device=inputs[name].device) % units
+                at = torch.arange(len(inputs[name]), device=inputs[name].device)
+                at = at // (len(at) // units) if self.kind == "list" else at % units
                 inputs[name] = inputs[name].masked_fill((at >= own)[:, None], data.IGNORE_INDEX)
         return inputs
 
@@ -485,7 +556,8 @@ class XPOTrainer(Trainer):
 
     def _check_head(self, row: dict[str, Any]) -> None:
         """Refuse a model whose own logits are not what the fused head makes of its hidden states."""
-        completion = row["chosen_ids"] if self.kind == "pair" else row["completion_ids"]
+        completion = row[_ENCODED[self.kind][1]]
+        completion = completion[0] if self.kind == "list" else completion
         ids = torch.tensor([(row["prompt_ids"] + completion)[: _PROBE_TOKENS + 1]], device=self.args.device)
         inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
         targets = ids[:, 1:]
@@ -512,14 +584,17 @@ class XPOTrainer(Trainer):
             )
 
 
-def _half(rows: tuple[Tensor, ...], *, first: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The half of the rows (2P, T) that a method reads, for the model, and offsets that leave the others empty."""
-    rows = tuple(x.chunk(2)[0 if first else 1] for x in rows)
-    pairs, length = rows[0].shape
-    lengths = torch.zeros(2 * pairs, dtype=torch.int64, device=rows[0].device)
-    lengths[:pairs] = length if first else 0
-    lengths[pairs:] = 0 if first else length
-    return rows, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+class _SaveState(TrainerCallback):
+    """Puts what the objective remembers into every checkpoint."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        remembered = self.objective.state_dict()
+        if remembered and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            torch.save({name: x.cpu() for name, x in remembered.items()}, folder / _STATE_FILE)
 
 
 def _each(dataset: Any, fn: Any) -> Any:

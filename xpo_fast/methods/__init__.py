@@ -1,6 +1,18 @@
 """Every method as a pure function: keyword tensors and hyperparameters in, (losses, metrics) out."""
 
-from . import pairwise, unpaired
+from . import listwise, pairwise, policy, reward, unpaired, vocabulary
 from .registry import METHODS, Card, Method, get_method, register
 
-__all__ = ["METHODS", "Card", "Method", "get_method", "pairwise", "register", "unpaired"]
+__all__ = [
+    "METHODS",
+    "Card",
+    "Method",
+    "get_method",
+    "listwise",
+    "pairwise",
+    "policy",
+    "register",
+    "reward",
+    "unpaired",
+    "vocabulary",
+]

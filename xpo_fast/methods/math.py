@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -26,11 +27,57 @@ def log_odds(logp: Tensor) -> Tensor:
     return logp - log1mexp(logp)
 
 
+def past_overflow(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """fn(x), fn torch.exp or torch.expm1, continued along its tangent from where the dtype's range is nearly used up.
+
+    The value is exact up to there (x = 76 in float32), and beyond it finite, increasing, and with a slope.
+    """
+    top = math.log(torch.finfo(x.dtype).max) - 12
+    return fn(x.clamp(max=top)) + math.exp(top) * torch.relu(x - top)
+
+
 def check(condition: bool, expected: str, got: object) -> None:
     """Raise the ValueError of a hyperparameter out of range."""
     if not condition:
         raise ValueError(f"expected {expected}, got {got!r}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     check(value in choices, f"{name} to be one of {', '.join(choices)}", value)
+
+
+def check_bool(name: str, x: Tensor) -> None:
+    if x.dtype != torch.bool:
+        raise ValueError(f"{name} must be a bool tensor, got {x.dtype}")
+
+
+def check_rows(ok: Tensor, expected: str, remedy: str, **values: Tensor) -> None:
+    """Raise the ValueError of bad data: the first row where `ok` (U,) is false, its values, and what to do.
+
+    It reads the device. A compiled graph is not broken for it: there nothing is checked.
+    """
+    if torch.compiler.is_compiling() or bool(ok.all()):
+        return
+    ok = torch.atleast_1d(ok)
+    row = int((~ok).nonzero()[0])
+    got = ", ".join(f"{name} = {float(x.expand_as(ok)[row]):g}" for name, x in values.items())
+    raise ValueError(f"expected {expected}, got {got} in row {row}; {remedy}")
+
+
+def k1(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    """log π − log ref, an unbiased estimate of KL(π ‖ ref) in tokens drawn from π; its own gradient is not KL's.
+
+    k1, k2, k3: Schulman, "Approximating KL divergence", 2020.
+    """
+    return token_logp - ref_token_logp
+
+
+def k2(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    """½(log π − log ref)², biased and of low variance; its gradient is that of KL(π ‖ ref) in expectation."""
+    return 0.5 * (token_logp - ref_token_logp) ** 2
+
+
+def k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
+    """ref/π − 1 − log(ref/π) ≥ 0, an unbiased estimate of KL(π ‖ ref) of low variance: the KL term of GRPO."""
+    log_ratio = ref_token_logp - token_logp
+    return past_overflow(torch.expm1, log_ratio) - log_ratio

@@ -7,11 +7,15 @@ h = β(Δw − Δl), σ the logistic function, m̄ = m / len. Out-of-range hyper
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .math import check, check_choice, log_odds
+from ..reduce import sum_over_ranks
+from .math import check, check_choice, check_rows, log_odds, past_overflow
 from .registry import register
 
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -185,6 +189,100 @@ def dpop(
     return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
 
 
+def beta_dpo_state(
+    margins: Tensor, m0: Tensor, s: Tensor, momentum: float = 0.9, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The running mean and standard deviation (m0, s) of `beta_dpo`'s margins, moved towards those of a batch.
+
+    margins (P,): M = Δw − Δl in nats, without β; valid (P,) bool: the pairs that count, all if not given; m0, s ().
+    x ← momentum·x + (1 − momentum)·(x of the batch over all ranks, the deviation with n − 1). One pair has no
+    deviation and leaves s as it is; none leaves both. Call it before `beta_dpo`, as the authors do. Begin with m0 = 0
+    and s = 1: the authors' s = 0 divides 0 by 0 while the policy is still the reference.
+    """
+    check(0 <= momentum < 1, "momentum in [0, 1)", momentum)
+    # Around m0, where the sum of squares does not cancel.
+    x = margins.detach() - m0
+    x = x if valid is None else torch.where(valid, x, 0.0)
+    count = x.new_tensor(float(x.numel())) if valid is None else valid.sum().to(x.dtype)
+    total, squares, count = sum_over_ranks(torch.stack([x.sum(), x.square().sum(), count])).unbind()
+    mean = total / count.clamp(min=1)
+    std = ((squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1)).sqrt()
+    return m0 + (1 - momentum) * mean, torch.where(count > 1, momentum * s + (1 - momentum) * std, s)
+
+
+def _remember_margins(
+    remembered: Mapping[str, Tensor], inputs: Mapping[str, Tensor], valid: Tensor, **_: object
+) -> dict[str, Tensor]:
+    margins = (inputs["logp_w"] - inputs["ref_logp_w"]) - (inputs["logp_l"] - inputs["ref_logp_l"])
+    m0, s = beta_dpo_state(
+        margins,
+        remembered.get("m0", margins.new_zeros(())),
+        remembered.get("s", margins.new_ones(())),
+        valid=valid,
+    )
+    return {"m0": m0, "s": s}
+
+
+def _keep(log_weights: Tensor, keep: float) -> Tensor:
+    """A mask (P,) of ⌊keep·P⌋ entries, at least one, drawn without replacement with weights e^log_weights.
+
+    By exponential races, in logs: what torch.multinomial draws from the same state of the generator, with no weight
+    lost to underflow and nothing read from the device.
+    """
+    units = log_weights.shape[0]
+    count = min(units, max(1, math.floor(keep * units + 1e-6)))
+    if keep == 1 or count == units:
+        return torch.ones_like(log_weights, dtype=torch.bool)
+    race = log_weights - torch.empty_like(log_weights).exponential_().log()
+    return torch.zeros_like(log_weights, dtype=torch.bool).scatter(0, race.topk(count).indices, True)
+
+
+@register(
+    paper="β-DPO: Direct Preference Optimization with Dynamic β (arXiv 2407.08639)",
+    equation="−log σ(β_batch M), β_batch = max(β(1 + α(mean M − m0)), 1e-3), M = Δw − Δl",
+    survey="S14",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+    unit="batch",
+    state=_remember_margins,
+)
+def beta_dpo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    m0: Tensor,  # () running mean of M, see beta_dpo_state
+    s: Tensor,  # () running standard deviation of M
+    beta: float = 0.1,
+    alpha: float = 0.6,
+    keep: float = 0.8,
+) -> Losses:
+    """DPO with a β for each batch, on the pairs whose margins are not outliers.
+
+    L = −log σ(β_batch·M) of the kept pairs, 0 of the others; M = Δw − Δl in nats,
+    β_batch = max(β(1 + α(mean(M) − m0)), 1e-3) without gradient, the mean over the kept pairs of all ranks (so every
+    rank must call). A fraction `keep`, at least one pair, is drawn on each rank by torch's generator, without
+    replacement, with weights exp(−½((M − m0)/s)²); keep = 1 draws nothing. Survey S14; M without β, the draw and the
+    floor of 1e-3 follow the authors' code. The metrics' rewards are βΔ; dropped pairs are left out of them.
+    """
+    _check_beta(beta)
+    check(alpha >= 0, "alpha >= 0", alpha)
+    check(0 < keep <= 1, "keep in (0, 1]", keep)
+    ratio_w, ratio_l = logp_w - ref_logp_w, logp_l - ref_logp_l
+    margin, m0 = ratio_w - ratio_l, m0.detach()
+    known = margin.detach()
+    kept = _keep(-0.5 * ((known - m0) / s.detach().clamp(min=1e-6)).square(), keep)
+    total, count = sum_over_ranks(
+        torch.stack([torch.where(kept, known, 0.0).sum(), kept.sum().to(known.dtype)])
+    ).unbind()
+    beta_batch = (beta * (1 + alpha * (total / count.clamp(min=1) - m0))).clamp(min=1e-3)
+    losses = torch.where(kept, -logsigmoid(beta_batch * margin), 0.0)
+    metrics = _metrics(
+        beta * ratio_w, beta * ratio_l, logp_w, logp_l, beta=beta_batch.expand_as(known).to(known.dtype)
+    )
+    return losses, {name: torch.where(kept, x, float("nan")) for name, x in metrics.items()}
+
+
 @register(
     paper="A General Theoretical Paradigm to Understand Learning from Human Preferences (arXiv 2310.12036)",
     equation="(u_w − u_l − 1/(2β))², u = Δ/len",
@@ -215,6 +313,106 @@ def ipo(
         u_l = u_l / _lengths(len_l, "len_l", 'variant="mean"')
     losses = (u_w - u_l - 1 / (2 * beta)) ** 2
     return losses, _metrics(beta * u_w, beta * u_l, logp_w, logp_l)
+
+
+_GPO = {
+    "logistic": lambda h: -logsigmoid(h),
+    "hinge": lambda h: torch.relu(1 - h),
+    "squared": lambda h: (h - 1) ** 2,
+    "exponential": lambda h: past_overflow(torch.exp, -h),
+    "truncated_quadratic": lambda h: torch.relu(1 - h) ** 2,
+    "savage": lambda h: torch.sigmoid(-h) ** 2,
+}
+
+
+@register(
+    paper="Generalized Preference Optimization (arXiv 2402.05749)",
+    equation="f(h), f a loss of binary classification",
+    survey="S18",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def gpo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    f: str = "logistic",
+) -> Losses:
+    """Generalised preference optimisation: any loss of binary classification, of the margin h.
+
+    L = f(h). Survey S18; f by the paper's Table 1: logistic log(1 + e⁻ʰ), which is `dpo`; hinge max(0, 1 − h);
+    squared (h − 1)²; exponential e⁻ʰ; truncated_quadratic max(0, 1 − h)²; savage 1/(1 + eʰ)².
+    """
+    _check_beta(beta)
+    check_choice("f", f, _GPO)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    return _GPO[f](reward_w - reward_l), _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Direct Preference Optimization with an Offset (arXiv 2402.10571)",
+    equation="−log σ(h − α log(score_w − score_l))",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def odpo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    score_w: Tensor,  # (P,)
+    score_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    offset: str = "log",
+) -> Losses:
+    """DPO with an offset: the margin asked for grows with how much better the chosen completion was scored.
+
+    L = −log σ(h − α·log(score_w − score_l)). `offset="identity"`: − α·(score_w − score_l), the paper's ablation.
+    ValueError for a chosen completion that is not scored higher.
+    """
+    _check_beta(beta)
+    check(alpha >= 0, "alpha >= 0", alpha)
+    check_choice("offset", offset, ("log", "identity"))
+    gap = score_w - score_l
+    check_rows(gap > 0, "score_w > score_l", "drop the pair or swap it", score_w=score_w, score_l=score_l)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    h = reward_w - reward_l - alpha * (gap.log() if offset == "log" else gap)
+    return -logsigmoid(h), _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Disentangling Length from Quality in Direct Preference Optimization (arXiv 2403.19159)",
+    equation="−log σ(h + α(len_w − len_l))",
+    survey="S44–46",
+    attributes="Implicit Point Response Positive Preference Human Pair Control KL Off Offline Merge",
+)
+def rdpo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    len_w: Tensor,  # (P,)
+    len_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    alpha: float = 0.01,
+    variant: str = "derived",
+) -> Losses:
+    """Regularised DPO: a price of α a token, so that a preference that length explains teaches less.
+
+    `variant="derived"`: L = −log σ(h + α(len_w − len_l)), what follows from the objective S44: its optimum has
+    r = βΔ + α·len + const. `variant="survey"`: −log σ(h − α(len_w − len_l)), the sign that S46 prints.
+    """
+    _check_beta(beta)
+    check(alpha >= 0, "alpha >= 0", alpha)
+    check_choice("variant", variant, ("derived", "survey"))
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    price = alpha * (len_w - len_l).to(reward_w.dtype)
+    h = reward_w - reward_l + (price if variant == "derived" else -price)
+    return -logsigmoid(h), _metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
@@ -310,6 +508,403 @@ def cpo(
     nll_w = -logp_w if nll == "sum" else -logp_w / _lengths(len_w, "len_w", 'nll="mean"')
     losses = _smoothed(reward_w - reward_l, label_smoothing) + alpha * nll_w
     return losses, _metrics(reward_w, reward_l, logp_w, logp_l, nll_loss=nll_w)
+
+
+@register(
+    paper="Self-Play Preference Optimization (arXiv 2405.00675)",
+    equation="(Δw − (P − ½)/β)² + (Δl − (½ − P)/β)²",
+    survey="S60–61",
+    attributes="- Preference Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+)
+def sppo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    prob_w: Tensor | None = None,  # (P,) not needed by variant="hard"
+    beta: float = 0.001,
+    variant: str = "soft",
+) -> Losses:
+    """Self-play preference optimisation: each log-ratio regresses to its completion's win rate less a half, over β.
+
+    P = prob_w, the probability that the chosen completion beats the rejected one; β is the paper's 1/η.
+    `variant="soft"`: L = (Δw − (P − ½)/β)² + (Δl − (½ − P)/β)²; the authors' code halves it. `variant="hard"`: P = 1,
+    which is TRL's `sppo_hard`. `variant="survey"`: S61 with its log Z estimated on the pair: the targets are
+    P/β − log Z and (1 − P)/β − log Z, Z = ½(e^{P/β} + e^{(1−P)/β}).
+    ValueError for a P outside [0, 1].
+    """
+    _check_beta(beta)
+    check_choice("variant", variant, ("soft", "hard", "survey"))
+    ratio_w, ratio_l = logp_w - ref_logp_w, logp_l - ref_logp_l
+    if variant == "hard":
+        target_w, target_l = 0.5 / beta, -0.5 / beta
+    else:
+        if prob_w is None:
+            raise ValueError(f'missing prob_w: variant="{variant}" needs P(chosen beats rejected)')
+        check_rows((prob_w >= 0) & (prob_w <= 1), "prob_w in [0, 1]", "give a probability", prob_w=prob_w)
+        target_w, target_l = (prob_w - 0.5) / beta, (0.5 - prob_w) / beta
+        if variant == "survey":
+            # P/β − log ½(e^{P/β} + e^{(1−P)/β}) = log 2 + log σ((2P − 1)/β)
+            target_w, target_l = (math.log(2.0) + logsigmoid(2 * t) for t in (target_w, target_l))
+    losses = (ratio_w - target_w) ** 2 + (ratio_l - target_l) ** 2
+    return losses, _metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l)
+
+
+@register(
+    paper="Direct Nash Optimization (arXiv 2404.03715)",
+    equation="dpo, the reference being the previous iterate",
+    survey="S62",
+    attributes="- Preference Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+)
+def dno(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """Direct Nash optimisation: `dpo` against the previous iterate, on pairs with a large margin of win rates.
+
+    L = −(1−ε) log σ(h) − ε log σ(−h), ref = π^t. Survey S62, the practical algorithm.
+    """
+    return dpo(
+        logp_w=logp_w,
+        logp_l=logp_l,
+        ref_logp_w=ref_logp_w,
+        ref_logp_l=ref_logp_l,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
+
+
+@register(
+    paper="From r to Q*: Your Language Model is Secretly a Q-Function (arXiv 2404.12358)",
+    equation="dpo, h the difference of sums of token rewards β(log π − log ref)",
+    survey="S23–24",
+    attributes="Implicit Point Token Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+    token_reward=True,
+)
+def token_dpo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """DPO read as token-level credit assignment: the loss is `dpo`, and each token has a reward.
+
+    L = −(1−ε) log σ(h) − ε log σ(−h), h = Σ_t β(log π − log ref) over the chosen less that over the rejected.
+    Survey S23–24. The objective gives the tokens' rewards.
+    """
+    return dpo(
+        logp_w=logp_w,
+        logp_l=logp_l,
+        ref_logp_w=ref_logp_w,
+        ref_logp_l=ref_logp_l,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
+
+
+# f′(π/ref) as a function of Δ = log(π/ref), up to a constant.
+_DIVERGENCES = {
+    "reverse_kl": lambda ratio, alpha: ratio,
+    "forward_kl": lambda ratio, alpha: -past_overflow(torch.exp, -ratio),
+    "js": lambda ratio, alpha: math.log(2.0) + logsigmoid(ratio),
+    "alpha": lambda ratio, alpha: -past_overflow(torch.expm1, -alpha * ratio) / alpha,
+}
+
+
+@register(
+    paper="Beyond Reverse KL: f-divergences (arXiv 2309.16240)",
+    equation="−log σ(β(g(Δw) − g(Δl))), g(Δ) = f′(e^Δ)",
+    survey="S63–67",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol Multiple Hybrid Offline Separate",
+)
+def f_dpo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+) -> Losses:
+    """DPO under another divergence from the reference.
+
+    L = −log σ(β(g(Δw) − g(Δl))), g(Δ) = f′(e^Δ). Survey S63–67. reverse_kl: g = Δ, which is `dpo`;
+    forward_kl: −e^(−Δ); js: log 2 + log σ(Δ); alpha: (1 − e^(−αΔ))/α, α in (0, 1) as in the paper, 1 − α in TRL.
+    Where e^(−Δ) would overflow, g goes on along its tangent. The metrics' rewards are βΔ, as in TRL.
+    """
+    _check_beta(beta)
+    check_choice("divergence", divergence, _DIVERGENCES)
+    check(0 < alpha < 1, "alpha in (0, 1)", alpha)
+    g, ratio_w, ratio_l = _DIVERGENCES[divergence], logp_w - ref_logp_w, logp_l - ref_logp_l
+    losses = -logsigmoid(beta * (g(ratio_w, alpha) - g(ratio_l, alpha)))
+    return losses, _metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l)
+
+
+@register(
+    paper="Negative Preference Optimization (arXiv 2404.05868)",
+    equation="(2/β) log(1 + e^{βΔl})",
+    attributes="Implicit Point Response Negative - Human - Uncontrol KL Off Offline Separate",
+)
+def npo(
+    *,
+    logp_l: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+) -> Losses:
+    """Negative preference optimisation: DPO's rejected half alone, for unlearning.
+
+    L = (2/β)·log(1 + e^{βΔl}). At policy = reference every loss is (2/β) ln 2; as β → 0 its gradient is that of
+    gradient ascent on the rejected completion's loss.
+    """
+    _check_beta(beta)
+    reward_l = beta * (logp_l - ref_logp_l)
+    metrics = {"rewards/rejected": reward_l.detach(), "logps/rejected": logp_l.detach()}
+    return -2 / beta * logsigmoid(-reward_l), metrics
+
+
+@register(
+    paper="Towards Efficient Exact Optimization of Language Model Alignment (arXiv 2402.00856)",
+    equation="KL([σ(h), σ(−h)] ‖ [1−ε, ε])",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def exo(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+) -> Losses:
+    """Efficient exact optimisation, on pairs: reverse KL from the policy's preference to a smoothed label.
+
+    L = σ(h)[log σ(h) − log(1−ε)] + σ(−h)[log σ(−h) − log ε], ε = `label_smoothing` in (0, 0.5). The paper's Eq. 16,
+    as TRL's `exo_pair`. It is 0 where σ(h) = 1 − ε.
+    """
+    _check_beta(beta)
+    check(0 < label_smoothing < 0.5, "label_smoothing in (0, 0.5)", label_smoothing)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    h = reward_w - reward_l
+    losses = torch.sigmoid(h) * (logsigmoid(h) - math.log1p(-label_smoothing))
+    losses = losses + torch.sigmoid(-h) * (logsigmoid(-h) - math.log(label_smoothing))
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Noise Contrastive Alignment of Language Models with Explicit Rewards (arXiv 2402.05369)",
+    equation="−log σ(βΔw) − ½ log σ(−βΔw) − ½ log σ(−βΔl)",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def nca(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+) -> Losses:
+    """Noise contrastive alignment, on pairs: absolute likelihoods count, not only their difference.
+
+    L = −log σ(βΔw) − ½ log σ(−βΔw) − ½ log σ(−βΔl), as TRL's `nca_pair`.
+    """
+    _check_beta(beta)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    losses = -logsigmoid(reward_w) - 0.5 * (logsigmoid(-reward_w) + logsigmoid(-reward_l))
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Binary Classifier Optimization (arXiv 2404.04656)",
+    equation="−log σ(βΔw) − log σ(−βΔl)",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def bco_pair(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+) -> Losses:
+    """Binary classifier optimisation, on pairs: chosen and rejected are told from the reference each by itself.
+
+    L = −log σ(βΔw) − log σ(−βΔl), as TRL's `bco_pair`, without the shift δ that `bco` has.
+    """
+    _check_beta(beta)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    losses = -logsigmoid(reward_w) - logsigmoid(-reward_l)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+def _matched(x: Tensor, y: Tensor) -> Tensor:
+    """For each entry of x (P,) the entry of y (P,) that has its rank: optimal transport on the line."""
+    return y.sort(stable=True).values[x.argsort(stable=True).argsort()]
+
+
+@register(
+    paper="Distributional Preference Alignment of LLMs via Optimal Transport (arXiv 2406.05882)",
+    equation="−log σ(β(x_(i) − y_(i))), x = logp_w − logp_l, y = ref_logp_w − ref_logp_l, sorted",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+    unit="batch",
+)
+def aot(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """Alignment by optimal transport: the policy's margins are to dominate the reference's as a distribution.
+
+    L = −(1−ε) log σ(βd) − ε log σ(−βd), d = x_(i) − y_(i), the differences of the sorted margins x = logp_w − logp_l
+    and y = ref_logp_w − ref_logp_l of a rank's batch; as TRL's `aot`. A pair's loss is the one that its x enters.
+    """
+    _check_beta(beta)
+    _check_smoothing(label_smoothing)
+    margin = logp_w - logp_l
+    losses = _smoothed(beta * (margin - _matched(margin, ref_logp_w - ref_logp_l)), label_smoothing)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Distributional Preference Alignment of LLMs via Optimal Transport (arXiv 2406.05882)",
+    equation="−log σ(β(x_(i) − y_(i))), x = Δw, y = Δl, sorted",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+    unit="batch",
+)
+def aot_unpaired(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """Alignment by optimal transport where chosen and rejected need not belong together.
+
+    L = −(1−ε) log σ(βd) − ε log σ(−βd), d = x_(i) − y_(i), the differences of the sorted log-ratios x = Δw and y = Δl
+    of a rank's batch; as TRL's `aot_unpaired`. A pair's loss is the one that its Δw enters.
+    """
+    _check_beta(beta)
+    _check_smoothing(label_smoothing)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    losses = _smoothed(reward_w - _matched(reward_w, reward_l), label_smoothing)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Anchored Preference Optimization (arXiv 2408.06266)",
+    equation="σ(−βΔw) + σ(βΔl)",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def apo_zero(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+) -> Losses:
+    """APO where the chosen are better than the policy's own: they gain, the rejected lose.
+
+    L = 1 − σ(βΔw) + σ(βΔl). The paper's Eq. 7, as TRL's `apo_zero`.
+    """
+    _check_beta(beta)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    losses = torch.sigmoid(-reward_w) + torch.sigmoid(reward_l)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Anchored Preference Optimization (arXiv 2408.06266)",
+    equation="σ(βΔw) + σ(−h)",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def apo_down(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+) -> Losses:
+    """APO where the chosen are worse than the policy's own: both lose, the rejected more.
+
+    L = σ(βΔw) + 1 − σ(h). The paper's Eq. 8, as TRL's `apo_down`.
+    """
+    _check_beta(beta)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    losses = torch.sigmoid(reward_w) + torch.sigmoid(reward_l - reward_w)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Discovering Preference Optimization Algorithms with and for LLMs (arXiv 2406.08414)",
+    equation="−log σ(h)·(1 − m) + e⁻ʰ·m, m = σ(h/τ)",
+    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+)
+def discopop(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    beta: float = 0.1,
+    tau: float = 0.05,
+) -> Losses:
+    """DiscoPOP's log-ratio modulated loss, found by a language model.
+
+    L = −log σ(h)·(1 − m) + e⁻ʰ·m, m = σ(h/τ). The paper's Eq. 5, as TRL's `discopop`. Not convex; at h = 0 it is
+    ½(ln 2 + 1).
+    """
+    _check_beta(beta)
+    check(tau > 0, "tau > 0", tau)
+    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    h = reward_w - reward_l
+    # e⁻ʰ·m in one exponent: apart, at h ≪ 0, they are ∞ and 0.
+    exponential = past_overflow(torch.exp, logsigmoid(h / tau) - h)
+    losses = exponential - logsigmoid(h) * torch.sigmoid(-h / tau)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+
+
+@register(
+    paper="Tülu 3 (arXiv 2411.15124)",
+    equation="−log σ(β(Δw/len_w − Δl/len_l))",
+    attributes="Implicit Point Response Positive Preference Human Pair Control KL Off Offline Separate",
+)
+def dpo_norm(
+    *,
+    logp_w: Tensor,  # (P,)
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    len_w: Tensor,  # (P,)
+    len_l: Tensor,  # (P,)
+    beta: float = 0.1,
+) -> Losses:
+    """Length-normalised DPO.
+
+    L = −log σ(β(Δw/len_w − Δl/len_l)), as TRL's `sigmoid_norm`. The metrics' rewards are βΔ/len.
+    """
+    _check_beta(beta)
+    reward_w = beta * (logp_w - ref_logp_w) / len_w
+    reward_l = beta * (logp_l - ref_logp_l) / len_l
+    losses = -logsigmoid(reward_w - reward_l)
+    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(

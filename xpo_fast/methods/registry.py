@@ -14,12 +14,51 @@ from torch import Tensor
 
 ATTRIBUTES = ("RM1", "RM2", "RM3", "RM4", "F1", "F2", "F3", "RL1", "RL2", "RL3", "RL4", "O1", "O2")
 
-# The inputs that the objective makes itself from hidden states, targets and a reference. All others are columns.
-SIDES = {"pairwise": ("_w", "_l"), "unpaired": ("",)}
-DERIVED = {
-    "pairwise": ("logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "len_w", "len_l"),
-    "unpaired": ("logp", "ref_logp", "length"),
+# Every input that a method may take, with its axes: U units (pairs, rows, lists), K completions of a list, T tokens of
+# a row, I a size of its own, "" a scalar. Alternatives are told apart by their number of axes.
+AXES: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "len_w", "len_l", "logp_sft"), ("U",)),
+    **dict.fromkeys(("score_w", "score_l", "prob_w", "kl_w", "kl_l", "ref_pos_logp_l"), ("U",)),
+    **dict.fromkeys(("pos_score", "neg_score"), ("UT",)),
+    **dict.fromkeys(("logp", "ref_logp", "length", "desirable", "reward"), ("U",)),
+    **dict.fromkeys(("kl", "delta", "m0", "s"), ("",)),
+    **dict.fromkeys(("logps", "ref_logps", "lens", "scores"), ("UK",)),
+    **dict.fromkeys(("token_logp", "old_logp", "ref_token_logp", "entropy", "old_value", "returns"), ("UT",)),
+    **dict.fromkeys(("advantage", "value"), ("U", "UT")),
+    **dict.fromkeys(("ptx_logp", "ptx_mask"), ("II",)),
+    "mask": ("UT", "UK"),
+    **dict.fromkeys(("reward_w", "reward_l", "margin", "logit"), ("U",)),
+    **dict.fromkeys(("rewards", "ranks", "targets", "rewards_w", "rewards_l", "gate", "gate_w", "gate_l"), ("UK",)),
 }
+
+# What a method's rows are, by the input that tells; and the inputs that the objective makes itself from hidden states,
+# targets and a reference. All others are columns.
+LAYOUTS = {
+    "policy": ("token_logp", "returns"),
+    "listwise": ("logps",),
+    "unpaired": ("logp",),
+    "pairwise": ("logp_w", "logp_l"),
+}
+SIDES = {"pairwise": ("_w", "_l")}
+DERIVED = {
+    "pairwise": (
+        *("logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "len_w", "len_l"),
+        *("kl_w", "kl_l", "pos_score", "neg_score", "mask"),
+    ),
+    "unpaired": ("logp", "ref_logp", "length"),
+    "listwise": ("logps", "ref_logps", "lens", "mask", "logp_l"),
+    "policy": ("token_logp", "ref_token_logp", "mask", "entropy"),
+    "reward": (),
+}
+UNITS = ("token", "row", "pair", "list", "batch")
+# What `reduction="mean"` divides by, over a whole optimizer step: units; the tokens that the method reads; rows, each
+# the mean of its tokens; rows times a fixed number of tokens; micro-batches, each the mean of its own tokens.
+DENOMINATORS = ("units", "tokens", "row_means", "fixed_length", "local_tokens")
+
+
+# state(remembered, inputs, valid units (U,), **hyperparameters) → remembered: scalars by name, among them the method's
+# inputs of that name.
+StateUpdate = Callable[..., "dict[str, Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +74,19 @@ class Card:
 class Method:
     """A registered method: call it with keyword tensors and hyperparameters → (losses, metrics)."""
 
-    def __init__(self, fn: Callable, name: str, card: Card, unit: str, denominator: str) -> None:
+    def __init__(
+        self,
+        fn: Callable,
+        name: str,
+        card: Card,
+        unit: str,
+        denominator: str,
+        uses: Mapping[str, str],
+        state: StateUpdate | None,
+        token_reward: bool,
+    ) -> None:
         self.fn, self.name, self.card, self.unit, self.denominator = fn, name, card, unit, denominator
+        self.uses, self.state, self.token_reward = dict(uses), state, token_reward
         self.__doc__ = fn.__doc__
 
     @cached_property
@@ -60,17 +110,32 @@ class Method:
 
     @cached_property
     def layout(self) -> str:
-        """How rows are laid out: "pairwise" (chosen rows, then rejected rows) or "unpaired" (one row a unit)."""
-        return "unpaired" if "logp" in self.inputs else "pairwise"
+        """How rows are laid out: "pairwise" (chosen rows, then rejected rows), "listwise" (the K rows of a prompt side
+        by side), "unpaired" and "policy" (a row a unit; by row or by token), "reward" (no rows: outputs of a reward
+        model)."""
+        return next((name for name, tell in LAYOUTS.items() if set(tell) & set(self.inputs)), "reward")
+
+    def wants(self, name: str, hyperparameters: Mapping[str, Any]) -> bool:
+        """Whether input `name` matters with these hyperparameters: an optional one may be behind a switch."""
+        switch = self.uses.get(name)
+        return name in self.inputs and (switch is None or bool({**self.defaults, **hyperparameters}[switch]))
+
+    def reads_reference(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Whether the method compares with a reference policy that must be given."""
+        return any(
+            n.startswith("ref_") and (n in self.required or (n in self.uses and self.wants(n, hyperparameters)))
+            for n in self.inputs
+        )
 
     @property
     def needs_reference(self) -> bool:
-        return any(n.startswith("ref_") for n in self.required)
+        """`reads_reference` with the default hyperparameters."""
+        return self.reads_reference({})
 
     @cached_property
     def sides(self) -> tuple[str, ...]:
-        """The suffixes of the rows of a unit that the method reads: `sft` reads the chosen half only."""
-        return tuple(s for s in SIDES[self.layout] if "logp" + s in self.inputs)
+        """The suffixes of the rows of a pair that the method reads: `sft` reads the chosen half only."""
+        return tuple(s for s in SIDES.get(self.layout, ("",)) if "logp" + s in self.inputs or s == "")
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -102,12 +167,30 @@ class Method:
         for name, value in tensors.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"{self.name}: {name} must be a tensor, got {type(value).__name__}")
-        shapes = {n: tuple(v.shape) for n, v in tensors.items() if v.dim() > 0}
-        if len(set(shapes.values())) > 1 or not shapes:
-            raise ValueError(
-                f"{self.name}: expected tensors of one shape, one entry a unit, got {shapes or 'scalars'}"
-            )
+        self._check_shapes({n: tuple(v.shape) for n, v in tensors.items() if v.dim() > 0})
         return self.fn(**kwargs)
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The axes that input `name` may have here: `mask` has those of the inputs beside it."""
+        if name == "mask":
+            return ("UK",) if self.layout in ("listwise", "reward") else ("UT",)
+        return AXES[name]
+
+    def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        sizes: dict[str, int] = {}
+        for name, shape in shapes.items():
+            axes = next((a for a in self.axes(name) if len(a) == len(shape)), None)
+            agreed = axes is not None and all(
+                a == "I" or sizes.setdefault(a, n) == n for a, n in zip(axes, shape, strict=True)
+            )
+            if not agreed:
+                expected = " or ".join(f"({', '.join(a)})" for a in self.axes(name))
+                raise ValueError(
+                    f"{self.name}: expected tensors of shapes that fit, {name} {expected} with U units, K completions "
+                    f"a list, T tokens a row; got {dict(shapes)}"
+                )
+        if not shapes:
+            raise ValueError(f"{self.name}: expected tensors with one entry a unit, got scalars")
 
     def __repr__(self) -> str:
         return f"Method({self.name!r}, inputs={self.inputs}, defaults={self.defaults})"
@@ -125,12 +208,18 @@ def register(
     attributes: str,
     unit: str = "pair",
     denominator: str = "units",
+    uses: Mapping[str, str] = MappingProxyType({}),
+    state: StateUpdate | None = None,
+    token_reward: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Put a pure function into METHODS under its own name.
 
     attributes: the survey's words in the order of ATTRIBUTES without RL1, which the signature tells.
-    unit: what one loss is about: "row", "pair", or "batch" if losses of a batch depend on one another.
-    denominator: what `reduction="mean"` divides by: "units", or "tokens" of the rows that the method reads.
+    unit: what one loss is about, one of UNITS; "batch" if the losses of a batch depend on one another.
+    denominator: what `reduction="mean"` divides by, one of DENOMINATORS.
+    uses: optional inputs that matter only while a hyperparameter is neither 0 nor None: {"entropy": "entropy_coef"}.
+    state: how what is remembered of earlier batches changes with a batch, for inputs that the objective keeps.
+    token_reward: whether the objective returns β(log π − log ref) of every token, too.
     """
 
     def decorate(fn: Callable) -> Callable:
@@ -139,12 +228,16 @@ def register(
             raise ValueError(
                 f"a method named {name!r} is registered already, by {_METHODS[name].fn.__module__}"
             )
+        parameters = inspect.signature(fn).parameters
+        unheard = [n for n, p in parameters.items() if "Tensor" in str(p.annotation) and n not in AXES]
+        assert not unheard, f"{name}: {', '.join(unheard)} not in AXES: say there what it is"
+        assert unit in UNITS and denominator in DENOMINATORS, f"{name}: {unit}, {denominator}"
         words = attributes.split()
-        reference = "Reference" if any("ref_" in n for n in inspect.signature(fn).parameters) else "Free"
+        reference = "Reference" if any(n.startswith("ref_") for n in parameters) else "Free"
         words.insert(ATTRIBUTES.index("RL1"), reference)
         assert len(words) == len(ATTRIBUTES), f"{name}: {len(words)} attributes"
         card = Card(paper, equation, survey, dict(zip(ATTRIBUTES, words, strict=True)))
-        _METHODS[name] = Method(fn, name, card, unit, denominator)
+        _METHODS[name] = Method(fn, name, card, unit, denominator, uses, state, token_reward)
         return fn
 
     return decorate

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..reduce import sum_over_ranks
-from .math import check
+from .math import check, check_bool, check_choice
 from .registry import register
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+def _metrics(desirable: Tensor, reward: Tensor, logp: Tensor, **others: Tensor) -> dict[str, Tensor]:
+    reward, logp = reward.detach(), logp.detach()
+    nan = logp.new_tensor(float("nan"))
+    # A mean over the rows of one kind: NaN marks the others, and the reduction leaves them out.
+    return {
+        "rewards/chosen": torch.where(desirable, reward, nan),
+        "rewards/rejected": torch.where(desirable, nan, reward),
+        "logps/chosen": torch.where(desirable, logp, nan),
+        "logps/rejected": torch.where(desirable, nan, logp),
+        **{name: value.detach().expand_as(reward) for name, value in others.items()},
+    }
 
 
 def kto_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -42,7 +60,7 @@ def kto(
     beta: float = 0.1,
     lambda_d: float = 1.0,
     lambda_u: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Losses:
     """Kahneman–Tversky optimisation: a saturating gain or loss against a reference point.
 
     L = λ_D(1 − σ(β(Δ − kl))) where desirable, λ_U(1 − σ(β(kl − Δ))) where not; Δ = logp − ref_logp. Survey S32–34.
@@ -51,20 +69,128 @@ def kto(
     check(beta > 0, "beta > 0", beta)
     check(lambda_d >= 0, "lambda_d >= 0", lambda_d)
     check(lambda_u >= 0, "lambda_u >= 0", lambda_u)
-    if desirable.dtype != torch.bool:
-        raise ValueError(f"desirable must be a bool tensor, got {desirable.dtype}")
+    check_bool("desirable", desirable)
     if kl.dim() != 0:
         raise ValueError(f"kl must be one number () for all rows, see kto_kl; got a tensor {tuple(kl.shape)}")
     ratio = logp - ref_logp
     gain = beta * (ratio - kl.detach())
     losses = torch.where(desirable, lambda_d * torch.sigmoid(-gain), lambda_u * torch.sigmoid(gain))
-    reward, nan = (beta * ratio).detach(), logp.new_tensor(float("nan"))
-    # A mean over the rows of one kind: NaN marks the others, and the reduction leaves them out.
-    metrics = {
-        "rewards/chosen": torch.where(desirable, reward, nan),
-        "rewards/rejected": torch.where(desirable, nan, reward),
-        "logps/chosen": torch.where(desirable, logp.detach(), nan),
-        "logps/rejected": torch.where(desirable, nan, logp.detach()),
-        "kl": kl.detach().expand_as(reward),
-    }
-    return losses, metrics
+    return losses, _metrics(desirable, beta * ratio, logp, kl=kl)
+
+
+@register(
+    paper="Direct Reward Optimisation: Offline Regularised RL for LLMs Alignment (arXiv 2405.19107)",
+    equation="½(reward − sg value − βΔ)²/β + ½(reward − value − β sg Δ)²",
+    survey="S35–39",
+    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    unit="row",
+)
+def dro(
+    *,
+    logp: Tensor,  # (B,)
+    ref_logp: Tensor,  # (B,)
+    reward: Tensor,  # (B,)
+    value: Tensor,  # (B,) V(x), learned beside the policy; may carry gradient
+    beta: float = 1.0,
+    variant: str = "split",
+) -> Losses:
+    """Direct reward optimisation: βΔ regresses to the reward less a learned value of the prompt.
+
+    `variant="split"`: L = ½(reward − sg value − βΔ)²/β + ½(reward − value − β·sg Δ)², whose gradients are S38 for
+    the policy, that of S37 rescaled by 1/β as the authors do, and S39 for the value.
+    `variant="square"`: L = ½(reward − value − βΔ)², S37 as printed.
+    """
+    check(beta > 0, "beta > 0", beta)
+    check_choice("variant", variant, ("split", "square"))
+    if value.dim() > 1:
+        raise ValueError(f"value must be V(x) (B,), one number a row, got a tensor {tuple(value.shape)}")
+    implicit, advantage = beta * (logp - ref_logp), reward - value
+    if variant == "split":
+        losses = (advantage.detach() - implicit) ** 2 / (2 * beta) + (advantage - implicit.detach()) ** 2 / 2
+    else:
+        losses = (advantage - implicit) ** 2 / 2
+    metrics = {"reward": reward, "value": value, "rewards/implicit": implicit, "logps": logp}
+    return losses, {name: x.detach().expand_as(losses) for name, x in metrics.items()}
+
+
+def bco_state(rewards: Tensor, valid: Tensor, mean: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The running mean of `bco`'s rewards and the number of rows it is over, with a batch's rows of all ranks added.
+
+    rewards (B,): βΔ; valid (B,) bool: the rows that count; mean, count (), both 0 at first. Every row seen weighs the
+    same, as in TRL's running moments. Call it before `bco`, whose `delta` is the mean.
+    """
+    excess = torch.where(valid, rewards.detach() - mean, 0.0).sum()
+    total, rows = sum_over_ranks(torch.stack([excess, valid.sum().to(excess.dtype)])).unbind()
+    count = count + rows
+    return mean + total / count.clamp(min=1), count
+
+
+def _remember_rewards(
+    remembered: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    valid: Tensor,
+    *,
+    beta: float,
+    **_: object,
+) -> dict[str, Tensor]:
+    rewards = beta * (inputs["logp"] - inputs["ref_logp"])
+    mean, count = (remembered.get(name, rewards.new_zeros(())) for name in ("delta", "delta_count"))
+    mean, count = bco_state(rewards, valid, mean, count)
+    return {"delta": mean, "delta_count": count}
+
+
+@register(
+    paper="Binary Classifier Optimization for Large Language Model Alignment (arXiv 2404.04656)",
+    equation="desirable: −log σ(βΔ − delta); undesirable: −log σ(delta − βΔ)",
+    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    unit="batch",
+    state=_remember_rewards,
+)
+def bco(
+    *,
+    logp: Tensor,  # (B,)
+    ref_logp: Tensor,  # (B,)
+    desirable: Tensor,  # (B,) bool
+    delta: Tensor,  # () shift of the rewards, see bco_state
+    beta: float = 0.1,
+) -> Losses:
+    """Binary classifier optimisation: the implicit reward is the logit of a thumbs up.
+
+    L = −log σ(βΔ − delta) where desirable, −log σ(delta − βΔ) where not; Δ = logp − ref_logp. `delta`, in units of
+    reward and without gradient, is the running mean of βΔ (TRL's; the paper's is midway between the means of the two
+    kinds of rows).
+    """
+    check(beta > 0, "beta > 0", beta)
+    check_bool("desirable", desirable)
+    reward = beta * (logp - ref_logp)
+    logit = reward - delta.detach()
+    losses = -logsigmoid(torch.where(desirable, logit, -logit))
+    return losses, _metrics(desirable, reward, logp, delta=delta)
+
+
+@register(
+    paper="Anchored Preference Optimization (arXiv 2408.06266)",
+    equation="desirable: λ_D(1 − σ(βΔ)); undesirable: λ_U σ(βΔ)",
+    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    unit="row",
+)
+def apo_zero_unpaired(
+    *,
+    logp: Tensor,  # (B,)
+    ref_logp: Tensor,  # (B,)
+    desirable: Tensor,  # (B,) bool
+    beta: float = 0.1,
+    lambda_d: float = 1.0,
+    lambda_u: float = 1.0,
+) -> Losses:
+    """`apo_zero` without pairs: `kto` whose reference point is the reference itself.
+
+    L = λ_D(1 − σ(βΔ)) where desirable, λ_U·σ(βΔ) where not; as TRL's loss type of KTOTrainer.
+    """
+    check(beta > 0, "beta > 0", beta)
+    check(lambda_d >= 0, "lambda_d >= 0", lambda_d)
+    check(lambda_u >= 0, "lambda_u >= 0", lambda_u)
+    check_bool("desirable", desirable)
+    reward = beta * (logp - ref_logp)
+    losses = torch.where(desirable, lambda_d * torch.sigmoid(-reward), lambda_u * torch.sigmoid(reward))
+    return losses, _metrics(desirable, reward, logp)

@@ -1,0 +1,343 @@
+"""Rows and units of a call: which row belongs to which unit, which of them count, and a method's inputs from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .head.rows import packed_rows, sum_rows
+from .head.spec import scored_positions
+from .head.units import Group, pack
+from .methods import Method
+
+PAIRS = ("all", "extremes")
+
+
+class Batch:
+    """The layout of one call, from its targets alone.
+
+    methods: of one layout. pairs: None, or how lists become pairs for a pairwise method ("all", "extremes").
+    list_size: rows a list, where the layout has lists.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        targets: Tensor,  # (R, T), or (N,) packed
+        cu_seqlens: Tensor | None,
+        ignore_index: int,
+        *,
+        pairs: str | None = None,
+        list_size: int | None = None,
+    ) -> None:
+        self.methods, self.ignore_index, self.pairs = methods, ignore_index, pairs
+        self.name = " + ".join(m.name for m in methods)
+        self.rows, self.count = packed_rows(targets, cu_seqlens)  # (N,), R
+        self.shape = targets.shape
+        self.layout = "listwise" if pairs else methods[0].layout
+        flat = targets.reshape(-1).long()
+        self.device = flat.device
+        scored = flat != ignore_index
+        self.lengths = sum_rows(scored.long(), self.rows, self.count)  # (R,)
+        self.index = self._rows_of_units(list_size)  # (U, rows a unit)
+        self.units = self.index.shape[0]
+
+        lengths = self.lengths[self.index]
+        sides = {side for m in methods for side in m.sides}
+        if self.layout == "pairwise":
+            self._read = [k for k, side in enumerate(("_w", "_l")) if side in sides]
+            self.valid = (lengths[:, self._read] > 0).all(dim=1)
+        elif self.has_rejected:
+            self._read = list(range(lengths.shape[1]))
+            self.valid = (lengths[:, :-1] > 0).any(dim=1) & (lengths[:, -1] > 0)
+        else:
+            self._read = list(range(lengths.shape[1]))
+            self.valid = (lengths > 0).any(dim=1)
+        # The head need not see a row that no method reads, nor a unit that does not count.
+        counted = torch.zeros(self.count, dtype=torch.bool, device=self.device)
+        read = self.index[:, self._read]
+        counted[read] = self.valid[:, None].expand_as(read)
+        self.targets = torch.where(counted[self.rows], flat, ignore_index)
+        self.scored = self.targets != ignore_index
+
+    @property
+    def has_rejected(self) -> bool:
+        """Whether the last row of each list is the rejected completion beside those that the policy made (`nn`)."""
+        return self.layout == "listwise" and any("logp_l" in m.inputs and "logps" in m.inputs for m in self.methods)
+
+    def _rows_of_units(self, list_size: int | None) -> Tensor:
+        order = torch.arange(self.count, device=self.device)
+        if self.layout == "pairwise":
+            if self.count % 2:
+                raise ValueError(
+                    f"{self.name} takes pairs, the chosen rows and then as many rejected ones: expected an even "
+                    f"number of rows, got {self.count}"
+                )
+            return order.view(2, self.count // 2).T
+        if self.layout != "listwise":
+            return order.view(self.count, 1)
+        if list_size is None:
+            raise ValueError(
+                f"{self.name} takes lists, the K rows of a prompt side by side: pass scores= (P, K), or list_size="
+            )
+        if list_size < 1 or self.count % list_size:
+            raise ValueError(
+                f"{self.name} takes lists of {list_size} rows: expected a multiple of them, got {self.count} rows"
+            )
+        return order.view(self.count // list_size, list_size)
+
+    # --- what is counted ----------------------------------------------------------------------------------------------
+
+    def items(self, method: Method) -> Tensor:
+        """What `reduction="mean"` counts in this batch: () int64."""
+        if method.denominator == "tokens":
+            return self.tokens(method).sum()
+        if method.denominator == "local_tokens":
+            return self.valid.any().long()
+        return self.valid.sum()
+
+    def tokens(self, method: Method) -> Tensor:
+        """Scored tokens of each unit that counts, in the rows that the method reads: (U,)."""
+        lengths = self.lengths[self.index]
+        if self.layout == "pairwise":
+            lengths = lengths[:, [k for k, side in enumerate(("_w", "_l")) if side in method.sides]]
+        return lengths.sum(dim=1) * self.valid
+
+    def weights(self, method: Method, fixed_length: int | None, dtype: torch.dtype) -> Tensor:
+        """What each unit's (or each token's) loss is multiplied by before the sum over units: (U,)."""
+        ones = torch.ones(self.units, dtype=dtype, device=self.device)
+        if method.denominator == "row_means":
+            return ones / self.tokens(method).clamp(min=1)
+        if method.denominator == "local_tokens":
+            return ones / self.tokens(method).sum().clamp(min=1)
+        if method.denominator == "fixed_length":
+            return ones / (self.width if fixed_length is None else fixed_length)
+        return ones
+
+    @property
+    def width(self) -> int:
+        """Positions of the longest row."""
+        return self.shape[1] if len(self.shape) == 2 else max(1, int(self.sizes.max()) if self.count else 1)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Positions of each row, scored or not: (R,)."""
+        return sum_rows(torch.ones_like(self.rows), self.rows, self.count)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Each position's place in its row: (N,)."""
+        starts = self.sizes.cumsum(0) - self.sizes
+        return torch.arange(self.rows.shape[0], device=self.device) - starts[self.rows]
+
+    @cached_property
+    def beyond_shorter(self) -> Tensor:
+        """The scored tokens of a pair after its first min(len_w, len_l): (N,) bool."""
+        before = self.scored.long().cumsum(0) - self.scored.long()
+        starts = self.sizes.cumsum(0) - self.sizes
+        rank = before - torch.cat([before, before.new_zeros(1)])[starts[self.rows]]
+        shorter = self.lengths[self.index].amin(dim=1).repeat(2)  # pairs are halves
+        return rank >= shorter[self.rows]
+
+    # --- inputs of a method -------------------------------------------------------------------------------------------
+
+    def of_units(self, rows: Tensor, units: Tensor | None) -> Tensor:
+        """(R,) values of rows as (U, rows a unit), of the units given or all."""
+        return rows[self.index if units is None else self.index[units]]
+
+    def choose_pairs(self, scores: Tensor) -> None:
+        """With `pairs`: which completion of a list is better than which, by scores (U, K)."""
+        if scores.shape != self.index.shape:
+            raise ValueError(
+                f"{self.name}: scores must be a tensor {tuple(self.index.shape)}, got {tuple(scores.shape)}"
+            )
+        assert self.pairs is not None
+        self._chosen = list_pairs(scores, self.list_mask(None), self.pairs)
+
+    def list_mask(self, units: Tensor | None) -> Tensor:
+        """Which of a list's completions there are: (U, K) bool."""
+        mask = self.of_units(self.lengths > 0, units)
+        return mask[:, :-1] if self.has_rejected else mask
+
+    def _pairs(self, units: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        winner, loser, real = self._chosen if units is None else tuple(x[units] for x in self._chosen)
+        return winner, loser, real
+
+    @property
+    def counted(self) -> Tensor:
+        """The units that count, or with `pairs` the pairs of all lists: bool."""
+        return self._pairs(None)[2].flatten() if self.pairs else self.valid
+
+    def mean_of_pairs(
+        self, losses: Tensor, metrics: dict[str, Tensor], units: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (U·C,) of pairs as means over each list's (U,); metrics NaN where there is no pair."""
+        real = self._pairs(units)[2]
+        total = torch.where(real, losses.view(real.shape), 0.0).sum(dim=1)
+        metrics = {name: torch.where(real, x.view(real.shape), torch.nan) for name, x in metrics.items()}
+        return total / real.sum(dim=1).clamp(min=1), metrics
+
+    def inputs(self, prefix: str, rows: Tensor, units: Tensor | None, absent: float) -> dict[str, Tensor]:
+        """(R,) values of rows by the names that methods know, "logp" → logp_w, logp_l; `absent` in units left out."""
+        valid = self.valid if units is None else self.valid[units]
+        values = self.of_units(rows, units)
+        values = torch.where(valid[:, None], values, absent)
+        if self.pairs:
+            winner, loser, real = self._pairs(units)
+            # Where there is no pair, numbers that every method takes.
+            dummies = (1.0, 0.0) if prefix == "score" else (absent, absent)
+            sides = (torch.where(real, values.gather(1, at), x) for at, x in zip((winner, loser), dummies))
+            return {prefix + side: x.flatten() for side, x in zip(("_w", "_l"), sides, strict=True)}
+        if self.layout == "pairwise":
+            return {prefix + "_w": values[:, 0], prefix + "_l": values[:, 1]}
+        if self.layout == "listwise":
+            plural = prefix + "s"
+            if self.has_rejected:
+                last = {"logp": "logp_l", "ref_logp": "ref_pos_logp_l"}.get(prefix)
+                return {plural: values[:, :-1], **({last: values[:, -1]} if last else {})}
+            return {plural: values}
+        return {"length" if prefix == "len" else prefix: values[:, 0]}
+
+    def grid(self, x: Tensor, positions: Tensor | None, units: Tensor | None, absent: float = 0.0) -> Tensor:
+        """x (n,), one value a position, as (U, T) rows; `absent` where a row has no position.
+
+        positions (n,): where the values stand, None for all N of them. units: the rows wanted, None for all.
+        """
+        rows = self.rows if positions is None else self.rows[positions]
+        at = self.offsets if positions is None else self.offsets[positions]
+        count = self.units
+        if units is not None:
+            local = torch.full((self.units,), -1, device=self.device)
+            local[units] = torch.arange(units.shape[0], device=self.device)
+            rows, count = local[rows], units.shape[0]
+        blank = torch.full((count, self.width), absent, dtype=x.dtype, device=x.device)
+        return blank.index_put((rows, at), x)
+
+    def rejected_grid(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x (N,) as rows (U, T), of the pairs whose rejected rows are given."""
+        wanted = torch.full((self.count,), -1, device=self.device)
+        wanted[rows] = torch.arange(rows.shape[0], device=self.device)
+        at = wanted[self.rows]
+        here = at >= 0
+        blank = torch.zeros((rows.shape[0], self.width), dtype=x.dtype, device=x.device)
+        return blank.index_put((at[here], self.offsets[here]), x[here])
+
+    # --- columns ------------------------------------------------------------------------------------------------------
+
+    def check_columns(self, given: Mapping[str, Tensor | None], supplied: set[str]) -> dict[str, Tensor]:
+        """The methods' inputs that come from the caller; ValueError for a missing, unknown or misshapen one.
+
+        supplied: inputs that the objective has from elsewhere, if the caller does not give them.
+        """
+        takes = dict.fromkeys(n for m in self.methods for n in m.columns)
+        if self.pairs:
+            takes["scores"] = None
+        needed = dict.fromkeys(n for m in self.methods for n in m.columns if n in m.required)
+        if self.pairs:
+            needed = {n: None for n in ("scores", *needed) if n not in ("score_w", "score_l")}
+        unknown = sorted(set(given) - set(takes))
+        missing = [n for n in needed if given.get(n) is None and n not in supplied]
+        if unknown or missing:
+            raise ValueError(
+                f"{self.name}: "
+                + "; ".join(
+                    f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unknown", unknown)) if n
+                )
+                + f". It takes the columns: {', '.join(takes) or 'none'}"
+            )
+        columns = {name: x for name, x in given.items() if x is not None}
+        for name, x in columns.items():
+            expected = self._column_shapes(name)
+            if not isinstance(x, Tensor) or (expected and tuple(x.shape) not in expected):
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                shapes = " or ".join(dict.fromkeys(str(shape) for shape in expected))
+                if expected == [(), ()]:
+                    raise ValueError(f"{self.name}: {name} must be one number () for all units, got {got}")
+                raise ValueError(f"{self.name}: {name} must be a tensor {shapes}, got {got}")
+            if x.device != self.device:
+                raise ValueError(f"{self.name}: {name} is on {x.device} and targets on {self.device}")
+        return columns
+
+    def _column_shapes(self, name: str) -> list[tuple[int, ...]]:
+        method = next((m for m in self.methods if name in m.inputs), None)
+        if method is None or self.pairs:
+            return [(self.units, self.index.shape[1])] if name == "scores" else [(self.units,), ()]
+        width = self.index.shape[1] - self.has_rejected
+        sizes = {"": (), "U": (self.units,), "UK": (self.units, width), "UT": tuple(self.shape)}
+        axes = method.axes(name)
+        return [] if "II" in axes else [sizes[a] for a in axes] + [()]
+
+    def per_token(self, name: str, x: Tensor) -> bool:
+        """Whether a column has one entry a token; an (N,) one of packed rows that are all one token long has not."""
+        return "UT" in self.methods[0].axes(name) and x.dim() > 0 and (
+            x.shape == self.shape and (x.shape != (self.units,) or "U" not in self.methods[0].axes(name))
+        )  # fmt: skip
+
+    def column(self, name: str, x: Tensor, units: Tensor | None) -> dict[str, Tensor]:
+        """A caller's column as inputs of the units given."""
+        if self.pairs and name == "scores":
+            return self.inputs("score", x.reshape(-1), units, 0.0)
+        if x.dim() == 0:
+            return {name: x}
+        x = x if units is None else x[units]
+        if self.pairs:
+            x = x[:, None].expand(-1, self._pairs(units)[0].shape[1]).flatten()
+        return {name: x}
+
+    def check_rows(self, name: str, values: Tensor) -> Tensor:
+        """`values` detached and flat, if it has one entry a row, or one a position; else ValueError."""
+        if values.shape not in ((self.count,), self.shape) or values.device != self.device:
+            raise ValueError(
+                f"{name} must be ({self.count},) on {self.device}, one entry a row, or {tuple(self.shape)}, one a "
+                f"token, got {tuple(values.shape)} on {values.device}"
+            )
+        values = values.detach()
+        return values if values.dtype == torch.float64 else values.float()
+
+    # --- tiles --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _by_unit(self) -> tuple[Tensor, list[int]]:
+        """The scored positions sorted by unit, and each unit's number of them."""
+        index = self.scored.nonzero().squeeze(1)
+        unit_of = torch.empty(self.count, dtype=torch.int64, device=self.device)
+        unit_of[self.index] = torch.arange(self.units, device=self.device)[:, None].expand_as(self.index)
+        unit = unit_of[self.rows[index]]
+        lengths = torch.bincount(unit, minlength=self.units).tolist()
+        return index[unit.argsort(stable=True)], lengths
+
+    @property
+    def longest_unit(self) -> int:
+        return max(self._by_unit[1], default=0)
+
+    def groups(self, tile_tokens: int, vocab: int, *, by_token: bool) -> list[Group]:
+        """Whole units packed into tiles, or tokens where each is a unit; ValueError on CPU for a bad target."""
+        scored_positions(self.targets, self.ignore_index, vocab)
+        if by_token:
+            index = self._by_unit[0]
+            count = -(-index.shape[0] // tile_tokens)
+            return [(part, ()) for part in index.tensor_split(count)] if count else []
+        return pack(*self._by_unit, tile_tokens)
+
+
+def list_pairs(scores: Tensor, mask: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of a list's completions are better than which: (winner (U, C), loser (U, C), real (U, C) bool).
+
+    scores (U, K), higher is better; mask (U, K). how: "all" pairs, or the "extremes", the best against the worst.
+    Completions of equal score are no pair.
+    """
+    size = scores.shape[1]
+    if how == "all":
+        i, j = torch.triu_indices(size, size, offset=1, device=scores.device)
+        swap = scores[:, j] > scores[:, i]
+        winner, loser = torch.where(swap, j, i), torch.where(swap, i, j)
+        real = mask[:, i] & mask[:, j] & (scores[:, i] != scores[:, j])
+        return winner, loser, real
+    best = torch.where(mask, scores, -torch.inf).argmax(dim=1, keepdim=True)
+    worst = torch.where(mask, scores, torch.inf).argmin(dim=1, keepdim=True)
+    real = mask.any(dim=1, keepdim=True) & (scores.gather(1, best) > scores.gather(1, worst))
+    return best, worst, real
+

