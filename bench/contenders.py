@@ -26,8 +26,12 @@ class Contender(NamedTuple):
     ours: bool = False
 
 
-def make_floor(batch: Batch, case: Case) -> Contender:
-    """The bare products, on real operands, into buffers made beforehand. Its call returns nothing."""
+def make_floor(batch: Batch, case: Case, *, new_gradients: bool = False) -> Contender:
+    """The bare products, on real operands, into buffers made beforehand. Its call returns nothing.
+
+    new_gradients: the gradients into new memory, where those of a training step go. The operating system hands it out
+    page by page as it is written to, which is not free.
+    """
     hidden, _ = batch.scored()
     weight = batch.weight
     logits = hidden @ weight.T
@@ -38,9 +42,9 @@ def make_floor(batch: Batch, case: Case) -> Contender:
     def call(batch: Batch) -> Results:
         hidden = batch.hidden.flatten(0, 1)[: len(dz)]  # as many positions as are scored, without a copy
         torch.mm(hidden, weight.T, out=logits)
-        torch.mm(dz, weight, out=hidden_grad)
+        torch.mm(dz, weight, out=None if new_gradients else hidden_grad)
         if weight_grad is not None:
-            torch.mm(dz.T, hidden, out=weight_grad)
+            torch.mm(dz.T, hidden, out=None if new_gradients else weight_grad)
         return {}
 
     return Contender(call, case.floor_gemms)

@@ -36,6 +36,7 @@ TOLERANCES = {
     "bf16": {"logps": 1e-3, "loss": 1e-3, "hidden_grad": 2**-8, "weight_grad": 2**-8},
 }
 FLOOR = "floor: the products alone"
+FLOOR_NEW = "the same, gradients into new memory"
 BATCHES = 3  # the repeats go round them
 
 
@@ -101,8 +102,12 @@ def run_case(
     del truth
     outside = {name: _outside(errors[name], dtype) for name, made in contenders.items() if made.ours}
 
-    contenders = {FLOOR: make_floor(batches[0], case), **contenders}
-    contenders[FLOOR].call(batches[0])
+    floors = {FLOOR: make_floor(batches[0], case)}
+    if case.train_head:
+        floors[FLOOR_NEW] = make_floor(batches[0], case, new_gradients=True)
+    for floor in floors.values():
+        floor.call(batches[0])
+    contenders = {**floors, **contenders}
     timed = {name: made.call for name, made in contenders.items() if not outside.get(name)}
     samples_ms = time_interleaved(timed, batches, repeats)
     records = []

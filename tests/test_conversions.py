@@ -6,6 +6,7 @@ trainers and loss classes return on the same tensors.
 
 from __future__ import annotations
 
+import importlib.metadata
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -95,15 +96,22 @@ def differences(given: dict = RAGGED.given) -> tuple[Tensor, Tensor]:
     return tuple(given["logp_" + s] - given["ref_logp_" + s] for s in "wl")
 
 
-def liger(loss: str, b: SimpleNamespace = RAGGED, *args, **options) -> Tensor:
-    """Liger's paired loss of a batch."""
+def chunked_loss():
+    """Liger's losses; the test that asks is skipped where there is no Liger 0.8.5."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever Liger and what it imports have to say on import
-        module = pytest.importorskip(
-            "liger_kernel.chunked_loss", reason="an extra: pip install xpo_fast[bench]"
-        )
+        reason = "peers are an optional extra: pip install xpo_fast[bench]"
+        module = pytest.importorskip("liger_kernel.chunked_loss", reason=reason)
+    version = importlib.metadata.version("liger-kernel")
+    if not version.startswith("0.8."):
+        pytest.skip(f"calls the losses as of Liger 0.8.5, found {version}")
+    return module
+
+
+def liger(loss: str, b: SimpleNamespace = RAGGED, *args, **options) -> Tensor:
+    """Liger's paired loss of a batch."""
     reference = {"ref_input": b.ref_hidden, "ref_weight": b.weight} if loss == "DPO" else {}
-    loss = getattr(module, f"LigerFusedLinear{loss}Loss")(compiled=False, **options)
+    loss = getattr(chunked_loss(), f"LigerFusedLinear{loss}Loss")(compiled=False, **options)
     return loss(b.weight, b.hidden, b.targets, *args, **reference)[0]
 
 
@@ -126,7 +134,7 @@ def trl_whole(trainer: str, b: SimpleNamespace, prompts: int = 1, **fields) -> T
     trainer = cls.__new__(cls)  # its methods without a model, data and arguments to train with
     trainer.__dict__ |= {
         **{"is_encoder_decoder": False, "pad_token_id": 0, "aux_loss_enabled": False, "loss_type": "sigmoid"},
-        **{"alpha": 0.0, "label_smoothing": 0.0, "cpo_alpha": 1.0},
+        **{"alpha": 0.0, "label_smoothing": 0.0, "cpo_alpha": 1.0, "padding_value": 0},
         "accelerator": SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
         **fields,
     }
@@ -168,8 +176,8 @@ def _():
 
 @row("IPO: β, summed")
 def _():
-    w, l = differences()
-    same(ours("ipo", beta=0.3, variant="sum"), ((w - l - 1 / 0.6) ** 2).mean())
+    won, lost = differences()
+    same(ours("ipo", beta=0.3, variant="sum"), ((won - lost - 1 / 0.6) ** 2).mean())
     same(ours("ipo", EQUAL.given, beta=0.3, variant="sum"),
          LENGTH**2 * ours("ipo", EQUAL.given, beta=LENGTH * 0.3))  # fmt: skip
 
@@ -187,9 +195,9 @@ def _():
 
 @row("SPPO: β")
 def _():
-    w, l = differences()
+    won, lost = differences()
     p, eta = torch.tensor([0.9, 0.4, 1.0]), 2.0
-    printed = (w - eta * (p - 0.5)) ** 2 + (l - eta * (0.5 - p)) ** 2
+    printed = (won - eta * (p - 0.5)) ** 2 + (lost - eta * (0.5 - p)) ** 2
     same(ours("sppo", {**RAGGED.given, "prob_w": p}, beta=1 / eta), printed.mean())
     for theirs in (trl_dpo(RAGGED.given, "sppo_hard", beta=0.5, label_smoothing=0.0),
                    liger("DPO", loss_type="sppo_hard", beta=0.5)):  # fmt: skip
@@ -200,10 +208,9 @@ def _():
 def _():
     theirs = trl_dpo(RAGGED.given, "sigmoid", "alpha_divergence", alpha=0.7, beta=0.3, label_smoothing=0.0)
     same(ours("f_dpo", beta=0.3, divergence="alpha", alpha=0.3), theirs)
-    w, l = (
-        (1 - torch.exp(-0.3 * x)) / 0.3 for x in differences()
-    )  # f′(u) = (1 − u^−α)/α, the paper's Table 1
-    same(ours("f_dpo", beta=0.3, divergence="alpha", alpha=0.3), -F.logsigmoid(0.3 * (w - l)).mean())
+    # f′(u) = (1 − u^−α)/α, the paper's Table 1
+    won, lost = ((1 - torch.exp(-0.3 * x)) / 0.3 for x in differences())
+    same(ours("f_dpo", beta=0.3, divergence="alpha", alpha=0.3), -F.logsigmoid(0.3 * (won - lost)).mean())
 
 
 @row("f-DPO: divergence")
@@ -259,8 +266,8 @@ def _():
 @row("R-DPO: sign of α")
 def _():
     given = RAGGED.given
-    w, l = differences()
-    printed = -F.logsigmoid(0.3 * (w - l) - 0.1 * (given["len_w"] - given["len_l"]))
+    won, lost = differences()
+    printed = -F.logsigmoid(0.3 * (won - lost) - 0.1 * (given["len_w"] - given["len_l"]))
     same(ours("rdpo", beta=0.3, alpha=0.1, variant="survey"), printed.mean())
     lengths_exchanged = {**given, "len_w": given["len_l"], "len_l": given["len_w"]}
     same(ours("rdpo", lengths_exchanged, beta=0.3, alpha=0.1), printed.mean())
@@ -352,12 +359,7 @@ def _():
     given = {"logp": torch.cat([b.given["logp_w"], b.given["logp_l"]]), "kl": kl}
     given |= {"ref_logp": torch.cat([b.given["ref_logp_w"], b.given["ref_logp_l"]])}
     given |= {"desirable": torch.tensor([True, False, True, False, False, True])}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whatever Liger and what it imports have to say on import
-        module = pytest.importorskip(
-            "liger_kernel.chunked_loss", reason="an extra: pip install xpo_fast[bench]"
-        )
-    loss = module.LigerFusedLinearKTOLoss(compiled=False, use_ref_model=True, beta=0.3)
+    loss = chunked_loss().LigerFusedLinearKTOLoss(compiled=False, use_ref_model=True, beta=0.3)
     reference = {"ref_input": b.ref_hidden, "ref_weight": b.weight, "kl": kl}
     theirs = loss(b.hidden, b.weight, b.targets, preference_labels=given["desirable"], **reference)[0]
     same(ours("kto", given, beta=0.3), theirs)
@@ -449,9 +451,8 @@ def policy_peers(
     vars(stub.args).update(delta=delta, **names)
     inputs |= {"old_per_token_logps": SAMPLES["old_logp"], "ref_per_token_logps": SAMPLES["ref_token_logp"]}
     yield GRPOTrainer._compute_loss(stub, None, inputs)
-    module = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="pip install xpo_fast[bench]")
     mask = SAMPLES["mask"].float()
-    loss, _ = module.LigerFusedLinearGRPOFunction.ppo_loss_fn(
+    loss, _ = chunked_loss().grpo_loss.LigerFusedLinearGRPOFunction.ppo_loss_fn(
         SAMPLES["token_logp"], mask, SAMPLES["advantage"], mask, SAMPLES["ref_token_logp"], SAMPLES["old_logp"],
         loss_type=loss_type, max_completion_length=LONGEST, delta=delta, **names, **fields,
     )  # fmt: skip
@@ -514,6 +515,25 @@ def _():
             same(policy(name, **({"eps_high": 0.2} if name == "dapo" else {})), theirs)
 
 
+@row("RLOO: ratio")
+def _():
+    trl()
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    stub, inputs = grpo_like(SAMPLES, RLOOTrainer, epsilon_low=0.2, epsilon_high=0.2)
+    inputs["old_logps"] = SAMPLES["old_logp"].sum(1)
+    same(policy("rloo", variant="clipped"), RLOOTrainer._compute_loss(stub, None, inputs))
+    gradients = []
+    for variant in ("plain", "clipped"):
+        leaf = SAMPLES["token_logp"].clone().requires_grad_()
+        given = {k: SAMPLES[k] for k in ("advantage", "mask")} | {
+            "token_logp": leaf,
+            "old_logp": leaf.detach(),
+        }
+        gradients += torch.autograd.grad(xf.METHODS["rloo"](**given, variant=variant)[0].sum(), leaf)
+    assert_close(*gradients)
+
+
 # --- Reward models ---
 
 
@@ -524,6 +544,8 @@ def _():
 
     given = {"reward_w": torch.tensor([2.0, -0.5, 3.0]), "reward_l": torch.tensor([1.0, 0.5, -1.0])}
     margin = torch.tensor([0.5, 0.25, 1.0])
+    logits = torch.cat([given["reward_w"], given["reward_l"]])[:, None]
+    inputs = {"input_ids": logits, "attention_mask": logits, "margin": margin}
     for center in (None, 0.02):
         trainer = SimpleNamespace(
             **{"_total_train_tokens": 0, "_metrics": {"eval": defaultdict(list)}},
@@ -531,8 +553,6 @@ def _():
             args=SimpleNamespace(center_rewards_coefficient=center),
             accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
         )
-        logits = torch.cat([given["reward_w"], given["reward_l"]])[:, None]
-        inputs = {"input_ids": logits, "attention_mask": logits, "margin": margin}
         theirs = RewardTrainer.compute_loss(trainer, lambda *_, **__: SimpleNamespace(logits=logits), inputs)
         same(ours("bradley_terry", given | {"margin": margin}, center=center or 0.0), theirs)
 

@@ -229,7 +229,9 @@ def test_bco_remembers_the_mean_reward():
     other = xf.Objective("bco", beta=0.1)
     other.load_state_dict(saved)
     with torch.no_grad():
-        losses = [o(xs[0], xs[1], targets, bias=xs[2], ref_logps=ref, **columns).loss for o in (objective, other)]
+        losses = [
+            o(xs[0], xs[1], targets, bias=xs[2], ref_logps=ref, **columns).loss for o in (objective, other)
+        ]
     assert losses[0] == losses[1]
     assert_close(objective.state, saved)
 
@@ -299,11 +301,21 @@ CALLS = [
     ("lipo", {}, {"list_size": 3, "scores": torch.zeros(2, 3)}, "multiple of them, got 10 rows"),
     ("lipo", {}, {"scores": torch.zeros(3, 5)}, r"scores must be a tensor \(2, 5\).*got \(3, 5\)"),
     ("dpo", {"pairs": "all"}, {"list_size": 5}, "missing scores"),
-    ("dpo", {"pairs": "all"}, {"scores": torch.zeros(2, 4), "list_size": 5}, r"scores must be a tensor \(2, 5\)"),
+    (
+        "dpo",
+        {"pairs": "all"},
+        {"scores": torch.zeros(2, 4), "list_size": 5},
+        r"scores must be a tensor \(2, 5\)",
+    ),
     ("dpo", {"ld_alpha": 0.5}, {"ref_logps": torch.zeros(10)}, "single tokens.*ref_logps= shaped as targets"),
     ("grpo", {"beta": 0.1}, {"advantage": torch.zeros(10)}, "compares with a reference"),
     ("grpo", {}, {"advantage": torch.zeros(9)}, r"advantage must be a tensor \(10,\) or \(10, 7\)"),
-    ("grpo", {}, {"advantage": torch.zeros(10), "old_logp": torch.zeros(10)}, r"old_logp must be a tensor \(10, 7\)"),
+    (
+        "grpo",
+        {},
+        {"advantage": torch.zeros(10), "old_logp": torch.zeros(10)},
+        r"old_logp must be a tensor \(10, 7\)",
+    ),
     ("grpo", {}, {}, "missing advantage"),
 ]
 

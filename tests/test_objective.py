@@ -45,13 +45,18 @@ COLUMNS = {
     "old_logp": lambda shape: -oracle.normal(*shape, seed=14).abs() - 3,
     "ptx_logp": lambda shape: -oracle.normal(3, 4, seed=15).abs(),
     "ptx_mask": lambda shape: torch.ones(3, 4, dtype=torch.bool).tril(),
-    **{name: lambda shape: oracle.normal(*shape, seed=13) for name in ("reward", "reward_w", "reward_l", "value")},
+    **{
+        name: lambda shape: oracle.normal(*shape, seed=13)
+        for name in ("reward", "reward_w", "reward_l", "value")
+    },
     "advantage": lambda shape: oracle.normal(*shape, seed=13),
 }
 # Settings that bring a method's optional inputs into play, or leave chance out.
 HYPER = {"beta_dpo": {"keep": 1.0}, "cispo": {"eps": 0.2}}
 SAMPLED = {"cringe"}  # draws tokens: test_cringe
-THROUGH_HEAD = [n for n, m in sorted(xf.METHODS.items()) if m.layout != "reward" and "returns" not in m.inputs]
+THROUGH_HEAD = [
+    n for n, m in sorted(xf.METHODS.items()) if m.layout != "reward" and "returns" not in m.inputs
+]
 THROUGH_HEAD = [n for n in THROUGH_HEAD if n not in SAMPLED]
 
 
@@ -113,7 +118,7 @@ def given_to(method, rows):
 def of_tokens(method, targets, packed, given):
     """Columns and hidden states of tokens, laid out as `lay_out` lays out the rows."""
     real = targets != oracle.IGNORE
-    by_token = {n for n in given if n == "ref_hidden" or "UT" == (*method.axes(n), "")[0]}
+    by_token = {n for n in given if n == "ref_hidden" or (*method.axes(n), "")[0] == "UT"}
     return {n: x[real] if packed and n in by_token else x for n, x in given.items()}
 
 
@@ -312,7 +317,9 @@ def test_ways_to_give_a_reference(name, learn):
     assert_close(implied.loss, objective(xs[0], xs[1], targets, bias=xs[2], **same, **columns).loss)
 
 
-OF_ONE_BATCH = [n for n in THROUGH_HEAD if xf.METHODS[n].unit == "batch"]  # whose losses depend on one another
+OF_ONE_BATCH = [
+    n for n in THROUGH_HEAD if xf.METHODS[n].unit == "batch"
+]  # whose losses depend on one another
 
 
 @pytest.mark.parametrize("name", [n for n in THROUGH_HEAD if n not in [*OF_ONE_BATCH, "bnpo"]])

@@ -621,3 +621,180 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot load a model from .*: expected 'smollm2-135m', a folder"):
         make_model().config.save_pretrained(tmp_path)
         load_model(str(tmp_path))
+
+
+# --- other data than pairs and thumbs ---
+
+PAIR_NUMBERS = {"score_chosen": 2.0, "score_rejected": -0.5, "prob": 0.8}
+
+
+def rows_of(kind: str, count: int = 8, seed: int = 0) -> list[dict]:
+    """Rows with all that a method may want beside the completions; ragged lists of two to four."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        prompt, size = words(g, 2, 6), 2 + i % 3
+        texts = [" " + words(g, 1, 9) for _ in range(size)]
+        if kind == "list":
+            scores = [float(k * (-1) ** k) for k in range(size)]
+            rows.append(
+                {"prompt": prompt, "completions": texts, "scores": scores, "rejected": " " + words(g, 1, 5)}
+            )
+        elif kind == "unpaired":
+            rows.append({"prompt": prompt, "completion": texts[0], "label": i % 3 != 0, "reward": i / 4 - 1})
+        else:
+            rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1], **PAIR_NUMBERS})
+    return rows
+
+
+def trained_methods() -> list[str]:
+    """Every method that a data set can teach."""
+    names = []
+    for name, method in xf.METHODS.items():
+        of_a_data_set = method.layout not in ("policy", "reward") and "reward_w" not in method.inputs
+        names += [name] if of_a_data_set else []
+    return sorted(names)
+
+
+@pytest.mark.parametrize("name", trained_methods())
+def test_every_method_trains_on_its_data(tmp_path, name):
+    """Five steps on the rows that are evaluated lower the loss: through data, reference and objective."""
+    adapted = trained_methods().index(name) % 2 == 0
+    settings = {"beta_dpo": {"keep": 1.0}, "cringe": {"top_k": 1}}.get(name, {})
+    rate = 3e-4 if name == "dro" else 3e-3  # a squared loss of nats, easily overshot
+    kind = xf.Objective(name, **settings).data_kind
+    rows = rows_of(kind)
+    trainer = XPOTrainer(
+        make_model(),
+        XPOConfig(
+            str(tmp_path / "out"), method=name, method_args=settings, ref_cache_dir=str(tmp_path / "ref"), use_cpu=True,
+            disable_tqdm=True, save_strategy="no", per_device_train_batch_size=8, learning_rate=rate,
+            lr_scheduler_type="constant", max_steps=5, seed=3, logging_strategy="no",
+        ),
+        train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer(),
+        peft_config=lora(r=8, lora_alpha=32) if adapted else None,
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert math.isfinite(after) and after < before
+
+
+@pytest.mark.parametrize(
+    ("method", "args"),
+    [
+        ("dpo + 0.5*sft", {}),
+        ("lipo", {}),
+        ("odpo", {"pairs": "all"}),
+        ("nn", {}),
+        ("dro", {}),
+        ("npo", {}),
+        ("tdpo", {}),
+        ("dpo", {"ld_alpha": 0.3}),
+        ("simpo", {"wpo": True}),
+    ],
+    ids=str,
+)
+def test_micro_batches_of_other_data_equal_one_big_batch(tmp_path, method, args):
+    """Loss and gradients of a step do not depend on how it is cut: lists of other lengths, two denominators, dead rows."""
+    found = []
+    for batch, accumulation in ((6, 1), (2, 3), (4, 2)):
+        tokenizer = make_tokenizer()
+        kind = xf.Objective(method, **args).data_kind
+        trainer = make_trainer(
+            tmp_path / f"{batch}", tokenizer=tokenizer, rows=2, method="dpo", per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        config = trainer.args
+        config.method, config.method_args = method, args
+        trainer = XPOTrainer(make_model(), config, train_dataset=rows_of(kind, 6), processing_class=tokenizer)
+        log, gradients = first_step(trainer, shrink=0.9)
+        found.append((log["loss"], gradients))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for name, gradient in gradients.items():
+            assert (gradient - found[0][1][name]).norm() <= 1e-5 * found[0][1][name].norm()
+
+
+def test_what_the_objective_remembers_is_in_the_checkpoints(tmp_path):
+    """Three steps and three more after a restart are six: the running mean goes on where it was."""
+    rows = rows_of("unpaired")
+    common = {
+        "method": "bco",
+        "rows": 8,
+        "per_device_train_batch_size": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+
+    def trainer(folder, steps):
+        return make_trainer(tmp_path / folder, max_steps=steps, **common)
+
+    whole = trainer("a", 6)
+    whole.train()
+    first = trainer("b", 6)
+    first.add_callback(StopAfter(3))
+    first.train()
+    second = trainer("b", 6)
+    second.train(resume_from_checkpoint=True)
+    assert (
+        len(rows) == 8 and whole.objective.state["delta_count"] == second.objective.state["delta_count"] > 12
+    )
+    torch.testing.assert_close(second.objective.state, whole.objective.state, rtol=0, atol=0)
+
+
+class StopAfter(transformers.TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "rows", "message"),
+    [
+        ("odpo", {}, "pair", "missing score_w, score_l.*data set has.*score_chosen"),
+        ("sppo", {}, "pair", "prob_w.*rows may have.*prob"),
+        ("dro", {}, "unpaired", "missing reward.*rows may have.*reward"),
+        ("grpo", {}, "pair", "sampled and scored while it trains"),
+        ("haf", {}, "pair", "reward_w"),
+        ("dpo", {"pairs": "all"}, "list", "scores"),
+    ],
+)
+def test_data_without_what_a_method_needs_is_refused(tmp_path, method, args, rows, message):
+    bare = [
+        {k: v for k, v in row.items() if k not in (*PAIR_NUMBERS, "reward", "scores")}
+        for row in rows_of(rows)
+    ]
+    with pytest.raises(ValueError, match=message):
+        XPOTrainer(
+            make_model(), XPOConfig(str(tmp_path), method=method, method_args=args, use_cpu=True),
+            train_dataset=bare, processing_class=make_tokenizer(),
+        )  # fmt: skip
+
+
+def test_a_reference_looked_at_token_by_token_is_a_copy(tmp_path):
+    chosen, why = reference.choose("auto", xf.Objective("tdpo"), make_model())
+    assert chosen == "copy" and "token by token" in why
+    with pytest.raises(ValueError, match="token by token.*cached"):
+        reference.choose("cached", xf.Objective("dpo", ld_alpha=0.5), make_model())
+
+
+def test_cached_log_probs_of_lists_are_those_of_a_copy(tmp_path):
+    found = []
+    for strategy in ("cached", "cached", "copy"):
+        trainer = XPOTrainer(
+            make_model(), XPOConfig(
+                str(tmp_path), method="lipo", reference=strategy, ref_cache_dir=str(tmp_path / "ref"), use_cpu=True,
+                per_device_eval_batch_size=3, disable_tqdm=True,
+            ),
+            eval_dataset=rows_of("list"), processing_class=make_tokenizer(),
+        )  # fmt: skip
+        with torch.no_grad():
+            trainer.prepare()
+            for p in trainer.model.parameters():
+                p *= 0.9
+        found.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_rewards/margins"):
+        assert found[0][name] == found[1][name] == pytest.approx(found[2][name], abs=1e-5) != 0

@@ -66,7 +66,9 @@ class Batch:
     @property
     def has_rejected(self) -> bool:
         """Whether the last row of each list is the rejected completion beside those that the policy made (`nn`)."""
-        return self.layout == "listwise" and any("logp_l" in m.inputs and "logps" in m.inputs for m in self.methods)
+        return self.layout == "listwise" and any(
+            "logp_l" in m.inputs and "logps" in m.inputs for m in self.methods
+        )
 
     def _rows_of_units(self, list_size: int | None) -> Tensor:
         order = torch.arange(self.count, device=self.device)
@@ -340,4 +342,3 @@ def list_pairs(scores: Tensor, mask: Tensor, how: str) -> tuple[Tensor, Tensor, 
     worst = torch.where(mask, scores, torch.inf).argmin(dim=1, keepdim=True)
     real = mask.any(dim=1, keepdim=True) & (scores.gather(1, best) > scores.gather(1, worst))
     return best, worst, real
-

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import METHODS, Objective, __version__, catalogue, doctor
+from . import Objective, __version__, catalogue, doctor
 from .doctor import one_line, versions
 from .head.plan import BACKENDS
 from .models import SMOLLM2
@@ -28,10 +28,13 @@ from .models import SMOLLM2
 if TYPE_CHECKING:
     import datasets
 
-    from .methods import Method
     from .trainer import XPOTrainer
 
 _HELD_OUT_AT_MOST = 200
+OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
+
+
+_UNITS = {"pair": "pairs", "list": "lists"}
 
 
 class UsageError(ValueError):
@@ -104,7 +107,8 @@ def _add_train(commands: Any) -> None:
     add = group.add_argument
     add("--data", metavar="FILE", required=True,
         help=".jsonl, .json, .parquet or .csv file, or a data set for datasets.load_dataset: rows of prompt, chosen, "
-        "rejected, or of prompt, completion, label; text or messages")
+        "rejected, or of prompt, completion, label; text or messages; with what the method needs beside: "
+        "score_chosen and score_rejected, prob, reward, or prompt, completions, scores for lists")
     add("--split", default="train", help="split of a data set that has several")
     held = group.add_mutually_exclusive_group().add_argument
     held("--eval-data", metavar="FILE", help="rows to evaluate on, in the form of --data")
@@ -119,10 +123,11 @@ def _add_train(commands: Any) -> None:
     add("--num-proc", metavar="N", type=int, help="processes that tokenize (default: one)")
 
     add = train.add_argument_group("method").add_argument
-    add("--method", default="dpo", choices=sorted(METHODS), metavar="NAME",
-        help=f"one of: {', '.join(sorted(METHODS))}; `xpo-fast methods` tells about them")
+    add("--method", default="dpo", metavar="NAME",
+        help="a name that `xpo-fast methods` lists, or a sum of them: 'dpo + 0.5*sft'")
     add("--set", metavar="NAME=VALUE", action="append", default=[], type=_setting,
-        help="a hyperparameter of the method, for example --set beta=0.05; may be repeated (default: the method's own)")
+        help="a hyperparameter of the method, for example --set beta=0.05, or an option of the objective "
+        f"({', '.join(OBJECTIVE_OPTIONS)}); may be repeated (default: the method's own)")
     add("--reference", choices=("auto", "adapter", "cached", "copy", "none"), default="auto",
         help="the reference policy: the model with its adapter off, log-probs cached on disk, or a frozen copy; auto: "
         "none if the method has none, adapter with --lora, else cached")
@@ -212,7 +217,7 @@ def _share(text: str) -> float:
 
 def run_train(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _check_settings(METHODS[args.method], dict(args.set))
+    objective = _objective(args.method, dict(args.set))
     _check_numbers(args)
     output = Path(args.output_dir)
     checkpoint = _checkpoint(output, args.resume, args.overwrite)
@@ -225,10 +230,12 @@ def run_train(args: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     if not args.debug:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about one another
-    method = METHODS[args.method]
-    kind = "unpaired" if method.layout == "unpaired" else "pair"
+    kind = objective.data_kind
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, data.load(args.data, kind=kind, split=args.split), kind)
+    for rows in (train_rows, eval_rows):
+        if rows is not None:
+            data.check_columns(rows, objective)
     mixed = None if not args.full or args.dtype not in ("bfloat16", "float16") else args.dtype
     dtype = "float32" if args.full else args.dtype
     options = {"attn_implementation": args.attn} if args.attn else {}
@@ -245,9 +252,7 @@ def run_train(args: argparse.Namespace) -> int:
     results: dict[str, Any] = {"options": _options(args), "versions": versions()}
     if eval_rows is not None:
         results["before"] = trainer.held_out()
-        if (
-            trainer.objective.method.needs_reference
-        ):  # policy = reference still, and rewards are rounding errors
+        if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
     with _stop_after_step(trainer) as stopped:
         train = trainer.train(resume_from_checkpoint=checkpoint)
@@ -292,22 +297,22 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--max-steps must be at least 1, or -1 for --epochs; got {args.max_steps}")
 
 
-def _check_settings(method: Method, settings: dict[str, Any]) -> None:
-    """ValueError for a hyperparameter that the method does not know or take, before anything is loaded."""
-    method.check_hyperparameters(settings)
+def _objective(method: str, settings: dict[str, Any]) -> Objective:
+    """The objective; ValueError for a setting that it does not know or take, before anything is loaded."""
+    objective = Objective(method)
+    defaults = {k: v for term in objective.terms for k, v in term.method.defaults.items()}
+    refused = sorted(set(settings) - set(defaults) - set(OBJECTIVE_OPTIONS))
+    if refused:
+        raise UsageError(
+            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has "
+            f"{', '.join(defaults) or 'none'}; and the objective has {', '.join(OBJECTIVE_OPTIONS)}"
+        )
     for name, value in settings.items():
-        default = method.defaults[name]
-        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+        if isinstance(defaults.get(name), (int, float)) and not isinstance(value, (int, float)):
             raise UsageError(f"--set {name}: expected a number, got {value!r}")
-    rows = 1 if method.layout == "unpaired" else 2
-    columns: dict[str, Any] = {"desirable": torch.ones(1, dtype=torch.bool), "kl": torch.zeros(())}
-    Objective(method.name, **settings)(
-        torch.zeros(rows, 1, 2),
-        torch.zeros(3, 2),
-        torch.zeros(rows, 1, dtype=torch.int64),
-        ref_logps=torch.zeros(rows) if method.needs_reference else None,
-        **{name: x for name, x in columns.items() if name in method.columns},
-    )
+    objective = Objective(method, **settings)
+    objective.rehearse()
+    return objective
 
 
 def _checkpoint(output: Path, resume: str | None, overwrite: bool) -> str | None:
@@ -521,9 +526,9 @@ def _print_held_out(
         "reward of desirable rows": ("eval_rewards/chosen", ".4f"),
         "reward of undesirable rows": ("eval_rewards/rejected", ".4f"),
     }
-    if kind == "pair":
+    if kind != "unpaired":
         lines = {label: line for label, line in lines.items() if "desirable" not in label}
-    say(f"\n{f'held out: {rows} ' + ('pairs' if kind == 'pair' else 'rows'):<32}{'before':>10}{'after':>10}")
+    say(f"\n{f'held out: {rows} {_UNITS.get(kind, 'rows')}':<32}{'before':>10}{'after':>10}")
     for label, (name, form) in lines.items():
         if name in after:
             start = format(before[name], form) if name in before else "-"
@@ -538,15 +543,14 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Any) -> No
     how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
     if trainer.accelerator.mixed_precision != "no":
         how += f", {trainer.accelerator.mixed_precision} mixed precision"
-    what = "pairs" if trainer.kind == "pair" else "rows"
+    what = _UNITS.get(trainer.kind, "rows")
     held = f"{len(trainer.eval_dataset)} held out" if trainer.eval_dataset is not None else "none held out"
-    hyperparameters = ", ".join(f"{k}={v}" for k, v in trainer.objective.hyperparameters.items())
     step = args.batch_size * args.grad_accum * trainer.accelerator.num_processes
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
         "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
         "data": f"{args.data}: {len(trainer.train_dataset)} {what} to train on, {held}",
-        "method": f"{trainer.objective.method.name}({hyperparameters}), lr {trainer.args.learning_rate:g}, "
+        "method": f"{' + '.join(map(str, trainer.objective.terms))}, lr {trainer.args.learning_rate:g}, "
         f"{step} {what} a step",
         "reference": f"{trainer.reference}: {trainer.reference_reason}",
         "head": str(trainer.plan()),

@@ -40,6 +40,8 @@ import torch
 if TYPE_CHECKING:
     import datasets
 
+    from .objective import Objective
+
 logger = logging.getLogger("xpo_fast")
 
 IGNORE_INDEX = -100
@@ -791,6 +793,27 @@ def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
         after = (i + 1) % rows
         following[i] = after if prompts[i] != prompts[after] else following[after]
     return following
+
+
+def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
+    """DataError for a data set, loaded or encoded, without numbers that the methods need beside the completions."""
+    kind, columns = objective.data_kind, set(dataset.column_names)
+    fields = {
+        **NUMBERS.get(kind, {}),
+        **({"list": {"scores": "scores"}, "unpaired": {"label": "desirable"}}.get(kind, {})),
+    }
+    there = {column for field, column in fields.items() if field in columns} | {"kl"}
+    if "reward" in there:
+        there.add("value")  # the trainer has one for data without
+    try:
+        objective.rehearse(there)
+        if objective.pairs and "scores" not in there:
+            raise ValueError("missing scores")
+    except ValueError as error:
+        raise DataError(
+            f"{error}. The data set has {', '.join(sorted(columns - {'where'}))}; beside the completions its rows may "
+            f"have {', '.join(fields) or 'nothing'}"
+        ) from None
 
 
 # --- collate: padded tensors ----------------------------------------------------------------------

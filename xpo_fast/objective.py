@@ -166,7 +166,9 @@ class Objective:
         names = ", ".join(m.name for m in self.methods)
         layouts = {m.layout for m in self.methods}
         if len(layouts) > 1:
-            raise ValueError(f"methods of different layouts do not go together: {names} ({', '.join(layouts)})")
+            raise ValueError(
+                f"methods of different layouts do not go together: {names} ({', '.join(layouts)})"
+            )
         if layouts == {"reward"} or any("returns" in m.inputs for m in self.methods):
             raise ValueError(
                 f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value head"
@@ -203,7 +205,8 @@ class Objective:
         ref_hidden: Tensor | None = None,  # shaped as hidden, width Dr
         ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight if not given
         ref_bias: Tensor | None = None,  # (V,)
-        ref_logps: Tensor | None = None,  # (R,) log-probs of the rows under the reference, summed; or one a token
+        ref_logps: Tensor
+        | None = None,  # (R,) log-probs of the rows under the reference, summed; or one a token
         list_size: int | None = None,
         denominator: float | Tensor | None = None,
         **columns: Tensor,
@@ -243,7 +246,9 @@ class Objective:
         }  # fmt: skip
         flat = hidden.reshape(-1, hidden.shape[-1])
         known.rows["len"] = (batch.lengths, 1.0)
-        self._add_reference(known, batch, weight, bias, (ref_hidden, ref_weight, ref_bias), ref_logps, options)
+        self._add_reference(
+            known, batch, weight, bias, (ref_hidden, ref_weight, ref_bias), ref_logps, options
+        )
         self._add_rivals(known, batch, flat, weight, bias, Scaling(**scaling))
         if denominator is None:
             denominator = self._items(batch)
@@ -251,7 +256,9 @@ class Objective:
         def evaluate(logp: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
             return [self._evaluate(term, batch, known, logp) for term in self.terms]
 
-        def reduced(found: Sequence[tuple[Tensor, Any]], positions: Tensor | None, units: Tensor | None) -> Tensor:
+        def reduced(
+            found: Sequence[tuple[Tensor, Any]], positions: Tensor | None, units: Tensor | None
+        ) -> Tensor:
             return self._reduce(batch, known, [losses for losses, _ in found], denominator, positions, units)
 
         by_token = all(m.unit == "token" for m in self.methods)
@@ -312,7 +319,9 @@ class Objective:
     ) -> Batch:
         scores = columns.get("scores")
         if list_size is None and isinstance(scores, Tensor) and scores.dim() == 2:
-            list_size = scores.shape[1] + any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
+            list_size = scores.shape[1] + any(
+                "logp_l" in m.inputs for m in self.methods if m.layout == "listwise"
+            )
         batch = Batch(self.methods, targets, cu_seqlens, ignore_index, pairs=self.pairs, list_size=list_size)
         if self.pairs and isinstance(scores, Tensor):
             batch.choose_pairs(scores)
@@ -373,7 +382,13 @@ class Objective:
             known.rows["ref_logp"] = (self._row_sums(batch, tokens), -1.0)
 
     def _add_rivals(
-        self, known: _Known, batch: Batch, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
+        self,
+        known: _Known,
+        batch: Batch,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: Scaling,
     ) -> None:
         """`cringe`: the logit of every rejected token, and that of a likely other one, with their gradients."""
         if not any("pos_score" in m.inputs for m in self.methods):
@@ -426,7 +441,9 @@ class Objective:
         if stats.entropy is not None:
             known.tokens["entropy"] = stats.entropy
         if stats.log_sum_sq_probs is not None:
-            sums = (sum_rows(x.detach(), batch.rows, batch.count) for x in (stats.logp, stats.log_sum_sq_probs))
+            sums = (
+                sum_rows(x.detach(), batch.rows, batch.count) for x in (stats.logp, stats.log_sum_sq_probs)
+            )
             known.row_weight = wpo_weights(*sums, batch.lengths, clamp=False)
         return stats.logp
 
@@ -629,7 +646,11 @@ class Objective:
     def _outputs(self) -> tuple[str, ...]:
         """The statistics that the methods need beside the log-prob."""
         wants = {n for t in self.terms for n in t.method.inputs if t.method.wants(n, t.hyperparameters)}
-        needed = {"kl": {"kl_w", "kl_l"} & wants, "entropy": {"entropy"} & wants, "log_sum_sq_probs": self.wpo}
+        needed = {
+            "kl": {"kl_w", "kl_l"} & wants,
+            "entropy": {"entropy"} & wants,
+            "log_sum_sq_probs": self.wpo,
+        }
         return tuple(name for name, needs in needed.items() if needs)
 
     def _head_plan(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Plan:
@@ -672,13 +693,17 @@ class _Known:
     """What a call knows before the policy's log-probs, or beside them."""
 
     columns: dict[str, Tensor]
-    rows: dict[str, tuple[Tensor, float]] = field(default_factory=dict)  # (R,), and what stands in units left out
+    rows: dict[str, tuple[Tensor, float]] = field(
+        default_factory=dict
+    )  # (R,), and what stands in units left out
     tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
     ref_tokens: Tensor | None = None  # (N,)
     row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
 
 
-def _of_counted(term: Term, inputs: Mapping[str, Tensor], counted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_counted(
+    term: Term, inputs: Mapping[str, Tensor], counted: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A method whose losses depend on one another, on the units (U,) that count; 0 and NaN for the others."""
     at = counted.nonzero().squeeze(1)
     inputs = {n: x[at] if x.dim() else x for n, x in inputs.items()}
@@ -691,7 +716,9 @@ def _of_counted(term: Term, inputs: Mapping[str, Tensor], counted: Tensor) -> tu
 
 
 def _reads(term: Term, prefix: str) -> bool:
-    return any(n.startswith(prefix) and term.method.wants(n, term.hyperparameters) for n in term.method.inputs)
+    return any(
+        n.startswith(prefix) and term.method.wants(n, term.hyperparameters) for n in term.method.inputs
+    )
 
 
 def _terms(

@@ -172,7 +172,11 @@ class LiveReference:
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference model, in eval mode and without gradient."""
         scored = model if self.copy is None else self.copy
-        with self.accelerator.autocast(), without_adapter(self.accelerator.unwrap_model(scored)), evaluating(scored):
+        with (
+            self.accelerator.autocast(),
+            without_adapter(self.accelerator.unwrap_model(scored)),
+            evaluating(scored),
+        ):
             yield scored
 
 
@@ -363,7 +367,9 @@ def row_completions(row: Mapping[str, Any]) -> int:
 def row_tokens(row: Mapping[str, Any]) -> int:
     """The tokens of an encoded row, its prompt counted once."""
     return sum(
-        sum(map(len, v)) if v and isinstance(v[0], list) else len(v) for k, v in row.items() if k.endswith("_ids")
+        sum(map(len, v)) if v and isinstance(v[0], list) else len(v)
+        for k, v in row.items()
+        if k.endswith("_ids")
     )
 
 

@@ -194,7 +194,8 @@ class XPOTrainer(Trainer):
 
         self.objective = objective if objective is not None else args.objective()
         self.kind = self.objective.data_kind
-        self._columns = {name for m in self.objective.methods for name in m.columns} | {"scores"}
+        self._columns = {name for m in self.objective.methods for name in m.columns}
+        self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
 
         if peft_config is not None:
@@ -233,7 +234,9 @@ class XPOTrainer(Trainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        if not (isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)):
+        if not (
+            isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)
+        ):
             args: XPOConfig = self.args
             dataset = data.encode(
                 data.load(dataset, kind=self.kind),
@@ -244,10 +247,12 @@ class XPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
             )
         unread = [] if self._estimates_kl else ["kl_completion_ids"]
-        if self.kind == "list" and not any("logp_l" in m.inputs for m in self.objective.methods if m.layout == "listwise"):
+        if self.kind == "list" and not any(
+            "logp_l" in m.inputs for m in self.objective.methods if m.layout == "listwise"
+        ):
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
-        self._check_columns(dataset)
+        data.check_columns(dataset, self.objective)
         name = self.args.length_column_name
         if (
             self.args.train_sampling_strategy not in ("random", "sequential")
@@ -255,26 +260,6 @@ class XPOTrainer(Trainer):
         ):
             dataset = dataset.add_column(name, [row_tokens(row) for row in dataset])  # type: ignore[call-arg]
         return dataset
-
-    def _check_columns(self, dataset: datasets.Dataset) -> None:
-        """ValueError for a data set without the numbers that the methods need beside the completions."""
-        fields = data.NUMBERS.get(self.kind, {})
-        there = {column for field, column in fields.items() if field in dataset.column_names}
-        there |= {"desirable"} if "label" in dataset.column_names else set()
-        there |= {"scores"} if "scores" in dataset.column_names else set()
-        there |= {"kl"} if self._estimates_kl else set()
-        if "reward" in there and "value" in self._columns:
-            there |= {"value"}  # see _value
-        try:
-            self.objective.rehearse(there)
-            if self.objective.pairs and "scores" not in there:
-                raise ValueError("missing scores")
-        except ValueError as error:
-            has = ", ".join(c for c in dataset.column_names if c != "where")
-            raise ValueError(
-                f"{error}. The data set has {has}; rows of this kind may have "
-                f"{', '.join([*fields, *({'list': ['scores'], 'unpaired': ['label']}.get(self.kind, []))]) or 'no numbers'}"
-            ) from None
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
         if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
@@ -520,7 +505,9 @@ class XPOTrainer(Trainer):
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (1 + (self.kind == "pair"))
+        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (
+            1 + (self.kind == "pair")
+        )
         own = state.remainder - self.accelerator.process_index * units
         inputs = dict(inputs)
         for name in ("targets", "kl_targets"):

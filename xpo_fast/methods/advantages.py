@@ -85,7 +85,7 @@ def leave_one_out(
     if rewards.shape[-1] == 1:
         raise ValueError("leave_one_out compares completions of a prompt: expected at least 2 of each, got 1")
     centred, count = _centred(rewards, _full(mask, rewards))
-    return centred * (count / (count - 1).clamp(min=1))
+    return centred * count / (count - 1).clamp(min=1)
 
 
 @torch.no_grad()

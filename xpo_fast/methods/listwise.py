@@ -65,17 +65,17 @@ def _ranked(losses: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.sum(dim=1) > 1, losses, 0.0)
 
 
-def _logsumexp(x: Tensor, mask: Tensor) -> Tensor:
-    """log Σ eˣ over the last dimension where mask; a large negative number, not −∞, of nothing."""
-    return _inside(x, mask, torch.finfo(x.dtype).min).logsumexp(dim=-1)
+def _log_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    """x − logsumexp(x) over the last dimension where mask, 0 elsewhere."""
+    # Not −∞, of which a row without an entry has NaN.
+    return _inside(_inside(x, mask, torch.finfo(x.dtype).min).log_softmax(dim=-1), mask)
 
 
 def _likelihood_of_order(terms: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     """Σ_k [−x_kk + logsumexp_{i≥k} x_ki] in score order, x_ki = terms[:, k, i]: (P,)."""
     rank = _ranks(scores, mask)
     later = (rank[:, None, :] >= rank[:, :, None]) & mask[:, None, :]
-    own = terms.diagonal(dim1=1, dim2=2)
-    return torch.where(mask, _logsumexp(terms, later) - own, 0.0).sum(dim=1)
+    return -_log_softmax(terms, later & mask[:, :, None]).diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
 def _metrics(reward: Tensor, logps: Tensor, scores: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def _point_sigmoid(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _softmax(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    return (scores * (_logsumexp(s, mask)[:, None] - s)).sum(dim=1)
+    return -(scores * _log_softmax(s, mask)).sum(dim=1)
 
 
 def _list_mle(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def pro(
         terms = terms * (gap + torch.diag_embed(gap.amax(dim=2)))
     order, best = _likelihood_of_order(terms, scores, mask), _best(logps, scores, mask)
     if variant == "authors":
-        losses = order - alpha * (mask.sum(dim=1) - 1) ** 2 * best
+        losses = order - alpha * best * (mask.sum(dim=1) - 1) ** 2
     else:
         losses = alpha * order - best
     return _ranked(losses, mask), _metrics(r, logps, scores, mask)

@@ -52,8 +52,8 @@ def _ratio(log_ratio: Tensor) -> Tensor:
 
 def _bounds(eps_low: float, eps_high: float) -> tuple[float, float]:
     """log(1 − eps_low) and log(1 + eps_high): no lower bound from eps_low = 1 on."""
-    check(eps_low > 0, "eps > 0", eps_low)
-    check(eps_high > 0, "eps > 0", eps_high)
+    check(eps_low > 0, "eps_low (or eps) > 0", eps_low)
+    check(eps_high > 0, "eps_high (or eps) > 0", eps_high)
     return math.log1p(-eps_low) if eps_low < 1 else -math.inf, math.log1p(eps_high)
 
 
@@ -249,11 +249,12 @@ def adapt(beta: float, kl: float | Tensor, target: float) -> float:
 
 @register(
     paper="Training language models to follow instructions with human feedback (arXiv 2203.02155)",
-    equation="C(ε, ε) − γ·mean of ptx_logp",
+    equation="C(ε, ε) + β·k3 − γ·mean of ptx_logp",
     survey="S2",
     attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
     unit="token",
     denominator="tokens",
+    uses={"ref_token_logp": "beta"},
 )
 def ppo_ptx(
     *,
@@ -263,18 +264,22 @@ def ppo_ptx(
     ptx_logp: Tensor,  # (B', T') log-probs of tokens of pretraining text
     ptx_mask: Tensor,  # (B', T')
     old_logp: Tensor | None = None,  # (B, T)
+    ref_token_logp: Tensor | None = None,  # (B, T)
     eps: float = 0.2,
     gamma: float = 1.0,
+    beta: float = 0.0,
 ) -> Losses:
     """PPO with pretraining gradients mixed in, against the alignment tax: `ppo` − γ·log-likelihood of
     pretraining text.
 
-    L = C(ε, ε) − γ·(mean of ptx_logp over ptx_mask) at every token of the mask, so that the mean over tokens
-    is that of `ppo` − γ·(mean log-likelihood of a pretraining token). Survey S2, whose β·KL belongs to the
-    reward.
+    L = C(ε, ε) + β·k3 − γ·(mean of ptx_logp over ptx_mask) at every token of the mask, so that the mean over
+    tokens is that of `ppo` − γ·(mean log-likelihood of a pretraining token). Survey S2. InstructGPT takes the
+    divergence from the reference off the rewards, hence β = 0 here; with `beta` it is a term of the loss.
     """
     check(gamma >= 0, "gamma >= 0", gamma)
-    losses, metrics = _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (None, 0.0, None, 0.0))
+    losses, metrics = _surrogate(
+        token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, None, 0.0)
+    )
     mask, ptx_mask = mask.bool(), ptx_mask.bool()
     likelihood = _inside(ptx_logp, ptx_mask).sum() / ptx_mask.sum().clamp(min=1)
     nll = {"nll_loss": -likelihood.expand_as(losses)}
@@ -569,7 +574,10 @@ def cispo(
     """
     if (cap is None) == (eps is None):
         raise ValueError(f"expected exactly one of cap= and eps=, got cap={cap}, eps={eps}")
-    cap = cap if cap is not None else 1 + eps if eps is not None else math.nan
+    if eps is not None:
+        check(eps > 0, "eps > 0", eps)
+        cap = 1 + eps
+    assert cap is not None
     check(cap > 0, "cap > 0", cap)
     mask, logp, log_ratio, advantage = _tokens(token_logp, advantage, mask, old_logp)
     ratio = _ratio(log_ratio.detach())
