@@ -1,7 +1,7 @@
 """Policy losses: literal values, gradients, what the papers say, TRL and Liger, extremes, errors.
 
-Literal values were worked out from the equations with 30-digit arithmetic; the line above each one gives the steps.
-Every method is also held against its equation written for one completion at a time, with no mask to get wrong.
+Literal values were worked out from the equations with 30-digit arithmetic; the line above each one gives the
+steps. Every method is also held against its equation for one completion at a time, with no mask to get wrong.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from xpo_fast.methods.math import k3
 F64 = torch.float64
 # A full completion; one with padding; one that begins with a token that is not its own.
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0]]).bool()
-# log r = (0.4, -0.7, 0.1, -0.05), (0.4, -0.7, 0.1), (0.3, 0.2): r = (1.491825, 0.496585, 1.105171, 0.951229), the
-# same, (1.349859, 1.221403), on either side of each clip, under an advantage of either sign.
-# ref - logp = (0.3, -0.2, 0.5, -0.4), (0.1, -0.6, 0.2), (-0.3, 0.05).
+# log r = (0.4, -0.7, 0.1, -0.05), (0.4, -0.7, 0.1), (0.3, 0.2): r = (1.491825, 0.496585, 1.105171, 0.951229),
+# the same, (1.349859, 1.221403), on either side of each clip, under an advantage of either sign. ref - logp =
+# (0.3, -0.2, 0.5, -0.4), (0.1, -0.6, 0.2), (-0.3, 0.05).
 ROWS = {
     "token_logp": [[-1.6, -1.7, -2.9, -0.55], [-1.1, -3.2, -0.9], [-0.4, -3.8]],
     "old_logp": [[-2.0, -1.0, -3.0, -0.5], [-1.5, -2.5, -1.0], [-0.7, -4.0]],
@@ -337,10 +337,12 @@ LITERALS = [
             [1.4, 1.4],
         ],
     ),
-    # (V - R)^2 / 2 = (0.125, 0, 2, 0.5), (0.5, 0.045, 0.98), (0.5, 1.125); V within 0.2 of V_old = (0.5, 0.7, -1, 2.3),
-    # (0, 0.2, -0.2), (0.7, 1.5): (0.125, 0.045, 2, 0.845), (0.5, 0.02, 0.72), (0.845, 1.125); the larger of each
+    # (V - R)^2 / 2 = (0.125, 0, 2, 0.5), (0.5, 0.045, 0.98), (0.5, 1.125); V within 0.2 of V_old = (0.5, 0.7,
+    # -1, 2.3), (0, 0.2, -0.2), (0.7, 1.5): (0.125, 0.045, 2, 0.845), (0.5, 0.02, 0.72), (0.845, 1.125); the
+    # larger of each
     ("ppo_value", {}, [[0.125, 0.045, 2.0, 0.845], [0.5, 0.045, 0.98], [0.845, 1.125]]),
-    # k3(old || new) = r - 1 - log r = (0.091825, 0.196585, 0.005171, 0.001229), ..., (0.049859, 0.021403); -r A + 0.1 k3
+    # k3(old || new) = r - 1 - log r = (0.091825, 0.196585, 0.005171, 0.001229), ..., (0.049859, 0.021403); -r
+    # A + 0.1 k3
     (
         "ppo_penalty",
         {},
@@ -365,8 +367,8 @@ LITERALS = [
     ("rloo", {}, [10.125, -10.4, 2.1]),
     # sums of log r (-0.25, -0.2, 0.5): r = (0.778801, 0.818731, 1.648721): -1.5 r, 2 r, -0.5 * 1.2
     ("rloo", {"variant": "clipped"}, [-1.16820117461, 1.63746150616, -0.6]),
-    # ppo + 0.04 (e^d - d - 1) = 0.04 (0.049859, 0.018731, 0.148721, 0.070320), 0.04 (0.005171, 0.148812, 0.021403),
-    # 0.04 (0.040818, 0.001271)
+    # ppo + 0.04 (e^d - d - 1) = 0.04 (0.049859, 0.018731, 0.148721, 0.070320), 0.04 (0.005171, 0.148812,
+    # 0.021403), 0.04 (0.040818, 0.001271)
     (
         "grpo",
         {"beta": 0.04},
@@ -386,7 +388,8 @@ LITERALS = [
             [-0.64, -0.61070137908],
         ],
     ),
-    # means of log r (-0.0625, -0.066667, 0.25): r = (0.939413, 0.935507, 1.284025): -1.5 r, 2 * 0.9997, -0.5 * 1.0004
+    # means of log r (-0.0625, -0.066667, 0.25): r = (0.939413, 0.935507, 1.284025): -1.5 r, 2 * 0.9997, -0.5
+    # * 1.0004
     ("gspo", {}, [-1.40911959422, 1.9994, -0.5002]),
     # -1.5 r, 2 * 0.95, -0.5 * 1.1
     ("gspo", {"eps_low": 0.05, "eps_high": 0.1}, [-1.40911959422, 1.9, -0.55]),
@@ -422,8 +425,8 @@ LITERALS = [
             [-1.17316667941, -1.11025137724],
         ],
     ),
-    # sums of log r, w = r: e^(3 + 2 log w - 3 w) = (1.177740, , 0.388227) for A > 0, e^(2 + 3 log w - 2 w) = 0.788627
-    # for A < 0; times -A logp
+    # log w = (-0.25, -0.2, 0.5): for A > 0 e^(3 + 2 log w - 3 w) = 1.177740, 0.388227; for A < 0
+    # e^(2 + 3 log w - 2 w) = 0.788627; times -A logp
     (
         "vespo",
         {},
@@ -922,6 +925,18 @@ def test_far_ratios_are_exact(name, hyper, dtype):
     assert_close(gradient, torch.tensor(slope, dtype=dtype), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name", [n for n in RATIO if has(n, "entropy_coef")])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_what_is_switched_off_cannot_hurt(name, dtype):
+    """The divergence overflows, and the entropy of a collapsed distribution may be NaN: neither is in the loss."""
+    given = far([(-2000.0, -2000.0, 1.0)], dtype)
+    expected = one_token(name, given, **HYPER.get(name, {}))
+    given["entropy"] = torch.full((1, 1), math.nan, dtype=dtype)
+    if has(name, "beta"):
+        given["ref_token_logp"] = torch.full((1, 1), -1.0, dtype=dtype)
+    assert_close(one_token(name, given, **HYPER.get(name, {})), expected, rtol=0, atol=0)
+
+
 BEYOND = [
     # name, hyper, (logp, old_logp, advantage), loss, gradient
     ("ppo", {"dual_clip": 3.0}, (-1.0, -2000.0, -2.0), 6.0, 0.0),
@@ -941,7 +956,8 @@ BEYOND = [
     ("sapo", {}, (-1.0, -51.0, 2.0), -8.0, 0.0),
     ("sapo", {}, (-2000.0, -1.0, 2.0), -2.15153137096, 0.0),
     ("sapo", {}, (-2000.0, -1.0, -2.0), 1.97504541646, 0.0),
-    # w is held to e^20: e^(3 + 40 - 3 e^20) = 0; and to 1e-8: e^(3 - 3e-8) 1e-16 = 2.00855363e-15 times 4000, -2
+    # w is held to e^20: e^(3 + 40 - 3 e^20) = 0; and to 1e-8: e^(3 - 3e-8) 1e-16 = 2.00855363e-15 times 4000,
+    # -2
     ("vespo", {}, (-1.0, -2000.0, 2.0), 0.0, 0.0),
     ("vespo", {}, (-2000.0, -1.0, 2.0), 8.03421452e-12, -4.01710726e-15),
 ]
@@ -1090,10 +1106,11 @@ def test_signature(name):
     assert method.card.paper and method.card.equation and "=" in method.__doc__
 
 
+HUMAN = "Preference Human Pair"
 TABLE = {  # rows of the survey's Table 1
-    "ppo_ptx": "Explicit Point Response Positive Preference Human Pair - Uncontrol KL On Offline Separate",
-    "rloo": "Explicit Point Response Positive Preference Human Pair Free Uncontrol KL On Offline Separate",
-    "nash_md": "- Preference Response Positive Preference Human Pair Reference Uncontrol KL On Offline Separate",
+    "ppo_ptx": f"Explicit Point Response Positive {HUMAN} - Uncontrol KL On Offline Separate",
+    "rloo": f"Explicit Point Response Positive {HUMAN} Free Uncontrol KL On Offline Separate",
+    "nash_md": f"- Preference Response Positive {HUMAN} Reference Uncontrol KL On Offline Separate",
 }
 
 

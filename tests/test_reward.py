@@ -1,7 +1,7 @@
 """Reward-model losses: literal values, gradients, what the papers say, TRL's trainer, extremes, errors.
 
-Literal values were worked out from the equations with 30-digit arithmetic; the line above each one gives the steps.
-L(x) is log(1 + e^-x) = -log sigma(x).
+Literal values were worked out from the equations with 30-digit arithmetic; the line above each one gives the
+steps. L(x) is log(1 + e^-x) = -log sigma(x).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ METHODS = (
     "haf",
 )
 
-# Differences of rewards (1, -1, 4), of log-ratios (4, -3, 13). Ranks: one list in order, one with two that tie.
+# Differences of rewards (1, -1, 4), of log-ratios (4, -3, 13). Ranks: one list in order, one with two that
+# tie.
 COLUMNS = {
     "reward_w": [2.0, -0.5, 3.0],
     "reward_l": [1.0, 0.5, -1.0],
@@ -97,8 +98,8 @@ LITERALS = [
     ("k_wise", OPTIONAL, {}, [0.150471302513, 0.946094761366]),
     # 1^2 + 0.5^2 + 0^2; 2^2 + 0^2 + 0.25^2
     ("regression", OPTIONAL, {}, [1.25, 4.0625]),
-    # gates (0.268941, 0.731059), (0.880797, 0.119203); (0.5, 0.5), (0.119203, 0.880797); rewards 1.731059 - 0.5,
-    # 0.3211955 - 1.880797: L(1.231059), L(-1.559601)
+    # gates (0.268941, 0.731059), (0.880797, 0.119203); (0.5, 0.5), (0.119203, 0.880797); rewards 1.731059 -
+    # 0.5, 0.3211955 - 1.880797: L(1.231059), L(-1.559601)
     ("gated", OPTIONAL, {}, [0.256178500259, 1.75040348619]),
     # L(1.5); 0.25 L(-2) + 0.75 L(2) = L(2) + 0.25 * 2; 0.5 L(0.5) + 0.5 L(-0.5)
     ("preference_model", OPTIONAL, {}, [0.201413277983, 0.626928011043, 0.72407698418]),
@@ -344,7 +345,8 @@ def test_far_rewards_are_exact(dtype):
     x = torch.tensor(FAR, dtype=dtype)
     zero, half = torch.zeros_like(x), torch.full_like(x, 0.5)
     up = torch.ones_like(x).bool()
-    # log(1 + e^-x): -x far below 0, e^-50 = 1.92874984796e-22 at 50, ln 2 -+ x / 2 next to 0; its slope -1/(1 + e^x)
+    # log(1 + e^-x): -x far below 0, e^-50 = 1.92874984796e-22 at 50, ln 2 -+ x / 2 next to 0; its slope -1/(1
+    # + e^x)
     value = [2000, 50, 0.693147230560, 0.693147180560, 0.693147130560, 1.92874984796e-22, 0]
     slope = [-1, -1, -0.500000025, -0.5, -0.499999975, -1.92874984796e-22, 0]
     value, slope = (torch.tensor(v, dtype=dtype) for v in (value, slope))
@@ -502,8 +504,8 @@ def odin_columns(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def test_odin_literal_and_gradient():
     given = odin_columns()
-    # sums of the heads differ by (3, -2): (L(3) + L(-2)) / 2 = 1.08775768; rho(1 2 0 3, 5 2 4 4) = -0.30779351,
-    # rho(1.5 0 -0.5 1, 5 2 4 4) = 0.58038100; cosine 4 / sqrt(5 * 6) = 0.73029674
+    # sums of the heads differ by (3, -2): (L(3) + L(-2)) / 2 = 1.08775768; rho(1 2 0 3, 5 2 4 4) =
+    # -0.30779351, rho(1.5 0 -0.5 1, 5 2 4 4) = 0.58038100; cosine 4 / sqrt(5 * 6) = 0.73029674
     assert_close(odin(**given), torch.tensor(1.54546693018612, dtype=torch.float64), rtol=1e-10, atol=0)
     # 1.08775768 + 0.5 (0.30779351 - 0.58038100) + 2 * 0.73029674
     other = odin(**given, lambda_length=0.5, lambda_orthogonal=2.0)

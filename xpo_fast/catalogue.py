@@ -163,9 +163,8 @@ def table(methods: list[Method]) -> str:
     lines = [f"{a:<{width}}  {b:<8}  {c:<5}  {d:<9}  {e}".rstrip() for a, b, c, d, e in rows]
     if not methods:
         lines = ["no method is like that: ask for less"]
-    return "\n".join(
-        [*lines, "", "xpo-fast methods --card NAME tells what one computes and where it comes from"]
-    )
+    more = "--card NAME tells what one computes and where it comes from, -h how to filter"
+    return "\n".join([*lines, "", f"xpo-fast methods {more}"])
 
 
 def _reference(method: Method) -> str:
@@ -238,7 +237,7 @@ def card(method: Method) -> str:
                     ("inputs", inputs),
                     ("hyperparameters", hyperparameters),
                     ("facts", facts),
-                    ("attributes in the survey's Table 1", attributes),
+                    ("attributes, in the words of the survey's Table 1", attributes),
                 )
                 if part
             ),
@@ -311,7 +310,7 @@ def markdown() -> str:
 
 
 def _section(method: Method) -> str:
-    title, _, text = _doc(method).partition("\n")
+    title, _, text = _doc(method).partition("\n\n")
     inputs = _markdown_table(
         ("input", "shape", "meaning"),
         (

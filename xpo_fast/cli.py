@@ -528,7 +528,8 @@ def _print_held_out(
     }
     if kind != "unpaired":
         lines = {label: line for label, line in lines.items() if "desirable" not in label}
-    say(f"\n{f'held out: {rows} {_UNITS.get(kind, 'rows')}':<32}{'before':>10}{'after':>10}")
+    title = f"held out: {rows} {_UNITS.get(kind, 'rows')}"
+    say(f"\n{title:<32}{'before':>10}{'after':>10}")
     for label, (name, form) in lines.items():
         if name in after:
             start = format(before[name], form) if name in before else "-"

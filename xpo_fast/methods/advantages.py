@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .math import check
+
 
 def _centred(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """x minus its mean over the last dimension, 0 outside the mask; and the count (…, 1), at least 1."""
@@ -44,6 +46,8 @@ def gae(
     A_t = δ_t + γλ A_t', δ_t = r_t + γ V_t' − V_t; returns = A + V. t' is the next token of the mask, so that
     masked tokens, at the ends and in the middle, are stepped over; after the last one V and A are 0.
     """
+    check(0 <= gamma <= 1, "gamma in [0, 1]", gamma)
+    check(0 <= lam <= 1, "lam in [0, 1]", lam)
     mask = mask.bool()
     reward, value = torch.where(mask, reward, 0.0), torch.where(mask, value, 0.0)
     advantage = torch.zeros_like(value)
