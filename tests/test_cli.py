@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 
-import xpo_fast as xf
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, doctor, models
 
@@ -192,19 +191,6 @@ def test_every_option_has_help_and_says_its_default(capsys):
     (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     for action in commands.choices["train"]._actions:
         assert action.help, action.option_strings
-
-
-def test_methods_are_listed_and_described(capsys):
-    assert cli.main(["methods"]) == 0
-    listed = capsys.readouterr().out
-    for name, method in xf.METHODS.items():
-        assert name in listed
-        assert cli.main(["methods", "--card", name]) == 0
-        card = capsys.readouterr().out
-        assert method.card.paper in card and method.card.equation in card
-        assert all(name in card for name in (*method.inputs, *method.defaults))
-    assert cli.main(["methods", "--card", "dop"]) == 2
-    assert "no method named 'dop'" in capsys.readouterr().err
 
 
 def test_doctor_says_what_there_is_and_what_is_missing(capsys, monkeypatch):
