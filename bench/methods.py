@@ -86,8 +86,9 @@ def with_lora(model: Any) -> Any:
     torch.manual_seed(SEED)
     layers = range(model.config.num_hidden_layers)[-LAYERS:]
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear", layers_to_transform=list(layers)
-    )
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, layers_to_transform=list(layers),
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )  # fmt: skip
     return get_peft_model(model, config)
 
 
@@ -291,9 +292,12 @@ def main() -> int:
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
     from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     names = args.methods.split(",") if args.methods else sorted(METHODS)
     records = run(names, args)
     if args.json:

@@ -149,6 +149,17 @@ def test_nothing_outside_the_mask_counts(name, hyper):
         assert not losses[~mask].any()
 
 
+NUMBERS = [(n, k) for n in METHODS for k in xf.METHODS[n].inputs if xf.METHODS[n].axes(k) == ("",)]
+
+
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+def test_what_is_remembered_of_the_batch_carries_no_gradient(name, key):
+    given = columns(name)
+    leaf = given[key].requires_grad_()
+    losses = losses_of(name, given)
+    assert not losses.requires_grad or not torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)[0]
+
+
 @every_path
 def test_metrics_are_consistent(name, hyper):
     given, layout = columns(name), xf.METHODS[name].layout
@@ -202,6 +213,8 @@ def test_extremes_are_finite_and_exact(name, hyper):
 REQUIRED = [(n, k) for n in METHODS for k in xf.METHODS[n].required]
 # Inputs that a method can do without, unless ...
 REQUIRED_WHEN = [
+    ("ipo", "len_w", {}),
+    ("ipo", "len_l", {}),
     ("cpo", "len_w", {"nll": "mean"}),
     ("sppo", "prob_w", {}),
     ("sppo", "prob_w", {"variant": "survey"}),

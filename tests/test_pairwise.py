@@ -29,6 +29,7 @@ from inputs import (
     swapped,
     tensor,
 )
+from xpo_fast.methods.pairwise import beta_dpo_state
 
 LITERALS = [
     # h = 0.1 * (4, -3, 13) = (0.4, -0.3, 1.3); log(1 + e^-h)
@@ -600,6 +601,25 @@ def test_beta_dpo_drops_outliers():
         assert losses_of("beta_dpo", given, keep=0.8)[7] == 0
 
 
+def test_beta_dpo_remembers_with_momentum():
+    zero, one = f64(0)[0], f64(1)[0]
+    # margins 4, -3, 13: mean 14/3, deviations (-2/3, -23/3, 25/3), variance (4 + 529 + 625) / 9 / 2 = 64.3333333
+    margins = f64(4, -3, 13)
+    m0, s = beta_dpo_state(margins.requires_grad_(), zero, one)
+    assert_close(torch.stack([m0, s]), f64(0.1 * 14 / 3, 0.9 + 0.1 * 8.02080627701))
+    assert not m0.requires_grad and not s.requires_grad
+    # of 4 and -3 alone: mean 1/2, variance 2 * 3.5^2
+    m0, s = beta_dpo_state(margins, f64(2)[0], f64(3)[0], valid=torch.tensor([True, True, False]))
+    assert_close(torch.stack([m0, s]), f64(1.8 + 0.05, 2.7 + 0.1 * 4.94974746831))
+    m0, s = beta_dpo_state(margins, f64(2)[0], f64(3)[0], momentum=0.5)
+    assert_close(torch.stack([m0, s]), f64(1 + 7 / 3, 1.5 + 0.5 * 8.02080627701))
+    # one pair has a mean and no deviation, none has neither
+    m0, s = beta_dpo_state(margins[:1], f64(2)[0], f64(3)[0])
+    assert_close(torch.stack([m0, s]), f64(1.8 + 0.4, 3))
+    m0, s = beta_dpo_state(margins[:0], f64(2)[0], f64(3)[0])
+    assert_close(torch.stack([m0, s]), f64(2, 3))
+
+
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 @pytest.mark.parametrize(("variant", "scale"), [("mean", torch.tensor([5.0, 2.0, 8.0])), ("sum", 1)])
 def test_ipo_is_least_at_its_target_margin(beta, variant, scale):
@@ -612,6 +632,12 @@ def test_ipo_is_least_at_its_target_margin(beta, variant, scale):
     for step in (-0.5, 0.5):
         moved = given | {"logp_w": given["logp_w"] + step}
         assert (losses_of("ipo", moved, beta=beta, variant=variant) > 1e-3).all()
+
+
+def test_lengths_are_needed_only_where_they_are_read():
+    for name, hyper in (("ipo", {"variant": "sum"}), ("cpo", {})):
+        given = {k: v for k, v in columns(name).items() if not k.startswith("len")}
+        assert_close(losses_of(name, given, **hyper), losses_of(name, **hyper))
 
 
 def test_rso_is_flat_beyond_the_margin():
@@ -1263,7 +1289,8 @@ def test_beta_dpo_keeps_someone(dtype):
     for case in (far, still, {k: v[:1] if v.dim() else v for k, v in given.items()}):
         for keep in (0.1, 0.8, 1.0):
             losses, gradients = losses_and_gradients("beta_dpo", case, keep=keep)
-            assert losses.isfinite().all() and losses.any()
+            assert losses.isfinite().all()
+            assert losses.count_nonzero() == max(1, math.floor(keep * len(losses)))
             assert all(g.isfinite().all() for g in gradients.values())
 
 
@@ -1301,6 +1328,30 @@ def test_hyperparameter_out_of_range(name, key, value):
     with pytest.raises(ValueError, match=key) as caught:
         losses_of(name, **{**more, key: value})
     assert str(value) in str(caught.value)
+
+
+AT_THE_EDGE = [
+    *(
+        ("slic", "delta", 0.0),
+        ("slic", "lam", 0.0),
+        ("dpop", "lam", 0.0),
+        ("cpo", "alpha", 0.0),
+        ("orpo", "lam", 0.0),
+    ),
+    *(
+        ("dpo", "label_smoothing", 0.0),
+        ("robust_dpo", "label_smoothing", 0.0),
+        ("aot", "label_smoothing", 0.0),
+    ),
+    *(("beta_dpo", "keep", 1.0), ("beta_dpo", "alpha", 0.0), ("odpo", "alpha", 0.0), ("rdpo", "alpha", 0.0)),
+    *(("tdpo", "alpha", 0.0), ("cringe", "alpha", 0.0), ("cringe", "b", -1.0), ("simpo", "gamma", 0.0)),
+    *(("exo", "label_smoothing", 1e-9), ("nn", "gamma", 0.0), ("nn", "alpha", 0.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), AT_THE_EDGE)
+def test_hyperparameter_at_the_edge_of_its_range(name, key, value):
+    assert losses_of(name, **{key: value}).isfinite().all()
 
 
 @pytest.mark.parametrize("offset", ["log", "identity"])

@@ -25,7 +25,7 @@ from inputs import (
     softplus,
     tensor,
 )
-from xpo_fast.methods.unpaired import kto_kl
+from xpo_fast.methods.unpaired import bco_state, kto_kl
 
 LITERALS = [
     # S32-34: 1 - s(0.05), 1 - s(0.25), 1 - s(1.35), 1 - s(0.35)
@@ -139,15 +139,9 @@ def test_kto_kl_is_the_mean_log_ratio_not_below_zero():
     kl = kto_kl(given["logp"].requires_grad_(), given["ref_logp"])  # (2 - 1 + 15 - 2) / 4
     assert kl.shape == () and not kl.requires_grad and kl.item() == pytest.approx(3.5)
     assert kto_kl(given["ref_logp"], given["logp"]).item() == 0
+    assert kto_kl(given["logp"][:2], given["ref_logp"][:2]).item() == pytest.approx(0.5)
     with pytest.raises(ValueError, match="row"):
         kto_kl(given["logp"][:1], given["ref_logp"][:1])
-
-
-def test_kto_sends_no_gradient_through_the_reference_point():
-    given = columns("kto")
-    given |= {"kl": given["kl"].requires_grad_(), "logp": given["logp"].requires_grad_()}
-    losses_of("kto", given).sum().backward()
-    assert given["kl"].grad is None or not given["kl"].grad.any()
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 4.0])
@@ -197,11 +191,15 @@ def test_bco_is_a_classifier_of_the_shifted_reward():
     assert_close(losses_of("bco", of_ratio("bco", f64(3.0), False)), f64(math.log(2)))
 
 
-def test_bco_sends_no_gradient_through_the_shift():
-    given = columns("bco")
-    given |= {"delta": given["delta"].requires_grad_(), "logp": given["logp"].requires_grad_()}
-    losses_of("bco", given).sum().backward()
-    assert given["delta"].grad is None or not given["delta"].grad.any()
+def test_bco_remembers_every_row_alike():
+    mean, count = bco_state(f64(2, -1, 15).requires_grad_(), torch.ones(3).bool(), f64(0)[0], f64(0)[0])
+    assert_close(torch.stack([mean, count]), f64(16 / 3, 3))
+    assert not mean.requires_grad
+    valid = torch.tensor([False, True])
+    mean, count = bco_state(f64(math.nan, -2), valid, mean, count)  # (2 - 1 + 15 - 2) / 4
+    assert_close(torch.stack([mean, count]), f64(3.5, 4))
+    same = bco_state(f64(7, 7), ~valid & valid, mean, count)
+    assert_close(torch.stack(same), f64(3.5, 4))
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -295,6 +293,15 @@ def test_hyperparameter_out_of_range(name, key, value):
     with pytest.raises(ValueError, match=key) as caught:
         losses_of(name, **{key: value})
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize(("key", "rows"), [("lambda_d", [0, 2]), ("lambda_u", [1, 3])])
+def test_a_weight_of_zero_silences_its_rows(name, key, rows):
+    losses, whole = losses_of(name, **{key: 0.0}), losses_of(name)
+    others = [i for i in range(4) if i not in rows]
+    assert not losses[rows].any()
+    assert_close(losses[others], whole[others])
 
 
 @pytest.mark.parametrize(("name", "key"), [("kto", "kl"), ("bco", "delta")])
