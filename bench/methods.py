@@ -100,7 +100,10 @@ def run_trainer(
 
     rows = rows_for(objective.data_kind, pairs, with_rejected="ref_pos_logp_l" in METHODS[name].inputs)
     encoded = data.encode(
-        data.load(rows, kind=objective.data_kind), tokenizer, kind=objective.data_kind, max_length=args.max_length
+        data.load(rows, kind=objective.data_kind),
+        tokenizer,
+        kind=objective.data_kind,
+        max_length=args.max_length,
     )
     with tempfile.TemporaryDirectory() as folder:
         config = XPOConfig(
@@ -158,12 +161,16 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
             out = objective(hidden, head.weight, batch["targets"], **head.kwargs(), **more)
             return {"loss": out.loss}
 
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)["loss"]
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)[
+            "loss"
+        ]
 
     return loss
 
 
-def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> Callable[[Any, nn.Module], Tensor]:
+def reward_loss(
+    name: str, batch: dict[str, Tensor], hyper: dict[str, Any]
+) -> Callable[[Any, nn.Module], Tensor]:
     """The loss of a reward model: a value head over each row's last token; token log-probs where the method has them."""
     method = METHODS[name]
     rows = batch["input_ids"].shape[0] // 2
@@ -199,7 +206,9 @@ def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> C
             losses = method(**given, **hyper)[0]
             return {"loss": losses.sum() / (scored.sum() if losses.dim() == 2 else len(losses))}
 
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)["loss"]
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)[
+            "loss"
+        ]
 
     return loss
 
@@ -271,7 +280,9 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
             "loss_after": after, "fell": after < before and math.isfinite(after),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
-        print(f"{name:<20} {before:10.5f} {after:10.5f} {record['seconds']:6.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"{name:<20} {before:10.5f} {after:10.5f} {record['seconds']:6.1f} s", file=sys.stderr, flush=True
+        )
         records.append(record)
     return records
 
@@ -280,7 +291,9 @@ def main() -> int:
     summary, _, details = (__doc__ or "").partition("\n\n")
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=style)
-    parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs, as data.load reads them")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="preference pairs, as data.load reads them"
+    )
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--methods", metavar="NAME,…", help="these alone (default: all)")
     parser.add_argument("--pairs", type=int, default=3)

@@ -136,6 +136,29 @@ def test_wpo(clamp, learn, packed):
     check(out, (-logsigmoid(margin) * (w.clamp(max=1) if clamp else w)).mean(), xs, wide)
 
 
+@learns
+def test_wpo_of_pairs_out_of_lists(learn):
+    """Each pair of a list has its own weight."""
+    xs, targets = operands(learn), targets_of(FULL)
+    scores = torch.tensor([[3.0, 1.0, 3.0, 9.0, 2.0], [0.0, 1.0, 5.0, 1.0, 1.0]])
+    out = xf.Objective("simpo", pairs="all", wpo=True)(xs[0], xs[1], targets, bias=xs[2], scores=scores)
+    wide = oracle.leaves(*xs)
+    found = oracle.stats(*wide[:2], targets, bias=wide[2])
+    lengths = torch.tensor(FULL)
+    mean = (oracle.row_sums(found["logp"], targets)[0] / lengths).view(2, LISTS)
+    adjusted = oracle.row_sums((found["logp"] - found["log_sum_sq_probs"]).detach(), targets)[0]
+    w = (adjusted / lengths).exp().view(2, LISTS)
+    losses = []
+    for k, score in enumerate(scores):
+        couples = [(i, j) for i in range(LISTS) for j in range(LISTS) if score[i] > score[j]]
+        each = [
+            -logsigmoid(2 * (mean[k, i] - mean[k, j]) - 1) * (w[k, i] * w[k, j]).clamp(max=1)
+            for i, j in couples
+        ]
+        losses.append(torch.stack(each).mean())
+    check(out, torch.stack(losses).mean(), xs, wide)
+
+
 @layouts
 @learns
 @tiles
@@ -149,7 +172,7 @@ def test_cringe_draws_likely_rivals(tile, learn, packed):
     wide = oracle.leaves(*xs)
     kept, losses = [0, 1, 4], []
     for k in kept:
-        z_w, logp_w = oracle.logprobs(wide[0][k], *wide[1:], **scaling)
+        _, logp_w = oracle.logprobs(wide[0][k], *wide[1:], **scaling)
         z_l, logp_l = oracle.logprobs(wide[0][k + 5], *wide[1:], **scaling)
 
         def at(x, row):

@@ -303,7 +303,7 @@ def test_ways_to_give_a_reference(name, learn):
             with pytest.raises(ValueError, match="single tokens"):
                 objective(xs[0], xs[1], targets, ref_logps=torch.zeros(len(LENGTHS)), **columns)
     else:
-        with pytest.raises(ValueError, match="whole distributions.*ref_hidden="):
+        with pytest.raises(ValueError, match=r"whole distributions.*ref_hidden="):
             objective(xs[0], xs[1], targets, ref_logps=tokens, **columns)
     results = []
     for way in ways:

@@ -675,6 +675,17 @@ def test_vespos_weight_is_greatest_on_policy_and_carries_no_gradient():
     assert gradient[1] == -1 and (gradient[[0, 2]] > -1).all()  # (w e^(1 - w))^2 is largest at w = 1
 
 
+def test_vespo_holds_a_tokens_log_ratio_to_20_before_the_sum():
+    logp = torch.tensor([[-1.0, -40.0], [-1.0, -30.0]], dtype=F64)
+    # 20 - 20, 10 - 20: weights 1 and e^(3 + 2 * -10 - 3 e^-10) = 4.1394e-8, where the sums are 10 and -15
+    old = logp - torch.tensor([[30.0, -20.0], [10.0, -25.0]], dtype=F64)
+    given = {"old_logp": old, "advantage": torch.ones(2, dtype=F64), "mask": torch.ones(2, 2).bool()}
+    losses, found = run("vespo", given | {"token_logp": logp})
+    weight = torch.tensor([[1.0], [4.13937389854e-8]], dtype=F64)
+    assert_close(losses, -weight * logp, rtol=1e-8, atol=0)
+    assert_close(found["token_logp"], -weight.expand(2, 2), rtol=1e-8, atol=0)
+
+
 def test_gspo_has_one_ratio_a_completion():
     given = random_columns("gspo")
     _, found = run("gspo", given, eps_low=0.5, eps_high=0.5)

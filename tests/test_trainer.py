@@ -60,11 +60,13 @@ def words(generator: torch.Generator, low: int, high: int) -> str:
 
 
 def make_rows(count: int, kind: str = "pair", seed: int = 0) -> list[dict]:
+    if kind == "list":
+        return rows_of(kind, count, seed)
     g = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(count):
         prompt = words(g, 2, 6)
-        if kind == "pair":
+        if kind != "unpaired":
             rows.append({"prompt": prompt, "chosen": " " + words(g, 1, 9), "rejected": " " + words(g, 1, 9)})
         else:
             rows.append({"prompt": prompt, "completion": " " + words(g, 1, 9), "label": i % 3 != 0})
@@ -74,8 +76,7 @@ def make_rows(count: int, kind: str = "pair", seed: int = 0) -> list[dict]:
 def make_trainer(
     tmp_path: Path, *, model=None, tokenizer=None, rows: int = 8, eval_rows=None, peft_config=None, **args
 ) -> XPOTrainer:
-    method = args.get("method", "dpo")
-    kind = "unpaired" if xf.METHODS[method].layout == "unpaired" else "pair"
+    kind = xf.Objective(args.get("method", "dpo")).data_kind
     defaults = {
         "output_dir": str(tmp_path / "out"), "ref_cache_dir": str(tmp_path / "ref"), "use_cpu": True,
         "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 1e-2,
@@ -159,6 +160,9 @@ def test_accumulation_equals_one_big_batch(tmp_path, method, batch, accumulation
         assert got_log[name] == pytest.approx(want_log[name], rel=1e-5, abs=1e-6), name
 
 
+ON_TWO_RANKS = ("dpo", "sft", "kto", "bco", "lipo", "dpo + 0.5*sft")
+
+
 def _worker(rank: int, port: int, folder: str) -> None:
     """Trains one step of every method on two processes and saves rank 0's log and gradients."""
     os.environ.update(
@@ -169,11 +173,13 @@ def _worker(rank: int, port: int, folder: str) -> None:
     warnings.filterwarnings("ignore", PEFT_WARNING, FutureWarning)
     try:
         results = {}
-        for method in ("dpo", "sft", "kto"):
-            kind = "unpaired" if method == "kto" else "pair"
+        for method in ON_TWO_RANKS:
+            kind = xf.Objective(method).data_kind
+            # What bco remembers moves with every micro-batch.
+            cut = (5, 1) if method == "bco" else (3, 2)
             trainer = make_trainer(
-                Path(folder) / method, method=method, rows=ROWS, per_device_train_batch_size=3,
-                gradient_accumulation_steps=2, eval_rows=make_rows(7, kind, seed=5), per_device_eval_batch_size=2,
+                Path(folder) / method, method=method, rows=ROWS, per_device_train_batch_size=cut[0],
+                gradient_accumulation_steps=cut[1], eval_rows=make_rows(7, kind, seed=5), per_device_eval_batch_size=2,
                 ddp_backend="gloo", **SEQUENTIAL,
             )  # fmt: skip
             log, gradients = first_step(trainer, shrink=SHRINK)
@@ -211,8 +217,8 @@ def test_two_processes_equal_one(tmp_path):
         process.kill()
     assert not errors, "\n".join(errors)
     results = torch.load(tmp_path / "results.pt", weights_only=False)
-    for method in ("dpo", "sft", "kto"):
-        kind = "unpaired" if method == "kto" else "pair"
+    for method in ON_TWO_RANKS:
+        kind = xf.Objective(method).data_kind
         got_log, got, got_eval = results[method]
         trainer = make_trainer(
             tmp_path / f"{method}-alone", method=method, rows=ROWS, per_device_train_batch_size=ROWS,
@@ -774,10 +780,29 @@ def test_data_without_what_a_method_needs_is_refused(tmp_path, method, args, row
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("method", "args", "change", "message"),
+    [
+        ("odpo", {}, {"score_chosen": -0.5}, r"rows\[3\].*score_w > score_l.*drop the pair or swap"),
+        ("lipo", {"kind": "point_sigmoid"}, {"scores": [0.5, 2.0, 0.1]}, r"rows\[3\].*\[0, 1\]"),
+    ],
+)
+def test_a_number_that_a_method_refuses_is_named_by_its_row(tmp_path, method, args, change, message):
+    rows = rows_of(xf.Objective(method, **args).data_kind)
+    for row in rows:
+        row.update({"scores": [0.5] * len(row["completions"])} if "scores" in row else {})
+    rows[3].update({k: v[: len(rows[3]["completions"])] if k == "scores" else v for k, v in change.items()})
+    with pytest.raises(ValueError, match=message):
+        XPOTrainer(
+            make_model(), XPOConfig(str(tmp_path), method=method, method_args=args, use_cpu=True),
+            train_dataset=rows, processing_class=make_tokenizer(),
+        )  # fmt: skip
+
+
 def test_a_reference_looked_at_token_by_token_is_a_copy(tmp_path):
     chosen, why = reference.choose("auto", xf.Objective("tdpo"), make_model())
     assert chosen == "copy" and "token by token" in why
-    with pytest.raises(ValueError, match="token by token.*cached"):
+    with pytest.raises(ValueError, match=r"token by token.*cached"):
         reference.choose("cached", xf.Objective("dpo", ld_alpha=0.5), make_model())
 
 

@@ -160,7 +160,7 @@ def test_dro_gradients_are_the_papers(beta):
 @pytest.mark.parametrize("variant", ["split", "square"])
 @pytest.mark.parametrize("beta", [0.5, 1.0, 4.0])
 def test_dro_rests_at_the_optimal_policy_and_value(variant, beta):
-    # S35: pi = ref e^(r / beta) / e^(V / beta) with V = beta log E_ref e^(r / beta); S36 holds there on every completion
+    # S35: pi = ref e^(r / beta) / e^(V / beta), V = beta log E_ref e^(r / beta); S36 holds there on every completion
     ref, reward = f64(0.4, 0.3, 0.2, 0.1), f64(1, -1, 0.5, 2)
     value = beta * torch.log((ref * torch.exp(reward / beta)).sum())
     policy = ref * torch.exp((reward - value) / beta)

@@ -796,24 +796,44 @@ def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
 
 
 def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
-    """DataError for a data set, loaded or encoded, without numbers that the methods need beside the completions."""
-    kind, columns = objective.data_kind, set(dataset.column_names)
+    """DataError for a data set, loaded or encoded, whose numbers are not what the methods need.
+
+    It names what is missing, or the first row that a method refuses.
+    """
+    kind, has = objective.data_kind, set(dataset.column_names)
     fields = {
         **NUMBERS.get(kind, {}),
         **({"list": {"scores": "scores"}, "unpaired": {"label": "desirable"}}.get(kind, {})),
     }
-    there = {column for field, column in fields.items() if field in columns} | {"kl"}
-    if "reward" in there:
-        there.add("value")  # the trainer has one for data without
+    # The trainer estimates KTO's kl, and has a value for data without.
+    given: dict[str, Any] = {"kl": None, **({"value": None} if "reward" in has else {})}
     try:
-        objective.rehearse(there)
-        if objective.pairs and "scores" not in there:
+        objective.rehearse(given | {column: None for field, column in fields.items() if field in has})
+        if objective.pairs and "scores" not in has:
             raise ValueError("missing scores")
     except ValueError as error:
         raise DataError(
-            f"{error}. The data set has {', '.join(sorted(columns - {'where'}))}; beside the completions its rows may "
+            f"{error}. The data set has {', '.join(sorted(has - {'where'}))}; beside the completions its rows may "
             f"have {', '.join(fields) or 'nothing'}"
         ) from None
+    numbers = {column: _numbers(list(dataset[field])) for field, column in fields.items() if field in has}
+    try:
+        objective.rehearse(given | numbers)
+    except ValueError:
+        for i in range(len(dataset)):
+            try:
+                objective.rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
+            except ValueError as error:
+                raise DataError(f"{dataset[i].get('where', f'row {i}')}: {error}") from None
+        raise
+
+
+def _numbers(values: list[Any]) -> torch.Tensor:
+    """(U,), or of lists (U, K) with the last number of a shorter one repeated."""
+    if values and isinstance(values[0], list):
+        longest = max(map(len, values))
+        values = [_filled(row, longest, row[-1]) for row in values]
+    return torch.tensor(values)
 
 
 # --- collate: padded tensors ----------------------------------------------------------------------

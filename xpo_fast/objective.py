@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,19 +146,26 @@ class Objective:
         sides = {side for m in self.methods for side in m.sides}
         return {("_w",): "chosen", ("_l",): "rejected"}.get(tuple(sorted(sides)), "pair")
 
-    def rehearse(self, columns: Container[str] | None = None) -> None:
-        """Try the methods on made-up numbers: ValueError for a hyperparameter out of range, before anything is loaded.
+    def rehearse(self, columns: Mapping[str, Tensor | None] | None = None) -> None:
+        """Try the methods on made-up log-probs: ValueError for a hyperparameter or a number out of range.
 
-        columns: those that there will be, all if not given; ValueError for a method that cannot do without another.
+        columns: the columns that there will be, with the numbers of some units or None; made up, too, if not given.
+            ValueError for a method that cannot do without another.
         """
+        given = {name: x for name, x in (columns or {}).items() if x is not None and x.dim()}
+        sizes = {"U": 1, "K": 2, "T": 1, "I": 1}
+        for x in given.values():
+            sizes |= dict(zip("UK", x.shape, strict=False))
         for term in self.terms:
             method = term.method
-            supplied = self._supplied() | ({"score_w", "score_l"} if self.pairs else set())
+            known = self._supplied() | ({"score_w", "score_l"} if self.pairs else set()) | set(columns or {})
             inputs = {
-                name: made_up(name, method.axes(name)[0])
+                name: given[name]
+                if name in given and not self.pairs
+                else made_up(name, method.axes(name)[0], sizes)
                 for name in method.inputs
                 if method.wants(name, term.hyperparameters)
-                and (columns is None or name in columns or name in supplied or name not in method.columns)
+                and (columns is None or name in known or name not in method.columns)
             }
             method(**inputs, **term.hyperparameters)
 
@@ -259,7 +266,7 @@ class Objective:
         def reduced(
             found: Sequence[tuple[Tensor, Any]], positions: Tensor | None, units: Tensor | None
         ) -> Tensor:
-            return self._reduce(batch, known, [losses for losses, _ in found], denominator, positions, units)
+            return self._reduce(batch, [losses for losses, _ in found], denominator, positions, units)
 
         by_token = all(m.unit == "token" for m in self.methods)
 
@@ -297,9 +304,10 @@ class Objective:
             loss = reduced(found, None, None)
         metrics, counts = self._metrics(batch, found)
         out = LossOutput(loss, metrics, counts)
-        if any(m.token_reward for m in self.methods) and known.ref_tokens is not None:
-            reward = self.hyperparameters["beta"] * (logp.detach() - known.ref_tokens)
-            out.token_reward = torch.where(batch.scored, reward, 0.0).view(targets.shape)
+        for term in self.terms:
+            if term.method.token_reward and "ref_token_logp" in known.tokens:
+                reward = term.hyperparameters["beta"] * (logp.detach() - known.tokens["ref_token_logp"])
+                out.token_reward = torch.where(batch.scored, reward, 0.0).view(targets.shape)
         return out
 
     def _supplied(self) -> set[str]:
@@ -339,7 +347,7 @@ class Objective:
     ) -> None:
         """The rows' log-probs under the reference, and the tokens' where they are known."""
         ref_hidden, ref_weight, ref_bias = reference
-        reads = [term for term in self.terms if _reads(term, "ref_")]
+        reads = [term for term in self.terms if _reads_reference(term)]
         if not reads:
             return
         names = ", ".join(term.method.name for term in reads)
@@ -354,10 +362,11 @@ class Objective:
             return
         if ref_hidden is None and self.needs_reference_hidden:
             raise ValueError(f"{names} compares whole distributions with the reference's: pass ref_hidden=")
+        tokens: Tensor | None = None
         if ref_logps is not None:
             ref_logps = batch.check_rows("ref_logps", ref_logps)
             if ref_logps.shape == batch.shape and ref_logps.shape != (batch.count,):
-                known.ref_tokens = ref_logps.reshape(-1)
+                tokens = ref_logps.reshape(-1)
         else:
             assert ref_hidden is not None
             if ref_weight is None:
@@ -365,21 +374,20 @@ class Objective:
             with torch.no_grad():
                 try:
                     flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-                    known.ref_tokens = token_logps(flat, ref_weight, batch.targets, bias=ref_bias, **options)
+                    tokens = token_logps(flat, ref_weight, batch.targets, bias=ref_bias, **options)
                 except ValueError as error:
                     raise ValueError(f"of the reference: {error}") from None
-        if known.ref_tokens is None:
-            if self.layout == "policy" or self.ld_alpha is not None:
-                raise ValueError(
-                    f"{names} looks at the reference's single tokens: pass ref_hidden=, or ref_logps= shaped as targets, "
-                    f"{tuple(batch.shape)}; got ({batch.count},), one a row"
-                )
+        if tokens is not None:
+            known.tokens["ref_token_logp"] = tokens = torch.where(batch.scored, tokens, 0.0)
+            known.rows["ref_logp"] = (self._row_sums(batch, tokens), -1.0)
+        elif self.layout == "policy" or self.ld_alpha is not None:
+            raise ValueError(
+                f"{names} looks at the reference's single tokens: pass ref_hidden=, or ref_logps= shaped as targets, "
+                f"{tuple(batch.shape)}; got ({batch.count},), one a row"
+            )
+        else:
             assert ref_logps is not None
             known.rows["ref_logp"] = (ref_logps, -1.0)
-        else:
-            tokens = torch.where(batch.scored, known.ref_tokens, 0.0)
-            known.tokens["ref_token_logp"] = known.ref_tokens = tokens
-            known.rows["ref_logp"] = (self._row_sums(batch, tokens), -1.0)
 
     def _add_rivals(
         self,
@@ -517,11 +525,12 @@ class Objective:
             losses, metrics = _of_counted(term, inputs, batch.counted)
         else:
             losses, metrics = term.method(**inputs, **term.hyperparameters)
+        if known.row_weight is not None:
+            w_w, w_l = batch.inputs("weight", known.row_weight, units, 1.0).values()
+            w = w_w * w_l
+            losses = losses * (w.clamp(max=1) if self.clamp else w).to(losses.dtype)
         if self.pairs:
             losses, metrics = batch.mean_of_pairs(losses, metrics, units)
-        if known.row_weight is not None:
-            w = batch.of_units(known.row_weight, units).prod(dim=1)
-            losses = losses * (w.clamp(max=1) if self.clamp else w).to(losses.dtype)
         if losses.dim() == 2:  # tokens, 0 outside the mask
             return losses, metrics
         valid = batch.valid if units is None else batch.valid[units]
@@ -530,7 +539,6 @@ class Objective:
     def _reduce(
         self,
         batch: Batch,
-        known: _Known,
         found: Sequence[Tensor],
         denominator: float | Tensor,
         positions: Tensor | None,
@@ -635,7 +643,7 @@ class Objective:
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
-        if ref_hidden is not None and any(_reads(term, "ref_") for term in self.terms):
+        if ref_hidden is not None and any(_reads_reference(term) for term in self.terms):
             passes, why = passes + 1, why + "; 1F of it for the reference"
         if any("pos_score" in m.inputs for m in self.methods):
             rejected = int((batch.scored & (batch.rows >= batch.units)).sum())
@@ -678,13 +686,13 @@ class Objective:
         )
 
 
-def made_up(name: str, axes: str) -> Tensor:
-    """Harmless values of an input: one unit, two completions a list, one token a row."""
-    shape = [{"K": 2}.get(axis, 1) for axis in axes]
+def made_up(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:
+    """Harmless values of an input."""
+    shape = [sizes[axis] for axis in axes]
     if name in ("desirable", "mask", "ptx_mask"):
         return torch.ones(shape, dtype=torch.bool)
     if name in ("scores", "ranks"):
-        return torch.tensor([[2.0, 1.0]])
+        return torch.arange(sizes["K"], 0.0, -1.0).expand(shape) / (sizes["K"] if name == "scores" else 1)
     return torch.full(shape, {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5, "kl": 0.0}.get(name, 1.0))
 
 
@@ -697,7 +705,6 @@ class _Known:
         default_factory=dict
     )  # (R,), and what stands in units left out
     tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
-    ref_tokens: Tensor | None = None  # (N,)
     row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
 
 
@@ -715,9 +722,10 @@ def _of_counted(
     return spread(losses, 0.0), {name: spread(x, torch.nan) for name, x in metrics.items()}
 
 
-def _reads(term: Term, prefix: str) -> bool:
+def _reads_reference(term: Term) -> bool:
+    """Whether it looks at a reference if there is one; it may do without."""
     return any(
-        n.startswith(prefix) and term.method.wants(n, term.hyperparameters) for n in term.method.inputs
+        n.startswith("ref_") and term.method.wants(n, term.hyperparameters) for n in term.method.inputs
     )
 
 

@@ -79,4 +79,4 @@ class LossOutput:
     loss: Tensor  # (), or one entry a unit with reduction="none"
     metrics: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)  # how many entries each metric is the mean of
-    token_reward: Tensor | None = None  # shaped as targets: `token_dpo`'s β(log π − log ref) of every scored token
+    token_reward: Tensor | None = None  # shaped as targets: token_dpo's β(log π − log ref)

@@ -28,7 +28,9 @@ AXES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("ptx_logp", "ptx_mask"), ("II",)),
     "mask": ("UT", "UK"),
     **dict.fromkeys(("reward_w", "reward_l", "margin", "logit"), ("U",)),
-    **dict.fromkeys(("rewards", "ranks", "targets", "rewards_w", "rewards_l", "gate", "gate_w", "gate_l"), ("UK",)),
+    **dict.fromkeys(
+        ("rewards", "ranks", "targets", "rewards_w", "rewards_l", "gate", "gate_w", "gate_l"), ("UK",)
+    ),
 }
 
 # What a method's rows are, by the input that tells; and the inputs that the objective makes itself from hidden states,
@@ -123,7 +125,8 @@ class Method:
     def reads_reference(self, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether the method compares with a reference policy that must be given."""
         return any(
-            n.startswith("ref_") and (n in self.required or (n in self.uses and self.wants(n, hyperparameters)))
+            n.startswith("ref_")
+            and (n in self.required or (n in self.uses and self.wants(n, hyperparameters)))
             for n in self.inputs
         )
 
