@@ -303,7 +303,8 @@ class Objective:
             found = evaluate(logp)
             loss = reduced(found, None, None)
         metrics, counts = self._metrics(batch, found)
-        out = LossOutput(loss, metrics, counts)
+        each = self._reduce_each(batch, [losses.detach() for losses, _ in found], denominator)
+        out = LossOutput(loss, metrics, counts, tuple(each))
         for term in self.terms:
             if term.method.token_reward and "ref_token_logp" in known.tokens:
                 reward = term.hyperparameters["beta"] * (logp.detach() - known.tokens["ref_token_logp"])
@@ -545,7 +546,19 @@ class Objective:
         units: Tensor | None,
     ) -> Tensor:
         """The methods' losses as one scalar, or summed unit by unit with reduction="none"."""
-        total: Any = 0
+        each = self._reduce_each(batch, found, denominator, positions, units)
+        total: Any = sum(term.weight * x for term, x in zip(self.terms, each, strict=True))
+        return total
+
+    def _reduce_each(
+        self,
+        batch: Batch,
+        found: Sequence[Tensor],
+        denominator: float | Tensor,
+        positions: Tensor | None = None,
+        units: Tensor | None = None,
+    ) -> list[Tensor]:
+        each = []
         for k, (term, losses) in enumerate(zip(self.terms, found, strict=True)):
             if self.reduction == "mean":
                 weights = batch.weights(term.method, self.fixed_length, losses.dtype)
@@ -553,8 +566,8 @@ class Objective:
                     weights = weights[batch.rows[positions] if units is None else units]
                 losses = losses * (weights[:, None] if losses.dim() == 2 else weights)
             one = denominator[k] if isinstance(denominator, Tensor) and denominator.dim() else denominator
-            total = total + term.weight * reduce_losses(losses, self.reduction, one)
-        return total
+            each.append(reduce_losses(losses, self.reduction, one))
+        return each
 
     def _metrics(
         self, batch: Batch, found: Sequence[tuple[Tensor, dict[str, Tensor]]]

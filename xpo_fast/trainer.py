@@ -51,6 +51,7 @@ _ENCODED = {  # the columns of tokens that tell an encoded data set, the first c
     "list": ("prompt_ids", "completions_ids"),
 }
 _STATE_FILE = "objective.pt"
+_LOSS = "loss of method "  # among the means of an evaluation
 _PROBE_TOKENS = 8
 
 
@@ -406,8 +407,8 @@ class XPOTrainer(Trainer):
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The batch's sum of losses over `denominator`, with a graph; its metrics, and what they are means of."""
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
+        """The batch's sum of losses over `denominator`, with a graph; each method's; metrics, and their counts."""
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
         targets, given = self._layout(inputs)
         given |= {n: x for n, x in inputs.items() if n in self._columns}
@@ -423,10 +424,10 @@ class XPOTrainer(Trainer):
             out = self.objective(
                 hidden, head.weight, targets, **head.kwargs(), denominator=denominator, **given
             )
-            return {"loss": out.loss, "metrics": out.metrics, "counts": out.counts}
+            return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
         out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
-        return out["loss"], out["metrics"], out["counts"]
+        return out["loss"], out["losses"], out["metrics"], out["counts"]
 
     def _reference(
         self, model: nn.Module, rows: tuple[Tensor, Tensor, Tensor], inputs: dict[str, Tensor]
@@ -452,7 +453,8 @@ class XPOTrainer(Trainer):
     @cached_property
     def _value(self) -> Tensor:
         """The value of a prompt where the data set has none: the mean reward, () float32."""
-        return torch.tensor(self.train_dataset["reward"]).float().mean()
+        dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        return torch.tensor(dataset["reward"]).float().mean()
 
     def compute_loss(
         self,
@@ -461,7 +463,7 @@ class XPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        loss, metrics, counts = self._loss(model, inputs, num_items_in_batch)
+        loss, _, metrics, counts = self._loss(model, inputs, num_items_in_batch)
         if model.training:
             self._means.add(metrics, counts)
         # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
@@ -482,7 +484,11 @@ class XPOTrainer(Trainer):
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
         self.objective.load_state_dict(state)
-        for name, value in self._eval_means.pop().items():
+        means = self._eval_means.pop()
+        own = [means.pop(f"{_LOSS}{k}") for k in range(len(self.objective.terms)) if f"{_LOSS}{k}" in means]
+        if own:
+            means["loss"] = sum(t.weight * x for t, x in zip(self.objective.terms, own, strict=True))
+        for name, value in means.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -493,8 +499,10 @@ class XPOTrainer(Trainer):
         inputs = {n: x for n, x in inputs.items() if not n.startswith("kl_")}
         items = self._items(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
-        self._eval_means.add({**metrics, "loss": loss}, {**counts, "loss": items.view(-1)[0]})
+            loss, losses, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
+        own = {f"{_LOSS}{k}": x for k, x in enumerate(losses)}
+        weights = dict(zip(own, items.view(-1), strict=True))
+        self._eval_means.add({**metrics, **own}, {**counts, **weights})
         return loss.detach(), None, None
 
     def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

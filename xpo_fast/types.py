@@ -79,4 +79,5 @@ class LossOutput:
     loss: Tensor  # (), or one entry a unit with reduction="none"
     metrics: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)  # how many entries each metric is the mean of
+    losses: tuple[Tensor, ...] = ()  # the loss of each method of a sum, before its weight, detached
     token_reward: Tensor | None = None  # shaped as targets: token_dpo's β(log π − log ref)
