@@ -108,7 +108,12 @@ def run_trainer(
     with tempfile.TemporaryDirectory() as folder:
         config = XPOConfig(
             folder,
-            reference="none" if not objective.needs_reference else "adapter",
+            reference="adapter"
+            if objective.needs_reference_tokens
+            else "cached"
+            if objective.needs_reference
+            else "none",
+            ref_cache_dir=folder,
             learning_rate=args.lr,
             max_steps=args.steps,
             per_device_train_batch_size=len(rows),
@@ -259,10 +264,10 @@ def run_loop(
 
 def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     pairs = raw_pairs(args.data, args.pairs)
+    model, tokenizer = load_model(args.model, dtype="float32")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     records = []
     for name in names:
-        model, tokenizer = load_model(args.model, dtype="float32")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         hyper = SETTINGS.get(name, {})
         start = time.perf_counter()
         objective = None
@@ -296,7 +301,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--methods", metavar="NAME,…", help="these alone (default: all)")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)

@@ -120,10 +120,33 @@ def paths(which):
 )
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-6), (F64, 1e-10)], ids=str)
 def test_literal(name, hyper, other, expected, dtype, rtol):
-    losses, metrics = xf.METHODS[name](**columns(name, dtype, **other), **hyper)
+    given = columns(name, dtype, **other)
+    given |= {k: v.requires_grad_() for k, v in given.items() if k in LEARNT}
+    losses, metrics = xf.METHODS[name](**given, **hyper)
+    assert losses.requires_grad
     assert_close(losses, torch.tensor(expected, dtype=dtype), rtol=rtol, atol=rtol / 10)
     for key, value in metrics.items():
         assert value.shape == (2,) and not value.requires_grad and value.isfinite().all(), key
+
+
+METRICS = [  # of the best (chosen) and the worst (rejected); accuracies: the share of the pairs in order
+    (
+        "lipo",
+        {},
+        {"chosen": [-0.1, -0.3], "rejected": [0.2, 0.2], "margins": [-0.3, -0.5], "accuracies": [0, 0]},
+    ),
+    ("plackett_luce", {"beta": 0.5}, {"chosen": [-0.5, -1.5], "rejected": [1, 1], "margins": [-1.5, -2.5]}),
+    ("rrhf", {}, {"chosen": [-3, -4], "rejected": [-4.5, -0.75], "accuracies": [2 / 3, 0]}),
+    ("pro", {}, {"chosen": [-3, -4], "rejected": [-4.5, -0.75], "accuracies": [2 / 3, 0]}),
+]
+
+
+@pytest.mark.parametrize(("name", "hyper", "expected"), METRICS, ids=[m[0] for m in METRICS])
+def test_metrics_carry_trls_names(name, hyper, expected):
+    _, metrics = xf.METHODS[name](**columns(name), **hyper)
+    for key, value in expected.items():
+        assert_close(metrics[f"rewards/{key}"], torch.tensor(value, dtype=F64))
+    assert metrics["logps/chosen"].tolist() == [-12, -8] and metrics["logps/rejected"].tolist() == [-9, -6]
 
 
 # --- The equations, for one list of Python numbers and tensors without a mask ---

@@ -34,7 +34,13 @@ def generic(name, dtype=torch.float64, **options):
     return columns(name, dtype, units=TIED.get(name), **options)
 
 
-every_path = pytest.mark.parametrize(("name", "hyper"), EVERY_PATH, ids=[f"{n}-{h}" for n, h in EVERY_PATH])
+def paths(condition=lambda name, hyper: True):
+    """Parametrises over the methods and hyperparameters for which `condition` holds."""
+    chosen = [(n, h) for n, h in EVERY_PATH if condition(n, h)]
+    return pytest.mark.parametrize(("name", "hyper"), chosen, ids=[f"{n}-{h}" for n, h in chosen])
+
+
+every_path = paths()
 
 
 # --- Gradients ---
@@ -88,10 +94,8 @@ def test_one_loss_a_unit_and_metrics_detached(name, hyper):
     assert_close({k: v.detach() for k, v in leaves.items()}, before, rtol=0, atol=0)  # inputs are left alone
 
 
-@every_path
+@paths(lambda name, hyper: xf.METHODS[name].unit != "batch")
 def test_no_unit_looks_at_another(name, hyper):
-    if xf.METHODS[name].unit == "batch":
-        pytest.skip("the losses of its batch depend on one another, as its card says")
     given = columns(name)
     losses, gradients = losses_and_gradients(name, given, **hyper)
     for i in range(len(losses)):
@@ -102,10 +106,8 @@ def test_no_unit_looks_at_another(name, hyper):
                 assert_close(its_gradients[key], value)
 
 
-@every_path
+@paths(lambda name, hyper: name != "beta_dpo" or "keep" in hyper)  # else it draws the pairs that it keeps
 def test_the_order_of_units_does_not_matter(name, hyper):
-    if name == "beta_dpo" and "keep" not in hyper:
-        pytest.skip("samples the pairs that it keeps")
     given = generic(name)
     order = torch.arange(units_of(name, given)).flip(0)
     moved = pick(name, given, order)
@@ -127,11 +129,9 @@ def test_a_batch_of_none_and_of_one(name, hyper, units):
         assert value.shape == given[key].shape and value.isfinite().all()
 
 
-@every_path
+@paths(lambda name, hyper: "mask" in xf.METHODS[name].inputs)
 def test_nothing_outside_the_mask_counts(name, hyper):
     given = columns(name)
-    if "mask" not in given:
-        pytest.skip("takes no mask")
     mask = given["mask"]
     losses, gradients = losses_and_gradients(name, given, **hyper)
     poison = {
@@ -156,7 +156,8 @@ NUMBERS = [(n, k) for n in METHODS for k in xf.METHODS[n].inputs if xf.METHODS[n
 def test_what_is_remembered_of_the_batch_carries_no_gradient(name, key):
     given = columns(name)
     leaf = given[key].requires_grad_()
-    losses = losses_of(name, given)
+    losses, metrics = xf.METHODS[name](**given)
+    assert not any(m.requires_grad for m in metrics.values())
     assert not losses.requires_grad or not torch.autograd.grad(losses.sum(), leaf, materialize_grads=True)[0]
 
 
@@ -176,12 +177,13 @@ def test_metrics_are_consistent(name, hyper):
             assert_close(metrics[f"logps/{side}"], given[key].masked_fill(left_out, math.nan), equal_nan=True)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_whole_numbers_may_be_floats(name):
-    given, hyper = columns(name), WITHOUT_DEFAULT.get(name, [{}])[0]
-    whole = [k for k in given if k.startswith("len") or k == "ranks"]
-    if not whole:
-        pytest.skip("takes no lengths or ranks")
+WHOLE_NUMBERS = {"len_w", "len_l", "length", "lens", "ranks"}
+
+
+@paths(lambda name, hyper: WHOLE_NUMBERS & set(xf.METHODS[name].inputs))
+def test_whole_numbers_may_be_floats(name, hyper):
+    given = columns(name)
+    whole = WHOLE_NUMBERS & given.keys()
     assert_close(
         losses_of(name, given | {k: given[k].double() for k in whole}, **hyper),
         losses_of(name, given, **hyper),

@@ -939,7 +939,7 @@ def test_far_ratios_are_exact(name, hyper, dtype):
 @pytest.mark.parametrize("name", [n for n in RATIO if has(n, "entropy_coef")])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_what_is_switched_off_cannot_hurt(name, dtype):
-    """The divergence overflows, the entropy of a collapsed distribution may be NaN: neither is in the loss."""
+    """The divergence overflows, a collapsed distribution's entropy may be NaN: neither is in the loss."""
     given = far([(-2000.0, -2000.0, 1.0)], dtype)
     expected = one_token(name, given, **HYPER.get(name, {}))
     given["entropy"] = torch.full((1, 1), math.nan, dtype=dtype)

@@ -129,10 +129,28 @@ every_path = pytest.mark.parametrize(
 )
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.float64, 1e-10)], ids=str)
 def test_literal(name, without, hyper, expected, dtype, rtol):
-    losses, metrics = xf.METHODS[name](**columns(name, dtype, without=without), **hyper)
+    given = columns(name, dtype, without=without)
+    given |= {k: v.requires_grad_() for k, v in given.items() if k in LEARNT}
+    losses, metrics = xf.METHODS[name](**given, **hyper)
+    assert losses.requires_grad
     assert_close(losses, torch.tensor(expected, dtype=dtype), rtol=rtol, atol=rtol / 10)
     for key, value in metrics.items():
         assert value.shape == losses.shape and not value.requires_grad, key
+
+
+METRICS = [
+    ("bradley_terry", {"chosen": [2.0, -0.5, 3.0], "margins": [1, -1, 4], "accuracies": [1, 0, 1]}),
+    ("haf", {"rejected": [1.0, 0.5, -1.0], "margins": [1, -1, 4], "accuracies": [1, 0, 1]}),
+    ("gated", {"margins": [1.23105857863, -1.55960146101], "accuracies": [1, 0]}),
+    ("k_wise", {"accuracies": [1, 0]}),  # the pairs in order: 3 of 3, 0 of 2
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), METRICS, ids=[m[0] for m in METRICS])
+def test_metrics_carry_trls_names(name, expected):
+    _, metrics = xf.METHODS[name](**columns(name))
+    for key, value in expected.items():
+        assert_close(metrics[f"rewards/{key}"].double(), torch.tensor(value, dtype=torch.float64))
 
 
 @every_path
