@@ -42,6 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "beta_dpo": {"keep": 1.0},  # all pairs, so that the loss before and after is of the same ones
     "grm": {"alpha": 0.5},
 }
+# Weights without gradient move with the policy, and the loss's value with them, which no gradient descends: its value is
+# taken with them as at the start, where old and reference policy are the policy.
+WEIGHTED = ("cispo", "nash_md", "vespo")
 LAYERS = 4  # of the model's last that are trained
 SEED = 0
 
@@ -138,7 +141,10 @@ def run_trainer(
 
 
 def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any], Tensor]:
-    """The loss of sampled rows as a function of the model; old and reference log-probs are those at the start."""
+    """The loss of sampled rows as a function of the model; old and reference log-probs are those at the start.
+
+    Without gradient that of WEIGHTED, which is shown, is with them as the model's own.
+    """
     name = objective.method.name
     rows = batch["input_ids"].shape[0] // 2
     sign = torch.cat([torch.ones(rows), -torch.ones(rows)]).to(batch["targets"].device)
@@ -149,11 +155,13 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
             from xpo_fast import token_logps
 
-            if "start" not in batch:
-                batch["start"] = token_logps(hidden.detach(), head.weight.detach(), batch["targets"])
+            own = token_logps(hidden.detach(), head.weight.detach(), batch["targets"])
+            start = batch.setdefault("start", own)
+            if name in WEIGHTED and not torch.is_grad_enabled():
+                start = own
             more = dict(columns)
             if "old_logp" in METHODS[name].columns:
-                more["old_logp"] = batch["start"]
+                more["old_logp"] = start
             if "ptx_logp" in METHODS[name].columns:  # the chosen rows stand for pretraining text
                 text = batch["targets"].clone()
                 text[rows:] = data.IGNORE_INDEX
@@ -162,7 +170,7 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
                     "ptx_mask": text != data.IGNORE_INDEX,
                 }
             if objective.needs_reference:
-                more["ref_logps"] = batch["start"]
+                more["ref_logps"] = start
             out = objective(hidden, head.weight, batch["targets"], **head.kwargs(), **more)
             return {"loss": out.loss}
 

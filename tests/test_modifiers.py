@@ -51,7 +51,8 @@ def test_a_sum_of_methods(first, options, learn, tile):
     h = 0.2 * ((sums - ref)[kept] - (sums - ref)[kept + 5])
     loss = -logsigmoid(h).mean() - 0.5 * sums[kept].sum() / lengths[kept].sum()
     assert objective.count_items(targets).tolist() == [3, int(lengths[kept].sum())]
-    assert_close(out.metrics["loss/dpo"], -logsigmoid(h).mean().detach())
+    sft = -sums[kept].sum() / lengths[kept].sum()
+    assert_close(out.losses, (-logsigmoid(h).mean().detach(), sft.detach()))
     check(out, loss, xs, wide)
 
 
@@ -306,7 +307,18 @@ ERRORS = [
     (("kto",), {"wpo": True}, "wpo= is for pairwise"),
     (("dpo",), {"ld_alpha": 2.0}, r"ld_alpha in \[0, 1\], got 2"),
     (("dpo",), {"ld_alpha": 0.5, "pairs": "all"}, "pairs that come as pairs"),
-    (("dpo",), {"fixed_length": 0}, "fixed_length of at least one"),
+    (("dr_grpo",), {"fixed_length": 0}, "fixed_length of at least one"),
+    (("grpo",), {"fixed_length": 5}, "fixed_length= is for dr_grpo"),
+    (("dpo",), {"wpo": "no"}, "wpo to be bool, got 'no'"),
+    (("simpo",), {"ld_alpha": 0.5}, "compare a pair with a reference, not simpo"),
+    (("sft",), {"pairs": "all"}, "nothing but its scores"),
+    (("haf",), {"pairs": "all"}, "nothing but its scores"),
+    (([("bco", {"beta": 0.1}), "bco"],), {}, "bco twice"),
+    (("gspo + grpo",), {"reduction": "none"}, "of tokens and of rows"),
+    (([("dpo", 0.5), "sft"],), {}, "weights go into weights="),
+    (({"dpo": 1.0},), {}, "expected a list of names"),
+    (("dpo + 0.5*sft",), {"weights": [1, 1]}, "weights came twice"),
+    ((["dpo", "sft"],), {"weights": [1, float("nan")]}, "finite weights"),
     (("cringe",), {"top_k": 0}, "top_k of at least 1"),
     (("cringe",), {"pairs": "all"}, "single tokens"),
     (("bradley_terry",), {}, r"reads no token.*METHODS\['bradley_terry'\]"),
@@ -331,7 +343,17 @@ CALLS = [
         r"scores must be a tensor \(2, 5\)",
     ),
     ("dpo", {"ld_alpha": 0.5}, {"ref_logps": torch.zeros(10)}, "single tokens.*ref_logps= shaped as targets"),
-    ("grpo", {"beta": 0.1}, {"advantage": torch.zeros(10)}, "compares with a reference"),
+    (
+        "grpo",
+        {"beta": 0.1},
+        {"advantage": torch.zeros(10)},
+        "compares with a reference.*log-prob of each token",
+    ),
+    ("nn", {}, {"list_size": 1, "ref_logps": torch.zeros(10)}, "lists of 1 rows"),
+    ("simpo", {"pairs": "all"}, {"scores": torch.full((2, 5), torch.nan)}, "finite scores"),
+    ("dpo", {}, {"ref_logps": None, "ref_hidden": torch.zeros(5, 14, 6)}, r"ref_hidden must be \(10, 7\)"),
+    ("dpo + sft", {}, {"denominator": torch.ones(1)}, r"denominator must be \(\) or \(2,\)"),
+    ("odpo", {}, {"score_w": torch.tensor([1.0, 1, 1, 1, 0]), "score_l": torch.zeros(5)}, "row 4"),
     ("grpo", {}, {"advantage": torch.zeros(9)}, r"advantage must be a tensor \(10,\) or \(10, 7\)"),
     (
         "grpo",
@@ -350,6 +372,62 @@ def test_call_errors(name, options, given, message):
         given = {**given, "ref_logps": torch.zeros(10)}
     with pytest.raises(ValueError, match=message):
         xf.Objective(name, **options)(xs[0], xs[1], targets, bias=xs[2], **given)
+
+
+@learns
+@pytest.mark.parametrize("name", ["odpo", "sppo", "dro", "haf", "grm"])
+def test_columns_of_left_out_units_do_not_matter(name, learn):
+    """NaN there: neither the loss nor the gradient of a column that has one."""
+    xs, targets = operands(learn), targets_of()
+    units = 5 if xf.METHODS[name].layout == "pairwise" else 10
+    left_out = torch.tensor([2, 3] if units == 5 else [3, 7])
+    results = []
+    for value in (0.5, float("nan")):
+        made = {"score_w": 1.0, "score_l": 0.2, "prob_w": 0.5}
+        names = list(xf.METHODS[name].columns)
+        columns = {n: torch.full((units,), made.get(n, 0.3), dtype=torch.float64) for n in names}
+        columns = {n: x.index_fill(0, left_out, value).requires_grad_() for n, x in columns.items()}
+        ref = {"ref_logps": torch.full((10,), -9.0)}
+        out = xf.Objective(name)(xs[0], xs[1], targets, bias=xs[2], **ref, **columns)
+        carriers = [x for n, x in columns.items() if n in ("value", "reward_w", "reward_l")]
+        grads = torch.autograd.grad(out.loss, [*(x for x in xs if x.requires_grad), *carriers])
+        results.append((out.loss.detach(), *grads))
+    assert_close(*results)
+
+
+def test_reference_tokens_of_rows_of_one_token():
+    """As many packed rows as positions: only the name tells log-probs of tokens from sums over rows."""
+    hidden, weight, bias = operands()
+    h, y = hidden[:4, 0], torch.tensor([1, 2, 3, 4])
+    cu, ref = torch.arange(5), torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    given = {"cu_seqlens": cu, "bias": bias, "advantage": torch.ones(4)}
+    losses = [
+        xf.Objective("grpo", beta=0.1)(h, weight, y, **given, **{way: ref}).loss
+        for way in ("ref_logps", "ref_token_logp")
+    ]
+    assert_close(*losses)
+    empty = torch.tensor([0, 2, 3, 4, 4])  # rows of 2, 1, 1, 0
+    summed = xf.Objective("dpo")(
+        h, weight, y, cu_seqlens=empty, bias=bias, ref_logps=torch.tensor([-3.0, -3.0, -4.0, 0])
+    )
+    tokens = xf.Objective("dpo")(h, weight, y, cu_seqlens=empty, bias=bias, ref_token_logp=ref)
+    assert_close(summed.loss, tokens.loss)
+
+
+def test_the_draws_of_cringe_go_on_after_a_restart():
+    xs, targets = operands("frozen"), targets_of()
+
+    def losses(objective, count):
+        return [objective(xs[0], xs[1], targets, bias=xs[2]).loss.item() for _ in range(count)]
+
+    whole = losses(xf.Objective("cringe", seed=3), 4)
+    first = xf.Objective("cringe", seed=3)
+    begun = losses(first, 2)
+    with torch.no_grad():
+        losses(first, 3)  # an evaluation takes nothing from the draws of training
+    again = xf.Objective("cringe", seed=3)
+    again.load_state_dict(first.state_dict())
+    assert begun + losses(again, 2) == whole
 
 
 # --- policy ---

@@ -766,13 +766,12 @@ class StopAfter(transformers.TrainerCallback):
         ("grpo", {}, "pair", "sampled and scored while it trains"),
         ("haf", {}, "pair", "reward_w"),
         ("dpo", {"pairs": "all"}, "list", "scores"),
+        ("nn", {}, "list", "missing rejected"),
     ],
 )
 def test_data_without_what_a_method_needs_is_refused(tmp_path, method, args, rows, message):
-    bare = [
-        {k: v for k, v in row.items() if k not in (*PAIR_NUMBERS, "reward", "scores")}
-        for row in rows_of(rows)
-    ]
+    withheld = (*PAIR_NUMBERS, "reward", "rejected" if method == "nn" else "scores")
+    bare = [{k: v for k, v in row.items() if k not in withheld} for row in rows_of(rows)]
     with pytest.raises(ValueError, match=message):
         XPOTrainer(
             make_model(), XPOConfig(str(tmp_path), method=method, method_args=args, use_cpu=True),

@@ -12,8 +12,10 @@ from .head.rows import packed_rows, sum_rows
 from .head.spec import scored_positions
 from .head.units import Group, pack
 from .methods import Method
+from .methods.math import check_rows
 
 PAIRS = ("all", "extremes")
+HARMLESS = {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5}
 
 
 class Batch:
@@ -45,6 +47,14 @@ class Batch:
         self.index = self._rows_of_units(list_size)  # (U, rows a unit)
         self.units = self.index.shape[0]
 
+        # Positions of each row, scored or not (R,); each position's place in its row (N,); positions of the longest row.
+        self.sizes = sum_rows(torch.ones_like(self.rows), self.rows, self.count)
+        starts = self.sizes.cumsum(0) - self.sizes
+        self.offsets = torch.arange(self.rows.shape[0], device=self.device) - starts[self.rows]
+        self.width = targets.shape[1] if targets.dim() == 2 else 0
+        if targets.dim() == 1 and (self.layout == "policy" or any("pos_score" in m.inputs for m in methods)):
+            self.width = max(1, int(self.sizes.max()) if self.count else 1)
+
         lengths = self.lengths[self.index]
         sides = {side for m in methods for side in m.sides}
         if self.layout == "pairwise":
@@ -66,9 +76,7 @@ class Batch:
     @property
     def has_rejected(self) -> bool:
         """Whether the last row of each list is the rejected completion beside those that the policy made (`nn`)."""
-        return self.layout == "listwise" and any(
-            "logp_l" in m.inputs and "logps" in m.inputs for m in self.methods
-        )
+        return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
 
     def _rows_of_units(self, list_size: int | None) -> Tensor:
         order = torch.arange(self.count, device=self.device)
@@ -85,7 +93,8 @@ class Batch:
             raise ValueError(
                 f"{self.name} takes lists, the K rows of a prompt side by side: pass scores= (P, K), or list_size="
             )
-        if list_size < 1 or self.count % list_size:
+        least = 1 + self.has_rejected
+        if list_size < least or self.count % list_size:
             raise ValueError(
                 f"{self.name} takes lists of {list_size} rows: expected a multiple of them, got {self.count} rows"
             )
@@ -120,22 +129,6 @@ class Batch:
         return ones
 
     @property
-    def width(self) -> int:
-        """Positions of the longest row."""
-        return self.shape[1] if len(self.shape) == 2 else max(1, int(self.sizes.max()) if self.count else 1)
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """Positions of each row, scored or not: (R,)."""
-        return sum_rows(torch.ones_like(self.rows), self.rows, self.count)
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """Each position's place in its row: (N,)."""
-        starts = self.sizes.cumsum(0) - self.sizes
-        return torch.arange(self.rows.shape[0], device=self.device) - starts[self.rows]
-
-    @cached_property
     def beyond_shorter(self) -> Tensor:
         """The scored tokens of a pair after its first min(len_w, len_l): (N,) bool."""
         before = self.scored.long().cumsum(0) - self.scored.long()
@@ -157,7 +150,15 @@ class Batch:
                 f"{self.name}: scores must be a tensor {tuple(self.index.shape)}, got {tuple(scores.shape)}"
             )
         assert self.pairs is not None
-        self._chosen = list_pairs(scores, self.list_mask(None), self.pairs)
+        mask = self.list_mask(None)
+        finite = torch.where(mask, scores, 0.0).isfinite().all(dim=1)
+        check_rows(
+            finite,
+            "finite scores",
+            "give each completion of the list one, or drop it",
+            scores=scores.sum(dim=1),
+        )
+        self._chosen = list_pairs(scores, mask, self.pairs)
 
     def list_mask(self, units: Tensor | None) -> Tensor:
         """Which of a list's completions there are: (U, K) bool."""
@@ -235,11 +236,15 @@ class Batch:
         supplied: inputs that the objective has from elsewhere, if the caller does not give them.
         """
         takes = dict.fromkeys(n for m in self.methods for n in m.columns)
-        if self.pairs:
-            takes["scores"] = None
         needed = dict.fromkeys(n for m in self.methods for n in m.columns if n in m.required)
-        if self.pairs:
-            needed = {n: None for n in ("scores", *needed) if n not in ("score_w", "score_l")}
+        if self.pairs:  # nothing else could be said of each pair
+            takes = {
+                n: None
+                for m in self.methods
+                for n in ("scores", *m.columns)
+                if n == "scores" or m.axes(n) == ("",)
+            }
+            needed = {n: None for n in takes if n == "scores" or n in needed}
         unknown = sorted(set(given) - set(takes))
         missing = [n for n in needed if given.get(n) is None and n not in supplied]
         if unknown or missing:
@@ -273,28 +278,30 @@ class Batch:
         return [] if "II" in axes else [sizes[a] for a in axes] + [()]
 
     def per_token(self, name: str, x: Tensor) -> bool:
-        """Whether a column has one entry a token; an (N,) one of packed rows that are all one token long has not."""
+        """Whether a column has one entry a token; an (N,) one of as many packed rows as positions has one a row."""
         return "UT" in self.methods[0].axes(name) and x.dim() > 0 and (
             x.shape == self.shape and (x.shape != (self.units,) or "U" not in self.methods[0].axes(name))
         )  # fmt: skip
 
     def column(self, name: str, x: Tensor, units: Tensor | None) -> dict[str, Tensor]:
-        """A caller's column as inputs of the units given."""
+        """A caller's column as inputs of the units given; in units left out, a number that every method takes."""
         if self.pairs and name == "scores":
             return self.inputs("score", x.reshape(-1), units, 0.0)
         if x.dim() == 0:
             return {name: x}
-        x = x if units is None else x[units]
-        if self.pairs:
-            x = x[:, None].expand(-1, self._pairs(units)[0].shape[1]).flatten()
+        valid = self.valid
+        if units is not None:
+            x, valid = x[units], valid[units]
+        if x.dim() == 1 and x.is_floating_point():
+            x = torch.where(valid, x, HARMLESS.get(name, 0.0))
         return {name: x}
 
-    def check_rows(self, name: str, values: Tensor) -> Tensor:
-        """`values` detached and flat, if it has one entry a row, or one a position; else ValueError."""
-        if values.shape not in ((self.count,), self.shape) or values.device != self.device:
+    def check_rows(self, name: str, values: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+        """`values` detached, if it is of one of the shapes; else ValueError."""
+        if values.shape not in shapes or values.device != self.device:
+            expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
             raise ValueError(
-                f"{name} must be ({self.count},) on {self.device}, one entry a row, or {tuple(self.shape)}, one a "
-                f"token, got {tuple(values.shape)} on {values.device}"
+                f"{name} must be {expected} on {self.device}, got {tuple(values.shape)} on {values.device}"
             )
         values = values.detach()
         return values if values.dtype == torch.float64 else values.float()

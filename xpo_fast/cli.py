@@ -308,10 +308,20 @@ def _objective(method: str, settings: dict[str, Any]) -> Objective:
             f"{', '.join(defaults) or 'none'}; and the objective has {', '.join(OBJECTIVE_OPTIONS)}"
         )
     for name, value in settings.items():
-        if isinstance(defaults.get(name), (int, float)) and not isinstance(value, (int, float)):
+        default, number = defaults.get(name), isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UsageError(f"--set {name}: expected true or false, got {value!r}")
+        if (
+            isinstance(default, (int, float))
+            and not isinstance(default, bool)
+            and not (number and math.isfinite(value))
+        ):
             raise UsageError(f"--set {name}: expected a number, got {value!r}")
-    objective = Objective(method, **settings)
-    objective.rehearse()
+    try:
+        objective = Objective(method, **settings)
+        objective.rehearse()
+    except TypeError as error:  # of a value whose default, None, does not tell what it should be
+        raise UsageError(f"--set: {error}") from error
     return objective
 
 
@@ -551,8 +561,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Any) -> No
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
         "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
         "data": f"{args.data}: {len(trainer.train_dataset)} {what} to train on, {held}",
-        "method": f"{' + '.join(map(str, trainer.objective.terms))}, lr {trainer.args.learning_rate:g}, "
-        f"{step} {what} a step",
+        "method": f"{trainer.objective}, lr {trainer.args.learning_rate:g}, {step} {what} a step",
         "reference": f"{trainer.reference}: {trainer.reference_reason}",
         "head": str(trainer.plan()),
     }.items():

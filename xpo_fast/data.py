@@ -795,6 +795,9 @@ def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
     return following
 
 
+_CHECKED_AT_ONCE = 1000  # pairs of lists are made of them
+
+
 def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
     """DataError for a data set, loaded or encoded, whose numbers are not what the methods need.
 
@@ -811,21 +814,26 @@ def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
         objective.rehearse(given | {column: None for field, column in fields.items() if field in has})
         if objective.pairs and "scores" not in has:
             raise ValueError("missing scores")
+        if objective.has_rejected and not {"rejected", "rejected_ids"} & has:
+            raise ValueError(f"{objective.method.name}: missing rejected, the completion to move away from")
     except ValueError as error:
         raise DataError(
             f"{error}. The data set has {', '.join(sorted(has - {'where'}))}; beside the completions its rows may "
             f"have {', '.join(fields) or 'nothing'}"
         ) from None
-    numbers = {column: _numbers(list(dataset[field])) for field, column in fields.items() if field in has}
-    try:
-        objective.rehearse(given | numbers)
-    except ValueError:
-        for i in range(len(dataset)):
-            try:
-                objective.rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
-            except ValueError as error:
-                raise DataError(f"{dataset[i].get('where', f'row {i}')}: {error}") from None
-        raise
+    for start in range(0, len(dataset), _CHECKED_AT_ONCE):
+        rows = dataset[start : start + _CHECKED_AT_ONCE]
+        numbers = {column: _numbers(rows[field]) for field, column in fields.items() if field in has}
+        try:
+            objective.rehearse(given | numbers)
+        except ValueError:
+            for i in range(min(_CHECKED_AT_ONCE, len(dataset) - start)):
+                try:
+                    objective.rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
+                except ValueError as error:
+                    where = rows["where"][i] if "where" in has else f"row {start + i}"
+                    raise DataError(f"{where}: {error}") from None
+            raise
 
 
 def _numbers(values: list[Any]) -> torch.Tensor:

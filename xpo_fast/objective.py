@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .head.sampled import picked_logits, sample_rivals
 from .head.spec import Scaling, cast_for_autocast, check_operands
 from .head.units import UnitLoss
 from .methods import Method, get_method
+from .methods.math import unchecked
 from .methods.vocabulary import wpo_weights
 from .reduce import REDUCTIONS, count_metrics, mean_metrics, reduce_losses
 from .types import LossOutput
@@ -59,13 +61,15 @@ class Objective:
         shorter completion (LD-DPO, arXiv 2409.06411).
     wpo: multiplies each loss by w_w·w_l, w the exponential of the mean over tokens of log p − log Σp², detached (WPO,
         arXiv 2406.11827); clamp: by at most 1, as its authors do.
-    fixed_length: the tokens of a row that `dr_grpo` divides by; the width of the batch if not given.
+    fixed_length: the tokens of a row that `dr_grpo` divides by, the longest completion that may be sampled. Give it: if not
+        given it is the width of the batch, which changes with the rows that are in it.
     top_k, seed: of the rival tokens that `cringe` draws.
     tile_bytes: the budget of the tile of logits, 256 MiB on CPU if not given.
     Further keyword arguments are hyperparameters; among several methods, of all that have them.
 
-    Methods that remember earlier batches (`beta_dpo`, `bco`, KTO's reference point) keep it in `state`, see
-    `state_dict`. It changes in calls with gradient only, by the rows of all ranks.
+    What `beta_dpo` and `bco` remember of earlier batches is in `state`, see `state_dict`; it changes in calls with
+    gradient, by the rows of all ranks. KTO's reference point is read from there where `kl` is not given: who estimates it
+    puts it there.
 
     Raises ValueError for an unknown method, hyperparameter, reduction or backend.
     """
@@ -91,10 +95,6 @@ class Objective:
         self.methods = [term.method for term in self.terms]
         if reduction not in REDUCTIONS:
             raise ValueError(f"no reduction named {reduction!r}; there are {', '.join(REDUCTIONS)}")
-        if fixed_length is not None and fixed_length < 1:
-            raise ValueError(f"expected fixed_length of at least one token, got {fixed_length}")
-        if top_k < 1:
-            raise ValueError(f"expected top_k of at least 1, got {top_k}")
         choose_backend(backend, torch.device("cpu"))
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
@@ -132,6 +132,11 @@ class Objective:
     def needs_reference_hidden(self) -> bool:
         """Whether the reference's hidden states are needed: for divergences over the vocabulary."""
         return "kl" in self._outputs()
+
+    @property
+    def has_rejected(self) -> bool:
+        """Whether a rejected completion follows those of each list (`nn`)."""
+        return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
 
     @property
     def data_kind(self) -> str:
@@ -180,6 +185,21 @@ class Objective:
             raise ValueError(
                 f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value head"
             )
+        for name, value, kind in (
+            ("wpo", self.wpo, bool),
+            ("clamp", self.clamp, bool),
+            ("top_k", self.top_k, int),
+        ):
+            if type(value) is not kind:
+                raise ValueError(f"expected {name} to be {kind.__name__}, got {value!r}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise ValueError(f"expected seed to be int, got {self.seed!r}")
+        if self.top_k < 1:
+            raise ValueError(f"expected top_k of at least 1, got {self.top_k}")
+        if self.fixed_length is not None and not (type(self.fixed_length) is int and self.fixed_length >= 1):
+            raise ValueError(f"expected fixed_length of at least one token, got {self.fixed_length!r}")
+        if self.fixed_length is not None and all(m.denominator != "fixed_length" for m in self.methods):
+            raise ValueError(f"fixed_length= is for dr_grpo, {names} divides by something else")
         if self.pairs is not None and self.pairs not in PAIRS:
             raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
         for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):
@@ -187,13 +207,38 @@ class Objective:
                 raise ValueError(f"{option}= is for pairwise methods, {names} is {self.method.layout}")
             if given is not None and any("pos_score" in m.inputs for m in self.methods) and option != "wpo":
                 raise ValueError(f"{option}= does not go with {names}, which looks at single tokens")
-        if self.pairs and self.ld_alpha is not None:
-            raise ValueError("ld_alpha= is for pairs that come as pairs, not with pairs=")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"expected ld_alpha in [0, 1], got {self.ld_alpha}")
+        if self.pairs:
+            of_pairs = {n for m in self.methods for n in m.required if n in m.columns and m.axes(n) != ("",)}
+            if of_pairs - {"score_w", "score_l"} or any(m.denominator == "tokens" for m in self.methods):
+                raise ValueError(
+                    f"pairs= is for methods that need of a pair nothing but its scores and are a mean over pairs, not {names}"
+                )
+        if self.ld_alpha is not None:
+            if self.pairs:
+                raise ValueError("ld_alpha= is for pairs that come as pairs, not with pairs=")
+            if not isinstance(self.ld_alpha, (int, float)) or not 0 <= self.ld_alpha <= 1:
+                raise ValueError(f"expected ld_alpha in [0, 1], got {self.ld_alpha!r}")
+            if not any(map(_compares_pairs, self.methods)):
+                raise ValueError(
+                    f"ld_alpha= is for methods that compare a pair with a reference, not {names}"
+                )
+        stateful = [m.name for m in self.methods if m.state]
+        if len(set(stateful)) < len(stateful):
+            raise ValueError(f"{stateful[0]} twice would share what it remembers: make two objectives")
+        if self.reduction == "none" and len({m.unit == "token" for m in self.methods}) > 1:
+            raise ValueError(
+                f'reduction="none" needs losses of one shape, and {names} are of tokens and of rows'
+            )
+
+    def __str__(self) -> str:
+        options = {
+            "pairs": self.pairs, "ld_alpha": self.ld_alpha, "wpo": self.wpo or None, "fixed_length": self.fixed_length,
+        }  # fmt: skip
+        given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return " + ".join(map(str, self.terms)) + given
 
     def __repr__(self) -> str:
-        return f"Objective({' + '.join(map(str, self.terms))}, reduction={self.reduction!r})"
+        return f"Objective({self}, reduction={self.reduction!r})"
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
@@ -239,10 +284,11 @@ class Objective:
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias
         )
         check_operands(hidden, weight, targets, bias)
-        if "ref_token_logp" in columns:
-            if ref_logps is not None:
-                raise ValueError("the reference came twice: ref_logps= and ref_token_logp= are the same")
-            ref_logps = columns.pop("ref_token_logp")
+        ref_tokens = columns.pop("ref_token_logp", None)
+        if ref_hidden is not None and ref_hidden.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"of the reference: ref_hidden must be {tuple(targets.shape)} by its width, got {tuple(ref_hidden.shape)}"
+            )
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns)
         known = _Known(batch.check_columns(columns, self._supplied()))
         scaling: dict[str, Any] = {
@@ -254,11 +300,17 @@ class Objective:
         flat = hidden.reshape(-1, hidden.shape[-1])
         known.rows["len"] = (batch.lengths, 1.0)
         self._add_reference(
-            known, batch, weight, bias, (ref_hidden, ref_weight, ref_bias), ref_logps, options
+            known, batch, weight, bias, (ref_hidden, ref_weight, ref_bias), (ref_logps, ref_tokens), options
         )
         self._add_rivals(known, batch, flat, weight, bias, Scaling(**scaling))
         if denominator is None:
             denominator = self._items(batch)
+        elif (
+            isinstance(denominator, Tensor) and denominator.dim() and denominator.shape != (len(self.terms),)
+        ):
+            raise ValueError(
+                f"denominator must be () or ({len(self.terms)},), one entry a method, got {tuple(denominator.shape)}"
+            )
 
         def evaluate(logp: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
             return [self._evaluate(term, batch, known, logp) for term in self.terms]
@@ -273,13 +325,18 @@ class Objective:
         def coefficients(logp: Tensor, positions: Tensor, units: Sequence[int]) -> Tensor:
             """∂loss/∂logp at the positions (n,) of some units."""
             some = None if by_token else torch.tensor(units, device=logp.device)
-            with torch.enable_grad():
+            with torch.enable_grad(), unchecked():
                 leaf = logp.detach().requires_grad_()
                 found = [self._evaluate(term, batch, known, leaf, positions, some) for term in self.terms]
                 (u,) = torch.autograd.grad(reduced(found, positions, some), leaf)
             return u
 
         if self._evaluates_live(flat, weight, bias):
+            if (
+                known.columns
+            ):  # check them once and whole, so that a row that is refused is named by its place
+                with torch.no_grad():
+                    evaluate(flat.new_zeros(batch.scored.shape, dtype=torch.float32))
             tile_tokens = self._head_plan(flat, weight, bias, batch).tile_tokens
             loss, logp = UnitLoss.apply(
                 flat,
@@ -328,9 +385,7 @@ class Objective:
     ) -> Batch:
         scores = columns.get("scores")
         if list_size is None and isinstance(scores, Tensor) and scores.dim() == 2:
-            list_size = scores.shape[1] + any(
-                "logp_l" in m.inputs for m in self.methods if m.layout == "listwise"
-            )
+            list_size = scores.shape[1] + self.has_rejected
         batch = Batch(self.methods, targets, cu_seqlens, ignore_index, pairs=self.pairs, list_size=list_size)
         if self.pairs and isinstance(scores, Tensor):
             batch.choose_pairs(scores)
@@ -343,30 +398,42 @@ class Objective:
         weight: Tensor,
         bias: Tensor | None,
         reference: tuple[Tensor | None, Tensor | None, Tensor | None],
-        ref_logps: Tensor | None,
+        given: tuple[Tensor | None, Tensor | None],  # log-probs of rows or tokens, of tokens
         options: dict[str, Any],
     ) -> None:
         """The rows' log-probs under the reference, and the tokens' where they are known."""
         ref_hidden, ref_weight, ref_bias = reference
+        ref_logps, ref_tokens = given
         reads = [term for term in self.terms if _reads_reference(term)]
         if not reads:
             return
         names = ", ".join(term.method.name for term in reads)
-        if ref_logps is not None and ref_hidden is not None:
-            raise ValueError("the reference came twice: pass either ref_hidden= or ref_logps=")
-        if ref_logps is None and ref_hidden is None:
+        by_token = self.layout == "policy" or self.ld_alpha is not None
+        if sum(x is not None for x in (ref_hidden, ref_logps, ref_tokens)) > 1:
+            raise ValueError(
+                "the reference came twice: pass one of ref_hidden=, ref_logps= and ref_token_logp="
+            )
+        if ref_logps is None and ref_hidden is None and ref_tokens is None:
             if self.needs_reference:
+                what = (
+                    "shaped as targets, the log-prob of each token"
+                    if by_token
+                    else "the summed log-prob of each row"
+                )
                 raise ValueError(
                     f"{names} compares with a reference: pass ref_hidden= (and ref_weight= unless it has the policy's "
-                    "head) or ref_logps=, the summed log-prob of each row"
+                    f"head) or ref_logps=, {what}"
                 )
             return
         if ref_hidden is None and self.needs_reference_hidden:
             raise ValueError(f"{names} compares whole distributions with the reference's: pass ref_hidden=")
         tokens: Tensor | None = None
-        if ref_logps is not None:
-            ref_logps = batch.check_rows("ref_logps", ref_logps)
-            if ref_logps.shape == batch.shape and ref_logps.shape != (batch.count,):
+        rows, whole = torch.Size((batch.count,)), torch.Size(batch.shape)
+        if ref_tokens is not None:
+            tokens = batch.check_rows("ref_token_logp", ref_tokens, [whole]).reshape(-1)
+        elif ref_logps is not None:
+            ref_logps = batch.check_rows("ref_logps", ref_logps, [rows, whole])
+            if ref_logps.shape == whole and (whole != rows or by_token):
                 tokens = ref_logps.reshape(-1)
         else:
             assert ref_hidden is not None
@@ -380,8 +447,10 @@ class Objective:
                     raise ValueError(f"of the reference: {error}") from None
         if tokens is not None:
             known.tokens["ref_token_logp"] = tokens = torch.where(batch.scored, tokens, 0.0)
-            known.rows["ref_logp"] = (self._row_sums(batch, tokens), -1.0)
-        elif self.layout == "policy" or self.ld_alpha is not None:
+            known.rows["ref_logp"] = (sum_rows(tokens, batch.rows, batch.count), -1.0)
+            if self.ld_alpha is not None:
+                known.discounted_ref = self._row_sums(batch, tokens, None, discounted=True)
+        elif by_token:
             raise ValueError(
                 f"{names} looks at the reference's single tokens: pass ref_hidden=, or ref_logps= shaped as targets, "
                 f"{tuple(batch.shape)}; got ({batch.count},), one a row"
@@ -402,20 +471,32 @@ class Objective:
         """`cringe`: the logit of every rejected token, and that of a likely other one, with their gradients."""
         if not any("pos_score" in m.inputs for m in self.methods):
             return
-        if self.seed is not None and self._generator is None:
-            self._generator = torch.Generator(hidden.device).manual_seed(self.seed)
+        generator = self._draws(hidden.device)
         rejected = (batch.rows >= batch.units) & batch.scored
         targets = torch.where(rejected, batch.targets, batch.ignore_index)
         tile = tile_size(weight.shape[0], weight.dtype, weight.device, self.tile_bytes)
         tokens = sample_rivals(
-            hidden, weight, bias, targets, scaling, batch.ignore_index, tile, self.top_k, self._generator
+            hidden, weight, bias, targets, scaling, batch.ignore_index, tile, self.top_k, generator
         )
         at = rejected.nonzero().squeeze(1)
-        h = hidden[at]
-        for name, picked in (("neg_score", batch.targets), ("pos_score", tokens)):
-            score = picked_logits(h, weight, bias, picked[at], scaling)
+        twice = torch.cat([at, at])
+        picked = torch.cat([batch.targets[at], tokens[at]])
+        scores = picked_logits(hidden[twice], weight, bias, picked, scaling).chunk(2)
+        for name, score in zip(("neg_score", "pos_score"), scores, strict=True):
             known.tokens[name] = score.new_zeros(batch.rows.shape).index_put((at,), score)
         known.tokens["mask"] = rejected
+
+    def _draws(self, device: torch.device) -> torch.Generator | None:
+        """What draws the rivals: by `seed`, going on from call to call; anew in every call without gradient."""
+        if self.seed is None:
+            return None
+        if not torch.is_grad_enabled():
+            return torch.Generator(device).manual_seed(self.seed)
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+            if "draws" in self.state:
+                self._generator.set_state(self.state["draws"].cpu())
+        return self._generator
 
     def _statistics(
         self,
@@ -470,7 +551,7 @@ class Objective:
         """The method's inputs for some units: logp (n,) at the positions (n,), or at all of them."""
         method = term.method
         wanted = {n for n in method.inputs if method.wants(n, term.hyperparameters)}
-        columns = {**self.state, **known.columns}
+        columns = {**{n: x.to(batch.device) for n, x in self.state.items()}, **known.columns}
         if method.layout == "policy":
             single = positions is not None and units is None  # a token a unit
 
@@ -490,8 +571,14 @@ class Objective:
                     whole = x.dim() == 0 or at is None or "II" in method.axes(name)
                     inputs[name] = x if whole else x[at]
             return {n: x for n, x in inputs.items() if n in wanted}
-        inputs = batch.inputs("logp", self._row_sums(batch, logp, positions), units, -1.0)
+        discounted = self.ld_alpha is not None and _compares_pairs(method)
+        inputs = batch.inputs(
+            "logp", self._row_sums(batch, logp, positions, discounted=discounted), units, -1.0
+        )
         for prefix, (values, absent) in known.rows.items():
+            if prefix == "ref_logp" and discounted:
+                assert known.discounted_ref is not None
+                values = known.discounted_ref
             inputs |= batch.inputs(prefix, values.to(logp.dtype), units, absent)
         if "pos_score" in wanted:
             half = torch.arange(batch.units, device=batch.device)
@@ -504,9 +591,11 @@ class Objective:
                 inputs |= batch.column(name, x, units)
         return {n: x for n, x in inputs.items() if n in wanted}
 
-    def _row_sums(self, batch: Batch, logp: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Log-probs (n,) of the positions, or of all, summed over rows (R,); `ld_alpha` applied."""
-        if self.ld_alpha is not None:
+    def _row_sums(
+        self, batch: Batch, logp: Tensor, positions: Tensor | None = None, *, discounted: bool
+    ) -> Tensor:
+        """Log-probs (n,) of the positions, or of all, summed over rows (R,); those that `ld_alpha` discounts, if so."""
+        if discounted:
             beyond = batch.beyond_shorter if positions is None else batch.beyond_shorter[positions]
             logp = torch.where(beyond, self.ld_alpha * logp, logp)
         return sum_rows(logp, batch.rows if positions is None else batch.rows[positions], batch.count)
@@ -573,9 +662,7 @@ class Objective:
         self, batch: Batch, found: Sequence[tuple[Tensor, dict[str, Tensor]]]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         metrics: dict[str, Tensor] = {}
-        for term, (losses, own) in zip(self.terms, found, strict=True):
-            if len(self.terms) > 1 and losses.dim() == 1:
-                own = {f"loss/{term.method.name}": losses.detach(), **own}
+        for _, own in found:
             metrics = {**own, **metrics}
         return mean_metrics(metrics, batch.valid), count_metrics(metrics, batch.valid)
 
@@ -598,11 +685,13 @@ class Objective:
                     known.columns.update({n: remembered[n] for n in own})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the methods remember of earlier batches, the same on every rank."""
-        return {name: x.detach().clone() for name, x in self.state.items()}
+        """What the methods remember of earlier batches, the same on every rank, and where `seed` has got to."""
+        state = {name: x.detach().clone() for name, x in self.state.items()}
+        return state if self._generator is None else {**state, "draws": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.state = {name: x.detach().clone() for name, x in state.items()}
+        self._generator = None
 
     # --- counting and planning ----------------------------------------------------------------------------------------
 
@@ -718,6 +807,7 @@ class _Known:
         default_factory=dict
     )  # (R,), and what stands in units left out
     tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
+    discounted_ref: Tensor | None = None  # (R,) reference log-probs as `ld_alpha` has them
     row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
 
 
@@ -733,6 +823,10 @@ def _of_counted(
         return x.new_full(counted.shape, absent).index_put((at,), x)
 
     return spread(losses, 0.0), {name: spread(x, torch.nan) for name, x in metrics.items()}
+
+
+def _compares_pairs(method: Method) -> bool:
+    return {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l"} <= set(method.inputs)
 
 
 def _reads_reference(term: Term) -> bool:
@@ -754,17 +848,28 @@ def _terms(
             match = _TERM.fullmatch(part)
             if match is None:
                 raise ValueError(f"expected a method or a sum of them as 'dpo + 0.5*sft', got {method!r}")
+            if match[1] and weights is not None:
+                raise ValueError(f"the weights came twice, in {method!r} and as weights={weights!r}")
             parsed.append((match[2], {}, float(match[1] or 1)))
     else:
-        for entry in method:
-            name, own = (entry, {}) if isinstance(entry, str) else entry
+        for entry in method if isinstance(method, (list, tuple)) else [None]:
+            name, own = (
+                (entry, {}) if isinstance(entry, str) else entry if isinstance(entry, tuple) else (None, None)
+            )
+            if not isinstance(name, str) or not isinstance(own, Mapping):
+                raise ValueError(
+                    f"expected a list of names, of which each may come as (name, hyperparameters), got {method!r}; weights "
+                    "go into weights="
+                )
             parsed.append((name, own, 1.0))
     if not parsed:
         raise ValueError("expected at least one method, got an empty list")
     if weights is not None:
-        if len(weights) != len(parsed):
-            raise ValueError(f"expected a weight for each of {len(parsed)} methods, got {len(weights)}")
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(parsed):
+            raise ValueError(f"expected a weight for each of {len(parsed)} methods, got {weights!r}")
         parsed = [(name, own, float(w)) for (name, own, _), w in zip(parsed, weights, strict=True)]
+    if not all(math.isfinite(scale) for *_, scale in parsed):
+        raise ValueError(f"expected finite weights, got {[scale for *_, scale in parsed]}")
     terms = []
     for name, own, scale in parsed:
         found = get_method(name)

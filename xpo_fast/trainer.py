@@ -1,7 +1,7 @@
 """A thin preference trainer on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs.
 
-Checkpoints, resume, logging, schedulers, mixed precision and data parallelism are the Trainer's. Added here: pairs and
-unpaired rows as batches, the reference policy (reference.py), losses divided by the items of the whole optimizer step
+Checkpoints, resume, logging, schedulers, mixed precision and data parallelism are the Trainer's. Added here: pairs, lists
+and single completions as batches, the reference policy (reference.py), losses divided by the items of the whole optimizer step
 (all micro-batches, all ranks), and metrics averaged over the same.
 """
 
@@ -124,6 +124,11 @@ class XPOConfig(TrainingArguments):
         """The objective that these arguments describe."""
         tile_bytes = None if self.tile_mib is None else int(self.tile_mib * 2**20)
         hyperparameters: Any = self.method_args or {}
+        fixed = sorted({"reduction", "backend", "tile_bytes"} & set(hyperparameters))
+        if fixed:
+            raise ValueError(
+                f"{', '.join(fixed)} cannot be in method_args: the trainer decides them, or has options"
+            )
         return Objective(self.method, backend=self.backend, tile_bytes=tile_bytes, **hyperparameters)
 
 
@@ -248,9 +253,7 @@ class XPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
             )
         unread = [] if self._estimates_kl else ["kl_completion_ids"]
-        if self.kind == "list" and not any(
-            "logp_l" in m.inputs for m in self.objective.methods if m.layout == "listwise"
-        ):
+        if not self.objective.has_rejected and self.kind == "list":
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
         data.check_columns(dataset, self.objective)
@@ -454,6 +457,7 @@ class XPOTrainer(Trainer):
     def _value(self) -> Tensor:
         """The value of a prompt where the data set has none: the mean reward, () float32."""
         dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         return torch.tensor(dataset["reward"]).float().mean()
 
     def compute_loss(

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import chunked
+from .autograd import refuse_double_backward
 from .spec import Scaling, accumulation_dtype, scored_positions
+
+
+class _Products(torch.autograd.Function):
+    """h·W[tokens] a row (n,), in the accumulation dtype, as is its gradient: a token may be there many times."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, tokens)
+        dtype = accumulation_dtype(weight.dtype)
+        return (hidden.to(dtype) * weight[tokens].to(dtype)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        refuse_double_backward("a logit")
+        hidden, weight, tokens = ctx.saved_tensors
+        u, d_hidden, d_weight = upstream[0].unsqueeze(1), None, None
+        if ctx.needs_input_grad[0]:
+            d_hidden = (u * weight[tokens].to(u.dtype)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            total = torch.zeros(weight.shape, dtype=u.dtype, device=u.device)
+            d_weight = total.index_add_(0, tokens, u * hidden.to(u.dtype)).to(weight.dtype)
+        return d_hidden, d_weight, None
 
 
 def picked_logits(
@@ -16,11 +41,10 @@ def picked_logits(
     tokens: Tensor,  # (n,) int64
     scaling: Scaling,
 ) -> Tensor:
-    """The final logit of one token at every position: (n,), differentiable, N·D memory."""
-    dtype = accumulation_dtype(weight.dtype)
-    z = (hidden.to(dtype) * weight[tokens].to(dtype)).sum(dim=1)
+    """The final logit of one token at every position: (n,), differentiable once, N·D memory."""
+    z: Any = _Products.apply(hidden, weight, tokens)
     if bias is not None:
-        z = z + bias[tokens].to(dtype)
+        z = z + bias.to(z.dtype)[tokens]
     z = z * scaling.logit_scale
     if scaling.softcap is not None:
         z = scaling.softcap * torch.tanh(z / scaling.softcap)

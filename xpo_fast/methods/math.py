@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -51,12 +53,25 @@ def check_bool(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be a bool tensor, got {x.dtype}")
 
 
+_unchecked = ContextVar("unchecked", default=False)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Data is not checked in the block: it has been before, all of it."""
+    token = _unchecked.set(True)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+
+
 def check_rows(ok: Tensor, expected: str, remedy: str, **values: Tensor) -> None:
     """Raise the ValueError of bad data: the first row where `ok` (U,) is false, its values, and what to do.
 
-    It reads the device. A compiled graph is not broken for it: there nothing is checked.
+    It reads the device. A compiled graph is not broken for it: there, and inside `unchecked`, nothing is checked.
     """
-    if torch.compiler.is_compiling() or bool(ok.all()):
+    if torch.compiler.is_compiling() or _unchecked.get() or bool(ok.all()):
         return
     ok = torch.atleast_1d(ok)
     row = int((~ok).nonzero()[0])

@@ -6,7 +6,6 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -90,32 +89,24 @@ class Method:
         self.fn, self.name, self.card, self.unit, self.denominator = fn, name, card, unit, denominator
         self.uses, self.state, self.token_reward = dict(uses), state, token_reward
         self.__doc__ = fn.__doc__
-
-    @cached_property
-    def _parameters(self) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(self.fn).parameters)
-
-    @cached_property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the tensors it takes, optional ones included."""
-        hints = typing.get_type_hints(self.fn)
-        return tuple(n for n in self._parameters if hints[n] is Tensor or Tensor in typing.get_args(hints[n]))
-
-    @cached_property
-    def required(self) -> tuple[str, ...]:
-        return tuple(n for n in self.inputs if self._parameters[n].default is inspect.Parameter.empty)
-
-    @cached_property
-    def defaults(self) -> dict[str, Any]:
-        """Hyperparameters and their defaults."""
-        return {n: p.default for n, p in self._parameters.items() if n not in self.inputs}
-
-    @cached_property
-    def layout(self) -> str:
-        """How rows are laid out: "pairwise" (chosen rows, then rejected rows), "listwise" (the K rows of a prompt side
-        by side), "unpaired" and "policy" (a row a unit; by row or by token), "reward" (no rows: outputs of a reward
-        model)."""
-        return next((name for name, tell in LAYOUTS.items() if set(tell) & set(self.inputs)), "reward")
+        self._parameters = dict(inspect.signature(fn).parameters)
+        hints = typing.get_type_hints(fn)
+        # The names of the tensors it takes, optional ones included; those that it cannot do without.
+        self.inputs = tuple(
+            n for n in self._parameters if hints[n] is Tensor or Tensor in typing.get_args(hints[n])
+        )
+        self.required = tuple(
+            n for n in self.inputs if self._parameters[n].default is inspect.Parameter.empty
+        )
+        # Hyperparameters and their defaults.
+        self.defaults = {n: p.default for n, p in self._parameters.items() if n not in self.inputs}
+        # How rows are laid out: "pairwise" (chosen rows, then rejected rows), "listwise" (the K rows of a prompt side by
+        # side), "unpaired" and "policy" (a row a unit; by row or by token), "reward" (no rows: outputs of a value head).
+        self.layout = next((name for name, tell in LAYOUTS.items() if set(tell) & set(self.inputs)), "reward")
+        # The suffixes of the rows of a pair that it reads: `sft` reads the chosen half only.
+        self.sides = tuple(s for s in SIDES.get(self.layout, ("",)) if "logp" + s in self.inputs or s == "")
+        # The inputs that a caller of the objective provides by name.
+        self.columns = tuple(n for n in self.inputs if n not in DERIVED[self.layout])
 
     def wants(self, name: str, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether input `name` matters with these hyperparameters: an optional one may be behind a switch."""
@@ -134,16 +125,6 @@ class Method:
     def needs_reference(self) -> bool:
         """`reads_reference` with the default hyperparameters."""
         return self.reads_reference({})
-
-    @cached_property
-    def sides(self) -> tuple[str, ...]:
-        """The suffixes of the rows of a pair that the method reads: `sft` reads the chosen half only."""
-        return tuple(s for s in SIDES.get(self.layout, ("",)) if "logp" + s in self.inputs or s == "")
-
-    @cached_property
-    def columns(self) -> tuple[str, ...]:
-        """The inputs that a caller of the objective provides by name."""
-        return tuple(n for n in self.inputs if n not in DERIVED[self.layout])
 
     def check_hyperparameters(self, names: Mapping[str, Any]) -> None:
         unknown = sorted(set(names) - set(self.defaults))
