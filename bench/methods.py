@@ -15,6 +15,7 @@ Exit status 1 if a loss did not fall.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import sys
@@ -209,6 +210,8 @@ def reward_loss(
             if name == "discriminator":
                 known |= {"logit": at[:, 0], "desirable": sign > 0}
             given = {n: x for n, x in known.items() if n in method.inputs}
+            if method.layout == "reward":
+                given.pop("mask", None)  # of completions there, and none is missing
             if "logp_w" in method.inputs:
                 batch.setdefault("start", _row_logps(hidden, head, batch["targets"]).detach())
                 given = {n: x for n, x in given.items() if n in method.columns}
@@ -270,7 +273,16 @@ def run_loop(
     return before, after, what
 
 
+def earlier(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Records that a file has already, by method: of other runs of this script, or of one that was cut short."""
+    if path is None or not path.is_file():
+        return {}
+    return {r["method"]: r for r in json.loads(path.read_text())["methods"]}
+
+
 def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record each; the file of --json is written after every method."""
+    options = {k: v for k, v in vars(args).items() if k not in ("json", "data", "methods")}
     pairs = raw_pairs(args.data, args.pairs)
     model, tokenizer = load_model(args.model, dtype="float32")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -289,7 +301,7 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             before, after, what = run_trainer(name, objective, model, tokenizer, pairs, args)
         record = {
-            "method": name, "settings": hyper, "data": what, "steps": args.steps, "loss_before": before,
+            "commit": environment()["commit"], "method": name, "settings": hyper, "data": what, "steps": args.steps, "loss_before": before,
             "loss_after": after, "fell": after < before and math.isfinite(after),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
@@ -297,6 +309,14 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{name:<20} {before:10.5f} {after:10.5f} {record['seconds']:6.1f} s", file=sys.stderr, flush=True
         )
         records.append(record)
+        if args.json:
+            kept = {**earlier(args.json), name: record}
+            content = {
+                "environment": environment(),
+                "options": options,
+                "methods": [kept[n] for n in sorted(kept)],
+            }
+            write_json(args.json, content)
     return records
 
 
@@ -314,7 +334,9 @@ def main() -> int:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="records of other methods that are in it are kept"
+    )
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -326,9 +348,6 @@ def main() -> int:
     datasets.disable_progress_bars()
     names = args.methods.split(",") if args.methods else sorted(METHODS)
     records = run(names, args)
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k not in ("json", "data")}
-        write_json(args.json, {"environment": environment(), "options": options, "methods": records})
     rows = [
         [r["method"], r["data"], f"{r['loss_before']:.5f}", f"{r['loss_after']:.5f}", f"{r['seconds']:.0f}"]
         for r in records
