@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := xpo_fast bench tests examples setup.py
+SOURCES := xpo_fast kernels bench tests examples setup.py
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo test lint check bench clean
@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## fine-tune a small chat model by DPO on the packaged pairs
 # Threads cost more than they give on tensors as small as the tests'.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -p no:benchmark
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

@@ -52,7 +52,7 @@ SEED = 0
 
 def raw_pairs(path: str, count: int) -> list[dict[str, Any]]:
     """The first pairs of --data with a short prompt."""
-    rows = data.load(path, kind="pair")
+    rows: Any = data.load(path, kind="pair")
     short = (row for row in rows if sum(len(m["content"]) for m in row["prompt"]) < 120)
     pairs = [row for _, row in zip(range(count), short, strict=False)]
     return [{k: pair[k] for k in ("prompt", "chosen", "rejected")} for pair in pairs]
@@ -160,7 +160,7 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
             start = batch.setdefault("start", own)
             if name in WEIGHTED and not torch.is_grad_enabled():
                 start = own
-            more = dict(columns)
+            more: dict[str, Any] = dict(columns)
             if "old_logp" in METHODS[name].columns:
                 more["old_logp"] = start
             if "ptx_logp" in METHODS[name].columns:  # the chosen rows stand for pretraining text
@@ -209,7 +209,7 @@ def reward_loss(
             }  # fmt: skip
             if name == "discriminator":
                 known |= {"logit": at[:, 0], "desirable": sign > 0}
-            given = {n: x for n, x in known.items() if n in method.inputs}
+            given: dict[str, Any] = {n: x for n, x in known.items() if n in method.inputs}
             if method.layout == "reward":
                 given.pop("mask", None)  # of completions there, and none is missing
             if "logp_w" in method.inputs:
@@ -240,7 +240,7 @@ def run_loop(
     name: str, hyper: dict[str, Any], model: Any, tokenizer: Any, pairs: list, args: argparse.Namespace
 ) -> tuple[float, float, str]:
     """Policy methods and those of reward models, in a plain loop."""
-    encoded = data.encode(
+    encoded: Any = data.encode(
         data.load(rows_for("pair", pairs, with_rejected=False), kind="pair"),
         tokenizer,
         kind="pair",

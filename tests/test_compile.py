@@ -70,17 +70,25 @@ def test_compiled_equals_eager(outputs, trainable):
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
-def test_compiled_objective(trainable):
-    """The objective compiles too, by log-probs and their gradient."""
+@pytest.mark.parametrize("name", ["simpo", "lipo", "grpo", "gspo", "dpo"])
+def test_compiled_objective(name, trainable):
+    """The objective compiles too, by log-probs and their gradient, for every layout."""
     torch._dynamo.reset()
     hidden = oracle.normal(4, 3, WIDTH, seed=1).requires_grad_()
     weight = oracle.normal(VOCAB, WIDTH, seed=2).requires_grad_(trainable)
     targets = oracle.tokens((4, 3), VOCAB, 0.2)
-    objective = xf.Objective("simpo")
+    objective = xf.Objective(name, **({"ld_alpha": 0.5} if name == "dpo" else {}))
     wanted = [x for x in (hidden, weight) if x.requires_grad]
+    given = {}
+    if objective.needs_reference:
+        given["ref_hidden"] = hidden.detach() * 0.5
+    if name == "lipo":
+        given["scores"] = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    if objective.layout == "policy":
+        given["advantage"] = torch.tensor([1.0, -1.0, 0.5, 2.0])
 
     def loss(hidden, weight, targets):
-        return objective(hidden, weight, targets).loss
+        return objective(hidden, weight, targets, **given).loss
 
     results = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
@@ -109,7 +117,7 @@ def head_arguments(*, trainable: bool, outputs: str, save_grad: bool, dtype=torc
     weight = oracle.normal(VOCAB, WIDTH, seed=2, dtype=dtype).requires_grad_(trainable)
     bias = oracle.normal(VOCAB, seed=3, dtype=dtype).requires_grad_(trainable)
     ref = (hidden.detach() * 0.5, weight.detach(), None) if "kl" in outputs else (None, None, None)
-    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, outputs, save_grad)
+    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, "torch", outputs, save_grad)
     return (hidden, weight, bias, oracle.tokens((5,), VOCAB), *ref, *scalars)
 
 
@@ -129,12 +137,26 @@ def test_head_operator(trainable, outputs, save_grad, dtype):
 
 
 def test_head_backward_operator():
-    hidden, weight, bias, targets, *ref, t, c, s, ignore, tile, _, _ = head_arguments(
+    hidden, weight, bias, targets, *ref, t, c, s, ignore, tile, backend, _, _ = head_arguments(
         trainable=True, outputs="kl", save_grad=False
     )
     detached = [x.detach() for x in (hidden, weight, bias)]
     upstream = [oracle.normal(5, seed=k, dtype=torch.float32) for k in range(2)]
-    arguments = (*detached, targets, *ref, t, c, s, ignore, tile, upstream, "logp,kl", upstream[:1], "kl")
+    arguments = (
+        *detached,
+        targets,
+        *ref,
+        t,
+        c,
+        s,
+        ignore,
+        tile,
+        backend,
+        upstream,
+        "logp,kl",
+        upstream[:1],
+        "kl",
+    )
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
         torch.library.opcheck(torch.ops.xpo_fast.token_stats_backward.default, (*arguments, *needs))
 

@@ -149,7 +149,7 @@ class Objective:
         if self.layout != "pairwise":
             return {"listwise": "list"}.get(self.layout, self.layout)
         sides = {side for m in self.methods for side in m.sides}
-        return {("_w",): "chosen", ("_l",): "rejected"}.get(tuple(sorted(sides)), "pair")
+        return "chosen" if sides == {"_w"} else "rejected" if sides == {"_l"} else "pair"
 
     def rehearse(self, columns: Mapping[str, Tensor | None] | None = None) -> None:
         """Try the methods on made-up log-probs: ValueError for a hyperparameter or a number out of range.
@@ -348,6 +348,7 @@ class Objective:
                 tile_tokens,
                 coefficients,
                 lambda logp: reduced(evaluate(logp), None, None),
+                self.backend,
             )
             found = evaluate(logp)
             if any(losses.requires_grad for losses, _ in found):  # by a column: logp carries no gradient here
@@ -531,10 +532,9 @@ class Objective:
         if stats.entropy is not None:
             known.tokens["entropy"] = stats.entropy
         if stats.log_sum_sq_probs is not None:
-            sums = (
-                sum_rows(x.detach(), batch.rows, batch.count) for x in (stats.logp, stats.log_sum_sq_probs)
-            )
-            known.row_weight = wpo_weights(*sums, batch.lengths, clamp=False)
+            logp = sum_rows(stats.logp.detach(), batch.rows, batch.count)
+            squares = sum_rows(stats.log_sum_sq_probs, batch.rows, batch.count)
+            known.row_weight = wpo_weights(logp, squares, batch.lengths, clamp=False)
         return stats.logp
 
     # --- losses -------------------------------------------------------------------------------------------------------
@@ -596,6 +596,7 @@ class Objective:
     ) -> Tensor:
         """Log-probs (n,) of the positions, or of all, summed over rows (R,); those that `ld_alpha` discounts, if so."""
         if discounted:
+            assert self.ld_alpha is not None
             beyond = batch.beyond_shorter if positions is None else batch.beyond_shorter[positions]
             logp = torch.where(beyond, self.ld_alpha * logp, logp)
         return sum_rows(logp, batch.rows if positions is None else batch.rows[positions], batch.count)

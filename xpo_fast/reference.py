@@ -263,7 +263,8 @@ class CachedReference:
                     _write(paths[i], values[i])
         tables = [v for v in values if v is not None]
         if self.kind == "list":
-            widths = (row_completions(row) for row in dataset)
+            rows: Any = dataset
+            widths = (row_completions(row) for row in rows)
             lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
             return dataset.add_column(COLUMNS["list"][0], lists)  # type: ignore[call-arg]
         table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)

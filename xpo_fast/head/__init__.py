@@ -13,7 +13,7 @@ from . import dense
 from .autograd import token_stats as _token_stats_op
 from .chunked import release_tiles
 from .gather import gather_logps
-from .plan import Plan, choose_backend, tile_size
+from .plan import Plan, check_backend, choose_backend, tile_size
 from .rows import packed_rows, shift_labels, sum_rows
 from .spec import DIFFERENTIABLE, OUTPUTS, Scaling, accumulation_dtype, cast_for_autocast, check_operands
 
@@ -101,7 +101,16 @@ def token_stats(
         found = dense.token_stats(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs)
     else:
         found = _tiled(
-            flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs, plan.tile_tokens
+            flat,
+            weight,
+            bias,
+            flat_targets,
+            ref,
+            scaling,
+            ignore_index,
+            outputs,
+            plan.tile_tokens,
+            plan.backend,
         )
     return TokenStats(**{name: x.view(targets.shape) for name, x in found.items()})
 
@@ -174,6 +183,7 @@ def head_plan(
     unit_tokens: the scored tokens of the longest unit, where a tile should hold whole units.
     """
     chosen = choose_backend(backend, hidden.device)
+    check_backend(chosen, hidden.device)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"expected chunk_tokens of at least 1, got {chunk_tokens}")
     has_ref = bool({"kl", "reverse_kl"} & set(outputs))
@@ -209,6 +219,7 @@ def _tiled(
     ignore_index: int,
     outputs: tuple[str, ...],
     tile_tokens: int,
+    backend: str,
 ) -> dict[str, Tensor]:
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
     save_grad = (
@@ -228,6 +239,7 @@ def _tiled(
         scaling.logit_scale,
         ignore_index,
         tile_tokens,
+        backend,
         ",".join(outputs),
         save_grad,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import chunked
+from .plan import implementation
 from .spec import DIFFERENTIABLE, Scaling
 
 
@@ -42,11 +43,12 @@ def token_stats(
     logit_scale: float,
     ignore_index: int,
     tile_tokens: int,
+    backend: str,
     outputs: str,  # names, comma-separated
     save_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp (N,), lse (N,), the outputs stacked (E, N), ∂logp/∂hidden (N, D) if saved, else (0, D)."""
-    return chunked.forward(
+    return implementation(backend).forward(
         hidden,
         weight,
         bias,
@@ -63,7 +65,7 @@ def token_stats(
 @token_stats.register_fake
 def _(
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, outputs, save_grad,
+    ignore_index, tile_tokens, backend, outputs, save_grad,
 ):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = targets.shape[0]
@@ -86,6 +88,7 @@ def token_stats_backward(
     logit_scale: float,
     ignore_index: int,
     tile_tokens: int,
+    backend: str,
     upstream: list[Tensor],  # (N,) each
     upstream_names: str,
     values: list[Tensor],  # (N,) each
@@ -95,7 +98,7 @@ def token_stats_backward(
     need_bias: bool,
 ) -> list[Tensor]:
     """The gradients that are needed, in the order hidden, weight, bias."""
-    grads = chunked.backward(
+    grads = implementation(backend).backward(
         hidden,
         weight,
         bias,
@@ -115,7 +118,8 @@ def token_stats_backward(
 @token_stats_backward.register_fake
 def _(
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, upstream, upstream_names, values, values_names, need_hidden, need_weight, need_bias,
+    ignore_index, tile_tokens, backend, upstream, upstream_names, values, values_names,
+    need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     wanted = ((need_hidden, hidden), (need_weight, weight), (need_bias, bias))
     return [torch.empty_like(x) for need, x in wanted if need]
@@ -162,12 +166,12 @@ def _backward(
         operands = _backward_frozen(ctx, d_logp, d_lse), None, None
     else:
         operands = _backward_recompute(ctx, d_logp, d_lse, d_extra)
-    return (*operands, *([None] * 11))
+    return (*operands, *([None] * 12))
 
 
 def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> Tensor | None:
     weight, targets, logp, lse, dlogp = ctx.saved_tensors
-    temperature, softcap, logit_scale, ignore_index, _ = ctx.scalars
+    temperature, softcap, logit_scale, ignore_index, *_ = ctx.scalars
     scored = targets != ignore_index
     u, v = (None if d is None else torch.where(scored, d, 0.0) for d in (d_logp, d_lse))
     if v is None:

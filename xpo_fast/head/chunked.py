@@ -1,8 +1,9 @@
-"""The `torch` backend: one tile of logits at a time, GEMMs by torch, everything else in place on the tile.
+"""One tile of logits at a time: the loops that every backend but `dense` shares, and the row operations of `torch`.
 
-A tile is (tile_tokens, V) logits in float32 (float64 for float64 operands), made by one GEMM. The row operations run
-over blocks of a few rows that stay in cache between passes, so that memory is crossed once. They turn logits into
-probabilities and those into dz = ∂L/∂z where they lie; dz goes into the gradient GEMMs and the tile is used again.
+A tile is (tile_tokens, V) logits in float32 (float64 for float64 operands), made by one GEMM of torch's. The row
+operations turn it into statistics and into dz = ∂L/∂(product), which goes into the gradient GEMMs, and the tile is used
+again. They are what backends differ in. Here they are torch's, in place, over blocks of a few rows that stay in cache
+between passes, so that memory is crossed once.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class _Head:
         self.narrow = weight.dtype != self.dtype
         # torch.mm has no float32 result for narrow operands on CPU: widen the weight there, a block at a time.
         self.widen = self.narrow and weight.device.type != "cuda"
+        self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
         self._wide = None
         self._products = _bf16_products if self.widen and weight.dtype == torch.bfloat16 else nullcontext()
 
@@ -96,7 +98,7 @@ class _Head:
     def into_hidden(self, dz: Tensor) -> Tensor:
         """dz W (n, D), 1F, in the accumulation dtype."""
         if self.narrow and not self.widen:
-            return torch.mm(dz.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
+            return torch.mm(dz.to(self.gemm_dtype), self.weight, out_dtype=self.dtype)
         out = dz.new_empty((dz.shape[0], self.width))
         for block, weight in self._weight_blocks():
             with self._products:
@@ -107,7 +109,7 @@ class _Head:
         """out (V, D) = or += dzᵀ h, 1F, in the accumulation dtype."""
         beta = 0 if first else 1
         if self.narrow and not self.widen:
-            torch.addmm(out, dz.to(h.dtype).T, h, beta=beta, out_dtype=self.dtype, out=out)
+            torch.addmm(out, dz.to(self.gemm_dtype).T, h, beta=beta, out_dtype=self.dtype, out=out)
         else:
             with self._products:
                 torch.addmm(out, dz.T, h, beta=beta, out=out)
@@ -232,6 +234,110 @@ def _tile(rows: int, head: _Head) -> Iterator[Tensor]:
 Reference = tuple[Tensor, Tensor, "Tensor | None"]  # hidden (N, Dr), weight (V, Dr), bias (V,)
 
 
+class RowOperations:
+    """What happens to the rows of one tile between its GEMMs; other backends have their own.
+
+    z: (n, V) the products h Wᵀ, overwritten, and so is z_ref, the reference's. y: (n,) the targets. dz is ∂L/∂(product),
+    (n, V), in the dtype of the tile or of the GEMMs; it may lie in the memory of z.
+    """
+
+    def __init__(self, head: _Head, ref_head: _Head | None = None) -> None:
+        self.head, self.ref_head = head, ref_head
+
+    def statistics(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        outputs: Sequence[str],
+        rows: Tensor,  # (2 + len(outputs), n) written: logp, lse, outputs
+        with_dz: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """dz of Σ logp, if wanted, up to a factor a row, by which whatever it is multiplied into is to be divided."""
+        total = torch.empty_like(rows[0])
+        for b in _row_blocks(z):
+            p = z[b]
+            self.head.finish(p)
+            keep = p.clone() if outputs or (with_dz and self.head.scaling.softcap is not None) else None
+            z_y = p.gather(1, y[b].unsqueeze(1)).squeeze(1)
+            largest, log_total, total[b] = _softmax_(p)
+            rows[0, b] = z_y.sub_(largest).sub_(log_total)
+            rows[1, b] = largest + log_total
+            if outputs:
+                assert keep is not None
+                p.div_(total[b].unsqueeze(1))
+                total[b] = 1
+                q = None
+                if z_ref is not None:
+                    assert self.ref_head is not None
+                    q = z_ref[b]
+                    self.ref_head.finish(q)
+                _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
+            if with_dz:
+                _add_at(p, y[b], -total[b])
+                self.head.unfinish(p, keep)
+        return z, -total if with_dz else None
+
+    def gradient(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        u: dict[str, Tensor],  # name of a differentiable output → (n,) ∂L/∂output
+        v: dict[str, Tensor],  # entropy and reverse_kl (n,), where u has them
+    ) -> Tensor:
+        """dz of any function of the differentiable outputs."""
+        extra = set(u) - {"logp", "lse"}
+        for b in _row_blocks(z):
+            p = z[b]
+            self.head.finish(p)
+            keep = p.clone() if extra or self.head.scaling.softcap is not None else None
+            largest, log_total, total = _softmax_(p)
+            factor = p.new_zeros(p.shape[0])
+            if "logp" in u:
+                factor -= u["logp"][b]
+            if "lse" in u:
+                factor += u["lse"][b]
+            if extra:
+                assert keep is not None
+                log_p = keep - (largest + log_total).unsqueeze(1)
+                p.div_(total.unsqueeze(1))
+                _extra_dz_(p, factor, log_p, None if z_ref is None else z_ref[b], self.ref_head, u, v, b)
+            else:
+                p.mul_(factor.div_(total).unsqueeze(1))
+            if "logp" in u:
+                _add_at(p, y[b], u["logp"][b])
+            self.head.unfinish(p, keep)
+        return z
+
+    def scores(self, z: Tensor, y: Tensor, logp: Tensor) -> tuple[Tensor, ...]:
+        """Writes logp (n,); returns what `unit_gradient` will want beside the tile, (n,) each."""
+        lse, total = torch.empty((2, *logp.shape), dtype=logp.dtype, device=logp.device)
+        for b in _row_blocks(z):
+            self.head.finish(z[b])
+            z_y = z[b].gather(1, y[b].unsqueeze(1)).squeeze(1)
+            largest, log_total, total[b] = _softmax_(z[b])
+            logp[b] = z_y.sub_(largest).sub_(log_total)
+            lse[b] = largest + log_total
+        return logp, lse, total
+
+    def unit_gradient(self, z: Tensor, y: Tensor, u: Tensor, known: tuple[Tensor, ...]) -> Tensor:
+        """dz of Σ u·logp of a tile as `scores` left it, with what it returned; u (n,)."""
+        logp, lse, total = known
+        for b in _row_blocks(z):
+            keep = None
+            if self.head.scaling.softcap is not None:
+                keep = self.head.logits_of(z[b].div_(total[b].unsqueeze(1)), y[b], logp[b], lse[b])
+                total[b] = 1
+            z[b].mul_((-u[b] / total[b]).unsqueeze(1))
+            _add_at(z[b], y[b], u[b])
+            self.head.unfinish(z[b], keep)
+        return z
+
+
+MakeRowOperations = Callable[..., RowOperations]  # (head, reference's head or None)
+
+
 def _products(
     head: _Head,
     hidden: Tensor,
@@ -280,6 +386,7 @@ def forward(
     outputs: Sequence[str],
     tile_tokens: int,
     save_grad: bool,
+    operations: MakeRowOperations = RowOperations,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp (N,), lse (N,), the other outputs (len(outputs), N), and ∂logp/∂hidden (N, D), or (0, D) if not saved.
 
@@ -287,6 +394,7 @@ def forward(
     """
     head = _Head(weight, bias, scaling)
     ref_head = None if ref is None else _Head(ref[1], ref[2], scaling)
+    row_operations = operations(head, ref_head)
     index = scored_positions(targets, ignore_index, head.vocab)
     found = torch.zeros((2 + len(outputs), targets.shape[0]), dtype=head.dtype, device=hidden.device)
     dlogp = torch.zeros(
@@ -294,33 +402,14 @@ def forward(
     )
 
     for part, _, z, z_ref in _products(head, hidden, ref_head, ref, index, tile_tokens):
-        y = targets[part]
         rows = torch.empty((found.shape[0], part.shape[0]), dtype=head.dtype, device=hidden.device)
-        total = torch.empty_like(rows[0])
-        for b in _row_blocks(z):
-            p = z[b]
-            head.finish(p)
-            keep = p.clone() if outputs or (save_grad and scaling.softcap is not None) else None
-            z_y = p.gather(1, y[b].unsqueeze(1)).squeeze(1)
-            largest, log_total, total[b] = _softmax_(p)
-            rows[0, b] = z_y.sub_(largest).sub_(log_total)
-            rows[1, b] = largest + log_total
-            if outputs:
-                assert keep is not None
-                p.div_(total[b].unsqueeze(1))
-                total[b] = 1
-                q = None
-                if z_ref is not None:
-                    assert ref_head is not None
-                    q = z_ref[b]
-                    ref_head.finish(q)
-                _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
-            if save_grad:
-                _add_at(p, y[b], -total[b])
-                head.unfinish(p, keep)
+        dz, divisor = row_operations.statistics(z, z_ref, targets[part], outputs, rows, save_grad)
         found[:, part] = rows
         if save_grad:
-            dlogp[part] = head.into_hidden(z).div_(-total.unsqueeze(1)).to(hidden.dtype)
+            d_hidden = head.into_hidden(dz)
+            if divisor is not None:
+                d_hidden.div_(divisor.unsqueeze(1))
+            dlogp[part] = d_hidden.to(hidden.dtype)
     return found[0].clone(), found[1].clone(), found[2:].clone(), dlogp
 
 
@@ -371,39 +460,19 @@ def backward(
     upstream: dict[str, Tensor],  # name of a differentiable output → (N,) ∂L/∂output
     values: dict[str, Tensor],  # entropy and reverse_kl (N,), where upstream has them
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    operations: MakeRowOperations = RowOperations,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by recomputing each tile: 1F, and 1F for hidden, 1F for weight, 1F for a reference."""
     head = _Head(weight, bias, scaling)
     ref_head = None if ref is None else _Head(ref[1], ref[2], scaling)
+    row_operations = operations(head, ref_head)
     index = scored_positions(targets, ignore_index, head.vocab)
     grads = _Gradients(head, hidden, needs, hidden.dtype)
-    extra = set(upstream) - {"logp", "lse"}
 
     for part, h, z, z_ref in _products(head, hidden, ref_head, ref, index, tile_tokens):
-        y = targets[part]
         u = {name: x[part].to(head.dtype) for name, x in upstream.items()}
         v = {name: x[part] for name, x in values.items()}
-        for b in _row_blocks(z):
-            p = z[b]
-            head.finish(p)
-            keep = p.clone() if extra or scaling.softcap is not None else None
-            largest, log_total, total = _softmax_(p)
-            factor = p.new_zeros(p.shape[0])
-            if "logp" in u:
-                factor -= u["logp"][b]
-            if "lse" in u:
-                factor += u["lse"][b]
-            if extra:
-                assert keep is not None
-                log_p = keep - (largest + log_total).unsqueeze(1)
-                p.div_(total.unsqueeze(1))
-                _extra_dz_(p, factor, log_p, None if z_ref is None else z_ref[b], ref_head, u, v, b)
-            else:
-                p.mul_(factor.div_(total).unsqueeze(1))
-            if "logp" in u:
-                _add_at(p, y[b], u["logp"][b])
-            head.unfinish(p, keep)
-        grads.add(z, h, part)
+        grads.add(row_operations.gradient(z, z_ref, targets[part], u, v), h, part)
     return grads.finished()
 
 
@@ -467,7 +536,7 @@ class _Gradients:
         if self.weight is not None:
             self.head.into_weight(dz, h, self.weight, self.first)
         if self.bias is not None:
-            self.bias += dz.sum(dim=0)
+            self.bias += dz.sum(dim=0, dtype=self.bias.dtype)
         self.first = False
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -488,6 +557,7 @@ def unit_gradients(
     tile_tokens: int,
     coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
     needs: tuple[bool, bool, bool],
+    operations: MakeRowOperations = RowOperations,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """logp (N,) and the gradients of a loss that is a sum over units, with the tile still live when u is known.
 
@@ -496,25 +566,18 @@ def unit_gradients(
     one, all tiles but the last are made again: 4F.
     """
     head = _Head(weight, bias, scaling)
+    row_operations = operations(head)
     # A loss scale comes with the backward: until then float16 would lose what is small.
     dtype = head.dtype if hidden.dtype == torch.float16 else hidden.dtype
     grads = _Gradients(head, hidden, needs, dtype)
     logp = torch.zeros(targets.shape, dtype=head.dtype, device=hidden.device)
     longest = max((index.shape[0] for index, _ in groups), default=0)
 
-    def probabilities(part: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """h (n, D), the tile as probabilities (n, V) times their sum, logp, lse and that sum (n,)."""
+    def score(part: Tensor, tile: Tensor, found: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """h (n, D), the tile, and what its row operations want to know of it; found (n,) is given the log-probs."""
         h = head.rows(hidden, part)
-        p = head.logits(h, tile[: part.shape[0]])
-        y = targets[part].unsqueeze(1)
-        found, lse, total = torch.empty((3, *part.shape), dtype=head.dtype, device=hidden.device)
-        for b in _row_blocks(p):
-            head.finish(p[b])
-            z_y = p[b].gather(1, y[b]).squeeze(1)
-            largest, log_total, total[b] = _softmax_(p[b])
-            found[b] = z_y.sub_(largest).sub_(log_total)
-            lse[b] = largest + log_total
-        return h, p, found, lse, total
+        z = head.logits(h, tile[: part.shape[0]])
+        return h, z, row_operations.scores(z, targets[part], found)
 
     with _tile(min(tile_tokens, longest), head) as tile:
         for index, units in groups:
@@ -522,21 +585,11 @@ def unit_gradients(
             scored = torch.empty(index.shape, dtype=head.dtype, device=hidden.device)
             live = None
             for at, part in parts:
-                live = probabilities(part, tile)
-                scored[at] = live[2]
+                live = score(part, tile, scored[at])
             u = coefficients(scored, index, units)
             for at, part in reversed(parts):
-                h, p, found, lse, total = live if live is not None else probabilities(part, tile)
+                h, z, known = live if live is not None else score(part, tile, scored[at])
                 live = None
-                for b in _row_blocks(p):
-                    y = targets[part[b]]
-                    z = None
-                    if scaling.softcap is not None:
-                        z = head.logits_of(p[b].div_(total[b].unsqueeze(1)), y, found[b], lse[b])
-                        total[b] = 1
-                    p[b].mul_((-u[at][b] / total[b]).unsqueeze(1))
-                    _add_at(p[b], y, u[at][b])
-                    head.unfinish(p[b], z)
-                grads.add(p, h, part)
+                grads.add(row_operations.unit_gradient(z, targets[part], u[at], known), h, part)
             logp[index] = scored
     return logp, grads.finished()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .autograd import refuse_double_backward
 from .chunked import _row_blocks, _softmax_
+from .plan import check_backend, choose_backend
 from .spec import Scaling, accumulation_dtype, scored_positions
 
 
@@ -19,10 +21,54 @@ def _blocks(logits: Tensor, index: Tensor):
         yield index[b], logits[index[b]].to(dtype)
 
 
+def _kernels() -> ModuleType:
+    # Not before it is wanted: imports the package triton.
+    from ..kernels import gather  # pyright: ignore[reportMissingImports]
+
+    return gather
+
+
+def _choose_backend(backend: str, logits: Tensor) -> str:
+    """ "torch" or "triton" for logits (N, V); ValueError for a backend that does not exist or cannot run on them."""
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"no backend named {backend!r}; there are auto, torch, triton")
+    chosen = choose_backend(backend, logits.device)
+    if chosen == "torch":
+        return chosen
+    check_backend(chosen, logits.device)
+    if _kernels().supports(logits):
+        return chosen
+    if backend == "auto":
+        return "torch"
+    raise ValueError(
+        "the triton backend takes float32, bfloat16 and float16 logits with stride 1 along V, got "
+        f"{logits.dtype} with strides {logits.stride()}: pass backend='auto'"
+    )
+
+
+def _check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
+    """As `scored_positions`, without waiting for a device."""
+    if targets.device.type == "cpu":
+        scored_positions(targets, ignore_index, vocab)
+    else:
+        fits = (targets == ignore_index) | ((targets >= 0) & (targets < vocab))
+        message = f"a target is outside the vocabulary of {vocab} tokens"
+        torch._assert_async(fits.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+
+
 @torch.library.custom_op("xpo_fast::gather_logps", mutates_args=())
 def _forward(
-    logits: Tensor, targets: Tensor, temperature: float, ignore_index: int, overwrite: bool
-) -> Tensor:
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    ignore_index: int,
+    overwrite: bool,
+    fused: bool = False,  # by the Triton kernels
+) -> tuple[Tensor, Tensor]:
+    """logp (N,), and what the kernels' gradient needs of each row: (2, N), else (2, 0)."""
+    if fused:
+        _check_targets(targets, ignore_index, logits.shape[1])
+        return _kernels().forward(logits, targets, temperature, ignore_index)
     index = scored_positions(targets, ignore_index, logits.shape[1])
     logp = logits.new_zeros(targets.shape, dtype=accumulation_dtype(logits.dtype))
     for at, z in _blocks(logits, index):
@@ -30,18 +76,28 @@ def _forward(
         z_y = z.gather(1, targets[at].unsqueeze(1)).squeeze(1)
         largest, log_total, _ = _softmax_(z)
         logp[at] = z_y - largest - log_total
-    return logp
+    return logp, logp.new_empty((2, 0))
 
 
 @_forward.register_fake
-def _(logits, targets, temperature, ignore_index, overwrite):
-    return logits.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype))
+def _(logits, targets, temperature, ignore_index, overwrite, fused=False):
+    logp = logits.new_empty(targets.shape, dtype=accumulation_dtype(logits.dtype))
+    return logp, logp.new_empty((2, targets.shape[0] if fused else 0))
 
 
 def _write_gradient(
-    logits: Tensor, targets: Tensor, u: Tensor, temperature: float, ignore_index: int, out: Tensor
-):
+    logits: Tensor,
+    targets: Tensor,
+    u: Tensor,
+    temperature: float,
+    ignore_index: int,
+    normaliser: Tensor | None,
+    out: Tensor,
+) -> None:
     """out (N, V) = u (e_y − softmax(logits / temperature)) / temperature; out may be logits."""
+    if normaliser is not None:
+        _kernels().write_gradient(logits, targets, normaliser, u, temperature, ignore_index, out)
+        return
     index = scored_positions(targets, ignore_index, logits.shape[1])
     for at, z in _blocks(logits, index):
         z.div_(temperature)
@@ -53,32 +109,60 @@ def _write_gradient(
 
 
 @torch.library.custom_op("xpo_fast::gather_logps_backward", mutates_args=())
-def _gradient(logits: Tensor, targets: Tensor, u: Tensor, temperature: float, ignore_index: int) -> Tensor:
+def _gradient(
+    logits: Tensor,
+    targets: Tensor,
+    u: Tensor,
+    temperature: float,
+    ignore_index: int,
+    normaliser: Tensor | None = None,  # (2, N), given to the kernels
+) -> Tensor:
     out = torch.empty_like(logits)
-    _write_gradient(logits, targets, u, temperature, ignore_index, out)
+    _write_gradient(logits, targets, u, temperature, ignore_index, normaliser, out)
     return out
 
 
 @_gradient.register_fake
-def _(logits, targets, u, temperature, ignore_index):
+def _(logits, targets, u, temperature, ignore_index, normaliser=None):
     return torch.empty_like(logits)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+@torch.library.custom_op("xpo_fast::gather_logps_overwrite", mutates_args=("logits",))
+def _overwrite(
+    logits: Tensor,
+    targets: Tensor,
+    u: Tensor,
+    temperature: float,
+    ignore_index: int,
+    normaliser: Tensor | None = None,
+) -> None:
+    """The gradient in the logits' memory; an operator, so that autograd and torch.compile see what a kernel writes."""
+    _write_gradient(logits, targets, u, temperature, ignore_index, normaliser, logits)
+
+
+@_overwrite.register_fake
+def _(logits, targets, u, temperature, ignore_index, normaliser=None):
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, targets, *ctx.scalars = inputs
-    ctx.save_for_backward(logits, targets)
+    _, normaliser = output
+    ctx.mark_non_differentiable(normaliser)
+    ctx.save_for_backward(logits, targets, normaliser)
 
 
-def _backward(ctx: Any, u: Tensor) -> tuple:
+def _backward(ctx: Any, u: Tensor, _: Tensor) -> tuple:
     refuse_double_backward("gather_logps")
-    logits, targets = ctx.saved_tensors
-    temperature, ignore_index, overwrite = ctx.scalars
+    logits, targets, normaliser = ctx.saved_tensors
+    temperature, ignore_index, overwrite, fused = ctx.scalars
+    arguments = targets, u, temperature, ignore_index, normaliser if fused else None
     if overwrite:
         out = logits.detach()
-        _write_gradient(out, targets, u, temperature, ignore_index, out)
+        _overwrite(out, *arguments)
     else:
-        out = _gradient(logits, targets, u, temperature, ignore_index)
-    return out, None, None, None, None
+        out = _gradient(logits, *arguments)
+    return out, *[None] * 5
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
@@ -91,12 +175,17 @@ def gather_logps(
     temperature: float = 1.0,
     ignore_index: int = -100,
     overwrite_logits: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """log softmax(logits / temperature)[target], float32, shaped like targets, 0 where ignored.
 
     No float32 copy of the logits is made. Differentiable in logits, once. `overwrite_logits=True` lets the backward
     write the gradient over the logits, which nobody may read afterwards: it saves a tensor of their size, and allows
-    one backward. ValueError for shapes or dtypes that do not fit and (on CPU) a target outside the vocabulary.
+    one backward.
+
+    backend: "torch", which "auto" is, or on CUDA and ROCm "triton", one kernel each way, for float32, bfloat16 or float16
+    logits with stride 1 along V. ValueError for shapes, dtypes or a backend that do not fit and
+    (on CPU) a target outside the vocabulary.
     """
     if not logits.is_floating_point() or logits.dim() < 1 or targets.shape != logits.shape[:-1]:
         raise ValueError(
@@ -109,5 +198,7 @@ def gather_logps(
         raise ValueError(f"logits are on {logits.device} and targets on {targets.device}: move one of them")
     Scaling(float(temperature))
     flat = logits.reshape(-1, logits.shape[-1])
-    logp = _forward(flat, targets.reshape(-1).long(), float(temperature), ignore_index, overwrite_logits)
+    fused = _choose_backend(backend, flat) == "triton"
+    ids = targets.reshape(-1).long()
+    logp, _ = _forward(flat, ids, float(temperature), ignore_index, overwrite_logits, fused)
     return logp.view(targets.shape)

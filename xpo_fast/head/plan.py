@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from .spec import accumulation_dtype
 
-BACKENDS = ("dense", "torch")
-AUTO_REASON = "the one that makes tiles; dense keeps every logit and is there to be compared with"
+BACKENDS = ("dense", "torch", "triton")
+AUTO_REASON = (
+    "it makes tiles, and triton's kernels have not run on a GPU yet; dense is there to be compared with"
+)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Bytes of the one tile of logits (and of a reference's beside it, together) unless the caller says otherwise.
 DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2560 * 2**20}
 
@@ -49,6 +55,30 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"no backend named {backend!r}; there are auto, {', '.join(BACKENDS)}")
     return backend
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """ValueError if a backend cannot run on a device."""
+    if backend != "triton":
+        return
+    if not _HAS_TRITON:
+        raise ValueError("the triton backend needs the package triton: install it, or pass backend='torch'")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"the triton backend runs on GPUs, got operands on {device.type}: move them, or pass backend='torch' "
+            "(to try the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before anything imports triton)"
+        )
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module with the `forward`, `backward` and `unit_gradients` of a backend that makes tiles."""
+    if backend == "triton":
+        from . import triton  # not before it is wanted: imports the package triton
+
+        return triton
+    from . import chunked
+
+    return chunked
 
 
 def tile_size(

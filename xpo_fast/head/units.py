@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked
 from .autograd import refuse_double_backward, scale_saved
+from .plan import choose_backend, implementation
 from .spec import Scaling
 
 Group = tuple[Tensor, Sequence[int]]
@@ -49,10 +49,12 @@ class UnitLoss(torch.autograd.Function):
         tile_tokens: int,
         coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
         total: Callable[[Tensor], Tensor],
+        backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """coefficients(logp (n,), positions (n,), units) → ∂loss/∂logp (n,) for one group; total(logp (N,)) → the loss."""
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        logp, (d_hidden, d_weight, d_bias) = chunked.unit_gradients(
+        head = implementation(choose_backend(backend, hidden.device))
+        logp, (d_hidden, d_weight, d_bias) = head.unit_gradients(
             hidden, weight, bias, targets, scaling, groups, tile_tokens, coefficients, needs
         )
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -67,4 +69,4 @@ class UnitLoss(torch.autograd.Function):
             None if g is None else scale_saved(g, upstream[0]).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*grads, *([None] * 6))
+        return (*grads, *([None] * 7))

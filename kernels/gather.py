@@ -1,0 +1,205 @@
+"""Log-probs of logits that exist, and their gradient: each logit is read once a pass and never widened in memory.
+
+One program a row. The forward keeps a running maximum and a running sum a lane (online softmax) and joins the lanes at
+the end of the row; the backward writes ∂L/∂logits into any buffer, or over the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gates import OPTIONS, Variant
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK, WARPS = 4096, 8
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+# Where a maximum starts from, in place of −∞, so that no difference is ∞ − ∞.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def gather_forward(
+    logits,  # (N, V), rows `stride` apart
+    targets,  # (N,)
+    logp,  # (N,) float32
+    largest,  # (N,) float32: max x
+    log_total,  # (N,) float32: log Σ e^((x − max x) / T)
+    stride,
+    vocab,
+    ignore_index,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """logp = (x_y − max x) / T − log Σ e^((x − max x) / T); 0 in all three outputs of an ignored row."""
+    n = tl.program_id(0)
+    y = tl.load(targets + n)
+    if y == ignore_index:
+        tl.store(logp + n, 0.0)
+        tl.store(largest + n, 0.0)
+        tl.store(log_total + n, 0.0)
+    else:
+        row = logits + n.to(tl.int64) * stride
+        gain = inverse_temperature * _LOG2E
+        lane = tl.arange(0, BLOCK)
+        top = tl.full((BLOCK,), _LOWEST, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            at = start + lane
+            x = tl.load(row + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+            gap = x - top
+            e = tl.exp2(-tl.abs(gap) * gain)  # one exponential, whichever of the two is the larger
+            total = tl.where(gap > 0, total * e + 1.0, total + e)
+            top = tl.maximum(top, x)
+        highest = tl.max(top, axis=0)
+        highest = tl.where(highest == _LOWEST, float("-inf"), highest)  # no finite logit: NaN, as in torch
+        z = tl.log(tl.sum(total * tl.exp2((top - highest) * gain), axis=0))
+        # A target outside the vocabulary reads nothing; the host asserts.
+        x_y = tl.load(row + y, mask=(y >= 0) & (y < vocab), other=float("nan")).to(tl.float32)
+        tl.store(logp + n, (x_y - highest) * inverse_temperature - z)
+        tl.store(largest + n, highest)
+        tl.store(log_total + n, z)
+
+
+@triton.jit
+def gather_backward(
+    logits,  # (N, V), rows `stride` apart
+    targets,  # (N,)
+    largest,  # (N,) float32
+    log_total,  # (N,) float32
+    upstream,  # (N,) float32: u = ∂L/∂logp
+    grad,  # (N, V), rows `grad_stride` apart; may be logits
+    stride,
+    grad_stride,
+    vocab,
+    ignore_index,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """grad = u (e_y − p) / T; an ignored row, or one with u = 0, is not read and gets zeros."""
+    n = tl.program_id(0)
+    y = tl.load(targets + n)
+    u = tl.load(upstream + n) * inverse_temperature
+    out = grad + n.to(tl.int64) * grad_stride
+    lane = tl.arange(0, BLOCK)
+    if (y == ignore_index) | (u == 0):
+        for start in range(0, vocab, BLOCK):
+            at = start + lane
+            tl.store(out + at, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=at < vocab)
+    else:
+        row = logits + n.to(tl.int64) * stride
+        highest = tl.load(largest + n)
+        z = tl.load(log_total + n)
+        column = y.to(tl.int32)
+        for start in range(0, vocab, BLOCK):
+            at = start + lane
+            x = tl.load(row + at, mask=at < vocab, other=0.0).to(tl.float32)
+            p = tl.exp2(((x - highest) * inverse_temperature - z) * _LOG2E)
+            # p_y − 1 before it is rounded: a confident token's gradient is that difference.
+            dx = tl.where(at == column, 1.0 - p, -p) * u
+            tl.store(out + at, dx.to(grad.dtype.element_ty), mask=at < vocab)
+
+
+def supports(logits: Tensor) -> bool:
+    """Whether the kernels take logits (N, V) of this dtype and layout: not float64, no stride along the vocabulary."""
+    return logits.dtype in DTYPES and (logits.stride(1) == 1 or logits.shape[1] == 1)
+
+
+def forward(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,) integer
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """logp (N,) and the normaliser (2, N) that `write_gradient` takes: max x, log Σ e^((x − max x) / T); float32."""
+    n, vocab = logits.shape
+    normaliser = logits.new_empty((2, n), dtype=torch.float32)
+    logp = logits.new_empty((n,), dtype=torch.float32)
+    if n:
+        with torch.cuda.device_of(logits):
+            gather_forward[(n,)](
+                logits,
+                targets.contiguous(),
+                logp,
+                normaliser[0],
+                normaliser[1],
+                logits.stride(0),
+                vocab,
+                ignore_index,
+                1 / temperature,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                **OPTIONS,
+            )
+    return logp, normaliser
+
+
+def write_gradient(
+    logits: Tensor,  # (N, V)
+    targets: Tensor,  # (N,) integer
+    normaliser: Tensor,  # (2, N)
+    u: Tensor,  # (N,)
+    temperature: float,
+    ignore_index: int,
+    out: Tensor,  # (N, V), of any float dtype; may be logits
+) -> None:
+    """out = u (e_y − softmax(logits / temperature)) / temperature."""
+    n, vocab = logits.shape
+    if n:
+        with torch.cuda.device_of(logits):
+            gather_backward[(n,)](
+                logits,
+                targets.contiguous(),
+                normaliser[0],
+                normaliser[1],
+                u.float().contiguous(),
+                out,
+                logits.stride(0),
+                out.stride(0),
+                vocab,
+                ignore_index,
+                1 / temperature,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                **OPTIONS,
+            )
+
+
+def variants() -> Iterator[Variant]:
+    """What `gates` compiles: each dtype, and a vocabulary whose rows are not aligned."""
+    numbers = {"vocab": "i32", "ignore_index": "i32", "inverse_temperature": "fp32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for aligned in (True, False):
+            vectors = ("targets", "logp", "upstream")
+            sizes = ("stride", "grad_stride", "vocab") if aligned else ()
+            representative = dtype == "bf16" and aligned
+            name = f"{dtype}{'' if aligned else ', any V'}"
+            yield Variant(
+                gather_forward,
+                name,
+                {
+                    "logits": f"*{dtype}", "targets": "*i64", "logp": "*fp32", "largest": "*fp32",
+                    "log_total": "*fp32", "stride": "i32", **numbers,
+                },
+                {"BLOCK": BLOCK},
+                divisible=("logits", *vectors, *sizes),
+                num_warps=WARPS,
+                representative=representative,
+            )  # fmt: skip
+            yield Variant(
+                gather_backward,
+                name,
+                {
+                    "logits": f"*{dtype}", "targets": "*i64", "largest": "*fp32", "log_total": "*fp32",
+                    "upstream": "*fp32", "grad": f"*{dtype}", "stride": "i32", "grad_stride": "i32", **numbers,
+                },
+                {"BLOCK": BLOCK},
+                divisible=("logits", "grad", *vectors, *sizes),
+                num_warps=WARPS,
+                representative=representative,
+            )  # fmt: skip

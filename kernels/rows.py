@@ -1,0 +1,375 @@
+"""Everything that the head does to the rows of a tile of products h Wᵀ between its GEMMs, in one kernel.
+
+One program a row. The first read of the row finds, a lane at a time and joined at the end, the largest logit and
+log Σ e^z (online softmax), and with them the statistics; the second read, where there is something to be made of
+probabilities, writes ∂L/∂(product) for the gradient GEMMs and adds up the divergences from a reference's row. Bias,
+scale, softcap and temperature are applied on the fly, in float32. No atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gates import Variant
+
+BLOCK, WARPS = 4096, 16
+
+# In place of −∞, so that differences and their products with sums of exponentials are finite.
+_FLOOR = tl.constexpr(-1e30)
+
+STATISTICS = ("logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1")
+DIFFERENTIABLE = ("logp", "lse", "entropy", "kl", "reverse_kl")
+_NORMALISER = ("largest", "log_total")
+
+
+@triton.jit
+def _tanh(x):
+    # A Padé approximant, right to a rounding below 1, where 1 − e^(−2|x|) would cancel.
+    s = x * x
+    near = (
+        x
+        * (135135.0 + s * (17325.0 + s * (378.0 + s)))
+        / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
+    )
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _logits(products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constexpr):
+    """Final logits at some columns, −∞ beyond the vocabulary, and their derivatives by the products."""
+    inside = at < vocab
+    x = tl.load(products + at, mask=inside, other=0.0)
+    if bias is not None:
+        x += tl.load(bias + at, mask=inside, other=0.0)
+    if SOFTCAP:
+        t = _tanh(x * inner)
+        z = t * ceiling
+        slope = gain * (1.0 - t * t)
+    else:
+        z = x * gain
+        slope = gain
+    return tl.where(inside, z, float("-inf")), slope
+
+
+@triton.jit
+def _joined(top, total):
+    """The largest logit and log Σ e^(z − largest) of a row from its lanes; and what rescales each lane's sum."""
+    largest = tl.max(top, axis=0)
+    share = tl.exp(top - largest)
+    # Without a finite logit: NaN, as in torch.
+    largest = tl.where(largest == _FLOOR, float("-inf"), largest)
+    return largest, tl.log(tl.sum(total * share, axis=0)), share
+
+
+@triton.jit(
+    # Read or written at one element a program: how they are aligned is no reason to compile again.
+    do_not_specialize=[
+        "targets", "logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1", "largest",
+        "log_total", "u_logp", "u_lse", "u_entropy", "u_kl", "u_reverse_kl", "v_entropy", "v_reverse_kl",
+    ]
+)  # fmt: skip
+def row_pass(
+    products,  # (n, V) float32, rows `stride` apart
+    ref_products,  # (n, V) float32, rows `ref_stride` apart, or None
+    bias,  # (V,) float32, or None
+    ref_bias,  # (V,) float32, or None
+    targets,  # (n,) int64
+    # Results, (n,) float32, None where not wanted
+    logp,
+    lse,
+    entropy,
+    kl,  # KL(reference ‖ policy)
+    reverse_kl,  # KL(policy ‖ reference)
+    log_sum_sq_probs,
+    mean_logit,
+    top1,  # 1 or 0
+    largest,  # max z; with GIVEN an input, as is
+    log_total,  # log Σ e^(z − max z)
+    # The gradient: ∂L/∂(product) (n, V), or None; may lie in the rows of the products, also narrower ones (ALIASED)
+    grad,
+    u_logp,  # (n,) float32, ∂L/∂logp, and so on; None where there is none
+    u_lse,
+    u_entropy,
+    u_kl,
+    u_reverse_kl,
+    v_entropy,  # (n,) the statistic itself, where u_entropy is given
+    v_reverse_kl,
+    stride,
+    ref_stride,
+    grad_stride,
+    vocab,
+    gain,  # logit_scale / temperature
+    inner,  # logit_scale / softcap
+    ceiling,  # softcap / temperature
+    SOFTCAP: tl.constexpr,
+    GIVEN: tl.constexpr,
+    ALIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of softmax(z), z the final logits, and the gradient of any function of the differentiable ones.
+
+    ∂logp/∂z = e_y − p; ∂lse/∂z = p; ∂entropy/∂z = −p (log p + entropy); ∂kl/∂z = p − q;
+    ∂reverse_kl/∂z = p (log p − log q − reverse_kl), with p = softmax z and q the reference's.
+    """
+    n = tl.program_id(0)
+    row = products + n.to(tl.int64) * stride
+    y = tl.load(targets + n).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
+    if ref_products is not None:
+        ref_row = ref_products + n.to(tl.int64) * ref_stride
+
+    if GIVEN:
+        m = tl.load(largest + n)
+        log_s = tl.load(log_total + n)
+    else:
+        # Before the first barrier: the gradient may overwrite it.
+        z_y, _slope_y = _logits(row, bias, y, vocab, gain, inner, ceiling, SOFTCAP)
+        top = tl.full((BLOCK,), _FLOOR, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top)
+        weighted = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top) (z − top)
+        squares = tl.zeros((BLOCK,), tl.float32)  # Σ e^(2 (z − top))
+        plain = tl.zeros((BLOCK,), tl.float32)  # Σ z
+        ref_top = tl.full((BLOCK,), _FLOOR, tl.float32)
+        ref_total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            at = start + lane
+            z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP)
+            if mean_logit is not None:
+                plain += tl.where(at < vocab, z, 0.0)
+            z = tl.where(z < _FLOOR, _FLOOR, z)  # not maximum, which would drop a NaN
+            gap = z - top
+            rises = gap > 0
+            e = tl.exp(-tl.abs(gap))  # one exponential, whichever of the two is the larger
+            if entropy is not None:
+                weighted = tl.where(rises, e * (weighted - gap * total), weighted + e * gap)
+            if log_sum_sq_probs is not None:
+                squares = tl.where(rises, e * e * squares + 1.0, squares + e * e)
+            total = tl.where(rises, total * e + 1.0, total + e)
+            top = tl.maximum(top, z)
+            if ref_products is not None:
+                z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP)
+                z = tl.where(z < _FLOOR, _FLOOR, z)
+                gap = z - ref_top
+                e = tl.exp(-tl.abs(gap))
+                ref_total = tl.where(gap > 0, ref_total * e + 1.0, ref_total + e)
+                ref_top = tl.maximum(ref_top, z)
+
+        m, log_s, share = _joined(top, total)
+        if ref_products is not None:
+            ref_m, ref_log_s, _ref_share = _joined(ref_top, ref_total)
+        if logp is not None:
+            tl.store(logp + n, z_y - m - log_s)
+        if top1 is not None:
+            tl.store(top1 + n, (z_y >= m).to(tl.float32))
+        if lse is not None:
+            tl.store(lse + n, m + log_s)
+        if largest is not None:
+            tl.store(largest + n, m)
+            tl.store(log_total + n, log_s)
+        if entropy is not None:
+            gaps = tl.sum(share * (weighted + (top - m) * total), axis=0)
+            tl.store(entropy + n, log_s - gaps * tl.exp(-log_s))
+        if log_sum_sq_probs is not None:
+            tl.store(log_sum_sq_probs + n, tl.log(tl.sum(share * share * squares, axis=0)) - 2.0 * log_s)
+        if mean_logit is not None:
+            tl.store(mean_logit + n, tl.sum(plain, axis=0) / vocab)
+
+    if kl is not None or reverse_kl is not None or grad is not None:
+        sum_kl = tl.zeros((BLOCK,), tl.float32)
+        sum_reverse = tl.zeros((BLOCK,), tl.float32)
+        if grad is not None:
+            out = grad + n.to(tl.int64) * grad_stride
+            factor = 0.0  # of p
+            if u_logp is not None:
+                ul = tl.load(u_logp + n)
+                factor -= ul
+            if u_lse is not None:
+                factor += tl.load(u_lse + n)
+            if u_kl is not None:
+                uk = tl.load(u_kl + n)
+                factor += uk
+            if u_entropy is not None:
+                ue = tl.load(u_entropy + n)
+                factor -= ue * tl.load(v_entropy + n)
+            if u_reverse_kl is not None:
+                ur = tl.load(u_reverse_kl + n)
+                factor -= ur * tl.load(v_reverse_kl + n)
+        for start in range(0, vocab, BLOCK):
+            at = start + lane
+            z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP)
+            log_p = (z - m) - log_s
+            p = tl.exp(log_p)
+            if ref_products is not None:
+                z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP)
+                log_q = (z - ref_m) - ref_log_s
+                q = tl.exp(log_q)
+                # 0·∞ = 0 for tokens that a bias of −∞ rules out.
+                if kl is not None:
+                    sum_kl += tl.where(q == 0, 0.0, q * (log_q - log_p))
+                if reverse_kl is not None:
+                    sum_reverse += tl.where(p == 0, 0.0, p * (log_p - log_q))
+            if grad is not None:
+                dz = p * factor
+                if u_entropy is not None:
+                    dz -= tl.where(p == 0, 0.0, p * ue * log_p)
+                if u_reverse_kl is not None:
+                    dz += tl.where(p == 0, 0.0, p * ur * (log_p - log_q))
+                if u_kl is not None:
+                    dz -= q * uk
+                if u_logp is not None:
+                    # p_y − 1 before it is rounded: a confident token's gradient is that difference.
+                    dz += tl.where(at == y, ul, 0.0)
+                dz *= slope
+                if ALIASED:
+                    # A narrow gradient takes the place of logits further left, which the row's other warps may not have
+                    # read yet. The sum is over all of them, so a store that depends on it comes after their loads.
+                    dz = tl.where(tl.sum(p, axis=0) >= 0, dz, float("nan"))
+                tl.store(out + at, dz.to(grad.dtype.element_ty), mask=at < vocab)
+        if kl is not None:
+            tl.store(kl + n, tl.sum(sum_kl, axis=0))
+        if reverse_kl is not None:
+            tl.store(reverse_kl + n, tl.sum(sum_reverse, axis=0))
+
+
+def inside(products: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, V) of a dtype in the memory of the products (n, V), each row at the start of its row."""
+    return products.view(dtype)[:, : products.shape[1]]
+
+
+def _block(names: Iterable[str]) -> int:
+    """Columns at a time: what statistics add up is kept in registers."""
+    return BLOCK if set(names) <= {"logp", "lse", *_NORMALISER} else BLOCK // 2
+
+
+def _warps(block: int) -> int:
+    return max(1, min(WARPS, block // 128))
+
+
+def run(
+    products: Tensor,  # (n, V) float32, h Wᵀ
+    targets: Tensor,  # (n,) int64
+    *,
+    bias: Tensor | None = None,  # (V,) float32
+    ref_products: Tensor | None = None,  # (n, V) float32
+    ref_bias: Tensor | None = None,  # (V,) float32
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    out: Mapping[str, Tensor] | None = None,  # statistic, largest or log_total → (n,) float32, written
+    upstream: Mapping[str, Tensor] | None = None,  # differentiable statistic → (n,) ∂L/∂statistic
+    values: Mapping[str, Tensor] | None = None,  # entropy, reverse_kl (n,) where upstream has them
+    normaliser: tuple[Tensor, ...] | None = None,  # largest and log_total (n,) of an earlier call
+    grad: Tensor | None = None,  # (n, V) written
+) -> None:
+    """Read the rows of a tile, once or twice; write the statistics in `out` and, given `grad`, ∂L/∂products.
+
+    grad may be the products themselves, `inside(products, dtype)`, or memory of its own, of any float dtype. With the
+    normaliser given, the gradient takes one read.
+    """
+    out, upstream, values = dict(out or {}), dict(upstream or {}), values or {}
+    if normaliser is not None:
+        assert not out and ref_products is None
+        out.update(zip(_NORMALISER, normaliser))
+    assert set(out) <= {*STATISTICS, *_NORMALISER} and set(upstream) <= set(DIFFERENTIABLE)
+    assert ("largest" in out) == ("log_total" in out)
+    assert ref_products is not None or not {"kl", "reverse_kl"} & {*out, *upstream}
+    vectors = (*out.values(), *upstream.values(), *values.values())
+    for x in (products, *(t for t in (bias, ref_products, ref_bias) if t is not None), *vectors):
+        assert (x.dtype == torch.float32 and x.stride(-1) == 1) or x.numel() <= 1, (x.dtype, x.stride())
+    n, vocab = products.shape
+    if n == 0:
+        return
+    aliased = grad is not None and grad.data_ptr() == products.data_ptr() and grad.dtype != products.dtype
+    if grad is not None and aliased:
+        assert grad.itemsize < 4 and grad.stride(0) * grad.itemsize == products.stride(0) * 4
+    block = min(_block({*out, *upstream}), triton.next_power_of_2(vocab))
+    with torch.cuda.device_of(products):
+        row_pass[(n,)](
+            products,
+            ref_products,
+            bias,
+            ref_bias,
+            targets,
+            *(out.get(name) for name in (*STATISTICS, *_NORMALISER)),
+            grad,
+            *(upstream.get(name) for name in DIFFERENTIABLE),
+            values.get("entropy"),
+            values.get("reverse_kl"),
+            products.stride(0),
+            0 if ref_products is None else ref_products.stride(0),
+            0 if grad is None else grad.stride(0),
+            vocab,
+            logit_scale / temperature,
+            0.0 if softcap is None else logit_scale / softcap,
+            0.0 if softcap is None else softcap / temperature,
+            SOFTCAP=softcap is not None,
+            GIVEN=normaliser is not None,
+            ALIASED=aliased,
+            BLOCK=block,
+            num_warps=_warps(block),
+            enable_fp_fusion=False,  # the target's logit and the largest are compared: rounded alike
+        )
+
+
+def variants() -> Iterator[Variant]:
+    """What `gates` compiles: what the head asks for, with everything that can be done to logits and with nothing."""
+    some = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
+    both = ("kl", "reverse_kl")
+    cases = (  # name, statistics out, upstream, dtype of the gradient, normaliser given
+        ("log-probs", ("logp", "lse"), (), None, False),
+        ("log-probs and their gradient", ("logp", "lse"), ("logp",), "bf16", False),
+        ("log-probs of units", ("logp", *_NORMALISER), (), None, False),
+        ("gradient of units", _NORMALISER, ("logp",), "bf16", True),
+        ("gradient of units, float32", _NORMALISER, ("logp",), "fp32", True),
+        ("gradient of units, float16", _NORMALISER, ("logp",), "fp16", True),
+        ("statistics", ("logp", "lse", *some), (), None, False),
+        ("statistics and gradient", ("logp", "lse", *some[1:]), ("logp",), "bf16", False),
+        ("divergences", ("logp", "lse", *some, *both), (), None, False),
+        ("gradient", (), ("logp", "lse"), "bf16", False),
+        ("gradient of entropy", (), ("logp", "lse", "entropy"), "bf16", False),
+        ("gradient of divergences", (), DIFFERENTIABLE, "bf16", False),
+    )
+    for name, out, upstream, dtype, given in cases:
+        ref = bool({*both} & {*out, *upstream})
+        for everything, aligned in ((True, True), (False, True), (False, False)):
+            wanted = {
+                "products": True,
+                "ref_products": ref,
+                "bias": everything,
+                "ref_bias": everything and ref,
+                **{s: s in out for s in (*STATISTICS, *_NORMALISER)},
+                **{f"u_{s}": s in upstream for s in DIFFERENTIABLE},
+                **{f"v_{s}": s in upstream for s in ("entropy", "reverse_kl")},
+            }
+            signature = {x: "*fp32" for x, there in wanted.items() if there} | {"targets": "*i64"}
+            nothing: dict[str, object] = {x: None for x, there in wanted.items() if not there}
+            if dtype is None:
+                nothing["grad"] = None
+            else:
+                signature["grad"] = f"*{dtype}"
+            sizes = ("stride", "ref_stride", "grad_stride", "vocab")
+            signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
+            tiles = ("products", "ref_products", "bias", "ref_bias", "grad")
+            block = _block({*out, *upstream})
+            yield Variant(
+                row_pass,
+                name + (", softcap and bias" if everything else "") + ("" if aligned else ", any V"),
+                signature,
+                {
+                    **nothing,
+                    "SOFTCAP": everything,
+                    "GIVEN": given,
+                    "ALIASED": dtype in ("bf16", "fp16"),
+                    "BLOCK": block,
+                },
+                divisible=(*tiles, *(sizes if aligned else ())),
+                num_warps=_warps(block),
+                representative=everything and name in ("log-probs and their gradient", "divergences"),
+            )

@@ -1,0 +1,491 @@
+"""The `triton` backend and its row kernel against float64, and against what the other backends are tested by.
+
+Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted on
+the CPU, and, those that can, on a GPU where there is one. The interpreter rounds to bfloat16 by cutting off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import oracle
+import test_compile
+import test_head
+import test_objective
+import xpo_fast as xf
+from xpo_fast.head.plan import choose_backend
+from xpo_fast.head.spec import Scaling
+from xpo_fast.head.units import UnitLoss, pack
+
+# NumPy's, in the interpreter; the last of Triton 3.6, which needs NumPy < 2.4 there.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone"
+)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="of operands on the CPU")
+
+
+def run_checks(**environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-o", "python_functions=check_*", __file__]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+def test_in_the_interpreter():
+    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
+def test_on_a_gpu():
+    run_checks()
+
+
+def test_choice(monkeypatch):
+    """`auto` never interprets; where the kernels cannot run, a ValueError says what to do."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for interpret in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        assert choose_backend("auto", cpu) == "torch"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    arguments = (torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100]))
+    monkeypatch.setattr("xpo_fast.head.plan._HAS_TRITON", True)
+    assert choose_backend("auto", cuda) == "torch"  # until the kernels have run on a GPU
+    with pytest.raises(
+        ValueError, match="runs on GPUs, got operands on cpu: move them, or pass backend='torch'"
+    ):
+        xf.token_logps(*arguments, backend="triton")
+    objective = xf.Objective("sft", backend="triton")  # which does not know the device yet
+    with pytest.raises(ValueError, match="runs on GPUs"):
+        objective(torch.zeros(2, 3, 4), arguments[1], torch.zeros(2, 3, dtype=torch.long))
+    monkeypatch.setattr("xpo_fast.head.plan._HAS_TRITON", False)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        xf.token_logps(*arguments, backend="triton")
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+# (n, V), in blocks of 128
+TILES = {
+    "one token": (1, 7),
+    "two-word vocabulary": (2, 2),
+    "a block": (3, 128),
+    "a block and one": (2, 129),
+    "ragged blocks": (3, 300),
+    "none": (0, 5),
+}
+HEADS = test_head.HEADS
+STATISTICS = ("logp", "lse", *test_head.STATS)
+DIFFERENTIABLE = test_head.DIFFERENTIABLE
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Blocks so small that a short row has several; and no warning of what IEEE arithmetic defines."""
+    if INTERPRETED or DEVICE == "cuda":
+        monkeypatch.setattr("xpo_fast.kernels.rows.BLOCK", 128)
+    with np.errstate(all="ignore"):
+        yield
+
+
+def tile(shape, head="everything", scale=3.0):
+    """products, their reference's, targets, and everything that is done to them: for the kernel and for the oracle."""
+    n, vocab = shape
+    with_bias, options = HEADS[head]
+    names = ("products", "ref_products", "bias", "ref_bias")
+    shapes = ((n, vocab), (n, vocab), (vocab,), (vocab,))
+    tensors = {
+        name: oracle.normal(*s, seed=k, std=scale if k < 2 else 1.0, dtype=torch.float32)
+        for k, (name, s) in enumerate(zip(names, shapes, strict=True))
+        if with_bias or "bias" not in name
+    }
+    return tensors, oracle.tokens((n,), vocab, 0.0), options
+
+
+def on_device(tensors):
+    return {name: x.to(DEVICE, copy=True) for name, x in tensors.items()}
+
+
+def oracle_of(tensors, targets, options):
+    """The statistics as functions of the products: the head is the identity."""
+    products = tensors["products"].double().requires_grad_()
+    found = oracle.stats(
+        products,
+        torch.eye(products.shape[1], dtype=torch.float64),
+        targets,
+        bias=tensors["bias"].double() if "bias" in tensors else None,
+        ref_hidden=tensors["ref_products"].double(),
+        ref_weight=torch.eye(products.shape[1], dtype=torch.float64),
+        ref_bias=tensors["ref_bias"].double() if "bias" in tensors else None,
+        **options,
+    )
+    return found, products
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def kernel_of(tensors):
+    from xpo_fast.kernels import rows
+
+    tensors = on_device(tensors)
+    return rows, tensors.pop("products"), tensors
+
+
+@pytest.mark.parametrize("wanted", [*STATISTICS, STATISTICS], ids=str)
+def check_each_statistic(wanted):
+    """Alone and with all others, over several blocks."""
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    tensors, targets, options = tile(TILES["ragged blocks"])
+    rows, products, others = kernel_of(tensors)
+    if not {"kl", "reverse_kl"} & set(wanted):
+        others = {k: x for k, x in others.items() if not k.startswith("ref")}
+    out = {name: poisoned(len(targets)) for name in wanted}
+    rows.run(products, targets.to(DEVICE), out=out, **others, **options)
+    want, _ = oracle_of(tensors, targets, options)
+    for name in wanted:
+        assert_close(out[name].cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5)
+    assert_close(products.cpu(), tensors["products"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "head"), [(s, "everything") for s in TILES] + [("ragged blocks", h) for h in HEADS]
+)
+def check_tile(shape, head):
+    """All statistics, then the gradient of all that have one, in place, to the last element."""
+    n, vocab = TILES[shape]
+    tensors, targets, options = tile((n, vocab), head)
+    rows, products, others = kernel_of(tensors)
+    out = {name: poisoned(n) for name in STATISTICS}
+    rows.run(products, targets.to(DEVICE), out=out, **others, **options)
+    want, leaf = oracle_of(tensors, targets, options)
+    for name in STATISTICS:
+        assert_close(out[name].cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5)
+    u = {name: oracle.normal(n, seed=9 + k) for k, name in enumerate(DIFFERENTIABLE)}
+    sum((want[name] * u[name]).sum() for name in DIFFERENTIABLE).backward()
+    upstream = on_device({name: x.float() for name, x in u.items()})
+    values = {name: out[name] for name in ("entropy", "reverse_kl")}
+    rows.run(
+        products, targets.to(DEVICE), upstream=upstream, values=values, grad=products, **others, **options
+    )
+    assert n == 0 or oracle.error(products.cpu(), leaf.grad) < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("head", ["plain", "everything"])
+def check_each_gradient(name, head):
+    tensors, targets, options = tile(TILES["ragged blocks"], head)
+    rows, products, others = kernel_of(tensors)
+    if "kl" not in name:
+        others = {k: x for k, x in others.items() if not k.startswith("ref")}
+    want, leaf = oracle_of(tensors, targets, options)
+    u = oracle.normal(len(targets), seed=9)
+    (want[name] * u).sum().backward()
+    values = {name: want[name].detach().float().to(DEVICE)} if name in ("entropy", "reverse_kl") else {}
+    grad = poisoned(*products.shape)
+    upstream = {name: u.float().to(DEVICE)}
+    rows.run(products, targets.to(DEVICE), upstream=upstream, values=values, grad=grad, **others, **options)
+    assert oracle.error(grad.cpu(), leaf.grad) < 1e-5
+    assert_close(products.cpu(), tensors["products"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["two reads", "normaliser given"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def check_gradient_in_the_memory_of_the_tile(dtype, given):
+    """Statistics and a gradient in the GEMMs' dtype over the products: the same bits as beside them."""
+    tensors, targets, options = tile(TILES["ragged blocks"])
+    rows, products, others = kernel_of({k: x for k, x in tensors.items() if not k.startswith("ref")})
+    n, vocab = products.shape
+    memory = torch.cat([products, poisoned(1, vocab)])  # the row after the tile's last must stay as it is
+    u = oracle.normal(n, seed=9, dtype=torch.float32)
+    out = {name: poisoned(n) for name in ("logp", "lse", "entropy")}
+    normaliser = None
+    if given:
+        normaliser = poisoned(n), poisoned(n)
+        first = dict(zip(("largest", "log_total"), normaliser, strict=True))
+        rows.run(products, targets.to(DEVICE), out={**first, **out}, **others, **options)
+    grads = []
+    for z, grad in (
+        (products, poisoned(n, vocab, dtype=dtype)),
+        (memory[:n], rows.inside(memory[:n], dtype)),
+    ):
+        rows.run(
+            z,
+            targets.to(DEVICE),
+            out={} if given else out,
+            upstream={"logp": u.to(DEVICE)},
+            normaliser=normaliser,
+            grad=grad,
+            **others,
+            **options,
+        )
+        grads.append(grad.float().cpu())
+    want, leaf = oracle_of(tensors, targets, options)
+    (want["logp"] * u).sum().backward()
+    for name, x in out.items():
+        assert_close(x.cpu().double(), want[name], atol=2e-5, rtol=1e-5)
+    assert_close(grads[1], grads[0], rtol=0, atol=0)
+    assert oracle.error(grads[0], leaf.grad) < {torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
+    assert memory[n].isnan().all()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["two reads", "normaliser given"])
+def check_confident_tokens(given):
+    """1 − p_y is what is rounded: right to bfloat16 where p_y is 0.9999."""
+    products = torch.zeros(3, 40)
+    targets = torch.tensor([0, 17, 39])
+    products[torch.arange(3), targets] = torch.tensor([9.0, 11.0, 13.0])
+    rows, z, _ = kernel_of({"products": products})
+    out = {"largest": poisoned(3), "log_total": poisoned(3)}
+    rows.run(z, targets.to(DEVICE), out=out)
+    grad = poisoned(3, 40, dtype=torch.bfloat16)
+    one = {"logp": torch.ones(3, device=DEVICE)}
+    normaliser = tuple(out.values()) if given else None
+    rows.run(z, targets.to(DEVICE), upstream=one, normaliser=normaliser, grad=grad)
+    found = grad.cpu()[torch.arange(3), targets].double()
+    want = 1 - products.double().softmax(1)[torch.arange(3), targets]
+    assert_close(found, want, rtol=2**-7, atol=0)
+
+
+def check_logits_out_of_the_ordinary():
+    """Huge, all alike, one alone, a lane that starts with −∞, rising all along the row; NaN stays with its row."""
+    inf, vocab = float("inf"), 270
+    products = oracle.normal(7, vocab, seed=1, dtype=torch.float32)
+    products[0] *= 1e4
+    products[1] = -3.0
+    products[2] = torch.where(torch.arange(vocab) == 203, 2.0, -inf)
+    products[3, :130] = -inf
+    products[4] = torch.arange(vocab) * 2.0
+    products[5] = -torch.arange(vocab) * 2.0
+    products[6, 240] = float("nan")
+    targets = torch.tensor([1, 2, 203, 175, 269, 269, 3])
+    names = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1")
+    rows, z, _ = kernel_of({"products": products})
+    out = {name: poisoned(7) for name in names}
+    rows.run(z, targets.to(DEVICE), out=out, upstream={"logp": torch.ones(7, device=DEVICE)}, grad=z)
+    p = products[:6].double().softmax(1)
+    log_p = products[:6].double().log_softmax(1)
+    want = {
+        "logp": log_p.gather(1, targets[:6, None])[:, 0],
+        "lse": products[:6].double().logsumexp(1),
+        "entropy": -oracle.expectation(p, log_p),
+        "log_sum_sq_probs": p.square().sum(1).log(),
+        "mean_logit": products[:6].double().mean(1),
+        "top1": torch.tensor([bool(products[i].max() == products[i, targets[i]]) for i in range(6)]),
+    }
+    for name in names:
+        found = out[name].cpu().double()
+        assert_close(found[:6], want[name].double(), atol=2e-5, rtol=1e-6)
+        assert found[6].isnan() or name == "top1"
+    one_hot = torch.nn.functional.one_hot(targets[:6], vocab)
+    assert_close(z[:6].cpu().double(), one_hot - p, atol=1e-6, rtol=0)
+    assert z[6].isnan().all()
+
+
+def check_softcap_is_precise():
+    """tanh without cancellation near zero, and flat far away."""
+    x = torch.cat([torch.logspace(-6, 3, 60), -torch.logspace(-6, 3, 60), torch.zeros(1)])[None]
+    rows, z, _ = kernel_of({"products": x})
+    out = {"logp": poisoned(1), "mean_logit": poisoned(1)}
+    for y in range(0, 121, 7):
+        rows.run(z, torch.tensor([y], device=DEVICE), out=out, softcap=30.0, temperature=0.5)
+        want = 60 * torch.tanh(x.double() / 30)
+        assert_close(out["logp"].cpu().double(), want.log_softmax(1)[:, y], atol=1e-5, rtol=1e-6)
+
+
+def check_full_blocks(monkeypatch):
+    """At the width that GPUs are given, with many warps on a row; again, for the same bits."""
+    monkeypatch.setattr("xpo_fast.kernels.rows.BLOCK", 4096)
+    n = 2 if INTERPRETED else 300
+    tensors, targets, options = tile((n, 4096 + 1000))
+    rows, products, others = kernel_of(tensors)
+    targets_on, one = targets.to(DEVICE), {"logp": torch.ones(n, device=DEVICE)}
+    want, _ = oracle_of(tensors, targets, options)
+    for _ in range(2):
+        out = {name: poisoned(n) for name in STATISTICS}
+        rows.run(products, targets_on, out=out, **others, **options)
+        for name in STATISTICS:
+            assert_close(out[name].cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5)
+    others = {k: x for k, x in others.items() if not k.startswith("ref")}
+    beside = poisoned(*products.shape, dtype=torch.bfloat16)
+    rows.run(products, targets_on, upstream=one, grad=beside, **others, **options)
+    within = rows.inside(products, torch.bfloat16)
+    rows.run(products, targets_on, upstream=one, grad=within, **others, **options)
+    assert_close(within, beside, rtol=0, atol=0)
+
+
+# --- the backend -----------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "head", "learn"),
+    [(s, "everything", "trainable") for s in test_head.SHAPES if s not in ("primes", "row blocks")]
+    + [("primes", h, "frozen") for h in HEADS]
+    + [("primes", "plain", "trainable"), ("primes", "everything", "bias only")],
+)
+def check_logps(shape, head, learn):
+    test_head.test_logps(shape, head, learn, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "head", "ref", "learn"),
+    [
+        ("one token", "everything", "same head", "frozen"),
+        ("all ignored", "everything", "same head", "trainable"),
+    ]
+    + [("tile of one", h, "own head", "trainable") for h in HEADS]
+    + [("tile of one", "everything", "own head", learn) for learn in ("frozen", "bias only")],
+)
+def check_stats(shape, head, ref, learn):
+    test_head.test_stats(shape, head, ref, learn, "triton")
+
+
+STATS = {"outputs": test_head.STATS}
+EDGES = [
+    (test_head.test_huge_logits, {"learn": "frozen"}),
+    (test_head.test_padded_vocabulary, {"learn": "trainable"}),
+    (test_head.test_ruled_out_by_the_policy_alone, {}),
+    (test_head.test_nothing_at_an_ignored_position_is_read, {"learn": "trainable", **STATS}),
+    (test_head.test_a_scored_nan_stays_with_its_token, {"learn": "frozen"}),
+    (test_head.test_a_scored_nan_stays_with_its_token, {"learn": "trainable"}),
+    (test_head.test_no_scored_token, {"learn": "frozen", "shape": (3, 4)}),
+    (test_head.test_no_scored_token, {"learn": "trainable", "shape": (0,)}),
+    (test_head.test_operands_as_they_come, {}),
+    (test_head.test_autocast, {"learn": "trainable"}),
+    # float64: torch's operations
+    (test_head.test_gradcheck, {"learn": "trainable", "outputs": ("entropy", "kl", "reverse_kl")}),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("test", "options"), EDGES, ids=[test.__name__ for test, _ in EDGES])
+def check_edges(test, options):
+    test(backend="triton", **options)
+
+
+@pytest.mark.parametrize("learn", ["nothing", "frozen", "trainable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def check_on_the_device(dtype, learn):
+    """Log-probs and gradients of operands in their own dtype, with tiles that end anywhere."""
+    operands, targets, chunk = test_head.problem("primes", True, dtype, learn)
+    options = {"softcap": 5.0, "temperature": 0.7}
+    want, wide = test_head.expected(operands, targets, options)
+    on = [x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in operands]
+    logp = xf.token_logps(
+        on[0], on[1], targets.to(DEVICE), bias=on[2], chunk_tokens=chunk, backend="triton", **options
+    )
+    assert_close(logp.cpu().double(), want["logp"], atol=2e-5 if dtype == torch.float32 else 1e-3, rtol=0)
+    if learn == "nothing":
+        return
+    logp.sum().backward()
+    want["logp"].sum().backward()
+    for x, y in zip(operands, on, strict=True):
+        x.grad = None if y.grad is None else y.grad.cpu()
+    # Products and dz are rounded, then the result.
+    test_head.check_gradients(operands, wide, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile_tokens", [64, 8, 3])
+def check_units(tile_tokens, dtype):
+    """A loss of whole units while their tile is live, some of them longer than the tile."""
+    operands, targets, _ = test_head.problem("primes", True, dtype)
+    index = (targets != oracle.IGNORE).nonzero()[:, 0]
+    lengths = [5, 0, 3, len(index) - 8]
+    unit = torch.full(targets.shape, 4).index_put(
+        (index,), torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    )
+    options = {"softcap": 5.0, "temperature": 0.7}
+
+    def total(logp, some=range(4), at=slice(None)):
+        sums = torch.stack([logp[unit.to(logp.device)[at] == k].sum() for k in some])
+        return torch.nn.functional.softplus(-0.1 * sums).sum()
+
+    def coefficients(logp, positions, units):
+        with torch.enable_grad():
+            leaf = logp.detach().requires_grad_()
+            return torch.autograd.grad(total(leaf, units, positions), leaf)[0]
+
+    on = [x.detach().to(DEVICE).requires_grad_() for x in operands]
+    groups = pack(index.to(DEVICE), lengths, tile_tokens)
+    loss, logp = UnitLoss.apply(
+        on[0],
+        on[1],
+        on[2],
+        targets.to(DEVICE),
+        Scaling(**options),
+        groups,
+        tile_tokens,
+        coefficients,
+        total,
+        "triton",
+    )
+    want, wide = test_head.expected(operands, targets, options)
+    assert_close(logp.cpu().double(), want["logp"], atol=2e-5 if dtype == torch.float32 else 1e-3, rtol=0)
+    loss.backward()
+    total(want["logp"]).backward()
+    for x, y in zip(operands, on, strict=True):
+        x.grad = y.grad.cpu()
+    test_head.check_gradients(operands, wide, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
+@interpreted
+@pytest.mark.parametrize("outputs", ["", "entropy,kl,reverse_kl,top1"])
+def check_operator(outputs):
+    """Schema, fake tensors, autograd registration and AOT dispatch."""
+    arguments = test_compile.head_arguments(trainable=bool(outputs), outputs=outputs, save_grad=not outputs)
+    arguments = ["triton" if isinstance(x, str) and x == "torch" else x for x in arguments]
+    torch.library.opcheck(torch.ops.xpo_fast.token_stats.default, arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize("name", ["dpo", "simpo", "kto", "token_dpo", "grpo"])
+def check_objective(name, learn, monkeypatch):
+    """A method by log-ratios, by mean log-probs, by rows, by a divergence, by tokens."""
+    calls = []
+    from xpo_fast.kernels import rows
+
+    run = rows.run
+    monkeypatch.setattr("xpo_fast.kernels.rows.run", lambda *a, **k: (calls.append(k), run(*a, **k)))
+    method = xf.METHODS[name]
+    targets = test_objective.targets_of()
+    columns, ref = test_objective.given_to(method, len(targets))
+    hyper = test_objective.hyper_of(method)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("dense", torch.float64)):
+        hidden, weight, bias = test_objective.operands(learn, dtype)
+        out = xf.Objective(name, backend=backend, tile_bytes=16 * test_objective.VOCAB * 4, **hyper)(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            **{k: x.to(dtype) for k, x in ref.items()},
+            **{k: x.to(dtype) if x.is_floating_point() else x for k, x in columns.items()},
+        )
+        out.loss.backward()
+        results.append((out.loss.detach(), *(x.grad for x in (hidden, weight, bias) if x.requires_grad)))
+    assert calls
+    (loss, *grads), (want, *wanted) = results
+    assert_close(loss.double(), want, atol=1e-5, rtol=1e-5)
+    for x, y in zip(grads, wanted, strict=True):
+        assert oracle.error(x, y) < 2e-5
