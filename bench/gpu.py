@@ -216,7 +216,7 @@ def make_cce(task: Task, device: torch.device) -> Contender | None:
     if device.type == "cpu":
         raise Missing("Cut Cross-Entropy needs a GPU")
     try:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise Missing(
             f"Cut Cross-Entropy does not import ({error}): pip install cut-cross-entropy"
