@@ -1188,6 +1188,7 @@ def test_lists_side_by_side(rows, last, multiple):
         layout += [*listed, *[None] * (longest - len(listed)), *[rejected] * last]
     batch = Collator(EOS, "list", pad_to_multiple_of=multiple)(rows)
     scores = batch.pop("scores")
+    assert batch.pop("list_lengths").tolist() == [len(row["completions_ids"]) for row in rows]
     there = [r for r, row in enumerate(layout) if row]
     check_rows({name: value[there] for name, value in batch.items()}, [layout[r] for r in there], multiple)
     missing = [r for r, row in enumerate(layout) if not row]
@@ -1248,7 +1249,8 @@ def test_lists_by_hand():
     ]
     expected = torch.tensor([[1.0, 0.1, -3.0], [2.0, 3.0, nan]])
     torch.testing.assert_close(batch["scores"], expected, rtol=0, atol=0, equal_nan=True)
-    assert set(batch) == {"input_ids", "attention_mask", "targets", "scores"}
+    assert batch["list_lengths"].tolist() == [3, 2]
+    assert set(batch) == {"input_ids", "attention_mask", "targets", "list_lengths", "scores"}
 
 
 def test_a_rejected_one_is_the_last_of_its_list():
@@ -1262,7 +1264,7 @@ def test_a_rejected_one_is_the_last_of_its_list():
         *([1, 6], [1, 7], [0, 0], [1, 4]),
     ]
     assert batch["targets"][:, 0].tolist() == [6, 7, 8, 3, 6, 7, -100, 4]
-    assert set(batch) == {"input_ids", "attention_mask", "targets"}
+    assert set(batch) == {"input_ids", "attention_mask", "targets", "list_lengths"}
 
 
 def test_numbers_are_columns_under_the_methods_names():
