@@ -321,18 +321,27 @@ class RowOperations:
             lse[b] = largest + log_total
         return logp, lse, total
 
-    def unit_gradient(self, z: Tensor, y: Tensor, u: Tensor, known: tuple[Tensor, ...]) -> Tensor:
-        """dz of Σ u·logp of a tile as `scores` left it, with what it returned; u (n,)."""
+    def unit_gradient(
+        self, z: Tensor, y: Tensor, u: Tensor, known: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """dz of Σ u·logp of a tile as `scores` left it, with what it returned; u (n,).
+
+        Or dz up to a factor a row, (n,), and the factor: h and dH are smaller than the tile to multiply it into.
+        """
         logp, lse, total = known
+        softcap = self.head.scaling.softcap is not None
+        if not softcap and not self.head.narrow:  # a narrow h would be rounded once more
+            _add_at(z, y, -total)
+            return z, (-u / total).mul_(self.head.scaling.gain)
         for b in _row_blocks(z):
             keep = None
-            if self.head.scaling.softcap is not None:
+            if softcap:
                 keep = self.head.logits_of(z[b].div_(total[b].unsqueeze(1)), y[b], logp[b], lse[b])
                 total[b] = 1
             z[b].mul_((-u[b] / total[b]).unsqueeze(1))
             _add_at(z[b], y[b], u[b])
             self.head.unfinish(z[b], keep)
-        return z
+        return z, None
 
 
 MakeRowOperations = Callable[..., RowOperations]  # (head, reference's head or None)
@@ -529,14 +538,18 @@ class _Gradients:
         self.bias = torch.zeros(head.vocab, dtype=head.dtype, device=device) if needs[2] else None
         self.first = True
 
-    def add(self, dz: Tensor, h: Tensor, part: Tensor) -> None:
-        """Add a tile: dz (n, V), h (n, D), the n positions it stands for."""
+    def add(self, dz: Tensor, h: Tensor, part: Tensor, factor: Tensor | None = None) -> None:
+        """Add a tile: dz (n, V), up to a factor a row (n,) if it is given; h (n, D), the n positions it stands for."""
         if self.hidden is not None:
-            self.hidden[part] = self.head.into_hidden(dz).to(self.dtype)
+            d_hidden = self.head.into_hidden(dz)
+            self.hidden[part] = (d_hidden if factor is None else d_hidden.mul_(factor.unsqueeze(1))).to(
+                self.dtype
+            )
         if self.weight is not None:
+            h = h if factor is None else h * factor.unsqueeze(1)
             self.head.into_weight(dz, h, self.weight, self.first)
         if self.bias is not None:
-            self.bias += dz.sum(dim=0, dtype=self.bias.dtype)
+            self.bias += dz.sum(dim=0, dtype=self.bias.dtype) if factor is None else torch.mv(dz.T, factor)
         self.first = False
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -590,6 +603,7 @@ def unit_gradients(
             for at, part in reversed(parts):
                 h, z, known = live if live is not None else score(part, tile, scored[at])
                 live = None
-                grads.add(row_operations.unit_gradient(z, targets[part], u[at], known), h, part)
+                dz, factor = row_operations.unit_gradient(z, targets[part], u[at], known)
+                grads.add(dz, h, part, factor)
             logp[index] = scored
     return logp, grads.finished()

@@ -60,10 +60,12 @@ class TritonRowOperations(chunked.RowOperations):
         self.run(z, y, out={"logp": logp, "largest": largest, "log_total": log_total})
         return largest, log_total
 
-    def unit_gradient(self, z: Tensor, y: Tensor, u: Tensor, known: tuple[Tensor, ...]) -> Tensor:
+    def unit_gradient(
+        self, z: Tensor, y: Tensor, u: Tensor, known: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
         dz = self._dz(z)
         self.run(z, y, upstream={"logp": u.contiguous()}, normaliser=known, grad=dz)
-        return dz
+        return dz, None
 
     def _dz(self, z: Tensor) -> Tensor:
         return kernel.inside(z, self.head.gemm_dtype)
