@@ -277,3 +277,9 @@ def softplus(x):
 
 
 LN2 = math.log(2)
+
+
+def gradients(losses, leaves):
+    """d(sum of losses) for each leaf, zeros where it is not read."""
+    found = torch.autograd.grad(losses.sum(), tuple(leaves.values()), allow_unused=True)
+    return {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, found, strict=True)}

@@ -1,6 +1,7 @@
 """TRL 1.16, called on tensors: a stand-in for its trainers, and for a model with given log-probs."""
 
 import functools
+import importlib.metadata
 import warnings
 from collections import defaultdict
 from types import SimpleNamespace
@@ -10,14 +11,24 @@ import torch
 import torch.nn.functional as F
 
 
+def peer(module, distribution, series):
+    """A peer's module. The test that asks is skipped without it, and fails with another series of versions: it calls
+    internals, and constraints.txt pins them."""
+    found = pytest.importorskip(module, reason="peers are an optional extra: pip install xpo_fast[bench]")
+    version = importlib.metadata.version(distribution)
+    if not version.startswith(series):
+        pytest.fail(
+            f"calls the internals of {distribution} {series}*, found {version}: install by constraints.txt"
+        )
+    return found
+
+
 @functools.cache
 def trl():
-    """TRL's trainers by name; the test that asks is skipped where there is no TRL 1.16."""
+    """TRL's trainers by name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever TRL and what it imports have to say on import
-        module = pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_fast[bench]")
-        if not module.__version__.startswith("1.16."):
-            pytest.skip(f"calls the trainers' internals as of TRL 1.16, found {module.__version__}")
+        peer("trl", "trl", "1.16.")
         from trl.experimental.cpo import CPOTrainer
         from trl.experimental.orpo import ORPOTrainer
         from trl.trainer.dpo_trainer import DPOTrainer

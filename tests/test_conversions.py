@@ -6,7 +6,6 @@ trainers and loss classes return on the same tensors.
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch.testing import assert_close
 
 import xpo_fast as xf
 from inputs import swapped
-from peers import trl, trl_cpo, trl_dpo, trl_kto
+from peers import peer, trl, trl_cpo, trl_dpo, trl_kto
 from test_policy import reduced
 from test_policy import trainer_like as grpo_like
 
@@ -97,15 +96,10 @@ def differences(given: dict = RAGGED.given) -> tuple[Tensor, Tensor]:
 
 
 def chunked_loss():
-    """Liger's losses; the test that asks is skipped where there is no Liger 0.8.5."""
+    """Liger's losses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever Liger and what it imports have to say on import
-        reason = "peers are an optional extra: pip install xpo_fast[bench]"
-        module = pytest.importorskip("liger_kernel.chunked_loss", reason=reason)
-    version = importlib.metadata.version("liger-kernel")
-    if not version.startswith("0.8."):
-        pytest.skip(f"calls the losses as of Liger 0.8.5, found {version}")
-    return module
+        return peer("liger_kernel.chunked_loss", "liger-kernel", "0.8.")
 
 
 def liger(loss: str, b: SimpleNamespace = RAGGED, *args, **options) -> Tensor:

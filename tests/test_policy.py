@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import xpo_fast as xf
+from inputs import gradients
 from oracle import normal
+from peers import peer
 from xpo_fast.methods import policy
 from xpo_fast.methods.advantages import leave_one_out
 from xpo_fast.methods.math import k3
@@ -66,11 +68,6 @@ def columns(name: str, dtype: torch.dtype = F64, *, junk: float = 0.5, without: 
         else:
             out[key] = torch.tensor(OTHERS[key], dtype=torch.bool if key == "ptx_mask" else dtype)
     return out
-
-
-def gradients(losses: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(losses.sum(), tuple(leaves.values()), allow_unused=True)
-    return {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, found, strict=True)}
 
 
 def run(name: str, given: dict, **hyper) -> tuple[Tensor, dict[str, Tensor]]:
@@ -765,11 +762,8 @@ def reduced(name: str, losses: Tensor, mask: Tensor, fixed_length: int) -> Tenso
 def peers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever they and what they import have to say on import
-        reason = "peers are an optional extra: pip install xpo_fast[bench]"
-        trl = pytest.importorskip("trl", reason=reason)
-        pytest.importorskip("liger_kernel", reason=reason)
-        if not trl.__version__.startswith("1.16."):
-            pytest.skip(f"calls the trainers' internals as of TRL 1.16, found {trl.__version__}")
+        peer("trl", "trl", "1.16.")
+        peer("liger_kernel", "liger-kernel", "0.8.")
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
         from trl.trainer.grpo_trainer import GRPOTrainer
         from trl.trainer.rloo_trainer import RLOOTrainer

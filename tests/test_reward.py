@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import xpo_fast as xf
+from inputs import gradients
 from oracle import normal
 from xpo_fast.methods.reward import ensemble, length_normalised, length_penalty, odin
 
@@ -67,11 +68,6 @@ def columns(name: str, dtype: torch.dtype = torch.float64, *, without: tuple[str
             value = torch.tensor(COLUMNS[key])
             out[key] = torch.tensor(COLUMNS[key], dtype=dtype) if value.is_floating_point() else value
     return out
-
-
-def gradients(losses: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(losses.sum(), tuple(leaves.values()), allow_unused=True)
-    return {k: torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(leaves, found, strict=True)}
 
 
 def run(name: str, given: dict, **hyper) -> tuple[Tensor, dict[str, Tensor]]:
