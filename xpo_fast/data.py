@@ -386,8 +386,8 @@ def _scores(value: Any, count: int, where: str) -> list[float]:
 
 def _number(value: Any, name: str, where: str) -> float:
     # Batches hold float32. A NaN is not within its range either, and an int may be beyond any float.
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and abs(value) <= torch.finfo(torch.float32).max):  # type: ignore[operator]
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
         raise DataError(
             f"{where}: {name} must be a finite number; got {str(value)[:50]} ({type(value).__name__}); "
             "write it as a number within float32's range, or drop the row"
@@ -796,6 +796,12 @@ def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
 
 
 _CHECKED_AT_ONCE = 1000  # pairs of lists are made of them
+
+
+def with_column(dataset: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
+    """The data set with one more column."""
+    add: Any = dataset.add_column  # its decorator supplies an argument that its signature demands
+    return add(name, values)
 
 
 def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:

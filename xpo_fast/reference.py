@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .data import with_column
 from .head import sequence_logps, token_logps
 from .models import causal_lm
 from .objective import Objective
@@ -266,10 +267,10 @@ class CachedReference:
             rows: Any = dataset
             widths = (row_completions(row) for row in rows)
             lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
-            return dataset.add_column(COLUMNS["list"][0], lists)  # type: ignore[call-arg]
+            return with_column(dataset, COLUMNS["list"][0], lists)
         table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)
         for name, column in zip(COLUMNS[self.kind], table.T, strict=False):
-            dataset = dataset.add_column(name, column)  # type: ignore[call-arg]
+            dataset = with_column(dataset, name, column)
         return dataset
 
     def _key(self, shard: datasets.Dataset) -> str:
@@ -314,6 +315,7 @@ def rows_fingerprint(dataset: datasets.Dataset) -> str:
         column = table[name].combine_chunks()
         digest.update(name.encode())
         while isinstance(column.type, (pa.ListType, pa.LargeListType)):
+            # pyarrow makes its compute functions at import, where no type checker sees them.
             lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
             digest.update(f" {len(lengths)};".encode() + lengths.astype(np.int64).tobytes())
             column = column.flatten()

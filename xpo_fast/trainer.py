@@ -262,7 +262,7 @@ class XPOTrainer(Trainer):
             self.args.train_sampling_strategy not in ("random", "sequential")
             and name not in dataset.column_names
         ):
-            dataset = dataset.add_column(name, [row_tokens(row) for row in dataset])  # type: ignore[call-arg]
+            dataset = data.with_column(dataset, name, [row_tokens(row) for row in dataset])
         return dataset
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
