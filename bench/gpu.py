@@ -89,6 +89,9 @@ AIMS = (
     Aim("trainable", "QuACK CE", 1.0),
 )
 LOGP_AIM = 2e-5  # largest absolute error of a log-prob
+# Peak memory above inputs and gradients, with a vocabulary of MEMORY_VOCAB or a little more.
+MEMORY_VOCAB = range(150_000, 160_000)
+MEMORY_AIM_MB, MEMORY_GROWTH_AIM_MB = 2600, 300  # in all; more for four times the tokens
 
 
 # Contenders. Every one is given all positions scored, (R, T); None: it has no such task.
@@ -115,7 +118,8 @@ def _finish(
     return found if logps is None else {**found, "logps": logps.detach()}
 
 
-def make_ours(task: Task, device: torch.device, backend: str) -> Contender:
+def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
+    """With labels where a data loader has them, so that nothing has to wait for the device to tell which are scored."""
     from xpo_fast import Objective, gather_logps, token_logps
     from xpo_fast.head.plan import check_backend
 
@@ -124,15 +128,22 @@ def make_ours(task: Task, device: torch.device, backend: str) -> Contender:
     except ValueError as error:
         raise Missing(str(error)) from error
     objective = Objective("dpo", beta=BETA, backend=backend)
+    labels: dict[int, Tensor] = {}
 
     def call(batch: Batch) -> Results:
+        targets = batch.targets
+        if labels_on_host and task.gemms:
+            targets = labels.get(id(batch))
+            if targets is None:
+                targets = labels[id(batch)] = batch.targets.cpu()
+
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
             if not task.gemms:
-                return None, gather_logps(hidden, batch.targets, backend=backend)
+                return None, gather_logps(hidden, targets, backend=backend)
             if task.loss != "dpo":
-                return None, token_logps(hidden, weight, batch.targets, backend=backend)
-            ref_logps = hidden.new_zeros(len(batch.targets), dtype=torch.float32)
-            return objective(hidden, weight, batch.targets, ref_logps=ref_logps).loss, None
+                return None, token_logps(hidden, weight, targets, backend=backend)
+            ref_logps = hidden.new_zeros(len(targets), dtype=torch.float32)
+            return objective(hidden, weight, targets, ref_logps=ref_logps).loss, None
 
         return _finish(batch, task, forward)
 
@@ -372,6 +383,28 @@ def waits_for_device(call: Callable[[], Results], device: torch.device) -> str |
     return None
 
 
+def capture_problem(call: Callable[[], Results], device: torch.device) -> str | None:
+    """Why a call cannot be captured as a CUDA graph whose replay gives what the call gave; None: it can."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        want = call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            found = call()
+    except Exception as error:
+        torch.cuda.synchronize(device)
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    for x in found.values():
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize(device)
+    different = [name for name, x in found.items() if not torch.equal(x, want[name])]
+    return f"a replay gives another {', '.join(different)}" if different else None
+
+
 def time_with_events(
     contenders: Mapping[str, Callable[[Batch], Results]], batches: Sequence[Batch], repeats: int
 ) -> dict[str, list[float]]:
@@ -505,6 +538,7 @@ class Bench:
                 record["peak_mib"] = peak_mib(partial(made.call, batches[0]), self.device)
                 if made.ours:
                     record["waits"] = waits_for_device(partial(made.call, batches[0]), self.device)
+                    self.check_capture(contender, record, task, batches[0], where)
             except Exception as error:  # a peer may fail as it likes
                 failed = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{error}"
                 record["failed"] = f"{type(error).__name__}: {failed}"[:500]
@@ -551,6 +585,19 @@ class Bench:
             errors = record["errors"] = _errors(found, truths[made.loss or "token"])
             record["outside_tolerance"] = [n for n, e in errors.items() if e is None or e > tolerances[n]]
 
+    def check_capture(
+        self, backend: str, record: dict[str, Any], task: Task, batch: Batch, where: str
+    ) -> None:
+        """Once a case, at the fewest tokens; with labels on the device, as a graph must have them."""
+        if self.device.type == "cpu" or batch.targets.numel() > min(
+            shape.scored for shape in self.args.shapes
+        ):
+            return
+        made = make_ours(task, self.device, backend, labels_on_host=False)
+        record["not_captured"] = capture_problem(partial(made.call, batch), self.device)
+        if record["not_captured"]:
+            self.problems.append(f"not captured: {backend}, {where}: {record['not_captured']}")
+
     def time(
         self, calls: dict[str, Callable[[Batch], Results]], records: dict[str, Any], batches: list[Batch]
     ) -> None:
@@ -595,6 +642,30 @@ class Bench:
                 met = speedup >= aim.speedup
                 found.append({**where, "widths": widths, "speedup": speedup, "aim": aim.speedup, "met": met})
         return found
+
+    def memory_aims(self) -> list[str]:
+        """The peaks of the triton backend held to their aims, a line each; growth between shapes that fill a tile."""
+        peaks_mb = {
+            (r["case"], Shape(**r["shape"])): r["peak_mib"] * MIB / 1e6
+            for r in self.records
+            if r["contender"] == "triton" and TASKS[r["case"]].gemms and r.get("peak_mib") is not None
+        }
+        lines = []
+        for (case, shape), peak_mb in peaks_mb.items():
+            if shape.vocab not in MEMORY_VOCAB:
+                continue
+            bounds = [(f"{case} {shape} takes", peak_mb, MEMORY_AIM_MB)]
+            smaller = case, shape._replace(scored=shape.scored // 4)
+            if smaller in peaks_mb and smaller[1].scored >= FLOOR_TOKENS:
+                growth_mb = peak_mb - peaks_mb[smaller]
+                bounds.append(
+                    (f"{case} {shape} takes more than {smaller[1]} by", growth_mb, MEMORY_GROWTH_AIM_MB)
+                )
+            for what, found_mb, aim_mb in bounds:
+                lines.append(
+                    f"{'met' if found_mb < aim_mb else 'MISSED'}: {what} {found_mb:.0f} MB (aim: {aim_mb})"
+                )
+        return lines
 
 
 def summary(records: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], names: list[str]) -> str:
@@ -679,7 +750,8 @@ def main() -> int:
 
     def save() -> None:
         if args.json:
-            found = {"timing": bench.records, "aims": bench.aims(), "missing": bench.missing}
+            aims = {"aims": bench.aims(), "memory_aims": bench.memory_aims()}
+            found = {"timing": bench.records, **aims, "missing": bench.missing}
             outcome = {"skipped": bench.skipped, "problems": bench.problems, "seconds": bench.elapsed_s}
             write_json(args.json, {"environment": facts, **found, **outcome})
 
@@ -707,6 +779,8 @@ def main() -> int:
     for aim in bench.aims():
         came = f"{aim['baseline']} takes {aim['speedup']:.2f} times ours or more (aim: {aim['aim']:.2f})"
         print(f"{'met' if aim['met'] else 'MISSED'}: {aim['case']}: {came}, lowest at {aim['shape']}")
+    for line in bench.memory_aims():
+        print(line)
     for wait in sorted({r["waits"] for r in bench.records if r.get("waits")}):
         print(f"ours waits for the device at {wait}")
     for line in (*(f"skipped: {s}" for s in bench.skipped), *dict.fromkeys(bench.problems)):

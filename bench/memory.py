@@ -19,7 +19,7 @@ import torch
 from contenders import Missing, make_contenders
 from measure import MIB, peak_allocated_mib, peak_resident_mib, size_mib, table
 from problem import CASES, Batch, make_batch, make_weight
-from xpo_fast.head.chunked import release_tiles
+from xpo_fast.head.gemms import release_tiles
 
 DEFAULT_TILE_MIB = 256
 ALLOWANCE = 1.10  # indices, statistics of tokens, one tile's hidden states and gradients

@@ -2,9 +2,9 @@
 
     python -m xpo_fast.kernels.gates --json bench/results/kernels-compiled.json
 
-A kernel file declares what is compiled: a function `variants()` that yields `Variant`s. A variant fails that spills,
-uses local memory, wants more shared memory than the target has, or waits for loads that it should have made
-asynchronous.
+A kernel file declares what is compiled: a function `variants()` that yields `Variant`s, one with a `tunable` for each
+target as that target's default has it. A variant fails that spills, uses local memory, wants more shared memory than
+the target has, or waits for loads that it should have made asynchronous.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+if TYPE_CHECKING:
+    from .tuning import Config, Tunable
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,6 +49,7 @@ class Variant:
     signature: argument → Triton type ("*bf16", "i64", "fp32"), without the constexprs. divisible: the arguments that
     are multiples of 16 (pointers: aligned to 16 bytes), which decides whether loads are wide. async_copies: whether
     loads must be asynchronous on NVIDIA (cp.async or TMA). representative: whether the test suite compiles it.
+    tunable: where its blocks, warps and stages come from, in place of what is said here.
     """
 
     kernel: Any
@@ -58,6 +62,27 @@ class Variant:
     targets: tuple[str, ...] = tuple(TARGETS)
     async_copies: bool = False
     representative: bool = False
+    tunable: Tunable | None = None
+
+    def configured(self, candidates: bool = False) -> Iterator[Variant]:
+        """This variant as it is launched: by each target's default, or by every candidate."""
+        if self.tunable is None:
+            yield self
+            return
+        targets: dict[Config, list[str]] = {}
+        for target in self.targets:
+            for config in self.tunable.candidates[target][: None if candidates else 1]:
+                targets.setdefault(config, []).append(target)
+        for config, its in targets.items():
+            yield replace(
+                self,
+                name=f"{self.name}, {config}",
+                constexprs={**self.constexprs, **dict(config.constexprs)},
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                targets=tuple(its),
+                tunable=None,
+            )
 
     @property
     def source(self) -> ASTSource:
@@ -105,8 +130,8 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__package__}.{name}")
 
 
-def variants(module: str) -> list[Variant]:
-    return list(_module(module).variants())
+def variants(module: str, candidates: bool = False) -> list[Variant]:
+    return [v for declared in _module(module).variants() for v in declared.configured(candidates)]
 
 
 def compile_variant(variant: Variant, target: str) -> Resources:
@@ -178,8 +203,8 @@ def _output(*command: object) -> str:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
 
 
-def _compile_nth(module: str, n: int, target: str) -> Resources:
-    return compile_variant(variants(module)[n], target)
+def _compile_nth(module: str, n: int, target: str, candidates: bool) -> Resources:
+    return compile_variant(variants(module, candidates)[n], target)
 
 
 def table(found: list[Resources]) -> str:
@@ -214,13 +239,14 @@ def main() -> int:
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="of these kernel files alone")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--representative", action="store_true", help="the variants of the test suite alone")
+    parser.add_argument("--candidates", action="store_true", help="as every candidate of tuning, too")
     parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     work = [
-        (module, n, target)
+        (module, n, target, args.candidates)
         for module in args.modules or modules()
-        for n, variant in enumerate(variants(module))
+        for n, variant in enumerate(variants(module, args.candidates))
         for target in args.targets
         if target in variant.targets and (variant.representative or not args.representative)
     ]

@@ -7,16 +7,17 @@ the end of the row; the backward writes ∂L/∂logits into any buffer, or over 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .gates import OPTIONS, Variant
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK, WARPS = 4096, 8
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Where a maximum starts from, in place of −∞, so that no difference is ∞ − ∞.
@@ -132,8 +133,7 @@ def forward(
                 vocab,
                 ignore_index,
                 1 / temperature,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                **tuning.lookup("gather_forward", logits.device, _key(logits)).options,
                 **OPTIONS,
             )
     return logp, normaliser
@@ -164,10 +164,47 @@ def write_gradient(
                 vocab,
                 ignore_index,
                 1 / temperature,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                **tuning.lookup("gather_backward", logits.device, _key(logits)).options,
                 **OPTIONS,
             )
+
+
+def _key(logits: Tensor) -> tuning.Key:
+    return logits.dtype, tuning.bucket(logits.shape[1])
+
+
+def _problem(workload: tuning.Workload, backward: bool) -> Iterator[tuning.Problem]:
+    w = workload
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        logits = tuning.normal(w, seed, w.tokens, w.vocab).mul_(3)
+        targets = tuning.tokens(w, seed)
+        if not backward:
+            return logits, targets
+        _, normaliser = forward(logits, targets, 1.0, -100)
+        return logits, targets, normaliser, torch.ones_like(normaliser[0])
+
+    def run_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return forward(logits, targets, 1.0, -100)
+
+    def run_backward(logits: Tensor, targets: Tensor, normaliser: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        out = torch.empty_like(logits)
+        write_gradient(logits, targets, normaliser, u, 1.0, -100, out)
+        return (out,)
+
+    key = w.dtype, tuning.bucket(w.vocab)
+    yield tuning.Problem(key, inputs, run_backward if backward else run_forward)
+
+
+_CANDIDATES = tuning.row_candidates(
+    (4096, 8), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 8), (8192, 16), (16384, 16)
+)
+_TUNABLE = {
+    kernel.__name__: tuning.declare(
+        kernel.__name__, tuning.Tunable((kernel,), _CANDIDATES, partial(_problem, backward=backward))
+    )
+    for kernel, backward in ((gather_forward, False), (gather_backward, True))
+}
 
 
 def variants() -> Iterator[Variant]:
@@ -186,9 +223,8 @@ def variants() -> Iterator[Variant]:
                     "logits": f"*{dtype}", "targets": "*i64", "logp": "*fp32", "largest": "*fp32",
                     "log_total": "*fp32", "stride": "i32", **numbers,
                 },
-                {"BLOCK": BLOCK},
                 divisible=("logits", *vectors, *sizes),
-                num_warps=WARPS,
+                tunable=_TUNABLE["gather_forward"],
                 representative=representative,
             )  # fmt: skip
             yield Variant(
@@ -198,8 +234,7 @@ def variants() -> Iterator[Variant]:
                     "logits": f"*{dtype}", "targets": "*i64", "largest": "*fp32", "log_total": "*fp32",
                     "upstream": "*fp32", "grad": f"*{dtype}", "stride": "i32", "grad_stride": "i32", **numbers,
                 },
-                {"BLOCK": BLOCK},
                 divisible=("logits", "grad", *vectors, *sizes),
-                num_warps=WARPS,
+                tunable=_TUNABLE["gather_backward"],
                 representative=representative,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Everything that the head does to the rows of a tile of products h Wᵀ between its GEMMs, in one kernel.
+"""Everything that the head does to the rows of products h Wᵀ between its GEMMs, in one kernel.
 
 One program a row. The first read of the row finds, a lane at a time and joined at the end, the largest logit and
 log Σ e^z (online softmax), and with them the statistics; the second read, where there is something to be made of
@@ -9,22 +9,21 @@ scale, softcap and temperature are applied on the fly, in float32. No atomics: t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .gates import Variant
-
-BLOCK, WARPS = 4096, 16
 
 # In place of −∞, so that differences and their products with sums of exponentials are finite.
 _FLOOR = tl.constexpr(-1e30)
 
 STATISTICS = ("logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1")
 DIFFERENTIABLE = ("logp", "lse", "entropy", "kl", "reverse_kl")
-_NORMALISER = ("largest", "log_total")
 
 
 @triton.jit
@@ -71,8 +70,8 @@ def _joined(top, total):
 @triton.jit(
     # Read or written at one element a program: how they are aligned is no reason to compile again.
     do_not_specialize=[
-        "targets", "logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1", "largest",
-        "log_total", "u_logp", "u_lse", "u_entropy", "u_kl", "u_reverse_kl", "v_entropy", "v_reverse_kl",
+        "targets", "logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1",
+        "u_logp", "u_lse", "u_entropy", "u_kl", "u_reverse_kl", "v_entropy", "v_reverse_kl",
     ]
 )  # fmt: skip
 def row_pass(
@@ -90,10 +89,7 @@ def row_pass(
     log_sum_sq_probs,
     mean_logit,
     top1,  # 1 or 0
-    largest,  # max z; with GIVEN an input, as is
-    log_total,  # log Σ e^(z − max z)
-    # The gradient: ∂L/∂(product) (n, V), or None; may lie in the rows of the products, also narrower ones (ALIASED)
-    grad,
+    grad,  # ∂L/∂(product), (n, V), or None; may be the products
     u_logp,  # (n,) float32, ∂L/∂logp, and so on; None where there is none
     u_lse,
     u_entropy,
@@ -109,8 +105,6 @@ def row_pass(
     inner,  # logit_scale / softcap
     ceiling,  # softcap / temperature
     SOFTCAP: tl.constexpr,
-    GIVEN: tl.constexpr,
-    ALIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Statistics of softmax(z), z the final logits, and the gradient of any function of the differentiable ones.
@@ -125,61 +119,53 @@ def row_pass(
     if ref_products is not None:
         ref_row = ref_products + n.to(tl.int64) * ref_stride
 
-    if GIVEN:
-        m = tl.load(largest + n)
-        log_s = tl.load(log_total + n)
-    else:
-        # Before the first barrier: the gradient may overwrite it.
-        z_y, _slope_y = _logits(row, bias, y, vocab, gain, inner, ceiling, SOFTCAP)
-        top = tl.full((BLOCK,), _FLOOR, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top)
-        weighted = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top) (z − top)
-        squares = tl.zeros((BLOCK,), tl.float32)  # Σ e^(2 (z − top))
-        plain = tl.zeros((BLOCK,), tl.float32)  # Σ z
-        ref_top = tl.full((BLOCK,), _FLOOR, tl.float32)
-        ref_total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            at = start + lane
-            z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP)
-            if mean_logit is not None:
-                plain += tl.where(at < vocab, z, 0.0)
-            z = tl.where(z < _FLOOR, _FLOOR, z)  # not maximum, which would drop a NaN
-            gap = z - top
-            rises = gap > 0
-            e = tl.exp(-tl.abs(gap))  # one exponential, whichever of the two is the larger
-            if entropy is not None:
-                weighted = tl.where(rises, e * (weighted - gap * total), weighted + e * gap)
-            if log_sum_sq_probs is not None:
-                squares = tl.where(rises, e * e * squares + 1.0, squares + e * e)
-            total = tl.where(rises, total * e + 1.0, total + e)
-            top = tl.maximum(top, z)
-            if ref_products is not None:
-                z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP)
-                z = tl.where(z < _FLOOR, _FLOOR, z)
-                gap = z - ref_top
-                e = tl.exp(-tl.abs(gap))
-                ref_total = tl.where(gap > 0, ref_total * e + 1.0, ref_total + e)
-                ref_top = tl.maximum(ref_top, z)
-
-        m, log_s, share = _joined(top, total)
-        if ref_products is not None:
-            ref_m, ref_log_s, _ref_share = _joined(ref_top, ref_total)
-        if logp is not None:
-            tl.store(logp + n, z_y - m - log_s)
-        if top1 is not None:
-            tl.store(top1 + n, (z_y >= m).to(tl.float32))
-        if lse is not None:
-            tl.store(lse + n, m + log_s)
-        if largest is not None:
-            tl.store(largest + n, m)
-            tl.store(log_total + n, log_s)
-        if entropy is not None:
-            gaps = tl.sum(share * (weighted + (top - m) * total), axis=0)
-            tl.store(entropy + n, log_s - gaps * tl.exp(-log_s))
-        if log_sum_sq_probs is not None:
-            tl.store(log_sum_sq_probs + n, tl.log(tl.sum(share * share * squares, axis=0)) - 2.0 * log_s)
+    z_y, _slope_y = _logits(row, bias, y, vocab, gain, inner, ceiling, SOFTCAP)
+    top = tl.full((BLOCK,), _FLOOR, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top)
+    weighted = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top) (z − top)
+    squares = tl.zeros((BLOCK,), tl.float32)  # Σ e^(2 (z − top))
+    plain = tl.zeros((BLOCK,), tl.float32)  # Σ z
+    ref_top = tl.full((BLOCK,), _FLOOR, tl.float32)
+    ref_total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        at = start + lane
+        z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP)
         if mean_logit is not None:
-            tl.store(mean_logit + n, tl.sum(plain, axis=0) / vocab)
+            plain += tl.where(at < vocab, z, 0.0)
+        z = tl.where(z < _FLOOR, _FLOOR, z)  # not maximum, which would drop a NaN
+        gap = z - top
+        rises = gap > 0
+        e = tl.exp(-tl.abs(gap))  # one exponential, whichever of the two is the larger
+        if entropy is not None:
+            weighted = tl.where(rises, e * (weighted - gap * total), weighted + e * gap)
+        if log_sum_sq_probs is not None:
+            squares = tl.where(rises, e * e * squares + 1.0, squares + e * e)
+        total = tl.where(rises, total * e + 1.0, total + e)
+        top = tl.maximum(top, z)
+        if ref_products is not None:
+            z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP)
+            z = tl.where(z < _FLOOR, _FLOOR, z)
+            gap = z - ref_top
+            e = tl.exp(-tl.abs(gap))
+            ref_total = tl.where(gap > 0, ref_total * e + 1.0, ref_total + e)
+            ref_top = tl.maximum(ref_top, z)
+
+    m, log_s, share = _joined(top, total)
+    if ref_products is not None:
+        ref_m, ref_log_s, _ref_share = _joined(ref_top, ref_total)
+    if logp is not None:
+        tl.store(logp + n, z_y - m - log_s)
+    if top1 is not None:
+        tl.store(top1 + n, (z_y >= m).to(tl.float32))
+    if lse is not None:
+        tl.store(lse + n, m + log_s)
+    if entropy is not None:
+        gaps = tl.sum(share * (weighted + (top - m) * total), axis=0)
+        tl.store(entropy + n, log_s - gaps * tl.exp(-log_s))
+    if log_sum_sq_probs is not None:
+        tl.store(log_sum_sq_probs + n, tl.log(tl.sum(share * share * squares, axis=0)) - 2.0 * log_s)
+    if mean_logit is not None:
+        tl.store(mean_logit + n, tl.sum(plain, axis=0) / vocab)
 
     if kl is not None or reverse_kl is not None or grad is not None:
         sum_kl = tl.zeros((BLOCK,), tl.float32)
@@ -227,10 +213,6 @@ def row_pass(
                     # p_y − 1 before it is rounded: a confident token's gradient is that difference.
                     dz += tl.where(at == y, ul, 0.0)
                 dz *= slope
-                if ALIASED:
-                    # A narrow gradient takes the place of logits further left, which the row's other warps may not have
-                    # read yet. The sum is over all of them, so a store that depends on it comes after their loads.
-                    dz = tl.where(tl.sum(p, axis=0) >= 0, dz, float("nan"))
                 tl.store(out + at, dz.to(grad.dtype.element_ty), mask=at < vocab)
         if kl is not None:
             tl.store(kl + n, tl.sum(sum_kl, axis=0))
@@ -238,18 +220,9 @@ def row_pass(
             tl.store(reverse_kl + n, tl.sum(sum_reverse, axis=0))
 
 
-def inside(products: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, V) of a dtype in the memory of the products (n, V), each row at the start of its row."""
-    return products.view(dtype)[:, : products.shape[1]]
-
-
-def _block(names: Iterable[str]) -> int:
-    """Columns at a time: what statistics add up is kept in registers."""
-    return BLOCK if set(names) <= {"logp", "lse", *_NORMALISER} else BLOCK // 2
-
-
-def _warps(block: int) -> int:
-    return max(1, min(WARPS, block // 128))
+def _tunable(names: Iterable[str]) -> str:
+    """Two, since what statistics add up is kept in registers."""
+    return "row_pass" if set(names) <= {"logp", "lse"} else "row_pass_statistics"
 
 
 def run(
@@ -262,23 +235,17 @@ def run(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    out: Mapping[str, Tensor] | None = None,  # statistic, largest or log_total → (n,) float32, written
+    out: Mapping[str, Tensor] | None = None,  # statistic → (n,) float32, written
     upstream: Mapping[str, Tensor] | None = None,  # differentiable statistic → (n,) ∂L/∂statistic
     values: Mapping[str, Tensor] | None = None,  # entropy, reverse_kl (n,) where upstream has them
-    normaliser: tuple[Tensor, ...] | None = None,  # largest and log_total (n,) of an earlier call
     grad: Tensor | None = None,  # (n, V) written
 ) -> None:
     """Read the rows of a tile, once or twice; write the statistics in `out` and, given `grad`, ∂L/∂products.
 
-    grad may be the products themselves, `inside(products, dtype)`, or memory of its own, of any float dtype. With the
-    normaliser given, the gradient takes one read.
+    grad may be memory of any float dtype, or the products themselves.
     """
     out, upstream, values = dict(out or {}), dict(upstream or {}), values or {}
-    if normaliser is not None:
-        assert not out and ref_products is None
-        out.update(zip(_NORMALISER, normaliser))
-    assert set(out) <= {*STATISTICS, *_NORMALISER} and set(upstream) <= set(DIFFERENTIABLE)
-    assert ("largest" in out) == ("log_total" in out)
+    assert set(out) <= set(STATISTICS) and set(upstream) <= set(DIFFERENTIABLE)
     assert ref_products is not None or not {"kl", "reverse_kl"} & {*out, *upstream}
     vectors = (*out.values(), *upstream.values(), *values.values())
     for x in (products, *(t for t in (bias, ref_products, ref_bias) if t is not None), *vectors):
@@ -286,10 +253,9 @@ def run(
     n, vocab = products.shape
     if n == 0:
         return
-    aliased = grad is not None and grad.data_ptr() == products.data_ptr() and grad.dtype != products.dtype
-    if grad is not None and aliased:
-        assert grad.itemsize < 4 and grad.stride(0) * grad.itemsize == products.stride(0) * 4
-    block = min(_block({*out, *upstream}), triton.next_power_of_2(vocab))
+    assert grad is None or grad.dtype == products.dtype or grad.data_ptr() != products.data_ptr()
+    key = None if grad is None else grad.dtype, ref_products is not None, tuning.bucket(vocab)
+    config = tuning.lookup(_tunable({*out, *upstream}), products.device, key)
     with torch.cuda.device_of(products):
         row_pass[(n,)](
             products,
@@ -297,7 +263,7 @@ def run(
             bias,
             ref_bias,
             targets,
-            *(out.get(name) for name in (*STATISTICS, *_NORMALISER)),
+            *(out.get(name) for name in STATISTICS),
             grad,
             *(upstream.get(name) for name in DIFFERENTIABLE),
             values.get("entropy"),
@@ -310,33 +276,78 @@ def run(
             0.0 if softcap is None else logit_scale / softcap,
             0.0 if softcap is None else softcap / temperature,
             SOFTCAP=softcap is not None,
-            GIVEN=normaliser is not None,
-            ALIASED=aliased,
-            BLOCK=block,
-            num_warps=_warps(block),
+            **config.narrowed(vocab).options,
             enable_fp_fusion=False,  # the target's logit and the largest are compared: rounded alike
         )
+
+
+def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
+    w = workload
+    statistics = name != _tunable(())
+
+    def inputs(with_ref: bool, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        products, *ref = (
+            tuning.normal(w, s, w.tokens, w.vocab).float().mul_(3) for s in range(seed, seed + 1 + with_ref)
+        )
+        return products, ref[0] if ref else None, tuning.tokens(w, seed)
+
+    def launch(
+        dtype: torch.dtype | None, products: Tensor, ref: Tensor | None, targets: Tensor
+    ) -> list[Tensor]:
+        divergences = ("kl", "reverse_kl")
+        names = (
+            [s for s in STATISTICS if ref is not None or s not in divergences]
+            if statistics
+            else ["logp", "lse"]
+        )
+        made = {s: products.new_empty(w.tokens) for s in names}
+        ones = products.new_ones(w.tokens)
+        if dtype is None:
+            run(products, targets, ref_products=ref, out=made)
+            return [*made.values()]
+        upstream = dict.fromkeys((s for s in DIFFERENTIABLE if s in made) if statistics else ("logp",), ones)
+        values: dict[str, Tensor] = dict.fromkeys(("entropy", "reverse_kl"), ones)
+        grad = torch.empty_like(products, dtype=dtype)
+        run(products, targets, ref_products=ref, out=made, upstream=upstream, values=values, grad=grad)
+        return [*made.values(), grad]
+
+    for with_ref in (False, True) if statistics else (False,):
+        for dtype in (None, w.dtype):
+            key = dtype, with_ref, tuning.bucket(w.vocab)
+            yield tuning.Problem(key, partial(inputs, with_ref), partial(launch, dtype))
+
+
+for _name, _shapes in (
+    (_tunable(()), ((4096, 16), (2048, 8), (2048, 16), (1024, 4), (2048, 4))),
+    (_tunable(STATISTICS), ((2048, 16), (512, 4), (1024, 8), (4096, 16))),
+):
+    tuning.declare(
+        _name,
+        tuning.Tunable(
+            (row_pass,),
+            tuning.row_candidates(*_shapes, without={"sm_100": ((4096, 16),)}),
+            partial(_problems, _name),
+        ),
+    )
 
 
 def variants() -> Iterator[Variant]:
     """What `gates` compiles: what the head asks for, with everything that can be done to logits and with nothing."""
     some = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
     both = ("kl", "reverse_kl")
-    cases = (  # name, statistics out, upstream, dtype of the gradient, normaliser given
-        ("log-probs", ("logp", "lse"), (), None, False),
-        ("log-probs and their gradient", ("logp", "lse"), ("logp",), "bf16", False),
-        ("log-probs of units", ("logp", *_NORMALISER), (), None, False),
-        ("gradient of units", _NORMALISER, ("logp",), "bf16", True),
-        ("gradient of units, float32", _NORMALISER, ("logp",), "fp32", True),
-        ("gradient of units, float16", _NORMALISER, ("logp",), "fp16", True),
-        ("statistics", ("logp", "lse", *some), (), None, False),
-        ("statistics and gradient", ("logp", "lse", *some[1:]), ("logp",), "bf16", False),
-        ("divergences", ("logp", "lse", *some, *both), (), None, False),
-        ("gradient", (), ("logp", "lse"), "bf16", False),
-        ("gradient of entropy", (), ("logp", "lse", "entropy"), "bf16", False),
-        ("gradient of divergences", (), DIFFERENTIABLE, "bf16", False),
+    cases = (  # name, statistics out, upstream, dtype of the gradient
+        ("log-probs", ("logp", "lse"), (), None),
+        ("log-probs and their gradient", ("logp", "lse"), ("logp",), "bf16"),
+        ("log-probs and their gradient, float32", ("logp", "lse"), ("logp",), "fp32"),
+        ("log-probs and their gradient, float16", ("logp", "lse"), ("logp",), "fp16"),
+        ("statistics", ("logp", "lse", *some), (), None),
+        ("statistics and gradient", ("logp", "lse", *some[1:]), ("logp",), "bf16"),
+        ("divergences", ("logp", "lse", *some, *both), (), None),
+        ("gradient", (), ("logp", "lse"), "bf16"),
+        ("gradient of entropy", (), ("logp", "lse", "entropy"), "bf16"),
+        ("gradient of divergences", (), DIFFERENTIABLE, "bf16"),
     )
-    for name, out, upstream, dtype, given in cases:
+    for name, out, upstream, dtype in cases:
         ref = bool({*both} & {*out, *upstream})
         for everything, aligned in ((True, True), (False, True), (False, False)):
             wanted = {
@@ -344,7 +355,7 @@ def variants() -> Iterator[Variant]:
                 "ref_products": ref,
                 "bias": everything,
                 "ref_bias": everything and ref,
-                **{s: s in out for s in (*STATISTICS, *_NORMALISER)},
+                **{s: s in out for s in STATISTICS},
                 **{f"u_{s}": s in upstream for s in DIFFERENTIABLE},
                 **{f"v_{s}": s in upstream for s in ("entropy", "reverse_kl")},
             }
@@ -357,19 +368,12 @@ def variants() -> Iterator[Variant]:
             sizes = ("stride", "ref_stride", "grad_stride", "vocab")
             signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
             tiles = ("products", "ref_products", "bias", "ref_bias", "grad")
-            block = _block({*out, *upstream})
             yield Variant(
                 row_pass,
                 name + (", softcap and bias" if everything else "") + ("" if aligned else ", any V"),
                 signature,
-                {
-                    **nothing,
-                    "SOFTCAP": everything,
-                    "GIVEN": given,
-                    "ALIASED": dtype in ("bf16", "fp16"),
-                    "BLOCK": block,
-                },
+                {**nothing, "SOFTCAP": everything},
                 divisible=(*tiles, *(sizes if aligned else ())),
-                num_warps=_warps(block),
+                tunable=tuning.tunable(_tunable({*out, *upstream})),
                 representative=everything and name in ("log-probs and their gradient", "divergences"),
             )

@@ -117,8 +117,8 @@ def head_arguments(*, trainable: bool, outputs: str, save_grad: bool, dtype=torc
     weight = oracle.normal(VOCAB, WIDTH, seed=2, dtype=dtype).requires_grad_(trainable)
     bias = oracle.normal(VOCAB, seed=3, dtype=dtype).requires_grad_(trainable)
     ref = (hidden.detach() * 0.5, weight.detach(), None) if "kl" in outputs else (None, None, None)
-    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, "torch", outputs, save_grad)
-    return (hidden, weight, bias, oracle.tokens((5,), VOCAB), *ref, *scalars)
+    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, 2, "torch", outputs, save_grad)
+    return (hidden, weight, bias, oracle.tokens((5,), VOCAB), *ref, None, *scalars)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -137,7 +137,7 @@ def test_head_operator(trainable, outputs, save_grad, dtype):
 
 
 def test_head_backward_operator():
-    hidden, weight, bias, targets, *ref, t, c, s, ignore, tile, backend, _, _ = head_arguments(
+    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, backend, _, _ = head_arguments(
         trainable=True, outputs="kl", save_grad=False
     )
     detached = [x.detach() for x in (hidden, weight, bias)]
@@ -146,11 +146,13 @@ def test_head_backward_operator():
         *detached,
         targets,
         *ref,
+        None,
         t,
         c,
         s,
         ignore,
         tile,
+        step,
         backend,
         upstream,
         "logp,kl",
@@ -159,6 +161,9 @@ def test_head_backward_operator():
     )
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
         torch.library.opcheck(torch.ops.xpo_fast.token_stats_backward.default, (*arguments, *needs))
+    into = torch.zeros(VOCAB, WIDTH)
+    arguments = (*arguments[:7], into, *arguments[8:], True, True, True)
+    torch.library.opcheck(torch.ops.xpo_fast.token_stats_backward.default, arguments)
 
 
 def test_gather_operators():

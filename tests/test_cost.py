@@ -13,7 +13,7 @@ from torch.utils import deterministic
 import oracle
 import xpo_fast as xf
 from xpo_fast.head import head_plan
-from xpo_fast.head.chunked import release_tiles
+from xpo_fast.head.gemms import release_tiles
 
 VOCAB, WIDTH = 1009, 8
 
@@ -27,7 +27,7 @@ class Forgetful(list):
 
 @pytest.fixture(autouse=True)
 def fresh_tiles(monkeypatch):
-    monkeypatch.setattr("xpo_fast.head.chunked._used_tiles", Forgetful())
+    monkeypatch.setattr("xpo_fast.head.gemms._used_tiles", Forgetful())
 
 
 LEARN = {  # which of hidden, weight, bias want a gradient

@@ -124,6 +124,23 @@ def check_values_and_gradient(shape, dtype, temperature, overwrite):
         assert torch.equal(model_output, logits)
 
 
+@pytest.mark.parametrize("block", [16, 8192])
+def check_other_blocks(block):
+    """Many blocks to a row, and one that is wider than it."""
+    from xpo_fast.kernels import tuning
+
+    logits, targets = problem("a block and one", torch.float32)
+    u = oracle.normal(*targets.shape, seed=2).to(DEVICE)
+    want, gradient = expected(logits, targets, u)
+    logits.requires_grad_()
+    config = tuning.config(1, 2, BLOCK=block)
+    with tuning.override("gather_forward", config), tuning.override("gather_backward", config):
+        logp = gather(logits, targets)
+        (logp * u).sum().backward()
+    assert_close(logp.double(), want, atol=2e-5, rtol=0)
+    assert oracle.error(logits.grad, gradient) < 1e-5
+
+
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 def check_strided_rows(overwrite):
     """The first columns of a padded vocabulary: what lies between the rows is neither read nor written."""

@@ -6,6 +6,7 @@ the CPU, and, those that can, on a GPU where there is one. The interpreter round
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -21,6 +22,7 @@ import test_compile
 import test_head
 import test_objective
 import xpo_fast as xf
+from xpo_fast.head import head_plan
 from xpo_fast.head.plan import choose_backend
 from xpo_fast.head.spec import Scaling
 from xpo_fast.head.units import UnitLoss, pack
@@ -97,10 +99,25 @@ DIFFERENTIABLE = test_head.DIFFERENTIABLE
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Blocks so small that a short row has several; and no warning of what IEEE arithmetic defines."""
+    """Blocks so small that a short row has several, and tiles several steps; no warning of what IEEE arithmetic defines."""
     if INTERPRETED or DEVICE == "cuda":
-        monkeypatch.setattr("xpo_fast.kernels.rows.BLOCK", 128)
-    with np.errstate(all="ignore"):
+        monkeypatch.setattr("xpo_fast.head.plan.STEP_TOKENS", 3)
+    with np.errstate(all="ignore"), blocks(128):
+        yield
+
+
+@contextlib.contextmanager
+def blocks(columns):
+    """The row kernel's, half as wide where there are statistics."""
+    if not INTERPRETED and DEVICE != "cuda":
+        yield
+        return
+    from xpo_fast.kernels import rows, tuning
+
+    with contextlib.ExitStack() as stack:
+        for names, n in (((), columns), (STATISTICS, columns // 2)):
+            config = tuning.config(max(1, min(16, n // 128)), 2, BLOCK=n)
+            stack.enter_context(tuning.override(rows._tunable(names), config))
         yield
 
 
@@ -206,59 +223,40 @@ def check_each_gradient(name, head):
     assert_close(products.cpu(), tensors["products"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["two reads", "normaliser given"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def check_gradient_in_the_memory_of_the_tile(dtype, given):
-    """Statistics and a gradient in the GEMMs' dtype over the products: the same bits as beside them."""
+def check_gradient_in_the_dtype_of_the_gemms(dtype):
+    """Statistics and dz in one call, rows of both further apart than they are long, nothing written between them."""
     tensors, targets, options = tile(TILES["ragged blocks"])
     rows, products, others = kernel_of({k: x for k, x in tensors.items() if not k.startswith("ref")})
     n, vocab = products.shape
-    memory = torch.cat([products, poisoned(1, vocab)])  # the row after the tile's last must stay as it is
-    u = oracle.normal(n, seed=9, dtype=torch.float32)
+    apart = poisoned(n, vocab + 20)
+    apart[:, :vocab] = products
+    memory = poisoned(n, vocab + 84, dtype=dtype)
     out = {name: poisoned(n) for name in ("logp", "lse", "entropy")}
-    normaliser = None
-    if given:
-        normaliser = poisoned(n), poisoned(n)
-        first = dict(zip(("largest", "log_total"), normaliser, strict=True))
-        rows.run(products, targets.to(DEVICE), out={**first, **out}, **others, **options)
-    grads = []
-    for z, grad in (
-        (products, poisoned(n, vocab, dtype=dtype)),
-        (memory[:n], rows.inside(memory[:n], dtype)),
-    ):
-        rows.run(
-            z,
-            targets.to(DEVICE),
-            out={} if given else out,
-            upstream={"logp": u.to(DEVICE)},
-            normaliser=normaliser,
-            grad=grad,
-            **others,
-            **options,
-        )
-        grads.append(grad.float().cpu())
+    u = oracle.normal(n, seed=9, dtype=torch.float32)
+    grad = memory[:, :vocab]
+    upstream = {"logp": u.to(DEVICE)}
+    rows.run(apart[:, :vocab], targets.to(DEVICE), out=out, upstream=upstream, grad=grad, **others, **options)
     want, leaf = oracle_of(tensors, targets, options)
     (want["logp"] * u).sum().backward()
     for name, x in out.items():
         assert_close(x.cpu().double(), want[name], atol=2e-5, rtol=1e-5)
-    assert_close(grads[1], grads[0], rtol=0, atol=0)
-    assert oracle.error(grads[0], leaf.grad) < {torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
-    assert memory[n].isnan().all()
+    assert oracle.error(grad.float().cpu(), leaf.grad) < {torch.float32: 1e-5}.get(
+        dtype, torch.finfo(dtype).eps
+    )
+    assert memory[:, vocab:].isnan().all() and not memory[:, :vocab].isnan().any()
+    assert_close(apart[:, :vocab], products, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["two reads", "normaliser given"])
-def check_confident_tokens(given):
+def check_confident_tokens():
     """1 − p_y is what is rounded: right to bfloat16 where p_y is 0.9999."""
     products = torch.zeros(3, 40)
     targets = torch.tensor([0, 17, 39])
     products[torch.arange(3), targets] = torch.tensor([9.0, 11.0, 13.0])
     rows, z, _ = kernel_of({"products": products})
-    out = {"largest": poisoned(3), "log_total": poisoned(3)}
-    rows.run(z, targets.to(DEVICE), out=out)
     grad = poisoned(3, 40, dtype=torch.bfloat16)
     one = {"logp": torch.ones(3, device=DEVICE)}
-    normaliser = tuple(out.values()) if given else None
-    rows.run(z, targets.to(DEVICE), upstream=one, normaliser=normaliser, grad=grad)
+    rows.run(z, targets.to(DEVICE), upstream=one, grad=grad)
     found = grad.cpu()[torch.arange(3), targets].double()
     want = 1 - products.double().softmax(1)[torch.arange(3), targets]
     assert_close(found, want, rtol=2**-7, atol=0)
@@ -310,9 +308,9 @@ def check_softcap_is_precise():
         assert_close(out["logp"].cpu().double(), want.log_softmax(1)[:, y], atol=1e-5, rtol=1e-6)
 
 
-def check_full_blocks(monkeypatch):
+@blocks(4096)
+def check_full_blocks():
     """At the width that GPUs are given, with many warps on a row; again, for the same bits."""
-    monkeypatch.setattr("xpo_fast.kernels.rows.BLOCK", 4096)
     n = 2 if INTERPRETED else 300
     tensors, targets, options = tile((n, 4096 + 1000))
     rows, products, others = kernel_of(tensors)
@@ -324,11 +322,10 @@ def check_full_blocks(monkeypatch):
         for name in STATISTICS:
             assert_close(out[name].cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5)
     others = {k: x for k, x in others.items() if not k.startswith("ref")}
-    beside = poisoned(*products.shape, dtype=torch.bfloat16)
-    rows.run(products, targets_on, upstream=one, grad=beside, **others, **options)
-    within = rows.inside(products, torch.bfloat16)
-    rows.run(products, targets_on, upstream=one, grad=within, **others, **options)
-    assert_close(within, beside, rtol=0, atol=0)
+    grads = [poisoned(*products.shape, dtype=torch.bfloat16) for _ in range(2)]
+    for grad in grads:
+        rows.run(products, targets_on, upstream=one, grad=grad, **others, **options)
+    assert_close(grads[0], grads[1], rtol=0, atol=0)
 
 
 # --- the backend -----------------------------------------------------------------------------------------------------
@@ -427,17 +424,19 @@ def check_units(tile_tokens, dtype):
 
     on = [x.detach().to(DEVICE).requires_grad_() for x in operands]
     groups = pack(index.to(DEVICE), lengths, tile_tokens)
+    plan = head_plan(on[0], on[1], bias=on[2], chunk_tokens=tile_tokens, backend="triton")
+    assert plan.tiling == (tile_tokens, 3)
     loss, logp = UnitLoss.apply(
         on[0],
         on[1],
         on[2],
         targets.to(DEVICE),
         Scaling(**options),
+        oracle.IGNORE,
         groups,
-        tile_tokens,
+        plan,
         coefficients,
         total,
-        "triton",
     )
     want, wide = test_head.expected(operands, targets, options)
     assert_close(logp.cpu().double(), want["logp"], atol=2e-5 if dtype == torch.float32 else 1e-3, rtol=0)
@@ -489,3 +488,29 @@ def check_objective(name, learn, monkeypatch):
     assert_close(loss.double(), want, atol=1e-5, rtol=1e-5)
     for x, y in zip(grads, wanted, strict=True):
         assert oracle.error(x, y) < 2e-5
+
+
+@interpreted
+@pytest.mark.parametrize("outputs", [(), ("entropy",)], ids=str)
+def check_without_a_tile(outputs, monkeypatch):
+    """Where it was measured to be faster, log-probs without gradient come from the kernel that keeps no logit."""
+    from xpo_fast.kernels import logps
+
+    calls = []
+    run = logps.run
+    monkeypatch.setattr(logps, "run", lambda *a, **k: (calls.append(k), run(*a, **k)))
+    monkeypatch.setattr("xpo_fast.head.triton.prefers_fused", lambda *_: True)
+    operands, targets, _ = test_head.problem("primes", True, torch.float32)
+    options = {"softcap": 5.0, "temperature": 0.7, "logit_scale": 1.3}
+    want, _ = test_head.expected(operands, targets, options)
+    with torch.no_grad():
+        hidden, weight, bias = operands
+        found = xf.token_stats(
+            hidden, weight, targets, bias=bias, outputs=outputs, backend="triton", **options
+        )
+    assert len(calls) == 1
+    for name in ("logp", "lse", *outputs):
+        assert_close(getattr(found, name).double(), want[name].detach(), atol=2e-5, rtol=1e-5)
+    frozen = weight.detach(), targets
+    xf.token_logps(hidden, *frozen, bias=bias.detach(), backend="triton", **options).sum().backward()
+    assert len(calls) == 1  # the gradient is made of the tile

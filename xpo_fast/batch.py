@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .device import on_host, static_shapes, to_device, to_host
 from .head.rows import packed_rows, sum_rows
-from .head.spec import scored_positions
+from .head.spec import check_targets
 from .head.units import Group, pack
 from .methods import Method
 from .methods.math import check_rows
@@ -22,7 +23,12 @@ class Batch:
     """The layout of one call, from its targets alone.
 
     methods: of one layout. pairs: None, or how lists become pairs for a pairwise method ("all", "extremes").
-    list_size: rows a list, where the layout has lists.
+    list_size: rows a list, where the layout has lists. device: where the call computes; if not given nothing is computed
+    but counts, where the targets are.
+
+    A call needs to know which positions are scored: the layout is worked out on the host, and what the device needs of it
+    is copied there. Targets that are on a device are waited for, once, here. While a CUDA graph is captured nothing may be
+    read: then the layout is worked out on the device, and every position is taken, the ignored ones too.
     """
 
     def __init__(
@@ -32,54 +38,102 @@ class Batch:
         cu_seqlens: Tensor | None,
         ignore_index: int,
         *,
+        device: torch.device | None = None,
         pairs: str | None = None,
         list_size: int | None = None,
     ) -> None:
         self.methods, self.ignore_index, self.pairs = methods, ignore_index, pairs
         self.name = " + ".join(m.name for m in methods)
-        self.rows, self.count = packed_rows(targets, cu_seqlens)  # (N,), R
+        self.device = targets.device if device is None else device
+        self.static, self._from_host = static_shapes(targets), on_host(targets)
+        if device is not None:
+            self._check_capture()
+            if not self.static and not torch.compiler.is_compiling():
+                targets, cu_seqlens = to_host(targets), None if cu_seqlens is None else to_host(cu_seqlens)
+        self._cu_seqlens, self._list_size = cu_seqlens, list_size
+        rows, self.count = packed_rows(targets, cu_seqlens)  # (N,), R
         self.shape = targets.shape
         self.layout = "listwise" if pairs else methods[0].layout
         flat = targets.reshape(-1).long()
-        self.device = flat.device
-        scored = flat != ignore_index
-        self.lengths = sum_rows(scored.long(), self.rows, self.count)  # (R,)
-        self.index = self._rows_of_units(list_size)  # (U, rows a unit)
-        self.units = self.index.shape[0]
+        lengths = sum_rows((flat != ignore_index).long(), rows, self.count)
+        index = self._rows_of_units(flat.device)
+        self.units = index.shape[0]
 
-        # Positions of each row, scored or not (R,); each position's place in its row (N,); positions of the longest row.
-        self.sizes = sum_rows(torch.ones_like(self.rows), self.rows, self.count)
-        starts = self.sizes.cumsum(0) - self.sizes
-        self.offsets = torch.arange(self.rows.shape[0], device=self.device) - starts[self.rows]
-        self.width = targets.shape[1] if targets.dim() == 2 else 0
-        if targets.dim() == 1 and (self.layout == "policy" or any("pos_score" in m.inputs for m in methods)):
-            self.width = max(1, int(self.sizes.max()) if self.count else 1)
-
-        lengths = self.lengths[self.index]
+        of_units = lengths[index]
         sides = {side for m in methods for side in m.sides}
+        read = [k for k, side in enumerate(("_w", "_l")) if side in sides]
         if self.layout == "pairwise":
-            self._read = [k for k, side in enumerate(("_w", "_l")) if side in sides]
-            self.valid = (lengths[:, self._read] > 0).all(dim=1)
+            valid = (of_units[:, read] > 0).all(dim=1)
         elif self.has_rejected:
-            self._read = list(range(lengths.shape[1]))
-            self.valid = (lengths[:, :-1] > 0).any(dim=1) & (lengths[:, -1] > 0)
+            valid = (of_units[:, :-1] > 0).any(dim=1) & (of_units[:, -1] > 0)
         else:
-            self._read = list(range(lengths.shape[1]))
-            self.valid = (lengths > 0).any(dim=1)
+            valid = (of_units > 0).any(dim=1)
         # The head need not see a row that no method reads, nor a unit that does not count.
-        counted = torch.zeros(self.count, dtype=torch.bool, device=self.device)
-        read = self.index[:, self._read]
-        counted[read] = self.valid[:, None].expand_as(read)
-        self.targets = torch.where(counted[self.rows], flat, ignore_index)
-        self.scored = self.targets != ignore_index
+        seen = index[:, read] if self.layout == "pairwise" else index
+        counted = torch.zeros(self.count, dtype=torch.bool, device=flat.device)
+        counted[seen] = valid[:, None].expand_as(seen)
+        # What the head scores (N,), where it is read; and the layout there, if that is the host.
+        self.targets = torch.where(counted[rows], flat, ignore_index)
+        self._home = (rows, lengths, index, valid)
+        # The rows of the positions (N,), scored tokens of rows (R,), rows of units (U, rows a unit), units that count (U,).
+        self.rows, self.lengths, self.index, self.valid = (to_device(x, self.device) for x in self._home)
+        # The targets (N,) there; those that are scored (N,); each position's place in its row (N,), where rows are laid out.
+        self.device_targets = to_device(self.targets, self.device)
+        self.scored = self.device_targets != ignore_index
+        if self.layout == "policy" or any("pos_score" in m.inputs for m in methods):
+            self.offsets = torch.arange(rows.shape[0], device=self.device) - self.starts[self.rows]
+
+    def _check_capture(self) -> None:
+        reasons = {m.name: self._against_capture(m) for m in self.methods} if self.static else {}
+        for name, why in reasons.items():
+            if why is not None:
+                raise ValueError(f"{name} cannot be captured into a CUDA graph: {why}; call it without one")
+
+    @staticmethod
+    def _against_capture(method: Method) -> str | None:
+        if method.state is not None:
+            return "what it remembers of earlier batches would not go on from replay to replay"
+        if method.unit == "batch":
+            return "its losses depend on one another, and which units count is known only from the targets' values"
+        return None
+
+    # --- what is where ------------------------------------------------------------------------------------------------
+
+    @property
+    def rejected_targets(self) -> Tensor:
+        """(N,) `targets`, where they are, of the rejected halves of pairs alone."""
+        return torch.where(self._home[0] >= self.units, self.targets, self.ignore_index)
+
+    @property
+    def starts(self) -> Tensor:
+        """The first position of each row: (R,)."""
+        sizes = sum_rows(torch.ones_like(self.rows), self.rows, self.count)
+        return sizes.cumsum(0) - sizes
+
+    @cached_property
+    def row_sizes(self) -> list[int]:
+        """Positions of each row, scored or not, known to the host: from shapes, or from offsets."""
+        if self._cu_seqlens is None:
+            return [self.shape[1]] * self.count
+        if static_shapes(self._cu_seqlens):
+            raise ValueError(
+                f"{self.name} needs the lengths of packed rows, which cannot be read while a CUDA graph is captured: pass "
+                "cu_seqlens= on the CPU"
+            )
+        return self._cu_seqlens.diff().tolist()
+
+    @property
+    def width(self) -> int:
+        """The positions of the longest row."""
+        return self.shape[1] if len(self.shape) == 2 else max([1, *self.row_sizes])
 
     @property
     def has_rejected(self) -> bool:
         """Whether the last row of each list is the rejected completion beside those that the policy made (`nn`)."""
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
 
-    def _rows_of_units(self, list_size: int | None) -> Tensor:
-        order = torch.arange(self.count, device=self.device)
+    def _rows_of_units(self, device: torch.device) -> Tensor:
+        order, list_size = torch.arange(self.count, device=device), self._list_size
         if self.layout == "pairwise":
             if self.count % 2:
                 raise ValueError(
@@ -132,8 +186,7 @@ class Batch:
     def beyond_shorter(self) -> Tensor:
         """The scored tokens of a pair after its first min(len_w, len_l): (N,) bool."""
         before = self.scored.long().cumsum(0) - self.scored.long()
-        starts = self.sizes.cumsum(0) - self.sizes
-        rank = before - torch.cat([before, before.new_zeros(1)])[starts[self.rows]]
+        rank = before - torch.cat([before, before.new_zeros(1)])[self.starts[self.rows]]
         shorter = self.lengths[self.index].amin(dim=1).repeat(2)  # pairs are halves
         return rank >= shorter[self.rows]
 
@@ -150,6 +203,7 @@ class Batch:
                 f"{self.name}: scores must be a tensor {tuple(self.index.shape)}, got {tuple(scores.shape)}"
             )
         assert self.pairs is not None
+        given, scores = scores, self.placed("scores", scores)
         mask = self.list_mask(None)
         finite = torch.where(mask, scores, 0.0).isfinite().all(dim=1)
         check_rows(
@@ -159,6 +213,10 @@ class Batch:
             scores=scores.sum(dim=1),
         )
         self._chosen = list_pairs(scores, mask, self.pairs)
+        if any(m.unit == "batch" for m in self.methods):  # `counted_at` wants to know
+            _, lengths, index, _ = self._home
+            real = list_pairs(to_host(given), to_host(lengths[index] > 0), self.pairs)[2]
+            self._pairs_at_home = real.flatten()
 
     def list_mask(self, units: Tensor | None) -> Tensor:
         """Which of a list's completions there are: (U, K) bool."""
@@ -173,6 +231,12 @@ class Batch:
     def counted(self) -> Tensor:
         """The units that count, or with `pairs` the pairs of all lists: bool."""
         return self._pairs(None)[2].flatten() if self.pairs else self.valid
+
+    @property
+    def counted_at(self) -> Tensor:
+        """Indices of those that are counted."""
+        counted = self._pairs_at_home if self.pairs else self._home[-1]
+        return to_device(counted.nonzero().squeeze(1), self.device)
 
     def mean_of_pairs(
         self, losses: Tensor, metrics: dict[str, Tensor], units: Tensor | None
@@ -223,10 +287,9 @@ class Batch:
         """x (N,) as rows (U, T), of the pairs whose rejected rows are given."""
         wanted = torch.full((self.count,), -1, device=self.device)
         wanted[rows] = torch.arange(rows.shape[0], device=self.device)
-        at = wanted[self.rows]
-        here = at >= 0
-        blank = torch.zeros((rows.shape[0], self.width), dtype=x.dtype, device=x.device)
-        return blank.index_put((at[here], self.offsets[here]), x[here])
+        at = wanted[self.rows]  # −1, which is the last: all other rows' positions go into one that is dropped
+        blank = torch.zeros((rows.shape[0] + 1, self.width), dtype=x.dtype, device=x.device)
+        return blank.index_put((at, self.offsets), x)[:-1]
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -264,9 +327,16 @@ class Batch:
                 if expected == [(), ()]:
                     raise ValueError(f"{self.name}: {name} must be one number () for all units, got {got}")
                 raise ValueError(f"{self.name}: {name} must be a tensor {shapes}, got {got}")
-            if x.device != self.device:
-                raise ValueError(f"{self.name}: {name} is on {x.device} and targets on {self.device}")
+            columns[name] = self.placed(name, x)
         return columns
+
+    def placed(self, name: str, x: Tensor) -> Tensor:
+        """x where the call computes: it is there, or on the host as the targets are; else ValueError."""
+        if x.device != self.device and not (self._from_host and on_host(x)):
+            raise ValueError(
+                f"{self.name}: {name} is on {x.device} and hidden on {self.device}: move one of them"
+            )
+        return to_device(x, self.device)
 
     def _column_shapes(self, name: str) -> list[tuple[int, ...]]:
         method = next((m for m in self.methods if name in m.inputs), None)
@@ -298,33 +368,36 @@ class Batch:
 
     def check_rows(self, name: str, values: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
         """`values` detached, if it is of one of the shapes; else ValueError."""
-        if values.shape not in shapes or values.device != self.device:
+        if values.shape not in shapes:
             expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
-            raise ValueError(
-                f"{name} must be {expected} on {self.device}, got {tuple(values.shape)} on {values.device}"
-            )
-        values = values.detach()
+            raise ValueError(f"{name} must be {expected}, got {tuple(values.shape)}")
+        values = self.placed(name, values.detach())
         return values if values.dtype == torch.float64 else values.float()
 
     # --- tiles --------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _by_unit(self) -> tuple[Tensor, list[int]]:
-        """The scored positions sorted by unit, and each unit's number of them."""
-        index = self.scored.nonzero().squeeze(1)
-        unit_of = torch.empty(self.count, dtype=torch.int64, device=self.device)
-        unit_of[self.index] = torch.arange(self.units, device=self.device)[:, None].expand_as(self.index)
-        unit = unit_of[self.rows[index]]
-        lengths = torch.bincount(unit, minlength=self.units).tolist()
-        return index[unit.argsort(stable=True)], lengths
+        """The positions to score sorted by unit, and each unit's number of them."""
+        # Positions of a row stand together, so that rows are all there is to sort.
+        if self.static:  # every position, and only sizes are known
+            at, sizes = torch.arange(self.rows.shape[0], device=self.device), self.row_sizes
+            index = self._rows_of_units(torch.device("cpu"))
+        else:
+            at = (self.targets != self.ignore_index).nonzero().squeeze(1)
+            rows, _, index, _ = self._home
+            sizes = torch.bincount(rows[at], minlength=self.count).tolist()
+        parts = at.split(sizes)
+        by_unit = torch.cat([at[:0], *(parts[row] for row in index.flatten().tolist())])
+        return to_device(by_unit, self.device), [sum(sizes[row] for row in unit) for unit in index.tolist()]
 
     @property
     def longest_unit(self) -> int:
         return max(self._by_unit[1], default=0)
 
     def groups(self, tile_tokens: int, vocab: int, *, by_token: bool) -> list[Group]:
-        """Whole units packed into tiles, or tokens where each is a unit; ValueError on CPU for a bad target."""
-        scored_positions(self.targets, self.ignore_index, vocab)
+        """Whole units packed into tiles, or tokens where each is a unit; ValueError for a bad target that can be read."""
+        check_targets(self.targets, self.ignore_index, vocab)
         if by_token:
             index = self._by_unit[0]
             count = -(-index.shape[0] // tile_tokens)

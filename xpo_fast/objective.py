@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .batch import PAIRS, Batch
+from .device import to_device
 from .head import head_plan, token_logps, token_stats
-from .head.plan import Plan, choose_backend, tile_size
+from .head.plan import Plan, choose_backend, fit
 from .head.rows import sum_rows
 from .head.sampled import picked_logits, sample_rivals
-from .head.spec import Scaling, cast_for_autocast, check_operands
+from .head.spec import Scaling, cast_for_autocast, check_operands, scored_positions
 from .head.units import UnitLoss
 from .methods import Method, get_method
 from .methods.math import unchecked
@@ -25,7 +27,7 @@ from .reduce import REDUCTIONS, count_metrics, mean_metrics, reduce_losses
 from .types import LossOutput
 
 _OF_NO_MATTER_TO_THE_PLAN = {
-    "temperature", "softcap", "logit_scale", "ref_weight", "ref_bias", "denominator",
+    "temperature", "softcap", "logit_scale", "ref_weight", "ref_bias", "denominator", "grad_scale",
 }  # fmt: skip
 _TERM = re.compile(r"\s*(?:([0-9.eE+-]*[0-9.])\s*\*)?\s*([A-Za-z_]\w*)\s*")
 
@@ -261,6 +263,8 @@ class Objective:
         | None = None,  # (R,) log-probs of the rows under the reference, summed; or one a token
         list_size: int | None = None,
         denominator: float | Tensor | None = None,
+        weight_grad: Tensor | None = None,  # (V, D) float32
+        grad_scale: float = 1.0,
         **columns: Tensor,
     ) -> LossOutput:
         """The loss, differentiable in hidden, weight and bias, and detached metrics.
@@ -274,11 +278,20 @@ class Objective:
         micro-batches and ranks; those of this call if not given. columns: the method's other inputs by name, with one
         entry a unit, a scalar, or shaped as targets for inputs of tokens.
 
+        weight_grad: as in `token_stats`. Where the gradients are made in this call (3F), dW is added in it, too, times
+        grad_scale: what the loss will be multiplied by before the backward, which is checked there.
+
+        The host waits for a device once, at the start, to learn which positions are scored; not at all where targets
+        and cu_seqlens are on the CPU, and columns and the reference's log-probs may be with them. Captured into a CUDA
+        graph, a call takes targets on the device (cu_seqlens on the CPU: row lengths are the graph's), scores every
+        position, and gives the same; methods that look at the batch as a whole refuse.
+
         A unit with a row that has no scored token (a list or a row of a policy method: with none at all) is left out:
         zero loss, not counted. With none left the loss is 0, with a graph. What it costs: see `plan`.
 
         Raises ValueError for operands, rows or columns that do not fit, a missing reference or column, an unknown
-        column, and (on CPU) a target outside the vocabulary.
+        column, and (on the CPU) a target outside the vocabulary or a column's number out of range: on a device both trip an
+        assertion of the device's.
         """
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = cast_for_autocast(
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias
@@ -289,7 +302,7 @@ class Objective:
             raise ValueError(
                 f"of the reference: ref_hidden must be {tuple(targets.shape)} by its width, got {tuple(ref_hidden.shape)}"
             )
-        batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns)
+        batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns, hidden.device)
         known = _Known(batch.check_columns(columns, self._supplied()))
         scaling: dict[str, Any] = {
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
@@ -297,6 +310,10 @@ class Objective:
         options = {
             **scaling, "ignore_index": ignore_index, "tile_bytes": self.tile_bytes, "backend": self.backend,
         }  # fmt: skip
+        if weight_grad is not None and any("pos_score" in m.inputs for m in self.methods):
+            raise ValueError(
+                f"{batch.name}: single logits have gradients of their own: leave out weight_grad"
+            )
         flat = hidden.reshape(-1, hidden.shape[-1])
         known.rows["len"] = (batch.lengths, 1.0)
         self._add_reference(
@@ -311,6 +328,8 @@ class Objective:
             raise ValueError(
                 f"denominator must be () or ({len(self.terms)},), one entry a method, got {tuple(denominator.shape)}"
             )
+        if isinstance(denominator, Tensor):
+            denominator = to_device(denominator, batch.device)
 
         def evaluate(logp: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
             return [self._evaluate(term, batch, known, logp) for term in self.terms]
@@ -324,7 +343,8 @@ class Objective:
 
         def coefficients(logp: Tensor, positions: Tensor, units: Sequence[int]) -> Tensor:
             """∂loss/∂logp at the positions (n,) of some units."""
-            some = None if by_token else torch.tensor(units, device=logp.device)
+            # Units between these have nothing to score: they are left out as any other that does not count.
+            some = None if by_token else torch.arange(units[0], units[-1] + 1, device=logp.device)
             with torch.enable_grad(), unchecked():
                 leaf = logp.detach().requires_grad_()
                 found = [self._evaluate(term, batch, known, leaf, positions, some) for term in self.terms]
@@ -337,18 +357,20 @@ class Objective:
             ):  # check them once and whole, so that a row that is refused is named by its place
                 with torch.no_grad():
                     evaluate(flat.new_zeros(batch.scored.shape, dtype=torch.float32))
-            tile_tokens = self._head_plan(flat, weight, bias, batch).tile_tokens
+            plan = self._head_plan(flat, weight, bias, batch, weight_grad)
             loss, logp = UnitLoss.apply(
                 flat,
                 weight,
                 bias,
-                batch.targets,
+                batch.device_targets,
                 Scaling(**scaling),
-                batch.groups(tile_tokens, weight.shape[0], by_token=by_token),
-                tile_tokens,
+                batch.ignore_index,
+                batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token),
+                plan,
                 coefficients,
                 lambda logp: reduced(evaluate(logp), None, None),
-                self.backend,
+                weight_grad,
+                grad_scale,
             )
             found = evaluate(logp)
             if any(losses.requires_grad for losses, _ in found):  # by a column: logp carries no gradient here
@@ -356,6 +378,7 @@ class Objective:
         else:
             outputs = self._outputs()
             ref = (ref_hidden, ref_weight, ref_bias) if self.needs_reference_hidden else (None, None, None)
+            options["weight_grad"] = weight_grad
             logp = self._statistics(known, batch, flat, weight, bias, outputs, ref, options)
             self._update_state(batch, known, logp)
             found = evaluate(logp)
@@ -383,11 +406,13 @@ class Objective:
         ignore_index: int,
         list_size: int | None,
         columns: Mapping[str, Any],
+        device: torch.device | None,
     ) -> Batch:
         scores = columns.get("scores")
         if list_size is None and isinstance(scores, Tensor) and scores.dim() == 2:
             list_size = scores.shape[1] + self.has_rejected
-        batch = Batch(self.methods, targets, cu_seqlens, ignore_index, pairs=self.pairs, list_size=list_size)
+        options: dict[str, Any] = {"device": device, "pairs": self.pairs, "list_size": list_size}
+        batch = Batch(self.methods, targets, cu_seqlens, ignore_index, **options)
         if self.pairs and isinstance(scores, Tensor):
             batch.choose_pairs(scores)
         return batch
@@ -472,17 +497,22 @@ class Objective:
         """`cringe`: the logit of every rejected token, and that of a likely other one, with their gradients."""
         if not any("pos_score" in m.inputs for m in self.methods):
             return
+        if batch.static and self.seed is not None:
+            raise ValueError(
+                "seed= cannot be captured into a CUDA graph: a replay would draw the same; leave it out"
+            )
         generator = self._draws(hidden.device)
+        vocab, backend = weight.shape[0], choose_backend(self.backend, hidden.device)
+        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes)
+        targets = batch.rejected_targets
+        options = (scaling, batch.ignore_index, tiling.tile, self.top_k, generator, backend)
+        tokens = sample_rivals(hidden, weight, bias, targets, *options)
+        at = scored_positions(targets, batch.ignore_index, vocab, batch.device)
         rejected = (batch.rows >= batch.units) & batch.scored
-        targets = torch.where(rejected, batch.targets, batch.ignore_index)
-        tile = tile_size(weight.shape[0], weight.dtype, weight.device, self.tile_bytes)
-        tokens = sample_rivals(
-            hidden, weight, bias, targets, scaling, batch.ignore_index, tile, self.top_k, generator
-        )
-        at = rejected.nonzero().squeeze(1)
-        twice = torch.cat([at, at])
-        picked = torch.cat([batch.targets[at], tokens[at]])
-        scores = picked_logits(hidden[twice], weight, bias, picked, scaling).chunk(2)
+        h, y = hidden[at], batch.device_targets[at]
+        if batch.static:  # `at` has positions that are not to be read
+            h, y = (torch.where(r, x, 0) for r, x in ((rejected[at, None], h), (rejected[at], y)))
+        scores = picked_logits(torch.cat([h, h]), weight, bias, torch.cat([y, tokens[at]]), scaling).chunk(2)
         for name, score in zip(("neg_score", "pos_score"), scores, strict=True):
             known.tokens[name] = score.new_zeros(batch.rows.shape).index_put((at,), score)
         known.tokens["mask"] = rejected
@@ -551,7 +581,8 @@ class Objective:
         """The method's inputs for some units: logp (n,) at the positions (n,), or at all of them."""
         method = term.method
         wanted = {n for n in method.inputs if method.wants(n, term.hyperparameters)}
-        columns = {**{n: x.to(batch.device) for n, x in self.state.items()}, **known.columns}
+        remembered = {n: to_device(x, batch.device) for n, x in self.state.items() if n in wanted}
+        columns = {**remembered, **known.columns}
         if method.layout == "policy":
             single = positions is not None and units is None  # a token a unit
 
@@ -613,7 +644,7 @@ class Objective:
         """Losses and metrics of one method; 0 and whatever for units left out."""
         inputs = self._inputs(term, batch, known, logp, positions, units)
         if term.method.unit == "batch":
-            losses, metrics = _of_counted(term, inputs, batch.counted)
+            losses, metrics = _of_counted(term, inputs, batch)
         else:
             losses, metrics = term.method(**inputs, **term.hyperparameters)
         if known.row_weight is not None:
@@ -679,7 +710,8 @@ class Objective:
             if learns or not own <= set(self.state):
                 with torch.no_grad():
                     inputs = self._inputs(term, batch, known, logp.detach(), None, None)
-                    remembered = term.method.state(self.state, inputs, batch.counted, **term.hyperparameters)
+                    before = {n: to_device(x, batch.device) for n, x in self.state.items() if n != "draws"}
+                    remembered = term.method.state(before, inputs, batch.counted, **term.hyperparameters)
                 if learns:
                     self.state.update(remembered)
                 else:
@@ -708,8 +740,8 @@ class Objective:
         ignore_index: int = -100,
         list_size: int | None = None,
     ) -> Tensor:
-        """What `denominator` counts in a batch, see Method.denominator: int64, () or one entry a method."""
-        return self._items(self._batch(targets, cu_seqlens, ignore_index, list_size, {}))
+        """What `denominator` counts in a batch, see Method.denominator: int64, () or one entry a method, with the targets."""
+        return self._items(self._batch(targets, cu_seqlens, ignore_index, list_size, {}, None))
 
     def plan(
         self,
@@ -723,6 +755,7 @@ class Objective:
         ref_logps: Tensor | None = None,
         ignore_index: int = -100,
         list_size: int | None = None,
+        weight_grad: Tensor | None = None,
         **others: Any,
     ) -> Plan:
         """How a call with these arguments will run: backend, tile and passes. Print it."""
@@ -732,10 +765,10 @@ class Objective:
             raise ValueError(f"{', '.join(m.name for m in self.methods)}: unknown {', '.join(unknown)}")
         hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
         check_operands(hidden, weight, targets, bias)
-        batch = self._batch(targets, cu_seqlens, ignore_index, list_size, others)
-        plan = self._head_plan(hidden, weight, bias, batch)
+        batch = self._batch(targets, cu_seqlens, ignore_index, list_size, others, hidden.device)
+        plan = self._head_plan(hidden, weight, bias, batch, weight_grad)
         passes, why = plan.passes, plan.why
-        tokens = int(batch.scored.sum())
+        tokens = int((batch.targets != ignore_index).sum())
         if self._evaluates_live(hidden, weight, bias):
             by_token = all(m.unit == "token" for m in self.methods)
             groups = batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token)
@@ -749,10 +782,10 @@ class Objective:
         if ref_hidden is not None and any(_reads_reference(term) for term in self.terms):
             passes, why = passes + 1, why + "; 1F of it for the reference"
         if any("pos_score" in m.inputs for m in self.methods):
-            rejected = int((batch.scored & (batch.rows >= batch.units)).sum())
+            rejected = int((batch.rejected_targets != ignore_index).sum())
             passes += rejected / tokens if tokens else 0
             why += f"; {rejected} rejected tokens' logits once more, for their likeliest rivals"
-        return Plan(plan.backend, tokens, plan.tile_tokens, plan.vocab, plan.dtype, passes, why)
+        return dataclasses.replace(plan, tokens=tokens, passes=passes, why=why)
 
     def _outputs(self) -> tuple[str, ...]:
         """The statistics that the methods need beside the log-prob."""
@@ -764,13 +797,21 @@ class Objective:
         }
         return tuple(name for name, needs in needed.items() if needs)
 
-    def _head_plan(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Plan:
+    def _head_plan(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: Batch,
+        weight_grad: Tensor | None = None,
+    ) -> Plan:
         live = self._evaluates_live(hidden, weight, bias)
         return head_plan(
             hidden,
             weight,
             bias=bias,
             outputs=() if live else self._outputs(),
+            weight_grad=weight_grad,
             tile_bytes=self.tile_bytes,
             backend=self.backend,
             unit_tokens=batch.longest_unit if live else 0,
@@ -812,16 +853,14 @@ class _Known:
     row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
 
 
-def _of_counted(
-    term: Term, inputs: Mapping[str, Tensor], counted: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _of_counted(term: Term, inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """A method whose losses depend on one another, on the units (U,) that count; 0 and NaN for the others."""
-    at = counted.nonzero().squeeze(1)
+    at, shape = batch.counted_at, batch.counted.shape
     inputs = {n: x[at] if x.dim() else x for n, x in inputs.items()}
     losses, metrics = term.method(**inputs, **term.hyperparameters)
 
     def spread(x: Tensor, absent: float) -> Tensor:
-        return x.new_full(counted.shape, absent).index_put((at,), x)
+        return x.new_full(shape, absent).index_put((at,), x)
 
     return spread(losses, 0.0), {name: spread(x, torch.nan) for name, x in metrics.items()}
 

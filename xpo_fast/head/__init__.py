@@ -11,11 +11,20 @@ from torch import Tensor
 from ..types import TokenStats
 from . import dense
 from .autograd import token_stats as _token_stats_op
-from .chunked import release_tiles
 from .gather import gather_logps
-from .plan import Plan, check_backend, choose_backend, tile_size
+from .gemms import release_tiles
+from .plan import Plan, Tiling, check_backend, choose_backend, fit
 from .rows import packed_rows, shift_labels, sum_rows
-from .spec import DIFFERENTIABLE, OUTPUTS, Scaling, accumulation_dtype, cast_for_autocast, check_operands
+from .spec import (
+    DIFFERENTIABLE,
+    OUTPUTS,
+    Scaling,
+    accumulation_dtype,
+    cast_for_autocast,
+    check_operands,
+    static_shapes,
+    to_device,
+)
 
 __all__ = [
     "Plan",
@@ -32,7 +41,7 @@ __all__ = [
 def token_stats(
     hidden: Tensor,  # (…, D)
     weight: Tensor,  # (V, D)
-    targets: Tensor,  # (…) integer, aligned: targets[i] is the token that hidden[i] predicts
+    targets: Tensor,  # (…) integer, aligned: targets[i] is the token that hidden[i] predicts; may be on the host
     *,
     outputs: Sequence[str] = (),
     bias: Tensor | None = None,  # (V,)
@@ -43,6 +52,7 @@ def token_stats(
     ref_hidden: Tensor | None = None,  # (…, Dr)
     ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight if not given
     ref_bias: Tensor | None = None,  # (V,); the policy's bias if neither it nor ref_weight is given
+    weight_grad: Tensor | None = None,  # (V, D) float32
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -60,6 +70,12 @@ def token_stats(
     `ref_hidden`, which goes through the same scaling. logp, lse, entropy, kl and reverse_kl are differentiable in
     hidden, weight and bias, the first two at 2F with a frozen head; asking for one of the others, with gradient,
     costs a recomputation (3F frozen, 4F trainable). There is no second derivative.
+
+    weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64 operands):
+    the backward adds dW to it and autograd gives weight none, which saves memory for dW and a pass over it.
+
+    With targets on the host nothing waits for a device; with targets on it, a call waits once. While a CUDA graph is
+    captured all positions are multiplied, ignored ones as zeros.
 
     Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position
     makes its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
@@ -93,11 +109,15 @@ def token_stats(
         weight,
         bias=bias,
         outputs=outputs,
+        weight_grad=weight_grad,
         chunk_tokens=chunk_tokens,
         tile_bytes=tile_bytes,
         backend=backend,
     )
     if plan.backend == "dense":
+        if static_shapes(flat_targets):
+            raise ValueError("the dense backend cannot be captured as a CUDA graph: pass backend='torch'")
+        flat_targets = to_device(flat_targets, hidden.device)
         found = dense.token_stats(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs)
     else:
         found = _tiled(
@@ -109,7 +129,8 @@ def token_stats(
             scaling,
             ignore_index,
             outputs,
-            plan.tile_tokens,
+            weight_grad,
+            plan.tiling,
             plan.backend,
         )
     return TokenStats(**{name: x.view(targets.shape) for name, x in found.items()})
@@ -125,6 +146,7 @@ def token_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    weight_grad: Tensor | None = None,  # (V, D) float32
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -142,6 +164,7 @@ def token_logps(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        weight_grad=weight_grad,
         chunk_tokens=chunk_tokens,
         tile_bytes=tile_bytes,
         backend=backend,
@@ -162,8 +185,8 @@ def sequence_logps(
     `options` are those of `token_logps`.
     """
     logp = token_logps(hidden, weight, targets, ignore_index=ignore_index, **options)
-    rows, count = packed_rows(targets, cu_seqlens)
-    scored = (targets != ignore_index).reshape(-1)
+    rows, count = packed_rows(targets, cu_seqlens, hidden.device)
+    scored = to_device((targets != ignore_index).reshape(-1), hidden.device)
     return sum_rows(logp.reshape(-1), rows, count), sum_rows(scored.long(), rows, count)
 
 
@@ -173,6 +196,7 @@ def head_plan(
     *,
     bias: Tensor | None = None,
     outputs: Sequence[str] = (),
+    weight_grad: Tensor | None = None,
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -184,13 +208,12 @@ def head_plan(
     """
     chosen = choose_backend(backend, hidden.device)
     check_backend(chosen, hidden.device)
+    if weight_grad is not None:
+        _check_weight_grad(weight_grad, weight, chosen)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"expected chunk_tokens of at least 1, got {chunk_tokens}")
-    has_ref = bool({"kl", "reverse_kl"} & set(outputs))
-    size = chunk_tokens or tile_size(
-        weight.shape[0], weight.dtype, weight.device, tile_bytes, tiles=1 + has_ref, unit_tokens=unit_tokens
-    )
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    has_ref = bool({"kl", "reverse_kl"} & set(outputs))
     more = sorted(set(outputs) & set(DIFFERENTIABLE))
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trainable):
         passes, why = 1, "no gradient is wanted"
@@ -206,7 +229,22 @@ def head_plan(
     if has_ref:
         passes += 1 if passes == 1 or chosen == "dense" else 2
         why += "; the reference's tile beside it"
-    return Plan(chosen, None, size, weight.shape[0], accumulation_dtype(weight.dtype), passes, why)
+    dtype = accumulation_dtype(weight.dtype)
+    learns = torch.is_grad_enabled() and weight.requires_grad and weight_grad is None
+    tiling, dz_dtype, logits = fit(
+        chosen,
+        weight.shape[0],
+        weight.dtype,
+        weight.device,
+        tile_bytes,
+        chunk_tokens=chunk_tokens,
+        heads=1 + has_ref,
+        dz=torch.is_grad_enabled() and (hidden.requires_grad or trainable),
+        dw_bytes=weight.numel() * (dtype.itemsize - weight.itemsize) if learns else 0,
+        unit_tokens=unit_tokens,
+        tokens=hidden.shape[:-1].numel(),
+    )
+    return Plan(chosen, None, tiling, weight.shape[0], dtype, dz_dtype, logits, passes, why)
 
 
 def _tiled(
@@ -218,7 +256,8 @@ def _tiled(
     scaling: Scaling,
     ignore_index: int,
     outputs: tuple[str, ...],
-    tile_tokens: int,
+    weight_grad: Tensor | None,
+    tiling: Tiling,
     backend: str,
 ) -> dict[str, Tensor]:
     trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -234,11 +273,12 @@ def _tiled(
         bias,
         targets,
         *(ref or (None, None, None)),
+        weight_grad,
         scaling.temperature,
         scaling.softcap or 0.0,
         scaling.logit_scale,
         ignore_index,
-        tile_tokens,
+        *tiling,
         backend,
         ",".join(outputs),
         save_grad,
@@ -276,6 +316,25 @@ def _check_outputs(
             check_operands(ref_hidden, ref_weight, targets, ref_bias)
         except ValueError as error:
             raise ValueError(f"of the reference: {error}") from None
+
+
+def _check_weight_grad(weight_grad: Tensor, weight: Tensor, backend: str) -> None:
+    dtype = accumulation_dtype(weight.dtype)
+    if weight_grad.shape != weight.shape or weight_grad.dtype != dtype or weight_grad.device != weight.device:
+        raise ValueError(
+            f"weight_grad must be {dtype} {tuple(weight.shape)} on {weight.device}, got {weight_grad.dtype} "
+            f"{tuple(weight_grad.shape)} on {weight_grad.device}"
+        )
+    if weight_grad.requires_grad or not weight_grad.is_contiguous():
+        raise ValueError(
+            "weight_grad must be contiguous and require no gradient: pass a buffer, or weight.grad"
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            "weight_grad was given, and weight requires no gradient: leave it out for a frozen head"
+        )
+    if backend == "dense":
+        raise ValueError("the dense backend has no use for weight_grad: pass backend='torch'")
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import chunked
-from .plan import implementation
-from .spec import DIFFERENTIABLE, Scaling
+from .plan import Tiling, implementation
+from .spec import DIFFERENTIABLE, Scaling, to_device
 
 
 def _scaling(temperature: float, softcap: float, logit_scale: float) -> Scaling:
@@ -38,11 +38,13 @@ def token_stats(
     ref_hidden: Tensor | None,  # (N, Dr)
     ref_weight: Tensor | None,  # (V, Dr)
     ref_bias: Tensor | None,  # (V,)
+    weight_grad: Tensor | None,  # (V, D), to which the backward adds dW
     temperature: float,
     softcap: float,  # 0: none
     logit_scale: float,
     ignore_index: int,
     tile_tokens: int,
+    step_tokens: int,
     backend: str,
     outputs: str,  # names, comma-separated
     save_grad: bool,
@@ -57,15 +59,15 @@ def token_stats(
         _scaling(temperature, softcap, logit_scale),
         ignore_index,
         _names(outputs),
-        tile_tokens,
+        Tiling(tile_tokens, step_tokens),
         save_grad,
     )
 
 
 @token_stats.register_fake
 def _(
-    hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, backend, outputs, save_grad,
+    hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, weight_grad, temperature, softcap, logit_scale,
+    ignore_index, tile_tokens, step_tokens, backend, outputs, save_grad,
 ):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = targets.shape[0]
@@ -74,7 +76,7 @@ def _(
     return stats, torch.empty_like(stats), extra, hidden.new_empty((n if save_grad else 0, hidden.shape[1]))
 
 
-@torch.library.custom_op("xpo_fast::token_stats_backward", mutates_args=())
+@torch.library.custom_op("xpo_fast::token_stats_backward", mutates_args=("weight_grad",))
 def token_stats_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -83,11 +85,13 @@ def token_stats_backward(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    weight_grad: Tensor | None,
     temperature: float,
     softcap: float,
     logit_scale: float,
     ignore_index: int,
     tile_tokens: int,
+    step_tokens: int,
     backend: str,
     upstream: list[Tensor],  # (N,) each
     upstream_names: str,
@@ -96,8 +100,8 @@ def token_stats_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> list[Tensor]:
-    """The gradients that are needed, in the order hidden, weight, bias."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias; (0,) for one that is not needed, and weight's if it goes to weight_grad."""
     grads = implementation(backend).backward(
         hidden,
         weight,
@@ -106,31 +110,48 @@ def token_stats_backward(
         _reference(ref_hidden, ref_weight, ref_bias),
         _scaling(temperature, softcap, logit_scale),
         ignore_index,
-        tile_tokens,
+        Tiling(tile_tokens, step_tokens),
         dict(zip(_names(upstream_names), upstream, strict=True)),
         dict(zip(_names(values_names), values, strict=True)),
         (need_hidden, need_weight, need_bias),
+        weight_grad,
     )
-    operands = zip(grads, (hidden, weight, bias), strict=True)
-    return [g.to(x.dtype) for g, x in operands if g is not None and x is not None]
+    d_hidden, d_weight, d_bias = (
+        hidden.new_empty(0) if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(grads, (hidden, weight, bias), strict=True)
+    )
+    return d_hidden, d_weight, d_bias
 
 
 @token_stats_backward.register_fake
 def _(
-    hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, backend, upstream, upstream_names, values, values_names,
+    hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, weight_grad, temperature, softcap, logit_scale,
+    ignore_index, tile_tokens, step_tokens, backend, upstream, upstream_names, values, values_names,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
-    wanted = ((need_hidden, hidden), (need_weight, weight), (need_bias, bias))
-    return [torch.empty_like(x) for need, x in wanted if need]
+    wanted = ((need_hidden, hidden), (need_weight and weight_grad is None, weight), (need_bias, bias))
+    return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for need, x in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    (hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, *scalars, outputs, save_grad) = inputs
+    (
+        hidden,
+        weight,
+        bias,
+        targets,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        weight_grad,
+        *scalars,
+        outputs,
+        save_grad,
+    ) = inputs
     logp, lse, extra, dlogp = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dlogp)
     ctx.names, ctx.scalars, ctx.save_grad = _names(outputs), scalars, save_grad
+    ctx.weight_grad = weight_grad  # not saved: the backwards of other calls write it
     if save_grad:
         # The target's own row of W is needed for lse, whose gradient is W[y] minus the saved one.
         ctx.save_for_backward(weight, targets, logp, lse, dlogp)
@@ -166,12 +187,13 @@ def _backward(
         operands = _backward_frozen(ctx, d_logp, d_lse), None, None
     else:
         operands = _backward_recompute(ctx, d_logp, d_lse, d_extra)
-    return (*operands, *([None] * 12))
+    return (*operands, *([None] * 14))
 
 
 def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> Tensor | None:
     weight, targets, logp, lse, dlogp = ctx.saved_tensors
     temperature, softcap, logit_scale, ignore_index, *_ = ctx.scalars
+    targets = to_device(targets, weight.device)
     scored = targets != ignore_index
     u, v = (None if d is None else torch.where(scored, d, 0.0) for d in (d_logp, d_lse))
     if v is None:
@@ -197,28 +219,28 @@ def _backward_recompute(
         if name in DIFFERENTIABLE and d_extra is not None:
             upstream[name], values[name] = d_extra[k], extra[k]
     given = {n: d for n, d in upstream.items() if d is not None}
-    need = ctx.needs_input_grad[:3]
+    need = tuple(ctx.needs_input_grad[:3])
     if not given or not any(need):
         return None, None, None
     needs_ref = "kl" in given or "reverse_kl" in given
-    grads = iter(
-        token_stats_backward(
-            hidden,
-            weight,
-            bias,
-            targets,
-            ref_hidden if needs_ref else None,
-            ref_weight if needs_ref else None,
-            ref_bias if needs_ref else None,
-            *ctx.scalars,
-            list(given.values()),
-            ",".join(given),
-            list(values.values()),
-            ",".join(values),
-            *need,
-        )
+    grads = token_stats_backward(
+        hidden,
+        weight,
+        bias,
+        targets,
+        ref_hidden if needs_ref else None,
+        ref_weight if needs_ref else None,
+        ref_bias if needs_ref else None,
+        ctx.weight_grad,
+        *ctx.scalars,
+        list(given.values()),
+        ",".join(given),
+        list(values.values()),
+        ",".join(values),
+        *need,
     )
-    return tuple(next(grads) if n else None for n in need)
+    returned = need[0], need[1] and ctx.weight_grad is None, need[2]
+    return tuple(g if wanted else None for g, wanted in zip(grads, returned, strict=True))
 
 
 token_stats.register_autograd(_backward, setup_context=_setup_context)

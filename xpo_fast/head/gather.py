@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .autograd import refuse_double_backward
-from .chunked import _row_blocks, _softmax_
 from .plan import check_backend, choose_backend
-from .spec import Scaling, accumulation_dtype, scored_positions
+from .row_operations import row_blocks, softmax_
+from .spec import Scaling, accumulation_dtype, check_targets, scored_positions
 
 
 def _blocks(logits: Tensor, index: Tensor):
     """Scored rows of the logits, a cache-sized block of them widened at a time: (positions, (r, V))."""
     dtype = accumulation_dtype(logits.dtype)
-    for b in _row_blocks(torch.empty((index.shape[0], logits.shape[1]), dtype=dtype, device="meta")):
+    for b in row_blocks(torch.empty((index.shape[0], logits.shape[1]), dtype=dtype, device="meta")):
         yield index[b], logits[index[b]].to(dtype)
 
 
@@ -46,16 +46,6 @@ def _choose_backend(backend: str, logits: Tensor) -> str:
     )
 
 
-def _check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
-    """As `scored_positions`, without waiting for a device."""
-    if targets.device.type == "cpu":
-        scored_positions(targets, ignore_index, vocab)
-    else:
-        fits = (targets == ignore_index) | ((targets >= 0) & (targets < vocab))
-        message = f"a target is outside the vocabulary of {vocab} tokens"
-        torch._assert_async(fits.all(), message)  # pyright: ignore[reportPrivateImportUsage]
-
-
 @torch.library.custom_op("xpo_fast::gather_logps", mutates_args=())
 def _forward(
     logits: Tensor,
@@ -67,14 +57,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """logp (N,), and what the kernels' gradient needs of each row: (2, N), else (2, 0)."""
     if fused:
-        _check_targets(targets, ignore_index, logits.shape[1])
+        check_targets(targets, ignore_index, logits.shape[1])
         return _kernels().forward(logits, targets, temperature, ignore_index)
     index = scored_positions(targets, ignore_index, logits.shape[1])
     logp = logits.new_zeros(targets.shape, dtype=accumulation_dtype(logits.dtype))
     for at, z in _blocks(logits, index):
         z.div_(temperature)
         z_y = z.gather(1, targets[at].unsqueeze(1)).squeeze(1)
-        largest, log_total, _ = _softmax_(z)
+        largest, log_total, _ = softmax_(z)
         logp[at] = z_y - largest - log_total
     return logp, logp.new_empty((2, 0))
 
@@ -101,7 +91,7 @@ def _write_gradient(
     index = scored_positions(targets, ignore_index, logits.shape[1])
     for at, z in _blocks(logits, index):
         z.div_(temperature)
-        *_, total = _softmax_(z)
+        *_, total = softmax_(z)
         scale = (u[at] / temperature).unsqueeze(1).to(z.dtype)
         z.mul_(-scale / total.unsqueeze(1)).scatter_add_(1, targets[at].unsqueeze(1), scale)
         out[at] = z.to(out.dtype)

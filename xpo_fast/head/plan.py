@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -16,11 +17,25 @@ AUTO_REASON = (
     "it makes tiles, and triton's kernels have not run on a GPU yet; dense is there to be compared with"
 )
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Bytes of the one tile of logits (and of a reference's beside it, together) unless the caller says otherwise.
-DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2560 * 2**20}
+# Bytes of scratch memory unless the caller says otherwise: the tile of logits on the CPU, which a reference's shares; on a
+# device dz, the logits of two steps and what a float32 dW takes beyond a narrower gradient.
+DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2500 * 10**6}
+# Of the free memory of a device: the rest of a training step needs some, too.
+_SHARE_OF_FREE = 0.8
 
-# More tokens make the GEMMs no faster.
+# More tokens make the GEMMs no faster; but for a float32 dW that is read and written again for each tile.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
+
+# Of the products in float32: enough rows for a GEMM with a vocabulary, few enough to leave the memory to dz.
+STEP_TOKENS = 384
+_ROWS = 128  # of a block of a device's GEMMs
+
+
+class Tiling(NamedTuple):
+    """tile: tokens whose ∂L/∂(product) is held at once. step: tokens whose products are made at once, of a tile."""
+
+    tile: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -29,22 +44,33 @@ class Plan:
 
     backend: str
     tokens: int | None  # scored tokens; None if not counted
-    tile_tokens: int
+    tiling: Tiling
     vocab: int
-    dtype: torch.dtype  # of the tile
+    dtype: torch.dtype  # of logits
+    dz_dtype: torch.dtype | None  # of ∂L/∂(product); None where it is not made, or takes the logits' place
+    logits: int  # tiles or steps of logits in memory at once
     passes: float
     why: str
 
     @property
+    def tile_tokens(self) -> int:
+        return self.tiling.tile
+
+    @property
     def tile_bytes(self) -> int:
-        rows = self.tile_tokens if self.tokens is None else min(self.tile_tokens, self.tokens)
-        return rows * self.vocab * self.dtype.itemsize
+        tile, step = (n if self.tokens is None else min(n, self.tokens) for n in self.tiling)
+        dz = 0 if self.dz_dtype is None else tile * self.dz_dtype.itemsize
+        return self.vocab * (dz + self.logits * step * self.dtype.itemsize)
 
     def __str__(self) -> str:
         tokens = "" if self.tokens is None else f", {self.tokens} scored tokens"
+        name = str(self.dtype).removeprefix("torch.")
+        memory = f"{self.tile_tokens} tokens x {self.vocab} {name} logits"
+        if self.tiling.step != self.tiling.tile or self.dz_dtype is not None:
+            memory = f"{self.tile_tokens} tokens x {self.vocab}, {self.tiling.step} of them as {name} logits at once"
         return (
-            f"{self.backend} backend, {self.passes:g}F: {self.why}{tokens}; tiles of at most {self.tile_tokens} tokens "
-            f"x {self.vocab} {str(self.dtype).removeprefix('torch.')} logits ({self.tile_bytes / 2**20:.1f} MiB)"
+            f"{self.backend} backend, {self.passes:g}F: {self.why}{tokens}; tiles of at most {memory} "
+            f"({self.tile_bytes / 2**20:.1f} MiB)"
         )
 
 
@@ -81,23 +107,60 @@ def implementation(backend: str) -> ModuleType:
     return chunked
 
 
-def tile_size(
+def fit(
+    backend: str,
     vocab: int,
     dtype: torch.dtype,
     device: torch.device,
     tile_bytes: int | None,
     *,
-    tiles: int = 1,
+    chunk_tokens: int | None = None,
+    heads: int = 1,
+    dz: bool = True,
+    dw_bytes: int = 0,
     unit_tokens: int = 0,
-) -> int:
-    """Tokens of a tile: enough for the GEMMs to be fast and for the longest unit, no more than the budget holds.
+    tokens: int | None = None,
+) -> tuple[Tiling, torch.dtype | None, int]:
+    """Tokens of tiles and steps, the dtype of dz's own memory (or None), and how many logits are in memory at once.
 
-    tiles: how many tiles share the budget. unit_tokens: the tokens of a unit that should fit whole, if any.
+    As many tokens as the GEMMs gain from and as the longest unit has, no more than the budget holds. heads: 2 with a
+    reference. dz: whether a gradient is wanted. dw_bytes: what dW's accumulation takes of the budget, unless all
+    tokens, if there are as few, are one tile.
     """
-    kind = device.type if device.type in DEFAULT_TILE_BYTES else "cpu"
-    if tile_bytes is None:
-        tile_bytes = DEFAULT_TILE_BYTES[kind]
-    if tile_bytes <= 0:
+    if tile_bytes is not None and tile_bytes <= 0:
         raise ValueError(f"expected a tile of at least one byte, got tile_bytes={tile_bytes}")
-    budget = tile_bytes // (tiles * vocab * accumulation_dtype(dtype).itemsize)
-    return max(1, min(budget, max(_ENOUGH_TOKENS[kind], unit_tokens)))
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    enough = max(_ENOUGH_TOKENS[kind] * (2 if dw_bytes and kind == "cuda" else 1), unit_tokens)
+    logit_bytes = vocab * accumulation_dtype(dtype).itemsize * heads
+    budget = _budget(device, kind) if tile_bytes is None else tile_bytes
+    without_dw = max(budget - dw_bytes, budget // 4) if kind == "cuda" else budget
+    if backend != "triton" or dtype == torch.float64:
+        tile = chunk_tokens or max(1, min(without_dw // logit_bytes, enough))
+        return Tiling(tile, tile), None, heads
+
+    def tiling(budget: int) -> Tiling:
+        step = _whole_blocks(min(max(1, budget // 2 // (2 * logit_bytes)), STEP_TOKENS))
+        tile = enough  # without dz a tile is the hidden states that are gathered at once
+        if dz:
+            tile = max(step, _whole_blocks((budget - 2 * step * logit_bytes) // (vocab * dtype.itemsize)))
+        tile = chunk_tokens or min(tile, enough)
+        return Tiling(tile, min(step, tile))
+
+    found = tiling(budget)
+    if tokens is None or tokens > found.tile:
+        found = tiling(without_dw)
+    return found, dtype if dz else None, 2 * heads
+
+
+def _whole_blocks(tokens: int) -> int:
+    return tokens - tokens % _ROWS if tokens > _ROWS else tokens
+
+
+def _budget(device: torch.device, kind: str) -> int:
+    """Bytes of scratch memory: the default, or less where a device has less to give."""
+    default = DEFAULT_TILE_BYTES[kind]
+    if kind == "cpu" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+        return default
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(default, int(_SHARE_OF_FREE * (free + cached)))

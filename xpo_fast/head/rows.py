@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..device import on_host, static_shapes, to_device
+
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Labels as `transformers` gives them, labels[t] = token t, to aligned targets: targets[t] = labels[t + 1].
@@ -16,35 +18,42 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return targets
 
 
-def packed_rows(targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The row of every position (N,) int64, and the number of rows. ValueError for offsets that do not fit.
+def packed_rows(
+    targets: Tensor,  # (B, T), or (N,) packed
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    device: torch.device | None = None,
+) -> tuple[Tensor, int]:
+    """The row of every position (N,) int64, on `device` or where the targets are, and the number of rows.
 
-    targets (B, T), or (N,) with cu_seqlens (B + 1,).
+    ValueError for offsets that do not fit, as far as they are on the host. Nothing is waited for.
     """
+    device = targets.device if device is None else device
     if cu_seqlens is None:
         if targets.dim() != 2:
             raise ValueError(
                 f"expected padded rows (B, T), got targets {tuple(targets.shape)}; for packed rows pass cu_seqlens="
             )
         count = targets.shape[0]
-        return torch.arange(count, device=targets.device).repeat_interleave(targets.shape[1]), count
+        return torch.arange(count, device=device).repeat_interleave(targets.shape[1]), count
     if targets.dim() != 1:
         raise ValueError(f"with cu_seqlens, expected packed targets (N,), got {tuple(targets.shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be an integer tensor (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    lengths = cu_seqlens.diff().to(targets.device)
-    readable = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (
-        int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != targets.shape[0] or bool((lengths < 0).any())
-    ):
+    lengths, size, count = cu_seqlens.diff(), targets.shape[0], cu_seqlens.shape[0] - 1
+    readable = on_host(cu_seqlens) and not torch.compiler.is_compiling()
+    if readable and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != size or bool((lengths < 0).any())):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of positions, {targets.shape[0]}, got {cu_seqlens.tolist()}"
+            f"cu_seqlens must rise from 0 to the number of positions, {size}, got {cu_seqlens.tolist()}"
         )
-    count = cu_seqlens.shape[0] - 1
-    rows = torch.arange(count, device=targets.device)
-    return rows.repeat_interleave(lengths, output_size=targets.shape[0]), count
+    if readable and static_shapes(targets):  # no copy from the host can be captured
+        rows = torch.empty(size, dtype=torch.int64, device=device)
+        for row, part in enumerate(rows.split(lengths.tolist())):
+            part.fill_(row)
+        return rows, count
+    rows = torch.arange(count, device=cu_seqlens.device).repeat_interleave(lengths, output_size=size)
+    return to_device(rows, device), count
 
 
 def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:

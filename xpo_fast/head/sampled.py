@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import chunked
 from .autograd import refuse_double_backward
-from .spec import Scaling, accumulation_dtype, scored_positions
+from .spec import Scaling, accumulation_dtype, scored_positions, to_device
 
 
 class _Products(torch.autograd.Function):
@@ -62,16 +63,52 @@ def sample_rivals(
     tile_tokens: int,
     top_k: int,
     generator: torch.Generator | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """At every scored position a token drawn from the softmax of its `top_k` likeliest, the target not among them.
 
-    (N,) int64, 0 where ignored. 1F, tile by tile.
+    (N,) int64, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator depend neither
+    on the tiles nor on the backend, but for logits that are equal or almost: which of them the top k are, and in which
+    order, is the backend's.
     """
-    index = scored_positions(targets, ignore_index, weight.shape[0])
-    rivals = torch.zeros_like(targets)
-    for part, z in chunked.final_logits(hidden, weight, bias, scaling, index, tile_tokens):
-        z.scatter_(1, targets[part].unsqueeze(1), -torch.inf)
-        best, tokens = z.topk(min(top_k, z.shape[1] - 1), dim=1)
-        drawn = torch.multinomial(best.softmax(dim=1), 1, generator=generator)
-        rivals[part] = tokens.gather(1, drawn).squeeze(1)
-    return rivals
+    vocab, device = weight.shape[0], hidden.device
+    index = scored_positions(targets, ignore_index, vocab, device)
+    targets = to_device(targets, device)
+    ignored = targets == ignore_index
+    # Where shapes must not depend on values, the index has the ignored ones, too.
+    targets = targets.masked_fill(ignored, 0)
+    if backend == "triton" and accumulation_dtype(weight.dtype) == torch.float32:
+        from ..kernels import topk  # pyright: ignore[reportMissingImports]
+
+        tiles = chunked.products_of(hidden, weight, index, tile_tokens)
+        likeliest = partial(
+            topk.run,
+            bias=None if bias is None else bias.float().contiguous(),
+            logit_scale=scaling.logit_scale,
+            softcap=scaling.softcap,
+            temperature=scaling.temperature,
+        )
+    else:
+        tiles = chunked.final_logits(hidden, weight, bias, scaling, index, tile_tokens)
+        likeliest = _likeliest
+    k = min(top_k, vocab - 1)
+    # The token with the smallest E / p, E exponential, is one drawn from p: torch.multinomial, but for its look at p.
+    clocks = torch.empty((index.shape[0], k), dtype=accumulation_dtype(weight.dtype), device=device)
+    clocks.exponential_(generator=generator)
+    rivals, start = torch.zeros_like(targets), 0
+    for part, z in tiles:
+        stop = start + part.shape[0]
+        values, tokens = likeliest(z, targets[part], k)
+        first = (values.softmax(dim=1) / clocks[start:stop]).argmax(dim=1, keepdim=True)
+        rivals[part] = tokens.gather(1, first).squeeze(1)
+        start = stop
+    return rivals.masked_fill_(ignored, 0)
+
+
+def _likeliest(
+    z: Tensor,  # (n, V) final logits, overwritten
+    targets: Tensor,  # (n,)
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.topk.run` of final logits."""
+    return z.scatter_(1, targets.unsqueeze(1), -torch.inf).topk(k, dim=1)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import on_host, static_shapes, to_device
+
 # Statistics beyond logp and lse. The first three have gradients of their own, which need the tile again.
 DIFFERENTIABLE = ("entropy", "kl", "reverse_kl")
 OUTPUTS = (*DIFFERENTIABLE, "log_sum_sq_probs", "mean_logit", "top1")
@@ -46,38 +48,51 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scored_positions(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
-    """Indices of the positions to score, in order; ValueError for a target outside the vocabulary.
-
-    targets: (N,) int64. Returns (n,) int64. On a device, where reading would wait for it, a bad target trips an
-    assertion of the device instead.
-    """
-    scored = targets != ignore_index
-    bad = scored & ((targets < 0) | (targets >= vocab))
-    if targets.device.type == "cpu":
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            raise ValueError(
-                f"target {int(targets[at])} at position {at} is outside the vocabulary of {vocab} tokens; "
-                f"targets are token ids in [0, {vocab}) or ignore_index={ignore_index}"
-            )
-    else:
+def check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
+    """ValueError for a target (N,) outside the vocabulary; on a device, which would have to be waited for, an assertion."""
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if not on_host(targets):
         message = f"a target is outside the vocabulary of {vocab} tokens"
         torch._assert_async(~bad.any(), message)  # pyright: ignore[reportPrivateImportUsage]
-    return scored.nonzero().squeeze(1)
+    elif bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target {int(targets[at])} at position {at} is outside the vocabulary of {vocab} tokens; "
+            f"targets are token ids in [0, {vocab}) or ignore_index={ignore_index}"
+        )
+
+
+def scored_positions(
+    targets: Tensor,  # (N,) int64
+    ignore_index: int,
+    vocab: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Indices (n,) of the positions to score, in order, on `device` or where the targets are; `check_targets`.
+
+    Targets on a device are waited for, on the host not. While a CUDA graph is captured, they are all N positions.
+    """
+    check_targets(targets, ignore_index, vocab)
+    device = targets.device if device is None else device
+    if static_shapes(targets):
+        return torch.arange(targets.shape[0], device=device)
+    return to_device((targets != ignore_index).nonzero().squeeze(1), device)
 
 
 def cast_for_autocast(*tensors: Any) -> list[Any]:
     """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together."""
+    """ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together.
+
+    All are on one device, but for targets on the host.
+    """
     if not hidden.is_floating_point() or hidden.dim() < 1:
         raise ValueError(f"hidden must be a float tensor (…, D), got {hidden.dtype} {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -96,7 +111,7 @@ def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
             f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or compute under torch.autocast"
         )
     for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if x is not None and x.device != hidden.device:
+        if x is not None and x.device != hidden.device and not (x is targets and on_host(x)):
             raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(

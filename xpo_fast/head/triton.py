@@ -1,31 +1,40 @@
-"""The `triton` backend: the loops of chunked.py with cuBLAS products, and one Triton kernel for the rows of a tile.
+"""The `triton` backend: the loops of chunked.py with cuBLAS products, and one Triton kernel for their rows.
 
-dz is written in the dtype of the gradient GEMMs into the memory of the tile, so that a tile is all there is. Nothing
-in the loops waits for the device. float64 operands take torch's row operations.
+The kernel writes dz in the dtype of the gradient GEMMs into the memory of a tile, which takes half the bytes of its
+logits; these are there for a few hundred rows at a time, twice, since the next products are made meanwhile. Nothing in the
+loops waits for the device. float64 operands take torch's row operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..kernels import logps  # pyright: ignore[reportMissingImports]
 from ..kernels import rows as kernel  # pyright: ignore[reportMissingImports]
+from ..kernels.tuning import prefers_fused  # pyright: ignore[reportMissingImports]
 from . import chunked
+from .gemms import Gemms
+from .plan import Tiling
+from .row_operations import RowOperations
+from .spec import Scaling
 
 
-class TritonRowOperations(chunked.RowOperations):
-    """`chunked.RowOperations` by the kernel; dz is exact, without a divisor."""
+class TritonRowOperations(RowOperations):
+    """`RowOperations` by the kernel; dz is exact, without a factor."""
 
-    def __init__(self, head: chunked._Head, ref_head: chunked._Head | None = None) -> None:
-        super().__init__(head, ref_head)
-        scaling = head.scaling
+    own_memory = True
+
+    def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
+        super().__init__(gemms, ref_gemms)
+        scaling = gemms.scaling
         self.run = partial(
             kernel.run,
-            bias=_contiguous(head.bias),
-            ref_bias=None if ref_head is None else _contiguous(ref_head.bias),
+            bias=_contiguous(gemms.bias),
+            ref_bias=None if ref_gemms is None else _contiguous(ref_gemms.bias),
             logit_scale=scaling.logit_scale,
             softcap=scaling.softcap,
             temperature=scaling.temperature,
@@ -38,48 +47,65 @@ class TritonRowOperations(chunked.RowOperations):
         y: Tensor,
         outputs: Sequence[str],
         rows: Tensor,
-        with_dz: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        dz: Tensor | None,
+    ) -> None:
         out = dict(zip(("logp", "lse", *outputs), rows, strict=True))
-        if not with_dz:
-            self.run(z, y, ref_products=z_ref, out=out)
-            return z, None
-        dz = self._dz(z)
-        self.run(z, y, ref_products=z_ref, out=out, upstream={"logp": torch.ones_like(rows[0])}, grad=dz)
-        return dz, None
+        upstream = None if dz is None else {"logp": torch.ones_like(rows[0])}
+        self.run(z, y, ref_products=z_ref, out=out, upstream=upstream, grad=dz)
 
     def gradient(
-        self, z: Tensor, z_ref: Tensor | None, y: Tensor, u: dict[str, Tensor], v: dict[str, Tensor]
-    ) -> Tensor:
-        dz = self._dz(z)
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        u: Mapping[str, Tensor],
+        v: Mapping[str, Tensor],
+        dz: Tensor,
+    ) -> None:
         self.run(z, y, ref_products=z_ref, upstream=u, values=v, grad=dz)
-        return dz
-
-    def scores(self, z: Tensor, y: Tensor, logp: Tensor) -> tuple[Tensor, ...]:
-        largest, log_total = torch.empty((2, *logp.shape), dtype=logp.dtype, device=logp.device)
-        self.run(z, y, out={"logp": logp, "largest": largest, "log_total": log_total})
-        return largest, log_total
-
-    def unit_gradient(
-        self, z: Tensor, y: Tensor, u: Tensor, known: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        dz = self._dz(z)
-        self.run(z, y, upstream={"logp": u.contiguous()}, normaliser=known, grad=dz)
-        return dz, None
-
-    def _dz(self, z: Tensor) -> Tensor:
-        return kernel.inside(z, self.head.gemm_dtype)
 
 
-def row_operations(head: chunked._Head, ref_head: chunked._Head | None = None) -> chunked.RowOperations:
-    kind = TritonRowOperations if head.dtype == torch.float32 else chunked.RowOperations
-    return kind(head, ref_head)
+def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:
+    kind = TritonRowOperations if gemms.dtype == torch.float32 else RowOperations
+    return kind(gemms, ref_gemms)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-forward = partial(chunked.forward, operations=row_operations)
+def forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    ref: chunked.Reference | None,
+    scaling: Scaling,
+    ignore_index: int,
+    outputs: Sequence[str],
+    tiling: Tiling,
+    save_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`chunked.forward`; or, without a gradient and where that was measured to be faster, no tile at all."""
+    arguments = hidden, weight, bias, targets, ref, scaling, ignore_index
+    fused = not save_grad and ref is None and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
+    if fused and logps.supports(hidden, weight):
+        passes = chunked.Passes(*arguments, tiling, row_operations)
+        if prefers_fused(hidden.device, weight.dtype, *weight.shape, len(passes)):
+            found = torch.empty((2 + len(outputs), len(passes)), dtype=torch.float32, device=hidden.device)
+            logps.run(
+                passes.gathered(slice(None)),
+                weight,
+                passes.y,
+                bias=_contiguous(passes.gemms.bias),
+                logit_scale=scaling.logit_scale,
+                softcap=scaling.softcap,
+                temperature=scaling.temperature,
+                out=dict(zip(("logp", "lse", *outputs), found, strict=True)),
+            )
+            return *passes.spread(found), hidden.new_empty((0, hidden.shape[1]))
+    return chunked.forward(*arguments, outputs, tiling, save_grad, row_operations)
+
+
 backward = partial(chunked.backward, operations=row_operations)
 unit_gradients = partial(chunked.unit_gradients, operations=row_operations)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..device import on_host
 from .autograd import refuse_double_backward, scale_saved
-from .plan import choose_backend, implementation
+from .plan import Plan, implementation
 from .spec import Scaling
 
 Group = tuple[Tensor, Sequence[int]]
@@ -45,18 +47,38 @@ class UnitLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         scaling: Scaling,
+        ignore_index: int,
         groups: Sequence[Group],
-        tile_tokens: int,
+        plan: Plan,
         coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
         total: Callable[[Tensor], Tensor],
-        backend: str = "auto",
+        weight_grad: Tensor | None = None,  # (V, D)
+        grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """coefficients(logp (n,), positions (n,), units) → ∂loss/∂logp (n,) for one group; total(logp (N,)) → the loss."""
+        """coefficients(logp (n,), positions (n,), units) → ∂loss/∂logp (n,) for one group; total(logp (N,)) → the loss.
+
+        weight_grad: dW · grad_scale is added to it, and autograd is given none.
+        """
+        scale = 1.0 if weight_grad is None else grad_scale
+
+        def scaled(*arguments: Any) -> Tensor:
+            return coefficients(*arguments) * scale
+
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        head = implementation(choose_backend(backend, hidden.device))
-        logp, (d_hidden, d_weight, d_bias) = head.unit_gradients(
-            hidden, weight, bias, targets, scaling, groups, tile_tokens, coefficients, needs
+        logp, (d_hidden, d_weight, d_bias) = implementation(plan.backend).unit_gradients(
+            hidden,
+            weight,
+            bias,
+            targets,
+            scaling,
+            ignore_index,
+            groups,
+            plan.tiling,
+            scaled,
+            needs,
+            weight_grad,
         )
+        ctx.added, ctx.scale = weight_grad is not None, scale
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.mark_non_differentiable(logp)
@@ -65,8 +87,33 @@ class UnitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple:
         refuse_double_backward("the objective")
+        factor = upstream[0]
+        if ctx.added:
+            _check_scale(factor, ctx.scale)
+            factor = factor / ctx.scale
         grads = (
-            None if g is None else scale_saved(g, upstream[0]).to(dtype)
+            None if g is None else _scaled(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*grads, *([None] * 7))
+        return (*grads, *([None] * 9))
+
+
+def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved · factor in a dtype: one pass over a wide dW, or none over what can be scaled in place."""
+    if saved.dtype == dtype:
+        return scale_saved(saved, factor)
+    return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=dtype))
+
+
+def _check_scale(factor: Tensor, scale: float) -> None:
+    """RuntimeError unless the loss was multiplied by what dW was multiplied by when it was added to `weight_grad`."""
+    message = (
+        f"weight_grad was given the gradient of {scale:g} times the loss, and the backward is of another multiple: pass "
+        "what the loss is multiplied by as grad_scale="
+    )
+    if on_host(factor):
+        if not math.isclose(float(factor), scale, rel_tol=1e-6):
+            raise RuntimeError(f"{message} {float(factor):g}")
+    else:
+        same = ((factor - scale).abs() <= 1e-6 * abs(scale)).all()
+        torch._assert_async(same, message)  # pyright: ignore[reportPrivateImportUsage]

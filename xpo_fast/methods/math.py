@@ -10,6 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from ..device import on_host
+
 # A mean log-prob of exactly 0 (a probability that rounds to 1) has infinite odds. The largest log-prob
 # admitted is far above float32's resolution of log-probs, so no finite case is changed.
 _MAX_LOGP = -1e-10
@@ -69,9 +71,16 @@ def unchecked() -> Iterator[None]:
 def check_rows(ok: Tensor, expected: str, remedy: str, **values: Tensor) -> None:
     """Raise the ValueError of bad data: the first row where `ok` (U,) is false, its values, and what to do.
 
-    It reads the device. A compiled graph is not broken for it: there, and inside `unchecked`, nothing is checked.
+    On a device, which would have to be waited for, an assertion of the device's fails in its place. A compiled graph is
+    not broken for it: there, and inside `unchecked`, nothing is checked.
     """
-    if torch.compiler.is_compiling() or _unchecked.get() or bool(ok.all()):
+    if torch.compiler.is_compiling() or _unchecked.get():
+        return
+    if not on_host(ok):
+        message = f"expected {expected}; {remedy}"
+        torch._assert_async(ok.all(), message)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    if bool(ok.all()):
         return
     ok = torch.atleast_1d(ok)
     row = int((~ok).nonzero()[0])

@@ -203,7 +203,7 @@ def beta_dpo_state(
     # Around m0, where the sum of squares does not cancel.
     x = margins.detach() - m0
     x = x if valid is None else torch.where(valid, x, 0.0)
-    count = x.new_tensor(float(x.numel())) if valid is None else valid.sum().to(x.dtype)
+    count = x.new_full((), x.numel()) if valid is None else valid.sum().to(x.dtype)
     total, squares, count = sum_over_ranks(torch.stack([x.sum(), x.square().sum(), count])).unbind()
     mean = total / count.clamp(min=1)
     std = ((squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1)).sqrt()

@@ -17,13 +17,12 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 def _metrics(desirable: Tensor, reward: Tensor, logp: Tensor, **others: Tensor) -> dict[str, Tensor]:
     reward, logp = reward.detach(), logp.detach()
-    nan = logp.new_tensor(float("nan"))
     # A mean over the rows of one kind: NaN marks the others, and the reduction leaves them out.
     return {
-        "rewards/chosen": torch.where(desirable, reward, nan),
-        "rewards/rejected": torch.where(desirable, nan, reward),
-        "logps/chosen": torch.where(desirable, logp, nan),
-        "logps/rejected": torch.where(desirable, nan, logp),
+        "rewards/chosen": torch.where(desirable, reward, torch.nan),
+        "rewards/rejected": torch.where(desirable, torch.nan, reward),
+        "logps/chosen": torch.where(desirable, logp, torch.nan),
+        "logps/rejected": torch.where(desirable, torch.nan, logp),
         **{name: value.detach().expand_as(reward) for name, value in others.items()},
     }
 
@@ -35,11 +34,16 @@ def kto_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     Returns a detached () tensor in nats, without β. Survey S34. ValueError if there is one row in all.
     """
     ratio = (logp - ref_logp).detach()
-    total = sum_over_ranks(torch.stack([ratio.sum(), ratio.new_tensor(float(ratio.numel()))]))
-    if total[1] < 2:
+    own = torch.stack([ratio.sum(), ratio.new_full((), ratio.numel())])
+    total = sum_over_ranks(own)
+    # The rows of this rank are known without a look at the device; of all ranks, only one that is alone need look.
+    rows = ratio.numel()
+    if rows < 2 and total is not own:
+        rows = int(total[1])
+    if rows < 2:
         raise ValueError(
             "KTO estimates its reference point from prompts with another prompt's completion, so a batch needs at "
-            f"least two rows over all ranks, got {int(total[1])}; raise the batch size"
+            f"least two rows over all ranks, got {rows}; raise the batch size"
         )
     return (total[0] / total[1]).clamp(min=0)
 

@@ -1,0 +1,197 @@
+"""The matrix products of a head, and the memory that they are made in."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import Scaling, accumulation_dtype
+
+# Bytes of the blocks that row operations and weight conversions work on: small enough to stay in a core's cache.
+BLOCK_BYTES = 2 * 2**20
+
+
+class _Bf16Products:
+    """Lets oneDNN multiply float32 operands as bf16, accumulating and returning float32, in a `with` block.
+
+    Exact for operands that are bf16 values already, and the only way to bf16 GEMMs with float32 results on CPU,
+    where torch.mm has no out_dtype. The setting is the process's: it is turned on for single GEMMs, and put back by
+    the last of the threads that use it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, "none"
+        self._setting: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = self._setting.fp32_precision
+                self._setting.fp32_precision = "bf16"
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._setting.fp32_precision = self._before
+
+
+_bf16_products = _Bf16Products()
+
+
+class Gemms:
+    """The GEMMs of one head, F = 2·N·V·D FLOP each, and what its forward does to logits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> None:
+        self.weight, self.scaling = weight, scaling
+        self.vocab, self.width = weight.shape
+        self.dtype = accumulation_dtype(weight.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.narrow = weight.dtype != self.dtype
+        # torch.mm has no float32 result for narrow operands on CPU: widen the weight there, a block at a time.
+        self.widen = self.narrow and weight.device.type != "cuda"
+        self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
+        self._wide = None
+        self._products = _bf16_products if self.widen and weight.dtype == torch.bfloat16 else nullcontext()
+
+    def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
+        """hidden[index] (n, D), in the dtype that the GEMMs take; zeros where ignored (n,)."""
+        h = hidden.index_select(0, index)
+        if ignored is not None:
+            h.masked_fill_(ignored.unsqueeze(1), 0)
+        return h.to(self.dtype) if self.widen else h
+
+    def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        if not self.widen:
+            yield slice(0, self.vocab), self.weight
+            return
+        size = max(1, min(self.vocab, BLOCK_BYTES // (self.width * self.dtype.itemsize)))
+        if self._wide is None:
+            self._wide = self.weight.new_empty((size, self.width), dtype=self.dtype)
+        for start in range(0, self.vocab, size):
+            block = slice(start, min(start + size, self.vocab))
+            yield block, self._wide[: block.stop - start].copy_(self.weight[block])
+
+    def logits(self, h: Tensor, out: Tensor) -> Tensor:
+        """h Wᵀ into out (n, V): 1F. `finish` makes them final."""
+        for block, weight in self._weight_blocks():
+            if self.narrow and not self.widen:
+                torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
+            else:
+                with self._products:
+                    torch.mm(h, weight.T, out=out[:, block])
+        return out
+
+    def into_hidden(self, dz: Tensor) -> Tensor:
+        """dz W (n, D), 1F, in the accumulation dtype."""
+        if self.narrow and not self.widen:
+            return torch.mm(dz.to(self.gemm_dtype), self.weight, out_dtype=self.dtype)
+        out = dz.new_empty((dz.shape[0], self.width))
+        for block, weight in self._weight_blocks():
+            with self._products:
+                torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
+        return out
+
+    def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
+        """out (V, D) = or += dzᵀ h, 1F, in the accumulation dtype; where it is =, out may be narrow."""
+        beta = 0 if first else 1
+        if first and out.dtype == self.gemm_dtype:
+            with self._products:
+                torch.mm(dz.to(self.gemm_dtype).T, h, out=out)
+        elif self.narrow and not self.widen:
+            torch.addmm(out, dz.to(self.gemm_dtype).T, h, beta=beta, out_dtype=self.dtype, out=out)
+        else:
+            with self._products:
+                torch.addmm(out, dz.T, h, beta=beta, out=out)
+
+    def into_bias(self, dz: Tensor, factor: Tensor | None, out: Tensor) -> None:
+        """out (V,) += Σ factor · dz over rows, factor (n,) or 1, in the accumulation dtype."""
+        if factor is None:
+            out += dz.sum(dim=0, dtype=out.dtype)
+        elif dz.dtype == out.dtype:
+            out.addmv_(dz.T, factor)
+        else:
+            column = factor.to(dz.dtype).unsqueeze(1)
+            out += torch.mm(dz.T, column, out_dtype=out.dtype).squeeze(1)
+
+    def finish(self, z: Tensor) -> None:
+        """Products to final logits, in place."""
+        s = self.scaling
+        if self.bias is not None:
+            z.add_(self.bias)
+        if s.softcap is not None:
+            z.mul_(s.logit_scale / s.softcap).tanh_().mul_(s.softcap / s.temperature)
+        elif s.gain != 1:
+            z.mul_(s.gain)
+
+    def times_slope(self, dz: Tensor, z: Tensor | None) -> None:
+        """∂L/∂z to ∂L/∂(product) / gain, in place; z: the final logits, needed with a softcap."""
+        ceiling = self.scaling.ceiling
+        if ceiling is not None:
+            assert z is not None
+            dz.mul_(z.div(ceiling).square_().neg_().add_(1))
+
+
+def on_huge_pages(memory: Tensor) -> Tensor:
+    """The tensor, its untouched CPU memory backed by huge pages where Linux has them.
+
+    A GEMM that meets fresh pages of 4 KiB out of order takes a fifth longer than one into used memory; fresh huge pages
+    cost it nothing. NumPy asks for them in the same way.
+    """
+    if memory.device.type == "cpu" and sys.platform == "linux":
+        first = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = memory.data_ptr() + memory.numel() * memory.itemsize - first
+        if size > 0:
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_HUGEPAGE))
+    return memory
+
+
+# The tiles of the last call on CPU, as bytes. Touching fresh memory costs page faults, 7% of the two GEMMs of a small
+# head; a tile that has been used costs nothing.
+_used_tiles: list[Tensor] = []
+_KEEP_TILES, _KEEP_BYTES = 2, 256 * 2**20
+
+
+def release_tiles() -> None:
+    """Give back the memory that is kept for the next call on CPU, 256 MiB a tile at most."""
+    _used_tiles.clear()
+
+
+# Rows of a device's tile start at multiples of this many elements, whatever V is: wide loads, and BLAS's fast paths.
+_ALIGNED = 64
+
+
+@contextmanager
+def logits_memory(rows: int, gemms: Gemms) -> Iterator[Tensor]:
+    """Memory for (rows, V) logits, with anything in it."""
+    if gemms.weight.device.type != "cpu":
+        yield aligned_rows(rows, gemms.vocab, gemms.dtype, gemms.weight.device)
+        return
+    size = rows * gemms.vocab * gemms.dtype.itemsize
+    try:
+        memory = _used_tiles.pop()
+    except IndexError:
+        memory = torch.empty(0, dtype=torch.uint8)
+    if memory.numel() < size:
+        del memory  # before its successor is allocated
+        memory = on_huge_pages(torch.empty(size, dtype=torch.uint8))
+    try:
+        yield memory[:size].view(gemms.dtype).view(rows, gemms.vocab)
+    finally:
+        if len(_used_tiles) < _KEEP_TILES and memory.numel() <= _KEEP_BYTES:
+            _used_tiles.append(memory)
+
+
+def aligned_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for (rows, width), the rows apart as far as it takes for each to be aligned."""
+    return torch.empty((rows, -(-width // _ALIGNED) * _ALIGNED), dtype=dtype, device=device)[:, :width]

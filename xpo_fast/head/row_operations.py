@@ -1,0 +1,205 @@
+"""What happens to the rows of one tile of products between its GEMMs: by torch, in place, on any device.
+
+Blocks of a few rows stay in cache between passes, so that memory is crossed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .gemms import BLOCK_BYTES, Gemms
+
+
+def row_blocks(tile: Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK_BYTES // (tile.shape[1] * tile.dtype.itemsize))
+    for start in range(0, tile.shape[0], rows):
+        yield slice(start, min(start + rows, tile.shape[0]))
+
+
+def softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (r, V) to probabilities in place, up to a factor a row that is close to 1.
+
+    Returns the largest logit (r,), log Σ e^(z − largest) (r,), and the sum that each row came to (r,), by which its
+    entries, or what multiplies them later, are to be divided. torch's own softmax adds the row up one by one, which is
+    off by 2e-5 at a vocabulary of 128k; its `sum` is accurate.
+    """
+    largest = z.amax(dim=1)
+    if z.device.type == "cpu":
+        # The CPU kernel reads an element before it writes it, so it may write where it reads.
+        torch.softmax(z, dim=1, out=z)
+        total = z.sum(dim=1)
+        return largest, total.log().sub_(z.amax(dim=1).log_()), total
+    z.sub_(largest.unsqueeze(1)).exp_()
+    total = z.sum(dim=1)
+    return largest, total.log(), total
+
+
+def _add_at(rows: Tensor, y: Tensor, x: Tensor) -> None:
+    """rows[i, y[i]] += x[i]."""
+    rows.scatter_add_(1, y.unsqueeze(1), x.unsqueeze(1))
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """Σ p·x a row, x overwritten; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
+    return x.masked_fill_(p == 0, 0).mul_(p).sum(dim=1)
+
+
+class RowOperations:
+    """The row operations of `torch`; other backends have their own.
+
+    z: (n, V) the products h Wᵀ, overwritten, and so is z_ref, the reference's. y: (n,) the targets. dz: (n, V) memory for
+    ∂L/∂(product), or None where it is not wanted; a backend says whether it is memory of its own or the products'.
+    """
+
+    own_memory = False  # dz is written over z
+
+    def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
+        self.gemms, self.ref_gemms = gemms, ref_gemms
+
+    def statistics(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        outputs: Sequence[str],
+        rows: Tensor,  # (2 + len(outputs), n) written: logp, lse, outputs
+        dz: Tensor | None,
+    ) -> Tensor | None:
+        """Statistics, and dz of Σ logp up to a factor a row: (n,), None for 1.
+
+        What a row is multiplied by, the loss's ∂L/∂logp too, goes into h and dH, which are smaller than the tile.
+        """
+        softcap = self.gemms.scaling.softcap is not None
+        total = torch.empty_like(rows[0])
+        for b in row_blocks(z):
+            p = z[b]
+            self.gemms.finish(p)
+            keep = p.clone() if outputs or (dz is not None and softcap) else None
+            z_y = p.gather(1, y[b].unsqueeze(1)).squeeze(1)
+            largest, log_total, total[b] = softmax_(p)
+            rows[0, b] = z_y.sub_(largest).sub_(log_total)
+            rows[1, b] = largest + log_total
+            if outputs:
+                assert keep is not None
+                p.div_(total[b].unsqueeze(1))
+                total[b] = 1
+                q = None
+                if z_ref is not None:
+                    assert self.ref_gemms is not None
+                    q = z_ref[b]
+                    self.ref_gemms.finish(q)
+                _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
+            if dz is not None:
+                _add_at(p, y[b], -total[b])
+                self.gemms.times_slope(p, keep)
+        return None if dz is None else total.reciprocal_().mul_(-self.gemms.scaling.gain)
+
+    def gradient(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        u: Mapping[str, Tensor],  # name of a differentiable output → (n,) ∂L/∂output
+        v: Mapping[str, Tensor],  # entropy and reverse_kl (n,), where u has them
+        dz: Tensor,
+    ) -> None:
+        """dz of any function of the differentiable outputs."""
+        extra = set(u) - {"logp", "lse"}
+        for b in row_blocks(z):
+            p = z[b]
+            self.gemms.finish(p)
+            keep = p.clone() if extra or self.gemms.scaling.softcap is not None else None
+            largest, log_total, total = softmax_(p)
+            factor = p.new_zeros(p.shape[0])
+            if "logp" in u:
+                factor -= u["logp"][b]
+            if "lse" in u:
+                factor += u["lse"][b]
+            if extra:
+                assert keep is not None
+                log_p = keep - (largest + log_total).unsqueeze(1)
+                p.div_(total.unsqueeze(1))
+                _extra_dz_(p, factor, log_p, None if z_ref is None else z_ref[b], self.ref_gemms, u, v, b)
+            else:
+                p.mul_(factor.div_(total).unsqueeze(1))
+            if "logp" in u:
+                _add_at(p, y[b], u["logp"][b])
+            self.gemms.times_slope(p, keep)
+            if self.gemms.scaling.gain != 1:
+                p.mul_(self.gemms.scaling.gain)
+
+
+def _statistics(
+    rows: Tensor,  # (len(outputs), r) written
+    outputs: Sequence[str],
+    p: Tensor,  # (r, V) probabilities
+    z: Tensor,  # (r, V) final logits
+    z_ref: Tensor | None,  # (r, V) the reference's final logits, overwritten
+    largest: Tensor,  # (r,)
+    log_total: Tensor,  # (r,)
+    logp: Tensor,  # (r,)
+) -> None:
+    log_ratio = q = None
+    if z_ref is not None:
+        log_ratio = z_ref - z
+        ref_largest, ref_log_total, ref_total = softmax_(z_ref)
+        q = z_ref.div_(ref_total.unsqueeze(1))
+        shift = (ref_largest + ref_log_total) - (largest + log_total)
+        log_ratio.sub_(shift.unsqueeze(1))  # log q − log p
+    for row, name in zip(rows, outputs, strict=True):
+        if name == "entropy":
+            row.copy_(log_total - _expectation(p, z - largest.unsqueeze(1)))
+        elif name == "kl":
+            assert log_ratio is not None and q is not None
+            row.copy_(_expectation(q, log_ratio.clone()))
+        elif name == "reverse_kl":
+            assert log_ratio is not None
+            row.copy_(_expectation(p, -log_ratio))
+        elif name == "log_sum_sq_probs":
+            row.copy_(p.square().sum(dim=1).log_())
+        elif name == "mean_logit":
+            row.copy_(z.mean(dim=1))
+        else:
+            assert name == "top1", name
+            row.copy_(logp >= -log_total)
+
+
+def _extra_dz_(
+    p: Tensor,  # (r, V) probabilities, turned into dz
+    factor: Tensor,  # (r,) what multiplies p so far
+    log_p: Tensor,  # (r, V) overwritten
+    z_ref: Tensor | None,  # (r, V) products of the reference, overwritten
+    ref_gemms: Gemms | None,
+    u: Mapping[str, Tensor],
+    v: Mapping[str, Tensor],
+    b: slice,
+) -> None:
+    """dz of entropy and both divergences on top of `factor`.
+
+    ∂entropy/∂z = −p (log p + entropy); ∂KL(q‖p)/∂z = p − q; ∂KL(p‖q)/∂z = p (log p − log q − KL(p‖q)).
+    """
+    q = None
+    coefficient = torch.zeros_like(p)
+    if z_ref is not None:
+        assert ref_gemms is not None
+        ref_gemms.finish(z_ref)
+        log_q = z_ref.clone() if "reverse_kl" in u else None
+        largest, log_total, total = softmax_(z_ref)
+        q = z_ref.div_(total.unsqueeze(1))
+        if log_q is not None:
+            log_q.sub_((largest + log_total).unsqueeze(1)).sub_(log_p).neg_()
+            coefficient.addcmul_(log_q, u["reverse_kl"][b].unsqueeze(1))
+            factor = factor - u["reverse_kl"][b] * v["reverse_kl"][b]
+    if "kl" in u:
+        factor = factor + u["kl"][b]
+    if "entropy" in u:
+        factor = factor - u["entropy"][b] * v["entropy"][b]
+        coefficient.addcmul_(log_p, u["entropy"][b].unsqueeze(1), value=-1)
+    ruled_out = p == 0
+    p.mul_(coefficient.add_(factor.unsqueeze(1))).masked_fill_(ruled_out, 0)
+    if "kl" in u:
+        assert q is not None
+        p.sub_(q.mul_(u["kl"][b].unsqueeze(1)))
