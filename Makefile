@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := xpo_fast kernels bench tests examples setup.py
 export HF_HUB_OFFLINE := 1
+TRITON_3.6 := $(VENV)/triton-3.6
+WITH_3.6 := OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(TRITON_3.6)) $(BIN)/python
 
-.PHONY: help demo test lint check bench clean
+.PHONY: help demo test kernels kernels-3.6 lint check bench clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,12 +37,25 @@ test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev ## the test suite
 	$(BIN)/python -m pytest -n 2 -p no:benchmark
 
+kernels: $(VENV)/.dev ## every kernel with every flag compiled for every GPU
+	$(BIN)/python -m xpo_fast.kernels.gates --jobs 2
+
+$(TRITON_3.6)/.installed: constraints-triton-3.6.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r $<
+	touch $@
+
+# First of all: that it is this Triton which is imported.
+kernels-3.6: $(VENV)/.dev $(TRITON_3.6)/.installed ## the same with Triton 3.6, and the tests of the kernels
+	$(WITH_3.6) -c 'import triton; print(f"triton=={triton.__version__}")' | grep -xFf - constraints-triton-3.6.txt
+	$(WITH_3.6) -m xpo_fast.kernels.gates --jobs 2
+	$(WITH_3.6) -m pytest -n 2 -p no:benchmark tests/test_kernel_gates.py tests/test_triton.py tests/test_*_kernel.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint test ## what CI runs: lint, types, tests
+check: lint kernels test kernels-3.6 ## what CI runs: lint, types, tests, and kernels with two versions of Triton
 
 bench: $(VENV)/.dev ## the head against its GEMMs and its peers; writes bench/results/
 	$(BIN)/python bench/head.py --memory --json bench/results/head-cpu.json

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target without a spill: some variants here, all by `python -m xpo_fast.kernels.gates`.
+"""Every kernel compiles for every target without a spill: some variants here, all by `make kernels`.
 
 And the gates can fail: each of them has a kernel here that does not pass.
 """
