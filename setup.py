@@ -1,8 +1,100 @@
-"""What pyproject.toml cannot say: the packages, of which kernels/ is installed as xpo_fast.kernels."""
+"""What pyproject.toml cannot say: the packages, of which kernels/ is installed as xpo_fast.kernels; and csrc/.
 
-from setuptools import find_packages, setup
+Where nvcc is (on PATH, or in CUDA_HOME or CUDA_PATH) csrc/*.cu become xpo_fast/_native/libxpo_fast_cuda.so, which links
+nothing but CUDA's static runtime and is loaded by ctypes. Beside it, ptxas.txt says what each kernel takes.
+XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning.
+"""
+
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+NAME, REPORT = "libxpo_fast_cuda.so", "ptxas.txt"
+# PTX last: what it is not compiled for, the driver compiles when it loads.
+TARGETS = {
+    "sm_80": "arch=compute_80,code=sm_80",
+    "sm_90a": "arch=compute_90a,code=sm_90a",
+    "sm_100f": "arch=compute_100f,code=sm_100f",
+    "compute_90": "arch=compute_90,code=compute_90",
+}
+WANTED = os.environ.get("XPO_FAST_CUDA", "")
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("nvcc", path=os.pathsep.join(os.path.join(h, "bin") for h in homes)) or shutil.which("nvcc")
+
+
+class BuildNative(build_ext):
+    """nvcc in place of Python's compiler, and a library in place of an extension module."""
+
+    def run(self) -> None:
+        for ext in list(self.extensions):
+            try:
+                self._build(ext)
+            except RuntimeError as error:
+                if WANTED == "1":
+                    raise
+                warnings.warn(f"xpo-fast is installed without its CUDA library: {error}", stacklevel=1)
+                self.extensions.remove(ext)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], NAME)
+
+    def get_outputs(self) -> list[str]:
+        return [str(f) for ext in self.extensions for f in self._files(ext)]
+
+    def _files(self, ext: Extension) -> tuple[Path, Path]:
+        library = Path(self.get_ext_fullpath(ext.name))
+        return library, library.with_name(REPORT)
+
+    def _build(self, ext: Extension) -> None:
+        library, report = self._files(ext)
+        read = [HERE / "setup.py", *(HERE / "csrc").iterdir()]
+        if library.exists() and report.exists():
+            made = min(library.stat().st_mtime, report.stat().st_mtime)
+            if not self.force and all(f.stat().st_mtime <= made for f in read):
+                return
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise RuntimeError("there is no nvcc on PATH, nor in CUDA_HOME")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        beside = library.with_name(f".{os.getpid()}.{NAME}")  # renamed when whole: a library may be in use
+        command = [nvcc, "-shared", "-O3", "-std=c++17", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command += ["-cudart", "static", "-Xptxas", "-v", f'-DXPO_ARCHITECTURES="{" ".join(TARGETS)}"']
+        command += [word for target in TARGETS.values() for word in ("-gencode", target)]
+        command += [*map(str, ext.sources), "-o", str(beside)]
+        try:
+            done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            report.write_text(done.stdout + done.stderr)
+            beside.replace(library)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+class Wheel(bdist_wheel):
+    """The library is of a platform, but of no Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        *_, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+sources = sorted(str(f.relative_to(HERE)) for f in (HERE / "csrc").glob("*.cu"))
+native = WANTED == "1" or (WANTED != "0" and find_nvcc() is not None)
 
 setup(
     packages=[*find_packages(include=["xpo_fast*"]), "xpo_fast.kernels"],
     package_dir={"xpo_fast.kernels": "kernels"},
+    ext_modules=[Extension("xpo_fast._native.library", sources)] if native else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

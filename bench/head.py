@@ -83,6 +83,7 @@ AIMS = (
     Aim("frozen", "materialised", 1.0),
     Aim("frozen", "TRL", 3.0),
     Aim("dpo", FLOOR, 1 / 1.15, ("fp32",)),
+    Aim("dpo-accumulated", FLOOR, 1 / 1.15, ("fp32",)),
     Aim("dpo", "materialised", 1.0),
     Aim("dpo", "TRL", 2.0),
     Aim("dpo-prompts", "Liger", 2.5),
@@ -103,7 +104,7 @@ def run_case(
     outside = {name: _outside(errors[name], dtype) for name, made in contenders.items() if made.ours}
 
     floors = {FLOOR: make_floor(batches[0], case)}
-    if case.train_head:
+    if case.train_head and not case.accumulated:
         floors[FLOOR_NEW] = make_floor(batches[0], case, new_gradients=True)
     for floor in floors.values():
         floor.call(batches[0])

@@ -24,6 +24,7 @@ class Case(NamedTuple):
     loss: str  # "token" or "dpo"
     train_head: bool
     prompts: bool = False  # whether the first half of every row is prompt, which is not scored
+    accumulated: bool = False  # whether the head has a gradient already, to which this one is added
 
     @property
     def floor_gemms(self) -> int:
@@ -36,6 +37,7 @@ CASES = {
     "dpo-frozen": Case("dpo", train_head=False),
     "dpo": Case("dpo", train_head=True),
     "dpo-prompts": Case("dpo", train_head=True, prompts=True),
+    "dpo-accumulated": Case("dpo", train_head=True, accumulated=True),
 }
 
 

@@ -37,8 +37,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# What kernels are launched with, too: Triton's default for fusing products and sums is about to change.
-OPTIONS = {"enable_fp_fusion": True}
 SHARED_LIMIT_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # a program
 
 
@@ -48,7 +46,8 @@ class Variant:
 
     signature: argument → Triton type ("*bf16", "i64", "fp32"), without the constexprs. divisible: the arguments that
     are multiples of 16 (pointers: aligned to 16 bytes), which decides whether loads are wide. async_copies: whether
-    loads must be asynchronous on NVIDIA (cp.async or TMA). representative: whether the test suite compiles it.
+    loads must be asynchronous on NVIDIA (cp.async or TMA). fp_fusion: whether products and sums are fused, which a launch
+    says, too: Triton's default is about to change. representative: whether the test suite compiles it.
     tunable: where its blocks, warps and stages come from, in place of what is said here.
     """
 
@@ -61,6 +60,7 @@ class Variant:
     num_stages: int = 3
     targets: tuple[str, ...] = tuple(TARGETS)
     async_copies: bool = False
+    fp_fusion: bool = True
     representative: bool = False
     tunable: Tunable | None = None
 
@@ -74,15 +74,17 @@ class Variant:
             for config in self.tunable.candidates[target][: None if candidates else 1]:
                 targets.setdefault(config, []).append(target)
         for config, its in targets.items():
-            yield replace(
-                self,
-                name=f"{self.name}, {config}",
-                constexprs={**self.constexprs, **dict(config.constexprs)},
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                targets=tuple(its),
-                tunable=None,
-            )
+            yield replace(self.launched(config), name=f"{self.name}, {config}", targets=tuple(its))
+
+    def launched(self, config: Config) -> Variant:
+        """This variant with one configuration."""
+        return replace(
+            self,
+            constexprs={**self.constexprs, **dict(config.constexprs)},
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            tunable=None,
+        )
 
     @property
     def source(self) -> ASTSource:
@@ -136,7 +138,8 @@ def variants(module: str, candidates: bool = False) -> list[Variant]:
 
 def compile_variant(variant: Variant, target: str) -> Resources:
     """Compile one variant for one target and read what it takes."""
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **OPTIONS}
+    launch = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {**launch, "enable_fp_fusion": variant.fp_fusion}
     try:
         compiled = triton.compile(variant.source, target=TARGETS[target], options=options)
     except Exception as error:  # Triton's, LLVM's or the assembler's: the others are still to be compiled

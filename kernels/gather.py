@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .gates import OPTIONS, Variant
+from .gates import Variant
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,7 +134,7 @@ def forward(
                 ignore_index,
                 1 / temperature,
                 **tuning.lookup("gather_forward", logits.device, _key(logits)).options,
-                **OPTIONS,
+                enable_fp_fusion=True,
             )
     return logp, normaliser
 
@@ -165,7 +165,7 @@ def write_gradient(
                 ignore_index,
                 1 / temperature,
                 **tuning.lookup("gather_backward", logits.device, _key(logits)).options,
-                **OPTIONS,
+                enable_fp_fusion=True,
             )
 
 
@@ -197,7 +197,16 @@ def _problem(workload: tuning.Workload, backward: bool) -> Iterator[tuning.Probl
 
 
 _CANDIDATES = tuning.row_candidates(
-    (4096, 8), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 8), (8192, 16), (16384, 16)
+    (4096, 8),
+    (1024, 4),
+    (2048, 4),
+    (2048, 8),
+    (4096, 4),
+    (4096, 16),
+    (8192, 8),
+    (8192, 16),
+    (16384, 16),
+    without={"sm_100": ((8192, 16),)},
 )
 _TUNABLE = {
     kernel.__name__: tuning.declare(

@@ -1,39 +1,34 @@
 """Log-probs without gradient, straight from hidden states and the LM head: a GEMM that keeps no logit.
 
-A program has a block of rows and walks a share of the vocabulary; of each block of logits it keeps, a row, the running
-maximum and sum (online softmax) and the target's logit. A second kernel joins the shares. Bias, scale, softcap and
-temperature are applied in float32 to what the GEMM has summed. No atomics: the same input gives the same bits.
+A program has a block of rows and walks a share of the vocabulary; of each block of logits it keeps, a row, the
+running maximum and sum (online softmax) and the target's logit. A second kernel joins the shares. Bias, scale,
+softcap and temperature are applied in float32 to what the GEMM has summed. No atomics: the same input gives the
+same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gates import TARGETS, Variant
+from . import tuning
+from .gates import SHARED_LIMIT_KIB, Variant
 from .rows import _tanh
 
 STATISTICS = ("logp", "lse", "entropy")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-# What a launch takes, by target, for 16-bit operands with rows of multiples of 16: as large as compiles without a spill
-# for every flag. PARTS: so many pieces of a block of logits one after the other, or their temporaries spill.
-DEFAULTS = {
-    "sm_80": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64, "PARTS": 4, "num_warps": 8, "num_stages": 4},
-    "sm_90": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_D": 64, "PARTS": 16, "num_warps": 8, "num_stages": 4},
-    "sm_100": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_D": 64, "PARTS": 8, "num_warps": 8, "num_stages": 4},
-    "gfx942": {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_D": 64, "PARTS": 4, "num_warps": 8, "num_stages": 2},
-}
-# For float32, rows of other lengths and other devices.
-SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "PARTS": 1, "num_warps": 8, "num_stages": 2}
+# For float32, rows that are not aligned, and devices with little shared memory.
+SMALL = tuning.config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=32, PARTS=1)
 JOIN_BLOCK, JOIN_WARPS = 128, 4
-# Hidden states that are read over and over should stay in the cache, beside the columns of W that pass through it.
+# Hidden states that are read over and over should stay in the cache, beside the columns of W that pass through.
 CACHED_BYTES = 16 * 2**20
 
 # Where a maximum starts from, in place of −∞, so that no difference is ∞ − ∞.
@@ -61,7 +56,7 @@ def logps_pass(
     weight,  # (V, D), rows `weight_stride` apart
     bias,  # (V,) float32, or None
     targets,  # (n,) int64
-    partials,  # (3 or 4, splits, n) float32: max z, Σ e^(z − max), z_y, and with ENTROPY Σ e^(z − max) (z − max)
+    partials,  # (3 or 4, splits, n) float32: max z, Σ e^(z − max), z_y; with ENTROPY Σ e^(z − max) (z − max)
     hidden_stride,
     weight_stride,
     n,
@@ -81,8 +76,8 @@ def logps_pass(
 ):
     """One share of the vocabulary for BLOCK_M rows. A share without columns is neutral: max −1e30, sums 0.
 
-    The programs of a group of row blocks follow one another, those of the same share first: what runs together reads
-    the same columns of W, and no more rows of h than stay in the cache.
+    The programs of a group of row blocks follow one another, those of the same share first: what runs together
+    reads the same columns of W, and no more rows of h than stay in the cache.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(n, BLOCK_M)
@@ -212,30 +207,38 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
-@lru_cache
-def target(device: torch.device) -> str | None:
-    """Whose defaults a GPU takes, if any's: sm_80's need 96 KiB of shared memory, which the smaller NVIDIA GPUs have."""
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "gfx942" if properties.gcnArchName.startswith(("gfx94", "gfx95")) else None
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(properties.major)
-
-
-def default_config(hidden: Tensor, weight: Tensor) -> dict[str, int]:
-    """The fixed configuration for operands on their device."""
+def choose_config(hidden: Tensor, weight: Tensor, entropy: bool) -> tuning.Config:
+    """What was measured for such operands, or the device's fixed default; SMALL where neither can run."""
     if hidden.dtype == torch.float32 or not (_aligned(hidden) and _aligned(weight)):
         return SMALL
-    return DEFAULTS.get(target(hidden.device) or "", SMALL)
+    key = weight.dtype, *map(tuning.bucket, weight.shape)
+    config = tuning.lookup(_tunable(entropy), hidden.device, key)
+    return config if _shared_bytes(config) <= _shared_limit(hidden.device) else SMALL
+
+
+def _tunable(entropy: bool) -> str:
+    return "logps_pass_entropy" if entropy else "logps_pass"
+
+
+def _shared_bytes(config: tuning.Config) -> int:
+    """Of the blocks of 16-bit operands that are on their way."""
+    o = config.options
+    return 2 * (o["BLOCK_M"] + o["BLOCK_N"]) * o["BLOCK_D"] * o["num_stages"]
+
+
+@lru_cache
+def _shared_limit(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip:
+        return 1024 * SHARED_LIMIT_KIB[tuning.target(device)]
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache
 def split_count(row_blocks: int, vocab_blocks: int, group: int, processors: int) -> int:
     """Shares of the vocabulary, at most one a block of it, so that every processor is busy about equally long.
 
-    Programs run in waves, one a processor, as long as their largest share takes. So many shares at least that a wave is
-    no more than one group of row blocks.
+    Programs run in waves, one a processor, as long as their largest share takes. So many shares at least that a
+    wave is no more than one group of row blocks.
     """
     least = min(max(processors // group, 1), vocab_blocks) if row_blocks > group else 1
     most = min(max(8 * processors // row_blocks, least), vocab_blocks)
@@ -258,7 +261,7 @@ def run(
     out: Mapping[str, Tensor],  # logp, lse, entropy → (n,) float32, written
     processors: int | None = None,  # the device's
     splits: int | None = None,  # by processors
-    config: Mapping[str, int] | None = None,  # what the kernel is launched with, by default default_config's
+    options: Mapping[str, int] | None = None,  # of the launch, by default choose_config's
 ) -> None:
     """Write the statistics in `out` of softmax(z), z = softcap(logit_scale (h Wᵀ + b)) / temperature."""
     (n, width), vocab = hidden.shape, weight.shape[0]
@@ -269,9 +272,9 @@ def run(
         assert x is None or (x.shape == shape and x.dtype == torch.float32 and x.is_contiguous())
     if n == 0:
         return
-    config = config or default_config(hidden, weight)
-    row_blocks, vocab_blocks = triton.cdiv(n, config["BLOCK_M"]), triton.cdiv(vocab, config["BLOCK_N"])
-    group = max(1, CACHED_BYTES // (config["BLOCK_M"] * width * hidden.itemsize))
+    options = options or choose_config(hidden, weight, "entropy" in out).options
+    row_blocks, vocab_blocks = triton.cdiv(n, options["BLOCK_M"]), triton.cdiv(vocab, options["BLOCK_N"])
+    group = max(1, CACHED_BYTES // (options["BLOCK_M"] * width * hidden.itemsize))
     if splits is None:
         processors = processors or _processors(hidden.device)
         splits = split_count(row_blocks, vocab_blocks, group, processors)
@@ -296,7 +299,7 @@ def run(
             SOFTCAP=softcap is not None,
             ENTROPY="entropy" in out,
             enable_fp_fusion=False,  # the largest logit less itself is 0: no log-prob is above 0
-            **config,
+            **options,
         )
         logps_join[(triton.cdiv(n, JOIN_BLOCK),)](
             partials,
@@ -315,6 +318,51 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _problems(entropy: bool, workload: tuning.Workload) -> Iterator[tuning.Problem]:
+    w = workload
+
+    def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = tuning.normal(w, 2 * seed, w.tokens, w.width)
+        weight = tuning.normal(w, 2 * seed + 1, w.vocab, w.width).mul_(3 / w.width**0.5)
+        return hidden, weight, tuning.tokens(w, seed)
+
+    def launch(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
+        names = STATISTICS if entropy else STATISTICS[:2]
+        made = {name: torch.empty(w.tokens, dtype=torch.float32, device=w.device) for name in names}
+        run(hidden, weight, targets, out=made)
+        return [*made.values()]
+
+    yield tuning.Problem((w.dtype, tuning.bucket(w.vocab), tuning.bucket(w.width)), inputs, launch)
+
+
+# (BLOCK_M, BLOCK_N, BLOCK_D, PARTS, warps, stages), each target's default first: as large as compiles without a spill for
+# every flag. PARTS: so many pieces of a block of logits one after the other, or their temporaries spill.
+_SHAPES = {
+    "sm_80": ((128, 128, 64, 4, 8, 4), (128, 128, 32, 4, 8, 4), (64, 128, 64, 4, 4, 4)),
+    "sm_90": ((128, 256, 64, 16, 8, 4), (128, 128, 64, 4, 8, 4), (128, 256, 64, 16, 8, 3)),
+    "sm_100": ((128, 256, 64, 8, 8, 4), (128, 128, 64, 4, 8, 4), (128, 256, 64, 8, 8, 3)),
+    "gfx942": ((256, 128, 64, 4, 8, 2), (128, 128, 64, 4, 8, 2)),
+}
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "PARTS")
+for _entropy in (False, True):
+    # With the sums of an entropy the widest blocks of sm_90 spill.
+    tuning.declare(
+        _tunable(_entropy),
+        tuning.Tunable(
+            (logps_pass,),
+            {
+                target: tuple(
+                    tuning.config(*shape[4:], **dict(zip(_BLOCKS, shape)))
+                    for shape in shapes
+                    if not (_entropy and target == "sm_90" and shape[1] == 256)
+                )
+                for target, shapes in _SHAPES.items()
+            },
+            partial(_problems, _entropy),
+        ),
+    )
+
+
 def variants() -> Iterator[Variant]:
     """What `gates` compiles: each target's own configuration with every flag, and the small one."""
     cases = (  # name, softcap and bias, entropy
@@ -323,38 +371,38 @@ def variants() -> Iterator[Variant]:
         ("entropy", False, True),
         ("entropy, softcap and bias", True, True),
     )
-    kinds = [
-        *((dtype, True, config, (name,)) for dtype in ("bf16", "fp16") for name, config in DEFAULTS.items()),
-        *((dtype, False, SMALL, tuple(TARGETS)) for dtype in ("bf16", "fp16", "fp32")),
-        ("fp32", True, SMALL, tuple(TARGETS)),
+    kinds = [  # dtype, aligned, configured by tuning
+        *((dtype, True, True) for dtype in ("bf16", "fp16")),
+        *((dtype, False, False) for dtype in ("bf16", "fp16", "fp32")),
+        ("fp32", True, False),
     ]
     sizes = ("hidden_stride", "weight_stride", "width")
     for case, everything, entropy in cases:
-        for dtype, aligned, config, targets in kinds:
-            config = dict(config)
-            launch = {option: config.pop(option) for option in ("num_warps", "num_stages")}
+        for dtype, aligned, tuned in kinds:
             signature = {
                 "hidden": f"*{dtype}", "weight": f"*{dtype}", "targets": "*i64", "partials": "*fp32",
                 **dict.fromkeys((*sizes, "n", "vocab", "splits", "group"), "i32"),
                 **dict.fromkeys(("gain", "inner", "ceiling"), "fp32"),
             }  # fmt: skip
-            constexprs: dict[str, object] = {"SOFTCAP": everything, "ENTROPY": entropy, **config}
+            constexprs: dict[str, object] = {"SOFTCAP": everything, "ENTROPY": entropy}
             if everything:
                 signature["bias"] = "*fp32"
             else:
                 constexprs["bias"] = None
-            own = config["BLOCK_M"] != SMALL["BLOCK_M"]
-            yield Variant(
+            variant = Variant(
                 logps_pass,
-                f"{case}, {dtype}" + ("" if aligned else ", any D") + (f", {targets[0]}'s" if own else ""),
+                f"{case}, {dtype}" + ("" if aligned else ", any D"),
                 signature,
                 constexprs,
                 divisible=("hidden", "weight", *(sizes if aligned else ())),
-                targets=targets,
-                async_copies=own,
-                representative=own and case == "log-probs" and dtype == "bf16",
-                **launch,
+                async_copies=tuned,
+                fp_fusion=False,
+                representative=tuned and case == "log-probs" and dtype == "bf16",
             )
+            if tuned:
+                yield replace(variant, tunable=tuning.tunable(_tunable(entropy)))
+            else:
+                yield variant.launched(SMALL)
     for name, wanted in (("log-probs", ("logp", "lse")), ("entropy", STATISTICS)):
         signature = dict.fromkeys(("partials", *wanted), "*fp32") | {"targets": "*i64"}
         yield Variant(
@@ -363,4 +411,5 @@ def variants() -> Iterator[Variant]:
             signature | dict.fromkeys(("n", "vocab", "splits"), "i32"),
             {**{x: None for x in STATISTICS if x not in wanted}, "BLOCK": JOIN_BLOCK},
             num_warps=JOIN_WARPS,
+            fp_fusion=False,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from .gates import Variant
 from .rows import _logits
 
-BLOCK, WARPS = 4096, 16
+BLOCK, WARPS = 4096, 8
 
 # Below whatever a column comes to.
 _NOTHING = tl.constexpr(-(2**63))
@@ -149,5 +149,6 @@ def variants() -> Iterator[Variant]:
                 constexprs,
                 divisible=("products", "bias", *(("stride", "vocab") if aligned else ())),
                 num_warps=WARPS,
+                fp_fusion=False,
                 representative=everything and aligned,
             )

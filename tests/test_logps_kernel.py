@@ -1,7 +1,7 @@
 """The GEMM that keeps log-probs and no logit, against float64.
 
-Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted on
-the CPU, and on a GPU where there is one. The interpreter multiplies the bits of bfloat16, so that is for the GPU.
+Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted
+on the CPU, and on a GPU where there is one. The interpreter multiplies the bits of bfloat16: that is for the GPU.
 """
 
 from __future__ import annotations
@@ -104,31 +104,31 @@ def test_operands_that_are_taken():
 
 @needs_triton
 def test_choice_of_configuration(monkeypatch):
-    """Large blocks are for 16-bit rows that can be copied asynchronously, on a GPU they were made for."""
-    from xpo_fast.kernels import logps
+    """Large blocks are for 16-bit rows that can be copied asynchronously, on a GPU with memory for them."""
+    from xpo_fast.kernels import logps, tuning
 
     memory = torch.zeros(2, 4096, dtype=torch.bfloat16)
     hidden, weight = memory[0, :96].view(3, 32), memory[1, :160].view(5, 32)
-    assert logps.default_config(hidden, weight) == logps.SMALL  # a CPU
-    for target, large in logps.DEFAULTS.items():
-        monkeypatch.setattr(logps, "target", lambda _device, target=target: target)
-        assert (
-            logps.default_config(hidden, weight)
-            == logps.default_config(hidden.half(), weight.half())
-            == large
-        )
-        others = (
-            (hidden.float(), weight.float()),
-            (hidden[:, :24], weight[:, :24]),  # D
-            (hidden, memory[1, :200].view(5, 40)[:, :32]),  # a stride
-            (memory[0, 1:97].view(3, 32), weight),  # an address
-        )
-        assert all(logps.default_config(*operands) == logps.SMALL for operands in others)
+    others = (
+        (hidden.float(), weight.float()),
+        (hidden[:, :24], weight[:, :24]),  # D
+        (hidden, memory[1, :200].view(5, 40)[:, :32]),  # a stride
+        (memory[0, 1:97].view(3, 32), weight),  # an address
+    )
+    for entropy in (False, True):
+        large = logps.choose_config(hidden, weight, entropy)
+        assert large == logps.choose_config(hidden.half(), weight.half(), entropy) != logps.SMALL
+        assert all(logps.choose_config(*operands, entropy) == logps.SMALL for operands in others)
+    with monkeypatch.context() as little:
+        little.setattr(logps, "_shared_limit", lambda _: 48 * 1024)
+        assert logps.choose_config(hidden, weight, False) == logps.SMALL
+    with tuning.override("logps_pass", tuning.config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=16, PARTS=1)):
+        assert logps.choose_config(hidden, weight, False).num_warps == 4
 
 
 @pytest.fixture(autouse=True)
 def arithmetic():
-    """Memory that is handed out holds NaN: what is not written shows. And no warning of what IEEE arithmetic defines."""
+    """Memory that is handed out holds NaN: what is not written shows. No warning of what IEEE arithmetic defines."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     with np.errstate(all="ignore"):
         yield
@@ -145,11 +145,11 @@ def problem(shape, dtype=torch.float32, *, std=1.0, bias=False):
     return hidden, weight, targets, b
 
 
-def found(hidden, weight, targets, *, wanted=STATISTICS, config=BLOCKS, **options):
+def found(hidden, weight, targets, *, wanted=STATISTICS, launch=BLOCKS, **options):
     from xpo_fast.kernels import logps
 
     out = {name: hidden.new_full(targets.shape, float("nan"), dtype=torch.float32) for name in wanted}
-    logps.run(hidden, weight, targets, out=out, config=config, **options)
+    logps.run(hidden, weight, targets, out=out, options=launch, **options)
     return out
 
 
@@ -192,14 +192,15 @@ def check_narrow_operands(dtype):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", None])
 def check_default_configurations(target):
     """Each one's blocks, a row and a word beyond the first; on a GPU its own and the small one."""
-    from xpo_fast.kernels import logps
+    from xpo_fast.kernels import logps, tuning
 
-    if DEVICE == "cuda" and target not in (logps.target(torch.empty(0, device=DEVICE).device), None):
+    if DEVICE == "cuda" and target not in (tuning.target(torch.device("cuda")), None):
         pytest.skip("of another device")
-    config = logps.DEFAULTS.get(target, logps.SMALL)
+    candidates = tuning.tunable("logps_pass").candidates
+    config = candidates[target][0] if target else logps.SMALL
     dtype = torch.float16 if DEVICE == "cuda" else torch.float32
     hidden, weight, targets, bias = problem((257, 257, 80), dtype, bias=True)
-    got = found(hidden, weight, targets, config=config, bias=bias, softcap=9.0)
+    got = found(hidden, weight, targets, launch=config.options, bias=bias, softcap=9.0)
     compare(got, expected(hidden, weight, targets, bias, softcap=9.0))
 
 
@@ -242,7 +243,7 @@ def check_strided_rows():
         to[:, :40] = x
     rows = torch.full((2, 37), float("nan"), device=DEVICE)
     out = dict(zip(("lse", "logp"), rows))
-    logps.run(wide[0][:, :40], wide[1][:, :40], targets, out=out, splits=2, config=BLOCKS)
+    logps.run(wide[0][:, :40], wide[1][:, :40], targets, out=out, splits=2, options=BLOCKS)
     compare(out, expected(hidden, weight, targets))
 
 
