@@ -39,3 +39,11 @@ def test_quick(tmp_path):
 def test_needs_a_gpu():
     done = run()
     assert done.returncode == 2 and "no GPU" in done.stderr
+
+
+def test_predictions_are_current():
+    """docs/gpu.md has what bench/predict.py prints."""
+    root = SCRIPT.parent.parent
+    done = subprocess.run([sys.executable, root / "bench" / "predict.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (root / "docs" / "gpu.md").read_text(encoding="utf-8").endswith("\n\n" + done.stdout)
