@@ -61,4 +61,4 @@ bench: $(VENV)/.dev ## the head against its GEMMs and its peers; writes bench/re
 	$(BIN)/python bench/head.py --memory --json bench/results/head-cpu.json
 
 clean: ## remove the virtual environment and build outputs
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info xpo_fast/_native

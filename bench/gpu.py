@@ -261,7 +261,7 @@ def make_quack(task: Task, device: torch.device) -> Contender | None:
     return Contender(call, "token")
 
 
-OURS = ("triton", "torch")
+OURS = ("triton", "cuda", "torch")
 CONTENDERS: dict[str, Callable[[Task, torch.device], Contender | None]] = {
     **{backend: partial(make_ours, backend=backend) for backend in OURS},
     "plain": make_materialised,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, token_logps
+from . import __version__, native, token_logps
 from .head.plan import AUTO_REASON, BACKENDS, choose_backend
 from .models import SMOLLM2, cache_dir, smollm2_gguf
 
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         core = one_line(error)
     if core != "works":
         problems.append(f"the head does not compute on {best.type}: {core}")
+    print("CUDA library")
+    print(f"  {'csrc/':<16} {_library()}")
     print("extras")
     for extra, modules in EXTRAS.items():
         absent = [m for m in modules if importlib.util.find_spec(m) is None]
@@ -94,6 +96,14 @@ def _devices() -> list[str]:
         p = torch.cuda.get_device_properties(i)
         lines.append(f"cuda:{i:<11} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     return lines
+
+
+def _library() -> str:
+    """For which GPUs the CUDA library was compiled; else why it is not there."""
+    reason = native.why_not()
+    if reason is not None:
+        return f"absent, {reason}: {native.HOW_TO_BUILD}"
+    return f"{native.PATH}, for {', '.join(native.architectures())}"
 
 
 def _try_backend(name: str, device: torch.device) -> str:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from .. import native
 from .spec import accumulation_dtype
 
-BACKENDS = ("dense", "torch", "triton")
+BACKENDS = ("dense", "torch", "triton", "cuda")
 AUTO_REASON = (
     "it makes tiles, and triton's kernels have not run on a GPU yet; dense is there to be compared with"
 )
@@ -85,6 +86,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 def check_backend(backend: str, device: torch.device) -> None:
     """ValueError if a backend cannot run on a device."""
+    if backend == "cuda":
+        _check_cuda(device)
     if backend != "triton":
         return
     if not _HAS_TRITON:
@@ -96,12 +99,43 @@ def check_backend(backend: str, device: torch.device) -> None:
         )
 
 
+def _check_cuda(device: torch.device) -> None:
+    if torch.version.hip is not None:
+        raise ValueError(
+            "the cuda backend runs on NVIDIA GPUs, and this torch is for ROCm: pass backend='triton'"
+        )
+    # A library cannot be loaded by what torch.compile traces: there it is the operator that misses it.
+    reason = None if torch.compiler.is_compiling() else native.why_not()
+    if reason is not None:
+        raise ValueError(
+            f"the cuda backend needs the library of csrc/, {reason}: {native.HOW_TO_BUILD}, or pass backend='torch'"
+        )
+    _check_gpu(device)
+
+
+def _check_gpu(device: torch.device) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError("the cuda backend needs an NVIDIA GPU, and torch sees none: pass backend='torch'")
+    if device.type != "cuda":
+        raise ValueError(
+            f"the cuda backend runs on GPUs, got operands on {device.type}: move them, or pass backend='torch'"
+        )
+
+
+def has_triton() -> bool:
+    return _HAS_TRITON
+
+
 def implementation(backend: str) -> ModuleType:
     """The module with the `forward`, `backward` and `unit_gradients` of a backend that makes tiles."""
     if backend == "triton":
         from . import triton  # not before it is wanted: imports the package triton
 
         return triton
+    if backend == "cuda":
+        from . import cuda
+
+        return cuda
     from . import chunked
 
     return chunked
@@ -134,7 +168,7 @@ def fit(
     logit_bytes = vocab * accumulation_dtype(dtype).itemsize * heads
     budget = _budget(device, kind) if tile_bytes is None else tile_bytes
     without_dw = max(budget - dw_bytes, budget // 4) if kind == "cuda" else budget
-    if backend != "triton" or dtype == torch.float64:
+    if backend not in ("triton", "cuda") or dtype == torch.float64:
         tile = chunk_tokens or max(1, min(without_dw // logit_bytes, enough))
         return Tiling(tile, tile), None, heads
 

@@ -1,0 +1,132 @@
+// What the kernels take of CUDA, in one place: emulate.h has the same names for a host compiler.
+#pragma once
+
+#if defined(XPO_EMULATE)
+#include "emulate.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+// An array, and the dynamic memory that the launch asked for, in shared memory; once a kernel each.
+#define XPO_SHARED(type, name, count) __shared__ type name[count]
+#define XPO_DYNAMIC_SHARED(type, name)                            \
+    extern __shared__ __align__(16) unsigned char xpo_dynamic[];  \
+    type* const name = reinterpret_cast<type*>(xpo_dynamic)
+
+namespace xpo {
+
+struct Limits {
+    int64_t shared_bytes;  // of a block
+    int clusters;          // the most blocks of a cluster, 1 for none
+    int threads;           // of a block
+};
+
+inline cudaError_t read_limits(Limits& limits) {
+    int device = 0, shared = 0, clusters = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+    limits = {shared, clusters ? 8 : 1, 512};  // 8: what every device with clusters can launch
+    return error;
+}
+
+struct Grid {
+    int64_t blocks;
+    int threads;  // of a block
+    int64_t shared_bytes = 0;
+    int ranks = 1;  // blocks of a cluster
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments... arguments) {
+    if (grid.shared_bytes > 48 * 1024) {
+        const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(grid.ranks);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(grid.blocks));
+    config.blockDim = dim3(unsigned(grid.threads));
+    config.dynamicSmemBytes = size_t(grid.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = grid.ranks > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Copies of a thread from device memory to shared memory that it need not wait for. `wait_for_copies<N>` waits for all
+// but the last N groups that the thread has closed, and makes them visible to the thread.
+__device__ __forceinline__ void copy_16(void* to, const void* from, int bytes) {  // the rest of the 16 becomes 0
+    const auto at = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_4(void* to, const void* from) {
+    const auto at = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// A cluster's barrier in two halves, and the shared memory of another of its blocks. sm_90 and up. `cluster_leave` arrives
+// without publishing what the thread has written: it has read what it wanted of the others.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ const T* of_rank(const T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+    return reinterpret_cast<const T*>(there);
+#else
+    return shared;
+#endif
+}
+
+// Two floats rounded to a narrower dtype, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pair(float a, float b);
+
+template <>
+__device__ __forceinline__ uint32_t pair<__nv_bfloat16>(float a, float b) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pair<__half>(float a, float b) {
+    const __half2 both = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+}  // namespace xpo
+
+#endif

@@ -1,0 +1,333 @@
+// Everything that the head does to the rows of products h Wᵀ between its GEMMs, each logit read from device memory once.
+//
+// A block, or the blocks of a cluster with a part of the row each, copies its columns to shared memory asynchronously and
+// finds the sums of online.cuh on the way; the blocks read each other's sums, and then turn what they kept into
+// ∂L/∂(product). A row that no cluster can keep is read a second time, from L2 as far as it is still there; without a
+// gradient one read is all there is and nothing is kept. No atomics, and every merge in a fixed order: the same input
+// gives the same bits.
+#include <type_traits>
+
+#include "device.cuh"
+#include "online.cuh"
+#include "xpo.h"
+
+namespace xpo {
+namespace {
+
+constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32;
+constexpr int BLOCKS = 2;     // of a multiprocessor at least: while one waits for its cluster the other copies
+constexpr int AHEAD = 8;      // vectors of 4 columns that a thread has on their way to shared memory
+constexpr int UNROLLED = 4;   // the same in registers
+constexpr int WHOLE = 8;      // columns: a vector of every dtype
+constexpr int STATIC_SHARED = 1024, SYSTEM_SHARED = 1024;  // bytes a block, beside its columns
+
+struct Launch {
+    XpoRows rows;
+    Scaling scaling;
+    int part, ranks;
+    bool wide_products, wide_bias, wide_grad;  // whether every row is aligned to 16 bytes
+};
+
+// The sums of the first `lanes` lanes of a warp, in each of these.
+template <bool STATISTICS>
+__device__ __forceinline__ Sums merged_over_lanes(Sums s, int lanes) {
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+        Sums other;
+        other.top = __shfl_xor_sync(~0u, s.top, mask);
+        other.total = __shfl_xor_sync(~0u, s.total, mask);
+        if (STATISTICS) {
+            other.weighted = __shfl_xor_sync(~0u, s.weighted, mask);
+            other.squares = __shfl_xor_sync(~0u, s.squares, mask);
+            other.plain = __shfl_xor_sync(~0u, s.plain, mask);
+        }
+        s = merged<STATISTICS>(s, other);
+    }
+    return s;
+}
+
+// The sums of the block's threads, then of the cluster's blocks: every thread gets the same bits. What the block's threads
+// wrote to shared memory before can be read after it. A cluster's blocks have one `cluster_wait` more to do.
+template <bool STATISTICS>
+__device__ __forceinline__ Sums merged_over_row(Sums s, int ranks) {
+    XPO_SHARED(Sums, of_warp, MAX_WARPS);
+    XPO_SHARED(Sums, of_block, 1);
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    s = merged_over_lanes<STATISTICS>(s, 32);
+    if (lane == 0) of_warp[threadIdx.x / 32] = s;
+    __syncthreads();
+    s = merged_over_lanes<STATISTICS>(lane < warps ? of_warp[lane] : Sums{}, MAX_WARPS);
+    if (ranks > 1) {
+        if (threadIdx.x == 0) *of_block = s;
+        cluster_arrive();
+        cluster_wait();
+        s = merged_over_lanes<STATISTICS>(lane < ranks ? *of_rank(of_block, lane) : Sums{}, 8);
+        cluster_leave();
+    }
+    // Lanes beyond those that were merged have the sums of others.
+    s.top = __shfl_sync(~0u, s.top, 0);
+    s.total = __shfl_sync(~0u, s.total, 0);
+    if (STATISTICS) {
+        s.weighted = __shfl_sync(~0u, s.weighted, 0);
+        s.squares = __shfl_sync(~0u, s.squares, 0);
+        s.plain = __shfl_sync(~0u, s.plain, 0);
+    }
+    return s;
+}
+
+// Four columns from device memory, 0 from `end` on.
+__device__ __forceinline__ void read_4(const float* row, int column, int end, bool wide, float (&x)[4]) {
+    if (wide && column + 4 <= end) {
+        const float4 all = *reinterpret_cast<const float4*>(row + column);
+        x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) x[k] = column + k < end ? row[column + k] : 0.0f;
+    }
+}
+
+// Four columns of products on their way to shared memory; what is written there from `end` on is of no use.
+__device__ __forceinline__ void copy_4_columns(float* kept, const float* row, int column, int end, bool wide) {
+    if (wide) {
+        const int there = end - column;
+        copy_16(kept, row + column, there < 4 ? 4 * there : 16);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (column + k < end) copy_4(kept + k, row + column + k);
+    }
+}
+
+// Products to final logits, −∞ from `end` on.
+template <bool SOFTCAP>
+__device__ __forceinline__ void finish_4(const Launch& a, int column, int end, float (&x)[4]) {
+    if (a.rows.bias != nullptr) {
+        float b[4];
+        read_4(a.rows.bias, column, end, a.wide_bias, b);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) x[k] = rounded_sum(x[k], b[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = column + k < end ? final_logit<SOFTCAP>(x[k], a.scaling) : -INFINITY;
+}
+
+// dz of as many columns as 16 bytes hold, those before `end`.
+template <typename Grad, int K>
+__device__ __forceinline__ void write(Grad* row, int column, int end, bool wide, const float (&dz)[K]) {
+    if constexpr (sizeof(Grad) == 4) {
+        static_assert(K == 4, "16 bytes");
+        if (wide && column + K <= end) {
+            *reinterpret_cast<float4*>(row + column) = {dz[0], dz[1], dz[2], dz[3]};
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (column + k < end) row[column + k] = dz[k];
+    } else {
+        static_assert(K == 8, "16 bytes");
+        const uint32_t pairs[4] = {pair<Grad>(dz[0], dz[1]), pair<Grad>(dz[2], dz[3]), pair<Grad>(dz[4], dz[5]),
+                                   pair<Grad>(dz[6], dz[7])};
+        if (wide && column + K <= end) {
+            *reinterpret_cast<uint4*>(row + column) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+            return;
+        }
+        auto* const out = reinterpret_cast<uint16_t*>(row);
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (column + k < end) out[column + k] = uint16_t(pairs[k / 2] >> 16 * (k % 2));
+    }
+}
+
+// Grad: the dtype of dz, or void for none. KEPT: the columns stay in shared memory in between, as final logits.
+template <typename Grad, bool KEPT, bool STATISTICS, bool SOFTCAP>
+__global__ void __launch_bounds__(MAX_THREADS, BLOCKS) row_pass(const __grid_constant__ Launch a) {
+    const int rank = int(blockIdx.x % unsigned(a.ranks)), threads = int(blockDim.x), thread = int(threadIdx.x);
+    const int64_t n = blockIdx.x / unsigned(a.ranks);
+    const int vocab = int(a.rows.vocab);
+    const int64_t first = int64_t(rank) * a.part;  // int64: the parts of 8 blocks may go beyond the vocabulary
+    const int begin = int(first < vocab ? first : vocab), end = int(first + a.part < vocab ? first + a.part : vocab);
+    const float* const row = a.rows.products + n * a.rows.stride;
+    const int64_t target = a.rows.targets[n];
+    const int y = target >= 0 && target < vocab ? int(target) : -1;
+    float x_y = 0;
+    if (rank == 0 && thread == 0 && y >= 0) x_y = rounded_sum(row[y], a.rows.bias != nullptr ? a.rows.bias[y] : 0.0f);
+
+    const int vectors = (end - begin + 3) / 4;
+    Sums sums;
+    if constexpr (KEPT) {
+        // A thread takes what it copied itself, which needs no barrier.
+        XPO_DYNAMIC_SHARED(float, kept);
+#pragma unroll 1
+        for (int d = 0; d < AHEAD; ++d) {
+            const int v = thread + d * threads;
+            if (v < vectors) copy_4_columns(kept + 4 * v, row, begin + 4 * v, end, a.wide_products);
+            close_copies();
+        }
+        for (int v = thread; v < vectors; v += threads) {
+            wait_for_copies<AHEAD - 1>();
+            float4* const here = reinterpret_cast<float4*>(kept) + v;
+            float z[4] = {here->x, here->y, here->z, here->w};
+            finish_4<SOFTCAP>(a, begin + 4 * v, end, z);
+            *here = {z[0], z[1], z[2], z[3]};
+            add<STATISTICS>(sums, z, end - begin - 4 * v);
+            const int next = v + AHEAD * threads;
+            if (next < vectors) copy_4_columns(kept + 4 * next, row, begin + 4 * next, end, a.wide_products);
+            close_copies();
+        }
+    } else {
+        for (int v = thread; v < vectors; v += UNROLLED * threads) {
+            float z[UNROLLED][4];
+#pragma unroll
+            for (int d = 0; d < UNROLLED; ++d) {
+                const int w = v + d * threads;
+                if (w < vectors) read_4(row, begin + 4 * w, end, a.wide_products, z[d]);
+            }
+#pragma unroll
+            for (int d = 0; d < UNROLLED; ++d) {
+                const int w = v + d * threads;
+                if (w >= vectors) break;
+                finish_4<SOFTCAP>(a, begin + 4 * w, end, z[d]);
+                add<STATISTICS>(sums, z[d], end - begin - 4 * w);
+            }
+        }
+    }
+    sums = merged_over_row<STATISTICS>(sums, a.ranks);
+    const Row found(sums);
+    if (rank == 0 && thread == 0) {
+        const float z_y = y < 0 ? NAN : final_logit<SOFTCAP>(x_y, a.scaling);
+        if (a.rows.logp != nullptr) a.rows.logp[n] = found.log_p(z_y);
+        if (a.rows.lse != nullptr) a.rows.lse[n] = found.lse();
+        if (a.rows.top1 != nullptr) a.rows.top1[n] = z_y >= found.largest ? 1.0f : 0.0f;
+        if (STATISTICS) {
+            if (a.rows.entropy != nullptr) a.rows.entropy[n] = found.entropy(sums);
+            if (a.rows.log_sum_sq_probs != nullptr) a.rows.log_sum_sq_probs[n] = found.log_sum_sq_probs(sums);
+            if (a.rows.mean_logit != nullptr) a.rows.mean_logit[n] = sums.plain / float(vocab);
+        }
+    }
+    if constexpr (!std::is_void<Grad>::value) {
+        constexpr int K = 16 / sizeof(Grad);
+        Grad* const out = static_cast<Grad*>(a.rows.grad) + n * a.rows.grad_stride;
+        float u = 0, factor = 0;  // of e_y and of p
+        if (a.rows.u_logp != nullptr) u = a.rows.u_logp[n];
+        if (a.rows.u_lse != nullptr) factor = a.rows.u_lse[n];
+        if (a.rows.u_logp == nullptr && a.rows.u_lse == nullptr) u = 1;
+        factor -= u;
+        for (int column = begin + K * thread; column < end; column += K * threads) {
+            float dz[K];
+#pragma unroll
+            for (int k = 0; k < K; k += 4) {
+                float z[4];
+                if constexpr (KEPT) {
+                    XPO_DYNAMIC_SHARED(float, kept);
+                    const float4 here = reinterpret_cast<const float4*>(kept)[(column - begin + k) / 4];
+                    z[0] = here.x, z[1] = here.y, z[2] = here.z, z[3] = here.w;
+                } else {
+                    read_4(row, column + k, end, a.wide_products, z);
+                    finish_4<SOFTCAP>(a, column + k, end, z);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    // p_y − 1 before it is rounded: a confident token's gradient is that difference.
+                    const float by_z = exponential(found.log_p(z[i])) * factor + (column + k + i == y ? u : 0.0f);
+                    dz[k + i] = by_z * slope<SOFTCAP>(z[i], a.scaling);
+                }
+            }
+            write(out, column, end, a.wide_grad, dz);
+        }
+    }
+    if (a.ranks > 1) cluster_wait();
+}
+
+bool aligned(const void* memory, int64_t stride_bytes) {
+    return reinterpret_cast<uintptr_t>(memory) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+template <typename Grad, bool KEPT>
+cudaError_t launch_rows(const Launch& a, const Grid& grid, void* stream) {
+    const XpoRows& r = a.rows;
+    const bool statistics = r.entropy != nullptr || r.log_sum_sq_probs != nullptr || r.mean_logit != nullptr;
+    const bool softcap = r.inner != 0;
+    return statistics ? softcap ? launch(row_pass<Grad, KEPT, true, true>, grid, stream, a)
+                                : launch(row_pass<Grad, KEPT, true, false>, grid, stream, a)
+           : softcap  ? launch(row_pass<Grad, KEPT, false, true>, grid, stream, a)
+                      : launch(row_pass<Grad, KEPT, false, false>, grid, stream, a);
+}
+
+template <typename Grad>
+cudaError_t launch_rows(const Launch& a, const Grid& grid, bool kept, void* stream) {
+    return kept ? launch_rows<Grad, true>(a, grid, stream) : launch_rows<Grad, false>(a, grid, stream);
+}
+
+int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace
+}  // namespace xpo
+
+// The smallest cluster of which a multiprocessor can have two blocks; else the smallest that keeps a row; else none does.
+int xpo_plan_rows(int64_t vocab, int64_t shared_limit, int32_t clusters, int32_t threads, int32_t with_grad,
+                  XpoRowPlan* plan) {
+    using namespace xpo;
+    if (plan == nullptr) return XPO_MISSING_POINTER;
+    if (vocab < 1 || vocab > (1 << 30) || clusters < 1 || threads < 32) return XPO_BAD_SIZE;
+    const int64_t alone = shared_limit - STATIC_SHARED;
+    const int64_t beside = (shared_limit + SYSTEM_SHARED) / BLOCKS - SYSTEM_SHARED - STATIC_SHARED;
+    const int64_t most = threads < MAX_THREADS ? threads / 32 * 32 : MAX_THREADS;
+    int64_t part = rounded_up(vocab, WHOLE), ranks = 1;
+    bool kept = false;
+    for (const int64_t limit : {beside, alone}) {
+        for (int64_t r = 1; with_grad && !kept && r <= clusters && r <= 8; r *= 2) {
+            const int64_t columns = rounded_up((vocab + r - 1) / r, WHOLE);
+            if (columns * int64_t(sizeof(float)) <= limit) kept = true, part = columns, ranks = r;
+        }
+    }
+    const int64_t wanted = rounded_up((part + 3) / 4, 32);
+    *plan = {int32_t(ranks), int32_t(part), kept, int32_t(wanted < most ? wanted : most),
+             kept ? part * int64_t(sizeof(float)) : 0};
+    return 0;
+}
+
+int xpo_rows(const XpoRows* rows, void* stream) {
+    using namespace xpo;
+    if (rows == nullptr) return XPO_MISSING_POINTER;
+    const XpoRows& r = *rows;
+    if (r.n < 0 || r.vocab < 1 || r.stride < 0 || r.grad_stride < 0) return XPO_BAD_SIZE;
+    if (r.grad_type < XPO_FLOAT32 || r.grad_type > XPO_FLOAT16) return XPO_BAD_TYPE;
+    if (r.n == 0) return 0;
+    if (r.products == nullptr || r.targets == nullptr) return XPO_MISSING_POINTER;
+    Limits limits{};
+    if (const cudaError_t error = read_limits(limits); error != cudaSuccess) return error;
+    XpoRowPlan plan{};
+    if (const int error = xpo_plan_rows(r.vocab, limits.shared_bytes, limits.clusters, limits.threads,
+                                        r.grad != nullptr, &plan))
+        return error;
+    if (r.n > INT32_MAX / plan.ranks) return XPO_BAD_SIZE;
+    const int grad_bytes = r.grad_type == XPO_FLOAT32 ? 4 : 2;
+    const Launch a{r,
+                   {r.gain, r.inner, r.ceiling, r.ceiling != 0 ? 1.0f / r.ceiling : 0.0f},
+                   plan.part,
+                   plan.ranks,
+                   aligned(r.products, 4 * r.stride),
+                   aligned(r.bias, 0),
+                   aligned(r.grad, grad_bytes * r.grad_stride)};
+    const Grid grid{r.n * plan.ranks, plan.threads, plan.shared_bytes, plan.ranks};
+    if (r.grad == nullptr) return launch_rows<void, false>(a, grid, stream);
+    if (r.grad_type == XPO_BFLOAT16) return launch_rows<__nv_bfloat16>(a, grid, plan.kept, stream);
+    if (r.grad_type == XPO_FLOAT16) return launch_rows<__half>(a, grid, plan.kept, stream);
+    return launch_rows<float>(a, grid, plan.kept, stream);
+}
+
+const char* xpo_error(int code) {
+    switch (code) {
+        case XPO_MISSING_POINTER: return "a pointer is missing";
+        case XPO_BAD_SIZE: return "a size is negative or beyond what a launch can count";
+        case XPO_BAD_TYPE: return "no such dtype or loss";
+        default: return cudaGetErrorString(cudaError_t(code));
+    }
+}
+
+const char* xpo_architectures() {
+#if defined(XPO_ARCHITECTURES)
+    return XPO_ARCHITECTURES;
+#else
+    return "";
+#endif
+}

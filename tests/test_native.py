@@ -1,0 +1,264 @@
+"""The CUDA library: how setup.py builds it, what the compiler says of its kernels, and what happens where something is missing.
+
+What nvcc does is checked by a stand-in wherever that is enough; the library itself is built once, if there is an nvcc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import xpo_fast as xf
+from xpo_fast import doctor, native
+from xpo_fast.head import cuda
+from xpo_fast.head.plan import check_backend
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path("xpo_fast", "_native", "libxpo_fast_cuda.so")
+TARGETS = ("sm_80", "sm_90a", "sm_100f")
+
+
+def build(root, into, **environment):
+    """`setup.py build_ext` without what this environment says of CUDA."""
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "XPO_FAST_CUDA")}
+    command = [sys.executable, "-W", "always", "setup.py", "build_ext", "--build-lib", str(into)]
+    command += ["--build-temp", str(into)]
+    done = subprocess.run(command, cwd=root, env={**env, **environment}, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+# --- setup.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """What setup.py reads, with a kernel that nobody compiles."""
+    root = tmp_path / "clone"
+    (root / "xpo_fast").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "xpo_fast/version.py"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "xpo_fast" / "__init__.py").touch()
+    (root / "csrc").mkdir()
+    for name in ("one.cu", "two.cu", "some.cuh"):
+        (root / "csrc" / name).touch()
+    return root
+
+
+def stand_in(folder, fails=False):
+    """An nvcc that writes its arguments to the library, one more line each time it runs."""
+    script = (
+        'echo "ptxas info" >&2; while [ "$1" != -o ]; do args="$args $1"; shift; done; echo "$args" > "$2"'
+    )
+    if fails:
+        script = 'echo "error: no such architecture" >&2; exit 3'
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho run >> {folder}/runs\n{script}\n")
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IEXEC)
+    return str(folder)
+
+
+def runs(folder):
+    path = folder / "runs"
+    return len(path.read_text().split()) if path.exists() else 0
+
+
+WITHOUT = {"PATH": "/nowhere"}
+
+
+def test_built_from_every_kernel_file_once(clone, tmp_path):
+    """And again when something in csrc/ is newer; the compiler's report lies beside the library."""
+    home, into = stand_in(tmp_path / "cuda"), tmp_path / "lib"
+    environment = {"CUDA_HOME": home, "PATH": os.defpath}
+    code, text = build(clone, into, **environment)
+    assert code == 0, text
+    arguments = (into / LIBRARY).read_text().split()
+    assert {"csrc/one.cu", "csrc/two.cu"} <= set(arguments) and "csrc/some.cuh" not in arguments
+    assert all(any(f"code={target}" in a for a in arguments) for target in (*TARGETS, "compute_90"))
+    assert (into / LIBRARY).with_name("ptxas.txt").read_text() == "ptxas info\n"
+    assert sorted(p.name for p in (into / LIBRARY).parent.iterdir()) == [LIBRARY.name, "ptxas.txt"]
+    assert build(clone, into, **environment)[0] == 0 and runs(tmp_path / "cuda") == 1
+    later = (into / LIBRARY).stat().st_mtime + 10
+    os.utime(clone / "csrc" / "some.cuh", (later, later))
+    assert build(clone, into, **environment)[0] == 0 and runs(tmp_path / "cuda") == 2
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "1"])
+def test_without_nvcc(clone, tmp_path, wanted):
+    code, text = build(clone, tmp_path / "lib", XPO_FAST_CUDA=wanted, **WITHOUT)
+    assert not (tmp_path / "lib" / LIBRARY).exists()
+    if wanted == "1":
+        assert code != 0 and "there is no nvcc on PATH, nor in CUDA_HOME" in text
+    else:
+        assert code == 0, text
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "1"])
+def test_nvcc_that_fails(clone, tmp_path, wanted):
+    """A warning with its output, or if the library is asked for, an error; if it is not wanted nvcc does not run."""
+    home = stand_in(tmp_path / "cuda", fails=True)
+    environment = {"CUDA_HOME": home, "PATH": os.defpath, "XPO_FAST_CUDA": wanted}
+    code, text = build(clone, tmp_path / "lib", **environment)
+    assert ("error: no such architecture" in text) == (wanted != "0") == bool(runs(tmp_path / "cuda"))
+    assert ("xpo-fast is installed without its CUDA library" in text) == (wanted == "")
+    assert (code != 0) == (wanted == "1")
+    assert not (tmp_path / "lib" / LIBRARY).exists()
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+nvcc = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(nvcc is None, reason="there is no nvcc to build the CUDA library with")
+
+
+@pytest.fixture(scope="session")
+def built():
+    """csrc/ built by setup.py into build/, where the next run finds it."""
+    into = ROOT / "build" / "tests"
+    into.mkdir(parents=True, exist_ok=True)
+    with (into / "lock").open("w") as lock:  # test processes side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, text = build(ROOT, into, XPO_FAST_CUDA="1")
+    assert code == 0, text
+    return into / LIBRARY
+
+
+@pytest.fixture
+def library(built, monkeypatch):
+    monkeypatch.setattr(native, "PATH", built)
+    return native.library()
+
+
+def kernels(report):
+    """(kernel, target) and its bytes of stack, spill stores and spill loads, of what ptxas reports."""
+    found = {}
+    for part in report.split("Compiling entry function ")[1:]:
+        name, target = re.findall(r"'(\S+)'", part)[:2]
+        sizes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        assert sizes and registers, part
+        assert 0 < int(registers[1]) <= 255
+        found[name, target] = tuple(map(int, sizes.groups()))
+    return found
+
+
+@needs_nvcc
+def test_no_kernel_spills(built):
+    found = kernels(built.with_name("ptxas.txt").read_text())
+    spilling = {kernel: sizes for kernel, sizes in found.items() if any(sizes)}
+    assert not spilling
+    by_target = Counter(target for _, target in found)
+    assert set(by_target) == set(TARGETS) and len(set(by_target.values())) == 1
+    # float32, bfloat16, float16 kept and not, and no gradient; with and without statistics, softcap.
+    assert sum("row_pass" in name for name, _ in found) == len(TARGETS) * (2 * 3 + 1) * 4
+
+
+@needs_nvcc
+def test_a_spill_is_found(tmp_path):
+    """32 sums a thread in 24 registers."""
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "__global__ void spills(float* x) { float s[32]; for (int k = 0; k < 32; ++k) s[k] = x[k * 32];\n"
+        "for (int i = 0; i < 99; ++i)\n#pragma unroll\n for (int k = 0; k < 32; ++k) s[k] += s[(k + 7) % 32] * x[i];\n"
+        "for (int k = 0; k < 32; ++k) x[k] = s[k]; }"
+    )
+    command = ["nvcc", "-arch=sm_80", "-maxrregcount=24", "-Xptxas", "-v", "-cubin", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    assert any(kernels(done.stderr)["_Z6spillsPf", "sm_80"])
+
+
+@needs_nvcc
+def test_loads_without_a_gpu_and_links_no_cuda(library, built):
+    assert native.why_not() is None and native.architectures() == (*TARGETS, "compute_90")
+    linked = subprocess.run(["ldd", str(built)], capture_output=True, text=True, check=True).stdout
+    assert not re.search("cuda|torch|c10", linked.replace(str(built), ""))
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True
+    ).stdout
+    names = {line.split()[-1] for line in symbols.splitlines()}
+    assert {"xpo_rows", "xpo_plan_rows", "xpo_error", "xpo_architectures"} <= names
+    assert all(name.startswith("xpo_") for name in names)
+
+
+@needs_nvcc
+def test_nothing_to_do_needs_no_device(library):
+    cuda.run(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long), grad=torch.zeros(0, 5))
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the launch would not fail")
+def test_a_launch_without_a_gpu_is_an_error(library):
+    with pytest.raises(RuntimeError, match=r"^xpo_rows: .*CUDA.* \(\d+\)$"):
+        cuda.run(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), grad=torch.zeros(2, 5))
+
+
+@needs_nvcc
+def test_a_call_that_makes_no_sense_is_an_error(library):
+    with pytest.raises(RuntimeError, match=r"xpo_rows: a size is negative or beyond .* \(-2\)"):
+        native.call("xpo_rows", ctypes.byref(cuda._Rows(n=-1)), device=torch.device("cpu"))
+
+
+@needs_nvcc
+def test_doctor_says_what_the_library_is_for(library, built):
+    assert doctor._library() == f"{built}, for sm_80, sm_90a, sm_100f, compute_90"
+
+
+# --- where something is missing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "PATH", tmp_path / "library.so")
+    return native.PATH
+
+
+def test_no_library(missing, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert doctor._library().startswith("absent, xpo-fast was installed without it: install CUDA's nvcc")
+    arguments = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100])
+    message = (
+        r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
+    )
+    with pytest.raises(ValueError, match=message):
+        xf.token_logps(*arguments, backend="cuda")
+    objective = xf.Objective("sft", backend="cuda")
+    with pytest.raises(ValueError, match=message):
+        objective(torch.zeros(2, 3, 4), arguments[1], torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="there is no CUDA library"):
+        native.library()
+
+
+@pytest.mark.parametrize("content", ["not a library", "another library"])
+def test_a_library_that_does_not_load(missing, content):
+    if content == "another library":
+        shutil.copy(torch._C.__file__ or "", missing)
+    else:
+        missing.write_text(content)
+    assert native.why_not() is not None and "it does not load" in (native.why_not() or "")
+    assert "absent, it does not load" in doctor._library()
+
+
+def test_no_device(monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, and torch sees none: pass backend='torch'"):
+        check_backend("cuda", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="runs on GPUs, got operands on cpu: move them"):
+        check_backend("cuda", torch.device("cpu"))
+    check_backend("cuda", torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(ValueError, match="this torch is for ROCm: pass backend='triton'"):
+        check_backend("cuda", torch.device("cuda"))

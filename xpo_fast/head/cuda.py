@@ -1,0 +1,178 @@
+"""The `cuda` backend: the loops of chunked.py with cuBLAS products, and for their rows the kernel of csrc/rows.cu.
+
+That kernel reads each logit from device memory once. It makes log-probs, the statistics that need no reference, and the
+gradient of log-probs and log-sum-exps; divergences and the gradient of entropy are left to Triton's kernel, or to torch
+where there is no Triton. float64 operands take torch's row operations. The launch needs no operator of its own: it is part of
+`xpo_fast::token_stats` and the others of autograd.py, which torch.compile does not look into.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import chunked
+from .gemms import Gemms
+from .plan import has_triton
+from .row_operations import RowOperations
+
+STATISTICS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1")
+DIFFERENTIABLE = ("logp", "lse")
+_GRAD_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Rows(ctypes.Structure):
+    """XpoRows of csrc/xpo.h."""
+
+    _fields_ = (
+        ("products", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in STATISTICS),
+        *((f"u_{name}", ctypes.c_void_p) for name in DIFFERENTIABLE),
+        ("grad", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n", "vocab", "stride", "grad_stride")),
+        *((name, ctypes.c_float) for name in ("gain", "inner", "ceiling")),
+        ("grad_type", ctypes.c_int32),
+    )
+
+
+def run(
+    products: Tensor,  # (n, V) float32, h Wᵀ
+    targets: Tensor,  # (n,) int64
+    *,
+    bias: Tensor | None = None,  # (V,) float32
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    out: Mapping[str, Tensor] | None = None,  # statistic → (n,) float32, written
+    upstream: Mapping[str, Tensor]
+    | None = None,  # logp, lse → (n,) ∂L/∂statistic; the gradient of Σ logp if empty
+    grad: Tensor | None = None,  # (n, V) written; float32 may be the products themselves
+) -> None:
+    """`kernels.rows.run` without a reference, of what the kernel makes."""
+    out, upstream = dict(out or {}), dict(upstream or {})
+    assert set(out) <= set(STATISTICS) and set(upstream) <= set(DIFFERENTIABLE)
+    n, vocab = products.shape
+    vectors = (*out.values(), *upstream.values())
+    assert all(x.shape == (n,) for x in vectors) and targets.shape == (n,) and targets.dtype == torch.int64
+    assert bias is None or bias.shape == (vocab,)
+    for x in (products, *vectors, *(() if bias is None else (bias,))):
+        assert x.dtype == torch.float32 and (x.stride(-1) == 1 or x.numel() <= 1), (x.dtype, x.stride())
+    assert targets.stride(-1) == 1 or n <= 1
+    if grad is not None:
+        assert (
+            grad.shape == products.shape
+            and grad.dtype in _GRAD_TYPES
+            and (grad.stride(-1) == 1 or vocab == 1)
+        )
+        same = (products.dtype, products.stride()) == (grad.dtype, grad.stride())
+        assert n == 0 or same or grad.data_ptr() != products.data_ptr()
+    everything = (products, targets, bias, grad, *vectors)
+    assert all(x is None or x.device == products.device for x in everything)
+    rows = _Rows(
+        products=products.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        targets=targets.data_ptr(),
+        **{name: x.data_ptr() for name, x in out.items()},
+        **{f"u_{name}": x.data_ptr() for name, x in upstream.items()},
+        grad=None if grad is None else grad.data_ptr(),
+        n=n,
+        vocab=vocab,
+        stride=products.stride(0),
+        grad_stride=0 if grad is None else grad.stride(0),
+        gain=logit_scale / temperature,
+        inner=0.0 if softcap is None else logit_scale / softcap,
+        ceiling=0.0 if softcap is None else softcap / temperature,
+        grad_type=0 if grad is None else _GRAD_TYPES[grad.dtype],
+    )
+    native.call("xpo_rows", ctypes.byref(rows), device=products.device)
+
+
+class CudaRowOperations(RowOperations):
+    """`RowOperations` by the kernel; dz is exact, without a factor."""
+
+    own_memory = True
+
+    def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
+        super().__init__(gemms, ref_gemms)
+        scaling = gemms.scaling
+        self.run = partial(
+            run,
+            bias=None if gemms.bias is None else gemms.bias.contiguous(),
+            logit_scale=scaling.logit_scale,
+            softcap=scaling.softcap,
+            temperature=scaling.temperature,
+        )
+        self._others: RowOperations | None = None
+
+    @property
+    def others(self) -> RowOperations:
+        """What makes the rest."""
+        if self._others is None:
+            if has_triton() and self.gemms.weight.device.type == "cuda":
+                from .triton import TritonRowOperations
+
+                self._others = TritonRowOperations(self.gemms, self.ref_gemms)
+            else:
+                self._others = _InMemoryOfItsOwn(self.gemms, self.ref_gemms)
+        return self._others
+
+    def statistics(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        outputs: Sequence[str],
+        rows: Tensor,
+        dz: Tensor | None,
+    ) -> Tensor | None:
+        if z_ref is not None or not set(outputs) <= set(STATISTICS):
+            return self.others.statistics(z, z_ref, y, outputs, rows, dz)
+        self.run(z, y, out=dict(zip(("logp", "lse", *outputs), rows, strict=True)), grad=dz)
+        return None
+
+    def gradient(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        u: Mapping[str, Tensor],
+        v: Mapping[str, Tensor],
+        dz: Tensor,
+    ) -> None:
+        if set(u) <= set(DIFFERENTIABLE):
+            self.run(z, y, upstream=u, grad=dz)
+        else:
+            self.others.gradient(z, z_ref, y, u, v, dz)
+
+
+class _InMemoryOfItsOwn(RowOperations):
+    """torch's, whose dz takes the place of the products, copied to where it is wanted."""
+
+    own_memory = True
+
+    def statistics(self, z, z_ref, y, outputs, rows, dz) -> Tensor | None:
+        factor = super().statistics(z, z_ref, y, outputs, rows, None if dz is None else z)
+        if dz is not None:
+            dz.copy_(z)
+        return factor
+
+    def gradient(self, z, z_ref, y, u, v, dz) -> None:
+        super().gradient(z, z_ref, y, u, v, z)
+        dz.copy_(z)
+
+
+def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:
+    kind = CudaRowOperations if gemms.dtype == torch.float32 else RowOperations
+    return kind(gemms, ref_gemms)
+
+
+forward = partial(chunked.forward, operations=row_operations)
+backward = partial(chunked.backward, operations=row_operations)
+unit_gradients = partial(chunked.unit_gradients, operations=row_operations)
