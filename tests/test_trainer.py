@@ -822,3 +822,18 @@ def test_cached_log_probs_of_lists_are_those_of_a_copy(tmp_path):
         found.append(trainer.evaluate())
     for name in ("eval_loss", "eval_rewards/margins"):
         assert found[0][name] == found[1][name] == pytest.approx(found[2][name], abs=1e-5) != 0
+
+
+def test_the_adapter_begins_by_the_seed(tmp_path):
+    """Whatever was drawn before: the same seed, the same adapter."""
+
+    def begun(seed: int) -> list[torch.Tensor]:
+        model = make_model()
+        torch.seed()
+        trainer = make_trainer(tmp_path, model=model, peft_config=lora(), seed=seed)
+        return [x.detach().clone() for name, x in trainer.model.named_parameters() if "lora_A" in name]
+
+    first, again, other = begun(3), begun(3), begun(4)
+    assert first
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[0], other[0])

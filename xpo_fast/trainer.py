@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 try:
     import datasets
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
@@ -205,6 +205,7 @@ class XPOTrainer(Trainer):
         self._estimates_kl = "kl" in self._columns
 
         if peft_config is not None:
+            set_seed(args.seed)  # the adapter begins at random, before Trainer would see to that
             model = _with_adapter(model, peft_config)
         install_fused_loss(model)
         _warn_of_lost_updates(model, args)
