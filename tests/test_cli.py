@@ -49,7 +49,9 @@ def log_of(output) -> list[dict]:
 
 def test_train_with_an_adapter(home, tmp_path, capsys):
     out = tmp_path / "out"
-    assert train(home, out, "--max-steps", "12", "--lr", "0.02", "--eval-split", "4", "--set", "beta=0.5") == 0
+    assert (
+        train(home, out, "--max-steps", "12", "--lr", "0.02", "--eval-split", "4", "--set", "beta=0.5") == 0
+    )
     text = capsys.readouterr().out
     assert "LoRA of rank 16" in text and "16 pairs to train on, 4 held out" in text
     assert "dpo(beta=0.5, label_smoothing=0.0), lr 0.02, 4 pairs a step" in text
