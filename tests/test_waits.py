@@ -421,7 +421,7 @@ def test_layout(packed):
     """On the host what is read, on the device what is computed with; the positions sorted by unit there."""
     _, y, cu = lay_out(operands()[0], targets_of(), packed)
     batch = Batch([xf.METHODS["cringe"]], y, cu.get("cu_seqlens"), oracle.IGNORE, device=META)
-    (positions, units), *_ = batch.groups(1000, VOCAB, by_token=False)
+    (positions, units, _), *_ = batch.groups(1000, VOCAB, by_token=False)
     found = (batch.rows, batch.lengths, batch.index, batch.valid, batch.scored, batch.offsets, positions)
     assert {x.device for x in found} == {META} and batch.targets.device.type == "cpu"
     # Pairs 2 and 3 have an empty half.

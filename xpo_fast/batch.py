@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .device import on_host, static_shapes, to_device, to_host
-from .head.rows import packed_rows, sum_rows
+from .head.rows import Group, packed_rows, sum_rows
 from .head.spec import check_targets
-from .head.units import Group, pack
+from .head.units import pack
 from .methods import Method
 from .methods.math import check_rows
 
 PAIRS = ("all", "extremes")
 HARMLESS = {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5}
+
+
+@dataclass
+class Known:
+    """What a call knows before the policy's log-probs, or beside them."""
+
+    columns: dict[str, Tensor]
+    # (R,), and what stands in units left out
+    rows: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
+    discounted_ref: Tensor | None = None  # (R,) reference log-probs as `ld_alpha` has them
+    row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
+
+    @property
+    def learns(self) -> bool:
+        """Whether the loss has a gradient by more than the policy's log-probs."""
+        return any(x.requires_grad for x in (*self.columns.values(), *self.tokens.values()))
 
 
 class Batch:
@@ -100,6 +119,10 @@ class Batch:
     # --- what is where ------------------------------------------------------------------------------------------------
 
     @property
+    def packed(self) -> bool:
+        return self._cu_seqlens is not None
+
+    @property
     def rejected_targets(self) -> Tensor:
         """(N,) `targets`, where they are, of the rejected halves of pairs alone."""
         return torch.where(self._home[0] >= self.units, self.targets, self.ignore_index)
@@ -171,8 +194,8 @@ class Batch:
             lengths = lengths[:, [k for k, side in enumerate(("_w", "_l")) if side in method.sides]]
         return lengths.sum(dim=1) * self.valid
 
-    def weights(self, method: Method, fixed_length: int | None, dtype: torch.dtype) -> Tensor:
-        """What each unit's (or each token's) loss is multiplied by before the sum over units: (U,)."""
+    def weights(self, method: Method, fixed_length: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What each unit's (or each token's) loss is multiplied by before the sum over units: (U,), or None for 1."""
         ones = torch.ones(self.units, dtype=dtype, device=self.device)
         if method.denominator == "row_means":
             return ones / self.tokens(method).clamp(min=1)
@@ -180,7 +203,7 @@ class Batch:
             return ones / self.tokens(method).sum().clamp(min=1)
         if method.denominator == "fixed_length":
             return ones / (self.width if fixed_length is None else fixed_length)
-        return ones
+        return None
 
     @property
     def beyond_shorter(self) -> Tensor:
@@ -377,8 +400,8 @@ class Batch:
     # --- tiles --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _by_unit(self) -> tuple[Tensor, list[int]]:
-        """The positions to score sorted by unit, and each unit's number of them."""
+    def _by_unit(self) -> tuple[Tensor, list[list[int]]]:
+        """The positions to score sorted by unit, and how many each row of each unit has."""
         # Positions of a row stand together, so that rows are all there is to sort.
         if self.static:  # every position, and only sizes are known
             at, sizes = torch.arange(self.rows.shape[0], device=self.device), self.row_sizes
@@ -389,20 +412,39 @@ class Batch:
             sizes = torch.bincount(rows[at], minlength=self.count).tolist()
         parts = at.split(sizes)
         by_unit = torch.cat([at[:0], *(parts[row] for row in index.flatten().tolist())])
-        return to_device(by_unit, self.device), [sum(sizes[row] for row in unit) for unit in index.tolist()]
+        return to_device(by_unit, self.device), [[sizes[row] for row in unit] for unit in index.tolist()]
 
     @property
     def longest_unit(self) -> int:
-        return max(self._by_unit[1], default=0)
+        return max(map(sum, self._by_unit[1]), default=0)
 
     def groups(self, tile_tokens: int, vocab: int, *, by_token: bool) -> list[Group]:
         """Whole units packed into tiles, or tokens where each is a unit; ValueError for a bad target that can be read."""
         check_targets(self.targets, self.ignore_index, vocab)
-        if by_token:
-            index = self._by_unit[0]
-            count = -(-index.shape[0] // tile_tokens)
-            return [(part, ()) for part in index.tensor_split(count)] if count else []
-        return pack(*self._by_unit, tile_tokens)
+        index, sizes = self._by_unit
+        if not by_token:
+            return pack(index, [sum(rows) for rows in sizes], tile_tokens)
+        count = -(-index.shape[0] // tile_tokens)
+        parts = index.tensor_split(count) if count else ()
+        starts = itertools.accumulate((part.shape[0] for part in parts), initial=0)
+        return [Group(part, (), start) for part, start in zip(parts, starts)]
+
+    # --- offsets of rows ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def row_bounds(self) -> Tensor:
+        """Offsets (R + 1,) of the rows among all positions."""
+        return self._bounds(self.row_sizes)
+
+    @cached_property
+    def unit_bounds(self) -> Tensor:
+        """Offsets (R + 1,) of the rows among the positions of all groups: the rows of a unit side by side."""
+        return self._bounds([size for rows in self._by_unit[1] for size in rows])
+
+    def _bounds(self, sizes: list[int]) -> Tensor:
+        if len(set(sizes)) == 1:
+            return sizes[0] * torch.arange(len(sizes) + 1, device=self.device)
+        return to_device(torch.tensor([0, *itertools.accumulate(sizes)]), self.device)
 
 
 def list_pairs(scores: Tensor, mask: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:

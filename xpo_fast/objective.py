@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import PAIRS, Batch
-from .device import to_device
+from .batch import PAIRS, Batch, Known
+from .device import on_host, to_device
 from .head import head_plan, token_logps, token_stats
-from .head.plan import Plan, choose_backend, fit
-from .head.rows import sum_rows
-from .head.sampled import picked_logits, sample_rivals
-from .head.spec import Scaling, cast_for_autocast, check_operands, scored_positions
+from .head.plan import Plan, choose_backend
+from .head.rows import Group, sum_rows
+from .head.spec import Scaling, accumulation_dtype, cast_for_autocast, check_operands
 from .head.units import UnitLoss
-from .methods import Method, get_method
+from .launches import Launches
+from .methods import Method
 from .methods.math import unchecked
 from .methods.vocabulary import wpo_weights
 from .reduce import REDUCTIONS, count_metrics, mean_metrics, reduce_losses
+from .rivals import Rivals
+from .terms import Term, parse_terms
 from .types import LossOutput
 
 _OF_NO_MATTER_TO_THE_PLAN = {
     "temperature", "softcap", "logit_scale", "ref_weight", "ref_bias", "denominator", "grad_scale",
 }  # fmt: skip
-_TERM = re.compile(r"\s*(?:([0-9.eE+-]*[0-9.])\s*\*)?\s*([A-Za-z_]\w*)\s*")
-
-
-@dataclass(frozen=True)
-class Term:
-    """One method of an objective, and what its mean is multiplied by."""
-
-    method: Method
-    hyperparameters: Mapping[str, Any]
-    weight: float = 1.0
-
-    def __str__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())
-        scale = "" if self.weight == 1 else f"{self.weight:g}*"
-        return f"{scale}{self.method.name}({options})"
 
 
 class Objective:
@@ -93,15 +77,15 @@ class Objective:
         tile_bytes: int | None = None,
         **hyperparameters: Any,
     ) -> None:
-        self.terms = _terms(method, weights, hyperparameters)
+        self.terms = parse_terms(method, weights, hyperparameters)
         self.methods = [term.method for term in self.terms]
         if reduction not in REDUCTIONS:
             raise ValueError(f"no reduction named {reduction!r}; there are {', '.join(REDUCTIONS)}")
         choose_backend(backend, torch.device("cpu"))
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
-        self.fixed_length, self.top_k, self.seed = fixed_length, top_k, seed
-        self._generator: torch.Generator | None = None
+        self.fixed_length = fixed_length
+        self._rivals = Rivals(top_k, seed, backend, tile_bytes)
         self.state: dict[str, Tensor] = {}
         self._check_modifiers()
 
@@ -139,6 +123,10 @@ class Objective:
     def has_rejected(self) -> bool:
         """Whether a rejected completion follows those of each list (`nn`)."""
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
+
+    @property
+    def _draws_rivals(self) -> bool:
+        return any("pos_score" in m.inputs for m in self.methods)
 
     @property
     def data_kind(self) -> str:
@@ -190,14 +178,9 @@ class Objective:
         for name, value, kind in (
             ("wpo", self.wpo, bool),
             ("clamp", self.clamp, bool),
-            ("top_k", self.top_k, int),
         ):
             if type(value) is not kind:
                 raise ValueError(f"expected {name} to be {kind.__name__}, got {value!r}")
-        if self.seed is not None and type(self.seed) is not int:
-            raise ValueError(f"expected seed to be int, got {self.seed!r}")
-        if self.top_k < 1:
-            raise ValueError(f"expected top_k of at least 1, got {self.top_k}")
         if self.fixed_length is not None and not (type(self.fixed_length) is int and self.fixed_length >= 1):
             raise ValueError(f"expected fixed_length of at least one token, got {self.fixed_length!r}")
         if self.fixed_length is not None and all(m.denominator != "fixed_length" for m in self.methods):
@@ -220,7 +203,7 @@ class Objective:
                 raise ValueError("ld_alpha= is for pairs that come as pairs, not with pairs=")
             if not isinstance(self.ld_alpha, (int, float)) or not 0 <= self.ld_alpha <= 1:
                 raise ValueError(f"expected ld_alpha in [0, 1], got {self.ld_alpha!r}")
-            if not any(map(_compares_pairs, self.methods)):
+            if not any(term.compares_pairs for term in self.terms):
                 raise ValueError(
                     f"ld_alpha= is for methods that compare a pair with a reference, not {names}"
                 )
@@ -303,14 +286,14 @@ class Objective:
                 f"of the reference: ref_hidden must be {tuple(targets.shape)} by its width, got {tuple(ref_hidden.shape)}"
             )
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns, hidden.device)
-        known = _Known(batch.check_columns(columns, self._supplied()))
+        known = Known(batch.check_columns(columns, self._supplied()))
         scaling: dict[str, Any] = {
             "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
         }  # fmt: skip
         options = {
             **scaling, "ignore_index": ignore_index, "tile_bytes": self.tile_bytes, "backend": self.backend,
         }  # fmt: skip
-        if weight_grad is not None and any("pos_score" in m.inputs for m in self.methods):
+        if weight_grad is not None and self._draws_rivals:
             raise ValueError(
                 f"{batch.name}: single logits have gradients of their own: leave out weight_grad"
             )
@@ -319,7 +302,8 @@ class Objective:
         self._add_reference(
             known, batch, weight, bias, (ref_hidden, ref_weight, ref_bias), (ref_logps, ref_tokens), options
         )
-        self._add_rivals(known, batch, flat, weight, bias, Scaling(**scaling))
+        if self._draws_rivals:
+            self._rivals.add(known, batch, flat, weight, bias, Scaling(**scaling))
         if denominator is None:
             denominator = self._items(batch)
         elif (
@@ -340,24 +324,43 @@ class Objective:
             return self._reduce(batch, [losses for losses, _ in found], denominator, positions, units)
 
         by_token = all(m.unit == "token" for m in self.methods)
+        live = self._evaluates_live(flat, weight, bias)
+        launches: Launches | None = None
 
-        def coefficients(logp: Tensor, positions: Tensor, units: Sequence[int]) -> Tensor:
-            """∂loss/∂logp at the positions (n,) of some units."""
+        def whole(logp: Tensor) -> LossOutput:
+            """Loss and metrics from the log-probs (N,) of all positions."""
+            if launches is not None:
+                return launches.whole(logp)
+            found = evaluate(logp)
+            each = self._reduce_each(batch, [losses.detach() for losses, _ in found], denominator)
+            return LossOutput(reduced(found, None, None), *self._metrics(batch, found), tuple(each))
+
+        def coefficients(logp: Tensor, group: Group) -> Tensor:
+            """∂loss/∂logp (n,) at the positions of a group."""
+            if launches is not None:
+                return launches.coefficients(logp, group)
+            at, units = group.positions, group.units
             # Units between these have nothing to score: they are left out as any other that does not count.
             some = None if by_token else torch.arange(units[0], units[-1] + 1, device=logp.device)
             with torch.enable_grad(), unchecked():
                 leaf = logp.detach().requires_grad_()
-                found = [self._evaluate(term, batch, known, leaf, positions, some) for term in self.terms]
-                (u,) = torch.autograd.grad(reduced(found, positions, some), leaf)
+                found = [self._evaluate(term, batch, known, leaf, at, some) for term in self.terms]
+                (u,) = torch.autograd.grad(reduced(found, at, some), leaf)
             return u
 
-        if self._evaluates_live(flat, weight, bias):
-            if (
-                known.columns
-            ):  # check them once and whole, so that a row that is refused is named by its place
+        if live:
+            # Once and whole where it can be read, so that a row that is refused is named by its place.
+            if known.columns and on_host(flat):
                 with torch.no_grad():
                     evaluate(flat.new_zeros(batch.scored.shape, dtype=torch.float32))
+            launches = self._launches(batch, known, denominator, weight)
             plan = self._head_plan(flat, weight, bias, batch, weight_grad)
+            outputs: list[LossOutput] = []
+
+            def total(logp: Tensor) -> Tensor:
+                outputs.append(whole(logp))
+                return outputs[0].loss
+
             loss, logp = UnitLoss.apply(
                 flat,
                 weight,
@@ -368,29 +371,42 @@ class Objective:
                 batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token),
                 plan,
                 coefficients,
-                lambda logp: reduced(evaluate(logp), None, None),
+                total,
                 weight_grad,
                 grad_scale,
             )
-            found = evaluate(logp)
-            if any(losses.requires_grad for losses, _ in found):  # by a column: logp carries no gradient here
-                loss = loss + reduced([(losses - losses.detach(), None) for losses, _ in found], None, None)
+            out = dataclasses.replace(outputs[0], loss=loss)
+            if known.learns:  # logp carries no gradient here
+                found = evaluate(logp)
+                out.loss = loss + reduced([(x - x.detach(), None) for x, _ in found], None, None)
         else:
-            outputs = self._outputs()
             ref = (ref_hidden, ref_weight, ref_bias) if self.needs_reference_hidden else (None, None, None)
             options["weight_grad"] = weight_grad
-            logp = self._statistics(known, batch, flat, weight, bias, outputs, ref, options)
+            logp = self._statistics(known, batch, flat, weight, bias, self._outputs(), ref, options)
             self._update_state(batch, known, logp)
-            found = evaluate(logp)
-            loss = reduced(found, None, None)
-        metrics, counts = self._metrics(batch, found)
-        each = self._reduce_each(batch, [losses.detach() for losses, _ in found], denominator)
-        out = LossOutput(loss, metrics, counts, tuple(each))
+            launches = self._launches(batch, known, denominator, weight)
+            out = whole(logp)
         for term in self.terms:
             if term.method.token_reward and "ref_token_logp" in known.tokens:
                 reward = term.hyperparameters["beta"] * (logp.detach() - known.tokens["ref_token_logp"])
                 out.token_reward = torch.where(batch.scored, reward, 0.0).view(targets.shape)
         return out
+
+    def _launches(
+        self, batch: Batch, known: Known, denominator: float | Tensor, weight: Tensor
+    ) -> Launches | None:
+        """The segment kernels for this call; None where the pure functions are called for, as with a modifier."""
+        modified = self.pairs or self.wpo or self.ld_alpha is not None
+        if modified or choose_backend(self.backend, batch.device) != "cuda":
+            return None
+        denominators = [self._of_term(denominator, k) for k in range(len(self.terms))]
+        dtype = accumulation_dtype(weight.dtype)
+        options = self.reduction, self.fixed_length, dtype
+        return Launches.of(self.terms, batch, known, self.state, denominators, *options)
+
+    @staticmethod
+    def _of_term(denominator: float | Tensor, k: int) -> float | Tensor:
+        return denominator[k] if isinstance(denominator, Tensor) and denominator.dim() else denominator
 
     def _supplied(self) -> set[str]:
         """Columns that need not be given: what is remembered, and `nn`'s second reference if there is but one."""
@@ -419,7 +435,7 @@ class Objective:
 
     def _add_reference(
         self,
-        known: _Known,
+        known: Known,
         batch: Batch,
         weight: Tensor,
         bias: Tensor | None,
@@ -430,7 +446,7 @@ class Objective:
         """The rows' log-probs under the reference, and the tokens' where they are known."""
         ref_hidden, ref_weight, ref_bias = reference
         ref_logps, ref_tokens = given
-        reads = [term for term in self.terms if _reads_reference(term)]
+        reads = [term for term in self.terms if term.reads_reference]
         if not reads:
             return
         names = ", ".join(term.method.name for term in reads)
@@ -485,53 +501,9 @@ class Objective:
             assert ref_logps is not None
             known.rows["ref_logp"] = (ref_logps, -1.0)
 
-    def _add_rivals(
-        self,
-        known: _Known,
-        batch: Batch,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scaling: Scaling,
-    ) -> None:
-        """`cringe`: the logit of every rejected token, and that of a likely other one, with their gradients."""
-        if not any("pos_score" in m.inputs for m in self.methods):
-            return
-        if batch.static and self.seed is not None:
-            raise ValueError(
-                "seed= cannot be captured into a CUDA graph: a replay would draw the same; leave it out"
-            )
-        generator = self._draws(hidden.device)
-        vocab, backend = weight.shape[0], choose_backend(self.backend, hidden.device)
-        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes)
-        targets = batch.rejected_targets
-        options = (scaling, batch.ignore_index, tiling.tile, self.top_k, generator, backend)
-        tokens = sample_rivals(hidden, weight, bias, targets, *options)
-        at = scored_positions(targets, batch.ignore_index, vocab, batch.device)
-        rejected = (batch.rows >= batch.units) & batch.scored
-        h, y = hidden[at], batch.device_targets[at]
-        if batch.static:  # `at` has positions that are not to be read
-            h, y = (torch.where(r, x, 0) for r, x in ((rejected[at, None], h), (rejected[at], y)))
-        scores = picked_logits(torch.cat([h, h]), weight, bias, torch.cat([y, tokens[at]]), scaling).chunk(2)
-        for name, score in zip(("neg_score", "pos_score"), scores, strict=True):
-            known.tokens[name] = score.new_zeros(batch.rows.shape).index_put((at,), score)
-        known.tokens["mask"] = rejected
-
-    def _draws(self, device: torch.device) -> torch.Generator | None:
-        """What draws the rivals: by `seed`, going on from call to call; anew in every call without gradient."""
-        if self.seed is None:
-            return None
-        if not torch.is_grad_enabled():
-            return torch.Generator(device).manual_seed(self.seed)
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-            if "draws" in self.state:
-                self._generator.set_state(self.state["draws"].cpu())
-        return self._generator
-
     def _statistics(
         self,
-        known: _Known,
+        known: Known,
         batch: Batch,
         hidden: Tensor,
         weight: Tensor,
@@ -573,7 +545,7 @@ class Objective:
         self,
         term: Term,
         batch: Batch,
-        known: _Known,
+        known: Known,
         logp: Tensor,
         positions: Tensor | None,
         units: Tensor | None,
@@ -602,7 +574,7 @@ class Objective:
                     whole = x.dim() == 0 or at is None or "II" in method.axes(name)
                     inputs[name] = x if whole else x[at]
             return {n: x for n, x in inputs.items() if n in wanted}
-        discounted = self.ld_alpha is not None and _compares_pairs(method)
+        discounted = self.ld_alpha is not None and term.compares_pairs
         inputs = batch.inputs(
             "logp", self._row_sums(batch, logp, positions, discounted=discounted), units, -1.0
         )
@@ -636,7 +608,7 @@ class Objective:
         self,
         term: Term,
         batch: Batch,
-        known: _Known,
+        known: Known,
         logp: Tensor,
         positions: Tensor | None = None,
         units: Tensor | None = None,
@@ -683,11 +655,11 @@ class Objective:
         for k, (term, losses) in enumerate(zip(self.terms, found, strict=True)):
             if self.reduction == "mean":
                 weights = batch.weights(term.method, self.fixed_length, losses.dtype)
-                if positions is not None:
-                    weights = weights[batch.rows[positions] if units is None else units]
-                losses = losses * (weights[:, None] if losses.dim() == 2 else weights)
-            one = denominator[k] if isinstance(denominator, Tensor) and denominator.dim() else denominator
-            each.append(reduce_losses(losses, self.reduction, one))
+                if weights is not None:
+                    if positions is not None:
+                        weights = weights[batch.rows[positions] if units is None else units]
+                    losses = losses * (weights[:, None] if losses.dim() == 2 else weights)
+            each.append(reduce_losses(losses, self.reduction, self._of_term(denominator, k)))
         return each
 
     def _metrics(
@@ -700,7 +672,7 @@ class Objective:
 
     # --- state --------------------------------------------------------------------------------------------------------
 
-    def _update_state(self, batch: Batch, known: _Known, logp: Tensor) -> None:
+    def _update_state(self, batch: Batch, known: Known, logp: Tensor) -> None:
         """Take the batch into what is remembered; without gradient, only for this call where there is nothing yet."""
         for term in self.terms:
             own = {n for n in term.method.columns if term.method.axes(n) == ("",)}
@@ -710,7 +682,7 @@ class Objective:
             if learns or not own <= set(self.state):
                 with torch.no_grad():
                     inputs = self._inputs(term, batch, known, logp.detach(), None, None)
-                    before = {n: to_device(x, batch.device) for n, x in self.state.items() if n != "draws"}
+                    before = {n: to_device(x, batch.device) for n, x in self.state.items()}
                     remembered = term.method.state(before, inputs, batch.counted, **term.hyperparameters)
                 if learns:
                     self.state.update(remembered)
@@ -720,11 +692,11 @@ class Objective:
     def state_dict(self) -> dict[str, Tensor]:
         """What the methods remember of earlier batches, the same on every rank, and where `seed` has got to."""
         state = {name: x.detach().clone() for name, x in self.state.items()}
-        return state if self._generator is None else {**state, "draws": self._generator.get_state()}
+        return state if self._rivals.state is None else {**state, "draws": self._rivals.state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.state = {name: x.detach().clone() for name, x in state.items()}
-        self._generator = None
+        self.state = {name: x.detach().clone() for name, x in state.items() if name != "draws"}
+        self._rivals.state = state.get("draws")
 
     # --- counting and planning ----------------------------------------------------------------------------------------
 
@@ -772,16 +744,15 @@ class Objective:
         if self._evaluates_live(hidden, weight, bias):
             by_token = all(m.unit == "token" for m in self.methods)
             groups = batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token)
-            again = sum(
-                len(index) - -(-len(index) // -(-len(index) // plan.tile_tokens)) for index, _ in groups
-            )
+            sizes = [len(group.positions) for group in groups]
+            again = sum(n - -(-n // -(-n // plan.tile_tokens)) for n in sizes)
             passes = passes - 1 + (again / tokens if tokens else 0)
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
-        if ref_hidden is not None and any(_reads_reference(term) for term in self.terms):
+        if ref_hidden is not None and any(term.reads_reference for term in self.terms):
             passes, why = passes + 1, why + "; 1F of it for the reference"
-        if any("pos_score" in m.inputs for m in self.methods):
+        if self._draws_rivals:
             rejected = int((batch.rejected_targets != ignore_index).sum())
             passes += rejected / tokens if tokens else 0
             why += f"; {rejected} rejected tokens' logits once more, for their likeliest rivals"
@@ -840,19 +811,6 @@ def made_up(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:
     return torch.full(shape, {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5, "kl": 0.0}.get(name, 1.0))
 
 
-@dataclass
-class _Known:
-    """What a call knows before the policy's log-probs, or beside them."""
-
-    columns: dict[str, Tensor]
-    rows: dict[str, tuple[Tensor, float]] = field(
-        default_factory=dict
-    )  # (R,), and what stands in units left out
-    tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
-    discounted_ref: Tensor | None = None  # (R,) reference log-probs as `ld_alpha` has them
-    row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
-
-
 def _of_counted(term: Term, inputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """A method whose losses depend on one another, on the units (U,) that count; 0 and NaN for the others."""
     at, shape = batch.counted_at, batch.counted.shape
@@ -863,63 +821,3 @@ def _of_counted(term: Term, inputs: Mapping[str, Tensor], batch: Batch) -> tuple
         return x.new_full(shape, absent).index_put((at,), x)
 
     return spread(losses, 0.0), {name: spread(x, torch.nan) for name, x in metrics.items()}
-
-
-def _compares_pairs(method: Method) -> bool:
-    return {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l"} <= set(method.inputs)
-
-
-def _reads_reference(term: Term) -> bool:
-    """Whether it looks at a reference if there is one; it may do without."""
-    return any(
-        n.startswith("ref_") and term.method.wants(n, term.hyperparameters) for n in term.method.inputs
-    )
-
-
-def _terms(
-    method: str | Sequence[str | tuple[str, Mapping[str, Any]]],
-    weights: Sequence[float] | None,
-    shared: Mapping[str, Any],
-) -> list[Term]:
-    """The methods that an objective's first argument names, with hyperparameters and weights."""
-    parsed: list[tuple[str, Mapping[str, Any], float]] = []
-    if isinstance(method, str):
-        for part in method.split(" + ") if " + " in method else [method]:
-            match = _TERM.fullmatch(part)
-            if match is None:
-                raise ValueError(f"expected a method or a sum of them as 'dpo + 0.5*sft', got {method!r}")
-            if match[1] and weights is not None:
-                raise ValueError(f"the weights came twice, in {method!r} and as weights={weights!r}")
-            parsed.append((match[2], {}, float(match[1] or 1)))
-    else:
-        for entry in method if isinstance(method, (list, tuple)) else [None]:
-            name, own = (
-                (entry, {}) if isinstance(entry, str) else entry if isinstance(entry, tuple) else (None, None)
-            )
-            if not isinstance(name, str) or not isinstance(own, Mapping):
-                raise ValueError(
-                    f"expected a list of names, of which each may come as (name, hyperparameters), got {method!r}; weights "
-                    "go into weights="
-                )
-            parsed.append((name, own, 1.0))
-    if not parsed:
-        raise ValueError("expected at least one method, got an empty list")
-    if weights is not None:
-        if not isinstance(weights, (list, tuple)) or len(weights) != len(parsed):
-            raise ValueError(f"expected a weight for each of {len(parsed)} methods, got {weights!r}")
-        parsed = [(name, own, float(w)) for (name, own, _), w in zip(parsed, weights, strict=True)]
-    if not all(math.isfinite(scale) for *_, scale in parsed):
-        raise ValueError(f"expected finite weights, got {[scale for *_, scale in parsed]}")
-    terms = []
-    for name, own, scale in parsed:
-        found = get_method(name)
-        found.check_hyperparameters(own)
-        takes = {k: v for k, v in shared.items() if k in found.defaults}
-        terms.append(Term(found, {**found.defaults, **takes, **own}, scale))
-    nobody = {k: v for k, v in shared.items() if not any(k in t.method.defaults for t in terms)}
-    if nobody:
-        if len(terms) == 1:
-            terms[0].method.check_hyperparameters(nobody)
-        names = ", ".join(t.method.name for t in terms)
-        raise ValueError(f"none of {names} has a hyperparameter {', '.join(nobody)}")
-    return terms

@@ -20,6 +20,7 @@ from torch import Tensor
 from .gemms import Gemms, aligned_rows, logits_memory, on_huge_pages
 from .plan import Tiling
 from .row_operations import RowOperations, row_blocks
+from .rows import Group
 from .spec import Scaling, scored_positions, static_shapes, to_device
 from .streams import Lanes
 
@@ -352,33 +353,33 @@ def unit_gradients(
     targets: Tensor,  # (N,) int64
     scaling: Scaling,
     ignore_index: int,
-    groups: Sequence[tuple[Tensor, Sequence[int]]],
+    groups: Sequence[Group],
     tiling: Tiling,
-    coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
+    coefficients: Callable[[Tensor, Group], Tensor],
     needs: tuple[bool, bool, bool],
     weight_grad: Tensor | None = None,  # (V, D), to which dW is added instead
     operations: MakeRowOperations = RowOperations,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """logp (N,) and the gradients of a loss that is a sum over units, with dz / u still live when u is known.
 
-    groups: the scored positions (n,) of some whole units, and the units. Once a group has been scored,
-    coefficients(logp (n,), positions (n,), units) gives u = ∂L/∂logp (n,), which factors out of dz's rows. A group of one
-    tile costs 3F; of a longer one, all tiles but the last are made again: 4F.
+    groups: the scored positions in order. Once a group has been scored, coefficients(logp (n,), group) gives
+    u = ∂L/∂logp (n,), which factors out of dz's rows. A group of one tile costs 3F; of a longer one, all tiles but the last
+    are made again: 4F.
     """
     order = (
-        torch.cat([index for index, _ in groups]) if groups else targets.new_empty(0, device=hidden.device)
+        torch.cat([group.positions for group in groups])
+        if groups
+        else targets.new_empty(0, device=hidden.device)
     )
     passes = Passes(hidden, weight, bias, targets, None, scaling, ignore_index, tiling, operations, order)
     spans: list[Span] = []
-    complete: dict[int, tuple[slice, Tensor, Sequence[int]]] = {}  # tile that ends a group
-    start = 0
-    for index, units in groups:
-        whole = slice(start, start + index.shape[0])
+    complete: dict[int, tuple[slice, Group]] = {}  # tile that ends a group
+    for group in groups:
+        whole = slice(group.start, group.start + group.positions.shape[0])
         *before, last = passes.spans(True, whole.start, whole.stop)
         spans += (span._replace(with_dz=False) for span in before)
-        complete[len(spans)] = whole, index, units
+        complete[len(spans)] = whole, group
         spans += (last, *before)
-        start = whole.stop
     found = torch.empty((2, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)  # logp, lse
     u = torch.empty_like(found[0])
     # A loss scale comes with the backward: until then float16 would lose what is small.
@@ -391,9 +392,9 @@ def unit_gradients(
                 step.z, None, passes.y[step.at], (), found[:, step.at], step.own_dz
             )
             if step.last and step.tile in complete:
-                whole, index, units = complete[step.tile]
+                whole, group = complete[step.tile]
                 logp = passes.masked(found[0, whole], whole)
-                u[whole] = coefficients(logp, index, units)
+                u[whole] = coefficients(logp, group)
                 passes.masked(u[whole], whole)
         if step.last and step.span.with_dz:
             own_u = u[step.span.slice]

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..device import on_host, static_shapes, to_device
+
+
+class Group(NamedTuple):
+    """Whole units that are scored together; or tokens, where each is a unit."""
+
+    positions: Tensor  # (n,) sorted by unit
+    units: Sequence[int]  # none where tokens are the units
+    start: int  # the place of the first position among those of all groups
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:

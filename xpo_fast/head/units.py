@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +13,8 @@ from torch import Tensor
 from ..device import on_host
 from .autograd import refuse_double_backward, scale_saved
 from .plan import Plan, implementation
+from .rows import Group
 from .spec import Scaling
-
-Group = tuple[Tensor, Sequence[int]]
 
 
 def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]:
@@ -33,7 +33,8 @@ def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]
         groups[-1].append(unit)
         room -= length
     sizes = [sum(lengths[u] for u in group) for group in groups]
-    return list(zip(index.split(sizes), groups, strict=True))
+    starts = itertools.accumulate(sizes, initial=0)
+    return [Group(*group) for group in zip(index.split(sizes), groups, starts)]
 
 
 class UnitLoss(torch.autograd.Function):
@@ -50,19 +51,20 @@ class UnitLoss(torch.autograd.Function):
         ignore_index: int,
         groups: Sequence[Group],
         plan: Plan,
-        coefficients: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
+        coefficients: Callable[[Tensor, Group], Tensor],
         total: Callable[[Tensor], Tensor],
         weight_grad: Tensor | None = None,  # (V, D)
         grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """coefficients(logp (n,), positions (n,), units) → ∂loss/∂logp (n,) for one group; total(logp (N,)) → the loss.
+        """coefficients(logp (n,), group) → ∂loss/∂logp (n,) at its positions; total(logp (N,)) → the loss.
 
         weight_grad: dW · grad_scale is added to it, and autograd is given none.
         """
         scale = 1.0 if weight_grad is None else grad_scale
 
-        def scaled(*arguments: Any) -> Tensor:
-            return coefficients(*arguments) * scale
+        def scaled(logp: Tensor, group: Group) -> Tensor:
+            u = coefficients(logp, group)
+            return u if scale == 1 else u * scale
 
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         logp, (d_hidden, d_weight, d_bias) = implementation(plan.backend).unit_gradients(
