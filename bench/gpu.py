@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -405,27 +405,6 @@ def capture_problem(call: Callable[[], Results], device: torch.device) -> str | 
     return f"a replay gives another {', '.join(different)}" if different else None
 
 
-def time_with_events(
-    contenders: Mapping[str, Callable[[Batch], Results]], batches: Sequence[Batch], repeats: int
-) -> dict[str, list[float]]:
-    """As measure.time_interleaved, by device events."""
-    names = list(contenders)
-    samples_ms: dict[str, list[float]] = {name: [] for name in names}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for repeat in range(repeats):
-        batch = batches[repeat % len(batches)]
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
-            torch.cuda._sleep(4_000_000)  # some 2 ms, in which the host launches what follows
-            start.record()
-            found = contenders[name](batch)
-            end.record()
-            end.synchronize()
-            samples_ms[name].append(start.elapsed_time(end))
-            del found
-    return samples_ms
-
-
 def float64_flops(device: torch.device) -> float:
     """FLOP/s of a float64 GEMM."""
     n = 256 if device.type == "cpu" else 4096
@@ -608,11 +587,14 @@ class Bench:
         round_s = time.perf_counter() - start
         fewest, most = (2, 2) if self.args.quick else REPEATS
         repeats = round(min(max(SAMPLE_S * len(calls) / round_s, fewest), most))
+        if self.device.type == "cpu":
+            measure = time_interleaved
+        else:
+            from xpo_fast.kernels.tuning import sample_with_events as measure  # pyright: ignore[reportMissingImports]
         gc.collect()
         gc.freeze()  # or every collection would go over all modules
         gc.disable()
         try:
-            measure = time_interleaved if self.device.type == "cpu" else time_with_events
             for contender, samples_ms in measure(calls, batches, repeats).items():
                 records[contender] |= {"samples_ms": samples_ms, "median_ms": statistics.median(samples_ms)}
         finally:

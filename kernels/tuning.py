@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import triton
@@ -46,6 +46,8 @@ ROUNDING = 1e-5
 LOGPS = "token_logps"  # without gradient: by tiles, or by the kernel of logps.py
 ENOUGH_TOKENS = 16384  # more change nothing about which is faster
 
+Name = TypeVar("Name")
+Input = TypeVar("Input")
 Key: TypeAlias = tuple[object, ...]  # what a problem's best depends on: dtypes, `bucket`s of sizes
 Timer: TypeAlias = Callable[
     [Mapping[Any, Callable[[tuple], object]], Sequence[tuple], int], dict[Any, list[float]]
@@ -332,16 +334,13 @@ class Trial:
     refused: str = ""
 
 
-def time_with_events(
-    calls: Mapping[Any, Callable[[tuple], object]], inputs: Sequence[tuple], repeats: int
-) -> dict[Any, list[float]]:
-    """Milliseconds of device time, a sample a call and repeat, all calls in turn on inputs that rotate."""
+def sample_with_events(
+    calls: Mapping[Name, Callable[[Input], object]], inputs: Sequence[Input], repeats: int
+) -> dict[Name, list[float]]:
+    """Milliseconds of device time, a sample a call and repeat, all calls in turn on inputs that rotate; warm up before."""
     names = list(calls)
-    samples_ms: dict[Any, list[float]] = {name: [] for name in names}
+    samples_ms: dict[Name, list[float]] = {name: [] for name in names}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for arguments in inputs:
-        for call in calls.values():
-            call(arguments)
     for repeat in range(repeats):
         arguments = inputs[repeat % len(inputs)]
         first = repeat % len(names)
@@ -354,6 +353,16 @@ def time_with_events(
             samples_ms[name].append(start.elapsed_time(end))
             del found
     return samples_ms
+
+
+def time_with_events(
+    calls: Mapping[Any, Callable[[tuple], object]], inputs: Sequence[tuple], repeats: int
+) -> dict[Any, list[float]]:
+    """`sample_with_events` after each call on each input."""
+    for arguments in inputs:
+        for call in calls.values():
+            call(arguments)
+    return sample_with_events(calls, inputs, repeats)
 
 
 def tune(

@@ -7,9 +7,6 @@ read: kept by one block or by a cluster, or read twice. The same checks run on a
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,17 +15,13 @@ from torch.testing import assert_close
 import oracle
 import test_compile
 import test_head
-import test_objective
 import test_triton
 import xpo_fast as xf
+from host_compile import CSRC, compiled
 from xpo_fast import native
 from xpo_fast.head import cuda
 from xpo_fast.head.plan import Tiling, fit
 
-CSRC = Path(__file__).parents[1] / "csrc"
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="there is no g++ to compile csrc/ with"
-)
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or native.why_not() is not None,
     reason="launches the CUDA library on a GPU, and one of them is missing",
@@ -36,32 +29,19 @@ needs_gpu = pytest.mark.skipif(
 AUTO = 1 << 20  # bytes of shared memory: more than the rows here need
 
 
-def compiled(folder: Path, name: str, source: str = "") -> Path:
-    """A library of some C++, or of a file of csrc/, for the host."""
-    library, file = folder / f"{name}.so", CSRC / name
-    if source:
-        file = folder / f"{name}.cpp"
-        file.write_text(source)
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-fPIC",
-        "-shared",
-    ]
-    command += ["-ffp-contract=off", "-DXPO_EMULATE", f"-I{CSRC}", "-x", "c++", str(file), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
+def emulated(source, folder):
+    return compiled(source, folder / "library.so", "-DXPO_EMULATE")
+
+
+def library_of(text, folder):
+    """Of some C++."""
+    (folder / "source.cpp").write_text(text)
+    return ctypes.CDLL(str(emulated(folder / "source.cpp", folder)))
 
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("csrc"), "rows.cu")
+    return emulated(CSRC / "rows.cu", tmp_path_factory.mktemp("csrc"))
 
 
 class Machine:
@@ -83,7 +63,7 @@ class Machine:
         self.becomes(1024 + 4 * (-(-part // 8) * 8) if ranks else 1024, **options)
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
 def machine(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(native, "PATH", request.getfixturevalue("host_library"))
@@ -120,7 +100,6 @@ def row_plan(library, vocab, shared, clusters, grad=True, threads=512):
 H200, A100 = (232448, 8), (166912, 1)  # bytes that a block can have, blocks of a cluster
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("device", "vocab", "ranks", "kept"),
     [
@@ -148,7 +127,6 @@ def test_how_a_row_is_read(host_library, device, vocab, ranks, kept):
     assert (code, found.ranks, found.kept, found.shared_bytes) == (0, 1, 0, 0)  # once, whatever its length
 
 
-@needs_compiler
 def test_every_plan_holds_the_row(host_library):
     library = ctypes.CDLL(str(host_library))
     for vocab in (*range(1, 70), 999, 1000, 4097, 50257, 65536, 201088, 1 << 30):
@@ -162,7 +140,6 @@ def test_every_plan_holds_the_row(host_library):
                 assert found.kept or found.ranks == 1
 
 
-@needs_compiler
 def test_no_plan(host_library):
     library = ctypes.CDLL(str(host_library))
     assert row_plan(library, 0, *H200)[0] == -2 and row_plan(library, (1 << 30) + 1, *H200)[0] == -2
@@ -204,10 +181,9 @@ extern "C" int online(const float* z, const int* cuts, int parts, int tree, floa
 """
 
 
-@needs_compiler
 def test_sums_of_parts(tmp_path):
     """However a row is cut and its parts are merged; parts without a logit, and with nothing but −∞, among them."""
-    library = ctypes.CDLL(str(compiled(tmp_path, "online", ONLINE)))
+    library = library_of(ONLINE, tmp_path)
     g = torch.Generator().manual_seed(0)
     for trial in range(200):
         size = int(torch.randint(1, 400, (), generator=g))
@@ -231,9 +207,8 @@ def test_sums_of_parts(tmp_path):
         assert off <= size * 2**-24 * wide.abs().sum() or out[3] == wide.sum() == -torch.inf
 
 
-@needs_compiler
 def test_sums_of_nothing_and_of_nan(tmp_path):
-    library = ctypes.CDLL(str(compiled(tmp_path, "online", ONLINE)))
+    library = library_of(ONLINE, tmp_path)
 
     def lse(*z):
         out = torch.full((5,), 7.0)
@@ -473,7 +448,7 @@ def test_calls_that_make_no_sense(machine, change, reason):
 # --- the backend -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=needs_compiler)])
+@pytest.fixture(params=["cuda"])
 def backend(request, host_library, monkeypatch):
     """On operands of the CPU, emulated, in small steps."""
     monkeypatch.setattr(native, "PATH", host_library)
@@ -526,28 +501,8 @@ def test_objective_by_the_kernel(backend, name, learn, monkeypatch):
     calls = []
     run = native.call
     monkeypatch.setattr(native, "call", lambda *a, **k: (calls.append(a[0]), run(*a, **k)))
-    method = xf.METHODS[name]
-    targets = test_objective.targets_of()
-    columns, ref = test_objective.given_to(method, len(targets))
-    results = []
-    for chosen, dtype in ((backend, torch.float32), ("dense", torch.float64)):
-        hidden, weight, bias = test_objective.operands(learn, dtype)
-        options = {**test_objective.hyper_of(method), "tile_bytes": 16 * test_objective.VOCAB * 4}
-        out = xf.Objective(name, backend=chosen, **options)(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            **{k: x.to(dtype) for k, x in ref.items()},
-            **{k: x.to(dtype) if x.is_floating_point() else x for k, x in columns.items()},
-        )
-        out.loss.backward()
-        results.append((out.loss.detach(), *(x.grad for x in (hidden, weight, bias) if x.requires_grad)))
+    test_triton.compare_with_dense(name, learn, backend)
     assert calls
-    (loss, *grads), (want, *wanted) = results
-    assert_close(loss.double(), want, atol=1e-5, rtol=1e-5)
-    for x, y in zip(grads, wanted, strict=True):
-        assert oracle.error(x, y) < 2e-5
 
 
 def test_compiled(backend):
@@ -626,11 +581,10 @@ extern "C" void rounded(const float* x, uint32_t* bf16, uint32_t* half, int n) {
 """
 
 
-@needs_compiler
 def test_the_emulation_finds_faults(tmp_path):
     """A barrier left out between threads or blocks, a copy not waited for, a barrier that not all reach,
     16 bytes at an odd place, a write too far."""
-    library = ctypes.CDLL(str(compiled(tmp_path, "faulty", FAULTY.replace("cluster_", "xpo::cluster_"))))
+    library = library_of(FAULTY.replace("cluster_", "xpo::cluster_"), tmp_path)
 
     def launch(which, right, reversed=False):
         out = torch.ones(128)
@@ -651,9 +605,8 @@ def test_the_emulation_finds_faults(tmp_path):
         assert launch(which, True)[0] == 0 and launch(which, False)[0] == error
 
 
-@needs_compiler
 def test_the_emulation_rounds_as_torch(tmp_path):
-    library = ctypes.CDLL(str(compiled(tmp_path, "faulty", FAULTY.replace("cluster_", "xpo::cluster_"))))
+    library = library_of(FAULTY.replace("cluster_", "xpo::cluster_"), tmp_path)
     special = [
         0.0,
         -0.0,

@@ -1,33 +1,21 @@
-"""gather_logps by the Triton kernels, against float64.
-
-Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted on
-the CPU, and on a GPU where there is one.
-"""
+"""gather_logps by the Triton kernels, against float64; interpreter.py says where they run."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import interpreter
 import oracle
 import xpo_fast as xf
+from interpreter import DEVICE, INTERPRETED, needs_gpu, needs_triton, run_checks
+from test_gather import expected
 
-# NumPy's, in the interpreter; the last of Triton 3.6, which needs NumPy < 2.4 there.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = interpreter.numpy_warnings
+poison = interpreter.poison
 
 BLOCK = 4096
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
     "one token": (1, 2),
@@ -38,27 +26,14 @@ SHAPES = {
 }
 
 
-def run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*", __file__]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone"
-)
-
-
 @needs_triton
 def test_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(__file__, interpreted=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
+@needs_gpu
 def test_on_a_gpu():
-    run_checks()
+    run_checks(__file__, interpreted=False)
 
 
 @needs_triton
@@ -74,26 +49,9 @@ def problem(shape, dtype, ignored=0.3):
     return logits, oracle.tokens(shape[:-1], shape[-1], ignored).to(DEVICE)
 
 
-def expected(logits, targets, u, temperature=1.0):
-    """The log-probs and the gradient of their sum weighted by u."""
-    wide = logits.detach().double().requires_grad_()
-    scored = targets != oracle.IGNORE
-    logp = (wide / temperature).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * scored
-    (logp * u).sum().backward()
-    return logp.detach(), wide.grad
-
-
 def bound(dtype):
     """Of the gradient's relative error. The interpreter cuts off where a GPU rounds."""
     return 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that is handed out holds NaN: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def gather(logits, targets, **options):

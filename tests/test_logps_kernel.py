@@ -1,31 +1,18 @@
-"""The GEMM that keeps log-probs and no logit, against float64.
-
-Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted
-on the CPU, and on a GPU where there is one. The interpreter multiplies the bits of bfloat16: that is for the GPU.
-"""
+"""The GEMM that keeps log-probs and no logit, against float64; interpreter.py says where it runs."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+import interpreter
 import oracle
+from interpreter import DEVICE, INTERPRETED, needs_gpu, needs_triton, run_checks
 
-# NumPy's, in the interpreter; the last of Triton 3.6, which needs NumPy < 2.4 there.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+pytestmark = interpreter.numpy_warnings
+poison = interpreter.poison
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 16, "PARTS": 2, "num_warps": 4, "num_stages": 2}
 STATISTICS = ("logp", "lse", "entropy")
 # n, V, D
@@ -45,27 +32,14 @@ HEADS = {
 }
 
 
-def run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*", __file__]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone"
-)
-
-
 @needs_triton
 def test_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(__file__, interpreted=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
+@needs_gpu
 def test_on_a_gpu():
-    run_checks()
+    run_checks(__file__, interpreted=False)
 
 
 @needs_triton
@@ -126,15 +100,6 @@ def test_choice_of_configuration(monkeypatch):
         assert logps.choose_config(hidden, weight, False).num_warps == 4
 
 
-@pytest.fixture(autouse=True)
-def arithmetic():
-    """Memory that is handed out holds NaN: what is not written shows. No warning of what IEEE arithmetic defines."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with np.errstate(all="ignore"):
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
 def problem(shape, dtype=torch.float32, *, std=1.0, bias=False):
     """hidden, weight, targets and the bias, whose logits have a standard deviation of about 3."""
     n, vocab, width = SHAPES.get(shape, shape)
@@ -180,22 +145,25 @@ def check_what_is_not_wanted(wanted):
     compare(got, expected(hidden, weight, targets))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+# The interpreter multiplies the bits of bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
 def check_narrow_operands(dtype):
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter multiplies the bits of bfloat16")
     hidden, weight, targets, bias = problem("ragged", dtype, bias=True)
     got = found(hidden, weight, targets, bias=bias, softcap=20.0, processors=6)
     compare(got, expected(hidden, weight, targets, bias, softcap=20.0))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", None])
+# A GPU has what one target's configuration needs; the interpreter has it for all.
+TARGETS = ["own"] if DEVICE == "cuda" else ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.mark.parametrize("target", [*TARGETS, None])
 def check_default_configurations(target):
-    """Each one's blocks, a row and a word beyond the first; on a GPU its own and the small one."""
+    """Each one's blocks, a row and a word beyond the first, and the small one's."""
     from xpo_fast.kernels import logps, tuning
 
-    if DEVICE == "cuda" and target not in (tuning.target(torch.device("cuda")), None):
-        pytest.skip("of another device")
+    if target == "own":
+        target = tuning.target(torch.device(DEVICE))
     candidates = tuning.tunable("logps_pass").candidates
     config = candidates[target][0] if target else logps.SMALL
     dtype = torch.float16 if DEVICE == "cuda" else torch.float32

@@ -5,13 +5,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
+from host_compile import CSRC, compiled
 from xpo_fast.head import segments
 from xpo_fast.head.rows import sum_rows
 from xpo_fast.methods import METHODS
@@ -75,14 +73,8 @@ LENGTHS = [1, 5, 64, 130, 0, 3, 0, 17, 7, 1, 65, 2, 4, 0, 0, 200]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler: the kernels cannot be run on the host")
-    source = Path(__file__).parents[1] / "csrc" / "host.cpp"
     path = tmp_path_factory.mktemp("host") / "host.so"
-    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    subprocess.run([compiler, *options, "-fvisibility=hidden", "-o", str(path), str(source)], check=True)
-    return ctypes.CDLL(str(path))
+    return ctypes.CDLL(str(compiled(CSRC / "host.cpp", path, "-fvisibility=hidden")))
 
 
 @pytest.fixture

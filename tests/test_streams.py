@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import oracle
 from xpo_fast.head import chunked
 from xpo_fast.head.plan import Tiling
-from xpo_fast.head.row_operations import RowOperations
+from xpo_fast.head.row_operations import OutOfPlaceRowOperations, RowOperations
 from xpo_fast.head.spec import Scaling
 from xpo_fast.head.units import pack
 
@@ -100,22 +100,6 @@ class Detector(TorchDispatchMode):
         self.current = before
 
 
-class OwnMemory(RowOperations):
-    """torch's row operations with dz in memory of its own, as a device's kernel leaves it."""
-
-    own_memory = True
-
-    def statistics(self, z, z_ref, y, outputs, rows, dz):
-        made = z.clone()
-        factor = super().statistics(made, z_ref, y, outputs, rows, None if dz is None else made)
-        if dz is not None:
-            dz.copy_(made * factor.unsqueeze(1))
-
-    def gradient(self, z, z_ref, y, u, v, dz):
-        super().gradient(z, z_ref, y, u, v, z)
-        dz.copy_(z)
-
-
 VOCAB, WIDTH = 37, 5
 LENGTHS = [9, 4, 30, 1, 7, 12, 0, 6]
 
@@ -152,10 +136,10 @@ def unit_gradients(tiling, operations):
     groups = pack(torch.arange(sum(LENGTHS)), LENGTHS, tiling.tile)
     scale = torch.linspace(0.5, 1.5, 80, dtype=torch.float64)
 
-    def coefficients(logp, positions, units):
+    def coefficients(logp, group):
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
-            loss = torch.nn.functional.softplus(-(leaf * scale[positions]).sum())
+            loss = torch.nn.functional.softplus(-(leaf * scale[group.positions]).sum())
             return torch.autograd.grad(loss, leaf)[0]
 
     arguments = hidden, weight, bias, targets, Scaling(), oracle.IGNORE, groups
@@ -173,7 +157,7 @@ def run(call, tiling, monkeypatch):
     detector = Detector()
     monkeypatch.setattr(chunked, "Lanes", lambda device, two: detector if two else pytest.fail("one stream"))
     with detector:
-        found = call(tiling, OwnMemory)
+        found = call(tiling, OutOfPlaceRowOperations)
         detector.note_freed()
     return found, detector
 

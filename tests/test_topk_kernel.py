@@ -1,51 +1,35 @@
 """The likeliest tokens but the target, by the kernel, against torch.topk in float64; and the rivals drawn from them.
 
-Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted on
-the CPU, and on a GPU where there is one.
+interpreter.py says where the kernel runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import interpreter
 import oracle
 import test_head
+from interpreter import DEVICE, INTERPRETED, needs_gpu, needs_triton, run_checks
 from xpo_fast.head import sampled
 from xpo_fast.head.spec import Scaling
 
-# The interpreter's; with Triton 3.6, which needs NumPy < 2.4 there.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+pytestmark = interpreter.numpy_warnings
+poison = interpreter.poison
 INF, NAN = float("inf"), float("nan")
 
 
-def run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*", __file__]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone")
+@needs_triton
 def test_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(__file__, interpreted=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
+@needs_gpu
 def test_on_a_gpu():
-    run_checks()
+    run_checks(__file__, interpreted=False)
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
@@ -61,15 +45,6 @@ TILES = {
     "more columns a lane than it looks through at a time": (2, 2100, 3),
     "none": (0, 9, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that is handed out holds NaN or no token: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with np.errstate(all="ignore"):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

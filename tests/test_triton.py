@@ -1,62 +1,41 @@
 """The `triton` backend and its row kernel against float64, and against what the other backends are tested by.
 
-Triton reads TRITON_INTERPRET when a kernel is declared, so the checks run in a process of their own: interpreted on
-the CPU, and, those that can, on a GPU where there is one. The interpreter rounds to bfloat16 by cutting off.
+interpreter.py says where the checks run. The interpreter rounds to bfloat16 by cutting off.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+import interpreter
 import oracle
 import test_compile
 import test_head
 import test_objective
 import xpo_fast as xf
+from interpreter import DEVICE, INTERPRETED, needs_gpu, needs_triton, run_checks
 from xpo_fast.head import head_plan
 from xpo_fast.head.plan import choose_backend
 from xpo_fast.head.spec import Scaling
 from xpo_fast.head.units import UnitLoss, pack
 
-# NumPy's, in the interpreter; the last of Triton 3.6, which needs NumPy < 2.4 there.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone"
-)
+pytestmark = interpreter.numpy_warnings
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="of operands on the CPU")
-
-
-def run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*", __file__]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
 def test_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(__file__, interpreted=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
+@needs_gpu
 def test_on_a_gpu():
-    run_checks()
+    run_checks(__file__, interpreted=False)
 
 
 def test_choice(monkeypatch):
@@ -417,10 +396,10 @@ def check_units(tile_tokens, dtype):
         sums = torch.stack([logp[unit.to(logp.device)[at] == k].sum() for k in some])
         return torch.nn.functional.softplus(-0.1 * sums).sum()
 
-    def coefficients(logp, positions, units):
+    def coefficients(logp, group):
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
-            return torch.autograd.grad(total(leaf, units, positions), leaf)[0]
+            return torch.autograd.grad(total(leaf, group.units, group.positions), leaf)[0]
 
     on = [x.detach().to(DEVICE).requires_grad_() for x in operands]
     groups = pack(index.to(DEVICE), lengths, tile_tokens)
@@ -456,6 +435,31 @@ def check_operator(outputs):
     torch.library.opcheck(torch.ops.xpo_fast.token_stats.default, arguments)
 
 
+def compare_with_dense(name, learn, backend):
+    """A method's loss and gradients in float32, several tiles to a call, against the dense ones in float64."""
+    method = xf.METHODS[name]
+    targets = test_objective.targets_of()
+    columns, ref = test_objective.given_to(method, len(targets))
+    hyper = test_objective.hyper_of(method)
+    results = []
+    for chosen, dtype in ((backend, torch.float32), ("dense", torch.float64)):
+        hidden, weight, bias = test_objective.operands(learn, dtype)
+        out = xf.Objective(name, backend=chosen, tile_bytes=16 * test_objective.VOCAB * 4, **hyper)(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            **{k: x.to(dtype) for k, x in ref.items()},
+            **{k: x.to(dtype) if x.is_floating_point() else x for k, x in columns.items()},
+        )
+        out.loss.backward()
+        results.append((out.loss.detach(), *(x.grad for x in (hidden, weight, bias) if x.requires_grad)))
+    (loss, *grads), (want, *wanted) = results
+    assert_close(loss.double(), want, atol=1e-5, rtol=1e-5)
+    for x, y in zip(grads, wanted, strict=True):
+        assert oracle.error(x, y) < 2e-5
+
+
 @interpreted
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
 @pytest.mark.parametrize("name", ["dpo", "simpo", "kto", "token_dpo", "grpo"])
@@ -466,28 +470,8 @@ def check_objective(name, learn, monkeypatch):
 
     run = rows.run
     monkeypatch.setattr("xpo_fast.kernels.rows.run", lambda *a, **k: (calls.append(k), run(*a, **k)))
-    method = xf.METHODS[name]
-    targets = test_objective.targets_of()
-    columns, ref = test_objective.given_to(method, len(targets))
-    hyper = test_objective.hyper_of(method)
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("dense", torch.float64)):
-        hidden, weight, bias = test_objective.operands(learn, dtype)
-        out = xf.Objective(name, backend=backend, tile_bytes=16 * test_objective.VOCAB * 4, **hyper)(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            **{k: x.to(dtype) for k, x in ref.items()},
-            **{k: x.to(dtype) if x.is_floating_point() else x for k, x in columns.items()},
-        )
-        out.loss.backward()
-        results.append((out.loss.detach(), *(x.grad for x in (hidden, weight, bias) if x.requires_grad)))
+    compare_with_dense(name, learn, "triton")
     assert calls
-    (loss, *grads), (want, *wanted) = results
-    assert_close(loss.double(), want, atol=1e-5, rtol=1e-5)
-    for x, y in zip(grads, wanted, strict=True):
-        assert oracle.error(x, y) < 2e-5
 
 
 @interpreted

@@ -1,15 +1,12 @@
 """What a kernel is launched with: defaults, the file of what was measured, and the command that measures.
 
 A timer that needs no GPU stands in for device events, and a launcher of torch's for kernels. The real ones are given to
-the tuner in Triton's interpreter, in a process of their own, or on a GPU where there is one.
+the tuner where interpreter.py says.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 import xpo_fast as xf
+from interpreter import DEVICE, INTERPRETED, needs_gpu, run_checks
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
@@ -28,8 +26,6 @@ KEY = (torch.bfloat16, 1024)
 SLOW, FAST, WRONG, BROKEN, PARTIAL = (tuning.config(w, 3, BLOCK=64 * w) for w in (1, 2, 4, 8, 16))
 EFFECTS = {SLOW: 3.0, FAST: 1.0, WRONG: 0.5, BROKEN: 0.1, PARTIAL: 0.2}  # ms
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = GPU if torch.cuda.is_available() and not INTERPRETED else CPU
 KERNELS = ("gather_forward", "gather_backward", "row_pass", "row_pass_statistics")
 
 
@@ -381,21 +377,13 @@ def test_lookup_does_not_tune(gpu):
     assert not tuning.cache_file().parent.exists()
 
 
-def run_checks(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-o", "python_functions=check_*", __file__]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_kernels_in_the_interpreter():
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_checks(__file__, interpreted=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
+@needs_gpu
 def test_kernels_on_a_gpu():
-    run_checks()
+    run_checks(__file__, interpreted=False)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -405,7 +393,7 @@ def check_problems(name, monkeypatch):
     lookup = tuning.lookup
     monkeypatch.setattr(tuning, "lookup", lambda *call: (looked_for.add(call), lookup(*call))[1])
     tunable = tuning.tunable(name)
-    device = torch.device("cuda", torch.cuda.current_device()) if DEVICE.type == "cuda" else CPU
+    device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else CPU
     if INTERPRETED:
         monkeypatch.setattr(
             tuning, "time_with_events", lambda calls, inputs, repeats: {c: [1.0] for c in calls}

@@ -100,7 +100,7 @@ class Passes:
         self.operations = operations(self.gemms, self.ref_gemms)
         device = hidden.device
         if scored is None:
-            scored = scored_positions(targets, ignore_index, self.gemms.vocab, device)
+            scored = scored_positions(targets, ignore_index, self.operations.vocab, device)
         self.index = scored
         self.y = to_device(targets, device)[scored]
         self.ignored = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from .. import native
 from . import chunked
 from .gemms import Gemms
 from .plan import has_triton
-from .row_operations import RowOperations
+from .row_operations import OutOfPlaceRowOperations, RowOperations
 
 STATISTICS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1")
 DIFFERENTIABLE = ("logp", "lse")
@@ -101,14 +102,7 @@ class CudaRowOperations(RowOperations):
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
-        scaling = gemms.scaling
-        self.run = partial(
-            run,
-            bias=None if gemms.bias is None else gemms.bias.contiguous(),
-            logit_scale=scaling.logit_scale,
-            softcap=scaling.softcap,
-            temperature=scaling.temperature,
-        )
+        self.run = partial(run, bias=gemms.bias, **asdict(gemms.scaling))
         self._others: RowOperations | None = None
 
     @property
@@ -120,7 +114,7 @@ class CudaRowOperations(RowOperations):
 
                 self._others = TritonRowOperations(self.gemms, self.ref_gemms)
             else:
-                self._others = _InMemoryOfItsOwn(self.gemms, self.ref_gemms)
+                self._others = OutOfPlaceRowOperations(self.gemms, self.ref_gemms)
         return self._others
 
     def statistics(
@@ -150,22 +144,6 @@ class CudaRowOperations(RowOperations):
             self.run(z, y, upstream=u, grad=dz)
         else:
             self.others.gradient(z, z_ref, y, u, v, dz)
-
-
-class _InMemoryOfItsOwn(RowOperations):
-    """torch's, whose dz takes the place of the products, copied to where it is wanted."""
-
-    own_memory = True
-
-    def statistics(self, z, z_ref, y, outputs, rows, dz) -> Tensor | None:
-        factor = super().statistics(z, z_ref, y, outputs, rows, None if dz is None else z)
-        if dz is not None:
-            dz.copy_(z)
-        return factor
-
-    def gradient(self, z, z_ref, y, u, v, dz) -> None:
-        super().gradient(z, z_ref, y, u, v, z)
-        dz.copy_(z)
 
 
 def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:

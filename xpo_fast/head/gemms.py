@@ -55,7 +55,7 @@ class Gemms:
         self.weight, self.scaling = weight, scaling
         self.vocab, self.width = weight.shape
         self.dtype = accumulation_dtype(weight.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.narrow = weight.dtype != self.dtype
         # torch.mm has no float32 result for narrow operands on CPU: widen the weight there, a block at a time.
         self.widen = self.narrow and weight.device.type != "cuda"

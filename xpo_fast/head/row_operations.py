@@ -37,12 +37,7 @@ def softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return largest, total.log(), total
 
 
-def _add_at(rows: Tensor, y: Tensor, x: Tensor) -> None:
-    """rows[i, y[i]] += x[i]."""
-    rows.scatter_add_(1, y.unsqueeze(1), x.unsqueeze(1))
-
-
-def _expectation(p: Tensor, x: Tensor) -> Tensor:
+def expectation(p: Tensor, x: Tensor) -> Tensor:
     """Σ p·x a row, x overwritten; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
     return x.masked_fill_(p == 0, 0).mul_(p).sum(dim=1)
 
@@ -58,6 +53,15 @@ class RowOperations:
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         self.gemms, self.ref_gemms = gemms, ref_gemms
+        self.vocab = gemms.vocab  # tokens that a target may be
+
+    def softmax_(self, z: Tensor, rows: slice, *, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """`softmax_` of some rows of a step, the policy's or the reference's."""
+        return softmax_(z)
+
+    def add_at_targets(self, z: Tensor, rows: slice, y: Tensor, x: Tensor) -> None:
+        """z[i, y[i]] += x[i], of some rows of a step."""
+        z.scatter_add_(1, y.unsqueeze(1), x.unsqueeze(1))
 
     def statistics(
         self,
@@ -79,7 +83,7 @@ class RowOperations:
             self.gemms.finish(p)
             keep = p.clone() if outputs or (dz is not None and softcap) else None
             z_y = p.gather(1, y[b].unsqueeze(1)).squeeze(1)
-            largest, log_total, total[b] = softmax_(p)
+            largest, log_total, total[b] = self.softmax_(p, b)
             rows[0, b] = z_y.sub_(largest).sub_(log_total)
             rows[1, b] = largest + log_total
             if outputs:
@@ -93,7 +97,7 @@ class RowOperations:
                     self.ref_gemms.finish(q)
                 _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
             if dz is not None:
-                _add_at(p, y[b], -total[b])
+                self.add_at_targets(p, b, y[b], -total[b])
                 self.gemms.times_slope(p, keep)
         return None if dz is None else total.reciprocal_().mul_(-self.gemms.scaling.gain)
 
@@ -112,7 +116,7 @@ class RowOperations:
             p = z[b]
             self.gemms.finish(p)
             keep = p.clone() if extra or self.gemms.scaling.softcap is not None else None
-            largest, log_total, total = softmax_(p)
+            largest, log_total, total = self.softmax_(p, b)
             factor = p.new_zeros(p.shape[0])
             if "logp" in u:
                 factor -= u["logp"][b]
@@ -122,14 +126,46 @@ class RowOperations:
                 assert keep is not None
                 log_p = keep - (largest + log_total).unsqueeze(1)
                 p.div_(total.unsqueeze(1))
-                _extra_dz_(p, factor, log_p, None if z_ref is None else z_ref[b], self.ref_gemms, u, v, b)
+                _extra_dz_(self, p, factor, log_p, None if z_ref is None else z_ref[b], u, v, b)
             else:
                 p.mul_(factor.div_(total).unsqueeze(1))
             if "logp" in u:
-                _add_at(p, y[b], u["logp"][b])
+                self.add_at_targets(p, b, y[b], u["logp"][b])
             self.gemms.times_slope(p, keep)
             if self.gemms.scaling.gain != 1:
                 p.mul_(self.gemms.scaling.gain)
+
+
+class OutOfPlaceRowOperations(RowOperations):
+    """torch's, with dz in memory of its own and exact, without a factor: a tile may have several steps."""
+
+    own_memory = True
+
+    def statistics(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        outputs: Sequence[str],
+        rows: Tensor,
+        dz: Tensor | None,
+    ) -> None:
+        factor = super().statistics(z, z_ref, y, outputs, rows, None if dz is None else z)
+        if dz is not None:
+            assert factor is not None
+            dz.copy_(z.mul_(factor.unsqueeze(1)))
+
+    def gradient(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        u: Mapping[str, Tensor],
+        v: Mapping[str, Tensor],
+        dz: Tensor,
+    ) -> None:
+        super().gradient(z, z_ref, y, u, v, z)
+        dz.copy_(z)
 
 
 def _statistics(
@@ -151,13 +187,13 @@ def _statistics(
         log_ratio.sub_(shift.unsqueeze(1))  # log q − log p
     for row, name in zip(rows, outputs, strict=True):
         if name == "entropy":
-            row.copy_(log_total - _expectation(p, z - largest.unsqueeze(1)))
+            row.copy_(log_total - expectation(p, z - largest.unsqueeze(1)))
         elif name == "kl":
             assert log_ratio is not None and q is not None
-            row.copy_(_expectation(q, log_ratio.clone()))
+            row.copy_(expectation(q, log_ratio.clone()))
         elif name == "reverse_kl":
             assert log_ratio is not None
-            row.copy_(_expectation(p, -log_ratio))
+            row.copy_(expectation(p, -log_ratio))
         elif name == "log_sum_sq_probs":
             row.copy_(p.square().sum(dim=1).log_())
         elif name == "mean_logit":
@@ -168,11 +204,11 @@ def _statistics(
 
 
 def _extra_dz_(
+    operations: RowOperations,
     p: Tensor,  # (r, V) probabilities, turned into dz
     factor: Tensor,  # (r,) what multiplies p so far
     log_p: Tensor,  # (r, V) overwritten
     z_ref: Tensor | None,  # (r, V) products of the reference, overwritten
-    ref_gemms: Gemms | None,
     u: Mapping[str, Tensor],
     v: Mapping[str, Tensor],
     b: slice,
@@ -184,10 +220,10 @@ def _extra_dz_(
     q = None
     coefficient = torch.zeros_like(p)
     if z_ref is not None:
-        assert ref_gemms is not None
-        ref_gemms.finish(z_ref)
+        assert operations.ref_gemms is not None
+        operations.ref_gemms.finish(z_ref)
         log_q = z_ref.clone() if "reverse_kl" in u else None
-        largest, log_total, total = softmax_(z_ref)
+        largest, log_total, total = operations.softmax_(z_ref, b, reference=True)
         q = z_ref.div_(total.unsqueeze(1))
         if log_q is not None:
             log_q.sub_((largest + log_total).unsqueeze(1)).sub_(log_p).neg_()

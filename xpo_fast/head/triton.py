@@ -8,6 +8,7 @@ loops waits for the device. float64 operands take torch's row operations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -30,14 +31,11 @@ class TritonRowOperations(RowOperations):
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
-        scaling = gemms.scaling
         self.run = partial(
             kernel.run,
-            bias=_contiguous(gemms.bias),
-            ref_bias=None if ref_gemms is None else _contiguous(ref_gemms.bias),
-            logit_scale=scaling.logit_scale,
-            softcap=scaling.softcap,
-            temperature=scaling.temperature,
+            bias=gemms.bias,
+            ref_bias=None if ref_gemms is None else ref_gemms.bias,
+            **asdict(gemms.scaling),
         )
 
     def statistics(
@@ -70,10 +68,6 @@ def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperation
     return kind(gemms, ref_gemms)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -97,11 +91,9 @@ def forward(
                 passes.gathered(slice(None)),
                 weight,
                 passes.y,
-                bias=_contiguous(passes.gemms.bias),
-                logit_scale=scaling.logit_scale,
-                softcap=scaling.softcap,
-                temperature=scaling.temperature,
+                bias=passes.gemms.bias,
                 out=dict(zip(("logp", "lse", *outputs), found, strict=True)),
+                **asdict(scaling),
             )
             return *passes.spread(found), hidden.new_empty((0, hidden.shape[1]))
     return chunked.forward(*arguments, outputs, tiling, save_grad, row_operations)
