@@ -40,6 +40,7 @@ struct Grid {
     int ranks = 1;  // blocks of a cluster
 };
 
+// cudaErrorInvalidClusterSize where the device, or the share of it that is given (MIG), has nowhere to put such a cluster.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments... arguments) {
     if (grid.shared_bytes > 48 * 1024) {
@@ -58,6 +59,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &cluster;
     config.numAttrs = grid.ranks > 1 ? 1 : 0;
+    if (grid.ranks > 1) {
+        int hosted = 0;
+        const auto error = cudaOccupancyMaxActiveClusters(&hosted, kernel, &config);
+        if (error != cudaSuccess) return error;
+        if (hosted == 0) return cudaErrorInvalidClusterSize;
+    }
     return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 

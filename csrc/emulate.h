@@ -28,7 +28,7 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-enum : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716,
+enum : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidClusterSize = 912, cudaErrorMisalignedAddress = 716,
              cudaErrorUnknown = 999 };
 inline const char* cudaGetErrorString(int) { return "error of the emulation"; }
 
@@ -60,6 +60,7 @@ struct Grid { int64_t blocks; int threads; int64_t shared_bytes = 0; int ranks =
 namespace emulate {
 
 inline Limits limits{232448, 8, 64};
+inline int hosted = 8;  // the most blocks of a cluster that there is a place for
 inline bool reversed = false;
 constexpr size_t STACK = 1 << 16, ARENA = 1 << 14, GUARD = 64;
 
@@ -186,6 +187,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void*, Argum
     if (grid.threads % 32 || grid.threads < 32 || grid.blocks % grid.ranks || grid.blocks < 1 ||
         grid.ranks > limits.clusters || grid.shared_bytes > limits.shared_bytes)
         return cudaErrorInvalidConfiguration;
+    if (grid.ranks > hosted) return cudaErrorInvalidClusterSize;
     using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
     const Call call{kernel, std::tuple<Parameters...>(Parameters(arguments)...)};
     body = [](const void* c) { std::apply(static_cast<const Call*>(c)->first, static_cast<const Call*>(c)->second); };
@@ -305,4 +307,10 @@ extern "C" __attribute__((visibility("default"), used)) inline void xpo_emulate(
                                                                                 int threads, int reversed) {
     xpo::emulate::limits = {shared_bytes, clusters, threads};
     xpo::emulate::reversed = reversed != 0;
+    xpo::emulate::hosted = clusters;
+}
+
+// Of how many blocks clusters are that it has a place for: none of more than one where its share is too small.
+extern "C" __attribute__((visibility("default"), used)) inline void xpo_emulate_hosted(int blocks) {
+    xpo::emulate::hosted = blocks;
 }

@@ -259,6 +259,22 @@ cudaError_t launch_rows(const Launch& a, const Grid& grid, bool kept, void* stre
 
 int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+int launch_planned(const XpoRows& r, const XpoRowPlan& plan, void* stream) {
+    const int grad_bytes = r.grad_type == XPO_FLOAT32 ? 4 : 2;
+    const Launch a{r,
+                   {r.gain, r.inner, r.ceiling, r.ceiling != 0 ? 1.0f / r.ceiling : 0.0f},
+                   plan.part,
+                   plan.ranks,
+                   aligned(r.products, 4 * r.stride),
+                   aligned(r.bias, 0),
+                   aligned(r.grad, grad_bytes * r.grad_stride)};
+    const Grid grid{r.n * plan.ranks, plan.threads, plan.shared_bytes, plan.ranks};
+    if (r.grad == nullptr) return launch_rows<void, false>(a, grid, stream);
+    if (r.grad_type == XPO_BFLOAT16) return launch_rows<__nv_bfloat16>(a, grid, plan.kept, stream);
+    if (r.grad_type == XPO_FLOAT16) return launch_rows<__half>(a, grid, plan.kept, stream);
+    return launch_rows<float>(a, grid, plan.kept, stream);
+}
+
 }  // namespace
 }  // namespace xpo
 
@@ -295,24 +311,16 @@ int xpo_rows(const XpoRows* rows, void* stream) {
     if (r.products == nullptr || r.targets == nullptr) return XPO_MISSING_POINTER;
     Limits limits{};
     if (const cudaError_t error = read_limits(limits); error != cudaSuccess) return error;
-    XpoRowPlan plan{};
-    if (const int error = xpo_plan_rows(r.vocab, limits.shared_bytes, limits.clusters, limits.threads,
-                                        r.grad != nullptr, &plan))
-        return error;
-    if (r.n > INT32_MAX / plan.ranks) return XPO_BAD_SIZE;
-    const int grad_bytes = r.grad_type == XPO_FLOAT32 ? 4 : 2;
-    const Launch a{r,
-                   {r.gain, r.inner, r.ceiling, r.ceiling != 0 ? 1.0f / r.ceiling : 0.0f},
-                   plan.part,
-                   plan.ranks,
-                   aligned(r.products, 4 * r.stride),
-                   aligned(r.bias, 0),
-                   aligned(r.grad, grad_bytes * r.grad_stride)};
-    const Grid grid{r.n * plan.ranks, plan.threads, plan.shared_bytes, plan.ranks};
-    if (r.grad == nullptr) return launch_rows<void, false>(a, grid, stream);
-    if (r.grad_type == XPO_BFLOAT16) return launch_rows<__nv_bfloat16>(a, grid, plan.kept, stream);
-    if (r.grad_type == XPO_FLOAT16) return launch_rows<__half>(a, grid, plan.kept, stream);
-    return launch_rows<float>(a, grid, plan.kept, stream);
+    for (int clusters = limits.clusters;;) {
+        XpoRowPlan plan{};
+        if (const int error =
+                xpo_plan_rows(r.vocab, limits.shared_bytes, clusters, limits.threads, r.grad != nullptr, &plan))
+            return error;
+        if (r.n > INT32_MAX / plan.ranks) return XPO_BAD_SIZE;
+        const int error = launch_planned(r, plan, stream);
+        if (error != cudaErrorInvalidClusterSize || plan.ranks == 1) return error;
+        clusters = plan.ranks / 2;  // there is no place for these
+    }
 }
 
 const char* xpo_error(int code) {

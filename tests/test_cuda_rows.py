@@ -346,6 +346,18 @@ def test_real_vocabularies(machine, vocab, n):
     assert oracle.error(grad, p.neg().scatter_add(1, at, torch.ones_like(p))) < 2**-8
 
 
+@pytest.mark.parametrize("places", [8, 4, 2, 1])
+def test_a_device_without_a_place_for_a_cluster(host_library, monkeypatch, places):
+    """The largest cluster that there is a place for, if one that small keeps the row; else the row is read twice."""
+    monkeypatch.setattr(native, "PATH", host_library)
+    machine = Machine("cpu")
+    for shape, (_, vocab, ranks) in SHAPES.items():
+        if ranks > 1:
+            machine.keeping(vocab, ranks)
+            native.library().xpo_emulate_hosted(places)
+            check(machine, shape)
+
+
 def test_order_does_not_matter(machine):
     """The same bits in either order of the threads, and again."""
     for shape in ("ragged, in a cluster", "ragged, twice"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import chunked
 from .autograd import refuse_double_backward
+from .plan import has_triton
 from .spec import Scaling, accumulation_dtype, scored_positions, to_device
 
 
@@ -77,16 +79,15 @@ def sample_rivals(
     ignored = targets == ignore_index
     # Where shapes must not depend on values, the index has the ignored ones, too.
     targets = targets.masked_fill(ignored, 0)
-    if backend == "triton" and accumulation_dtype(weight.dtype) == torch.float32:
+    by_kernel = backend == "triton" or (backend == "cuda" and device.type == "cuda" and has_triton())
+    if by_kernel and accumulation_dtype(weight.dtype) == torch.float32:
         from ..kernels import topk  # pyright: ignore[reportMissingImports]
 
         tiles = chunked.products_of(hidden, weight, index, tile_tokens)
         likeliest = partial(
             topk.run,
             bias=None if bias is None else bias.float().contiguous(),
-            logit_scale=scaling.logit_scale,
-            softcap=scaling.softcap,
-            temperature=scaling.temperature,
+            **asdict(scaling),
         )
     else:
         tiles = chunked.final_logits(hidden, weight, bias, scaling, index, tile_tokens)
