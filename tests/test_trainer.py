@@ -570,10 +570,17 @@ def test_rows_of_like_length_share_a_batch(tmp_path):
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_on_the_lm_head_is_refused(tmp_path):
+def test_an_adapter_on_the_lm_head_is_trained_and_is_not_the_references(tmp_path):
     config = lora(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="take lm_head out of the adapter's target_modules"):
-        make_trainer(tmp_path, model=make_model(tie_word_embeddings=False), peft_config=config)
+    model = make_model(tie_word_embeddings=False)
+    trainer = make_trainer(tmp_path, model=model, peft_config=config, max_steps=6, logging_steps=1)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] != pytest.approx(
+        losses[0], abs=1e-4
+    )
+    b = [x for n, x in trainer.model.named_parameters() if "lm_head.lora_B" in n]
+    assert b and all(x.abs().max() > 0 for x in b)
 
 
 def test_a_trained_copy_of_the_lm_head_is_used_and_its_original_is_the_reference(tmp_path):

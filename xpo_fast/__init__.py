@@ -2,7 +2,7 @@
 
 from pathlib import Path as _Path
 
-from .head import gather_logps, sequence_logps, shift_labels, token_logps, token_stats
+from .head import VocabShard, gather_logps, sequence_logps, shift_labels, token_logps, token_stats
 from .methods import METHODS
 from .objective import Objective
 from .types import Head, LossOutput, TokenStats
@@ -14,6 +14,7 @@ __all__ = [
     "LossOutput",
     "Objective",
     "TokenStats",
+    "VocabShard",
     "__version__",
     "gather_logps",
     "sequence_logps",

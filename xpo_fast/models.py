@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .lm_head import before_head, causal_lm
 from .types import Head
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ _FILES = (
     "tokenizer.json",
 )  # a folder without one of them is not complete
 
-# What of a forward's arguments is for the decoder; the others (labels, return_dict, …) are about logits.
-_DECODER_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
+# What of a forward's arguments is about logits, or about what is made of them.
+_ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "use_cache")
 
 
 def cache_dir() -> Path:
@@ -142,9 +144,31 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def causal_lm(model: Any) -> Any:
-    """The `transformers` causal LM inside a PEFT model; the model itself otherwise."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The last hidden states as the model's head takes them, without its logits: `Head.inputs` of them.
+
+    batch: the keyword arguments of the model's forward (input_ids or inputs_embeds, attention_mask, position_ids,
+        pixel_values, …); those about logits and labels are left out.
+    Returns (R, T, D), or (R, T, D + r) with a LoRA adapter of rank r on the head, to go with `Head.from_model(model)`:
+
+        head = Head.from_model(model)
+        objective(hidden_states(model, batch), head.weight, targets, **head.kwargs())
+
+    The model may be a PEFT one. One that is wrapped for several processes (DDP, FSDP, DeepSpeed) needs its wrapper around
+    the loss, too: `install_fused_loss`. Raises ValueError for a head that `Head.from_model` refuses.
+    """
+    head = Head.from_model(model)
+    inputs = _before_logits(model, batch)
+    return head.inputs(before_head(model, lambda: model(**inputs)))
+
+
+def _before_logits(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a forward's keyword arguments those that act before its head; no cache."""
+    given = {k: v for k, v in arguments.items() if v is not None and k not in _ABOUT_LOGITS}
+    parameters = inspect.signature(type(causal_lm(model)).forward).parameters
+    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        given["use_cache"] = False
+    return given
 
 
 def install_fused_loss(model: nn.Module) -> None:
@@ -158,7 +182,7 @@ def install_fused_loss(model: nn.Module) -> None:
     config = getattr(lm, "config", None)
     if config is None or not hasattr(lm, "get_decoder") or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"expected a decoder-only causal LM of transformers, got {type(lm).__name__}")
-    if getattr(config, "output_router_logits", False):
+    if any(getattr(c, "output_router_logits", False) for c in (config, config.get_text_config())):
         raise ValueError(
             "the router's auxiliary loss is not added to a fused loss: set model.config.output_router_logits = False"
         )
@@ -186,6 +210,7 @@ def _forward(
 ) -> Any:
     if fused_loss is None:
         return self._forward_without_fused_loss(*args, **kwargs)
-    inputs = {k: v for k, v in kwargs.items() if k in _DECODER_ARGUMENTS and v is not None}
-    hidden = self.get_decoder()(*args, use_cache=False, **inputs).last_hidden_state  # (R, T, D)
-    return fused_loss(hidden, Head.from_model(self))
+    inputs = _before_logits(self, kwargs)
+    hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
+    head = Head.from_model(self)
+    return fused_loss(head.inputs(hidden), head)

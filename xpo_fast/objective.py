@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .batch import PAIRS, Batch, Known
 from .device import on_host, to_device
-from .head import head_plan, token_logps, token_stats
+from .head import VocabShard, head_plan, token_logps, token_stats
 from .head.plan import Plan, choose_backend
 from .head.rows import Group, sum_rows
+from .head.sharded import refuse_sharded, whole
 from .head.spec import Scaling, accumulation_dtype, cast_for_autocast, check_operands
 from .head.units import UnitLoss
 from .launches import Launches
@@ -248,6 +249,8 @@ class Objective:
         denominator: float | Tensor | None = None,
         weight_grad: Tensor | None = None,  # (V, D) float32
         grad_scale: float = 1.0,
+        adapter: Tensor | None = None,  # (V, r)
+        vocab_shard: VocabShard | None = None,
         **columns: Tensor,
     ) -> LossOutput:
         """The loss, differentiable in hidden, weight and bias, and detached metrics.
@@ -264,6 +267,11 @@ class Objective:
         weight_grad: as in `token_stats`. Where the gradients are made in this call (3F), dW is added in it, too, times
         grad_scale: what the loss will be multiplied by before the backward, which is checked there.
 
+        adapter: as in `token_stats`, hidden then (…, D + r); the reference's head is the policy's without it.
+        A DTensor's weight is gathered once a call, policy and reference together, and vocab_shard is as in `token_stats`; the
+        loss is then the same on every rank of the shard's group, if `beta_dpo` draws the same there: seed them alike. `cringe`
+        reads single logits and takes none.
+
         The host waits for a device once, at the start, to learn which positions are scored; not at all where targets
         and cu_seqlens are on the CPU, and columns and the reference's log-probs may be with them. Captured into a CUDA
         graph, a call takes targets on the device (cu_seqlens on the CPU: row lengths are the graph's), scores every
@@ -279,7 +287,16 @@ class Objective:
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = cast_for_autocast(
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias
         )
-        check_operands(hidden, weight, targets, bias)
+        refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+        weight, bias, ref_weight, ref_bias, adapter = whole(
+            weight_grad=weight_grad,
+            weight=weight,
+            bias=bias,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            adapter=adapter,
+        )
+        check_operands(hidden, weight, targets, bias, adapter)
         ref_tokens = columns.pop("ref_token_logp", None)
         if ref_hidden is not None and ref_hidden.shape[:-1] != targets.shape:
             raise ValueError(
@@ -292,7 +309,14 @@ class Objective:
         }  # fmt: skip
         options = {
             **scaling, "ignore_index": ignore_index, "tile_bytes": self.tile_bytes, "backend": self.backend,
+            "vocab_shard": vocab_shard,
         }  # fmt: skip
+        if vocab_shard is not None and self._draws_rivals:
+            raise ValueError(
+                f"{batch.name} reads single logits, which no rank has all of: gather the head, and leave out vocab_shard"
+            )
+        if adapter is not None and self._draws_rivals:
+            raise ValueError(f"{batch.name} reads single logits, of a weight alone: merge the adapter first")
         if weight_grad is not None and self._draws_rivals:
             raise ValueError(
                 f"{batch.name}: single logits have gradients of their own: leave out weight_grad"
@@ -324,10 +348,10 @@ class Objective:
             return self._reduce(batch, [losses for losses, _ in found], denominator, positions, units)
 
         by_token = all(m.unit == "token" for m in self.methods)
-        live = self._evaluates_live(flat, weight, bias)
+        live = self._evaluates_live(flat, weight, bias, adapter)
         launches: Launches | None = None
 
-        def whole(logp: Tensor) -> LossOutput:
+        def judged(logp: Tensor) -> LossOutput:
             """Loss and metrics from the log-probs (N,) of all positions."""
             if launches is not None:
                 return launches.whole(logp)
@@ -354,11 +378,17 @@ class Objective:
                 with torch.no_grad():
                     evaluate(flat.new_zeros(batch.scored.shape, dtype=torch.float32))
             launches = self._launches(batch, known, denominator, weight)
-            plan = self._head_plan(flat, weight, bias, batch, weight_grad)
+            vocab = weight.shape[0]
+            if vocab_shard is not None:
+                vocab, flat = vocab_shard.vocab, vocab_shard.replicated(flat)
+                weight, bias, weight_grad, adapter = vocab_shard.tokens(
+                    weight=weight, bias=bias, weight_grad=weight_grad, adapter=adapter
+                )
+            plan = self._head_plan(flat, weight, bias, batch, weight_grad, adapter, vocab_shard)
             outputs: list[LossOutput] = []
 
             def total(logp: Tensor) -> Tensor:
-                outputs.append(whole(logp))
+                outputs.append(judged(logp))
                 return outputs[0].loss
 
             loss, logp = UnitLoss.apply(
@@ -368,12 +398,13 @@ class Objective:
                 batch.device_targets,
                 Scaling(**scaling),
                 batch.ignore_index,
-                batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token),
+                batch.groups(plan.tile_tokens, vocab, by_token=by_token),
                 plan,
                 coefficients,
                 total,
                 weight_grad,
                 grad_scale,
+                adapter,
             )
             out = dataclasses.replace(outputs[0], loss=loss)
             if known.learns:  # logp carries no gradient here
@@ -381,11 +412,11 @@ class Objective:
                 out.loss = loss + reduced([(x - x.detach(), None) for x, _ in found], None, None)
         else:
             ref = (ref_hidden, ref_weight, ref_bias) if self.needs_reference_hidden else (None, None, None)
-            options["weight_grad"] = weight_grad
+            options |= {"weight_grad": weight_grad, "adapter": adapter}
             logp = self._statistics(known, batch, flat, weight, bias, self._outputs(), ref, options)
             self._update_state(batch, known, logp)
             launches = self._launches(batch, known, denominator, weight)
-            out = whole(logp)
+            out = judged(logp)
         for term in self.terms:
             if term.method.token_reward and "ref_token_logp" in known.tokens:
                 reward = term.hyperparameters["beta"] * (logp.detach() - known.tokens["ref_token_logp"])
@@ -728,6 +759,8 @@ class Objective:
         ignore_index: int = -100,
         list_size: int | None = None,
         weight_grad: Tensor | None = None,
+        adapter: Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
         **others: Any,
     ) -> Plan:
         """How a call with these arguments will run: backend, tile and passes. Print it."""
@@ -736,18 +769,25 @@ class Objective:
         if unknown:
             raise ValueError(f"{', '.join(m.name for m in self.methods)}: unknown {', '.join(unknown)}")
         hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
-        check_operands(hidden, weight, targets, bias)
+        check_operands(hidden, weight, targets, bias, adapter)
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, others, hidden.device)
-        plan = self._head_plan(hidden, weight, bias, batch, weight_grad)
+        vocab = weight.shape[0]
+        if vocab_shard is not None:
+            vocab = vocab_shard.vocab
+            weight, bias, weight_grad, adapter = vocab_shard.tokens(
+                weight=weight, bias=bias, weight_grad=weight_grad, adapter=adapter
+            )
+        plan = self._head_plan(hidden, weight, bias, batch, weight_grad, adapter, vocab_shard)
         passes, why = plan.passes, plan.why
         tokens = int((batch.targets != ignore_index).sum())
-        if self._evaluates_live(hidden, weight, bias):
+        if self._evaluates_live(hidden, weight, bias, adapter):
             by_token = all(m.unit == "token" for m in self.methods)
-            groups = batch.groups(plan.tile_tokens, weight.shape[0], by_token=by_token)
+            groups = batch.groups(plan.tile_tokens, vocab, by_token=by_token)
             sizes = [len(group.positions) for group in groups]
             again = sum(n - -(-n // -(-n // plan.tile_tokens)) for n in sizes)
             passes = passes - 1 + (again / tokens if tokens else 0)
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
+            why += "" if vocab_shard is None else vocab_shard.why
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
         if ref_hidden is not None and any(term.reads_reference for term in self.terms):
@@ -775,24 +815,30 @@ class Objective:
         bias: Tensor | None,
         batch: Batch,
         weight_grad: Tensor | None = None,
+        adapter: Tensor | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> Plan:
-        live = self._evaluates_live(hidden, weight, bias)
+        live = self._evaluates_live(hidden, weight, bias, adapter)
         return head_plan(
             hidden,
             weight,
             bias=bias,
             outputs=() if live else self._outputs(),
+            adapter=adapter,
             weight_grad=weight_grad,
+            vocab_shard=vocab_shard,
             tile_bytes=self.tile_bytes,
             backend=self.backend,
             unit_tokens=batch.longest_unit if live else 0,
         )
 
-    def _evaluates_live(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def _evaluates_live(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None
+    ) -> bool:
         """Whether the gradient is made at 3F, unit by unit, in the forward."""
         return (
             torch.is_grad_enabled()
-            and (weight.requires_grad or (bias is not None and bias.requires_grad))
+            and any(x is not None and x.requires_grad for x in (weight, bias, adapter))
             and self.reduction != "none"
             and all(m.unit != "batch" for m in self.methods)
             and not self._outputs()

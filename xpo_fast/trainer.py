@@ -345,9 +345,9 @@ class XPOTrainer(Trainer):
         rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
         targets, layout = self._layout(self._prepare_inputs(self.data_collator(rows)))
         head = Head.from_model(causal_lm(self.model))
-        hidden = head.weight.new_zeros(()).expand(*targets.shape, head.weight.shape[1]).requires_grad_()
+        hidden = head.weight.new_zeros(()).expand(*targets.shape, head.width).requires_grad_()
         with torch.enable_grad():
-            return self.objective.plan(hidden, head.weight, targets, bias=head.bias, **layout)
+            return self.objective.plan(hidden, head.weight, targets, **head.kwargs(), **layout)
 
     def _layout(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Targets as the objective takes them, and how: pairs of which one half is read have an empty other half."""

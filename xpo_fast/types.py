@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-# Where transformers models keep what their forward does to logits: attribute of the config → how it acts.
-_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
-_MULTIPLIER_NAMES = ("logit_scale", "lm_head_multiplier")
-_DIVISOR_NAMES = ("logits_scaling",)
+from .lm_head import read
 
 
 @dataclass
@@ -33,43 +32,47 @@ class TokenStats:
 
 @dataclass
 class Head:
-    """An LM head: z = softcap(logit_scale · (h Wᵀ + bias))."""
+    """An LM head: z = softcap(logit_scale · (h Wᵀ + x Bᵀ + bias)), x = project(h) where a LoRA adapter is on it.
+
+    One call for all models:
+
+        head = Head.from_model(model)
+        token_logps(head.inputs(hidden), head.weight, targets, **head.kwargs())
+    """
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None
     logit_scale: float = 1.0
+    adapter: Tensor | None = None  # B (V, r), the columns of several adapters side by side
+    project: Callable[[Tensor], Tensor] | None = None  # h (…, D) → x = s·dropout(h) Aᵀ (…, r)
 
     @classmethod
     def from_model(cls, model: Any) -> Head:
         """Read the head of a causal LM of `transformers`, with what its forward does to logits.
 
-        Raises ValueError if the output embedding is not a plain linear map (an adapter on it, a quantised one).
+        A PEFT model's is read as its adapters are at the moment: LoRA as `adapter`, DoRA as a copy of the weight with
+        scaled rows and an `adapter`, merged and disabled ones as the plain layer, modules_to_save as the trained copy.
+        Raises ValueError, with the reason, for a head that is not linear, for a quantised one, and for an adapter of
+        another kind.
         """
-        layer = model.get_output_embeddings()
-        if layer is None:
-            raise ValueError(f"{type(model).__name__} has no output embeddings: expected a causal LM")
-        if hasattr(layer, "base_layer"):
-            raise ValueError(
-                f"the LM head of {type(model).__name__} carries an adapter ({type(layer).__name__}); "
-                "take lm_head out of the adapter's target_modules, or merge the adapter first"
-            )
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(f"the LM head must be a linear layer with a (V, D) float weight, got {layer}")
-        config = model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        scale = 1.0
-        for name in _MULTIPLIER_NAMES:
-            scale *= getattr(config, name, None) or 1.0
-        for name in _DIVISOR_NAMES:
-            scale /= getattr(config, name, None) or 1.0
-        softcap = next((s for name in _SOFTCAP_NAMES if (s := getattr(config, name, None))), None)
-        return cls(weight, getattr(layer, "bias", None), softcap, float(scale))
+        return cls(**read(model))
 
-    def kwargs(self) -> dict:
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """What goes with `weight` and `kwargs()`: hidden (…, D) itself, or with an adapter [h, x] (…, D + r)."""
+        if self.project is None:
+            return hidden
+        return torch.cat([hidden, self.project(hidden).to(hidden.dtype)], dim=-1)
+
+    @property
+    def width(self) -> int:
+        """Of `inputs`: D, or D + r."""
+        return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
+
+    def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of `token_stats` that this head implies, apart from its weight."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        given = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return given if self.adapter is None else given | {"adapter": self.adapter}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from .gather import gather_logps
 from .gemms import release_tiles
 from .plan import Plan, Tiling, check_backend, choose_backend, fit
 from .rows import packed_rows, shift_labels, sum_rows
+from .sharded import refuse_sharded, whole
 from .spec import (
     DIFFERENTIABLE,
     OUTPUTS,
@@ -25,9 +26,11 @@ from .spec import (
     static_shapes,
     to_device,
 )
+from .vocab_parallel import VocabShard
 
 __all__ = [
     "Plan",
+    "VocabShard",
     "gather_logps",
     "head_plan",
     "release_tiles",
@@ -50,9 +53,11 @@ def token_stats(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     ref_hidden: Tensor | None = None,  # (…, Dr)
-    ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight if not given
+    ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight, without its adapter, if not given
     ref_bias: Tensor | None = None,  # (V,); the policy's bias if neither it nor ref_weight is given
+    adapter: Tensor | None = None,  # (V, r)
     weight_grad: Tensor | None = None,  # (V, D) float32
+    vocab_shard: VocabShard | None = None,
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -71,11 +76,21 @@ def token_stats(
     hidden, weight and bias, the first two at 2F with a frozen head; asking for one of the others, with gradient,
     costs a recomputation (3F frozen, 4F trainable). There is no second derivative.
 
+    adapter: the B of LoRA. hidden is then [h, x] (…, D + r), x = s·dropout(h) Aᵀ (…, r), which autograd made, and the
+    products are h Wᵀ + x Bᵀ: r/D more of each pass, and no matrix (V, D) is made of them. adapter may be wider than
+    weight (float32 beside bfloat16). With a frozen weight and a trainable adapter: 3F, and no dW. `Head` has all of it.
+
     weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64 operands):
     the backward adds dW to it and autograd gives weight none, which saves memory for dW and a pass over it.
 
     With targets on the host nothing waits for a device; with targets on it, a call waits once. While a CUDA graph is
     captured all positions are multiplied, ignored ones as zeros.
+
+    A weight or bias that is a DTensor (FSDP2) is gathered once, and its gradient is the mean over the ranks of its mesh, as
+    FSDP2 makes it: see `whole`. ZeRO-3's, while in parts, is refused.
+    vocab_shard: weight, bias, ref_weight, ref_bias and weight_grad have the rows that this rank of a group holds, and the
+    statistics are of the whole vocabulary: see `VocabShard.agree`. Every rank must make the same calls, with the same
+    hidden states, targets and options; their number of passes is as above. By the torch backend.
 
     Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position
     makes its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
@@ -88,7 +103,26 @@ def token_stats(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = cast_for_autocast(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     )
-    check_operands(hidden, weight, targets, bias)
+    refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+    weight, bias, ref_weight, ref_bias, adapter = whole(
+        weight_grad=weight_grad,
+        weight=weight,
+        bias=bias,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        adapter=adapter,
+    )
+    if vocab_shard is not None:
+        weight, bias, ref_weight, ref_bias, weight_grad, adapter = vocab_shard.tokens(
+            weight=weight,
+            bias=bias,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            weight_grad=weight_grad,
+            adapter=adapter,
+        )
+        hidden = vocab_shard.replicated(hidden)
+    check_operands(hidden, weight, targets, bias, adapter)
     scaling = Scaling(float(temperature), softcap, float(logit_scale))
     outputs = tuple(dict.fromkeys(outputs))
     if ref_hidden is not None and ref_weight is None:
@@ -109,7 +143,9 @@ def token_stats(
         weight,
         bias=bias,
         outputs=outputs,
+        adapter=adapter,
         weight_grad=weight_grad,
+        vocab_shard=vocab_shard,
         chunk_tokens=chunk_tokens,
         tile_bytes=tile_bytes,
         backend=backend,
@@ -118,7 +154,9 @@ def token_stats(
         if static_shapes(flat_targets):
             raise ValueError("the dense backend cannot be captured as a CUDA graph: pass backend='torch'")
         flat_targets = to_device(flat_targets, hidden.device)
-        found = dense.token_stats(flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs)
+        found = dense.token_stats(
+            flat, weight, bias, flat_targets, ref, scaling, ignore_index, outputs, adapter
+        )
     else:
         found = _tiled(
             flat,
@@ -132,6 +170,7 @@ def token_stats(
             weight_grad,
             plan.tiling,
             plan.backend,
+            adapter,
         )
     return TokenStats(**{name: x.view(targets.shape) for name, x in found.items()})
 
@@ -146,7 +185,9 @@ def token_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    adapter: Tensor | None = None,  # (V, r)
     weight_grad: Tensor | None = None,  # (V, D) float32
+    vocab_shard: VocabShard | None = None,
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -164,7 +205,9 @@ def token_logps(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        adapter=adapter,
         weight_grad=weight_grad,
+        vocab_shard=vocab_shard,
         chunk_tokens=chunk_tokens,
         tile_bytes=tile_bytes,
         backend=backend,
@@ -196,7 +239,9 @@ def head_plan(
     *,
     bias: Tensor | None = None,
     outputs: Sequence[str] = (),
+    adapter: Tensor | None = None,
     weight_grad: Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -204,15 +249,20 @@ def head_plan(
 ) -> Plan:
     """How `token_stats` will run on these operands, gradient mode included.
 
+    weight: without the rows of padding, where there is a vocab_shard; the tiles are then the same on all of its ranks.
     unit_tokens: the scored tokens of the longest unit, where a tile should hold whole units.
     """
     chosen = choose_backend(backend, hidden.device)
     check_backend(chosen, hidden.device)
+    vocab, name = weight.shape[0], chosen
+    if vocab_shard is not None:
+        vocab, name = vocab_shard.largest, vocab_shard.operator_name(chosen)
+        tile_bytes = vocab_shard.tile_bytes(hidden.device) if tile_bytes is None else tile_bytes
     if weight_grad is not None:
         _check_weight_grad(weight_grad, weight, chosen)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"expected chunk_tokens of at least 1, got {chunk_tokens}")
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trainable = any(x is not None and x.requires_grad for x in (weight, bias, adapter))
     has_ref = bool({"kl", "reverse_kl"} & set(outputs))
     more = sorted(set(outputs) & set(DIFFERENTIABLE))
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trainable):
@@ -229,22 +279,24 @@ def head_plan(
     if has_ref:
         passes += 1 if passes == 1 or chosen == "dense" else 2
         why += "; the reference's tile beside it"
+    if vocab_shard is not None:
+        why += vocab_shard.why
     dtype = accumulation_dtype(weight.dtype)
     learns = torch.is_grad_enabled() and weight.requires_grad and weight_grad is None
     tiling, dz_dtype, logits = fit(
         chosen,
-        weight.shape[0],
+        vocab,
         weight.dtype,
         weight.device,
         tile_bytes,
         chunk_tokens=chunk_tokens,
         heads=1 + has_ref,
         dz=torch.is_grad_enabled() and (hidden.requires_grad or trainable),
-        dw_bytes=weight.numel() * (dtype.itemsize - weight.itemsize) if learns else 0,
+        dw_bytes=vocab * weight.shape[1] * (dtype.itemsize - weight.itemsize) if learns else 0,
         unit_tokens=unit_tokens,
         tokens=hidden.shape[:-1].numel(),
     )
-    return Plan(chosen, None, tiling, weight.shape[0], dtype, dz_dtype, logits, passes, why)
+    return Plan(name, None, tiling, vocab, dtype, dz_dtype, logits, passes, why)
 
 
 def _tiled(
@@ -259,8 +311,9 @@ def _tiled(
     weight_grad: Tensor | None,
     tiling: Tiling,
     backend: str,
+    adapter: Tensor | None,
 ) -> dict[str, Tensor]:
-    trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trainable = any(x is not None and x.requires_grad for x in (weight, bias, adapter))
     save_grad = (
         torch.is_grad_enabled()
         and hidden.requires_grad
@@ -282,6 +335,7 @@ def _tiled(
         backend,
         ",".join(outputs),
         save_grad,
+        adapter,
     )
     found = {"logp": logp, "lse": lse}
     for name, x in zip(outputs, extra.unbind(0), strict=True):

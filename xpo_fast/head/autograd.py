@@ -15,6 +15,7 @@ from torch import Tensor
 from . import chunked
 from .plan import Tiling, implementation
 from .spec import DIFFERENTIABLE, Scaling, to_device
+from .vocab_parallel import shard_of
 
 
 def _scaling(temperature: float, softcap: float, logit_scale: float) -> Scaling:
@@ -48,6 +49,7 @@ def token_stats(
     backend: str,
     outputs: str,  # names, comma-separated
     save_grad: bool,
+    adapter: Tensor | None = None,  # (V, r); hidden is (N, D + r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp (N,), lse (N,), the outputs stacked (E, N), ∂logp/∂hidden (N, D) if saved, else (0, D)."""
     return implementation(backend).forward(
@@ -61,13 +63,14 @@ def token_stats(
         _names(outputs),
         Tiling(tile_tokens, step_tokens),
         save_grad,
+        adapter=adapter,
     )
 
 
 @token_stats.register_fake
 def _(
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, weight_grad, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, step_tokens, backend, outputs, save_grad,
+    ignore_index, tile_tokens, step_tokens, backend, outputs, save_grad, adapter=None,
 ):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = targets.shape[0]
@@ -100,8 +103,10 @@ def token_stats_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias; (0,) for one that is not needed, and weight's if it goes to weight_grad."""
+    adapter: Tensor | None = None,
+    need_adapter: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight, bias and adapter; (0,) for one that is not needed, and weight's if added elsewhere."""
     grads = implementation(backend).backward(
         hidden,
         weight,
@@ -113,24 +118,30 @@ def token_stats_backward(
         Tiling(tile_tokens, step_tokens),
         dict(zip(_names(upstream_names), upstream, strict=True)),
         dict(zip(_names(values_names), values, strict=True)),
-        (need_hidden, need_weight, need_bias),
+        (need_hidden, need_weight, need_bias, need_adapter),
         weight_grad,
+        adapter=adapter,
     )
-    d_hidden, d_weight, d_bias = (
+    d_hidden, d_weight, d_bias, d_adapter = (
         hidden.new_empty(0) if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(grads, (hidden, weight, bias), strict=True)
+        for g, x in zip(grads, (hidden, weight, bias, adapter), strict=True)
     )
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight, d_bias, d_adapter
 
 
 @token_stats_backward.register_fake
 def _(
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, weight_grad, temperature, softcap, logit_scale,
     ignore_index, tile_tokens, step_tokens, backend, upstream, upstream_names, values, values_names,
-    need_hidden, need_weight, need_bias,
+    need_hidden, need_weight, need_bias, adapter=None, need_adapter=False,
 ):  # fmt: skip
-    wanted = ((need_hidden, hidden), (need_weight and weight_grad is None, weight), (need_bias, bias))
-    return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for need, x in wanted)
+    wanted = (
+        (need_hidden, hidden),
+        (need_weight and weight_grad is None, weight),
+        (need_bias, bias),
+        (need_adapter, adapter),
+    )
+    return tuple(torch.empty_like(x) if need and x is not None else hidden.new_empty(0) for need, x in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -146,6 +157,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *scalars,
         outputs,
         save_grad,
+        adapter,
     ) = inputs
     logp, lse, extra, dlogp = output
     ctx.set_materialize_grads(False)
@@ -154,9 +166,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.weight_grad = weight_grad  # not saved: the backwards of other calls write it
     if save_grad:
         # The target's own row of W is needed for lse, whose gradient is W[y] minus the saved one.
-        ctx.save_for_backward(weight, targets, logp, lse, dlogp)
+        ctx.save_for_backward(weight, adapter, targets, logp, lse, dlogp)
     else:
-        ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, extra)
+        ctx.save_for_backward(hidden, weight, bias, adapter, targets, ref_hidden, ref_weight, ref_bias, extra)
 
 
 def _later_backward_possible() -> bool:
@@ -184,15 +196,16 @@ def _backward(
 ) -> tuple:
     refuse_double_backward("token_stats")
     if ctx.save_grad:
-        operands = _backward_frozen(ctx, d_logp, d_lse), None, None
+        operands = _backward_frozen(ctx, d_logp, d_lse), None, None, None
     else:
         operands = _backward_recompute(ctx, d_logp, d_lse, d_extra)
-    return (*operands, *([None] * 14))
+    *operands, d_adapter = operands
+    return (*operands, *([None] * 14), d_adapter)
 
 
 def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> Tensor | None:
-    weight, targets, logp, lse, dlogp = ctx.saved_tensors
-    temperature, softcap, logit_scale, ignore_index, *_ = ctx.scalars
+    weight, adapter, targets, logp, lse, dlogp = ctx.saved_tensors
+    temperature, softcap, logit_scale, ignore_index, *_, backend = ctx.scalars
     targets = to_device(targets, weight.device)
     scored = targets != ignore_index
     u, v = (None if d is None else torch.where(scored, d, 0.0) for d in (d_logp, d_lse))
@@ -204,24 +217,30 @@ def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> T
     gain = v * scaling.gain
     if scaling.ceiling is not None:
         gain = gain * (1 - ((logp + lse) / scaling.ceiling) ** 2)
-    own = weight[torch.where(scored, targets, 0)] * gain.unsqueeze(1)
-    rows = (v.neg() if u is None else u - v).unsqueeze(1) * dlogp
-    return (rows + own).to(dlogp.dtype)
+    y, shard = torch.where(scored, targets, 0), shard_of(backend)
+    rows = [
+        (x[y] if shard is None else shard.target_rows(x, y)).to(weight.dtype)
+        for x in (weight, adapter)
+        if x is not None
+    ]
+    own = torch.cat(rows, dim=1) * gain.unsqueeze(1)
+    others = (v.neg() if u is None else u - v).unsqueeze(1) * dlogp
+    return (others + own).to(dlogp.dtype)
 
 
 def _backward_recompute(
     ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None
 ) -> tuple:
-    hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, extra = ctx.saved_tensors
+    hidden, weight, bias, adapter, targets, ref_hidden, ref_weight, ref_bias, extra = ctx.saved_tensors
     upstream = {"logp": d_logp, "lse": d_lse}
     values = {}
     for k, name in enumerate(ctx.names):
         if name in DIFFERENTIABLE and d_extra is not None:
             upstream[name], values[name] = d_extra[k], extra[k]
     given = {n: d for n, d in upstream.items() if d is not None}
-    need = tuple(ctx.needs_input_grad[:3])
-    if not given or not any(need):
-        return None, None, None
+    *need, need_adapter = *ctx.needs_input_grad[:3], ctx.needs_input_grad[-1]
+    if not given or not any((*need, need_adapter)):
+        return None, None, None, None
     needs_ref = "kl" in given or "reverse_kl" in given
     grads = token_stats_backward(
         hidden,
@@ -238,8 +257,10 @@ def _backward_recompute(
         list(values.values()),
         ",".join(values),
         *need,
+        adapter,
+        need_adapter,
     )
-    returned = need[0], need[1] and ctx.weight_grad is None, need[2]
+    returned = need[0], need[1] and ctx.weight_grad is None, need[2], need_adapter
     return tuple(g if wanted else None for g, wanted in zip(grads, returned, strict=True))
 
 

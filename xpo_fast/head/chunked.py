@@ -93,9 +93,10 @@ class Passes:
         tiling: Tiling,
         operations: MakeRowOperations,
         scored: Tensor | None = None,
+        adapter: Tensor | None = None,  # (V, r)
     ) -> None:
         self.hidden, self.ref = hidden, ref
-        self.gemms = Gemms(weight, bias, scaling)
+        self.gemms = Gemms(weight, bias, scaling, adapter)
         self.ref_gemms = None if ref is None else Gemms(ref[1], ref[2], scaling)
         self.operations = operations(self.gemms, self.ref_gemms)
         device = hidden.device
@@ -237,12 +238,15 @@ def forward(
     tiling: Tiling,
     save_grad: bool,
     operations: MakeRowOperations = RowOperations,
+    adapter: Tensor | None = None,  # (V, r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp (N,), lse (N,), the other outputs (len(outputs), N), and ∂logp/∂hidden (N, D), or (0, D) if not saved.
 
     1F, one more to save the gradient, one more for a reference. top1 comes as 0 and 1.
     """
-    passes = Passes(hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations)
+    passes = Passes(
+        hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter
+    )
     found = torch.empty((2 + len(outputs), len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
     dlogp = torch.zeros(
         hidden.shape if save_grad else (0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device
@@ -272,15 +276,18 @@ def backward(
     tiling: Tiling,
     upstream: Mapping[str, Tensor],  # name of a differentiable output → (N,) ∂L/∂output
     values: Mapping[str, Tensor],  # entropy and reverse_kl (N,), where upstream has them
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    needs: tuple[bool, ...],  # hidden, weight, bias, and the adapter where there is one
     weight_grad: Tensor | None = None,  # (V, D), to which dW is added instead
     operations: MakeRowOperations = RowOperations,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    adapter: Tensor | None = None,  # (V, r)
+) -> tuple[Tensor | None, ...]:
     """Gradients by recomputing each tile: 1F, and 1F for hidden, 1F for weight, 1F for a reference.
 
-    Those of weight and bias may come in the accumulation dtype, here and in `unit_gradients`.
+    One for each of `needs`; but that of hidden, they may come in the accumulation dtype, here and in `unit_gradients`.
     """
-    passes = Passes(hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations)
+    passes = Passes(
+        hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter
+    )
     u = {name: passes.masked(x[passes.index].to(passes.gemms.dtype)) for name, x in upstream.items()}
     v = {name: x[passes.index] for name, x in values.items()}
     spans = passes.spans(True)
@@ -297,7 +304,7 @@ def backward(
 
 
 class _Gradients:
-    """dH in `dtype`, and dW and db, over all tiles, in the accumulation dtype; dW of a single tile in that of the GEMMs.
+    """dH in `dtype`; dW, db, dB over all tiles, in the accumulation dtype; dW of a single tile in that of the GEMMs.
 
     weight_grad: dW is added to it; nothing is left to return.
     """
@@ -306,7 +313,7 @@ class _Gradients:
         self,
         passes: Passes,
         spans: Sequence[Span],
-        needs: tuple[bool, bool, bool],
+        needs: tuple[bool, ...],
         dtype: torch.dtype,
         weight_grad: Tensor | None = None,
     ) -> None:
@@ -320,6 +327,10 @@ class _Gradients:
             memory = torch.empty_like(self.gemms.weight, dtype=dtype if narrow else self.gemms.dtype)
             self.weight = on_huge_pages(memory)
         self.bias = torch.zeros_like(self.gemms.weight[:, 0], dtype=self.gemms.dtype) if needs[2] else None
+        self.count, adapter = len(needs), self.gemms.adapter
+        self.adapter = None
+        if adapter is not None and needs[3]:
+            self.adapter = torch.zeros_like(adapter, dtype=self.gemms.dtype)
         self.first = not self.adds
 
     def add(self, step: Step, factor: Tensor | None) -> None:
@@ -330,16 +341,19 @@ class _Gradients:
                 if factor is not None:
                     d_hidden.mul_(factor.unsqueeze(1))
                 self.hidden[self.passes.index[step.span.slice]] = d_hidden.to(self.dtype)
+            h, x = self.gemms.parts(step.h)
             if self.weight is not None:
-                self.gemms.into_weight(dz, _times(step.h, factor), self.weight, self.first)
+                self.gemms.into_weight(dz, _times(h, factor), self.weight, self.first)
+            if self.adapter is not None:
+                self.gemms.into_weight(dz, _times(x, factor), self.adapter, first=False)
             if self.bias is not None:
                 self.gemms.into_bias(dz, factor, self.bias)
         self.first = False
 
-    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finished(self) -> tuple[Tensor | None, ...]:
         if self.weight is not None and self.first:
             self.weight.zero_()
-        return self.hidden, None if self.adds else self.weight, self.bias
+        return (self.hidden, None if self.adds else self.weight, self.bias, self.adapter)[: self.count]
 
 
 def _times(h: Tensor, factor: Tensor | None) -> Tensor:
@@ -356,10 +370,11 @@ def unit_gradients(
     groups: Sequence[Group],
     tiling: Tiling,
     coefficients: Callable[[Tensor, Group], Tensor],
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],  # hidden, weight, bias, and the adapter where there is one
     weight_grad: Tensor | None = None,  # (V, D), to which dW is added instead
     operations: MakeRowOperations = RowOperations,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    adapter: Tensor | None = None,  # (V, r)
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """logp (N,) and the gradients of a loss that is a sum over units, with dz / u still live when u is known.
 
     groups: the scored positions in order. Once a group has been scored, coefficients(logp (n,), group) gives
@@ -371,7 +386,9 @@ def unit_gradients(
         if groups
         else targets.new_empty(0, device=hidden.device)
     )
-    passes = Passes(hidden, weight, bias, targets, None, scaling, ignore_index, tiling, operations, order)
+    passes = Passes(
+        hidden, weight, bias, targets, None, scaling, ignore_index, tiling, operations, order, adapter
+    )
     spans: list[Span] = []
     complete: dict[int, tuple[slice, Group]] = {}  # tile that ends a group
     for group in groups:

@@ -33,8 +33,11 @@ def token_stats(
     scaling: Scaling,
     ignore_index: int,
     outputs: Sequence[str],
+    adapter: Tensor | None = None,  # (V, r)
 ) -> dict[str, Tensor]:
     """Every statistic of the scored positions, scattered to (N,), zero elsewhere."""
+    if adapter is not None:
+        weight = torch.cat([weight, adapter.to(weight.dtype)], dim=1)
     index = scored_positions(targets, ignore_index, weight.shape[0])
     z = logits(hidden[index], weight, bias, scaling)
     y = targets[index].unsqueeze(1)

@@ -49,9 +49,18 @@ _bf16_products = _Bf16Products()
 
 
 class Gemms:
-    """The GEMMs of one head, F = 2·N·V·D FLOP each, and what its forward does to logits."""
+    """The GEMMs of one head, F = 2·N·V·D FLOP each, and what its forward does to logits.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> None:
+    With an adapter B (V, r) hidden states are [h, x] (N, D + r) and products h Wᵀ + x Bᵀ: F·r/D more a GEMM.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        scaling: Scaling,
+        adapter: Tensor | None = None,  # (V, r)
+    ) -> None:
         self.weight, self.scaling = weight, scaling
         self.vocab, self.width = weight.shape
         self.dtype = accumulation_dtype(weight.dtype)
@@ -61,11 +70,14 @@ class Gemms:
         self.widen = self.narrow and weight.device.type != "cuda"
         self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
         self._wide = None
+        self.adapter = None if adapter is None else adapter.to(self.gemm_dtype)
         self._products = _bf16_products if self.widen and weight.dtype == torch.bfloat16 else nullcontext()
 
     def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
         """hidden[index] (n, D), in the dtype that the GEMMs take; zeros where ignored (n,)."""
         h = hidden.index_select(0, index)
+        if self.adapter is not None:
+            h = aligned_rows(h.shape[0], h.shape[1], h.dtype, h.device).copy_(h)
         if ignored is not None:
             h.masked_fill_(ignored.unsqueeze(1), 0)
         return h.to(self.dtype) if self.widen else h
@@ -83,26 +95,44 @@ class Gemms:
 
     def logits(self, h: Tensor, out: Tensor) -> Tensor:
         """h Wᵀ into out (n, V): 1F. `finish` makes them final."""
+        h, x = self.parts(h)
         for block, weight in self._weight_blocks():
             if self.narrow and not self.widen:
                 torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
+                if self.adapter is not None:
+                    torch.addmm(out, x, self.adapter.T, out_dtype=self.dtype, out=out)
             else:
+                part = out[:, block]
                 with self._products:
-                    torch.mm(h, weight.T, out=out[:, block])
+                    torch.mm(h, weight.T, out=part)
+                    if self.adapter is not None:
+                        torch.addmm(part, x, self.adapter[block].T, out=part)
         return out
+
+    def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """What W (n, D) and what the adapter (n, r) is multiplied by, of rows of hidden states; r may be 0."""
+        return h[:, : self.width], h[:, self.width :]
 
     def into_hidden(self, dz: Tensor) -> Tensor:
-        """dz W (n, D), 1F, in the accumulation dtype."""
+        """dz W (n, D), 1F, or dz [W, B] (n, D + r), in the accumulation dtype."""
         if self.narrow and not self.widen:
-            return torch.mm(dz.to(self.gemm_dtype), self.weight, out_dtype=self.dtype)
-        out = dz.new_empty((dz.shape[0], self.width))
-        for block, weight in self._weight_blocks():
+            dz = dz.to(self.gemm_dtype)
+            out = torch.mm(dz, self.weight, out_dtype=self.dtype)
+            own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
+        else:
+            out = dz.new_empty((dz.shape[0], self.width))
             with self._products:
-                torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
-        return out
+                own = None if self.adapter is None else dz @ self.adapter
+            for block, weight in self._weight_blocks():
+                with self._products:
+                    torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
+        return out if own is None else torch.cat([out, own], dim=1)
 
     def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
-        """out (V, D) = or += dzᵀ h, 1F, in the accumulation dtype; where it is =, out may be narrow."""
+        """out (V, D) = or += dzᵀ h, 1F, in the accumulation dtype; where it is =, out may be narrow.
+
+        The adapter's is made likewise, out (V, r) of x (n, r): see `parts`.
+        """
         beta = 0 if first else 1
         if first and out.dtype == self.gemm_dtype:
             with self._products:

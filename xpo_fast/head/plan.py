@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -126,8 +125,8 @@ def has_triton() -> bool:
     return _HAS_TRITON
 
 
-def implementation(backend: str) -> ModuleType:
-    """The module with the `forward`, `backward` and `unit_gradients` of a backend that makes tiles."""
+def implementation(backend: str) -> Any:
+    """What has the `forward`, `backward` and `unit_gradients` of a backend that makes tiles."""
     if backend == "triton":
         from . import triton  # not before it is wanted: imports the package triton
 
@@ -136,9 +135,10 @@ def implementation(backend: str) -> ModuleType:
         from . import cuda
 
         return cuda
-    from . import chunked
+    from . import chunked, vocab_parallel
 
-    return chunked
+    shard = vocab_parallel.shard_of(backend)
+    return chunked if shard is None else vocab_parallel.implementation(shard)
 
 
 def fit(

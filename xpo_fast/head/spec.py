@@ -88,14 +88,22 @@ def cast_for_autocast(*tensors: Any) -> list[Any]:
     return [None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def check_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None = None,
+) -> None:
     """ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together.
 
-    All are on one device, but for targets on the host.
+    With an adapter (V, r) hidden is (…, D + r). All are on one device, but for targets on the host.
     """
     if not hidden.is_floating_point() or hidden.dim() < 1:
         raise ValueError(f"hidden must be a float tensor (…, D), got {hidden.dtype} {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    if adapter is not None:
+        _check_adapter(hidden, weight, adapter)
+    elif weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be (V, D) with D = {hidden.shape[-1]} as hidden {tuple(hidden.shape)} has, "
             f"got {tuple(weight.shape)}"
@@ -110,10 +118,24 @@ def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
         raise ValueError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or compute under torch.autocast"
         )
-    for name, x in (("weight", weight), ("targets", targets), ("bias", bias)):
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias), ("adapter", adapter)):
         if x is not None and x.device != hidden.device and not (x is targets and on_host(x)):
             raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(
             f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}"
+        )
+
+
+def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
+    if weight.dim() != 2 or adapter.shape[:-1] != weight.shape[:1] or not adapter.is_floating_point():
+        raise ValueError(
+            f"weight must be (V, D) and adapter a float tensor (V, r), got {tuple(weight.shape)} and {adapter.dtype} "
+            f"{tuple(adapter.shape)}"
+        )
+    width = weight.shape[1] + adapter.shape[1]
+    if hidden.shape[-1] != width:
+        raise ValueError(
+            f"with an adapter of rank {adapter.shape[1]}, hidden must be [h, x], {width} wide, x = s·dropout(h) Aᵀ: expected "
+            f"(…, {width}), got {tuple(hidden.shape)}; `Head.inputs(hidden)` makes it"
         )

@@ -79,10 +79,16 @@ def forward(
     outputs: Sequence[str],
     tiling: Tiling,
     save_grad: bool,
+    adapter: Tensor | None = None,  # (V, r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`chunked.forward`; or, without a gradient and where that was measured to be faster, no tile at all."""
     arguments = hidden, weight, bias, targets, ref, scaling, ignore_index
-    fused = not save_grad and ref is None and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
+    fused = (
+        not save_grad
+        and ref is None
+        and adapter is None
+        and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
+    )
     if fused and logps.supports(hidden, weight):
         passes = chunked.Passes(*arguments, tiling, row_operations)
         if prefers_fused(hidden.device, weight.dtype, *weight.shape, len(passes)):
@@ -96,7 +102,7 @@ def forward(
                 **asdict(scaling),
             )
             return *passes.spread(found), hidden.new_empty((0, hidden.shape[1]))
-    return chunked.forward(*arguments, outputs, tiling, save_grad, row_operations)
+    return chunked.forward(*arguments, outputs, tiling, save_grad, row_operations, adapter)
 
 
 backward = partial(chunked.backward, operations=row_operations)

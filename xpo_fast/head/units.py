@@ -38,7 +38,7 @@ def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]
 
 
 class UnitLoss(torch.autograd.Function):
-    """A sum over units as a function of hidden (N, D), weight (V, D), bias (V,): (loss (), logp (N,))."""
+    """A sum over units as a function of hidden (N, D), weight (V, D), bias (V,), adapter: (loss (), logp (N,))."""
 
     @staticmethod
     def forward(
@@ -55,6 +55,7 @@ class UnitLoss(torch.autograd.Function):
         total: Callable[[Tensor], Tensor],
         weight_grad: Tensor | None = None,  # (V, D)
         grad_scale: float = 1.0,
+        adapter: Tensor | None = None,  # (V, r); hidden is (N, D + r)
     ) -> tuple[Tensor, Tensor]:
         """coefficients(logp (n,), group) → ∂loss/∂logp (n,) at its positions; total(logp (N,)) → the loss.
 
@@ -66,8 +67,9 @@ class UnitLoss(torch.autograd.Function):
             u = coefficients(logp, group)
             return u if scale == 1 else u * scale
 
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        logp, (d_hidden, d_weight, d_bias) = implementation(plan.backend).unit_gradients(
+        operands = hidden, weight, bias, adapter
+        needs = (*ctx.needs_input_grad[:3], adapter is not None and ctx.needs_input_grad[-1])
+        logp, grads = implementation(plan.backend).unit_gradients(
             hidden,
             weight,
             bias,
@@ -79,10 +81,11 @@ class UnitLoss(torch.autograd.Function):
             scaled,
             needs,
             weight_grad,
+            adapter=adapter,
         )
         ctx.added, ctx.scale = weight_grad is not None, scale
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in operands]
+        ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp)
         return total(logp), logp
 
@@ -93,11 +96,11 @@ class UnitLoss(torch.autograd.Function):
         if ctx.added:
             _check_scale(factor, ctx.scale)
             factor = factor / ctx.scale
-        grads = (
+        *grads, d_adapter = (
             None if g is None else _scaled(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*grads, *([None] * 9))
+        return (*grads, *([None] * 9), d_adapter)
 
 
 def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

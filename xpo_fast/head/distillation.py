@@ -1,0 +1,244 @@
+"""Distillation from a teacher's head: both heads' tiles side by side, the loss and its gradient made while they are live.
+
+Nothing outside the tile decides a token's coefficient, so that a trainable head costs 3F and the teacher 1F of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .autograd import refuse_double_backward
+from .chunked import Passes, _Gradients
+from .plan import fit
+from .row_operations import RowOperations, expectation, row_blocks
+from .sharded import whole
+from .spec import Scaling, cast_for_autocast, check_operands, check_targets
+from .units import _scaled
+
+DIVERGENCES = ("jsd", "cosine")
+_TINY = 1e-12  # the least norm of logits that a cosine divides by
+
+
+class Distilled(NamedTuple):
+    """What `distillation_loss` returns: () each, the means over the scored tokens."""
+
+    loss: Tensor  # soft_weight · soft + hard_weight · hard; differentiable
+    soft: Tensor  # the divergence from the teacher; detached
+    hard: Tensor  # the cross-entropy of the targets; detached
+
+
+class _Recipe(NamedTuple):
+    divergence: str
+    beta: float
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    soft: bool  # whether the divergence is computed
+    hard: bool  # whether the cross-entropy is
+
+
+def distillation_loss(
+    hidden: Tensor,  # (…, D) the student's
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (…) integer, aligned
+    *,
+    teacher_hidden: Tensor,  # (…, Dt)
+    teacher_weight: Tensor,  # (Vt, Dt), Vt ≥ V
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (Vt,)
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    soft_weight: float = 0.5,
+    hard_weight: float = 0.5,
+    parts: bool = False,
+    ignore_index: int = -100,
+    tile_bytes: int | None = None,
+) -> Distilled:
+    """soft_weight · (mean divergence from a teacher) + hard_weight · (mean cross-entropy), without the logits of either.
+
+    With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, at each token:
+
+        jsd:     β KL(q‖m) + (1−β) KL(p‖m), m = β q + (1−β) p   (generalised Jensen–Shannon, GKD, arXiv 2306.13649)
+                 β = 0: KL(q‖p); β = 1: KL(p‖q)
+        cosine:  β (1 − cos(z, t))
+        hard:    −log softmax(z)_y
+
+    each the mean over the tokens whose target is not `ignore_index`, 0 with none. Where the teacher's vocabulary is larger
+    the student's logits are continued by zeros. Differentiable in hidden, weight and bias; the teacher gets no gradient.
+    parts: also compute the part whose weight is 0; it is 0 otherwise. Nothing at an ignored position is read.
+
+    1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head; F = 2·N·V·D FLOP.
+    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd), a temperature that is not positive, an unknown
+    divergence, and (on CPU) a target outside the vocabulary.
+    """
+    weight, bias, teacher_weight, teacher_bias = whole(
+        weight=weight, bias=bias, teacher_weight=teacher_weight, teacher_bias=teacher_bias
+    )
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = cast_for_autocast(
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
+    )
+    check_operands(hidden, weight, targets, bias)
+    try:
+        check_operands(teacher_hidden, teacher_weight, targets, teacher_bias)
+    except ValueError as error:
+        raise ValueError(f"of the teacher: {error}") from None
+    if teacher_weight.shape[0] < weight.shape[0]:
+        raise ValueError(
+            f"the teacher's vocabulary of {teacher_weight.shape[0]} must hold the student's of {weight.shape[0]}"
+        )
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"no divergence named {divergence!r}; there are {', '.join(DIVERGENCES)}")
+    if divergence == "jsd" and not 0 <= beta <= 1:
+        raise ValueError(f"expected beta in [0, 1], got {beta}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    flat_targets = targets.reshape(-1).long()
+    check_targets(flat_targets, ignore_index, weight.shape[0])
+    recipe = _Recipe(
+        divergence,
+        float(beta),
+        float(temperature),
+        float(soft_weight),
+        float(hard_weight),
+        soft=bool(soft_weight) or parts,
+        hard=bool(hard_weight) or parts,
+    )
+    teacher = (
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+    )
+    student = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
+    return Distilled(
+        *_Distillation.apply(*student, flat_targets, teacher, ignore_index, recipe, needs, tile_bytes)
+    )
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        teacher: tuple[Tensor, Tensor, Tensor | None],
+        ignore_index: int,
+        recipe: _Recipe,
+        needs: tuple[bool, bool, bool],
+        tile_bytes: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tiling, *_ = fit(
+            "torch", max(weight.shape[0], teacher[1].shape[0]), weight.dtype, weight.device, tile_bytes, heads=2
+        )  # fmt: skip
+        ref = teacher if recipe.soft else None
+        passes = Passes(hidden, weight, bias, targets, ref, Scaling(), ignore_index, tiling, RowOperations)
+        sums, grads = _pass(passes, recipe, needs)
+        count = (targets != ignore_index).sum().to(sums.device).clamp(min=1)
+        soft, hard = (sums / count).unbind()
+        ctx.count, ctx.dtypes = count, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*grads)
+        loss = recipe.soft_weight * soft + recipe.hard_weight * hard
+        ctx.mark_non_differentiable(soft, hard)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple:
+        refuse_double_backward("distillation_loss")
+        factor = upstream[0] / ctx.count
+        grads = (
+            None if g is None else _scaled(g, factor, dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, *([None] * 6))
+
+
+def _pass(
+    passes: Passes, recipe: _Recipe, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Σ soft and Σ hard over the scored tokens, (2,), and the gradients of their weighted sum."""
+    with_dz = any(needs)
+    spans = passes.spans(with_dz)
+    found = torch.zeros((2, len(passes)), dtype=passes.gemms.dtype, device=passes.hidden.device)
+    # A loss scale comes with the backward: until then float16 would lose what is small.
+    dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
+    grads = _Gradients(passes, spans, needs, dtype)
+    for step in passes.steps(spans):
+        with passes.rows(step):
+            y, rows = passes.y[step.at], found[:, step.at]
+            for b in row_blocks(step.z):
+                z = step.z[b]
+                passes.gemms.finish(z)
+                dz = torch.zeros_like(z) if with_dz else None
+                if step.z_ref is not None:
+                    assert passes.ref_gemms is not None
+                    t = step.z_ref[b]
+                    passes.ref_gemms.finish(t)
+                    divergence = _jsd if recipe.divergence == "jsd" else _cosine
+                    rows[0, b] = divergence(z, t, recipe, dz)
+                if recipe.hard:
+                    rows[1, b] = _cross_entropy(z, y[b], recipe.hard_weight, dz)
+                if dz is not None:
+                    if passes.ignored is not None:
+                        dz.masked_fill_(passes.ignored[step.at][b].unsqueeze(1), 0)
+                    z.copy_(dz)
+        if step.last and with_dz:
+            grads.add(step, None)
+    return passes.masked(found).sum(dim=1), grads.finished()
+
+
+def _logprobs(z: Tensor) -> Tensor:
+    """log softmax; torch's own adds a row up one by one, which is off by 2e-5 at a vocabulary of 128k."""
+    return z - z.logsumexp(dim=1, keepdim=True)
+
+
+def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, dz: Tensor | None) -> Tensor:
+    """The divergence of each row, (r,); soft_weight · its gradient is added to dz.
+
+    With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, for the terms in log m cancel.
+    """
+    vocab, beta, tau = z.shape[1], recipe.beta, recipe.temperature
+    if t.shape[1] > vocab:
+        z = F.pad(z, (0, t.shape[1] - vocab))
+    log_p, log_q = _logprobs(z / tau), _logprobs(t / tau)
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        soft, slope = expectation(q, log_q - log_p), p - q
+    else:
+        log_m = log_q
+        if beta < 1:
+            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+        d, share = (log_p - log_m).masked_fill_(p == 0, 0), 1 - beta if beta < 1 else 1.0
+        mean = (p * d).sum(dim=1)
+        soft, slope = share * mean, p * (share * (d - mean.unsqueeze(1)))
+        if beta < 1:
+            soft = soft + beta * expectation(q, log_q - log_m)
+    if dz is not None:
+        dz.add_(slope[:, :vocab], alpha=recipe.soft_weight / tau)
+    return soft
+
+
+def _cosine(z: Tensor, t: Tensor, recipe: _Recipe, dz: Tensor | None) -> Tensor:
+    """As `_jsd`: β (1 − c), with gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0. Both are without a temperature."""
+    norm, t_norm = (x.norm(dim=1, keepdim=True) for x in (z, t))
+    unit, t_unit = z / norm.clamp(min=_TINY), t[:, : z.shape[1]] / t_norm.clamp(min=_TINY)
+    cosine = (unit * t_unit).sum(dim=1, keepdim=True)
+    if dz is not None:
+        slope = (unit * cosine - t_unit) / norm.clamp(min=_TINY)
+        dz.add_(slope.masked_fill_(norm == 0, 0), alpha=recipe.soft_weight * recipe.beta)
+    return recipe.beta * (1 - cosine.squeeze(1))
+
+
+def _cross_entropy(z: Tensor, y: Tensor, weight: float, dz: Tensor | None) -> Tensor:
+    """−log softmax(z)_y of each row, (r,); weight · its gradient is added to dz."""
+    log_p, y = _logprobs(z), y.unsqueeze(1)
+    if dz is not None and weight:
+        dz.add_(log_p.exp(), alpha=weight).scatter_add_(1, y, dz.new_full(y.shape, -weight))
+    return -log_p.gather(1, y).squeeze(1)

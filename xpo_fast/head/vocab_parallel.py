@@ -1,0 +1,356 @@
+"""A head whose vocabulary is cut over ranks: each multiplies the rows of W that it holds, for the same tokens.
+
+softmax z needs every rank's logits, but only as a few sums over them. Of each row of a step's products a rank finds its
+largest logit, Σ e^(z − largest), the target's logit if it holds it, and the like for other statistics; one all-gather
+exchanges them, all at once, and each rank has the whole softmax at its own columns. dz and dW are its own; dH is the
+sum over ranks, made once, when the backward leaves the head. The products are those of a head that is not cut.
+
+The exchange is one collective a step, for a gradient by recomputation another one, of a few float32 a token and rank. It is
+not overlapped with the products. Ranks combine the same numbers in the same order: their statistics are equal bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import chunked
+from .gemms import Gemms
+from .plan import DEFAULT_TILE_BYTES
+from .row_operations import RowOperations, expectation, row_blocks
+
+_in_use: dict[str, VocabShard] = {}  # by the name that an operator knows it by
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which tokens of a vocabulary the rows of this rank's weight are: start … start + rows − 1. Made by `agree`.
+
+    Rows from `vocab` on are padding: they are no tokens, take no part, and their gradient is 0.
+    """
+
+    group: Any  # torch.distributed.ProcessGroup
+    vocab: int
+    start: int
+    rows: int  # of this rank's weight, padding included
+    largest: int  # the most tokens that a rank of the group holds
+    sum_hidden_grad: bool
+
+    @classmethod
+    def agree(
+        cls,
+        rows: int,
+        vocab: int | None = None,
+        *,
+        start: int | None = None,
+        group: Any = None,
+        sum_hidden_grad: bool = True,
+    ) -> VocabShard:
+        """Tell the ranks of a group who holds what. A collective: every rank calls it, once, when the model is made.
+
+            shard = xf.VocabShard.agree(weight.shape[0], vocab=50257, group=tensor_parallel_group)
+            logp = xf.token_logps(hidden, weight, targets, vocab_shard=shard)
+
+        rows: of this rank's weight (and bias); as many as it likes. vocab: the number of tokens, if some rows are padding.
+        start: the first token of this rank; if not given, shards are in the order of ranks. group: all ranks if not given.
+        sum_hidden_grad: whether dH is summed over the ranks here, as for a `hidden` that each has; False where what made
+            `hidden` sums it, as the reduce-scatter of sequence parallelism does.
+
+        For a DTensor that is sharded on its rows over a mesh of one dimension:
+        `agree(weight.to_local().shape[0], group=weight.device_mesh.get_group())`, and `weight.to_local()` as the weight.
+
+        Raises ValueError, on every rank alike, for shards that overlap, leave a gap or hold no token, and for ranks that
+        do not agree on `vocab` or `sum_hidden_grad`.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError(
+                "a vocabulary is cut over the ranks of a process group: call init_process_group() first"
+            )
+        group = dist.group.WORLD if group is None else group
+        table: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(table, (start, rows, vocab, sum_hidden_grad), group)
+        shards, vocab = _check(table)
+        return cls(
+            group,
+            vocab,
+            shards[dist.get_rank(group)][0],
+            rows,
+            max(b - a for a, b in shards),
+            sum_hidden_grad,
+        )
+
+    @property
+    def stop(self) -> int:
+        return min(self.start + self.rows, self.vocab)
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def why(self) -> str:
+        """What a plan says of it."""
+        return f"; what {self.world} ranks found is exchanged once a tile"
+
+    def operator_name(self, backend: str) -> str:
+        """What an operator takes as its backend, for `implementation` and `shard_of`; ValueError for other than torch."""
+        if backend != "torch":
+            raise ValueError(
+                f"a vocabulary that is cut over ranks takes the torch backend, got {backend!r}: leave it out"
+            )
+        name = (
+            f"torch (tokens {self.start}:{self.stop} of {self.vocab}, rank {dist.get_rank(self.group)} of {self.world}, "
+            f"group {self.group.group_name})"
+        )
+        _in_use[name] = self
+        return name
+
+    def tokens(self, **operands: Tensor | None) -> list[Any]:
+        """Weights and biases without the rows of padding; ValueError for other numbers of rows than agreed on."""
+        for name, x in operands.items():
+            if x is not None and x.shape[:1] != (self.rows,):
+                raise ValueError(
+                    f"{name} is {tuple(x.shape)} and the ranks agreed on {self.rows} rows of this rank's: pass that shard, or "
+                    "make another VocabShard.agree(weight.shape[0], …) on every rank"
+                )
+        count = self.stop - self.start
+        return [None if x is None else x if count == self.rows else x[:count] for x in operands.values()]
+
+    def replicated(self, hidden: Tensor) -> Tensor:
+        """The hidden states (…, D) as they go into a rank's part of the head: their gradient is the sum of all parts'."""
+        if not self.sum_hidden_grad:
+            return hidden
+        same: Any = _SumGradient.apply(hidden, self.group)
+        return same
+
+    def place(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns (n,) of target tokens (n,) among those of this rank, 0 for others', and which are its own (n,)."""
+        own = (y >= self.start) & (y < self.stop)
+        return torch.where(own, y - self.start, 0), own
+
+    def target_rows(self, weight: Tensor, y: Tensor) -> Tensor:
+        """W[y] (n, D); zeros for the tokens of others."""
+        columns, own = self.place(y)
+        return weight[columns] * own.unsqueeze(1)
+
+    def tile_bytes(self, device: torch.device) -> int:
+        """The default budget of a tile, whatever memory this rank has left: tiles must be the same on all."""
+        return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
+
+
+def _check(table: Sequence[tuple[int | None, int, int | None, bool]]) -> tuple[list[tuple[int, int]], int]:
+    """Each rank's tokens as (start, stop), and their number, from (start, rows, vocab, sum_hidden_grad) each."""
+    starts, rows, vocabs, sums = zip(*table, strict=True)
+    for name, values in (("vocab", vocabs), ("sum_hidden_grad", sums)):
+        if len(set(values)) > 1:
+            raise ValueError(f"the ranks of a vocabulary must give the same {name}, got {list(values)}")
+    if None in starts:
+        if set(starts) != {None}:
+            raise ValueError(
+                f"start= must be given on all ranks of a vocabulary, or on none, got {list(starts)}"
+            )
+        starts = [sum(rows[:rank]) for rank in range(len(rows))]
+    vocab = sum(rows) if vocabs[0] is None else vocabs[0]
+    shards = [(start, min(start + count, vocab)) for start, count in zip(starts, rows, strict=True)]
+    reached = 0
+    for start, stop in sorted(shards):
+        if start != reached or start >= stop:
+            raise ValueError(
+                f"the shards of a vocabulary of {vocab} tokens must follow on each other, none of them empty, got "
+                + ", ".join(f"{a}:{b} on rank {rank}" for rank, (a, b) in enumerate(shards))
+            )
+        reached = stop
+    if reached != vocab:
+        raise ValueError(
+            f"the shards of a vocabulary of {vocab} tokens end at {reached}, in rows {list(rows)} of the ranks"
+        )
+    return shards, vocab
+
+
+class _SumGradient(torch.autograd.Function):
+    """The same tensor; its gradient is the sum over the ranks of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        total = upstream[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def shard_of(name: str) -> VocabShard | None:
+    """The shard of an `operator_name`; None for the backends of whole heads."""
+    return _in_use.get(name)
+
+
+def implementation(shard: VocabShard) -> Any:
+    """`plan.implementation` of a shard."""
+    operations = partial(VocabParallelRows, shard)
+    functions = (chunked.forward, chunked.backward, chunked.unit_gradients)
+    return SimpleNamespace(**{f.__name__: partial(f, operations=operations) for f in functions})
+
+
+class _Softmax:
+    """One over all ranks, from the largest logit (G, n) and Σ e^(z − largest) (G, n) of each."""
+
+    def __init__(self, largest: Tensor, total: Tensor) -> None:
+        self.largest = largest.amax(dim=0)  # (n,)
+        self.apart = largest - self.largest  # (G, n)
+        self.share = self.apart.exp()
+        self.total = (self.share * total).sum(dim=0)  # (n,) Σ e^(z − largest)
+        self.log_total = self.total.log()
+
+    @property
+    def lse(self) -> Tensor:
+        return self.largest + self.log_total
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Σ e^(z − largest)·x over all ranks (n,), from Σ e^(z − largest of a rank)·x (G, n)."""
+        return torch.where(self.share == 0, 0, self.share * x).sum(dim=0)
+
+
+class VocabParallelRows(RowOperations):
+    """torch's row operations on a rank's columns, with the softmax of all of them."""
+
+    def __init__(self, shard: VocabShard, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
+        super().__init__(gemms, ref_gemms)
+        self.shard, self.vocab = shard, shard.vocab
+        self._policy: _Softmax | None = None
+        self._ref: _Softmax | None = None
+        self._own: Tensor | None = None  # (n,) bool
+
+    def softmax_(self, z: Tensor, rows: slice, *, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        found = self._ref if reference else self._policy
+        assert found is not None
+        largest, log_total, total = (x[rows] for x in (found.largest, found.log_total, found.total))
+        z.sub_(largest.unsqueeze(1)).exp_().div_(total.unsqueeze(1))
+        return largest, log_total, torch.ones_like(total)
+
+    def add_at_targets(self, z: Tensor, rows: slice, y: Tensor, x: Tensor) -> None:
+        assert self._own is not None
+        super().add_at_targets(z, rows, y, x * self._own[rows])
+
+    def statistics(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        outputs: Sequence[str],
+        rows: Tensor,
+        dz: Tensor | None,
+    ) -> Tensor | None:
+        y, sums = self._exchange(z, z_ref, y, outputs)
+        for row, name in zip(rows, ("logp", "lse", *outputs), strict=True):
+            row.copy_(self._statistic(name, sums))
+        if dz is None:
+            return None
+        return super().statistics(z, None, y, (), torch.empty_like(rows[:2]), dz)
+
+    def gradient(
+        self,
+        z: Tensor,
+        z_ref: Tensor | None,
+        y: Tensor,
+        u: Mapping[str, Tensor],
+        v: Mapping[str, Tensor],
+        dz: Tensor,
+    ) -> None:
+        y, _ = self._exchange(z, z_ref, y, ())
+        super().gradient(z, z_ref, y, u, v, dz)
+
+    def _exchange(
+        self, z: Tensor, z_ref: Tensor | None, y: Tensor, outputs: Sequence[str]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The targets' columns (n,), and what every rank found of its own (G, n), by name; the softmax of all is kept."""
+        columns, self._own = self.shard.place(y)
+        blocks = [
+            self._sums(z[b], None if z_ref is None else z_ref[b], columns[b], self._own[b], outputs)
+            for b in row_blocks(z)
+        ]
+        own = torch.stack([torch.cat([sums[name] for sums in blocks]) for name in blocks[0]])  # (K, n)
+        every = own.new_empty((self.shard.world, *own.shape))
+        dist.all_gather(list(every.unbind(0)), own, group=self.shard.group)
+        sums = dict(zip(blocks[0], every.unbind(1), strict=True))
+        self._policy = _Softmax(sums["largest"], sums["total"])
+        self._ref = None if z_ref is None else _Softmax(sums["ref_largest"], sums["ref_total"])
+        return columns, sums
+
+    def _sums(
+        self,
+        z: Tensor,  # (r, V) products, left as they are
+        z_ref: Tensor | None,  # (r, V)
+        y: Tensor,  # (r,) columns
+        own: Tensor,  # (r,) bool
+        outputs: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """What the other ranks are told of some rows, (r,) each."""
+        z, e, largest = _exponentials(self.gemms, z)
+        sums = {"largest": largest, "total": e.sum(dim=1)}
+        sums["target"] = torch.where(own, z.gather(1, y.unsqueeze(1)).squeeze(1), 0)
+        q = None
+        if z_ref is not None:
+            assert self.ref_gemms is not None
+            z_ref, q, sums["ref_largest"] = _exponentials(self.ref_gemms, z_ref)
+            sums["ref_total"] = q.sum(dim=1)
+        for name in outputs:
+            if name == "entropy":
+                sums[name] = expectation(e, z - _finite(largest).unsqueeze(1))
+            elif name == "kl":
+                assert z_ref is not None and q is not None
+                sums[name] = expectation(q, z_ref - z)
+            elif name == "reverse_kl":
+                assert z_ref is not None
+                sums[name] = expectation(e, z - z_ref)
+            elif name == "log_sum_sq_probs":
+                sums[name] = e.square().sum(dim=1)
+            elif name == "mean_logit":
+                sums[name] = z.sum(dim=1)
+        return sums
+
+    def _statistic(self, name: str, sums: Mapping[str, Tensor]) -> Tensor:
+        """A statistic of the whole vocabulary (n,)."""
+        policy, ref = self._policy, self._ref
+        assert policy is not None
+        if name == "lse":
+            return policy.lse
+        target = sums["target"].sum(dim=0)
+        if name == "logp":
+            return target - policy.largest - policy.log_total
+        if name == "top1":
+            return (target >= policy.largest).to(target.dtype)
+        if name == "entropy":
+            return policy.log_total - policy.sum(sums[name] + sums["total"] * policy.apart) / policy.total
+        if name == "mean_logit":
+            return sums[name].sum(dim=0) / self.shard.vocab
+        if name == "log_sum_sq_probs":
+            return (policy.share.square() * sums[name]).sum(dim=0).log() - 2 * policy.log_total
+        assert ref is not None, name
+        log_ratio = (ref.largest - policy.largest) + (ref.log_total - policy.log_total)  # of the totals
+        if name == "kl":
+            return ref.sum(sums[name]) / ref.total - log_ratio
+        assert name == "reverse_kl", name
+        return policy.sum(sums[name]) / policy.total + log_ratio
+
+
+def _exponentials(gemms: Gemms, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Final logits (r, V), e^(z − largest) (r, V) and the largest (r,)."""
+    z = products.clone()
+    gemms.finish(z)
+    largest = z.amax(dim=1)
+    return z, (z - _finite(largest).unsqueeze(1)).exp_(), largest
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """The largest logits (r,), 0 where a bias of −∞ rules out every token of a rank."""
+    return largest.masked_fill(largest == -torch.inf, 0)

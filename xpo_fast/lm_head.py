@@ -1,0 +1,255 @@
+"""What a causal LM makes of its last hidden states, read off the model: the layer, its adapter, scale and softcap."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a text config calls what a model's forward does to the products h Wᵀ: a softcap, or the power to which it is a
+# factor. It counts only if that forward speaks of it: a multimodal model may leave out what its text model does.
+_CAP = "softcap"
+_ACTS: dict[str, int | str] = {
+    "final_logit_softcapping": _CAP,
+    "logits_soft_cap": _CAP,
+    "output_logit_soft_cap": _CAP,
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+    "logits_scaling": -1,
+}
+_ALSO_CALLED = {"final_logit_softcapping": "logit_softcap"}  # a module made of it
+# Where a model type means something else by a name; 0 is what it does before the head.
+_ACTS_OF: dict[str, Mapping[str, int | str]] = {
+    "hyperclovax": {"logits_scaling": 1},
+    "minicpm3": {"logits_scaling": 0},
+}
+# Model types that do to logits what no Head has.
+_NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
+# Rows of the weight beyond this many are padding, whose logits the model drops.
+_UNPADDED = "unpadded_vocab_size"
+
+
+def causal_lm(model: Any) -> Any:
+    """The `transformers` causal LM inside a PEFT model; the model itself otherwise."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_layer(lm: Any) -> nn.Module:
+    """The module that a causal LM calls on its last hidden states to get logits; ValueError if it has none."""
+    layer = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(
+            f"{type(lm).__name__} has no output embeddings: expected a causal LM with one linear layer behind its last "
+            "hidden states"
+        )
+    return layer
+
+
+def read(model: Any) -> dict[str, Any]:
+    """The fields of `types.Head` for a causal LM of `transformers`, PEFT-wrapped or not, as its adapters are now."""
+    lm = causal_lm(model)
+    layer = head_layer(lm)
+    if (why := _NOT_HEADS.get(getattr(lm.config, "model_type", ""))) is not None:
+        raise _refused(type(lm).__name__, why, "take its logits")
+    fields = _read_layer(_active(layer), type(lm).__name__) | {"logit_scale": 1.0, "softcap": None}
+    config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
+    spoken = _spoken_of(lm, layer)
+    for attribute, act in {**_ACTS, **_ACTS_OF.get(getattr(config, "model_type", ""), {})}.items():
+        value = getattr(config, attribute, None)
+        if value is None or not spoken & {attribute, _ALSO_CALLED.get(attribute)}:
+            continue
+        if act == _CAP:
+            fields["softcap"] = float(value)
+        else:
+            fields["logit_scale"] *= float(value) ** int(act)
+    vocab = getattr(config, _UNPADDED, None)
+    if vocab is not None and vocab < fields["weight"].shape[0]:
+        fields |= {x: fields[x][:vocab] for x in ("weight", "bias", "adapter") if fields[x] is not None}
+    return fields
+
+
+def _spoken_of(lm: nn.Module, layer: nn.Module) -> set[str]:
+    """Names and strings in the code of the forwards that a head's output passes on its way out."""
+    found: set[str] = set()
+    for module in lm.modules():
+        if module is not layer and any(x is layer for x in module.modules()):
+            found |= _names_in_forward(type(module))
+    return found
+
+
+@cache
+def _names_in_forward(kind: type) -> frozenset[str]:
+    """Of a class's forward, and of those of its bases as far as they call super()."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            code = getattr(inspect.unwrap(vars(base)["forward"]), "__code__", None)
+            if code is None:
+                break
+            found |= {*code.co_names, *(x for x in code.co_consts if isinstance(x, str))}
+            if "super" not in code.co_names:
+                break
+    return frozenset(found)
+
+
+def _active(layer: nn.Module) -> nn.Module:
+    """Of a PEFT wrapper that holds trained copies of a module (modules_to_save), the one in use."""
+    if not hasattr(layer, "modules_to_save") or not hasattr(layer, "original_module"):
+        return layer
+    wrapper: Any = layer
+    names = [] if wrapper.disable_adapters else list(wrapper.active_adapters)
+    return wrapper.modules_to_save[names[0]] if names else wrapper.original_module
+
+
+def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
+    """weight, bias, adapter and project of a head that is linear, with or without LoRA."""
+    if not hasattr(layer, "base_layer") and not hasattr(layer, "token_adapter"):
+        linear = _linear(layer, owner)
+        return {"weight": linear.weight, "bias": linear.bias, "adapter": None, "project": None}
+    try:
+        from peft.tuners.lora.layer import Linear as LoraLinear
+        from peft.tuners.lora.variants import DoraLinearVariant
+    except ImportError as error:
+        raise ImportError("an adapter on the LM head needs peft: pip install 'xpo-fast[train]'") from error
+    if not isinstance(layer, LoraLinear) or type(layer).forward is not LoraLinear.forward:
+        raise _refused(
+            owner, f"carries an adapter of a kind that is not low-rank as LoRA is ({type(layer).__name__})"
+        )
+    base = _linear(layer.get_base_layer(), owner)
+    fields = {"weight": base.weight, "bias": base.bias, "adapter": None, "project": None}
+    names = [x for x in layer.active_adapters if x in layer.lora_A]
+    if layer.disable_adapters and layer.merged:
+        raise _refused(owner, "carries a LoRA adapter that is merged and disabled: unmerge it first")
+    if layer.disable_adapters or layer.merged or not names:
+        return fields
+    for x in names:
+        variant = layer.lora_variant.get(x)
+        if variant is not None and type(variant) is not DoraLinearVariant:
+            raise _refused(
+                owner, f"carries a variant of LoRA that is not supported ({type(variant).__name__})"
+            )
+    columns: list[Any] = [layer.lora_B[x].weight for x in names]
+    fields["adapter"] = torch.cat(columns, dim=1)
+    fields["project"] = partial(_project, layer, names)
+    for x in names:
+        own = layer.lora_B[x].bias
+        if own is not None:
+            own = own * layer.scaling[x]
+            fields["bias"] = own if fields["bias"] is None else fields["bias"] + own
+    if any(x in layer.lora_variant for x in names):
+        _scale_rows(layer, names, fields, owner)
+    return fields
+
+
+def _project(layer: Any, names: list[str], hidden: Tensor) -> Tensor:
+    """What the B of LoRA adapters are multiplied by: s·dropout(h) Aᵀ of each, side by side, (…, Σr)."""
+    return torch.cat(
+        [
+            layer.lora_A[x](layer.lora_dropout[x](hidden.to(layer.lora_A[x].weight.dtype))) * layer.scaling[x]
+            for x in names
+        ],
+        dim=-1,
+    )
+
+
+def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str) -> None:
+    """DoRA (arXiv 2402.09353, eq. 5): the rows of W and B times m / ‖W + s B A‖, the norm taken as a constant.
+
+    The scaled W is a copy, (V, D), and m has its gradient by way of that copy's.
+    """
+    if len(names) > 1:
+        raise _refused(owner, f"carries {len(names)} active adapters, of which one is DoRA: activate one")
+    (name,) = names
+    a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if layer.lora_B[name].bias is not None:
+        raise _refused(owner, "carries a DoRA adapter with lora_bias, whose norm has no agreed meaning")
+    if not isinstance(layer.lora_dropout[name], nn.Identity):
+        raise _refused(
+            owner,
+            "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0",
+        )
+    weight, bias = fields["weight"], fields["bias"]
+    with torch.no_grad():
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        squares, w_a = weight.new_empty(weight.shape[0], dtype=wide), weight.to(a.dtype) @ a.T
+        for part, rows in zip(squares.split(4096), weight.split(4096), strict=True):
+            part.copy_(rows.to(wide).square().sum(dim=1))
+        squares += 2 * scale * (w_a * b).sum(dim=1)
+        squares += scale**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
+        norm = squares.sqrt_()
+    gain = (layer.lora_magnitude_vector[name].weight / norm.to(a.dtype)).unsqueeze(1)
+    fields["weight"] = weight * gain.to(weight.dtype)
+    fields["adapter"] = fields["adapter"] * gain
+    fields["bias"] = bias
+
+
+def _linear(layer: Any, owner: str) -> nn.Linear:
+    """The layer, if it is h Wᵀ + b with a float weight (V, D)."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        kind = f"({type(layer).__module__}.{type(layer).__name__})"
+        if _quantised(layer, weight):
+            raise _refused(owner, f"has a quantised weight {kind}", _KEEP)
+        raise _refused(owner, f"is not a plain linear layer {kind}", "take its logits")
+    # DeepSpeed's ZeRO-3 keeps the shape of a weight that is not gathered beside it.
+    if weight is None or len(getattr(weight, "ds_shape", weight.shape)) != 2 or _quantised(layer, weight):
+        what = "none" if weight is None else f"{type(weight).__name__} {weight.dtype} {tuple(weight.shape)}"
+        raise _refused(owner, f"must have a (V, D) float weight, got {what}", _KEEP)
+    return layer
+
+
+def _quantised(layer: Any, weight: Any) -> bool:
+    """Whether a layer's weight is packed, or a tensor of somebody's own class that unpacks itself."""
+    if not isinstance(weight, Tensor):
+        return hasattr(layer, "qweight")
+    return not weight.is_floating_point() or type(weight).__module__.split(".")[0] not in (
+        "torch",
+        "deepspeed",
+    )
+
+
+_KEEP = "keep it in 16 or 32 bits (llm_int8_skip_modules, modules_to_not_convert)"
+
+
+def _refused(owner: str, why: str, what_to_do: str | None = None) -> ValueError:
+    advice = what_to_do or "take lm_head out of the adapter's target_modules, or merge the adapter first"
+    return ValueError(f"the LM head of {owner} {why}; {advice}")
+
+
+class _Reached(BaseException):
+    """Carries what the head was called with out of a forward that need not go on."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def _stop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    raise _Reached(args[0] if args else next(iter(kwargs.values())))
+
+
+def before_head(model: Any, run: Callable[[], Any]) -> Tensor:
+    """The hidden states (R, T, D) with which run(), a call of the model's forward, comes to its head; it ends there.
+
+    Whatever the forward does between its decoder and its head, a cast, a division, a transform, is in them.
+    """
+    lm = causal_lm(model)
+    hook: Any = _stop
+    handle = head_layer(lm).register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    try:
+        run()
+    except _Reached as reached:
+        hidden = reached.hidden
+    else:
+        raise ValueError(f"the forward of {type(lm).__name__} does not call its output embeddings")
+    finally:
+        handle.remove()
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"expected hidden states (R, T, D) at the head of {type(lm).__name__}, got {tuple(hidden.shape)}"
+        )
+    return hidden
