@@ -10,12 +10,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.testing import assert_close
 from transformers.models.auto import modeling_auto
 
 from xpo_fast import Head, token_logps
@@ -67,6 +69,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "janus_vqgan": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mistral4": {"head_dim": 16},
@@ -227,6 +230,58 @@ def test_the_list_is_current():
     assert docs.read_text() == markdown(), (
         f"run python tests/{Path(__file__).name} --markdown > docs/models.md"
     )
+
+
+@torch.no_grad()
+def test_what_goes_before_the_head_is_taken_and_what_is_about_logits_is_not():
+    model = build("LlamaForCausalLM")
+    ids = torch.randint(3, VOCAB, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    want = hidden_states(model, {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1)})
+    batch = {
+        "inputs_embeds": model.get_input_embeddings()(ids),
+        "attention_mask": mask,
+        "position_ids": mask.cumsum(1),
+    }
+    assert_close(
+        hidden_states(model, {**batch, "labels": ids, "logits_to_keep": 1, "return_dict": False}), want
+    )
+    assert float((hidden_states(model, {"input_ids": ids}) - want)[0].abs().max()) > 0.01
+
+
+@torch.no_grad()
+def test_pixels_go_through_the_model():
+    model = build("LlavaForConditionalGeneration")
+    image, patches = model.config.image_token_id, 4
+    ids = torch.randint(3, VOCAB - 1, (2, 9))
+    assert image is not None and not (ids == image).any()
+    model.config.image_token_id = model.model.config.image_token_id = VOCAB - 1
+    ids[:, 1 : 1 + patches] = VOCAB - 1
+    pixels = torch.randn(2, 3, 28, 28)
+    targets = torch.randint(3, VOCAB, ids.shape)
+    ours, own = log_probs(model, {"input_ids": ids, "pixel_values": pixels}, targets)
+    assert_close(ours, own)
+    other, _ = log_probs(model, {"input_ids": ids, "pixel_values": -pixels}, targets)
+    assert float((ours - other).abs().max()) > 1e-4
+
+
+def test_a_forward_that_calls_its_parents_does_what_they_do():
+    class Mine(transformers.Gemma2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Plain(transformers.Gemma2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = self.model(*args, **kwargs)
+            return SimpleNamespace(logits=self.lm_head(out.last_hidden_state))
+
+    config = transformers.Gemma2Config(**small(transformers.Gemma2Config))
+    assert config.final_logit_softcapping == 2.5
+    for cls, softcap in ((Mine, 2.5), (Plain, None)):
+        model = cls(config).eval()
+        assert Head.from_model(model).softcap == softcap
+        assert compare(model) < 1e-4
 
 
 def markdown() -> str:
