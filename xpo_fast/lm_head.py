@@ -75,11 +75,9 @@ def read(model: Any) -> dict[str, Any]:
 
 def _spoken_of(lm: nn.Module, layer: nn.Module) -> set[str]:
     """Names and strings in the code of the forwards that a head's output passes on its way out."""
-    found: set[str] = set()
-    for module in lm.modules():
-        if module is not layer and any(x is layer for x in module.modules()):
-            found |= _names_in_forward(type(module))
-    return found
+    paths = [name.split(".") for name, x in lm.named_modules(remove_duplicate=False) if x is layer]
+    above = {".".join(path[:k]) for path in paths for k in range(len(path))} | {""}
+    return set().union(*(_names_in_forward(type(lm.get_submodule(name))) for name in above))
 
 
 @cache
