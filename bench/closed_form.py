@@ -1,0 +1,208 @@
+"""One state, a few actions: do the algorithms find the policy that is known to be the best?
+
+    python bench/closed_form.py --json bench/results/closed-form.json --plot docs/closed_form.png
+
+Maximising E_π[r] − β·KL(π ‖ ref) over the policies of a single state has the solution π* ∝ ref·exp(r/β). Each algorithm
+starts at ref and samples its own actions; losses, advantages and gradients are the library's, the head's rows are the
+logits. Reported is the total variation ½ Σ |π − π*|, π averaged over the last quarter of the steps, for each seed.
+
+GRPO's own KL term, k3 in the loss, leads elsewhere: on-policy the gradient of k3 is that of KL(ref ‖ π), so that it
+settles at π = β·ref/(λ − r), λ such that it sums to 1. It is measured against that, and against π*.
+Exit status 1 if a distance is above 0.03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from measure import environment, table, write_json
+from xpo_fast import METHODS, Objective
+from xpo_fast.methods.advantages import gae, group_normalised, leave_one_out
+from xpo_fast.methods.math import k1
+
+ACTIONS, BETA, GROUPS, GROUP = 6, 0.5, 64, 8
+STEPS, LEARNING_RATE, EPOCHS = 600, 0.03, 2
+TOLERANCE = 0.03
+
+
+class Bandit:
+    """The task: log ref and rewards, (V,) float64 each."""
+
+    def __init__(self, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.log_ref = torch.randn(ACTIONS, generator=g, dtype=torch.float64).log_softmax(0)
+        self.reward = torch.randn(ACTIONS, generator=g, dtype=torch.float64)
+
+    def optimum(self) -> Tensor:
+        """π* ∝ ref·exp(r/β), (V,)."""
+        return (self.log_ref + self.reward / BETA).softmax(0)
+
+    def forward_optimum(self) -> Tensor:
+        """What maximises E_π[r] − β·KL(ref ‖ π): β·ref/(λ − r), λ by bisection; (V,)."""
+        ref = self.log_ref.exp()
+        low, high = (self.reward + BETA * ref).max(), self.reward.max() + BETA
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (low, middle) if (BETA * ref / (middle - self.reward)).sum() < 1 else (middle, high)
+        return BETA * ref / (high - self.reward)
+
+
+class Policy:
+    """A head whose one hidden state is 1: its weight (V, 1) are the logits; and, for PPO, the value of the state."""
+
+    def __init__(self, bandit: Bandit, seed: int, steps: int) -> None:
+        self.weight = bandit.log_ref[:, None].clone().requires_grad_()
+        self.value = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.weight, self.value], lr=LEARNING_RATE)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, steps)
+        self.random = torch.Generator().manual_seed(seed)
+
+    def log_probs(self) -> Tensor:
+        return self.weight.detach()[:, 0].log_softmax(0)
+
+    def sample(self) -> Tensor:
+        """(GROUPS·GROUP, 1) actions."""
+        return (
+            self.log_probs()
+            .exp()
+            .multinomial(GROUPS * GROUP, replacement=True, generator=self.random)[:, None]
+        )
+
+    def learn(self, objective: Objective, actions: Tensor, more: Tensor | float = 0.0, **given: Any) -> None:
+        hidden = torch.ones(*actions.shape, 1, dtype=torch.float64)
+        loss = objective(hidden, self.weight, actions, **given).loss + more
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def _penalised(bandit: Bandit, policy: Policy, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """The rewards with the divergence taken off, and log π: (R, 1) each."""
+    logp, log_ref = policy.log_probs()[actions], bandit.log_ref[actions]
+    return bandit.reward[actions] - BETA * k1(logp, log_ref), logp
+
+
+def ppo(bandit: Bandit, policy: Policy) -> None:
+    actions = policy.sample()
+    rewards, logp = _penalised(bandit, policy, actions)
+    mask = torch.ones_like(actions, dtype=torch.bool)
+    old_value = policy.value.detach().expand_as(rewards)
+    advantage, returns = gae(rewards, old_value, mask)
+    for _ in range(EPOCHS):
+        value = policy.value.expand_as(rewards)
+        critic, _ = METHODS["ppo_value"](value=value, old_value=old_value, returns=returns, mask=mask)
+        policy.learn(Objective("ppo"), actions, critic.mean(), advantage=advantage, old_logp=logp)
+
+
+def rloo(bandit: Bandit, policy: Policy) -> None:
+    actions = policy.sample()
+    rewards, _ = _penalised(bandit, policy, actions)
+    policy.learn(Objective("rloo"), actions, advantage=leave_one_out(rewards.view(GROUPS, GROUP)).flatten())
+
+
+def grpo(bandit: Bandit, policy: Policy) -> None:
+    actions = policy.sample()
+    rewards, logp = _penalised(bandit, policy, actions)
+    advantage = group_normalised(rewards.view(GROUPS, GROUP), scale=False).flatten()
+    for _ in range(EPOCHS):
+        policy.learn(Objective("grpo"), actions, advantage=advantage, old_logp=logp)
+
+
+def grpo_k3(bandit: Bandit, policy: Policy) -> None:
+    actions = policy.sample()
+    advantage = group_normalised(bandit.reward[actions].view(GROUPS, GROUP), scale=False).flatten()
+    # A group's mean has its own reward in it, which makes of the gradient (K − 1)/K of what it is: the KL term is not so.
+    advantage = advantage * GROUP / (GROUP - 1)
+    policy.learn(
+        Objective("grpo", beta=BETA), actions, advantage=advantage, ref_logps=bandit.log_ref[actions]
+    )
+
+
+def dpo(bandit: Bandit, policy: Policy) -> None:
+    actions = policy.sample()
+    a, b = actions.chunk(2)
+    wins = (bandit.reward[a] - bandit.reward[b]).sigmoid()
+    first = torch.rand(wins.shape, generator=policy.random, dtype=torch.float64) < wins
+    pairs = torch.cat([torch.where(first, a, b), torch.where(first, b, a)])
+    policy.learn(Objective("dpo", beta=BETA), pairs, ref_logps=bandit.log_ref[pairs][:, 0])
+
+
+ALGORITHMS: dict[str, tuple[Callable[[Bandit, Policy], None], Callable[[Bandit], Tensor]]] = {
+    "PPO": (ppo, Bandit.optimum),
+    "GRPO, k1 in the reward": (grpo, Bandit.optimum),
+    "RLOO": (rloo, Bandit.optimum),
+    "iterative DPO": (dpo, Bandit.optimum),
+    "GRPO, k3 in the loss": (grpo_k3, Bandit.forward_optimum),
+}
+
+
+def distance(p: Tensor, q: Tensor) -> float:
+    return 0.5 * float((p - q).abs().sum())
+
+
+def run(name: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
+    """Train one algorithm; distances from where it should end, along the way and at the end."""
+    torch.manual_seed(seed)
+    algorithm, goal = ALGORITHMS[name]
+    bandit = Bandit(seed)
+    policy, target, curve, mean = Policy(bandit, seed, steps), goal(bandit), [], torch.zeros(ACTIONS)
+    for step in range(steps):
+        if step % 10 == 0:
+            curve.append(distance(policy.log_probs().exp(), target))
+        algorithm(bandit, policy)
+        policy.schedule.step()
+        if step >= steps - steps // 4:
+            mean = mean + policy.log_probs().exp() / (steps // 4)
+    return {
+        "algorithm": name, "seed": seed, "steps": steps, "start": curve[0], "distance": distance(mean, target),
+        "distance_from_optimum": distance(mean, bandit.optimum()), "curve": curve,
+    }  # fmt: skip
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for color, name in enumerate(ALGORITHMS):
+        for k, r in enumerate([r for r in records if r["algorithm"] == name]):
+            steps = range(0, r["steps"], 10)
+            axes.semilogy(steps, r["curve"], f"C{color}", lw=1, alpha=0.8, label=None if k else name)
+    axes.axhline(TOLERANCE, color="gray", ls=":", lw=1)
+    axes.set(xlabel="step", ylabel="total variation from the known policy")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv)
+    records = [run(name, seed) for name in ALGORITHMS for seed in range(args.seeds)]
+    if args.json:
+        write_json(args.json, {"environment": environment(), "beta": BETA, "runs": records})
+    if args.plot:
+        plot(records, args.plot)
+    rows = [
+        [r["algorithm"], str(r["seed"]), *(f"{r[k]:.3f}" for k in ("start", "distance", "distance_from_optimum"))]
+        for r in records
+    ]  # fmt: skip
+    print(table(["algorithm", "seed", "at the start", "at the end", "from ref·exp(r/β)"], rows))
+    return int(any(r["distance"] > TOLERANCE for r in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
