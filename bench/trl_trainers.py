@@ -10,7 +10,8 @@ time: SmolLM2-135M on the packaged pairs, a loss type a trainer. Twenty steps of
 another run theirs and ours alternate from step to step: time of a step, time in TRL's function of the head and in what
 stands for it, forward and backward, by median; peak memory is that of one step, by torch's CPU allocator.
 
-Each writes its part of the file, case by case, and leaves the rest. Float32. AsyncGRPO, which needs a vLLM server, is not run.
+Each writes its part of the file, case by case, and leaves the rest. Float32. AsyncGRPO is run on samples drawn beforehand,
+in the place of a vLLM server's, and with plain attention for FlashAttention 3, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import logging
 import math
 import os
+import queue
 import statistics
 import sys
 import tempfile
@@ -51,6 +54,7 @@ TOLERANCE = 1e-4
 STEPS = 20
 VOCAB = 97
 NOT_COMPARED = ("epoch", "step", "step_time")
+TIMES = "perf/"  # what AsyncGRPO's times begin with
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ class Case:
 
     @property
     def kind(self) -> str:
-        kinds = {"SFT": "sft", "KTO": "unpaired", "GRPO": "prompt", "RLOO": "prompt", "OnlineDPO": "prompt"}
-        return kinds.get(self.trainer, "triple" if self.trainer == "TPO" else "pair")
+        kinds = {"SFT": "sft", "KTO": "unpaired", "TPO": "triple"}
+        kinds |= dict.fromkeys(("GRPO", "RLOO", "AsyncGRPO", "OnlineDPO"), "prompt")
+        return kinds.get(self.trainer, "pair")
 
 
 def _cases() -> Iterator[Case]:
@@ -94,6 +99,7 @@ def _cases() -> Iterator[Case]:
     yield Case("GRPO", "beta", {"beta": 0.04})
     yield Case("GRPO", "entropy", {"entropy_coef": 0.01})
     yield Case("RLOO", "rloo", {})
+    yield Case("AsyncGRPO", "grpo", {})
     for loss in ("sigmoid", "hinge", "ipo", "simpo", "alphapo"):
         yield Case("CPO", loss, {"loss_type": loss, **({"cpo_alpha": 0.0} if loss == "simpo" else {})})
     yield Case("ORPO", "orpo", {})
@@ -110,11 +116,17 @@ CASES = {str(case): case for case in _cases()}
 def classes(case: Case, ours: bool) -> tuple[type, type]:
     """The trainer and its config."""
     name = case.trainer
-    folders = {"CPO": "cpo", "ORPO": "orpo", "TPO": "tpo", "OnlineDPO": "online_dpo"}
-    if not case.experimental:
+    folders = {
+        "CPO": "cpo",
+        "ORPO": "orpo",
+        "TPO": "tpo",
+        "OnlineDPO": "online_dpo",
+        "AsyncGRPO": "async_grpo",
+    }
+    if name not in folders:
         return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
     module = importlib.import_module(f"trl.experimental.{folders[name]}")
-    owner = engine if ours else module
+    owner = engine if ours and case.experimental else module
     return getattr(owner, f"{name}Trainer"), getattr(module, f"{name}Config")
 
 
@@ -185,6 +197,87 @@ def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) ->
     return [sum(i % 7 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
+class Rollouts:
+    """Samples in the place of a vLLM server: AsyncGRPO's rollout worker, and what it hands its weights to."""
+
+    def __init__(self, groups: int = 2 * STEPS) -> None:
+        self.groups = groups
+        self.rollout_buffer: queue.Queue[Any] = queue.Queue()
+        self.metrics_queue: queue.Queue[Any] = queue.Queue()
+
+    def start(self) -> None:
+        from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+
+        g = torch.Generator().manual_seed(0)
+        for group in range(self.groups):
+            prompt = torch.randint(3, VOCAB, (4,), generator=g)
+            for k in range(4):
+                length = int(torch.randint(1, 9, (), generator=g))
+                ids = torch.cat([prompt, torch.randint(3, VOCAB, (length,), generator=g)])
+                old = -math.log(VOCAB) - torch.randn(len(ids), generator=g)
+                mask = (torch.arange(len(ids)) >= len(prompt)).long()
+                sample = RolloutSample(
+                    prompt=[], completion=[], input_ids=ids.numpy(), completion_mask=mask.numpy(),
+                    old_log_probs=old.numpy(), advantage=k - 1.5, model_version=0, group_id=group, metrics={},
+                )  # fmt: skip
+                self.rollout_buffer.put(sample)
+
+    def check_health(self, stale_after_s: float) -> None:
+        raise RuntimeError(f"all of {self.groups} groups of samples are used up")
+
+    def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        for _ in iterator:
+            pass
+
+    def nothing(self, *_: Any) -> None:
+        """Is to be done."""
+
+    stop = update_model_version = init_weight_transfer = pause = resume = destroy = nothing
+
+
+class PlainAttention:
+    """FlashAttention 3 for AsyncGRPO's packed rows, by torch."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        query: torch.Tensor,  # (Q, heads, d)
+        key: torch.Tensor,  # (K, key heads, d)
+        value: torch.Tensor,  # (K, key heads, d)
+        cu_seqlens_q: torch.Tensor,  # (S + 1,)
+        cu_seqlens_k: torch.Tensor,  # (S + 1,)
+        *_: int,
+        softmax_scale: float,
+        **__: Any,
+    ) -> torch.Tensor:
+        rows = []
+        ends = zip(
+            itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True
+        )
+        for (a, b), (c, d) in ends:
+            q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
+            rows.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True
+                ).transpose(0, 1)
+            )
+        return torch.cat(rows)
+
+
+def async_grpo(options: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Let AsyncGRPO run here: `Rollouts` for its server, and what asks for a GPU put off."""
+    from trl.experimental.async_grpo import async_grpo_trainer, packing
+
+    packing._flash_attn = lambda: PlainAttention
+    device: Any = async_grpo_trainer
+    device.get_peak_flops_per_device = lambda *_: None
+    options |= {
+        "token_budget": 0,
+        "max_staleness": STEPS,
+    }  # the server would be asked; all samples are of the start
+    extra["rollout_worker"] = extra["weight_transfer"] = Rollouts()
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +314,10 @@ def make_trainer(
     elif ref_model is not None and case.trainer in ("GRPO", "RLOO"):  # they load one by the policy's name
         model.config._name_or_path = str(Path(folder) / "reference")
         ref_model.save_pretrained(model.config._name_or_path)
+    if case.trainer == "AsyncGRPO":
+        async_grpo(options, extra)
+        model.save_pretrained(Path(folder) / "policy")
+        model = str(Path(folder) / "policy")  # it takes no other
     args = config(**{**options, **case.arguments, **arguments})
     made = trainer(
         model=model, args=args, train_dataset=dataset(pairs, case.kind), processing_class=tokenizer, **extra
@@ -246,7 +343,7 @@ def difference(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> 
         if a.keys() != b.keys():
             return math.inf, ", ".join(sorted(a.keys() ^ b.keys())), 0
         for name in a:
-            if any(name.endswith(word) for word in NOT_COMPARED):
+            if name.endswith(NOT_COMPARED) or name.startswith(TIMES):
                 continue
             count += 1
             if math.isnan(a[name]) and math.isnan(b[name]):

@@ -3,12 +3,17 @@
 Liger runs uncompiled: its numbers are the same, and compiling on a CPU needs a C++ compiler.
 """
 
+import copy
 import functools
+import importlib.metadata
 import inspect
 import math
-import subprocess
+import pickle
+import re
 import sys
 import warnings
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +24,8 @@ import oracle
 import xpo_fast as xf
 from peers import peer
 from xpo_fast.integrations import liger as ours
+from xpo_fast.integrations.liger import grpo
+from xpo_fast.integrations.liger.units import logit_sums
 
 IGNORE = -100
 LOSSES = ["DPO", "CPO", "SimPO", "ORPO", "KTO", "GRPO", "JSD", "CosineSimilarity"]
@@ -180,7 +187,8 @@ def test_everything_that_liger_exports_is_here():
 def test_constructor_arguments_are_attributes_that_act(name):
     case, module = Case(4, 5, 23, 6), of_ours(name, beta=0.3)
     theirs = of_liger(name, beta=0.3)
-    assert {k: getattr(module, k) for k in module._names} == {k: getattr(theirs, k) for k in module._names}
+    names = list(inspect.signature(type(theirs)).parameters)
+    assert {k: getattr(module, k) for k in names} == {k: getattr(theirs, k) for k in names}
     extra = case.ref if getattr(module, "use_ref_model", False) else {}
     operands = {**case.operands(name), **extra}
     if name == "GRPO":
@@ -190,13 +198,15 @@ def test_constructor_arguments_are_attributes_that_act(name):
     assert run(of_ours(name, beta=0.3), operands)[0] != run(module, operands)[0]
 
 
-def test_works_without_liger():
-    code = (
-        "import sys; sys.modules['liger_kernel'] = None; import torch; "
-        "from xpo_fast.integrations.liger import LigerFusedLinearORPOLoss as L; "
-        "L()(torch.randn(7, 3), torch.randn(2, 4, 3), torch.randint(0, 7, (2, 4)))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_works_without_liger(monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "liger_kernel" or n.startswith(ours.__name__)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(ImportError):
+        importlib.import_module("liger_kernel.chunked_loss")
+    again = importlib.import_module(ours.__name__)
+    assert again is not ours
+    again.LigerFusedLinearORPOLoss()(torch.randn(7, 3), torch.randn(2, 4, 3), torch.randint(0, 7, (2, 4)))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -311,6 +321,13 @@ def test_grpo_clipped(loss_type, options, level):
         **options,
     }
     assert_same("GRPO", case, options, extra, scale=3.0, **FP32)
+
+
+@pytest.mark.parametrize("loss_type", [*GRPO_TYPES, "cispo", "sapo", "vespo"])
+def test_grpo_row_without_a_token(loss_type):
+    case, extra = grpo_case()
+    case.target[1] = IGNORE
+    assert_same("GRPO", case, {"loss_type": loss_type, "max_completion_length": 9}, extra, **FP32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -479,53 +496,103 @@ def test_positional_calls_of_functions():
 # --- Liger's documented calls, only the import changed ------------------------------------------------------
 
 
-def test_readme_example():
-    from xpo_fast.integrations.liger import LigerFusedLinearORPOLoss
+def as_documented(text, monkeypatch, replaced):
+    """Liger's own text, with nothing but the import replaced, if it is; what it defines. Liger's classes are not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert "liger_kernel.chunked_loss" in text
+    return text.replace("liger_kernel.chunked_loss", ours.__name__) if replaced else text
 
-    torch.manual_seed(0)
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_readme_example(replaced, monkeypatch):
+    """Every example of Liger's README that has a chunked loss."""
+    liger()
+    readme = (
+        importlib.metadata.metadata("liger-kernel")["Description"]
+        or importlib.metadata.metadata("liger-kernel").get_payload()
+    )
+    examples = [x for x in re.findall(r"```python\n(.*?)```", readme, re.S) if "chunked_loss" in x]
+    assert len(examples) == 1
+    case = Case(4, 9, 101, 16, ignored=0.3)
+    case.hidden.requires_grad_()
     lm_head = torch.nn.Linear(16, 101, bias=False)
-    x, target = torch.randn(4, 9, 16, requires_grad=True), torch.randint(0, 101, (4, 9))
-    orpo_loss = LigerFusedLinearORPOLoss()
-    y = orpo_loss(lm_head.weight, x, target)
-    expected = of_liger("ORPO")(lm_head.weight, x, target)
-    assert_close(y[0], expected[0])
-    y[0].backward()
-    assert lm_head.weight.grad is not None and x.grad is not None
+    lm_head.weight.data = case.weight
+    names = {"lm_head": lm_head, "x": case.hidden, "target": case.target}
+    exec(as_documented(examples[0], monkeypatch, replaced), names)
+    assert type(names["orpo_loss"]).__module__.startswith("xpo_fast" if replaced else "liger_kernel")
+    loss, aux = names["y"]
+    loss.backward()
+    expected = run(
+        of_liger("ORPO"), {"lin_weight": case.weight, "_input": case.hidden, "target": case.target}
+    )
+    assert_close(loss.detach(), expected[0], **FP32)
+    assert_close(aux[0], expected[1][0], **FP32)
+    assert_close(lm_head.weight.grad, expected[2]["lin_weight"], **FP32)
+    assert_close(case.hidden.grad, expected[2]["_input"], **FP32)
 
 
-def test_orpo_trainer_of_liger():
-    """What liger_kernel.transformers.trainer.LigerORPOTrainer calls and unpacks, and the metrics that it makes of it."""
+class TrainerOfTRL:
+    """What LigerORPOTrainer inherits, as far as its loss needs it."""
+
+    is_encoder_decoder, aux_loss_enabled, aux_loss_coef = False, True, 0.5
+    label_pad_token_id, padding_value, beta = IGNORE, 0, 0.2
+    accelerator = SimpleNamespace(device="cpu")
+
+    @staticmethod
+    def concatenated_inputs(batch, **_):
+        return batch
+
+
+class ModelOfTrainer:
+    def __init__(self, case):
+        self.hidden = case.hidden.clone().requires_grad_()
+        self.lm_head = torch.nn.Linear(*case.weight.T.shape)
+        self.lm_head.weight.data, self.lm_head.bias.data = case.weight.clone(), case.bias.clone()
+
+    def model(self, *_, **__):
+        return SimpleNamespace(last_hidden_state=self.hidden, aux_loss=torch.tensor(0.25))
+
+
+def test_orpo_trainer_of_liger(monkeypatch):
+    """The source of liger_kernel.transformers.trainer.LigerORPOTrainer, which Liger's chunked_loss/README.md points to."""
+    path = Path(liger().__file__).parents[1] / "transformers/trainer/orpo_trainer.py"
+    for name, content in {
+        "trl": {},
+        "trl.trainer": {"ORPOTrainer": TrainerOfTRL},  # TRL 1.16 has it elsewhere
+        "liger_kernel.transformers": {},
+        "liger_kernel.transformers.fsdp": {"_FSDPForwardRedirection": lambda: lambda _, f, *args: f(*args)},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
     case = Case(6, 8, 37, 5)
-    lm_head = torch.nn.Linear(5, 37)
-    with torch.no_grad():
-        lm_head.weight.copy_(case.weight)
     completions = case.target.clone()
     completions[:, :3] = IGNORE  # the prompt
-    metrics = []
-    for make in (of_liger, of_ours):
-        orpo_loss_fn = make("ORPO", ignore_index=-100, beta=0.2)
-        loss, aux_outputs = orpo_loss_fn(
-            lm_head.weight,
-            case.hidden[:, :-1],
-            completions[:, 1:],
-            lm_head.bias,
-            nll_target=case.target[:, 1:],
+    mask = torch.ones_like(case.target)
+    mask[4:, 6:] = 0
+    completions[mask == 0] = IGNORE
+    batch = {
+        "concatenated_input_ids": case.target,
+        "concatenated_attention_mask": mask,
+        "concatenated_labels": completions,
+    }
+    found = []
+    for replaced in (False, True):
+        names = {"__name__": "orpo_trainer"}
+        exec(as_documented(path.read_text(), monkeypatch, replaced), names)
+        assert names["LigerFusedLinearORPOLoss"].__module__.startswith(
+            "xpo_fast" if replaced else "liger_kernel"
         )
-        policy_chosen_logps, policy_rejected_logps, _, _, policy_nll_loss = aux_outputs[:5]
-        chosen_rewards, rejected_rewards, log_odds_ratio, log_odds_chosen = aux_outputs[5:]
-        loss += 0.5  # as with the auxiliary loss of a mixture of experts
-        made = (
-            loss,
-            policy_chosen_logps.mean(),
-            policy_rejected_logps.mean(),
-            policy_nll_loss.mean(),
-            (chosen_rewards > rejected_rewards).float().mean(),
-            (chosen_rewards - rejected_rewards).mean(),
-            log_odds_ratio,
-            log_odds_chosen,
-        )
-        metrics.append([x.item() for x in made])
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+        model = ModelOfTrainer(case)
+        loss, metrics = names["LigerORPOTrainer"]().get_batch_loss_metrics(model, batch)
+        loss.backward()
+        kept = {
+            k: x for k, x in metrics.items() if not k.startswith("logits/")
+        }  # the means over padding, too
+        assert len(metrics) - len(kept) == 2 and all(math.isfinite(x) for x in metrics.values())
+        grads = model.hidden.grad, model.lm_head.weight.grad, model.lm_head.bias.grad
+        found.append((loss.detach(), kept, grads))
+    assert_close(found[1], found[0], **FP32)
 
 
 def test_calls_of_trainers():
@@ -562,7 +629,8 @@ def test_calls_of_trainers():
             **head,
         )
         jsd = m.LigerFusedLinearJSDLoss(beta=0.5, ignore_index=-100, temperature=0.9, compiled=False)
-        j_loss = jsd(**case.operands("JSD"))
+        j_loss = jsd(**case.operands("JSD")) / 2
+        j_loss /= 3
         found = [loss, chosen.sum(), (chosen_rewards - rejected_rewards).mean(), k_loss, chosen_sum]
         numbers = torch.stack([*found, g_loss, metrics[0], metrics[-1], j_loss]).detach()
         if m is liger():
@@ -590,9 +658,9 @@ def test_no_gradient_is_made_that_nobody_wants(name, learn, passes, tmp_path):
     ]
     operands |= {k: operands[k].clone().requires_grad_() for k in leaves if k in operands}
 
-    def call():
+    def call(make=of_ours):
         with torch.set_grad_enabled(learn != "no_grad"):
-            out = of_ours(name, **without_reference(name))(**operands)
+            out = make(name, **without_reference(name))(**operands)
             loss = out[0] if isinstance(out, tuple) else out
             if loss.requires_grad:
                 loss.backward()
@@ -601,6 +669,9 @@ def test_no_gradient_is_made_that_nobody_wants(name, learn, passes, tmp_path):
     teacher = 1 if name in ("JSD", "CosineSimilarity") else 0
     tokens = int(case.scored.sum())
     assert meter.passes(tokens, 501, 8) == pytest.approx(passes + teacher, rel=0.02)
+    if learn == "no_grad":
+        theirs = oracle.Meter(lambda: call(of_liger), tmp_path).passes(4 * 30, 501, 8)
+        assert theirs >= 3 + teacher  # of all positions
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -683,7 +754,7 @@ def test_nan_at_masked_positions(name):
 
 def test_nan_log_probs_at_masked_positions():
     case, extra = grpo_case()
-    for loss_type in ours._GRPO:
+    for loss_type in grpo.LOSS_TYPES:
         options = {"loss_type": loss_type, "max_completion_length": 9, "use_bias_correction_kl": True}
         given = {**extra, "vllm_is_ratio": case.ratio}
         clean = run(of_ours("GRPO", **options), {**case.operands("GRPO"), **given})
@@ -695,6 +766,9 @@ def test_nan_log_probs_at_masked_positions():
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_odd_batch(name):
+    """Liger says nothing of a batch of one chosen and two rejected rows."""
+    case = Case(3, 4, 23, 6)
+    assert run(of_liger(name, **without_reference(name)), case.operands(name))[0].isfinite()
     case = Case(5, 4, 23, 6)
     with pytest.raises(ValueError, match="even number, got 5 rows"):
         of_ours(name, **without_reference(name))(**case.operands(name))
@@ -717,7 +791,8 @@ def test_ids_outside_the_vocabulary(name, learns, token):
             operands,
             LEAVES if learns else ("_input", "student_input"),
         )
-    if name == "GRPO":  # where nothing is scored any id will do
+    if name == "GRPO":  # Liger takes any; here, where nothing is scored any will do
+        assert run(of_liger("GRPO", use_ref_model=False), operands)[0].isfinite()
         operands["attention_mask"] = operands["attention_mask"].clone()
         operands["attention_mask"].view(-1)[3] = 0
         assert run(of_ours("GRPO", use_ref_model=False), operands)[0].isfinite()
@@ -743,11 +818,13 @@ def test_logit_means_do_not_count_padding(name):
     chosen = case.labels if name == "KTO" else torch.arange(4) < 2
     picked = [logits[side[:, None] & case.scored] for side in (chosen, ~chosen)]
     assert_close(torch.stack(found), torch.stack([x.sum() if name == "KTO" else x.mean() for x in picked]))
+    theirs = run(of_liger(name, **without_reference(name)), case.operands(name))[1][2:4]
+    assert not torch.isclose(torch.stack(found), torch.stack(theirs).double(), rtol=1e-3).any()
 
 
 def test_logit_means_take_no_product(tmp_path):
     case = Case(8, 20, 501, 8, ignored=0.4)
-    meter = oracle.Meter(lambda: ours._logit_sums(case.hidden, case.weight, case.bias, case.scored), tmp_path)
+    meter = oracle.Meter(lambda: logit_sums(case.hidden, case.weight, case.bias, case.scored), tmp_path)
     assert meter.products == []
     assert meter.largest_bytes < 20 * 501 * 4
 
@@ -784,6 +861,8 @@ def test_kl_one_a_row():
     logps = case.logps.sum(1)
     sign = torch.where(case.labels, 1.0, -1.0)
     assert_close(found[0], (1 - torch.sigmoid(0.4 * (logps - kl) * sign)).mean())
+    theirs = run(of_liger("KTO", beta=0.4), {**case.operands("KTO"), "kl": kl})[0]
+    assert theirs > 2 * found[0]
     same = run(of_ours("KTO", beta=0.4), {**case.operands("KTO"), "kl": torch.full((4,), 0.7)})
     for shape in ((), (1,)):
         one = run(of_ours("KTO", beta=0.4), {**case.operands("KTO"), "kl": torch.full(shape, 0.7)})
@@ -819,6 +898,8 @@ def test_luspo_does_not_depend_on_padding():
         wider = run(of_ours("GRPO", **options), padded)
         assert_close(wider[0], found[0])
         assert_close(wider[2]["lin_weight"], found[2]["lin_weight"])
+        narrow, wide = (run(of_liger("GRPO", **options), x)[0] for x in (operands, padded))
+        assert not torch.isclose(wide, narrow, rtol=0.1)  # theirs
     given = {"token_logp": case.logps, "mask": case.scored, "advantage": case.advantages}
     given |= {"old_logp": case.old, "ref_token_logp": case.ref_logps}
     losses, _ = xf.METHODS["luspo"](**given, eps_low=0.2, eps_high=0.3, beta=0.04)
@@ -908,15 +989,40 @@ def test_float64_gradients(name):
     assert torch.autograd.gradcheck(loss, [operands[k].requires_grad_() for k in keys])
 
 
+class GatheredParameters:
+    """DeepSpeed's, of parameters that keep what they are when whole as `all`."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __enter__(self):
+        for x in self.parameters:
+            x.data = x.all
+
+    def __exit__(self, *_):
+        for x in self.parameters:
+            x.data = x.data.new_empty(0)
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_weight_that_zero3_has_in_parts(name):
-    case = Case(4, 5, 23, 6)
-    operands = case.operands(name)
+def test_a_weight_that_zero3_has_in_parts(name, monkeypatch):
+    """Gathered for the call, of another dtype than the hidden states for GRPO; its gradient is the parameter's."""
+    zero = SimpleNamespace(GatheredParameters=GatheredParameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    case = Case(4, 5, 23, 6, ignored=0.3, dtype=torch.float32)
+    operands, options = case.operands(name, bias=False), without_reference(name)
     key = "student_weight" if "student_weight" in operands else "lin_weight"
-    operands[key] = torch.nn.Parameter(torch.empty(0))
-    operands[key].ds_shape = case.weight.shape
-    with pytest.raises(ValueError, match="ZeRO-3"):
-        of_ours(name, **without_reference(name))(**operands)
+    if name == "GRPO":
+        operands["_input"] = operands["_input"].bfloat16()
+    expected = run(of_ours(name, **options), operands)
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_shape, parameter.all = operands[key].shape, operands[key]
+    parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+    wanted = [k for k in LEAVES if k != key]
+    loss, _, grads = run(of_ours(name, **options), {**operands, key: parameter}, wanted)
+    assert_close(loss, expected[0])
+    assert_close({**grads, key: parameter.grad}, expected[2])
+    assert parameter.shape == (0,)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -939,6 +1045,95 @@ def test_grpo_casts_the_weight_as_liger_does():
     found, expected = (run(make("GRPO"), operands) for make in (of_ours, of_liger))
     assert_close(found[0], expected[0], rtol=0.02, atol=1e-3)
     assert found[2]["lin_weight"].dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("name", ["DPO", "JSD"])
+def test_compiles_around_it(name):
+    """One graph, but for distillation, whose tiles are not traced. The warning is one that torch hides from all but tests."""
+    torch._dynamo.reset()
+    case = Case(4, 5, 23, 6, ignored=0.3)
+    operands = case.operands(name)
+    module = of_ours(name, **without_reference(name))
+    expected = run(module, operands)
+    found = run(torch.compile(module, backend="eager", fullgraph=name != "JSD"), operands)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_backwards(name):
+    """In-place arithmetic on the loss, as trainers do; a graph kept; a second derivative; a copy of the module."""
+    case = Case(4, 5, 23, 6, ignored=0.3)
+    module = pickle.loads(pickle.dumps(copy.deepcopy(of_ours(name, beta=0.3, **without_reference(name)))))
+    assert module.beta == 0.3
+    _, _, expected = run(module, case.operands(name))
+    leaves = {k: x.requires_grad_() for k, x in case.operands(name).items() if k in LEAVES}
+    out = module(**{**case.operands(name), **leaves})
+    loss = out[0] if isinstance(out, tuple) else out
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaves.values(), create_graph=True, retain_graph=True)
+    loss /= 4
+    loss += 1.0
+    for share in (1, 2):
+        loss.backward(retain_graph=share == 1)
+        assert_close({k: x.grad for k, x in leaves.items()}, {k: share / 4 * x for k, x in expected.items()})
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_keeps_small_gradients(name):
+    """float16, multiplied by a loss scale only in the backward: as from float32 operands of the same values."""
+    case = Case(64, 5, 23, 6, ignored=0.3)
+    operands = case.operands(name)
+    floats = {k: x.half().float() for k, x in operands.items() if x is not None and x.is_floating_point()}
+    narrow = {k: x.half() for k, x in floats.items() if k != "advantages"}
+    module = of_ours(name, **without_reference(name))
+    expected, found = (run(module, {**operands, **x}, scale=2.0**-12) for x in (floats, narrow))
+    assert found[0].dtype == torch.float32
+    assert_close(found[0], expected[0], rtol=1e-3, atol=1e-4)
+    expected, found = (run(module, {**operands, **x}, scale=512.0)[2] for x in (floats, narrow))
+    for leaf, grad in found.items():
+        assert grad.dtype == torch.float16
+        assert oracle.error(grad, expected[leaf]) < 2e-3, leaf
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_that_do_not_fit(name):
+    case, options = Case(4, 5, 23, 6), without_reference(name)
+    operands = case.operands(name)
+    weight = "student_weight" if "student_weight" in operands else "lin_weight"
+    hidden = "student_input" if "student_input" in operands else "_input"
+    target = next(k for k in ("target", "selected_token_ids", "true_labels") if k in operands)
+    bias = "student_bias" if "student_bias" in operands else "bias"
+    for key, wrong, message in (
+        (hidden, operands[hidden][..., :-1], "weight must be"),
+        (target, operands[target][..., :-1], "one token a hidden state"),
+        (target, operands[target].float(), "integer token ids"),
+        (bias, operands[bias][:-1], "bias must be a float tensor"),
+        (weight, operands[weight].double(), None if name == "GRPO" else "cast one of them"),
+    ):
+        given = {**operands, key: wrong}
+        if message is None:
+            of_ours(name, **options)(**given)
+            continue
+        with pytest.raises(ValueError, match=message):
+            of_ours(name, **options)(**given)
+    with pytest.raises(TypeError, match=f"LigerFusedLinear{name}Loss: missing a required argument"):
+        of_ours(name)(**{k: x for k, x in operands.items() if k != target})
+    with pytest.raises(TypeError, match=f"LigerFusedLinear{name}Loss: got an unexpected keyword"):
+        of_ours(name, alhpa=1.0)
+    with pytest.raises(ValueError, match="beta"):
+        run(of_ours(name, beta=-0.1, **options), operands)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nan_at_a_scored_position(name):
+    """It is seen: neither refused nor dropped."""
+    case = Case(4, 5, 23, 6)
+    case.hidden[1, 2] = torch.nan
+    loss, _, grads = run(of_ours(name, **without_reference(name)), case.operands(name))
+    assert loss.isnan() and all(x.isnan().any() for x in grads.values())
 
 
 def test_no_scored_token_at_all():
@@ -970,6 +1165,8 @@ def grpo_error(**options):
         ({"importance_sampling_level": "sequence", "loss_type": "sapo"}, "pass 'token' instead"),
         ({"loss_type": "dr_grpo"}, "divides by max_completion_length"),
         ({"delta": 0.0}, "delta > 0"),
+        ({"beta": -0.1}, "beta >= 0"),
+        ({"loss_type": "dr_grpo", "max_completion_length": 0}, "divides by max_completion_length"),
         ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos > 0"),
         ({"sapo_temperature_neg": -1.0}, "sapo_temperature_neg > 0"),
         ({"advantages": torch.zeros(4)}, r"advantages must be \(5,\), got \(4,\)"),

@@ -5,8 +5,11 @@ Runs are of bench/trl_trainers.py's cases on its tiny random model in float32, w
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import importlib
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +27,7 @@ pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever TRL and what it imports have to say on import
+    import accelerate
     import peft
     import trl
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -58,7 +62,11 @@ def quiet():
     runs.datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # every run collects garbage, most of its time, among what imports made
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Asked a dozen times a run, and read from the package's metadata each time.
+        asked = accelerate.utils.imports._is_package_available
+        patch.setattr(accelerate.utils.imports, "_is_package_available", functools.cache(asked))
+        yield
     gc.unfreeze()
 
 
@@ -78,7 +86,7 @@ def make(case, ours, folder, *, model=None, peft_config=None, **arguments):
             ours,
             model,
             runs.tiny_tokenizer(),
-            runs.tiny_pairs(),
+            runs.tiny_pairs(PAIRS),
             folder,
             ref_model=ref_model,
             **options,
@@ -153,9 +161,18 @@ def own_and_trls(name, theirs, tmp_path, **both):
     return logs
 
 
-@pytest.mark.parametrize("option", [{"ld_alpha": 0.5}, {"use_weighting": True}], ids=str)
-def test_options_of_trls_act_on_own_methods(option, tmp_path):
-    theirs, ours = own_and_trls("dpo", {"loss_type": "sigmoid"}, tmp_path, **option)
+@pytest.mark.parametrize(
+    ("name", "loss", "options"),
+    [
+        ("dpo", "sigmoid", {"ld_alpha": 0.5}),
+        ("dpo", "sigmoid", {"use_weighting": True}),
+        ("discopop", "discopop", {"discopop_tau": 0.5}),
+        ("dpo", "sigmoid", {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+    ],
+    ids=str,
+)
+def test_options_of_trls_act_on_own_methods(name, loss, options, tmp_path):
+    theirs, ours = own_and_trls(name, {"loss_type": loss}, tmp_path, **options)
     for metric in ("loss", "grad_norm"):
         assert ours[metric] == pytest.approx(theirs[metric], rel=TOLERANCE)
 
@@ -166,7 +183,9 @@ COLUMNS = {"score_w": 2.0, "score_l": 0.5, "prob_w": 0.9, "reward_w": 1.5, "rewa
 PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwise"]
 
 
-def own(loss, folder, *, pairs=None, model=None, ref_model=True, peft_config=None, **arguments):
+def own(
+    loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True, peft_config=None, **arguments
+):
     """The DPOTrainer of this project, on the tiny model."""
     options = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": [], "max_steps": STEPS,
@@ -177,10 +196,8 @@ def own(loss, folder, *, pairs=None, model=None, ref_model=True, peft_config=Non
         runs.tiny_model() if model is None else model,
         runs.tiny_model(1) if ref_model else None,
         engine.DPOConfig(**{**options, **arguments}, loss_type=loss),
-        train_dataset=runs.datasets.Dataset.from_list(runs.tiny_pairs() if pairs is None else pairs),
-        eval_dataset=runs.datasets.Dataset.from_list(runs.tiny_pairs(6))
-        if arguments.get("eval_strategy")
-        else None,
+        train_dataset=runs.datasets.Dataset.from_list(runs.tiny_pairs(PAIRS) if pairs is None else pairs),
+        eval_dataset=None if eval_pairs is None else runs.datasets.Dataset.from_list(eval_pairs),
         processing_class=runs.tiny_tokenizer(),
         peft_config=peft_config,
     )
@@ -196,7 +213,7 @@ def logged(trainer, **options):
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_every_pairwise_method(name, tmp_path):
     """The loss of the first step is that of materialised logits, with the columns and the reference in their places."""
-    pairs = [{**row, **COLUMNS, "score_w": 2.0 + k} for k, row in enumerate(runs.tiny_pairs(8))]
+    pairs = [{**row, **COLUMNS, "score_w": 2.0 + k} for k, row in enumerate(runs.tiny_pairs(PAIRS))]
     options = {"top_k": 1} if name == "cringe" else {}  # nothing to draw
     trainer = own(
         f"xpo:{name}",
@@ -267,12 +284,12 @@ def lora(**options):
     )
 
 
-OWN = runs.Case("DPO", "own", {"loss_type": "xpo:dpo"})
+ALL = [
+    "SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo", "CPO simpo", "ORPO orpo", "TPO sigmoid",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", ["DPO sigmoid", "SFT nll", "KTO kto", "GRPO dapo", "CPO simpo", "ORPO orpo", "TPO sigmoid"]
-)
+@pytest.mark.parametrize("case", ALL)
 def test_adapter(case, tmp_path):
     """PEFT: the head is frozen, and the reference is the model without the adapter."""
     check_equal(case, tmp_path, peft_config=lora())
@@ -297,24 +314,28 @@ def test_trained_adapter_as_reference(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["DPO sigmoid", "ORPO orpo", OWN], ids=str)
-def test_gradient_checkpointing(case, tmp_path):
-    arguments = {"gradient_checkpointing": True}
-    if case is not OWN:
-        check_equal(case, tmp_path, **arguments)
-        return
-    logs = [logged(own("xpo:dpo", tmp_path, gradient_checkpointing=on)) for on in (False, True)]
-    assert runs.difference(*logs)[0] < TOLERANCE
+@pytest.mark.parametrize("case", [*ALL, "GRPO beta"])
+def test_checkpointed_and_accumulated(case, tmp_path):
+    """Gradient checkpointing, and two micro-batches a step."""
+    check_equal(case, tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2)
 
 
-def test_packing(tmp_path):
-    """Rows cut out of a stream of tokens, TRL's packing that needs no attention by blocks."""
-    check_equal("SFT nll", tmp_path, packing=True, packing_strategy="wrapped", max_length=16)
-
-
-def test_accumulated_micro_batches(tmp_path):
-    check_equal("SFT nll", tmp_path, gradient_accumulation_steps=2)
-    check_equal("DPO sigmoid", tmp_path, gradient_accumulation_steps=2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "packing": True,
+            "packing_strategy": "wrapped",
+            "max_length": 16,
+        },  # rows cut out of a stream of tokens
+        {"packing": True, "packing_strategy": "bfd", "max_length": 16},
+        {"padding_free": True, "max_length": None},
+    ],
+    ids=lambda options: options.get("packing_strategy", "padding_free"),
+)
+@pytest.mark.filterwarnings("ignore:Padding-free:UserWarning")
+def test_packing(options, tmp_path):
+    check_equal("SFT nll", tmp_path, **options)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "xpo:dpo"])
@@ -325,6 +346,7 @@ def test_precomputed_reference(loss, tmp_path):
         "ref_model": False,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "eval_pairs": runs.tiny_pairs(6),
     }
     logs = []
     for ours in (False, True):
@@ -339,6 +361,10 @@ def test_precomputed_reference(loss, tmp_path):
     assert any("eval_rewards/margins" in entry for entry in logs[1])
 
 
+def test_precomputed_reference_of_kto(tmp_path):
+    check_equal("KTO kto", tmp_path, precompute_ref_log_probs=True)
+
+
 def without_times(entry):
     """Nor accuracies: whether a reward that is 0 but for rounding is above another."""
     return {
@@ -346,17 +372,33 @@ def without_times(entry):
     }
 
 
-@pytest.mark.parametrize("case", ["SFT nll", "DPO sigmoid", "KTO kto", "CPO simpo", "TPO sigmoid"])
+@pytest.mark.parametrize("case", ALL)
 def test_evaluation(case, tmp_path):
     logs = []
     for ours in (False, True):
-        trainer = make(case, ours, tmp_path)
-        trainer.eval_dataset = trainer.train_dataset
+        trainer = make(case, ours, tmp_path, per_device_eval_batch_size=6)
+        trainer.eval_dataset = trainer.train_dataset.select(range(6))
+        torch.manual_seed(0)
         with engine.install() if ours else warnings.catch_warnings():
             logs.append([without_times(trainer.evaluate())])
     worst, where, count = runs.difference(*logs)
     assert worst < TOLERANCE, where
     assert count >= 4
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "xpo:dpo"])
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_predictions_and_their_metrics(loss, tmp_path):
+    """The model's own logits, by a forward of their own, as TRL makes them."""
+    trainer = own(loss, tmp_path, eval_pairs=runs.tiny_pairs(3), per_device_eval_batch_size=3)
+    trainer.compute_metrics = lambda found: {"largest": float(found.predictions.max())}
+    (inputs,) = trainer.get_eval_dataloader()
+    with engine.install(), torch.no_grad():
+        found = trainer.predict(trainer.eval_dataset)
+        logits = trainer.model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert_close(torch.from_numpy(found.predictions), logits)
+    assert found.metrics["test_largest"] == pytest.approx(float(logits.max()))
+    assert found.metrics["test_loss"] > 0
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "beta_dpo"])
@@ -372,10 +414,43 @@ def test_resume(loss, tmp_path):
         assert resumed[-1][name] == pytest.approx(whole[-1][name], rel=1e-5)
 
 
-def test_bf16(tmp_path):
-    """Under autocast logits stay float32 here, and TRL rounds them: losses agree to bfloat16's 2⁻⁸."""
-    check_equal("DPO sigmoid", tmp_path, tolerance=0.05, bf16=True)
-    check_equal("CPO simpo", tmp_path, tolerance=0.05, bf16=True)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_resume_with_an_adapter_on_the_head(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "save_total_limit": 3}
+    with engine.install():
+        logs = [logged(make("SFT nll", True, tmp_path, model=untied(), peft_config=on_head(), **arguments))]
+        again = make("SFT nll", True, tmp_path / "again", model=untied(), peft_config=on_head(), **arguments)
+        logs.append(logged(again, resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    for name in ("loss", "grad_norm"):
+        assert logs[1][-1][name] == pytest.approx(logs[0][-1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("DPO sigmoid", "bf16"), ("CPO simpo", "bf16"), ("DPO sigmoid", "fp16")]
+)
+def test_half_precision(case, dtype, tmp_path):
+    """Under autocast logits stay float32 here, and TRL rounds them: losses agree to bfloat16's 2⁻⁸, float16's 2⁻¹¹."""
+    check_equal(
+        case, tmp_path, tolerance={"bf16": 0.05, "fp16": 0.006}[dtype], **{"bf16": False, dtype: True}
+    )
+
+
+@pytest.mark.parametrize("case", ["SFT nll", "DPO ipo", "KTO kto", "TPO ipo"])
+def test_completions_without_a_token(case, tmp_path, monkeypatch):
+    """Prompts that fill the rows: TRL's numbers, all of them finite."""
+    pairs = runs.tiny_pairs(PAIRS)
+    for k in (0, 3, 5):
+        pairs[k]["prompt"] = " ".join(["w1"] * 12)
+    monkeypatch.setattr(runs, "tiny_pairs", lambda count: pairs)
+    logs = check_equal(case, tmp_path, max_length=12)
+    assert all(math.isfinite(x) for entry in logs for x in entry.values())
+
+
+def test_own_method_on_completions_without_a_token(tmp_path):
+    pairs = runs.tiny_pairs(PAIRS)
+    pairs[0]["prompt"] = pairs[3]["prompt"] = " ".join(["w1"] * 12)
+    for entry in logged(own("simpo", tmp_path, pairs=pairs, ref_model=False, max_length=12)):
+        assert all(math.isfinite(x) for x in entry.values())
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
@@ -486,6 +561,10 @@ def test_entropy_bonus_takes_three_passes_from_the_second_call_on(tmp_path):
 
     run()
     assert passes(run, tmp_path, 37, VOCAB, WIDTH) == 3
+    call(function, operands((True, False, False)), targets)[
+        0
+    ].sum().backward()  # another trainer, without the bonus
+    assert not function.entropy_learns
 
 
 def test_backward_twice():
@@ -546,17 +625,77 @@ def test_unlabelled_positions_are_not_scored(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled():
     found = []
-    for ours in (False, True):
+    for compiled in (False, True):
         model = runs.tiny_model()
-        utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         ids = torch.arange(24).view(2, 12)
-        with engine.install() if ours else warnings.catch_warnings():
-            compiled = torch.compile(model, backend="eager")
-            out = compiled(ids, labels=ids.masked_fill(ids < 3, -100), fused_lm_head=True)
+        with engine.install() if compiled else warnings.catch_warnings():
+            utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+            run = torch.compile(model, backend="eager") if compiled else model
+            out = run(ids, labels=ids.masked_fill(ids < 3, -100), fused_lm_head=True)
             out.loss.backward()
         found.append([out.loss.detach(), out.entropy.detach(), model.lm_head.weight.grad])
     for theirs, ours in zip(*found, strict=True):
         assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# --- which heads ------------------------------------------------------------------------------------------------------
+
+
+class Squashed(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.tanh())
+
+
+class Packed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(runs.VOCAB, 32, dtype=torch.int8), requires_grad=False)
+        self.bias = None
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (
+            lambda: Squashed(32, runs.VOCAB, bias=False),
+            "not a plain linear layer .*Squashed.*take its logits",
+        ),
+        (
+            lambda: torch.nn.Sequential(torch.nn.Linear(32, runs.VOCAB)),
+            "not a plain linear layer .*Sequential",
+        ),
+        (Packed, "quantised weight .*keep it in 16 or 32 bits"),
+    ],
+)
+@pytest.mark.parametrize("case", ["SFT nll", "CPO simpo"])
+def test_refused_heads(case, head, reason, tmp_path):
+    """By TRL's trainers after `install()`, and by those of this project: TRL multiplies by whatever its `weight` is."""
+    model = untied()
+    model.lm_head = head()
+    with engine.install(), pytest.raises(ValueError, match=reason):
+        make(case, True, tmp_path, model=model)
+
+
+def test_refused_head_of_a_reference(tmp_path):
+    reference = untied()
+    reference.lm_head = Squashed(32, runs.VOCAB, bias=False)
+    with engine.install(), pytest.raises(ValueError, match="Squashed"):
+        utils.add_fused_lm_head(reference)
+
+
+def test_trained_copy_of_the_head(tmp_path):
+    """modules_to_save: no adapter, and the reference has the original."""
+    config = lora(modules_to_save=["lm_head"])
+    logs = []
+    for ours in (False, True):
+        with engine.install() if ours else warnings.catch_warnings():
+            torch.manual_seed(1)
+            trainer = make("DPO sigmoid", ours, tmp_path, model=untied(), peft_config=config)
+            logs.append(runs.train(trainer, ours))
+    assert runs.difference(*logs)[0] < TOLERANCE
 
 
 # --- LoRA on the head -------------------------------------------------------------------------------------------------
@@ -584,8 +723,13 @@ class Materialised(engine.HeadFunction):
         return logp, entropy, (2 * logprobs).logsumexp(1).detach(), z.mean(1).detach(), z.argmax(1) == targets
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
-@pytest.mark.parametrize("case", ["SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo"])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *((case, "LoRA") for case in ("SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo")),
+        *((case, "DoRA") for case in ("SFT nll", "DPO sigmoid")),
+    ],
+)
 def test_adapter_on_the_head(case, kind, tmp_path):
     """What TRL refuses. The reference is the model without it, its head included."""
     logs = []
@@ -647,16 +791,45 @@ def test_adapter_on_a_head_cast_to_float32(tmp_path):
         make("GRPO dapo", True, tmp_path, **options)
 
 
-def test_adapter_that_cannot_be_fused(tmp_path):
-    config = peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
-    with engine.install(), pytest.raises(ValueError, match="not low-rank as LoRA"):
-        make(
-            "DPO sigmoid",
-            True,
-            tmp_path,
-            model=runs.tiny_model(tie_word_embeddings=False),
-            peft_config=config,
-        )
+def loha():
+    return peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+
+
+def new_tokens():
+    """Of a tied head: rows of the embedding, and of the head with them."""
+    return lora(trainable_token_indices=[5, 6])
+
+
+@pytest.mark.parametrize("case", ["DPO sigmoid", "CPO simpo"])
+@pytest.mark.parametrize(("config", "tied"), [(loha, False), (new_tokens, True)])
+def test_adapter_that_cannot_be_fused(case, config, tied, tmp_path):
+    model = runs.tiny_model(tie_word_embeddings=tied)
+    with engine.install(), pytest.raises(ValueError, match=r"not low-rank as LoRA is .*merge the adapter"):
+        make(case, True, tmp_path, model=model, peft_config=config())
+
+
+def test_two_trainers_of_one_adapted_model(tmp_path):
+    """One after the other: the second samples by the first's forward, and scores by its own."""
+    with engine.install():
+        first = make("SFT nll", True, tmp_path, model=untied(), peft_config=on_head())
+        assert len(logged(first)) == STEPS
+        second = logged(make("GRPO dapo", True, tmp_path, model=first.model))
+        assert len(second) == STEPS and all(entry["grad_norm"] > 0 for entry in second)
+
+
+def test_copy_of_an_adapted_model_runs_its_own_weights():
+    model = peft.get_peft_model(untied(), on_head())
+    ids = torch.arange(12).view(1, 12)
+    with engine.install(), torch.no_grad():
+        utils.add_fused_lm_head(model.get_base_model())
+        other = copy.deepcopy(model)
+        for p in other.parameters():
+            p.mul_(0.5)
+        found = [m(input_ids=ids, labels=ids, fused_lm_head=True).loss for m in (model, other)]
+        expected = [m(input_ids=ids).logits for m in (model, other)]
+        truth = torch.nn.functional.cross_entropy(expected[0][0, :-1], ids[0, 1:])
+    assert_close(found[0], truth)
+    assert abs(found[0] - found[1]) > 0.1
 
 
 # --- install ----------------------------------------------------------------------------------------------------------
@@ -691,6 +864,18 @@ def test_install_as_context():
         assert utils._ChunkedLogProbFunction == engine.HeadFunction()
 
 
+def test_install_after_the_trainer(tmp_path):
+    """And `uninstall` before it has run: whose function it is, is looked up at each step."""
+    logs = []
+    for made, trained in ((False, False), (False, True), (True, False)):
+        with engine.install() if made else warnings.catch_warnings():
+            trainer = make("DPO sigmoid", False, tmp_path)
+        with engine.install() if trained else warnings.catch_warnings():
+            logs.append(logged(trainer))
+    assert 0 < runs.difference(logs[0], logs[1])[0] < TOLERANCE
+    assert runs.difference(logs[0], logs[2])[0] == 0
+
+
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0"])
 def test_another_version(version, monkeypatch, tmp_path):
     monkeypatch.setattr(trl, "__version__", version)
@@ -712,11 +897,15 @@ def test_another_signature(monkeypatch):
         engine.install()
 
 
-def test_somebody_else_was_there(monkeypatch):
-    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", object())
-    with pytest.raises(ValueError, match="has been replaced by <object"):
+@pytest.mark.parametrize("place", engine._THEIRS, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+def test_somebody_else_was_there(place, monkeypatch):
+    before = replaced()
+    monkeypatch.setattr(*place, object())
+    with pytest.raises(ValueError, match=f"{place[1]} has been replaced by <object"):
         engine.install()
-    assert utils._use_triton is engine._THEIRS[utils, "_use_triton"]
+    assert {k: x for k, x in replaced().items() if k != place} == {
+        k: x for k, x in before.items() if k != place
+    }
 
 
 @pytest.mark.parametrize("backend", ["dense", "tpu"])
@@ -752,11 +941,27 @@ def test_names_of_the_module():
         ("dpo", {"hyperparameters": "beta=0.2"}, "expected hyperparameters as a dict"),
         ("simpo", {"sync_ref_model": True, "ref_model": False}, "sync_ref_model"),
         ("dpo", {"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ("dpo", {"discopop_tau": 0.1}, "tau"),
+        ([], {}, "expected at least one loss type"),
+        ("dpo", {"torch_compile": True, "torch_compile_backend": "eager"}, r"compile the decoder, model.get_decoder\(\)"),
+        ("odpo", {"pairs": [{**row, **COLUMNS} for row in runs.tiny_pairs(PAIRS)], "eval_pairs": runs.tiny_pairs(2)},
+         "the evaluation's data has no column score_w, score_l"),
     ],
-)
+)  # fmt: skip
 def test_refused_losses(loss, arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         own(loss, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("trainer", ["CPO", "TPO", "OnlineDPO"])
+def test_refused_losses_of_the_experimental(trainer, tmp_path):
+    case = runs.Case(trainer, "a typo", {"loss_type": "sigmiod"})
+    with pytest.raises(ValueError, match="no loss type named 'sigmiod'; there are sigmoid, "):
+        make(case, True, tmp_path)
+    with pytest.raises(
+        ValueError, match=f"{trainer}Trainer takes its hidden states out of the model's forward"
+    ):
+        make(f"{trainer} sigmoid", True, tmp_path, torch_compile=True, torch_compile_backend="eager")
 
 
 def test_refused_models(tmp_path):

@@ -68,8 +68,10 @@ def read(model: Any) -> dict[str, Any]:
         else:
             fields["logit_scale"] *= float(value) ** int(act)
     vocab = getattr(config, _UNPADDED, None)
-    if vocab is not None and vocab < fields["weight"].shape[0]:
-        fields |= {x: fields[x][:vocab] for x in ("weight", "bias", "adapter") if fields[x] is not None}
+    if vocab is not None and vocab < _shape(fields["weight"])[0]:
+        names = [x for x in ("weight", "bias", "adapter") if fields[x] is not None]
+        cut = _unpartitioned(*(fields[x] for x in names))
+        fields |= {name: x[:vocab] for name, x in zip(names, cut, strict=True)}
     return fields
 
 
@@ -107,8 +109,7 @@ def _active(layer: nn.Module) -> nn.Module:
 def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
     """weight, bias, adapter and project of a head that is linear, with or without LoRA."""
     if not hasattr(layer, "base_layer") and not hasattr(layer, "token_adapter"):
-        linear = _linear(layer, owner)
-        return {"weight": linear.weight, "bias": linear.bias, "adapter": None, "project": None}
+        return _linear(layer, owner) | {"adapter": None, "project": None}
     try:
         from peft.tuners.lora.layer import Linear as LoraLinear
         from peft.tuners.lora.variants import DoraLinearVariant
@@ -118,8 +119,7 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
         raise _refused(
             owner, f"carries an adapter of a kind that is not low-rank as LoRA is ({type(layer).__name__})"
         )
-    base = _linear(layer.get_base_layer(), owner)
-    fields = {"weight": base.weight, "bias": base.bias, "adapter": None, "project": None}
+    fields = _linear(layer.get_base_layer(), owner) | {"adapter": None, "project": None}
     names = [x for x in layer.active_adapters if x in layer.lora_A]
     if layer.disable_adapters and layer.merged:
         raise _refused(owner, "carries a LoRA adapter that is merged and disabled: unmerge it first")
@@ -131,14 +131,15 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
             raise _refused(
                 owner, f"carries a variant of LoRA that is not supported ({type(variant).__name__})"
             )
-    columns: list[Any] = [layer.lora_B[x].weight for x in names]
+    columns: list[Any] = _unpartitioned(*(layer.lora_B[x].weight for x in names))
     fields["adapter"] = torch.cat(columns, dim=1)
     fields["project"] = partial(_project, layer, names)
     for x in names:
         own = layer.lora_B[x].bias
         if own is not None:
+            bias, own = _unpartitioned(fields["bias"], own)
             own = own * layer.scaling[x]
-            fields["bias"] = own if fields["bias"] is None else fields["bias"] + own
+            fields["bias"] = own if bias is None else bias + own
     if any(x in layer.lora_variant for x in names):
         _scale_rows(layer, names, fields, owner)
     return fields
@@ -163,7 +164,6 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
     if len(names) > 1:
         raise _refused(owner, f"carries {len(names)} active adapters, of which one is DoRA: activate one")
     (name,) = names
-    a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     if layer.lora_B[name].bias is not None:
         raise _refused(owner, "carries a DoRA adapter with lora_bias, whose norm has no agreed meaning")
     if not isinstance(layer.lora_dropout[name], nn.Identity):
@@ -171,7 +171,10 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
             owner,
             "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0",
         )
-    weight, bias = fields["weight"], fields["bias"]
+    scale = layer.scaling[name]
+    weight, a, b, magnitude = _unpartitioned(
+        fields["weight"], *(x[name].weight for x in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
+    )
     with torch.no_grad():
         wide = torch.promote_types(weight.dtype, torch.float32)
         squares, w_a = weight.new_empty(weight.shape[0], dtype=wide), weight.to(a.dtype) @ a.T
@@ -180,25 +183,37 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
         squares += 2 * scale * (w_a * b).sum(dim=1)
         squares += scale**2 * ((b @ (a @ a.T)) * b).sum(dim=1)
         norm = squares.sqrt_()
-    gain = (layer.lora_magnitude_vector[name].weight / norm.to(a.dtype)).unsqueeze(1)
+    gain = (magnitude / norm.to(a.dtype)).unsqueeze(1)
     fields["weight"] = weight * gain.to(weight.dtype)
     fields["adapter"] = fields["adapter"] * gain
-    fields["bias"] = bias
 
 
-def _linear(layer: Any, owner: str) -> nn.Linear:
-    """The layer, if it is h Wᵀ + b with a float weight (V, D)."""
-    weight = getattr(layer, "weight", None)
+def _linear(layer: Any, owner: str) -> dict[str, Any]:
+    """weight and bias of a layer, if it is h Wᵀ + b with a float weight (V, D)."""
+    # An attribute of a module is gathered by ZeRO-3 as it is read, and then for all of the model's forward and backward.
+    own = dict(layer.named_parameters(recurse=False))
+    weight, bias = (own[x] if x in own else getattr(layer, x, None) for x in ("weight", "bias"))
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         kind = f"({type(layer).__module__}.{type(layer).__name__})"
         if _quantised(layer, weight):
             raise _refused(owner, f"has a quantised weight {kind}", _KEEP)
         raise _refused(owner, f"is not a plain linear layer {kind}", "take its logits")
-    # DeepSpeed's ZeRO-3 keeps the shape of a weight that is not gathered beside it.
-    if weight is None or len(getattr(weight, "ds_shape", weight.shape)) != 2 or _quantised(layer, weight):
+    if weight is None or len(_shape(weight)) != 2 or _quantised(layer, weight):
         what = "none" if weight is None else f"{type(weight).__name__} {weight.dtype} {tuple(weight.shape)}"
         raise _refused(owner, f"must have a (V, D) float weight, got {what}", _KEEP)
-    return layer
+    return {"weight": weight, "bias": bias}
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of a parameter that ZeRO-3 has in parts, the shape of it all."""
+    return tuple(getattr(x, "ds_shape", x.shape))
+
+
+def _unpartitioned(*parameters: Any) -> list[Any]:
+    """Parameters that something is to be made of: those of ZeRO-3 whole, others, and None, as they are."""
+    from .head.sharded import unpartitioned  # which imports this module
+
+    return unpartitioned(*parameters)
 
 
 def _quantised(layer: Any, weight: Any) -> bool:

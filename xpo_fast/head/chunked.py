@@ -291,7 +291,7 @@ def backward(
     u = {name: passes.masked(x[passes.index].to(passes.gemms.dtype)) for name, x in upstream.items()}
     v = {name: x[passes.index] for name, x in values.items()}
     spans = passes.spans(True)
-    grads = _Gradients(passes, spans, needs, hidden.dtype, weight_grad)
+    grads = Gradients(passes, spans, needs, hidden.dtype, weight_grad)
     for step in passes.steps(spans):
         with passes.rows(step):
             own_u, own_v = ({name: x[step.at] for name, x in some.items()} for some in (u, v))
@@ -303,7 +303,7 @@ def backward(
     return grads.finished()
 
 
-class _Gradients:
+class Gradients:
     """dH in `dtype`; dW, db, dB over all tiles, in the accumulation dtype; dW of a single tile in that of the GEMMs.
 
     weight_grad: dW is added to it; nothing is left to return.
@@ -401,7 +401,7 @@ def unit_gradients(
     u = torch.empty_like(found[0])
     # A loss scale comes with the backward: until then float16 would lose what is small.
     dtype = passes.gemms.dtype if hidden.dtype == torch.float16 else hidden.dtype
-    grads = _Gradients(passes, spans, needs, dtype, weight_grad)
+    grads = Gradients(passes, spans, needs, dtype, weight_grad)
 
     for step in passes.steps(spans):
         with passes.rows(step):

@@ -6,20 +6,21 @@ Nothing outside the tile decides a token's coefficient, so that a trainable head
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import refuse_double_backward
-from .chunked import Passes, _Gradients
+from .chunked import Gradients, Passes
 from .plan import fit
 from .row_operations import RowOperations, expectation, row_blocks
-from .sharded import whole
-from .spec import Scaling, cast_for_autocast, check_operands, check_targets
-from .units import _scaled
+from .sharded import refuse_sharded, whole
+from .spec import Scaling, cast_for_autocast, check_operands
+from .units import scaled_to
 
+Function = TypeVar("Function")
 DIVERGENCES = ("jsd", "cosine")
 _TINY = 1e-12  # the least norm of logits that a cosine divides by
 
@@ -42,6 +43,13 @@ class _Recipe(NamedTuple):
     hard: bool  # whether the cross-entropy is
 
 
+def _untraced(function: Function) -> Function:
+    """The function as torch.compile runs it, not traced: its tiles are in memory that is kept from call to call."""
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
+
+@_untraced
 def distillation_loss(
     hidden: Tensor,  # (…, D) the student's
     weight: Tensor,  # (V, D)
@@ -74,9 +82,10 @@ def distillation_loss(
     parts: also compute the part whose weight is 0; it is 0 otherwise. Nothing at an ignored position is read.
 
     1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head; F = 2·N·V·D FLOP.
-    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd), a temperature that is not positive, an unknown
+    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative, a temperature that is not positive, an unknown
     divergence, and (on CPU) a target outside the vocabulary.
     """
+    refuse_sharded(hidden=hidden, targets=targets, teacher_hidden=teacher_hidden)
     weight, bias, teacher_weight, teacher_bias = whole(
         weight=weight, bias=bias, teacher_weight=teacher_weight, teacher_bias=teacher_bias
     )
@@ -96,10 +105,11 @@ def distillation_loss(
         raise ValueError(f"no divergence named {divergence!r}; there are {', '.join(DIVERGENCES)}")
     if divergence == "jsd" and not 0 <= beta <= 1:
         raise ValueError(f"expected beta in [0, 1], got {beta}")
+    if divergence == "cosine" and not 0 <= beta < math.inf:
+        raise ValueError(f"expected beta >= 0, got {beta}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     flat_targets = targets.reshape(-1).long()
-    check_targets(flat_targets, ignore_index, weight.shape[0])
     recipe = _Recipe(
         divergence,
         float(beta),
@@ -154,7 +164,7 @@ class _Distillation(torch.autograd.Function):
         refuse_double_backward("distillation_loss")
         factor = upstream[0] / ctx.count
         grads = (
-            None if g is None else _scaled(g, factor, dtype)
+            None if g is None else scaled_to(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*grads, *([None] * 6))
@@ -169,7 +179,7 @@ def _pass(
     found = torch.zeros((2, len(passes)), dtype=passes.gemms.dtype, device=passes.hidden.device)
     # A loss scale comes with the backward: until then float16 would lose what is small.
     dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
-    grads = _Gradients(passes, spans, needs, dtype)
+    grads = Gradients(passes, spans, needs, dtype)
     for step in passes.steps(spans):
         with passes.rows(step):
             y, rows = passes.y[step.at], found[:, step.at]

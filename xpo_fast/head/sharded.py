@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .spec import cast_for_autocast
+
 
 def whole(*, weight_grad: Tensor | None = None, **operands: Tensor | None) -> list[Any]:
-    """The operands as plain tensors, each DTensor gathered once, with its gradient (`_Whole`); None stays None.
+    """The operands as plain tensors, each gathered once; their gradients go back into the parts. None stays None.
 
-    A DTensor may be replicated or sharded, on any dimension and a mesh of any number of them. A dtype that it was cast to
-    is the one that it is gathered in. Inside the forward of a model under `fully_shard` the head's weight is a plain
-    tensor already, if its module is gathered with the model's own: nothing is done here. ZeRO-3 has no tensor to ask:
-    what it has taken away, shape (0,), is refused.
+    A DTensor (FSDP2) may be replicated or sharded, on any dimension and a mesh of any number of them. A dtype that it was
+    cast to is the one that it is gathered in; its gradient is the mean over the ranks of its mesh. Inside the forward of a
+    model under `fully_shard` the head's weight is a plain tensor already, if its module is gathered with the model's own:
+    nothing is done here.
 
-    Raises ValueError for a parameter that ZeRO-3 has taken away, for a DTensor whose gradient is wanted and has no such
-    placement (a partial sum), and for one with weight_grad, where a gradient is added that no rank has summed.
+    A parameter of DeepSpeed's ZeRO-3 is gathered together with the others, whole only for this call and for as long as a
+    backward needs it; its gradient is reduced by the hook that ZeRO-3 has on it, as those of all other parameters are. That
+    this call, or the model's forward around it, is the engine's is not needed; that every rank makes it is.
+
+    Raises ValueError for a DTensor whose gradient is wanted and has no such placement (a partial sum), and for parts with
+    weight_grad, where a gradient is added that no rank has summed.
     """
-    if weight_grad is not None and any(x is not None and is_sharded(x) for x in operands.values()):
-        raise ValueError("weight_grad is for a weight that this rank has whole, got a DTensor: leave it out")
-    found: dict[int, Tensor] = {}
+    given: dict[int, tuple[str, Tensor]] = {}
     for name, x in operands.items():
-        if x is not None and id(x) not in found:
-            found[id(x)] = _whole(name, x)
+        if x is not None:
+            given.setdefault(id(x), (name, x))
+            if weight_grad is not None and (is_sharded(x) or is_partitioned(x)):
+                raise ValueError(
+                    f"weight_grad is for a weight that this rank has whole, and {name} is kept in parts: leave it out"
+                )
+    held = unpartitioned(*(x for _, x in given.values()))
+    found = {}
+    for (at, (name, x)), own in zip(given.items(), held, strict=True):
+        found[at] = _whole(name, x) if is_sharded(x) else own if own is x else cast_for_autocast(own)[0]
     return [None if x is None else found[id(x)] for x in operands.values()]
+
+
+def unpartitioned(*tensors: Tensor | None) -> list[Any]:
+    """Parameters of ZeRO-3 as plain tensors, in their own dtype; other tensors, and None, as they are.
+
+    What has been taken away is gathered, all of it at once; what the model has gathered already is not gathered again.
+    """
+    parameters = [x for x in tensors if x is not None and is_partitioned(x)]
+    _await(parameters)
+    with _gathered([x for x in parameters if _taken_away(x)]):
+        return [_Held.apply(x) if x is not None and is_partitioned(x) else x for x in tensors]
 
 
 def refuse_sharded(**operands: Tensor | None) -> None:
@@ -43,15 +69,43 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")  # its class takes a third of a second to import
 
 
+def is_partitioned(x: Tensor) -> bool:
+    """Whether it is a parameter that ZeRO-3 keeps in parts, at the moment or not."""
+    return hasattr(x, "ds_shape")
+
+
+def _taken_away(x: Any) -> bool:
+    """Whether a parameter of ZeRO-3 is not there."""
+    return x.ds_status.name == "NOT_AVAILABLE"
+
+
+def _await(parameters: Iterable[Any]) -> None:
+    """Wait for those that ZeRO-3 has begun to gather: ahead, for a module whose own forward would wait for it."""
+    if all(x.ds_status.name != "INFLIGHT" for x in parameters):
+        return
+    from deepspeed.runtime.zero.parameter_offload import (  # pyright: ignore[reportMissingImports]
+        FWD_MODULE_STACK,
+    )
+
+    under_way = [
+        m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")
+    ]
+    for x in parameters:
+        for handles in under_way:
+            if x in handles:
+                handles.pop(x).wait()
+
+
+def _gathered(taken: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """The context in which what ZeRO-3 has taken away is there."""
+    if not taken:
+        return contextlib.nullcontext()
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    return deepspeed.zero.GatheredParameters(taken)
+
+
 def _whole(name: str, x: Tensor) -> Tensor:
-    shape = getattr(x, "ds_shape", None)  # what DeepSpeed adds to a parameter
-    if shape is not None and x.shape != shape:
-        raise ValueError(
-            f"{name} is {tuple(x.shape)} and ZeRO-3 has its {tuple(shape)} in parts: for the forward, and for the backward "
-            f"where it is trainable, be in `with deepspeed.zero.GatheredParameters([{name}]):`"
-        )
-    if not is_sharded(x):
-        return x
     sharded: Any = x
     kinds = [type(p).__name__ for p in sharded.placements]
     if torch.is_grad_enabled() and x.requires_grad and not all(k in ("Replicate", "Shard") for k in kinds):
@@ -82,3 +136,29 @@ class _Whole(torch.autograd.Function):
         mean = upstream[0] / ctx.mesh.size()
         each = DTensor.from_local(mean, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
         return each.redistribute(placements=ctx.placements)
+
+
+class _Held(torch.autograd.Function):
+    """A whole parameter of ZeRO-3 as a plain tensor, which is there when the parameter is taken away again.
+
+    Its gradient is the parameter's. Autograd adds it up only to one that has its shape: not gathered again for that, it
+    is given the shape, without memory, until the backward ends.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        ctx.parameter = x
+        return x.data
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        x = ctx.parameter
+        if _taken_away(x):
+            x.data = x.new_empty(1).expand(x.ds_shape)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_take_away, x))  # pyright: ignore
+        return upstream[0]
+
+
+def _take_away(x: Any) -> None:
+    if _taken_away(x):  # nor has ZeRO-3 gathered it since
+        x.data = x.new_empty(0)

@@ -80,12 +80,16 @@ def scored_positions(
 
 
 def cast_for_autocast(*tensors: Any) -> list[Any]:
-    """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are."""
+    """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are.
+
+    So are parameters of ZeRO-3, which are no parameters once cast: `whole` gathers them before.
+    """
     device = next(t for t in tensors if t is not None).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    alone = (t is None or t.dtype == torch.float64 or hasattr(t, "ds_shape") for t in tensors)
+    return [t if as_it_is else t.to(dtype) for t, as_it_is in zip(tensors, alone, strict=True)]
 
 
 def check_operands(

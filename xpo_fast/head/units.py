@@ -97,13 +97,13 @@ class UnitLoss(torch.autograd.Function):
             _check_scale(factor, ctx.scale)
             factor = factor / ctx.scale
         *grads, d_adapter = (
-            None if g is None else _scaled(g, factor, dtype)
+            None if g is None else scaled_to(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*grads, *([None] * 9), d_adapter)
 
 
-def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_to(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """saved · factor in a dtype: one pass over a wide dW, or none over what can be scaled in place."""
     if saved.dtype == dtype:
         return scale_saved(saved, factor)

@@ -3,9 +3,9 @@
     from xpo_fast.integrations.trl import install
     install()            # SFT, DPO, KTO, GRPO, RLOO, AsyncGRPO: log-probs and their statistics are this engine's
 
-`DPOTrainer` with `DPOConfig` is TRL's with the pairwise methods of this project as further `loss_type`s. `CPOTrainer`,
-`ORPOTrainer`, `TPOTrainer` and `OnlineDPOTrainer` are TRL's experimental ones without their logits: the same losses and
-metrics. These five need no `install()`.
+`DPOTrainer` with `DPOConfig` (trl_dpo.py) is TRL's with the pairwise methods of this project as further `loss_type`s.
+`CPOTrainer`, `ORPOTrainer`, `TPOTrainer` and `OnlineDPOTrainer` (trl_experimental.py) are TRL's experimental ones without
+their logits: the same losses and metrics. These five need no `install()`.
 
 Not reached, and run as they are: GKD, GOLD, SDFT, SDPO and the distillation trainers, which compare whole distributions
 of a teacher and a student; A2PO, which makes logits of its own. BCO is no longer in TRL: its pairwise form is DPO's
@@ -16,49 +16,46 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MethodType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..head import shift_labels, token_logps, token_stats
+from ..head import token_stats
 from ..head.autograd import refuse_double_backward, scale_saved, token_stats_backward
 from ..head.autograd import token_stats as token_stats_operator
 from ..head.plan import check_backend, choose_backend, fit
 from ..head.sharded import whole
 from ..head.spec import accumulation_dtype, check_operands
-from ..lm_head import _read_layer
-from ..methods import METHODS
 from ..models import install_fused_loss
-from ..objective import Objective
 from ..types import Head
 
 try:
     import trl
-    from transformers import PretrainedConfig
     from trl.kernels import chunked_logprob
-    from trl.trainer import (
-        dpo_config,
-        dpo_trainer,
-        grpo_trainer,
-        kto_trainer,
-        rloo_trainer,
-        sft_trainer,
-        utils,
-    )
+    from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, rloo_trainer, sft_trainer, utils
 except ImportError as error:
     raise ImportError(
         "xpo_fast.integrations.trl needs TRL 1.16: pip install 'xpo-fast[train]' 'trl==1.16.*'"
     ) from error
 
+if TYPE_CHECKING:
+    from .trl_dpo import DPO_LOSS_TYPES as DPO_LOSS_TYPES
+    from .trl_dpo import DPOConfig as DPOConfig
+    from .trl_dpo import DPOTrainer as DPOTrainer
+    from .trl_experimental import CPOTrainer as CPOTrainer
+    from .trl_experimental import OnlineDPOTrainer as OnlineDPOTrainer
+    from .trl_experimental import ORPOTrainer as ORPOTrainer
+    from .trl_experimental import TPOTrainer as TPOTrainer
+
 VERSION = "1.16"
-_IGNORE = -100
+IGNORE = -100
 
 # --- TRL's function of the head ---------------------------------------------------------------------------------------
 
@@ -66,14 +63,6 @@ _IGNORE = -100
 _OUTPUTS = {
     "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit", "is_top1": "top1",
 }  # fmt: skip
-_SIGNATURES = (
-    (
-        chunked_logprob.ChunkedLogProbFunction.forward,
-        "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
-    ),
-    (utils.add_fused_lm_head, "model temperature cast_lm_head_to_fp32 outputs"),
-)
-_TRAINERS = (sft_trainer, dpo_trainer, kto_trainer, grpo_trainer, rloo_trainer)
 # The model whose forward runs, if its head carries an adapter: TRL hands on the weight under it only.
 _ADAPTED: ContextVar[Any] = ContextVar("_ADAPTED", default=None)
 
@@ -89,7 +78,7 @@ class HeadFunction:
 
     backend: str = "auto"
     tile_bytes: int | None = None
-    # Once a gradient of entropy has come, ∂logp/∂hidden is not saved beside it any more: 3F, not 4F.
+    # Whether the last backward had a gradient of entropy: beside one ∂logp/∂hidden is not worth saving, 3F, not 4F.
     entropy_learns: bool = field(default=False, compare=False, repr=False)
 
     def apply(
@@ -113,6 +102,7 @@ class HeadFunction:
         model = _ADAPTED.get()
         if model is not None:
             adapted = Head.from_model(model)
+            # TRL's own softcap and scale are for hidden states as its forward takes them.
             head = dataclasses.replace(adapted, softcap=head.softcap, logit_scale=head.logit_scale)
         found = self.statistics(head.inputs(hidden), head, targets, names, temperature)
         return found["logp"], *(found.get(name) for name in _OUTPUTS.values())
@@ -127,16 +117,10 @@ class HeadFunction:
     ) -> dict[str, Tensor]:
         """logp and the statistics `names` of `token_stats`, in the order of TRL's outputs, (N,) each."""
         if head.adapter is not None:
-            options: dict[str, Any] = {"tile_bytes": self.tile_bytes, "backend": self.backend}
             stats = token_stats(
-                hidden,
-                head.weight,
-                targets,
-                outputs=names,
-                temperature=temperature,
-                **head.kwargs(),
-                **options,
-            )
+                hidden, head.weight, targets, outputs=names, temperature=temperature, tile_bytes=self.tile_bytes,
+                backend=self.backend, **head.kwargs(),
+            )  # fmt: skip
             return {name: getattr(stats, name) for name in ("logp", *names)}
         scaling = (float(temperature), float(head.softcap or 0.0), float(head.logit_scale))
         weight, bias = whole(weight=head.weight, bias=head.bias)
@@ -177,7 +161,7 @@ class _HeadFunction(torch.autograd.Function):
             backend, w.shape[0], dtype, w.device, options.tile_bytes,
             dz=any(needs), dw_bytes=fp32_bytes if needs[1] else 0, tokens=h.shape[0],
         )  # fmt: skip
-        ctx.rest = (*scaling, _IGNORE, *tiling, backend)
+        ctx.rest = (*scaling, IGNORE, *tiling, backend)
         logp, _, extra, dlogp = token_stats_operator(
             h, w, b, targets, None, None, None, None, *ctx.rest, ",".join(names), save
         )
@@ -192,9 +176,9 @@ class _HeadFunction(torch.autograd.Function):
         refuse_double_backward("the fused head")
         hidden, weight, bias, targets, dlogp, entropy = ctx.saved_tensors
         d_entropy = d_rest[0] if entropy is not None else None  # names are in the order of _OUTPUTS
-        if d_entropy is not None:
-            ctx.options.entropy_learns = True
-        elif ctx.saves:
+        if entropy is not None:
+            ctx.options.entropy_learns = d_entropy is not None
+        if d_entropy is None and ctx.saves:
             grads = None if d_logp is None else scale_saved(dlogp, d_logp.unsqueeze(1)).to(hidden.dtype)
             return grads, *[None] * 7
         upstream = {n: d for n, d in (("logp", d_logp), ("entropy", d_entropy)) if d is not None}
@@ -228,26 +212,11 @@ def _scores_only_labels(device: torch.device) -> bool:
     return device.type in ("cpu", "mps") or chunked_logprob._use_triton(device)
 
 
-# --- LoRA on the head -------------------------------------------------------------------------------------------------
+# --- any linear head, LoRA on it included -----------------------------------------------------------------------------
 
 
-class _AdapterCheck(type):
-    """What `isinstance(head, BaseTunerLayer)` asks where TRL refuses any adapter: whether it is one that is not fused."""
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        if _carries_adapter(instance):
-            _read_layer(instance, "the model")  # ValueError for one that cannot be fused
-        return False
-
-
-class _UnfusedAdapter(metaclass=_AdapterCheck):
-    pass
-
-
-def _carries_adapter(layer: Any) -> bool:
-    """What TRL asks; without PEFT none does."""
-    kind = _THEIRS.get((dpo_trainer, "BaseTunerLayer"))
-    return kind is not None and isinstance(layer, kind)
+class _NoLayer:
+    """Where TRL's trainers refuse every adapter on a head, in the place of PEFT's BaseTunerLayer: nothing is one."""
 
 
 def _add_fused_lm_head(
@@ -256,43 +225,71 @@ def _add_fused_lm_head(
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """`trl.trainer.utils.add_fused_lm_head`, whose forward also says whose head it runs where that has an adapter."""
-    adapted = _carries_adapter(model.get_output_embeddings())
+    """`trl.trainer.utils.add_fused_lm_head`, with LoRA and DoRA on the head.
+
+    ValueError for a head that is not linear, is quantised, or carries an adapter of another kind: TRL would multiply by
+    whatever its `weight` is.
+    """
+    with torch.no_grad():
+        adapted = Head.from_model(model).adapter is not None
     if adapted and cast_lm_head_to_fp32:
         raise ValueError(
             "cast_lm_head_to_fp32=True does not go with an adapter on lm_head: samples would not see it"
         )
-    chunked = _THEIRS[utils, "add_fused_lm_head"]
-    chunked(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs)
-    if adapted:
-        model._forward_of_trl = (
-            model.forward
-        )  # a bound method, not a closure: a deep copy then runs its own weights
-        model.forward = MethodType(functools.wraps(type(model).forward)(_forward_with_adapter), model)
+    _THEIRS[utils, "add_fused_lm_head"](
+        model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs
+    )
+    chunked = model.forward.__func__
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or not _carries_adapter(self.get_output_embeddings()):
+            return chunked(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        if not installed():
+            raise ValueError("TRL's own function leaves the adapter on lm_head out: call install() again")
+        token = _ADAPTED.set(self)
+        try:
+            return chunked(self, *args, fused_lm_head=True, **kwargs)
+        finally:
+            _ADAPTED.reset(token)
+
+    model.forward = MethodType(
+        forward, model
+    )  # not a closure over the model: a deep copy runs its own weights
 
 
-def _forward_with_adapter(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-    if not fused_lm_head:
-        return self._forward_of_trl(*args, **kwargs)
-    if not installed():
-        raise ValueError("TRL's own function leaves the adapter on lm_head out: call install() again")
-    token = _ADAPTED.set(self)
-    try:
-        return self._forward_of_trl(*args, fused_lm_head=True, **kwargs)
-    finally:
-        _ADAPTED.reset(token)
+def _carries_adapter(layer: Any) -> bool:
+    """By what TRL asks; without PEFT none does."""
+    kind = _THEIRS.get((dpo_trainer, "BaseTunerLayer"))
+    return kind is not None and isinstance(layer, kind)
 
 
 # --- install ----------------------------------------------------------------------------------------------------------
 
-_OURS: dict[Any, Any] = {
-    (utils, "_use_triton"): _scores_only_labels,
-    **{(module, "add_fused_lm_head"): _add_fused_lm_head for module in (utils, *_TRAINERS)},
-    **{(m, "BaseTunerLayer"): _UnfusedAdapter for m in _TRAINERS if hasattr(m, "BaseTunerLayer")},
-}
+_SIGNATURES = (
+    (
+        chunked_logprob.ChunkedLogProbFunction.forward,
+        "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
+    ),
+    (utils.add_fused_lm_head, "model temperature cast_lm_head_to_fp32 outputs"),
+)
+_TRAINERS = (sft_trainer, dpo_trainer, kto_trainer, grpo_trainer, rloo_trainer)
+# What is replaced, as TRL has it, and with what, beside the function itself.
 _FUNCTION: Any = (utils, "_ChunkedLogProbFunction")
 _THEIRS: dict[Any, Any] = {
-    (module, name): getattr(module, name, None) for module, name in (_FUNCTION, *_OURS)
+    _FUNCTION: chunked_logprob.ChunkedLogProbFunction,
+    (utils, "_use_triton"): chunked_logprob._use_triton,
+    **{(module, "add_fused_lm_head"): utils.add_fused_lm_head for module in (utils, *_TRAINERS)},
+    **{
+        (module, "BaseTunerLayer"): module.BaseTunerLayer
+        for module in _TRAINERS
+        if hasattr(module, "BaseTunerLayer")
+    },
+}
+_OURS: dict[str, Any] = {
+    "_use_triton": _scores_only_labels,
+    "add_fused_lm_head": _add_fused_lm_head,
+    "BaseTunerLayer": _NoLayer,
 }
 
 
@@ -313,9 +310,10 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     """Put this engine behind TRL's fused head, for every trainer of this process that has one, made before or after.
 
     Replaces `trl.trainer.utils._ChunkedLogProbFunction`, which TRL looks up at each call, and beside it the switch by
-    which TRL scores masked positions, too, where there is no Triton. In the SFT, DPO, KTO, GRPO and RLOO trainers made
-    from then on, LoRA and DoRA on `lm_head`, which TRL refuses, are fused; other adapters there are refused with the
-    reason. A second call changes the options. `uninstall()` undoes it, and so does leaving `with install():`.
+    which TRL scores masked positions, too, where there is no Triton. SFT, DPO, KTO, GRPO and RLOO trainers made from then
+    on fuse LoRA and DoRA on `lm_head`, which TRL refuses (AsyncGRPO's still does), and refuse other adapters there, heads
+    that are not linear and quantised ones, with the reason. A second call changes the options. `uninstall()` undoes it,
+    and so does leaving `with install():`.
 
     backend, tile_bytes: as `token_stats` has them.
     Raises ValueError for another TRL than 1.16, for one whose functions are not what they were there, and where somebody
@@ -332,14 +330,15 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
                 f"{function.__qualname__} of TRL {trl.__version__} takes ({found}), expected ({expected}): "
                 f"it is not TRL {VERSION} as released"
             )
-    before = {(module, name): getattr(module, name, None) for module, name in _THEIRS}
+    before = {place: getattr(*place) for place in _THEIRS}
     for place, now in before.items():
-        if now not in (_THEIRS[place], _OURS.get(place)) and not isinstance(now, HeadFunction):
+        if now not in (_THEIRS[place], _OURS.get(place[1])) and not isinstance(now, HeadFunction):
             raise ValueError(
                 f"{place[0].__name__}.{place[1]} has been replaced by {now!r}: undo that before, two cannot take the "
                 "same seam"
             )
-    _put({**_OURS, _FUNCTION: HeadFunction(backend, tile_bytes)})
+    ours = {place: _OURS.get(place[1]) for place in _THEIRS}
+    _put({**ours, _FUNCTION: HeadFunction(backend, tile_bytes)})
     return Installed(before)
 
 
@@ -367,267 +366,30 @@ def _put(functions: Mapping[Any, Any]) -> None:
         setattr(module, name, function)
 
 
-# --- DPO --------------------------------------------------------------------------------------------------------------
-
-# Loss types of TRL's own, whose meaning is TRL's where a method of this project has the same name.
-DPO_LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-_PREFIX = "xpo:"
+# --- the trainers of this project -------------------------------------------------------------------------------------
 
 
-@dataclass
-class DPOConfig(dpo_config.DPOConfig):
-    """TRL's DPOConfig, whose `loss_type` may also name pairwise methods of `xpo_fast.METHODS`.
-
-    A name that TRL has, too, is TRL's ("ipo"); with "xpo:" before it, it is this project's ("xpo:ipo"). Loss types of both
-    do not go together. `loss_weights`, `ld_alpha` and `use_weighting` (WPO) act on these methods as on TRL's losses.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*dpo_config.DPOConfig._VALID_DICT_FIELDS, "hyperparameters"]
-
-    beta: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "β; by default the method's own, 0.1 for TRL's losses."},
-    )
-    hyperparameters: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Hyperparameters of this project's methods, as `xpo_fast.Objective` takes them."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta is None and not _own_methods(self.loss_type):
-            self.beta = dpo_config.DPOConfig.beta
-
-
-class DPOTrainer(dpo_trainer.DPOTrainer):
-    """TRL's DPOTrainer, with the pairwise methods of this project as loss types, see `DPOConfig`.
-
-    Such a loss is computed by `xpo_fast.Objective` inside the model's forward: 3F with a trainable head, where log-probs
-    first and the loss then take 4F. Its reference is TRL's: a reference model, the adapter switched off or kept as "ref",
-    or `precompute_ref_log_probs`. A method that needs none loads none. Columns of the data set that a method takes by name
-    (`score_w`, `score_l`, `prob_w`, …) reach it. Logged: the method's metrics, `num_tokens`; not `entropy`, `logits/*` and
-    `mean_token_accuracy`, which would cost another pass. What `beta_dpo` remembers is in the checkpoints.
-
-    Raises ValueError at the start for what does not go together: a name that neither knows, hyperparameters out of range, a
-    missing column, a mixture-of-experts loss, images, a reference that is precomputed where single tokens are compared.
-    """
-
-    model: Any
-    ref_model: Any
-    accelerator: Any
-    args: Any
-    objective: Objective | None = None
-    _columns: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        model: Any,
-        ref_model: Any = None,
-        args: dpo_config.DPOConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> None:
-        check_version()
-        if args is not None and _own_methods(args.loss_type):
-            self.objective = objective_of(args)
-            self.objective.rehearse()
-            self._columns = _columns(self.objective, train_dataset)
-            if ref_model is None and not self.objective.needs_reference:
-                ref_model = _NoModel()
-        super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, **kwargs)
-        if self.objective is None:
-            return
-        if isinstance(self.ref_model, _NoModel):
-            self.ref_model = None
-        self._check_objective(self.objective)
-        install_fused_loss(self.model)
-        if self.ref_model is not None:
-            install_fused_loss(self.accelerator.unwrap_model(self.ref_model))
-        if self._columns:
-            self.data_collator = _WithColumns(self.data_collator, self._columns)
-        from ..trainer import _SaveState
-
-        self.add_callback(_SaveState(self.objective))
-
-    def _check_objective(self, objective: Objective) -> None:
-        refused = {
-            "mixtures of experts: set router_aux_loss_coef=0.0": self.aux_loss_enabled,
-            "data with images": self._is_vision_dataset,
-            "precompute_ref_log_probs, for it compares single tokens": (
-                self.precompute_ref_logps and objective.needs_reference_tokens
-            ),
-            "sync_ref_model, for it has no reference": self.args.sync_ref_model
-            and not objective.needs_reference,
-            "a sharded reference, for it compares whole distributions": (
-                objective.needs_reference_hidden and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-            ),
-        }
-        for what, found in refused.items():
-            if found:
-                raise ValueError(f"{objective} does not go with {what}")
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._columns]))
-
-    def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
-        return super().compute_ref_log_probs(
-            model, {k: x for k, x in inputs.items() if k not in self._columns}
-        )
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        objective = self.objective
-        if objective is None:
-            return super()._compute_loss(model, inputs, return_outputs)
-        mode = "train" if self.model.training else "eval"
-        own = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *self._columns}
-        arguments = {k: x for k, x in inputs.items() if k not in own}
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, _IGNORE)
-        targets = shift_labels(labels)  # (2P, T)
-        known = {name: inputs[name] for name in self._columns} | self._reference(inputs, targets)
-
-        def loss_of(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            out = objective(_real(hidden, targets), head.weight, targets, **head.kwargs(), **known)
-            return out.loss, out.metrics
-
-        loss, metrics = model(**arguments, fused_loss=loss_of)
-        found = self.accelerator.gather(torch.stack(list(metrics.values()))[None]).nanmean(0)
-        for name, x in zip(metrics, found.tolist(), strict=True):
-            if x == x:
-                self._metrics[mode][name].append(x)
-        if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, model(**arguments)
-
-    def _reference(self, inputs: dict[str, Any], targets: Tensor) -> dict[str, Any]:
-        """What the objective is told of the reference, by `compute_ref_log_probs`' way to it."""
-        objective = self.objective
-        assert objective is not None
-        if not objective.needs_reference:
-            return {}
-        if self.precompute_ref_logps:
-            return {"ref_logps": torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])}
-        model = self.ref_model or self.model
-        found: dict[str, Any] = {}
-
-        def reference_of(hidden: Tensor, head: Head) -> Tensor:
-            hidden = _real(hidden, targets)
-            if objective.needs_reference_hidden:
-                if head.adapter is not None:
-                    raise ValueError(
-                        f"{objective} compares with the reference's head, which carries an adapter"
-                    )
-                found.update(ref_hidden=hidden, ref_weight=head.weight, ref_bias=head.bias)
-                return hidden
-            found["ref_logps"] = token_logps(hidden, head.weight, targets, **head.kwargs())
-            return found["ref_logps"]
-
-        def run(*, labels: Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
-            model(**arguments, fused_loss=reference_of)
-            return utils.FusedCausalLMOutput(
-                log_probs=labels.new_zeros(labels[:, 1:].shape, dtype=torch.float32)
-            )
-
-        self.compute_ref_log_probs(run, inputs)
-        return found
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        from ..trainer import _STATE_FILE
-
-        path = Path(resume_from_checkpoint) / _STATE_FILE
-        if self.objective is not None and path.is_file():
-            self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
-
-
-def objective_of(args: dpo_config.DPOConfig) -> Objective:
-    """The objective that a DPOConfig whose loss types are this project's describes."""
-    options: dict[str, Any] = {"weights": args.loss_weights, "ld_alpha": args.ld_alpha}
-    if args.use_weighting:
-        options |= {"wpo": True, "clamp": False}
-    given = {"beta": args.beta, "label_smoothing": args.label_smoothing or None}
-    options |= {name: x for name, x in given.items() if x is not None}
-    own = getattr(args, "hyperparameters", None) or {}
-    if not isinstance(own, Mapping):
-        raise ValueError(f"expected hyperparameters as a dict, or as JSON that begins with {{, got {own!r}")
-    return Objective(list(_own_methods(args.loss_type)), **{**options, **own})
-
-
-def _own_methods(loss_types: Sequence[str]) -> tuple[str, ...]:
-    """The methods of this project that loss types name; none if they are TRL's. ValueError for unknown and mixed ones."""
-    pairwise = [name for name, method in METHODS.items() if method.layout == "pairwise"]
-    theirs = [name for name in loss_types if name in DPO_LOSS_TYPES]
-    own = [name.removeprefix(_PREFIX) for name in loss_types if name not in DPO_LOSS_TYPES]
-    for name in own:
-        if name not in pairwise:
-            raise ValueError(
-                f"no loss type named {name!r}; there are {', '.join(DPO_LOSS_TYPES)} of TRL's and "
-                f"{', '.join(pairwise)} of xpo_fast's"
-            )
-    if theirs and own:
+def take_losses(trainer: Any) -> None:
+    """Teach a trainer's model, and its reference model, `fused_loss`; ValueError for what does not go with it."""
+    if trainer.args.torch_compile:
         raise ValueError(
-            f"{', '.join(theirs)} of TRL's and {', '.join(own)} of xpo_fast's do not go into one loss"
-            + "".join(f"; {_PREFIX}{name} is xpo_fast's {name}" for name in theirs if name in pairwise)
+            f"{type(trainer).__name__} takes its hidden states out of the model's forward, which torch_compile=True "
+            "would compile as a whole: leave it out, and compile the decoder, model.get_decoder().compile()"
         )
-    return tuple(own)
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            install_fused_loss(trainer.accelerator.unwrap_model(model))
 
 
-def _columns(objective: Objective, dataset: Any) -> tuple[str, ...]:
-    """The columns of a data set that the methods take; ValueError for one that they cannot do without."""
-    present = set() if dataset is None else set(next(iter(dataset)))
-    found = []
-    for term in objective.terms:
-        method = term.method
-        remembered = {n for n in method.columns if method.state and method.axes(n) == ("",)}
-        for name in method.columns:
-            if name in remembered or not method.wants(name, term.hyperparameters):
-                continue
-            if name in present:
-                found.append(name)
-            elif name in method.required:
-                raise ValueError(
-                    f"{method.name} needs the column {name!r}, a number a pair: the data has {sorted(present)}"
-                )
-    return tuple(dict.fromkeys(found))
-
-
-@dataclass
-class _WithColumns:
-    """A collator that puts columns of numbers into the batch, (P,) each."""
-
-    collate: Any
-    columns: Sequence[str]
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        columns = {n: torch.tensor([float(e[n]) for e in examples]) for n in self.columns}
-        return {**self.collate(examples), **columns}
-
-
-class _NoModel(nn.Module):
-    """Where TRL would load a reference model that no loss looks at."""
-
-    config = PretrainedConfig()
-
-
-def _real(hidden: Tensor, targets: Tensor) -> Tensor:
-    """Without the virtual tokens that prompt-learning adapters put before."""
-    return hidden[:, -targets.shape[1] :]
+_ELSEWHERE = {
+    "trl_dpo": ("DPOConfig", "DPOTrainer", "DPO_LOSS_TYPES"),
+    "trl_experimental": ("CPOTrainer", "ORPOTrainer", "TPOTrainer", "OnlineDPOTrainer"),
+}
 
 
 def __getattr__(name: str) -> Any:
     # Not before they are wanted: TRL warns when its experimental part is imported.
-    if name in ("CPOTrainer", "ORPOTrainer", "TPOTrainer", "OnlineDPOTrainer"):
-        from . import trl_experimental
-
-        return getattr(trl_experimental, name)
+    for module, names in _ELSEWHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,17 +18,17 @@ from trl.experimental.tpo import TPOTrainer as _TPOTrainer
 
 from ..head import shift_labels, token_logps, token_stats
 from ..head.sharded import whole
-from ..models import install_fused_loss
 from ..types import Head
-from .trl import HeadFunction, check_version
-
-_IGNORE = -100
+from .trl import IGNORE, HeadFunction, check_version, take_losses
 
 
 class _WithoutLogits:
     """A trainer whose model takes `fused_loss`."""
 
+    loss_types: tuple[str, ...] = ()
     model: Any
+    ref_model: Any = None
+    args: Any
     accelerator: Any
     pad_token_id: Any
     padding_value: Any
@@ -36,10 +36,11 @@ class _WithoutLogits:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_version()
         super().__init__(*args, **kwargs)
-        for name in ("model", "ref_model"):
-            model = getattr(self, name, None)
-            if model is not None:
-                install_fused_loss(self.accelerator.unwrap_model(model))
+        if self.loss_types and self.args.loss_type not in self.loss_types:
+            raise ValueError(
+                f"no loss type named {self.args.loss_type!r}; there are {', '.join(self.loss_types)}"
+            )
+        take_losses(self)
 
 
 def mean_logits(hidden: Tensor, head: Head) -> Tensor:
@@ -76,6 +77,8 @@ def _pairs(
 class CPOTrainer(_WithoutLogits, _CPOTrainer):
     """TRL's experimental CPOTrainer (CPO, SimPO, AlphaPO) without logits."""
 
+    loss_types = ("sigmoid", "hinge", "ipo", "simpo")  # "alphapo" is its config's name for a "simpo"
+
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         rows = self.concatenated_inputs(
             batch, padding_value=self.pad_token_id, device=self.accelerator.device
@@ -83,7 +86,7 @@ class CPOTrainer(_WithoutLogits, _CPOTrainer):
         chosen = len(batch["chosen_labels"])
         targets = shift_labels(rows["concatenated_labels"])
         logp, logits = _pairs(model, rows, targets, None)
-        logps, lengths = logp.sum(1), (targets != _IGNORE).sum(1)
+        logps, lengths = logp.sum(1), (targets != IGNORE).sum(1)
         nll = logps.new_zeros(())
         if self.cpo_alpha != 0:
             nll = -logps[:chosen].sum() / lengths[:chosen].sum()
@@ -102,25 +105,27 @@ class ORPOTrainer(_WithoutLogits, _ORPOTrainer):
         chosen = len(batch["chosen_labels"])
         completion = shift_labels(rows["concatenated_labels"])
         whole = shift_labels(
-            rows["concatenated_input_ids"].masked_fill(rows["concatenated_attention_mask"] == 0, _IGNORE)
+            rows["concatenated_input_ids"].masked_fill(rows["concatenated_attention_mask"] == 0, IGNORE)
         )
         # The likelihood is of the chosen rows' prompts, too.
         targets = torch.cat([whole[:chosen], completion[chosen:]])
         logp, logits = _pairs(model, rows, targets, -1)
-        scored = completion != _IGNORE
+        scored = completion != IGNORE
         logps = (logp * scored).sum(1) / scored.sum(1)
-        nll = -logp[:chosen].sum() / (whole[:chosen] != _IGNORE).sum()
+        nll = -logp[:chosen].sum() / (whole[:chosen] != IGNORE).sum()
         return logps[:chosen], logps[chosen:], logits[:chosen], logits[chosen:], nll
 
 
 class TPOTrainer(_WithoutLogits, _TPOTrainer):
     """TRL's experimental TPOTrainer without logits."""
 
+    loss_types = ("sigmoid", "hinge", "ipo", "tpo-l")
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
         arguments = {k: x for k, x in inputs.items() if k != "completion_mask"}
         mask = inputs["completion_mask"].bool()
-        targets = shift_labels(inputs["input_ids"].masked_fill(~mask, _IGNORE))
+        targets = shift_labels(inputs["input_ids"].masked_fill(~mask, IGNORE))
 
         def of(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             hidden = hidden[:, -targets.shape[1] :].flatten(0, 1)
@@ -129,7 +134,7 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
             return tuple(x.view(targets.shape) for x in found.values())
 
         logp, entropy, logits, top1 = model(**arguments, fused_loss=of)
-        scored = targets != _IGNORE
+        scored = targets != IGNORE
         lengths = scored.sum(1)
         branches = 2 if self.tpo_alpha == 0 else 3  # chosen, rejected, and the reference that is imitated
         logps = logp.sum(1)
@@ -175,8 +180,6 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
             return torch.relu(1 - self.beta * delta)
         if self.loss_type == "ipo":
             return (delta - 1 / (2 * self.beta)) ** 2
-        if self.loss_type not in ("sigmoid", "tpo-l"):
-            raise ValueError(f"expected loss_type to be sigmoid, hinge, ipo or tpo-l, got {self.loss_type!r}")
         z = self.beta * delta - (self.tpo_l_gamma if self.loss_type == "tpo-l" else 0.0)
         return -F.logsigmoid(z) * (1 - self.label_smoothing) - F.logsigmoid(-z) * self.label_smoothing
 
@@ -186,6 +189,8 @@ class OnlineDPOTrainer(_WithoutLogits, _OnlineDPOTrainer):
 
     Padding after the end of a completion is scored as in TRL: its metrics sum over it, its loss does not.
     """
+
+    loss_types = ("sigmoid", "ipo")
 
     def _forward(
         self,
