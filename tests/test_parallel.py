@@ -1,6 +1,6 @@
-"""Heads in parts, on four processes, against the textbook computation in one: vocabulary-parallel, FSDP2, DTensors, ZeRO-3.
+"""Heads in parts, on two to four processes, against the textbook computation in one: vocabulary-parallel, FSDP2, DTensors, ZeRO-3.
 
-One world of gloo processes runs every case once and saves what each rank found. Tolerances: 1e-5 in float32, for
+A world of gloo processes runs every case once and saves what each rank found. Tolerances: 1e-5 in float32, for
 gradients in norm, 1e-10 in float64; statistics of a cut vocabulary are the same bit by bit on its ranks.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -29,6 +31,7 @@ from xpo_fast.head import head_plan
 from xpo_fast.head.rows import Group
 from xpo_fast.head.spec import Scaling
 from xpo_fast.head.units import UnitLoss
+from xpo_fast.models import install_fused_loss
 
 WORLD = 4
 N, VOCAB, WIDTH, CHUNK = 37, 131, 11, 8  # nothing divides anything: five tiles, the last one ragged
@@ -70,6 +73,7 @@ class Case(NamedTuple):
     vocab: int = VOCAB
     chunk: int | None = CHUNK
     weight_grad: bool = False
+    compiled: bool = False
 
 
 CASES = {
@@ -97,6 +101,8 @@ CASES = {
     "tiles of one": Case("four, padded", n=6, chunk=1),
     "one token": Case("two", n=1, chunk=None, data="all scored"),
     "weight_grad": Case("four, padded", weight_grad=True),
+    "compiled": Case("two", options=EVERYTHING, compiled=True),
+    "compiled, frozen": Case("two", "hidden", upstream=("logp", "lse"), compiled=True),
 } | {
     f"statistics, {learn}, {ref}, {str(dtype)[6:]}": Case(
         "three, one of a single token", learn, dtype, EVERYTHING, STATS, DIFFERENTIABLE, ref=ref
@@ -176,7 +182,10 @@ def run_case(case: Case, rank: int, group, **agreed) -> dict[str, torch.Tensor]:
     options = {**case.options, **ref, "outputs": case.outputs, "chunk_tokens": case.chunk}
     if case.weight_grad:
         options["weight_grad"] = torch.ones_like(own.weight, requires_grad=False)
-    stats = xf.token_stats(
+    token_stats: Any = xf.token_stats
+    if case.compiled:
+        token_stats = torch.compile(token_stats, fullgraph=True, backend="aot_eager")
+    stats = token_stats(
         own.hidden, own.weight, own.targets, bias=own.bias if has_bias(case) else None, vocab_shard=shard, **options
     )  # fmt: skip
     found = {name: getattr(stats, name).detach() for name in ("logp", "lse", *case.outputs)}
@@ -191,6 +200,40 @@ def run_case(case: Case, rank: int, group, **agreed) -> dict[str, torch.Tensor]:
 def agree(cut: Cut, rank: int, group, **agreed) -> xf.VocabShard:
     start = None if cut.starts is None else cut.starts[rank]
     return xf.VocabShard.agree(cut.rows[rank], cut.vocab, start=start, group=group, **agreed)
+
+
+def adapted(learn: str) -> dict[str, torch.Tensor]:
+    """hidden, weight, bias and adapter with a LoRA adapter of rank 2; some of them learn."""
+    h, weight, bias, *_ = problem(ADAPTED)
+    x, adapter = oracle.normal(N, 2, seed=10), oracle.normal(VOCAB, 2, seed=11)
+    found = {"hidden": torch.cat([h, x], 1), "weight": weight, "bias": bias, "adapter": adapter}
+    return {name: t.requires_grad_(name in learn) for name, t in found.items()}
+
+
+ADAPTED = Case("four, padded", dtype=torch.float64, options=EVERYTHING)
+ADAPTER_LEARNS = ("hidden", "hidden adapter", "hidden weight bias adapter")
+
+
+def run_adapter(rank: int, group) -> dict[str, dict]:
+    targets, u, cut = problem(ADAPTED).targets, oracle.normal(N, seed=7), CUTS[ADAPTED.cut]
+    shard, found = agree(cut, rank, group), {}
+    for learn in ADAPTER_LEARNS:
+        own = adapted("")
+        own |= {name: own_rows(own[name], cut, rank, VOCAB) for name in ("weight", "bias", "adapter")}
+        hidden, weight, bias, adapter = (x.requires_grad_(name in learn) for name, x in own.items())
+        logp = xf.token_logps(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            adapter=adapter,
+            vocab_shard=shard,
+            chunk_tokens=CHUNK,
+            **EVERYTHING,
+        )
+        (logp * u).sum().backward()
+        found[learn] = {"logp": logp.detach()} | {name: x.grad for name, x in own.items() if x.requires_grad}
+    return found
 
 
 def run_half(rank: int, group) -> dict[str, torch.Tensor]:
@@ -482,8 +525,6 @@ def make_model(tied: bool) -> nn.Module:
 
 def model_loss(model: nn.Module, rows: slice, ranks: int) -> torch.Tensor:
     """−Σ log p of some rows over the scored tokens of all, times the ranks that it is a mean over."""
-    from xpo_fast.models import install_fused_loss
-
     install_fused_loss(model)
     ids = oracle.tokens((ROWS, LENGTH), TOKENS, 0.0, seed=5)
     labels = ids.where(torch.arange(LENGTH) < 1 + torch.arange(ROWS)[:, None], oracle.IGNORE)
@@ -526,6 +567,7 @@ def run_all(rank: int) -> dict:
             found[name] = run_case(case, rank, groups[size])
     if rank < 4:
         found["units"] = unit_loss(rank, groups[4])
+        found["adapter"] = run_adapter(rank, groups[4])
         found["objectives"] = run_objectives(rank, groups[4])
     if rank < 2:
         for run in (run_half, run_partial, run_costs, run_disagreements, run_refusals):
@@ -537,14 +579,192 @@ def run_all(rank: int) -> dict:
     return found | {f"fsdp {name}": run_fsdp(*options, rank) for name, options in FSDP.items()}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+# --- ZeRO-3 -----------------------------------------------------------------------------------------------------------
+
+ZERO_RANKS, MICRO = 2, 2  # processes, micro-batches a step
+ZERO = {  # what is made of the model, the loss
+    "log-probs": ("", "log-probs"),
+    "objective": ("", "objective"),
+    "tied": ("tied", "log-probs"),
+    "tied, checkpointing": ("tied checkpointing", "objective"),
+    "frozen": ("frozen", "objective"),
+    "bias, padded": ("bias padded", "objective"),
+    "LoRA": ("lora", "objective"),
+    "two LoRAs": ("loras", "log-probs"),
+    "DoRA": ("dora", "log-probs"),
+}
+
+
+def zero_model(made: str) -> nn.Module:
+    model: Any = make_model("tied" in made)
+    if "frozen" in made:
+        model.lm_head.weight.requires_grad_(False)
+    if "bias" in made:
+        model.lm_head.bias = nn.Parameter(oracle.normal(TOKENS, seed=9, dtype=torch.float32))
+    if "padded" in made:
+        model.config.unpadded_vocab_size = TOKENS - 2
+    if "checkpointing" in made:
+        model.gradient_checkpointing_enable()
+    if "ora" in made:
+        from peft import LoraConfig, get_peft_model
+
+        options = {"r": 3, "target_modules": ["q_proj", "lm_head"], "use_dora": "dora" in made}
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False, **options))
+        if "loras" in made:
+            model.add_adapter("other", LoraConfig(init_lora_weights=False, **options | {"r": 2}))
+            model.base_model.set_adapter(["default", "other"])
+    install_fused_loss(model)
+    return model
+
+
+def zero_loss(model: Any, rows: slice, loss: str, heads: list | None = None) -> torch.Tensor:
+    """What some rows contribute to the loss of all; how ZeRO-3 has the head before and after it is put into `heads`."""
+    ids = oracle.tokens((ROWS, LENGTH), TOKENS - 2, 0.0, seed=5)
+    labels = ids.where(torch.arange(LENGTH) < 1 + torch.arange(ROWS)[:, None], oracle.IGNORE)
+    targets = xf.shift_labels(labels)
+    objective = xf.Objective("simpo", tile_bytes=5 * TOKENS * 4)
+
+    def own(hidden, head):
+        if loss == "objective":
+            return objective(hidden, head.weight, targets[rows], denominator=ROWS // 2, **head.kwargs()).loss
+        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+        return -logp.sum() / (targets != oracle.IGNORE).sum()
+
+    def fused(hidden, head):
+        def status():
+            return getattr(getattr(head.weight, "ds_status", None), "name", None)
+
+        before = status()
+        found = own(hidden, head)
+        heads is None or heads.append((before, status()))
+        return found
+
+    return model(input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows]), fused_loss=fused)
+
+
+def zero_rows() -> list[slice]:
+    """Of every rank and micro-batch."""
+    size = ROWS // ZERO_RANKS // MICRO
+    return [slice(start, start + size) for start in range(0, ROWS, size)]
+
+
+def zero_engine(model: nn.Module, **options) -> Any:
+    import deepspeed
+
+    learn = [p for p in model.parameters() if p.requires_grad]
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": MICRO, "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **options},
+    }  # fmt: skip
+    return deepspeed.initialize(model=model, optimizer=torch.optim.SGD(learn, lr=0.0), config=config)[0]
+
+
+def zero_step(engine: Any, rank: int, loss: str, heads: list | None = None) -> tuple[torch.Tensor, dict]:
+    """The loss of this rank's rows and the whole gradients of a step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    slices, total = zero_rows(), torch.zeros(())
+    for rows in slices[rank * MICRO : (rank + 1) * MICRO]:
+        own = zero_loss(engine, rows, loss, heads)
+        engine.backward(own * len(slices))  # a mean over ranks and micro-batches
+        total += own.detach()
+        if engine.is_gradient_accumulation_boundary():
+            learn = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+            grads = {n: safe_get_full_grad(p).clone() for n, p in learn.items()}
+        engine.step()
+    return total, grads
+
+
+def run_zero(made: str, loss: str, rank: int) -> dict:
+    import deepspeed
+
+    engine = zero_engine(zero_model(made))
+    layer = engine.module.get_output_embeddings()
+    weight = dict((layer.base_layer if "ora" in made else layer).named_parameters(recurse=False))["weight"]
+    gathered, heads = deepspeed.zero.GatheredParameters, []
+    with patch.object(gathered, "__enter__", autospec=True, side_effect=gathered.__enter__) as gathers:
+        total, grads = zero_step(engine, rank, loss, heads)
+    shape = tuple(weight.shape)
+    engine.eval()
+    with torch.no_grad():
+        again = sum(zero_loss(engine, rows, loss) for rows in zero_rows()[rank * MICRO : (rank + 1) * MICRO])
+    found = {
+        "loss": total, "again": again, "grads": grads, "shape": shape, "gathers": gathers.call_count,
+        "heads": heads, "external": sum(len(m._external_params) for m in engine.module.modules()),
+    }  # fmt: skip
+    engine.destroy()
+    return found
+
+
+def run_zero_ahead(rank: int) -> dict:
+    """A forward that takes another way than the one that ZeRO-3 has gathered the head ahead for."""
+    engine = zero_engine(zero_model(""), stage3_prefetch_bucket_size=1)
+    ids = oracle.tokens((2, LENGTH), TOKENS, 0.0, seed=5)
+    for _ in range(2 * MICRO):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    heads: list = []
+    total, grads = zero_step(engine, rank, "log-probs", heads)
+    engine.destroy()
+    return {"loss": total, "grads": grads, "heads": heads}
+
+
+def run_zero_calls(rank: int) -> dict:
+    """A head in parts, outside of any model's forward; no engine has it."""
+    import deepspeed
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    weight, bias = (x.float() for x in shared_head())
+    layer = nn.Linear(WIDTH, VOCAB)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    deepspeed.zero.Init(module=layer, dtype=torch.float32)
+    hidden, targets, u = (x.float() if x.is_floating_point() else x for x in rank_problem(1))
+    hidden.requires_grad_()
+    with CommDebugMode() as forward:
+        logp = xf.token_logps(hidden, layer.weight, targets, bias=layer.bias, chunk_tokens=2)
+    with CommDebugMode() as backward:
+        d_weight, d_bias = torch.autograd.grad((logp * u).sum(), [layer.weight, layer.bias])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = xf.token_logps(hidden, layer.weight, targets, bias=layer.bias)
+        want = xf.token_logps(hidden, weight, targets, bias=bias)
+    with pytest.raises(
+        ValueError, match="weight_grad is for a weight that this rank has whole, and weight is kept in"
+    ):
+        xf.token_logps(hidden, layer.weight, targets, weight_grad=torch.zeros_like(weight))
+    assert layer.weight.shape == layer.bias.shape == (0,)
+    return {
+        "logp": logp.detach(), "d_weight": d_weight, "d_bias": d_bias, "half": half.detach(), "half wanted": want.detach(),
+        "collectives": [sum(mode.get_comm_counts().values()) for mode in (forward, backward)],
+    }  # fmt: skip
+
+
+def run_all_zero(rank: int) -> dict:
+    import deepspeed
+
+    # Its all-reduce by shared memory would be compiled first.
+    with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
+        found: dict = {name: run_zero(*case, rank) for name, case in ZERO.items()}
+    return found | {"ahead": run_zero_ahead(rank), "calls": run_zero_calls(rank)}
+
+
+def worker(rank: int, port: int, folder: str, world: int, run: Callable[[int], dict]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
+    # What DeepSpeed reads.
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "WORLD_SIZE": f"{world}",
+    }
     try:
         dist.init_process_group(
-            "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=WORLD, rank=rank
+            "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=world, rank=rank
         )
-        torch.save(run_all(rank), Path(folder) / f"{rank}.pt")
+        torch.save(run(rank), Path(folder) / f"{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -552,13 +772,15 @@ def worker(rank: int, port: int, folder: str) -> None:
         raise
 
 
-def run_world(folder: Path) -> None:
+def run_world(folder: Path, world: int, run: Callable[[int], dict]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("forkserver")  # which imports once for all
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
-    processes = [context.Process(target=worker, args=(r, port, str(folder))) for r in range(WORLD)]
+    processes = [
+        context.Process(target=worker, args=(r, port, str(folder), world, run)) for r in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -567,20 +789,31 @@ def run_world(folder: Path) -> None:
         process.kill()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
     """What each rank found; under pytest-xdist the world runs once for all of its workers."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / run.__name__
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "ran").exists():
             (folder / "ran").touch()
-            run_world(folder)
+            run_world(folder, world, run)
     errors = [path.read_text() for path in sorted(folder.glob("error*"))]
     assert not errors, "\n".join(errors)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(WORLD)]
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    return found_by(tmp_path_factory, WORLD, run_all)
+
+
+@pytest.fixture(scope="module")
+def zero_ranks(tmp_path_factory) -> list[dict]:
+    if sys.platform != "linux":
+        pytest.skip("DeepSpeed is for Linux")
+    return found_by(tmp_path_factory, ZERO_RANKS, run_all_zero)
 
 
 # --- a vocabulary over ranks ------------------------------------------------------------------------------------------
@@ -673,6 +906,24 @@ def test_units_of_a_cut_vocabulary(ranks):
     for leaf in ("weight", "bias"):
         parts = joined(CUTS["four, padded"], [own[f"d_{leaf}"] for own in found], VOCAB)
         check_gradient(parts, want[f"d_{leaf}"], 1e-10, leaf)
+
+
+@pytest.mark.parametrize("learn", ADAPTER_LEARNS)
+def test_an_adapter_on_a_cut_vocabulary(ranks, learn):
+    own = adapted(learn)
+    wide = torch.cat([own["weight"], own["adapter"]], dim=1)
+    logp = oracle.stats(own["hidden"], wide, problem(ADAPTED).targets, bias=own["bias"], **EVERYTHING)["logp"]
+    (logp * oracle.normal(N, seed=7)).sum().backward()
+    found = [r["adapter"][learn] for r in ranks]
+    for name in learn.split():
+        if name == "hidden":
+            for part in found:
+                check_gradient(part[name], own[name].grad, 1e-10, name)
+        else:
+            parts = joined(CUTS[ADAPTED.cut], [part[name] for part in found], VOCAB)
+            check_gradient(parts, own[name].grad, 1e-10, name)
+    for part in found:
+        torch.testing.assert_close(part["logp"], logp.detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -802,15 +1053,52 @@ def test_fsdp_equals_one_process(ranks, name):
             check_gradient(own["grads"][parameter], p.grad, 1e-5, parameter)
 
 
-def test_what_zero_3_has_taken_away_is_refused():
-    """DeepSpeed is not needed: a parameter as it leaves it, with the attribute that it adds."""
-    hidden, targets = torch.zeros(3, 4), torch.tensor([0, 1, 2])
-    weight = nn.Parameter(torch.empty(0))
-    weight.ds_shape = torch.Size((5, 4))
-    with pytest.raises(
-        ValueError, match=r"ZeRO-3 has its \(5, 4\) in parts.*GatheredParameters\(\[weight\]\)"
-    ):
-        xf.token_logps(hidden, weight, targets)
-    gathered = nn.Parameter(torch.zeros(5, 4))
-    gathered.ds_shape = torch.Size((5, 4))
-    torch.testing.assert_close(xf.token_logps(hidden, gathered, targets), torch.full((3,), 0.2).log())
+def check_zero(found: list[dict], made: str, loss: str) -> None:
+    model = zero_model(made)
+    want = sum(zero_loss(model, rows, loss) for rows in zero_rows())
+    want.backward()
+    learn = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(sum(own["loss"] for own in found), want.detach(), rtol=1e-5, atol=1e-5)
+    for own in found:
+        assert own["grads"].keys() == learn.keys()
+        for name, p in learn.items():
+            check_gradient(own["grads"][name], p.grad, 1e-5, name)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_3_equals_one_process(zero_ranks, name):
+    made, loss = ZERO[name]
+    found = [r[name] for r in zero_ranks]
+    check_zero(found, made, loss)
+    for own in found:
+        torch.testing.assert_close(own["again"], own["loss"])
+        assert own["shape"] == (0,)
+        if "ora" not in made:  # PEFT reads weights of its modules before it calls them
+            # What ZeRO-3 would gather for the whole of the model's forward and backward.
+            assert own["external"] == 0
+        if "tied" not in made:  # whose embeddings may still be there
+            assert own["gathers"] == MICRO
+            assert (
+                own["heads"]
+                == [(None if {"bias", "dora"} & set(made.split()) else "NOT_AVAILABLE",) * 2] * MICRO
+            )
+
+
+def test_a_head_that_zero_3_gathers_ahead_is_waited_for(zero_ranks):
+    found = [r["ahead"] for r in zero_ranks]
+    assert all(("INFLIGHT", "AVAILABLE") in own["heads"] for own in found)
+    check_zero(found, "", "log-probs")
+
+
+def test_calls_on_what_zero_3_has_taken_away(zero_ranks):
+    weight, bias = (x.float().requires_grad_() for x in shared_head())
+    hidden, targets, u = rank_problem(1)
+    logp = oracle.stats(hidden, weight.double(), targets, bias=bias.double())["logp"]
+    (logp * u).sum().backward()
+    for own in (r["calls"] for r in zero_ranks):
+        torch.testing.assert_close(own["logp"].double(), logp.detach(), rtol=1e-5, atol=1e-5)
+        check_gradient(own["d_weight"], weight.grad, 1e-5, "weight")
+        check_gradient(own["d_bias"], bias.grad, 1e-5, "bias")
+        assert torch.equal(own["half"], own["half wanted"])
+        assert own["collectives"] == [2, 0]  # of weight and bias, once, and nothing for the backward

@@ -14,7 +14,7 @@ from .device import on_host, to_device
 from .head import VocabShard, head_plan, token_logps, token_stats
 from .head.plan import Plan, choose_backend
 from .head.rows import Group, sum_rows
-from .head.sharded import refuse_sharded, whole
+from .head.sharded import refuse_sharded, unpartitioned, whole
 from .head.spec import Scaling, accumulation_dtype, cast_for_autocast, check_operands
 from .head.units import UnitLoss
 from .launches import Launches
@@ -268,7 +268,7 @@ class Objective:
         grad_scale: what the loss will be multiplied by before the backward, which is checked there.
 
         adapter: as in `token_stats`, hidden then (…, D + r); the reference's head is the policy's without it.
-        A DTensor's weight is gathered once a call, policy and reference together, and vocab_shard is as in `token_stats`; the
+        A DTensor's weight, or ZeRO-3's, is gathered once a call, policy and reference together, and vocab_shard is as in `token_stats`; the
         loss is then the same on every rank of the shard's group, if `beta_dpo` draws the same there: seed them alike. `cringe`
         reads single logits and takes none.
 
@@ -768,6 +768,7 @@ class Objective:
         unknown = sorted(set(others) - _OF_NO_MATTER_TO_THE_PLAN - columns - {"ref_token_logp"})
         if unknown:
             raise ValueError(f"{', '.join(m.name for m in self.methods)}: unknown {', '.join(unknown)}")
+        weight, bias, adapter = unpartitioned(weight, bias, adapter)
         hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
         check_operands(hidden, weight, targets, bias, adapter)
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, others, hidden.device)

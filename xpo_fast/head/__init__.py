@@ -87,7 +87,7 @@ def token_stats(
     captured all positions are multiplied, ignored ones as zeros.
 
     A weight or bias that is a DTensor (FSDP2) is gathered once, and its gradient is the mean over the ranks of its mesh, as
-    FSDP2 makes it: see `whole`. ZeRO-3's, while in parts, is refused.
+    FSDP2 makes it; of one that ZeRO-3 has in parts, gathered once too, it is reduced by ZeRO-3: see `whole`.
     vocab_shard: weight, bias, ref_weight, ref_bias and weight_grad have the rows that this rank of a group holds, and the
     statistics are of the whole vocabulary: see `VocabShard.agree`. Every rank must make the same calls, with the same
     hidden states, targets and options; their number of passes is as above. By the torch backend.
