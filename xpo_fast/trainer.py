@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,8 +56,8 @@ _PROBE_TOKENS = 8
 
 
 @dataclass
-class XPOConfig(TrainingArguments):
-    """`transformers.TrainingArguments`, and what is asked about preference training."""
+class MethodConfig(TrainingArguments):
+    """`transformers.TrainingArguments`, a method, and how its head runs."""
 
     method: str = field(
         default="dpo", metadata={"help": "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft."}
@@ -66,33 +66,9 @@ class XPOConfig(TrainingArguments):
         default=None,
         metadata={"help": 'Hyperparameters, and options of xpo_fast.Objective, for example {"beta": 0.1}.'},
     )
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."},
-    )
-    reference: str = field(
-        default="auto",
-        metadata={
-            "help": "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
-            "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
-            "adapter where there is one, cached otherwise."
-        },
-    )
-    ref_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
-        },
-    )
     backend: str = field(default="auto", metadata={"help": "The backend of the head: auto, torch, dense, …"})
     tile_mib: float | None = field(
         default=None, metadata={"help": "Memory for one tile of logits, in MiB. None: the head decides."}
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize. None: one."}
     )
 
     # Other defaults than TrainingArguments has.
@@ -120,16 +96,47 @@ class XPOConfig(TrainingArguments):
         if self.tile_mib is not None and self.tile_mib <= 0:
             raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
 
-    def objective(self) -> Objective:
-        """The objective that these arguments describe."""
+    def objective(self, **defaults: Any) -> Objective:
+        """The objective that these arguments describe; defaults: of hyperparameters that method_args does not have."""
         tile_bytes = None if self.tile_mib is None else int(self.tile_mib * 2**20)
-        hyperparameters: Any = self.method_args or {}
+        given: Any = self.method_args or {}
+        hyperparameters: Any = {**defaults, **given}
         fixed = sorted({"reduction", "backend", "tile_bytes"} & set(hyperparameters))
         if fixed:
             raise ValueError(
                 f"{', '.join(fixed)} cannot be in method_args: the trainer decides them, or has options"
             )
         return Objective(self.method, backend=self.backend, tile_bytes=tile_bytes, **hyperparameters)
+
+
+@dataclass
+class XPOConfig(MethodConfig):
+    """What is asked about training on a data set of preferences."""
+
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."},
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
+            "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
+            "adapter where there is one, cached otherwise."
+        },
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. None: one."}
+    )
 
 
 class Means:
@@ -155,8 +162,141 @@ class Means:
         self._sums = None
         return dict(zip(self._names, (total / weight).tolist(), strict=True))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added, on all ranks; every rank must call it."""
+        sums = None if self._sums is None else sum_over_ranks(self._sums).cpu()
+        return {"names": self._names, "sums": sums}
 
-class XPOTrainer(Trainer):
+    def load_state_dict(self, state: dict[str, Any], device: torch.device, *, main: bool) -> None:
+        """Go on from `state_dict`; main: on one rank only, the others begin at 0."""
+        sums = state["sums"]
+        self._names = list(state["names"])
+        self._sums = None if sums is None else (sums if main else torch.zeros_like(sums)).to(device)
+
+
+class UnitTrainer(Trainer):
+    """A Trainer whose loss is a sum over units: divided by those of the whole optimizer step, metrics averaged over the same.
+
+    A subclass has the `kind` of its data set, one of `data.COMPLETIONS`, or a name of its own for a row a unit; `_items`, what
+    its loss divides by; and `_loss`. Batches have `targets`: a row without one does not count.
+    """
+
+    # compute_loss divides by the items of the whole step, so Trainer must not divide by the micro-batches again.
+    loss_is_scaled_for_ga = True
+
+    kind: str
+    loss_weights: Sequence[float] = (1.0,)  # of the losses that `_loss` gives one by one
+    model: Any
+    model_wrapped: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process a "
+                "device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
+            )
+        self._means = Means()
+        self._eval_means = Means()
+
+    def _items(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the loss divides by, in a batch: (), or one entry a loss."""
+        raise NotImplementedError
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
+        """The batch's sum of losses over `denominator`, with a graph; each loss of it; metrics, and their counts."""
+        raise NotImplementedError
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Trainer's own casts floats to DeepSpeed's dtype: a log-prob of −200 in bfloat16 is off by up to half a nat.
+        return {name: value.to(self.args.device) for name, value in inputs.items()}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """The items of the whole optimizer step: all micro-batches of all ranks. (), or one entry a method."""
+        if not batch_samples:
+            return None
+        items = torch.stack([self._items(batch) for batch in batch_samples]).sum(dim=0)
+        return sum_over_ranks(items.to(device)).clamp(min=1)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        loss, _, metrics, counts = self._loss(model, inputs, num_items_in_batch)
+        if model.training:
+            self._means.add(metrics, counts)
+        # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
+        loss = loss * self.accelerator.num_processes
+        return (loss, metrics) if return_outputs else loss
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        self._eval_means = Means()
+        output: Any = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        means = self._eval_means.pop()
+        names = [f"{_LOSS}{k}" for k in range(len(self.loss_weights))]
+        own = [means.pop(name) for name in names if name in means]
+        if own:
+            means["loss"] = sum(w * x for w, x in zip(self.loss_weights, own, strict=True))
+        for name, value in means.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(self._without_repeats(inputs))
+        items = self._items(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, losses, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
+        own = {f"{_LOSS}{k}": x for k, x in enumerate(losses)}
+        weights = dict(zip(own, items.view(-1), strict=True))
+        self._eval_means.add({**metrics, **own}, {**counts, **weights})
+        return loss.detach(), None, None
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unscore the rows with which the last batches are filled up to be as long on every rank.
+
+        To be called when the batch has just come from the data loader, which knows then whether it is the last.
+        """
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (
+            1 + (self.kind == "pair")
+        )
+        own = state.remainder - self.accelerator.process_index * units
+        inputs = dict(inputs)
+        for name in ("targets", "kl_targets"):
+            if name in inputs:
+                at = torch.arange(len(inputs[name]), device=inputs[name].device)
+                at = at // (len(at) // units) if self.kind == "list" else at % units
+                inputs[name] = inputs[name].masked_fill((at >= own)[:, None], data.IGNORE_INDEX)
+        return inputs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._means.pop())
+        super().log(logs, start_time)
+
+
+class XPOTrainer(UnitTrainer):
     """Train a causal LM on preferences.
 
     model: a causal LM of transformers, a PEFT model, or a name for `load_model`; peft_config makes it a PEFT model.
@@ -167,15 +307,7 @@ class XPOTrainer(Trainer):
     The reference policy is the model as it is handed over here. Other arguments are Trainer's.
     """
 
-    # compute_loss divides by the items of the whole step, so Trainer must not divide by the micro-batches again.
-    loss_is_scaled_for_ga = True
-
     args: XPOConfig
-    model: Any
-    model_wrapped: Any
-    data_collator: Any
-    train_dataset: Any
-    eval_dataset: Any
 
     def __init__(
         self,
@@ -200,6 +332,7 @@ class XPOTrainer(Trainer):
 
         self.objective = objective if objective is not None else args.objective()
         self.kind = self.objective.data_kind
+        self.loss_weights = [term.weight for term in self.objective.terms]
         self._columns = {name for m in self.objective.methods for name in m.columns}
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
@@ -224,8 +357,6 @@ class XPOTrainer(Trainer):
         )
         self._check_parallelism()
         self.add_callback(_SaveState(self.objective))
-        self._means = Means()
-        self._eval_means = Means()
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
@@ -258,13 +389,7 @@ class XPOTrainer(Trainer):
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
         data.check_columns(dataset, self.objective)
-        name = self.args.length_column_name
-        if (
-            self.args.train_sampling_strategy not in ("random", "sequential")
-            and name not in dataset.column_names
-        ):
-            dataset = data.with_column(dataset, name, [row_tokens(row) for row in dataset])
-        return dataset
+        return _with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
         if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
@@ -365,17 +490,6 @@ class XPOTrainer(Trainer):
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
-    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Trainer's own casts floats to DeepSpeed's dtype: a log-prob of −200 in bfloat16 is off by up to half a nat.
-        return {name: value.to(self.args.device) for name, value in inputs.items()}
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """The items of the whole optimizer step: all micro-batches of all ranks. (), or one entry a method."""
-        if not batch_samples:
-            return None
-        items = torch.stack([self._items(batch) for batch in batch_samples]).sum(dim=0)
-        return sum_over_ranks(items.to(device)).clamp(min=1)
-
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         targets, layout = self._layout(batch)
         return self.objective.count_items(targets, **layout)
@@ -383,8 +497,7 @@ class XPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        iterator = map(self._without_repeats, epoch_iterator)
-        batches, items = super().get_batch_samples(iterator, num_batches, device)
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._estimates_kl and batches:
             # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
             self._estimate_kl(self.model_wrapped, batches)
@@ -461,26 +574,11 @@ class XPOTrainer(Trainer):
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         return torch.tensor(dataset["reward"]).float().mean()
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:
-        loss, _, metrics, counts = self._loss(model, inputs, num_items_in_batch)
-        if model.training:
-            self._means.add(metrics, counts)
-        # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
-        loss = loss * self.accelerator.num_processes
-        return (loss, metrics) if return_outputs else loss
-
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        self._eval_means = Means()
         state = self.objective.state_dict()
         if self._estimates_kl:
             self.objective.state.pop("kl", None)
@@ -489,60 +587,11 @@ class XPOTrainer(Trainer):
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
         self.objective.load_state_dict(state)
-        means = self._eval_means.pop()
-        own = [means.pop(f"{_LOSS}{k}") for k in range(len(self.objective.terms)) if f"{_LOSS}{k}" in means]
-        if own:
-            means["loss"] = sum(t.weight * x for t, x in zip(self.objective.terms, own, strict=True))
-        for name, value in means.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(self._without_repeats(inputs))
-        inputs = {n: x for n, x in inputs.items() if not n.startswith("kl_")}
-        items = self._items(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, losses, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
-        own = {f"{_LOSS}{k}": x for k, x in enumerate(losses)}
-        weights = dict(zip(own, items.view(-1), strict=True))
-        self._eval_means.add({**metrics, **own}, {**counts, **weights})
-        return loss.detach(), None, None
-
-    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unscore the rows with which the last batches are filled up to be as long on every rank.
-
-        To be called when the batch has just come from the data loader, which knows then whether it is the last.
-        """
-        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (
-            1 + (self.kind == "pair")
-        )
-        own = state.remainder - self.accelerator.process_index * units
-        inputs = dict(inputs)
-        for name in ("targets", "kl_targets"):
-            if name in inputs:
-                at = torch.arange(len(inputs[name]), device=inputs[name].device)
-                at = at // (len(at) // units) if self.kind == "list" else at % units
-                inputs[name] = inputs[name].masked_fill((at >= own)[:, None], data.IGNORE_INDEX)
-        return inputs
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self._means.pop())
-        super().log(logs, start_time)
 
     # --- checks ---------------------------------------------------------------------------------------------------
 
     def _check_parallelism(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process a "
-                "device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
-            )
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError(
                 "tensor, context and sequence parallelism split what one loss needs; use data parallelism"
@@ -555,33 +604,37 @@ class XPOTrainer(Trainer):
             )
 
     def _check_head(self, row: dict[str, Any]) -> None:
-        """Refuse a model whose own logits are not what the fused head makes of its hidden states."""
         completion = row[_ENCODED[self.kind][1]]
         completion = completion[0] if self.kind == "list" else completion
-        ids = torch.tensor([(row["prompt_ids"] + completion)[: _PROBE_TOKENS + 1]], device=self.args.device)
-        inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
-        targets = ids[:, 1:]
+        check_head(self.model, row["prompt_ids"] + completion, self.args.device, self.args.backend)
 
-        def fused(hidden: Tensor, head: Head) -> Tensor:
-            if hidden.shape[:2] != targets.shape:
-                raise ValueError(
-                    f"expected one hidden state a token, {tuple(targets.shape)}, got {tuple(hidden.shape[:2])}: "
-                    "the model or its adapter adds positions of its own, which is not supported"
-                )
-            return token_logps(hidden, head.weight, targets, **head.kwargs(), backend=self.args.backend)
 
-        with evaluating(self.model):
-            logps = self.model(**inputs, fused_loss=fused)
-            logits = self.model(**inputs).logits  # (1, 8, V)
-        expected = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
-        tolerance = 1e-3 + torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
-        difference = float((logps - expected).abs().max())
-        if not difference <= tolerance:
+def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: str) -> None:
+    """Refuse a model whose own logits are not what the fused head makes of its hidden states; ids: of any text."""
+    tokens = torch.tensor([ids[: _PROBE_TOKENS + 1]], device=device)
+    inputs = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
+    targets = tokens[:, 1:]
+
+    def fused(hidden: Tensor, head: Head) -> Tensor:
+        if hidden.shape[:2] != targets.shape:
             raise ValueError(
-                f"{type(causal_lm(self.model)).__name__} does more to its logits than a linear head with bias, scale "
-                f"and softcap: log-probs from hidden states differ from the model's own by {difference:.3g} (at most "
-                f"{tolerance:.3g} is rounding). Training would be silently wrong, so it is refused"
+                f"expected one hidden state a token, {tuple(targets.shape)}, got {tuple(hidden.shape[:2])}: "
+                "the model or its adapter adds positions of its own, which is not supported"
             )
+        return token_logps(hidden, head.weight, targets, **head.kwargs(), backend=backend)
+
+    with evaluating(model):
+        logps = model(**inputs, fused_loss=fused)
+        logits = model(**inputs).logits  # (1, 8, V)
+    expected = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
+    tolerance = 1e-3 + torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
+    difference = float((logps - expected).abs().max())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{type(causal_lm(model)).__name__} does more to its logits than a linear head with bias, scale "
+            f"and softcap: log-probs from hidden states differ from the model's own by {difference:.3g} (at most "
+            f"{tolerance:.3g} is rounding). Training would be silently wrong, so it is refused"
+        )
 
 
 class _SaveState(TrainerCallback):
@@ -595,6 +648,14 @@ class _SaveState(TrainerCallback):
         if remembered and state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             torch.save({name: x.cpu() for name, x in remembered.items()}, folder / _STATE_FILE)
+
+
+def _with_lengths(dataset: Any, args: TrainingArguments) -> Any:
+    """An encoded data set with the column that batches of rows of like length are made by, where args ask for them."""
+    name = args.length_column_name
+    if args.train_sampling_strategy in ("random", "sequential") or name in dataset.column_names:
+        return dataset
+    return data.with_column(dataset, name, [row_tokens(row) for row in dataset])
 
 
 def _each(dataset: Any, fn: Any) -> Any:
@@ -620,7 +681,7 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     return get_peft_model(model, peft_config)  # type: ignore[arg-type]
 
 
-def _warn_of_lost_updates(model: nn.Module, args: XPOConfig) -> None:
+def _warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:
     """Adam moves a weight by about the learning rate; under half a step of its dtype, that is no move at all."""
     trained = [
         p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,177 @@
+"""An online run that is killed again and again, and resumed, against one that is left alone: the same to the last bit.
+
+    python bench/rl_resume.py --kills 10 --json bench/results/rl-resume-cpu.json
+
+A tiny random model is trained with PPO (two epochs over two minibatches of each rollout, a critic, an adaptive KL, a reference
+that follows the policy), which has more to remember than any other method. The run is a process of its own. It gets SIGKILL a
+random time after a random step, ten times, in rollouts, in steps and while checkpoints are written, and goes on from the
+last whole checkpoint. Compared are the weights, every logged number but times, the held-out reward, and the table of samples.
+Exit status 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+PROMPTS = [{"prompt": f"w{i} w{i + 1}"} for i in range(0, 20, 2)]
+
+
+def share_of_even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def train(folder: Path, steps: int, method: str) -> None:
+    """The run, from its last checkpoint on if it has one; a line on stdout for every step."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from xpo_fast.rl import RLTrainer, last_checkpoint
+    from xpo_fast.rl_config import RLConfig
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    ids = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(94))])}
+    raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=97, initializer_range=0.3, attention_dropout=0.1, **SMALL)
+    model = transformers.LlamaForCausalLM(config)
+
+    class Say(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            print("step", state.global_step, flush=True)
+
+    options: dict[str, Any] = {"kl_coef": 0.05, "kl_target": 0.5, "kl_horizon": 100, "ref_mixin": 0.1}
+    trainer = RLTrainer(
+        model,
+        share_of_even,
+        RLConfig(
+            str(folder),
+            method=method,
+            num_generations=4,
+            prompts_per_rollout=4,
+            epochs_per_rollout=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_new_tokens=6,
+            learning_rate=3e-3,
+            max_steps=steps,
+            save_steps=3,
+            save_total_limit=2,
+            logging_steps=5,
+            use_cpu=True,
+            disable_tqdm=True,
+            **options,
+        ),
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS,
+        processing_class=tokenizer,
+        callbacks=[Say()],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    timeless = [
+        {k: v for k, v in log.items() if "time" not in k and "_per_second" not in k}
+        for log in trainer.state.log_history
+    ]
+    held_out = {k: v for k, v in trainer.evaluate().items() if "time" not in k}
+    digest = hashlib.sha256()
+    for _, x in sorted(model.state_dict().items()):
+        digest.update(x.contiguous().numpy().tobytes())
+    # Of the whole run Trainer knows only what it has trained since it was resumed.
+    last = [{k: v for k, v in log.items() if k not in ("train_loss", "total_flos")} for log in timeless]
+    samples = hashlib.sha256((folder / "samples.jsonl").read_bytes()).hexdigest()
+    result = {"weights": digest.hexdigest(), "held_out": held_out, "log": last, "samples": samples}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def run(
+    folder: Path, steps: int, method: str, kills: int, chance: random.Random
+) -> tuple[dict[str, Any], list[int]]:
+    """The result of a run that is killed so many times, and after which steps that was."""
+    command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps), "--method", method]
+    killed: list[int] = []
+    targets = sorted(chance.sample(range(1, steps), kills))
+    while True:
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert child.stdout is not None
+        target = targets[len(killed)] if len(killed) < kills else steps + 1
+        for line in child.stdout:
+            if line.startswith("step") and int(line.split()[1]) >= target:
+                time.sleep(chance.uniform(0, 0.3))
+                if child.poll() is None:
+                    child.send_signal(signal.SIGKILL)
+                    killed.append(int(line.split()[1]))
+                break
+        child.stdout.close()
+        status = child.wait()
+        if status == 0:
+            return json.loads((folder / "result.json").read_text()), killed
+        if status != -signal.SIGKILL:
+            raise RuntimeError(f"the run failed with status {status}")
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [name for name in a if a[name] != b[name]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--method", default="ppo")
+    parser.add_argument("--seed", type=int, default=0, help="of when to kill")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        train(args.child, args.steps, args.method)
+        return 0
+    chance = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
+        other = beside.submit(run, Path(folder) / "alone", args.steps, args.method, 0, chance)
+        resumed, killed = run(Path(folder) / "killed", args.steps, args.method, args.kills, chance)
+        alone, _ = other.result()
+    wrong = differences(alone, resumed)
+    print(f"{args.method}, {args.steps} steps, killed after steps {killed}: ", end="")
+    print(f"{', '.join(wrong)} differ" if wrong else "weights, log, held-out reward and samples are the same")
+    if args.json is not None:
+        from measure import environment, write_json
+
+        about = {"method": args.method, "steps": args.steps, "killed_after_steps": killed, "seed": args.seed}
+        write_json(
+            args.json,
+            {**about, "different": wrong, "held_out": resumed["held_out"], "environment": environment()},
+        )
+    return 1 if wrong or len(killed) < args.kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

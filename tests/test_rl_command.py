@@ -1,0 +1,102 @@
+"""`xpo-fast rl`: a run on a tiny model, going on with it, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from test_trainer import PEFT_WARNING, make_model, make_tokenizer
+from xpo_fast import models, rl_command
+from xpo_fast.rewards import RewardError
+
+pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
+
+REWARD = """
+def share(completion_ids, wanted, **_):
+    return [sum(i % 2 == w for i in ids) / len(ids) for ids, w in zip(completion_ids, wanted)]
+
+def brevity(completion_ids):
+    return [-len(ids) for ids in completion_ids]
+
+def absent(completion_ids, answer):
+    return [0.0 for _ in completion_ids]
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model, prompts and reward functions."""
+    home = tmp_path_factory.mktemp("home")
+    make_model().save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
+    rows = [{"prompt": f"w{i} w{i + 1}", "wanted": 0} for i in range(10)]
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "reward.py").write_text(REWARD)
+    return home
+
+
+def run(home, output, *options, reward="share") -> int:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    rl_command.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args([
+        "rl", "--data", str(home / "prompts.jsonl"), "--model", str(home / "model"), "--output-dir", str(output), "--cpu",
+        *(["--reward", f"{home / 'reward.py'}:{reward}"] if reward else []), "--batch-size", "8", "--num-generations", "4",
+        "--max-new-tokens", "5", "--lora-targets", "q_proj,v_proj", *options,
+    ])  # fmt: skip
+    return args.run(args)
+
+
+def test_a_run_and_going_on_with_it(home, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    options = (
+        "--reward", f"{home / 'reward.py'}:brevity=0.01", "--lr", "0.01", "--eval-split", "2", "--set", "eps=0.1",
+        "--prompts-per-rollout", "4", "--kl-coef", "0.01",
+    )  # fmt: skip
+    assert run(home, out, "--max-steps", "4", *options) == 0
+    text = capsys.readouterr().out
+    assert "1*share, 0.01*brevity" in text and "4 prompts × 4 completions, 2 steps on each" in text
+    assert "grpo(eps=0.1, beta=0.0, entropy_coef=0.0), advantages: group, lr 0.01" in text
+    assert "8 prompts to train on, 2 held out" in text and "adapter, kl_coef 0.01" in text
+    assert "held out: 2 prompts" in text
+    results = json.loads((out / "results.json").read_text())
+    assert {"eval_reward", "eval_rewards/share/mean"} <= results["after"].keys() & results["before"].keys()
+    logs = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert sum("loss" in log for log in logs) == 4
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 32
+
+    assert run(home, other, "--max-steps", "3", "--save-steps", "3", *options) == 0
+    with pytest.raises(ValueError, match="--resume goes on with it"):
+        run(home, other, "--max-steps", "4", *options)
+    assert run(home, other, "--max-steps", "4", "--resume", *options) == 0
+    resumed = json.loads((other / "results.json").read_text())
+    assert resumed["after"]["eval_reward"] == results["after"]["eval_reward"]
+    weights = [models.load_model(str(x))[0].state_dict() for x in (out, other)]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+def test_every_weight_with_a_critic(home, tmp_path):
+    out = tmp_path / "out"
+    assert run(home, out, "--full", "--method", "ppo", "--max-steps", "2", "--epochs-per-rollout", "2") == 0
+    assert (out / "value_head.safetensors").is_file()
+    model, _ = models.load_model(str(out))  # a plain causal LM
+    assert not any("value_head" in name for name in model.state_dict())
+
+
+def test_mistakes(home, tmp_path):
+    out = tmp_path / "out"
+    for options, said in (
+        ((), "nothing rewards a completion"),
+        (("--reward", "nowhere.py:f"), "no file 'nowhere.py'"),
+        (("--reward", f"{home / 'reward.py'}:none"), "there are absent, brevity, share"),
+        (("--reward", f"{home / 'reward.py'}:share=much"), "expected NAME=WEIGHT with a number"),
+        (("--reward", f"{home / 'reward.py'}:share", "--method", "dpo"), "dpo does not learn from scored completions"),
+        (("--reward", f"{home / 'reward.py'}:share", "--server", "http://x", "--full"), "--server needs --lora"),
+        (("--reward", f"{home / 'reward.py'}:share", "--eval-split", "10"), "leaves none to train on"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            run(home, out, *options, reward=None)
+    with pytest.raises(RewardError, match=r"'absent' needs answer, which the data have not: .*wanted"):
+        run(home, out, "--max-steps", "1", reward="absent")

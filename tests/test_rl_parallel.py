@@ -1,0 +1,102 @@
+"""Online RL on several processes: the same run as on one, where the samples are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import socket
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from test_rl import NEW, assert_same_gradients, make_tokenizer, make_trainer, step
+from xpo_fast.rollout import Samples
+
+
+class Fixed:
+    """A rollout whose completions follow from the prompt and the copy alone, however prompts are shared out."""
+
+    def update(self, model) -> None:
+        pass
+
+    def generate(self, prompts, n=1, *, sampling, seed):
+        tokenizer = make_tokenizer()
+        rows = [(p, random.Random(f"{p}/{k}")) for p in prompts for k in range(n)]
+        ids = [[r.randrange(3, 90) for _ in range(r.randrange(1, NEW + 1))] for _, r in rows]
+        return Samples(
+            [p for p, _ in rows], [tokenizer(p)["input_ids"] for p, _ in rows], ids, tokenizer.batch_decode(ids),
+            ["stop"] * len(rows),
+        )  # fmt: skip
+
+
+ON_TWO_RANKS = {
+    "grpo": {},
+    "ppo": {"kl_coef": 0.1, "epochs_per_rollout": 2},
+    "bnpo": {},
+}
+
+
+def fixed_run(folder: Path, method: str, ranks: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // ranks}
+    trainer = make_trainer(
+        folder,
+        with_holes_by_id,
+        method=method,
+        prompts_per_rollout=4,
+        max_steps=2,
+        **cut,
+        **ON_TWO_RANKS[method],
+    )
+    trainer.rollout = Fixed()
+    _, gradients = step(trainer)
+    logs = [{k: v for k, v in log.items() if "time" not in k} for log in trainer.state.log_history[:2]]
+    return logs, gradients
+
+
+def with_holes_by_id(completion_ids, **_):
+    return [
+        math.nan if ids[0] % 5 == 0 else sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids
+    ]
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        results = {m: fixed_run(Path(folder) / m, m, 2) for m in ON_TWO_RANKS}
+        if rank == 0:
+            torch.save(results, Path(folder) / "results.pt")
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Rollouts shared out, advantages of all rows together, and denominators of the whole step."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with contextlib.suppress(
+        mp.ProcessExitedException, mp.ProcessRaisedException
+    ):  # what it was is in a file
+        mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)
+    errors = [path.read_text() for path in tmp_path.glob("error*")]
+    assert not errors, "\n".join(errors)
+    found = torch.load(tmp_path / "results.pt")
+    for method, (logs, gradients) in found.items():
+        want_logs, want = fixed_run(tmp_path / f"one-{method}", method, 1)
+        gradients = {n.removeprefix("module."): g for n, g in gradients.items()}
+        assert_same_gradients(want, gradients, rtol=1e-5)
+        assert want_logs[0]["unrewarded"] > 0
+        for a, b in zip(want_logs, logs, strict=True):
+            for name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (method, name)

@@ -1,0 +1,269 @@
+"""`xpo-fast recipe`: run a recipe of recipes.py, or show the table of them."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .models import SMOLLM2
+from .recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, table
+
+if TYPE_CHECKING:
+    from .judge import Judge
+
+JUDGE_SPECS = (
+    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), llm (that "
+    "of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a reward "
+    "function; may be repeated, the sum counts)"
+)
+
+
+# fmt: off
+def add_parser(commands: Any) -> None:
+    from .cli import _Help, _setting, _share
+
+    parser = commands.add_parser(
+        "recipe", help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
+        formatter_class=_Help, allow_abbrev=False,
+        description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs are "
+        "kept in --output-dir, and a run that was stopped goes on with --resume.",
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="a recipe that --list shows")
+    add("--list", action="store_true", help="show the recipes as a table; with NAME, that one in full")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="FILE", help="rows with a prompt, text or messages; chosen and rejected, or other columns, where "
+        "the recipe or the judge wants them")
+    add("--split", default="train", help="split of a data set that has several")
+    add("--held-out", metavar="SHARE", type=_share, default=0.0,
+        help="prompts of --data that the stopping rule is held against: a count, or a share below 1; the last ones. "
+        "0: no stopping rule, every iteration is run")
+    add("--held-out-data", metavar="FILE", help="the same from a file of its own")
+    add("--max-length", metavar="TOKENS", type=int, default=1024, help="longest prompt and completion of the data's own rows")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--judge", metavar="SPEC", action="append", default=[], help=JUDGE_SPECS)
+    add("--held-out-judge", metavar="SPEC", action="append", default=[],
+        help="another judge for the held-out prompts (default: --judge; where the policy judges itself, the model at the start)")
+    add("--judge-tokenizer", metavar="NAME", help="folder or name of the tokenizer of the model behind server:")
+    add("--set", metavar="NAME=VALUE", action="append", default=[], type=_setting,
+        help="change the recipe: iterations, draws.n, draws.temperature, select.beta, method.beta, reference, …; "
+        "may be repeated")
+    add("--patience", metavar="N", type=int, default=1, help="stop after so many iterations that are no better held out")
+    add("--min-gain", metavar="X", type=float, default=0.0, help="better means by more than this")
+    add("--z", metavar="Z", type=float, default=0.0, help="and by so many standard errors of the paired difference")
+    add("--generation-batch-size", metavar="N", type=int, default=64, help="completions sampled at a time")
+    add("--max-new-tokens", metavar="N", type=int, default=256, help="longest completion")
+    add("--stop", metavar="TEXT", action="append", default=[], help="a text that ends a completion; may be repeated")
+
+    add = parser.add_argument_group("model and optimisation").add_argument
+    add("--model", default=SMOLLM2, help=f"{SMOLLM2}, a folder, or a name on the Hugging Face hub")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32",
+        help="of the weights; each iteration's adapter is merged into them, and a half would round much of it away")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
+    add("--full", action="store_true", help="train every weight, not an adapter")
+    add("--lora-rank", metavar="R", type=int, default=16, help="rank of the adapter")
+    add("--lora-alpha", metavar="A", type=float, help="scale of the adapter (default: twice the rank)")
+    add("--lora-dropout", metavar="P", type=float, default=0.0, help="dropout of the adapter")
+    add("--lora-targets", metavar="NAMES", default="all-linear", help="comma-separated modules that get an adapter")
+    add("--lr", metavar="RATE", type=float, help="learning rate (default: 5e-5 with an adapter, 1e-6 with --full)")
+    add("--epochs", metavar="N", type=float, default=1.0, help="passes over an iteration's data")
+    add("--max-steps", metavar="N", type=int, default=-1, help="stop an iteration after so many steps; -1: --epochs")
+    add("--batch-size", metavar="N", type=int, default=8, help="pairs or rows at a time")
+    add("--grad-accum", metavar="N", type=int, default=1, help="batches that make one step")
+    add("--train", metavar="NAME=VALUE", action="append", default=[], type=_setting,
+        help="any other argument of the trainer (XPOConfig, RLConfig), for example --train warmup_steps=10")
+    add("--seed", metavar="N", type=int, default=42, help="of samples, selection, adapter and order")
+    add("--cpu", action="store_true", help="use the CPU although there is an accelerator")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", metavar="DIR", help="for everything (default: xpo-fast-NAME)")
+    add("--resume", action="store_true", help="go on with the run in --output-dir")
+    add("--overwrite", action="store_true", help="start anew although --output-dir has a run; it is deleted")
+    add("--keep-models", action="store_true", help="keep every iteration's model, not only the best and the last")
+    add("--save-steps", metavar="N", type=int, default=100, help="write a checkpoint every so many steps")
+    add("--debug", action="store_true", help="show the traceback of an error")
+# fmt: on
+
+
+def run(args: argparse.Namespace) -> int:
+    from .cli import UsageError
+
+    if args.list:
+        print(_card(args.name) if args.name else table())
+        return 0
+    if args.name is None:
+        raise UsageError("which recipe? `xpo-fast recipe --list` shows them")
+    recipe = override(get_recipe(args.name), dict(args.set))
+    if args.data is None:
+        raise UsageError("--data is needed: rows with a prompt")
+    output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
+    _begin(output, args.resume, args.overwrite)
+    if recipe.judge == "self" and args.judge:
+        raise UsageError(
+            f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge"
+        )
+
+    from transformers import logging as transformers_logging
+
+    from . import recipe_loop
+    from .models import load_model
+    from .rollout import GenerateRollout, Sampling
+
+    transformers_logging.set_verbosity_error()
+    if not args.debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about one another
+    transformers_logging.disable_progress_bar()
+    rows = recipe_loop.load_prompts(args.data, args.split)
+    rows, held_out = _held_out(args, rows)
+    options = {"trust_remote_code": True} if args.trust_remote_code else {}
+    lr = args.lr or (1e-6 if args.full else 5e-5)
+    outcome = recipe_loop.run(
+        recipe,
+        recipe_loop.Setup(
+            model=args.model,
+            rows=rows,
+            output=output,
+            judge=_judge(args, args.judge),
+            held_out=held_out,
+            held_out_judge=_judge(args, args.held_out_judge),
+            stopping=StoppingRule(args.patience, args.min_gain, args.z),
+            sampling=Sampling(max_new_tokens=args.max_new_tokens, stop=tuple(args.stop)),
+            training=dict(args.train)
+            | {
+                "learning_rate": lr,
+                "num_train_epochs": args.epochs,
+                "max_steps": args.max_steps,
+                "per_device_train_batch_size": args.batch_size,
+                "per_device_eval_batch_size": args.batch_size,
+                "gradient_accumulation_steps": args.grad_accum,
+                "max_length": args.max_length,
+                "save_steps": args.save_steps,
+                "generation_batch_size": args.generation_batch_size,
+                "use_cpu": args.cpu,
+            },
+            peft_config=None if args.full else _lora(args),
+            rollout=lambda model, tokenizer: GenerateRollout(
+                model, tokenizer, batch_size=args.generation_batch_size
+            ),
+            load=lambda name: load_model(name, dtype=args.dtype, **options),
+            seed=args.seed,
+            keep_models=args.keep_models,
+            notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
+            say=_say,
+        ),
+    )
+    for i, score in enumerate(outcome.history):
+        _say(f"held-out score {'at the start' if i == 0 else f'after iteration {i}'}: {score:.4f}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _card(name: str) -> str:
+    recipe = get_recipe(name)
+    generate, judge, select, method, reference = recipe.cells()
+    given = ", ".join(f"{k}={v}" for k, v in recipe.select_args.items())
+    lines = {
+        "recipe": f"{name}: {recipe.about}",
+        "source": recipe.paper,
+        "generate": generate,
+        "judge": JUDGES.get(judge, JUDGES["none"]),
+        "select": select + (f" ({given})" if given else ""),
+        "method": method,
+        "reference": REFERENCES.get(reference, REFERENCES["none"]),
+        "iterations": str(recipe.iterations),
+    }
+    return "\n".join(f"{k:<11} {v}" for k, v in lines.items())
+
+
+def _begin(output: Path, resume: bool, overwrite: bool) -> None:
+    from .cli import UsageError
+
+    there = any(output.glob("**/run.json"))
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
+    if resume and not there:
+        raise UsageError(f"--resume: no run in {output}")
+    if overwrite and there:
+        shutil.rmtree(output)
+    elif there and not resume:
+        raise UsageError(
+            f"{output} has an earlier run: --resume goes on with it, --overwrite starts anew, --output-dir names "
+            "another place"
+        )
+    elif not there and output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty and holds no run of a recipe: name another --output-dir")
+
+
+def _held_out(args: argparse.Namespace, rows: list[Any]) -> tuple[list[Any], list[Any]]:
+    from .cli import UsageError
+    from .recipe_loop import load_prompts
+
+    if args.held_out_data:
+        return rows, load_prompts(args.held_out_data, args.split)
+    count = round(args.held_out * len(rows)) if args.held_out < 1 else int(args.held_out)
+    if count >= len(rows):
+        raise UsageError(f"--held-out {args.held_out:g} of {len(rows)} rows leaves none to train on")
+    return rows[: len(rows) - count], rows[len(rows) - count :]
+
+
+def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
+    """The judge that specs (`JUDGE_SPECS`) name; None for none."""
+    from .cli import UsageError
+    from .judge import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
+
+    if not specs:
+        return None
+    kind, _, rest = specs[0].partition(":")
+    if kind == "function":
+        from .rewards import load_reward
+
+        others = [spec for spec in specs if not spec.startswith("function:")]
+        if others:
+            raise UsageError(f"functions do not go together with another judge, {others[0]}")
+        return FunctionJudge([load_reward(spec.partition(":")[2]) for spec in specs])
+    if len(specs) > 1:
+        raise UsageError(f"one judge, or several functions; got {', '.join(specs)}")
+    if kind == "reward" and rest:
+        from .reward_model import RewardModel
+
+        model = RewardModel.load(rest)
+        _place(args, model.model)
+        return RewardJudge(model)
+    if kind == "llm":
+        from .models import load_model
+
+        model, tokenizer = load_model(rest or args.model, dtype="auto" if rest else args.dtype)
+        return LLMJudge(TokenChoice(_place(args, model), tokenizer))
+    if kind == "server" and rest:
+        from transformers import AutoTokenizer
+
+        from .rollout import ServerRollout
+
+        if not args.judge_tokenizer:
+            raise UsageError("server: needs --judge-tokenizer, that of the model behind it")
+        tokenizer = AutoTokenizer.from_pretrained(args.judge_tokenizer)
+        chat = bool(tokenizer.chat_template)
+        return LLMJudge(SampledChoice(ServerRollout(rest, tokenizer), chat=chat))
+    raise UsageError(f"--judge {specs[0]}: expected {JUDGE_SPECS}")
+
+
+def _place(args: argparse.Namespace, model: Any) -> Any:
+    import torch
+
+    device = "cpu" if args.cpu else torch.accelerator.current_accelerator() or "cpu"
+    return model.to(device)
+
+
+def _lora(args: argparse.Namespace) -> Any:
+    from .cli import _lora as lora
+
+    return lora(args)

@@ -1,0 +1,251 @@
+"""RLConfig: what is asked about online RL, and what of it goes together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .experience import ADVANTAGES, OF_GROUPS
+from .methods import METHODS
+from .methods.math import k1, k2, k3
+from .objective import Objective
+from .terms import parse_terms
+from .trainer import MethodConfig
+
+SAMPLES_FILE = "samples.jsonl"
+_PPO = ("ppo", "ppo_penalty", "ppo_ptx")
+# What the authors of a method subtract from its rewards and divide them by; of the others: "group".
+_ADVANTAGE = {
+    **dict.fromkeys(_PPO, "gae"),
+    "dr_grpo": "group_mean",
+    "rloo": "leave_one_out",
+    "reinforce": "batch_mean",
+    "nash_md": "reward",
+}
+KL = {"k1": k1, "k2": k2, "k3": k3}
+_PPO_KL = 0.05
+_CISPO_CAP = 5.0  # ScaleRL (arXiv 2510.13786)
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass
+class RLConfig(MethodConfig):
+    """What is asked about training on the policy's own completions.
+
+    per_device_train_batch_size is in completions. A rollout has prompts_per_rollout × num_generations of them, on all
+    processes together; epochs_per_rollout passes over them are cut into steps of per_device_train_batch_size ×
+    gradient_accumulation_steps × processes. num_train_epochs counts passes over the prompts.
+
+    Log-probs are of softmax(z / temperature) over the whole vocabulary, in the ratio, in every divergence and in the loss;
+    what top_p and top_k cut off when sampling is not corrected for, unless off_policy= says so. They are measured without
+    dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first step.
+    """
+
+    method: str = field(default="grpo", metadata={"help": "A policy method of xpo_fast.METHODS, or a sum."})
+    num_generations: int = field(default=8, metadata={"help": "Completions of a prompt."})
+    prompts_per_rollout: int | None = field(
+        default=None, metadata={"help": "Prompts of a rollout. None: what one step trains on."}
+    )
+    epochs_per_rollout: int = field(default=1, metadata={"help": "Passes over the completions of a rollout."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-prob."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from so much of the distribution; log-probs are of all of it."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Sample from so many tokens; likewise."})
+    stop: tuple[str, ...] = field(default=(), metadata={"help": "Texts that end a completion."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Completions sampled at a time."})
+    max_draws: int = field(
+        default=1,
+        metadata={
+            "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
+            "are drawn in their place, at most so many times a rollout. 1: no."
+        },
+    )
+    overlong: str = field(
+        default="keep",
+        metadata={
+            "help": "Truncated completions: keep, mask (they are in the group's mean, not in the loss), or penalty "
+            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before; DAPO)."
+        },
+    )
+    overlong_buffer: int = field(default=64, metadata={"help": "Tokens over which the penalty rises."})
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the reward of a truncated completion."}
+    )
+    advantage: str = field(
+        default="auto", metadata={"help": f"auto (the method's own), {', '.join(ADVANTAGES)}."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Of gae: mean 0, variance 1 in a rollout."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of gae."})
+    lam: float = field(default=0.95, metadata={"help": "λ of gae."})
+    vf_coef: float = field(
+        default=0.1, metadata={"help": "What the critic's loss is multiplied by, with gae."}
+    )
+    value_clip: float = field(
+        default=0.2, metadata={"help": "A value's clipping range around its old value."}
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "The reference policy: adapter (switched off), copy, none, or auto: what is needed."
+        },
+    )
+    ref_mixin: float = field(
+        default=0.0,
+        metadata={"help": "After every rollout: reference ← (1 − x)·reference + x·policy. Needs a copy."},
+    )
+    kl_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the divergence from the reference is multiplied by before it is taken off the reward. "
+            f"None: {_PPO_KL} for the ppo family, else 0. In the loss it is the method's beta."
+        },
+    )
+    kl_estimator: str = field(default="k1", metadata={"help": "Of the divergence in the reward: k1, k2, k3."})
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adaptive KL: kl_coef (or the method's beta) is raised above so many nats a completion and "
+            "lowered below; for ppo_penalty, nats a token from the sampling policy."
+        },
+    )
+    kl_horizon: int = field(
+        default=10_000,
+        metadata={
+            "help": "A rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/kl_horizon."
+        },
+    )
+    off_policy: str = field(
+        default="auto",
+        metadata={
+            "help": "Truncated importance weights, policy over sampler: none, token, sequence, or auto: by what the "
+            "method's ratio is of, where another program samples, at temperature 1, and says its log-probs."
+        },
+    )
+    off_policy_cap: float = field(default=2.0, metadata={"help": "Where these weights are truncated."})
+    eval_generations: int = field(default=1, metadata={"help": "Completions of a held-out prompt."})
+    log_samples: bool = field(default=True, metadata={"help": f"Write every completion into {SAMPLES_FILE}."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one = (
+            *(
+                "num_generations",
+                "epochs_per_rollout",
+                "generation_batch_size",
+                "max_draws",
+                "overlong_buffer",
+            ),
+            *("kl_horizon", "eval_generations"),
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.prompts_per_rollout is not None and self.prompts_per_rollout < 1:
+            raise ValueError(
+                f"prompts_per_rollout must be at least 1 or None, got {self.prompts_per_rollout}"
+            )
+        for name in ("temperature", "off_policy_cap"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("vf_coef", "missing_eos_penalty", "kl_coef"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.ref_mixin <= 1:
+            raise ValueError(f"ref_mixin must be in [0, 1], got {self.ref_mixin}")
+        if self.kl_target is not None and not self.kl_target > 0:
+            raise ValueError(f"kl_target must be positive or None, got {self.kl_target}")
+        _choice("advantage", self.advantage, ("auto", *ADVANTAGES))
+        _choice("overlong", self.overlong, ("keep", "mask", "penalty"))
+        _choice("kl_estimator", self.kl_estimator, tuple(KL))
+        _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
+        _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
+        self.stop = tuple(self.stop)
+        self.objective()
+
+    @property
+    def minibatches(self) -> int:
+        """Steps of one pass over a rollout."""
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        rows = self.prompts * self.num_generations
+        if rows % step:
+            raise ValueError(
+                f"a rollout of {self.prompts} prompts × {self.num_generations} completions is not cut into whole steps "
+                f"of {step}: make prompts_per_rollout × num_generations a multiple of per_device_train_batch_size × "
+                "gradient_accumulation_steps × processes"
+            )
+        return rows // step
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of a rollout."""
+        if self.prompts_per_rollout is not None:
+            return self.prompts_per_rollout
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if step % self.num_generations:
+            raise ValueError(
+                f"a step of {step} completions has no whole number of prompts with {self.num_generations} each: set "
+                "prompts_per_rollout, or make per_device_train_batch_size × gradient_accumulation_steps × processes a "
+                "multiple of num_generations"
+            )
+        return step // self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.minibatches * self.epochs_per_rollout
+
+    def objective(self, **defaults: Any) -> Objective:
+        """The objective that these arguments describe, checked against what a rollout can give it."""
+        methods = [term.method for term in parse_terms(self.method, None, {})]
+        given = self.method_args or {}
+        for method in methods:
+            if method.layout != "policy" or "token_logp" not in method.inputs:
+                there = sorted(n for n, m in METHODS.items() if "token_logp" in m.inputs)
+                raise ValueError(
+                    f"{method.name} does not learn from scored completions of the policy's own; these do: {', '.join(there)}"
+                )
+            if method.name == "cispo" and not {"cap", "eps"} & set(given):  # type: ignore[arg-type]
+                defaults["cap"] = _CISPO_CAP
+            if method.name == "dr_grpo":
+                defaults["fixed_length"] = self.max_new_tokens
+            if self.steps_per_rollout > 1:
+                if method.name == "rloo":
+                    defaults["variant"] = "clipped"
+                elif "old_logp" not in method.inputs:
+                    raise ValueError(
+                        f"{method.name} is on-policy: one step a rollout, got {self.steps_per_rollout}. Leave out "
+                        "epochs_per_rollout, and let prompts_per_rollout be what one step trains on"
+                    )
+            if method.name == "rloo" and self.estimator == "gae":
+                raise ValueError("rloo takes one advantage a completion, and gae gives one a token")
+        if self.estimator in OF_GROUPS and self.num_generations < 2:
+            raise ValueError(
+                f"advantage {self.estimator!r} compares the completions of a prompt: num_generations must be at least 2, "
+                f"got {self.num_generations}"
+            )
+        objective = super().objective(**defaults)
+        objective.rehearse()
+        return objective
+
+    @property
+    def estimator(self) -> str:
+        """How rewards become advantages, of ADVANTAGES."""
+        if self.advantage != "auto":
+            return self.advantage
+        return _ADVANTAGE.get(parse_terms(self.method, None, {})[0].method.name, "group")
+
+    @property
+    def reward_kl(self) -> float:
+        """What the divergence in the reward begins to be multiplied by."""
+        if self.kl_coef is not None:
+            return self.kl_coef
+        return _PPO_KL if parse_terms(self.method, None, {})[0].method.name in _PPO else 0.0
