@@ -27,6 +27,7 @@ from xpo_fast.demo_data import PAIRS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo")
+ONLINE = ("verifiable_reward",)  # stories of online learning, a little longer
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> ' }}{% endfor %}"
 
 pytestmark = [
@@ -107,7 +108,8 @@ def falls(losses):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_short(name):
-    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
+    most = 100 if name in ONLINE else 60
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < most
     assert f"[{name}.py]({name}.py)" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
@@ -116,6 +118,7 @@ def test_as_a_script(name, model, tokenizer, monkeypatch, capsys):
     if name == "trl_trainer":
         pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_fast[bench]")
     monkeypatch.setattr("xpo_fast.models.load_model", lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr("sys.argv", [name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever peers have to say on import
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
@@ -211,3 +214,30 @@ def test_openrlhf_actor(model, tokenizer):
         assert_close(found[row].double(), expected, rtol=1e-5, atol=1e-5)
     losses = module.main(model, tokenizer, samples=3, epochs=3, tokens=8)
     assert falls(losses)
+
+
+def test_verifiable_reward():
+    sums = example("verifiable_reward")
+    said = ["[7]", " [ 7 ]\n", "[8]", "7", "[7] sheep", "[]"]
+    completions = [[{"role": "assistant", "content": text}] for text in said]
+    rewards = sums.correct(completions, [7] * 6)
+    assert rewards == [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]
+    control = sums.shuffled()
+    dealt = [control(completions, [7] * 6) for _ in range(3)]
+    assert all(sorted(some) == sorted(rewards) for some in dealt)
+    assert len({tuple(some) for some in dealt}) > 1
+    for row in sums.sums(100, 0):
+        a, b = map(int, row["prompt"][-1]["content"].split(" + "))
+        assert row["answer"] == a + b
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "rloo"])
+def test_verifiable_reward_runs(method, control, model, tokenizer):
+    sums, called = example("verifiable_reward"), []
+    known = sums.correct
+    sums.correct = lambda completions, answer, **_: called.append(answer) or known(completions, answer)
+    found = sums.main(model, tokenizer, method, control=control, steps=2)
+    assert len(found["log"]) == 2 and {"before", "after"} <= found.keys()
+    assert called[0] == called[-1] == [row["answer"] for row in sums.sums(64, -1)]
+    assert all(entry["grad_norm"] < math.inf for entry in found["log"])
