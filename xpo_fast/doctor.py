@@ -20,9 +20,9 @@ from .models import SMOLLM2, cache_dir, smollm2_gguf
 
 # What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
 EXTRAS = {
-    "train": ("transformers", "accelerate", "peft", "datasets"),
+    "train": ("transformers", "accelerate", "peft", "datasets", "matplotlib"),
     "demo": ("gguf",),
-    "bench": ("trl", "liger_kernel", "matplotlib"),
+    "bench": ("trl", "liger_kernel"),
 }
 
 

@@ -301,7 +301,7 @@ def _distributions(axis: Any, chosen: np.ndarray, rejected: np.ndarray, label: s
 
 
 def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
-    require("matplotlib", "bench")
+    require("matplotlib", "train")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
