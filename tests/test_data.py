@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpo_fast.data import COMPLETIONS, Collator, DataError, encode, load, require
+from xpo_fast.data import COMPLETIONS, Collator, DataError, encode, load, load_prompts, require
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -1115,6 +1115,46 @@ def test_a_completion_of_a_list_without_a_token_is_named():
     bare = "{% for m in messages %}{{ m.content }} {% endfor %}"
     with pytest.raises(DataError, match=r"^rows\[1\]: completions\[1\] has no token"):
         encoded([{**row, "completions": ["cat", "dog"]}, row], tokenizer(bare), "list")
+
+
+# --- prompts alone --------------------------------------------------------------------------------
+
+
+def test_prompts_come_in_every_form():
+    pair = {"chosen": "w1 w2 w3", "rejected": "w1 w2 w4", "answer": 5}
+    talk = [{"role": "user", "content": "w1"}]
+    (row,) = load_prompts([pair])
+    assert row == {"prompt": "w1 w2", "chosen": " w3", "rejected": " w4", "answer": 5, "where": "rows[0]"}
+    assert load_prompts([{"prompt": talk, "answer": None}]) == [
+        {"prompt": talk, "answer": None, "where": "rows[0]"}
+    ]
+    (row,) = load_prompts([{"prompt": "w1", "completion": " w2"}])
+    assert row == {"prompt": "w1", "completion": " w2", "chosen": " w2", "where": "rows[0]"}
+    for bad, message in (
+        ({"prompt": " "}, r"rows\[0\]: prompt missing or empty"),
+        ({"question": "w1"}, "prompt missing or empty; .*; got question"),
+        ({"prompt": []}, "missing or empty"),
+        ({"prompt": [1]}, "must hold messages"),
+        (3, "an object"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_prompts([bad])
+    with pytest.raises(DataError, match=r"rows\[1\]: this row is a conversation where rows\[0\] is text"):
+        load_prompts([{"prompt": "w1"}, {"prompt": talk}])
+    with pytest.raises(DataError, match="no rows"):
+        load_prompts([])
+
+
+def test_prompts_with_columns_for_functions(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "w1", "answer": 1}\n{"prompt": "w2"}\n')
+    assert [row.get("answer") for row in load_prompts(file)] == [1, None]
+    with pytest.raises(
+        DataError, match=r"prompts\.jsonl:2: answer missing or null, which prompts\.jsonl:1 has"
+    ):
+        load_prompts(file, alike=True)
+    file.write_text('{"prompt": "w1", "answer": 1}\n{"prompt": "w2", "answer": null}\n')
+    assert [row["answer"] for row in load_prompts(file, alike=True)] == [1, None]
 
 
 # --- collate --------------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ import torch
 
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
-from xpo_fast.data import DataError
 from xpo_fast.experience import advantages
 from xpo_fast.judge import Judge
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl import RLTrainer, last_checkpoint, load_prompts, win_rate
+from xpo_fast.rl import RLTrainer, last_checkpoint, win_rate
 from xpo_fast.rl_config import RLConfig
 from xpo_fast.rollout import GenerateRollout
 
@@ -492,16 +491,3 @@ def test_advantages():
 def test_arguments_that_do_not_go_together(tmp_path, args, said):
     with pytest.raises(ValueError, match=said):
         make_trainer(tmp_path, **args)
-
-
-def test_prompts(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "w1", "answer": 1}\n{"prompt": "w2", "answer": 2}\n')
-    assert load_prompts(str(file)) == [{"prompt": "w1", "answer": 1}, {"prompt": "w2", "answer": 2}]
-    file.write_text('{"prompt": "w1", "answer": 1}\n{"prompt": "w2"}\n')
-    with pytest.raises(DataError, match=r"prompts\.jsonl:2: expected a row like the first"):
-        load_prompts(str(file))
-    with pytest.raises(DataError, match=r"expected a prompt, .* got None; the row has question"):
-        load_prompts([{"question": "w1"}])
-    with pytest.raises(DataError, match="no rows"):
-        load_prompts([])

@@ -49,6 +49,7 @@ from .data_rows import (
     filled,
     grouped,
     notes_of,
+    shape_prompt,
     shape_row,
 )
 
@@ -65,8 +66,15 @@ __all__ = [
     "DataError",
     "check_columns",
     "encode",
+    "encode_rows",
     "load",
+    "load_prompts",
+    "opening",
+    "read",
+    "render",
     "require",
+    "split_ids",
+    "tokenize",
     "with_column",
 ]
 
@@ -121,7 +129,7 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
     datasets = require("datasets", "train")
     rows: list[dict[str, Any]] = []
     notes: Counter[str] = Counter()
-    for where, row in _read(source, split):
+    for where, row in read(source, split):
         for shaped in shape_row(row, kind, where):
             rows.append(shaped)
             check_alike(shaped, rows[0])
@@ -133,6 +141,21 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def load_prompts(source: Any, split: str = "train", *, alike: bool = False) -> list[dict[str, Any]]:
+    """Rows with a prompt, text or messages, a `where`, and whatever else the data have; what `load` reads, and prompts alone.
+
+    Of rows with chosen and rejected, or chosen or completion, these and the prompt are brought into the form that `load`
+    gives. alike: every row must have the columns of the first, as functions need that are called with columns.
+    """
+    rows: list[dict[str, Any]] = []
+    for where, raw in read(source, split):
+        rows.append(shape_prompt(raw, where))
+        check_alike(*(r if alike else {n: r[n] for n in ("prompt", "where")} for r in (rows[-1], rows[0])))
+    if not rows:
+        raise DataError(f"{_name(source)}: no rows; expected a prompt in each row")
+    return rows
+
+
 def _name(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
@@ -140,7 +163,7 @@ def _name(source: Any) -> str:
     return "rows" if isinstance(source, list) else "dataset"
 
 
-def _read(source: Any, split: str) -> Iterator[tuple[str, Any]]:
+def read(source: Any, split: str) -> Iterator[tuple[str, Any]]:
     """(where, row) of every row, as it stands in the source."""
     datasets = require("datasets", "train")
     if isinstance(source, (str, os.PathLike)):
@@ -297,7 +320,7 @@ def encode(
             "each prompt beside the completion of another row; add rows"
         )
     encoded = dataset.map(
-        _encode_rows,
+        encode_rows,
         batched=True,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
@@ -305,7 +328,7 @@ def encode(
         fn_kwargs={
             "tokenizer": tokenizer,
             "kind": kind,
-            "opening": _opening(tokenizer, first["prompt"]),
+            "opening": opening(tokenizer, first["prompt"]),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
         },
@@ -317,22 +340,22 @@ def encode(
     return encoded
 
 
-def _opening(tokenizer: Any, prompt: str | list) -> list[int]:
+def opening(tokenizer: Any, prompt: str | list) -> list[int]:
     """The ids a tokenizer puts before a text (BOS, most often). A chat template writes them itself."""
     if not isinstance(prompt, str):
         return []
-    bare = _tokenize(tokenizer, [prompt])[0]
+    bare = tokenize(tokenizer, [prompt])[0]
     special = tokenizer(prompt, verbose=False)["input_ids"]
     starts = range(len(special) - len(bare) + 1)
     return special[: next((i for i in starts if special[i : i + len(bare)] == bare), 0)]
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: texts beyond the model's length are no cause for a warning, they are cut afterwards.
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _encode_rows(
+def encode_rows(
     batch: dict[str, list],
     tokenizer: Any,
     kind: str,
@@ -342,11 +365,11 @@ def _encode_rows(
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     named = [completions_of(row, kind) for row in rows]
-    texts = [_render(tokenizer, row["prompt"], [*by.values()], row["where"]) for row, by in zip(rows, named)]
-    ids = iter(_tokenize(tokenizer, [text for group in texts for text in group]))
+    texts = [render(tokenizer, row["prompt"], [*by.values()], row["where"]) for row, by in zip(rows, named)]
+    ids = iter(tokenize(tokenizer, [text for group in texts for text in group]))
     encoded = []
     for row, names, group in zip(rows, named, texts):
-        prompt, completions, parted = _split_ids(tokenizer, group, [next(ids) for _ in group])
+        prompt, completions, parted = split_ids(tokenizer, group, [next(ids) for _ in group])
         if isinstance(row["prompt"], str):
             if prompt[: len(opening)] != opening:
                 prompt = opening + prompt
@@ -373,7 +396,7 @@ def _encode_rows(
     return {name: [row[name] for row in encoded] for name in encoded[0]}
 
 
-def _render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> list[str]:
+def render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> list[str]:
     """The text of the prompt, then of the prompt with each completion."""
     if isinstance(prompt, str):
         return [prompt, *(prompt + completion for completion in completions)]
@@ -392,7 +415,7 @@ def _render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> 
         ) from error
 
 
-def _split_ids(
+def split_ids(
     tokenizer: Any, texts: list[str], ids: list[list[int]]
 ) -> tuple[list[int], list[list[int]], bool]:
     """Prompt ids, completion ids, and whether the prompt's end had to go (it is no prefix of the whole)."""
@@ -404,7 +427,7 @@ def _split_ids(
             completions.append(whole[len(prompt) :])
         elif text.startswith(prompt_text):
             # A token spans the boundary: keep the prompt as generation will see it, and start a token there.
-            completions += _tokenize(tokenizer, [text[len(prompt_text) :]])
+            completions += tokenize(tokenizer, [text[len(prompt_text) :]])
         else:
             shared = min(_shared_prefix(prompt, other) for other in wholes)
             return prompt[:shared], [other[shared:] for other in wholes], True

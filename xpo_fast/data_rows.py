@@ -100,6 +100,26 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
 
 
+def shape_prompt(row: Any, where: str) -> dict[str, Any]:
+    """A raw row with its prompt in the one shape, and its chosen and rejected, where it has them; the rest as it is."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with prompt; got {type(row).__name__}")
+    given = {name for name, value in row.items() if value is not None}
+    if given & {"chosen", "completion"}:
+        return row | shape_row(row, "pair" if {"chosen", "rejected"} <= given else "chosen", where)[0]
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        prompt = _messages(prompt, "prompt", "user", where)
+    elif isinstance(prompt, str) and prompt.strip():
+        prompt = _encodable(prompt, "prompt", where)
+    else:
+        raise DataError(
+            f"{where}: prompt missing or empty; expected text or a list of messages; got "
+            f"{', '.join(sorted(given)) or 'no fields'}; rename the fields or drop the row"
+        )
+    return {**row, "prompt": prompt, "where": where}
+
+
 def _without_form(given: dict[str, Any], kind: str, where: str) -> DataError:
     """The error of a row that is of no form of its kind, told by the form it is nearest to."""
     if kind == "pair" and {"completion", "label"} <= given.keys():

@@ -80,30 +80,6 @@ def advantages(
     return torch.where(mask, found, 0.0).flatten()
 
 
-def load_prompts(source: Any, split: str = "train") -> list[dict[str, Any]]:
-    """Rows with a `prompt`, a text or a list of messages, and the columns that reward functions ask for.
-
-    source: what `data.load` reads. Every row has the columns of the first, and its others are dropped with them.
-    """
-    rows: list[dict[str, Any]] = []
-    for where, row in data._read(source, split):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise data.DataError(
-                f"{where}: expected a prompt, a text or a list of messages, got {prompt!r:.80}; the row has "
-                f"{', '.join(row) if isinstance(row, dict) else type(row).__name__}"
-            )
-        if rows and (type(prompt) is not type(rows[0]["prompt"]) or row.keys() != rows[0].keys()):
-            raise data.DataError(
-                f"{where}: expected a row like the first, with a prompt of its kind and {', '.join(rows[0])}; got "
-                f"{type(prompt).__name__} and {', '.join(row)}"
-            )
-        rows.append(dict(row))
-    if not rows:
-        raise data.DataError("no rows; expected rows with a prompt")
-    return rows
-
-
 def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
     """Prompts and what follows them, right-padded: input_ids, attention_mask, targets, (R, T) each.
 

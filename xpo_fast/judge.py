@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .data import _opening, _render, _split_ids
+from . import data
 from .head import token_logps
 from .models import install_fused_loss
 from .reference import evaluating
@@ -217,16 +217,16 @@ class TokenChoice:
 
     def _ids(self, question: Prompt, words: Sequence[str]) -> tuple[list[int], list[int]]:
         """The question's ids, and the first token of every word behind it."""
-        text = _render(self.tokenizer, question, [], "the judge's question")[0]
+        text = data.render(self.tokenizer, question, [], "the judge's question")[0]
         texts = [text, *(f"{text} {word}" if isinstance(question, str) else text + word for word in words)]
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        prompt, completions, _ = _split_ids(self.tokenizer, texts, ids)
+        prompt, completions, _ = data.split_ids(self.tokenizer, texts, ids)
         first = [completion[0] for completion in completions]
         if len(set(first)) < len(words):
             raise ValueError(
                 f"the tokenizer begins some of the answers {', '.join(words)} with the same token: choose others"
             )
-        opening = _opening(self.tokenizer, question)
+        opening = data.opening(self.tokenizer, question)
         return (prompt if prompt[: len(opening)] == opening else opening + prompt), first
 
     def _logps(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:

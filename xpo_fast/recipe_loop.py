@@ -41,7 +41,8 @@ except ImportError as error:
     raise ImportError(f"recipes need more packages: pip install 'xpo-fast[train]' ({error})") from error
 
 from . import data
-from .data_rows import NUMBERS, DataError, check_alike, shape_row
+from .data_rows import NUMBERS, DataError
+from .files import finite, write_atomically, write_json
 from .judge import (
     FunctionJudge,
     Judge,
@@ -54,7 +55,7 @@ from .judge import (
 )
 from .models import load_model, remove_fused_loss
 from .recipes import Recipe, StoppingRule, Train, get_recipe, paired
-from .reference import COLUMNS, _write_atomically
+from .reference import COLUMNS
 from .rollout import Rollout, Sampling
 from .selection import SELECTORS
 from .trainer import XPOConfig, XPOTrainer
@@ -66,7 +67,7 @@ Row = dict[str, Any]
 class Setup:
     """What a recipe is run on and with.
 
-    model: a name or folder for `load`. rows: of `load_prompts`. judge: none for recipes without one, and for those that
+    model: a name or folder for `load`. rows: of `data.load_prompts`. judge: none for recipes without one, and for those that
         have the policy judge itself. held_out: rows that the stopping rule is held against, judged by held_out_judge
         (the judge, if not given; where the policy judges itself, the model at the start of the run).
     sampling: its temperature and top_p are the recipe's own.
@@ -137,42 +138,6 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
     return outcome
 
 
-def load_prompts(source: Any, split: str = "train") -> list[Row]:
-    """Rows with a prompt, text or messages, and whatever else the data have; what `data.load` reads, and prompts alone.
-
-    Of rows with chosen and rejected, or chosen or completion, the prompt is brought into the form that `data.load` gives.
-    """
-    rows: list[Row] = []
-    for where, given in data._read(source, split):
-        if not isinstance(given, dict):
-            raise DataError(f"{where}: expected an object with prompt; got {type(given).__name__}")
-        row = {name: value for name, value in given.items() if value is not None}
-        kind = "pair" if {"chosen", "rejected"} <= row.keys() else "chosen"
-        if kind == "pair" or "chosen" in row or "completion" in row:
-            row |= shape_row(row, kind, where)[0]
-        elif isinstance(row.get("prompt"), str) and row["prompt"].strip():
-            row["where"] = where
-        elif isinstance(row.get("prompt"), list) and row["prompt"]:
-            row |= {"prompt": _messages(row["prompt"], where), "where": where}
-        else:
-            raise DataError(f"{where}: prompt missing or empty; expected text or a list of messages")
-        rows.append(row)
-        check_alike({n: row[n] for n in ("prompt", "where")}, {n: rows[0][n] for n in ("prompt", "where")})
-    if not rows:
-        raise DataError("no rows; expected a prompt in each row")
-    return rows
-
-
-def _messages(prompt: list[Any], where: str) -> list[dict[str, str]]:
-    for message in prompt:
-        known = isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
-        if not known:
-            raise DataError(
-                f'{where}: prompt must hold messages {{"role", "content"}}; got {str(message)[:100]}'
-            )
-    return [{"role": m["role"], "content": m["content"]} for m in prompt]
-
-
 class _Policy:
     """A model by name, loaded when it is first needed."""
 
@@ -208,7 +173,7 @@ class _Policy:
 class _Loop:
     def __init__(self, recipe: Recipe, setup: Setup) -> None:
         self.recipe, self.setup, self.output = recipe, setup, Path(setup.output)
-        lacking = [name for name in recipe.columns if any(name not in row for row in setup.rows)]
+        lacking = [name for name in recipe.columns if any(row.get(name) is None for row in setup.rows)]
         if lacking:
             raise DataError(
                 f"recipe {recipe.name} needs {' and '.join(lacking)} in every row of the data, beside prompt"
@@ -352,7 +317,7 @@ class _Loop:
             [line["completions_ids"] for line in lines],
         )
         tables = group_scores(*asked) if needs == "scores" else group_wins(*asked)
-        return [{needs: _finite(table.tolist())} for table in tables]
+        return [{needs: finite(table.tolist())} for table in tables]
 
     def _select(self, folder: Path, i: int, samples: list[Row], judged: list[Row]) -> list[Row]:
         path = folder / "selected.jsonl"
@@ -406,8 +371,8 @@ class _Loop:
         columns = {name: [row[name] for row in rows] for name in ("prompt", kind)}
         columns["where"] = [f"row {g}" for g in range(len(rows))]
         config = _arguments(XPOConfig, self.output, self.setup.training)
-        encoded = data._encode_rows(
-            columns, tokenizer, kind, data._opening(tokenizer, rows[0]["prompt"]), config.max_length,
+        encoded = data.encode_rows(
+            columns, tokenizer, kind, data.opening(tokenizer, rows[0]["prompt"]), config.max_length,
             config.max_prompt_length,
         )  # fmt: skip
         return [dict(zip(encoded, values)) for values in zip(*encoded.values())]
@@ -441,7 +406,7 @@ class _Loop:
                 scores = judge.compare(prompts, samples.completions, begun, **_columns(rows)).tolist()
             return [
                 {"prompt": p, "completion": c, "score": s}
-                for p, c, s in zip(prompts, samples.completions, _finite(scores), strict=True)
+                for p, c, s in zip(prompts, samples.completions, finite(scores), strict=True)
             ]
 
         start = [] if folder.name == "start" else self._read_blocks(self.output / "start", "held_out")
@@ -494,7 +459,7 @@ class _Loop:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Say(self.setup.say, f"iteration {i + 1}, {train}"))
         trainer.train(resume_from_checkpoint=checkpoint)
-        logs += _finite(trainer.state.log_history)
+        logs += finite(trainer.state.log_history)
 
     def _config(self, kind: Any, folder: Path, train: Train, seed: int, **further: Any) -> Any:
         settings = {**self.setup.training, **further}
@@ -631,7 +596,7 @@ class _Loop:
         self._fit(trainer, i, train, logs, last_checkpoint(config.output_dir))
         samples = folder / "train" / SAMPLES_FILE
         if samples.is_file():
-            _write_atomically(folder / SAMPLES_FILE, samples.read_bytes())
+            write_atomically(folder / SAMPLES_FILE, samples.read_bytes())
         return self._merged(trainer)
 
     # --- models and files -----------------------------------------------------------------------------------------
@@ -711,8 +676,7 @@ class _Loop:
         return [line for path in sorted(folder.glob(f"{name}-*.jsonl")) for line in _read_lines(path)]
 
     def _write(self, path: Path, value: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, (json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(path, value, ensure_ascii=False)
 
 
 def _arguments(kind: Any, folder: Path, settings: Mapping[str, Any]) -> Any:
@@ -776,7 +740,8 @@ def _picked(line: Row, pick: Row) -> Row:
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """The data's columns beside the prompt, for judges that check against an answer."""
-    names = sorted({name for row in rows for name in row} - {"prompt", "where", "prompts", "completions"})
+    given = {name for row in rows for name, value in row.items() if value is not None}
+    names = sorted(given - {"prompt", "where", "prompts", "completions"})
     return {name: [row.get(name) for row in rows] for name in names}
 
 
@@ -807,7 +772,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def _read_lines(path: Path) -> list[Row]:
@@ -821,15 +786,6 @@ def _seed(*parts: Any) -> int:
 
 def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has none of them."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensor(table: list[Any]) -> torch.Tensor:

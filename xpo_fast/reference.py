@@ -11,7 +11,6 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import with_column
+from .files import write_atomically
 from .head import sequence_logps, token_logps
 from .models import causal_lm
 from .objective import Objective
@@ -248,7 +248,7 @@ class CachedReference:
             self._check_weights(model)
             if accelerator.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write_atomically(
+                write_atomically(
                     self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode()
                 )
         rows = sum(len(shards[i]) for i in missing)
@@ -400,13 +400,4 @@ def _read(path: Path, rows: int) -> np.ndarray | None:
 def _write(path: Path, table: np.ndarray) -> None:
     from safetensors.numpy import save
 
-    _write_atomically(path, save({"logps": np.ascontiguousarray(table)}))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save({"logps": np.ascontiguousarray(table)}))

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from . import data
+from .files import write_atomically
 from .methods.reward import ensemble, length_normalised, length_penalty
 from .models import causal_lm, install_fused_loss, load_model
-from .reference import _write_atomically, evaluating, row_logps
+from .reference import evaluating, row_logps
 from .value_head import (
     VALUE_HEAD_FILE,
     ValueHead,
@@ -373,8 +374,8 @@ def encode_rows(
         "where": [f"row {i}" for i in range(len(prompts))],
     }
     kind = "pair" if len(named) > 1 else "chosen"
-    opening = data._opening(tokenizer, prompts[0])
-    encoded = data._encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
+    opening = data.opening(tokenizer, prompts[0])
+    encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
@@ -403,7 +404,7 @@ def in_batches(
 
 def save_spec(spec: RewardSpec, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_atomically(
+    write_atomically(
         Path(folder) / SPEC_FILE, (json.dumps(dataclasses.asdict(spec), indent=1) + "\n").encode()
     )
 
@@ -444,7 +445,7 @@ def width_of(model: nn.Module) -> int:
 
 def separators(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The token ids between and behind the two completions that a preference model reads."""
-    between, after = data._tokenize(tokenizer, [_BETWEEN, _AFTER])
+    between, after = data.tokenize(tokenizer, [_BETWEEN, _AFTER])
     return between, after
 
 

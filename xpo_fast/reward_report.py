@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .data import require
-from .reference import _write_atomically
+from .files import write_atomically
 from .reward_model import encode_rows
 
 CALIBRATION_BINS = 10
@@ -314,7 +314,7 @@ def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
 def _save(figure: Any, path: str | Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    _write_atomically(Path(path), picture.getvalue())
+    write_atomically(Path(path), picture.getvalue())
 
 
 def score_pairs(

@@ -40,12 +40,12 @@ from .trainer import (
     PreTrainedTokenizerBase,
     UnitTrainer,
     XPOConfig,
-    _each,
-    _warn_of_lost_updates,
-    _with_adapter,
-    _with_lengths,
     check_head,
+    each,
     set_seed,
+    warn_of_lost_updates,
+    with_adapter,
+    with_lengths,
 )
 from .types import Head
 from .value_head import (
@@ -145,11 +145,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
                 load_value_head(model, folder)
         if processing_class is None:
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
-        _warn_of_lost_updates(model, args)
+        warn_of_lost_updates(model, args)
         set_seed(args.seed)  # adapter and head begin at random, before Trainer would see to that
         gate_alone = self._has_rewards(model)
         if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+            model = with_adapter(model, peft_config)
         install_fused_loss(model)
         if gate_alone:
             if args.weight_decay:
@@ -171,7 +171,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             data_collator=kwargs.pop("data_collator", None)
             or RewardCollator(pad, self.spec, processing_class),
             train_dataset=self._encode(train_dataset),
-            eval_dataset=_each(eval_dataset, self._encode),
+            eval_dataset=each(eval_dataset, self._encode),
             processing_class=processing_class,
             **kwargs,
         )
@@ -222,7 +222,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         encoded = encoded.remove_columns(unread if self.kind != "pair" else [])
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
-        return _with_lengths(encoded, self.args)
+        return with_lengths(encoded, self.args)
 
     def reward_model(self) -> RewardModel:
         """The model in training as a reward model, the same weights."""
@@ -415,7 +415,7 @@ def load_ratings(
 
     rows: list[dict[str, Any]] = []
     ratings: list[list[float]] = []
-    for where, row in data._read(source, split):
+    for where, row in data.read(source, split):
         if isinstance(row, dict):
             ratings.append(_ratings(row, objectives, where))
             # The reward is there for the form's sake: the ratings are kept beside the rows.

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from . import data
-from .experience import Completion, Experience, Groups, advantages, describe, load_prompts, pad_rows, spread
+from .data import load_prompts
+from .experience import Completion, Experience, Groups, advantages, describe, pad_rows, spread
+from .files import finite
 from .head import token_logps, token_stats
 from .judge import Judge, group_wins
 from .methods import METHODS
@@ -44,10 +46,10 @@ from .trainer import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     UnitTrainer,
-    _warn_of_lost_updates,
-    _with_adapter,
     check_head,
     set_seed,
+    warn_of_lost_updates,
+    with_adapter,
 )
 from .types import Head
 from .value_head import SavesValueHead, ValueHead, attach_value_head
@@ -113,14 +115,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.loss_weights = [term.weight for term in self.objective.terms]
         self._columns = {name for m in self.objective.methods for name in m.columns}
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.stop)
-        self.prompts = [] if train_dataset is None else load_prompts(train_dataset)
-        held_out = None if eval_dataset is None else load_prompts(eval_dataset)
+        self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
+        held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
         if peft_config is not None:
             set_seed(args.seed)  # the adapter begins at random, before Trainer would see to that
-            model = _with_adapter(model, peft_config)
+            model = with_adapter(model, peft_config)
         install_fused_loss(model)
-        _warn_of_lost_updates(model, args)
+        warn_of_lost_updates(model, args)
         self.reference = self._choose_reference(model, args)
         if args.max_steps <= 0:
             rollouts = math.ceil(args.num_train_epochs * len(self.prompts) / args.prompts)
@@ -194,7 +196,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             )
         if not wanted:
             return []
-        rows = dataset if isinstance(dataset, list) else [row for _, row in data._read(dataset, "train")]
+        rows = dataset if isinstance(dataset, list) else [row for _, row in data.read(dataset, "train")]
         texts = [row if isinstance(row, str) else row.get("text") for row in rows]
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError("ptx_dataset: expected strings, or rows with a text, and at least one")
@@ -352,7 +354,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 [row["prompt"] for row in mine], n, sampling=self.sampling, seed=self._seed(seed, rank)
             )
             generated = time.perf_counter()
-            names = [name for name in mine[0] if name != "prompt"]
+            names = [name for name in mine[0] if name not in ("prompt", "where")]
             scored = self.rewards(
                 samples, {name: [r[name] for r in mine for _ in range(n)] for name in names}
             )
@@ -652,7 +654,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean reward of the held-out prompts, eval_generations completions each, always drawn by the same seed."""
-        prompts = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset)
+        prompts = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, alike=True)
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
         began = time.perf_counter()
@@ -859,15 +861,6 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         if step.isdigit() and (folder / STATE_FILE).is_file():
             found[int(step)] = str(folder)
     return found[max(found)] if found else None
-
-
-def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has none of them."""
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _variance(x: Tensor, mask: Tensor) -> Tensor:

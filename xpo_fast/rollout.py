@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import Collator, _opening, _tokenize
+from . import data
+from .data import Collator
 from .head import token_logps
 from .lm_head import causal_lm
 from .models import install_fused_loss
@@ -151,11 +152,11 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]
     opening = None
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            opening = _opening(tokenizer, "a") if opening is None else opening
-            ids = _tokenize(tokenizer, [prompt])[0]
+            opening = data.opening(tokenizer, "a") if opening is None else opening
+            ids = data.tokenize(tokenizer, [prompt])[0]
             ids = ids if ids[: len(opening)] == opening else opening + ids
         else:
-            ids = _tokenize(tokenizer, [_templated(prompt, tokenizer, i)])[0]
+            ids = data.tokenize(tokenizer, [_templated(prompt, tokenizer, i)])[0]
         if not ids:
             raise ValueError(f"prompt {i} has no token: drop it, or write something ({prompt!r:.80})")
         encoded.append(ids)
@@ -811,7 +812,7 @@ class ServerRollout:
                     "vLLM says them (return_token_ids, or --return-tokens-as-token-ids)",
                     self.url,
                 )
-            ids, logps = _tokenize(self.tokenizer, [text])[0], None
+            ids, logps = data.tokenize(self.tokenizer, [text])[0], None
         ids = [int(i) for i in ids]
         # With stop strings and no reason given, either may have ended it: then no EOS is made up.
         reason = choice.get("stop_reason")

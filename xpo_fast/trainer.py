@@ -50,7 +50,7 @@ _ENCODED = {  # the columns of tokens that tell an encoded data set, the first c
     "rejected": ("prompt_ids", "rejected_ids"),
     "list": ("prompt_ids", "completions_ids"),
 }
-_STATE_FILE = "objective.pt"
+STATE_FILE = "objective.pt"
 _LOSS = "loss of method "  # among the means of an evaluation
 _PROBE_TOKENS = 8
 
@@ -339,9 +339,9 @@ class XPOTrainer(UnitTrainer):
 
         if peft_config is not None:
             set_seed(args.seed)  # the adapter begins at random, before Trainer would see to that
-            model = _with_adapter(model, peft_config)
+            model = with_adapter(model, peft_config)
         install_fused_loss(model)
-        _warn_of_lost_updates(model, args)
+        warn_of_lost_updates(model, args)
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
         self.args = args
         self._tokenizer = processing_class
@@ -351,12 +351,12 @@ class XPOTrainer(UnitTrainer):
             args=args,
             data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind),
             train_dataset=self._encode(train_dataset),
-            eval_dataset=_each(eval_dataset, self._encode),
+            eval_dataset=each(eval_dataset, self._encode),
             processing_class=processing_class,
             **kwargs,
         )
         self._check_parallelism()
-        self.add_callback(_SaveState(self.objective))
+        self.add_callback(SaveState(self.objective))
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
@@ -389,7 +389,7 @@ class XPOTrainer(UnitTrainer):
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
         data.check_columns(dataset, self.objective)
-        return _with_lengths(dataset, self.args)
+        return with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
         if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
@@ -414,7 +414,7 @@ class XPOTrainer(UnitTrainer):
         if some:
             self._check_head(some[0])
         self.train_dataset = self._with_reference(self.train_dataset, "")
-        self.eval_dataset = _each(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
+        self.eval_dataset = each(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
         self._prepared = True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -422,7 +422,7 @@ class XPOTrainer(UnitTrainer):
         if resume_from_checkpoint:
             named = isinstance(resume_from_checkpoint, str)
             folder = resume_from_checkpoint if named else get_last_checkpoint(self.args.output_dir)
-            path = Path(str(folder)) / _STATE_FILE
+            path = Path(str(folder)) / STATE_FILE
             if path.is_file():
                 self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -637,7 +637,7 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         )
 
 
-class _SaveState(TrainerCallback):
+class SaveState(TrainerCallback):
     """Puts what the objective remembers into every checkpoint."""
 
     def __init__(self, objective: Objective) -> None:
@@ -647,10 +647,10 @@ class _SaveState(TrainerCallback):
         remembered = self.objective.state_dict()
         if remembered and state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            torch.save({name: x.cpu() for name, x in remembered.items()}, folder / _STATE_FILE)
+            torch.save({name: x.cpu() for name, x in remembered.items()}, folder / STATE_FILE)
 
 
-def _with_lengths(dataset: Any, args: TrainingArguments) -> Any:
+def with_lengths(dataset: Any, args: TrainingArguments) -> Any:
     """An encoded data set with the column that batches of rows of like length are made by, where args ask for them."""
     name = args.length_column_name
     if args.train_sampling_strategy in ("random", "sequential") or name in dataset.column_names:
@@ -658,14 +658,14 @@ def _with_lengths(dataset: Any, args: TrainingArguments) -> Any:
     return data.with_column(dataset, name, [row_tokens(row) for row in dataset])
 
 
-def _each(dataset: Any, fn: Any) -> Any:
+def each(dataset: Any, fn: Any) -> Any:
     """fn of a data set, or of each of a dict of them."""
     if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
         return {name: fn(one) for name, one in dataset.items()}
     return fn(dataset)
 
 
-def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     try:
         from peft import get_peft_model
     except ImportError as error:
@@ -681,7 +681,7 @@ def _with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     return get_peft_model(model, peft_config)  # type: ignore[arg-type]
 
 
-def _warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:
+def warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:
     """Adam moves a weight by about the learning rate; under half a step of its dtype, that is no move at all."""
     trained = [
         p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)

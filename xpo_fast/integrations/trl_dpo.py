@@ -98,9 +98,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         take_losses(self)
         if self._columns:
             self.data_collator = _WithColumns(self.data_collator, self._columns)
-        from ..trainer import _SaveState
+        from ..trainer import SaveState
 
-        self.add_callback(_SaveState(self.objective))
+        self.add_callback(SaveState(self.objective))
 
     def _check_objective(self, objective: Objective) -> None:
         refused = {
@@ -191,9 +191,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        from ..trainer import _STATE_FILE
+        from ..trainer import STATE_FILE
 
-        path = Path(resume_from_checkpoint) / _STATE_FILE
+        path = Path(resume_from_checkpoint) / STATE_FILE
         if self.objective is not None and path.is_file():
             self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models import SMOLLM2
-from .recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, table
+from ..models import SMOLLM2
+from ..recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, table
+from . import options
+from .options import UsageError
 
 if TYPE_CHECKING:
-    from .judge import Judge
+    from ..judge import Judge
 
 JUDGE_SPECS = (
     "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), llm (that "
@@ -23,11 +24,9 @@ JUDGE_SPECS = (
 
 # fmt: off
 def add_parser(commands: Any) -> None:
-    from .cli import _Help, _setting, _share
-
     parser = commands.add_parser(
         "recipe", help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
-        formatter_class=_Help, allow_abbrev=False,
+        formatter_class=options.Help, allow_abbrev=False,
         description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs are "
         "kept in --output-dir, and a run that was stopped goes on with --resume.",
     )
@@ -40,7 +39,7 @@ def add_parser(commands: Any) -> None:
     add("--data", metavar="FILE", help="rows with a prompt, text or messages; chosen and rejected, or other columns, where "
         "the recipe or the judge wants them")
     add("--split", default="train", help="split of a data set that has several")
-    add("--held-out", metavar="SHARE", type=_share, default=0.0,
+    add("--held-out", metavar="SHARE", type=options.share, default=0.0,
         help="prompts of --data that the stopping rule is held against: a count, or a share below 1; the last ones. "
         "0: no stopping rule, every iteration is run")
     add("--held-out-data", metavar="FILE", help="the same from a file of its own")
@@ -51,7 +50,7 @@ def add_parser(commands: Any) -> None:
     add("--held-out-judge", metavar="SPEC", action="append", default=[],
         help="another judge for the held-out prompts (default: --judge; where the policy judges itself, the model at the start)")
     add("--judge-tokenizer", metavar="NAME", help="folder or name of the tokenizer of the model behind server:")
-    add("--set", metavar="NAME=VALUE", action="append", default=[], type=_setting,
+    add("--set", metavar="NAME=VALUE", action="append", default=[], type=options.setting,
         help="change the recipe: iterations, draws.n, draws.temperature, select.beta, method.beta, reference, …; "
         "may be repeated")
     add("--patience", metavar="N", type=int, default=1, help="stop after so many iterations that are no better held out")
@@ -63,23 +62,18 @@ def add_parser(commands: Any) -> None:
 
     add = parser.add_argument_group("model and optimisation").add_argument
     add("--model", default=SMOLLM2, help=f"{SMOLLM2}, a folder, or a name on the Hugging Face hub")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="float32",
+    add("--dtype", choices=options.DTYPES, default="float32",
         help="of the weights; each iteration's adapter is merged into them, and a half would round much of it away")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
     add("--full", action="store_true", help="train every weight, not an adapter")
-    add("--lora-rank", metavar="R", type=int, default=16, help="rank of the adapter")
-    add("--lora-alpha", metavar="A", type=float, help="scale of the adapter (default: twice the rank)")
-    add("--lora-dropout", metavar="P", type=float, default=0.0, help="dropout of the adapter")
-    add("--lora-targets", metavar="NAMES", default="all-linear", help="comma-separated modules that get an adapter")
-    add("--lr", metavar="RATE", type=float, help="learning rate (default: 5e-5 with an adapter, 1e-6 with --full)")
-    add("--epochs", metavar="N", type=float, default=1.0, help="passes over an iteration's data")
-    add("--max-steps", metavar="N", type=int, default=-1, help="stop an iteration after so many steps; -1: --epochs")
-    add("--batch-size", metavar="N", type=int, default=8, help="pairs or rows at a time")
-    add("--grad-accum", metavar="N", type=int, default=1, help="batches that make one step")
-    add("--train", metavar="NAME=VALUE", action="append", default=[], type=_setting,
+    options.add_lora(add)
+    options.add_steps(
+        add, lr="5e-5 with an adapter, 1e-6 with --full", epochs="an iteration's data", max_steps="stop an iteration",
+        batch="pairs or rows at a time",
+    )
+    add("--train", metavar="NAME=VALUE", action="append", default=[], type=options.setting,
         help="any other argument of the trainer (XPOConfig, RLConfig), for example --train warmup_steps=10")
     add("--seed", metavar="N", type=int, default=42, help="of samples, selection, adapter and order")
-    add("--cpu", action="store_true", help="use the CPU although there is an accelerator")
 
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", metavar="DIR", help="for everything (default: xpo-fast-NAME)")
@@ -87,13 +81,11 @@ def add_parser(commands: Any) -> None:
     add("--overwrite", action="store_true", help="start anew although --output-dir has a run; it is deleted")
     add("--keep-models", action="store_true", help="keep every iteration's model, not only the best and the last")
     add("--save-steps", metavar="N", type=int, default=100, help="write a checkpoint every so many steps")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    options.add_device(add, "run")
 # fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
-    from .cli import UsageError
-
     if args.list:
         print(_card(args.name) if args.name else table())
         return 0
@@ -102,26 +94,24 @@ def run(args: argparse.Namespace) -> int:
     recipe = override(get_recipe(args.name), dict(args.set))
     if args.data is None:
         raise UsageError("--data is needed: rows with a prompt")
-    output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
-    _begin(output, args.resume, args.overwrite)
     if recipe.judge == "self" and args.judge:
         raise UsageError(
             f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge"
         )
+    options.check_numbers(args)
+    output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
+    _begin(output, args.resume, args.overwrite)
+    options.quiet(args)
 
     from transformers import logging as transformers_logging
 
-    from . import recipe_loop
-    from .models import load_model
-    from .rollout import GenerateRollout, Sampling
+    from .. import recipe_loop
+    from ..models import load_model
+    from ..rollout import GenerateRollout, Sampling
 
-    transformers_logging.set_verbosity_error()
-    if not args.debug:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about one another
     transformers_logging.disable_progress_bar()
-    rows = recipe_loop.load_prompts(args.data, args.split)
-    rows, held_out = _held_out(args, rows)
-    options = {"trust_remote_code": True} if args.trust_remote_code else {}
+    rows, held_out = _rows(args)
+    further = {"trust_remote_code": True} if args.trust_remote_code else {}
     lr = args.lr or (1e-6 if args.full else 5e-5)
     outcome = recipe_loop.run(
         recipe,
@@ -147,11 +137,11 @@ def run(args: argparse.Namespace) -> int:
                 "generation_batch_size": args.generation_batch_size,
                 "use_cpu": args.cpu,
             },
-            peft_config=None if args.full else _lora(args),
+            peft_config=None if args.full else options.lora(args),
             rollout=lambda model, tokenizer: GenerateRollout(
                 model, tokenizer, batch_size=args.generation_batch_size
             ),
-            load=lambda name: load_model(name, dtype=args.dtype, **options),
+            load=lambda name: load_model(name, dtype=args.dtype, **further),
             seed=args.seed,
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
@@ -185,8 +175,6 @@ def _card(name: str) -> str:
 
 
 def _begin(output: Path, resume: bool, overwrite: bool) -> None:
-    from .cli import UsageError
-
     there = any(output.glob("**/run.json"))
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
@@ -203,13 +191,14 @@ def _begin(output: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"{output} is not empty and holds no run of a recipe: name another --output-dir")
 
 
-def _held_out(args: argparse.Namespace, rows: list[Any]) -> tuple[list[Any], list[Any]]:
-    from .cli import UsageError
-    from .recipe_loop import load_prompts
+def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Rows to train on, and rows that the stopping rule is held against."""
+    from ..data import load_prompts
 
+    rows = load_prompts(args.data, args.split)
     if args.held_out_data:
         return rows, load_prompts(args.held_out_data, args.split)
-    count = round(args.held_out * len(rows)) if args.held_out < 1 else int(args.held_out)
+    count = options.count(args.held_out, len(rows))
     if count >= len(rows):
         raise UsageError(f"--held-out {args.held_out:g} of {len(rows)} rows leaves none to train on")
     return rows[: len(rows) - count], rows[len(rows) - count :]
@@ -217,14 +206,13 @@ def _held_out(args: argparse.Namespace, rows: list[Any]) -> tuple[list[Any], lis
 
 def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     """The judge that specs (`JUDGE_SPECS`) name; None for none."""
-    from .cli import UsageError
-    from .judge import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
+    from ..judge import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
 
     if not specs:
         return None
     kind, _, rest = specs[0].partition(":")
     if kind == "function":
-        from .rewards import load_reward
+        from ..rewards import load_reward
 
         others = [spec for spec in specs if not spec.startswith("function:")]
         if others:
@@ -233,20 +221,20 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if len(specs) > 1:
         raise UsageError(f"one judge, or several functions; got {', '.join(specs)}")
     if kind == "reward" and rest:
-        from .reward_model import RewardModel
+        from ..reward_model import RewardModel
 
         model = RewardModel.load(rest)
         _place(args, model.model)
         return RewardJudge(model)
     if kind == "llm":
-        from .models import load_model
+        from ..models import load_model
 
         model, tokenizer = load_model(rest or args.model, dtype="auto" if rest else args.dtype)
         return LLMJudge(TokenChoice(_place(args, model), tokenizer))
     if kind == "server" and rest:
         from transformers import AutoTokenizer
 
-        from .rollout import ServerRollout
+        from ..rollout import ServerRollout
 
         if not args.judge_tokenizer:
             raise UsageError("server: needs --judge-tokenizer, that of the model behind it")
@@ -261,9 +249,3 @@ def _place(args: argparse.Namespace, model: Any) -> Any:
 
     device = "cpu" if args.cpu else torch.accelerator.current_accelerator() or "cpu"
     return model.to(device)
-
-
-def _lora(args: argparse.Namespace) -> Any:
-    from .cli import _lora as lora
-
-    return lora(args)

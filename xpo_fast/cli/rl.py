@@ -1,0 +1,289 @@
+"""`xpo-fast rl`: train a model by rewards for its own completions."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_json
+from . import options
+from .options import UsageError
+
+if TYPE_CHECKING:
+    from ..rl import RLConfig, RLTrainer
+
+# Options that are fields of RLConfig by the same name: (placeholder, type, help). Not read off RLConfig: the parser is built
+# for every command, and importing that takes seconds.
+_METHOD_FIELDS: dict[str, tuple[str, type, str]] = {
+    "advantage": (
+        "NAME",
+        str,
+        "how rewards become advantages: auto (the method's own), gae, group, group_mean, leave_one_out, batch, "
+        "batch_mean, reward",
+    ),
+    "gamma": ("X", float, "discount of gae (default: 1)"),
+    "lam": ("X", float, "λ of gae (default: 0.95)"),
+    "vf_coef": ("X", float, "what the critic's loss is multiplied by (default: 0.1)"),
+    "value_clip": ("X", float, "a value's clipping range (default: 0.2)"),
+    "reference": ("NAME", str, "the reference policy: auto, adapter, copy, none (default: auto)"),
+    "ref_mixin": (
+        "X",
+        float,
+        "share of the policy that goes into the reference after every rollout (default: 0)",
+    ),
+    "kl_coef": (
+        "X",
+        float,
+        "weight of the divergence from the reference in the reward (default: 0.05 for ppo, else 0); in the loss it is "
+        "--set beta=…",
+    ),
+    "kl_estimator": ("NAME", str, "of that divergence: k1, k2, k3 (default: k1)"),
+    "kl_target": ("NATS", float, "steer kl_coef, or beta, towards so many nats a completion"),
+    "kl_horizon": (
+        "N",
+        int,
+        "a rollout of n completions changes it by a factor within 1 ± 0.2·n/N (default: 10000)",
+    ),
+    "off_policy": (
+        "NAME",
+        str,
+        "truncated importance weights against the sampler's log-probs: auto, none, token, sequence",
+    ),
+    "off_policy_cap": ("X", float, "where they are truncated (default: 2)"),
+}
+_ROLLOUT_FIELDS: dict[str, tuple[str, type, str]] = {
+    "num_generations": ("K", int, "completions of a prompt (default: 8)"),
+    "prompts_per_rollout": ("N", int, "prompts of a rollout (default: what one step trains on)"),
+    "epochs_per_rollout": ("N", int, "passes over a rollout (default: 1)"),
+    "max_new_tokens": ("TOKENS", int, "longest completion (default: 256)"),
+    "temperature": ("T", float, "of sampling (default: 1)"),
+    "top_p": ("P", float, "sample from so much of the distribution (default: 1)"),
+    "top_k": ("K", int, "sample from so many tokens (default: all)"),
+    "generation_batch_size": ("N", int, "completions sampled at a time (default: 64)"),
+    "max_draws": (
+        "N",
+        int,
+        "dynamic sampling: draw other prompts in place of those whose rewards are all equal, so many times at most "
+        "(default: 1, no)",
+    ),
+    "overlong": ("NAME", str, "truncated completions: keep, mask, penalty (default: keep)"),
+    "overlong_buffer": ("TOKENS", int, "tokens over which the penalty rises (default: 64)"),
+    "missing_eos_penalty": ("X", float, "taken off the reward of a truncated completion (default: 0)"),
+    "eval_generations": ("N", int, "completions of a held-out prompt (default: 1)"),
+}
+FIELDS = (*_METHOD_FIELDS, *_ROLLOUT_FIELDS)
+
+
+# fmt: off
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "rl", help="train a model by rewards for its own completions", formatter_class=options.Help, allow_abbrev=False,
+        description="Online RL: sample completions, score them by functions, reward models or a judge, and take steps of a "
+        "policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
+    )
+    parser.set_defaults(run=run)
+    data = options.add_data(
+        parser, data="rows with a prompt, text or messages, and the columns that the reward functions take",
+        unit="prompts", drawn=", drawn by --seed (default: none)", held_out=0.0,
+    )
+    data.add_argument("--ptx-data", metavar="FILE", help="rows with a text, which ppo_ptx mixes in")
+
+    add = parser.add_argument_group("rewards", "one or more, summed; WEIGHT is 1 if not given").add_argument
+    add("--reward", metavar="FILE.py:FUNCTION[=WEIGHT]", action="append", default=[],
+        help="a function f(prompts, completions, completion_ids, **columns) that returns a number or None for each; also "
+        "package.module:function; may be repeated")
+    add("--reward-model", metavar="FOLDER[=WEIGHT]", action="append", default=[],
+        help="a model of `xpo-fast reward`, or a sequence classifier of transformers; may be repeated")
+    add("--judge", metavar="MODEL[=WEIGHT]", help="a language model that is asked for a grade, see --judge-by")
+    add("--judge-by", choices=("grade", "compare"), default="grade",
+        help="what it is asked: the grade of a completion, or which of two is better, all of a prompt against one another")
+    add("--reward-timeout", metavar="SECONDS", type=float, help="longest call of a reward function (default: no limit)")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="grpo", metavar="NAME",
+        help="ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, vespo, rloo, reinforce, ppo_penalty, ppo_ptx, "
+        "nash_md, or a sum of them")
+    options.add_settings(add, "beta=0.04")
+    _add_fields(add, _METHOD_FIELDS)
+    add("--no-whiten", action="store_true", help="leave gae's advantages as they are")
+
+    add = parser.add_argument_group("rollouts").add_argument
+    _add_fields(add, _ROLLOUT_FIELDS)
+    add("--stop", metavar="TEXT", action="append", default=[], help="a text that ends a completion; may be repeated")
+    add("--server", metavar="URL", help="sample by a server of OpenAI's /v1/completions in place of the model itself; it is "
+        "told of the policy by --server-lora")
+    add("--server-lora", metavar="DIR", help="where adapters are put for the server to load (vLLM's runtime LoRA updating)")
+
+    options.add_model(parser)
+    options.add_optimisation(
+        parser, lr="2e-5 with --lora, 1e-6 with --full", batch="completions at a time on every device", epochs="the prompts",
+        seed="of prompts, samples, order, adapter and dropout", scheduler="constant", warmup=0.0, rows=False,
+    )
+    options.add_head(parser)
+    options.add_output(
+        parser, folder="xpo-fast-rl", files="samples.jsonl, train_log.jsonl and results.json", logging=1, saving=50
+    )
+# fmt: on
+
+
+def _add_fields(add: Any, fields: dict[str, tuple[str, type, str]]) -> None:
+    for name, (metavar, kind, about) in fields.items():
+        add(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=about)
+
+
+def run(args: argparse.Namespace) -> int:
+    functions, weights = _reward_functions(args)
+    options.check_numbers(args)
+    if args.server_lora and not args.server:
+        raise UsageError("--server-lora is for --server")
+    if args.server and (args.full or not args.server_lora):
+        raise UsageError(
+            "--server needs --lora and --server-lora DIR: else nobody tells it of the policy's new weights"
+        )
+    options.quiet(args)
+
+    from ..rewards import Rewards
+    from ..rl import RLTrainer, last_checkpoint
+    from ..rollout import ServerRollout
+
+    output, checkpoint = Path(args.output_dir), options.checkpoint(args, last_checkpoint)
+    config = _config(args)
+    train, held_out = _prompts(args)
+    model, tokenizer = options.load(args)
+    functions += _models_that_reward(args)
+    trainer = RLTrainer(
+        model,
+        Rewards(functions, weights, timeout_s=args.reward_timeout),
+        config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=None if args.full else options.lora(args),
+        ptx_dataset=args.ptx_data,
+        rollout=ServerRollout(args.server, tokenizer, push="lora", folder=args.server_lora)
+        if args.server
+        else None,
+        callbacks=[options.json_log(args)],
+    )
+    say = options.say(trainer)
+    _print_header(trainer, args, say)
+    results = options.begun(args)
+    if held_out:
+        results["before"] = trainer.evaluate()
+    results["train"] = options.fit(trainer, checkpoint)
+    if results["train"] is None:
+        return 130
+    if held_out:
+        results["after"] = trainer.evaluate()
+        say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")
+        for label, name in (("reward", "reward"), ("tokens", "completions/mean_length"),
+                            ("share truncated", "completions/clipped_ratio")):  # fmt: skip
+            before, after = (results[when][f"eval_{name}"] for when in ("before", "after"))
+            say(f"{label:<32}{before:>10.3f}{after:>10.3f}")
+    if trainer.is_world_process_zero():
+        write_json(output / "results.json", results)
+    say(
+        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl, results.json\n"
+        f"use it: model, tokenizer = xpo_fast.models.load_model({str(output)!r})"
+    )
+    return 0
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """NAME[=WEIGHT]."""
+    name, sign, weight = text.rpartition("=")
+    if not sign:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise UsageError(f"expected NAME=WEIGHT with a number, got {text!r}") from None
+
+
+def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]:
+    """Those of --reward, and the weights of all rewards. Found before anything is loaded."""
+    from ..rewards import load_reward
+
+    if not (args.reward or args.reward_model or args.judge):
+        raise UsageError("nothing rewards a completion: give --reward, --reward-model or --judge")
+    named = [*args.reward, *args.reward_model, *([args.judge] if args.judge else [])]
+    weights = [weight for _, weight in map(_weighted, named)]
+    return [load_reward(name) for name, _ in map(_weighted, args.reward)], weights
+
+
+def _models_that_reward(args: argparse.Namespace) -> list[Any]:
+    found: list[Any] = []
+    for name, _ in map(_weighted, args.reward_model):
+        from ..reward_model import RewardModel
+
+        found.append(RewardModel.load(name))
+    if args.judge:
+        from ..judge import LLMJudge, TokenChoice
+        from ..models import load_model
+        from ..rl import win_rate
+
+        judge = LLMJudge(TokenChoice(*load_model(_weighted(args.judge)[0])))
+        found.append(judge if args.judge_by == "grade" else win_rate(judge))
+    return found
+
+
+def _config(args: argparse.Namespace) -> RLConfig:
+    from ..rl import RLConfig
+
+    return RLConfig(
+        method=args.method,
+        method_args=dict(args.set),
+        whiten_advantages=not args.no_whiten,
+        stop=tuple(args.stop),
+        backend=args.backend,
+        tile_mib=args.tile_mib,
+        **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
+        **options.training_arguments(
+            args, lr=1e-6 if args.full else 2e-5, evaluates=bool(args.eval_data or args.eval_split)
+        ),
+    )
+
+
+def _prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Prompts to train on, and prompts held out or None."""
+    from ..data import load_prompts
+
+    rows = load_prompts(args.data, args.split, alike=True)
+    if args.eval_data:
+        return rows, load_prompts(args.eval_data, args.split, alike=True)
+    count = options.count(args.eval_split, len(rows))
+    if count == 0:
+        return rows, None
+    if count >= len(rows):
+        raise UsageError(f"--eval-split {args.eval_split:g} of {len(rows)} prompts leaves none to train on")
+    held = set(random.Random(args.seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    config = trainer.args
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
+    if config.bf16 or config.fp16:
+        how += f", {args.dtype} mixed precision"
+    rollout = (
+        f"{config.prompts} prompts × {config.num_generations} completions, {config.steps_per_rollout} "
+        f"{'step' if config.steps_per_rollout == 1 else 'steps'} on each; at most {config.max_new_tokens} tokens at "
+        f"temperature {config.temperature:g}"
+    )
+    held = trainer.eval_dataset
+    for name, text in {
+        "model": f"{args.model}: {how}, {trained / 1e6:.2f}M trained",
+        "data": f"{args.data}: {len(trainer.prompts)} prompts to train on, {len(held) if held else 'none'} held out",
+        "rewards": ", ".join(
+            f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
+        ),
+        "method": f"{trainer.objective}, advantages: {config.estimator}, lr {config.learning_rate:g}",
+        "rollout": rollout,
+        "reference": f"{trainer.reference}, kl_coef {config.reward_kl:g}",
+        "steps": f"{config.max_steps}",
+    }.items():
+        say(f"{name:<10} {text}")
