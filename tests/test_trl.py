@@ -11,8 +11,10 @@ import gc
 import importlib
 import math
 import sys
+import types
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from torch.testing import assert_close
 
 import oracle
 import xpo_fast as xf
+from test_model_zoo import build
+from test_parallel import found_by
 from xpo_fast import METHODS
 
 pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_fast[bench]")
@@ -30,6 +34,7 @@ with warnings.catch_warnings():
     import accelerate
     import peft
     import trl
+    from transformers.integrations import HfDeepSpeedConfig
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer import utils
 
@@ -250,8 +255,24 @@ def test_own_method_without_reference_loads_none(tmp_path):
     """The tiny model has no name that one could be loaded by; and `simpo` is a plain name."""
     trainer = own("simpo", tmp_path, ref_model=False, hyperparameters={"gamma": 0.5}, beta=1.5)
     assert trainer.ref_model is None
+    assert (
+        not trainer.accelerator._models
+    )  # nor is a stand-in prepared, in which DeepSpeed would find no parameter
     assert str(trainer.objective) == "simpo(beta=1.5, gamma=0.5, gamma_beta_ratio=None, label_smoothing=0.0)"
     assert len(logged(trainer)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted"), [("simpo", False), ("orpo", False), ("cpo", False), ("slic", False), ("simpo", True)]
+)
+def test_own_method_without_reference_under_install(name, adapted, tmp_path):
+    logs = []
+    for ours in (False, True):
+        with engine.install() if ours else warnings.catch_warnings():
+            torch.manual_seed(1)
+            options = {"ref_model": False, "max_steps": 1, "peft_config": lora() if adapted else None}
+            logs.append(logged(own(name, tmp_path, **options)))
+    assert runs.difference(*logs)[0] == 0 and logs[0][0]["grad_norm"] > 0
 
 
 def test_own_methods_may_be_summed(tmp_path):
@@ -686,6 +707,70 @@ def test_refused_head_of_a_reference(tmp_path):
         utils.add_fused_lm_head(reference)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("RecurrentGemmaForCausalLM", "softcap None and logit scale 1, its forward has 2.5 and 1"),
+        ("MptForCausalLM", "logit scale 0.6, its forward has None and 1"),
+        ("ModernBertDecoderForCausalLM", "more to its hidden states before lm_head"),
+        ("RobertaForCausalLM", "more to its hidden states before lm_head"),
+        ("RemBertForCausalLM", "does not come by the hidden states"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refused_logits(name, reason):
+    """Of models of which TRL's log-probs are not those of their logits, with an adapter on the head, too."""
+    model = build(name).train()
+    state = torch.get_rng_state()
+    with engine.install():
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"{reason}.*take xpo_fast.trainer"):
+                utils.add_fused_lm_head(model)
+            assert "forward" not in vars(model) and model.training and torch.get_rng_state().equal(state)
+            if name != "RecurrentGemmaForCausalLM":
+                break
+            peft.get_peft_model(model, on_head())
+            state = torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Granite", "Cohere", "MiniCPM3", "FalconH1", "Bloom"])
+@pytest.mark.filterwarnings("ignore")
+def test_logits_that_are_trls(name):
+    model = build(f"{name}ForCausalLM")
+    ids = torch.randint(3, 97, (2, 7))
+    with engine.install(), torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+        utils.add_fused_lm_head(model)
+        found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        own_logprobs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    assert_close(found, own_logprobs.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logits_of_weights_that_are_not_there():
+    """What the config says is compared all the same; the forward is not run."""
+    with engine.install():
+        utils.add_fused_lm_head(build("RobertaForCausalLM").to("meta"))
+        with pytest.raises(ValueError, match="softcap None"):
+            utils.add_fused_lm_head(build("RecurrentGemmaForCausalLM").to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_own_methods_on_logits_that_are_not_trls(tmp_path):
+    """They go by the model's forward."""
+    with engine.install():
+        model = build("RobertaForCausalLM")
+        trainer = own("simpo", tmp_path, model=model, ref_model=False, max_steps=1)
+        inputs = next(iter(trainer.get_train_dataloader()))
+        targets = xf.shift_labels(inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100))
+        with torch.no_grad():
+            z = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        (found,) = logged(trainer)
+    logp = z.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    total = (logp * (targets != -100)).sum(1)
+    assert found["logps/chosen"] == pytest.approx(float(total.chunk(2)[0].mean()), rel=1e-4)
+
+
 def test_trained_copy_of_the_head(tmp_path):
     """modules_to_save: no adapter, and the reference has the original."""
     config = lora(modules_to_save=["lm_head"])
@@ -781,7 +866,7 @@ def test_adapter_on_the_head_needs_install(tmp_path):
     options["model"] = untied()
     with engine.install():
         trainer = make("SFT nll", True, tmp_path, **options)
-    with pytest.raises(ValueError, match="leaves the adapter on lm_head out"):
+    with pytest.raises(ValueError, match="leaves an adapter on lm_head out"):
         trainer.train()
 
 
@@ -862,6 +947,27 @@ def test_install_as_context():
         with engine.install(tile_bytes=1):
             pass
         assert utils._ChunkedLogProbFunction == engine.HeadFunction()
+
+
+@pytest.mark.parametrize("leave", ["uninstall", "with"])
+def test_what_others_have_taken_over_by_name(leave, monkeypatch):
+    """Before `install`, or as AsyncGRPO's module when it is imported while installed."""
+    before, after = types.ModuleType("trl.before"), types.ModuleType("trl.after")
+    monkeypatch.setitem(sys.modules, "trl.before", before)
+    before.add_fused_lm_head = utils.add_fused_lm_head
+    theirs = utils.add_fused_lm_head
+    with engine.install():
+        assert before.add_fused_lm_head is engine._add_fused_lm_head
+        monkeypatch.setitem(sys.modules, "trl.after", after)
+        after.add_fused_lm_head = utils.add_fused_lm_head
+        if leave == "uninstall":
+            engine.uninstall()
+            assert after.add_fused_lm_head is theirs
+        else:
+            with engine.install(tile_bytes=1):
+                pass
+            assert after.add_fused_lm_head is engine._add_fused_lm_head
+    assert after.add_fused_lm_head is before.add_fused_lm_head is theirs
 
 
 def test_install_after_the_trainer(tmp_path):
@@ -953,6 +1059,28 @@ def test_refused_losses(loss, arguments, message, tmp_path):
         own(loss, tmp_path, **arguments)
 
 
+def test_refused_adapter_on_the_head_of_a_reference(tmp_path):
+    """Where whole distributions are compared: of a reference model, and of the trained adapter that is kept as one."""
+
+    def adapted():
+        return peft.get_peft_model(untied(), on_head())
+
+    def kept():
+        made = own("tdpo", tmp_path, model=adapted(), ref_model=False)
+        assert "ref" in made.model.peft_config
+
+    with engine.install():
+        with pytest.raises(ValueError, match=r"tdpo.* whole distributions.*carries an adapter: merge"):
+            kept()
+        assert logged(own("tdpo", tmp_path, model=untied(), ref_model=False, peft_config=on_head()))
+        own("dpo", tmp_path, model=adapted(), ref_model=False)
+        reference = adapted()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "tiny_model", lambda *_, **__: reference)
+            with pytest.raises(ValueError, match="carries an adapter"):
+                own("tdpo", tmp_path, model=transformers.LlamaForCausalLM(reference.config))
+
+
 @pytest.mark.parametrize("trainer", ["CPO", "TPO", "OnlineDPO"])
 def test_refused_losses_of_the_experimental(trainer, tmp_path):
     case = runs.Case(trainer, "a typo", {"loss_type": "sigmiod"})
@@ -974,3 +1102,80 @@ def test_refused_models(tmp_path):
         own("dpo", tmp_path, model=model)
     with pytest.raises(ValueError, match="output_router_logits"):
         make("ORPO orpo", True, tmp_path, model=model)
+
+
+# --- heads in parts ---------------------------------------------------------------------------------------------------
+
+PARTS = ("a group of FSDP2", "a group of its own", "LoRA in a group of its own", "ZeRO-3", "ZeRO-3, tied")
+
+
+def parts_model(made):
+    torch.manual_seed(0)
+    model = runs.tiny_model(tie_word_embeddings="tied" in made)
+    if "LoRA" in made:
+        model = peft.get_peft_model(model, on_head())
+    utils.add_fused_lm_head(
+        model.get_base_model() if "LoRA" in made else model, outputs=("log_probs", "entropy")
+    )
+    return model
+
+
+def parts_loss(model, rows):
+    ids = torch.randint(3, runs.VOCAB, (4, 6), generator=torch.Generator().manual_seed(1))[rows]
+    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    return -(out.log_probs + 0.5 * out.entropy).sum() / 20
+
+
+def parts_gradients(rank):
+    """Of two ranks with two rows each; both average over ranks."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+    from torch.distributed.fsdp import fully_shard
+
+    found, rows = {}, slice(2 * rank, 2 * rank + 2)
+    with engine.install(), patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
+        for made in PARTS:
+            if "ZeRO" in made:
+                zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+                config = {
+                    "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero,
+                }  # fmt: skip
+                seen = HfDeepSpeedConfig(config)  # by which TRL knows, for as long as it lives
+                model = parts_model(made)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+                run = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+                run.backward(2 * parts_loss(run, rows))
+                grads = {n: safe_get_full_grad(p).clone() for n, p in run.module.named_parameters()}
+                run.step()
+                run.destroy()
+                del seen
+            else:
+                model = parts_model(made)
+                if "own" in made:
+                    lm = model.get_base_model() if "LoRA" in made else model
+                    fully_shard(lm.lm_head)
+                fully_shard(model)
+                (2 * parts_loss(model, rows)).backward()
+                grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+            found[made] = grads
+    return found
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    if sys.platform != "linux":
+        pytest.skip("DeepSpeed is for Linux")
+    pytest.importorskip("deepspeed")
+    return found_by(tmp_path_factory, 2, parts_gradients)
+
+
+@pytest.mark.parametrize("made", PARTS)
+def test_head_in_parts(made, parts):
+    with engine.install():
+        model = parts_model(made)
+        parts_loss(model, slice(0, 4)).backward()
+    want = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for found in parts:
+        assert found[made].keys() == want.keys()
+        for n, g in want.items():
+            assert_close(found[made][n], g, rtol=1e-4, atol=1e-5 * float(g.abs().max()))

@@ -18,6 +18,8 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,13 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ..head import token_stats
 from ..head.autograd import refuse_double_backward, scale_saved, token_stats_backward
 from ..head.autograd import token_stats as token_stats_operator
 from ..head.plan import check_backend, choose_backend, fit
-from ..head.sharded import whole
+from ..head.sharded import is_partitioned, is_sharded, whole
 from ..head.spec import accumulation_dtype, check_operands
+from ..lm_head import _ACTS_OF
 from ..models import install_fused_loss
 from ..types import Head
 
@@ -63,8 +67,11 @@ IGNORE = -100
 _OUTPUTS = {
     "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit", "is_top1": "top1",
 }  # fmt: skip
-# The model whose forward runs, if its head carries an adapter: TRL hands on the weight under it only.
-_ADAPTED: ContextVar[Any] = ContextVar("_ADAPTED", default=None)
+# The model whose forward runs, if its head is to be read anew: TRL hands on only the weight under an adapter, and only a
+# gathered copy of one that FSDP2 keeps in parts, whose gradient it would not average.
+_READ: ContextVar[Any] = ContextVar("_READ", default=None)
+# Whether a trainer is being made that never asks its models for `fused_lm_head`.
+NOT_FUSED: ContextVar[bool] = ContextVar("NOT_FUSED", default=False)
 
 
 @dataclass
@@ -99,11 +106,12 @@ class HeadFunction:
         """
         names = tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs)
         head = Head(weight, bias, final_logit_softcapping, logit_scale)
-        model = _ADAPTED.get()
+        model = _READ.get()
         if model is not None:
-            adapted = Head.from_model(model)
             # TRL's own softcap and scale are for hidden states as its forward takes them.
-            head = dataclasses.replace(adapted, softcap=head.softcap, logit_scale=head.logit_scale)
+            head = dataclasses.replace(
+                Head.from_model(model), softcap=head.softcap, logit_scale=head.logit_scale
+            )
         found = self.statistics(head.inputs(hidden), head, targets, names, temperature)
         return found["logp"], *(found.get(name) for name in _OUTPUTS.values())
 
@@ -185,18 +193,17 @@ class _HeadFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if not upstream or not any(needs):
             return (None,) * 8
-        with utils.maybe_gather_lm_head_ctx(weight, bias):
-            h, w, b = _cast(ctx.dtype, hidden, weight, bias)
-            # A float32 weight under autocast gets its gradient unrounded.
-            wide = weight.dtype == accumulation_dtype(ctx.dtype) != ctx.dtype
-            d_weight = torch.zeros_like(weight) if needs[1] and wide else None
-            found = token_stats_backward(
-                h, w, b, targets, None, None, None, d_weight, *ctx.rest,
-                list(upstream.values()), ",".join(upstream),
-                [] if d_entropy is None else [entropy], "" if d_entropy is None else "entropy",
-                *needs,
-            )  # fmt: skip
-            grads = (found[0], found[1] if d_weight is None else d_weight, found[2])
+        h, w, b = _cast(ctx.dtype, hidden, weight, bias)
+        # A float32 weight under autocast gets its gradient unrounded.
+        wide = weight.dtype == accumulation_dtype(ctx.dtype) != ctx.dtype
+        d_weight = torch.zeros_like(weight) if needs[1] and wide else None
+        found = token_stats_backward(
+            h, w, b, targets, None, None, None, d_weight, *ctx.rest,
+            list(upstream.values()), ",".join(upstream),
+            [] if d_entropy is None else [entropy], "" if d_entropy is None else "entropy",
+            *needs,
+        )  # fmt: skip
+        grads = (found[0], found[1] if d_weight is None else d_weight, found[2])
         operands = (hidden, weight, bias)
         return *(
             g.to(x.dtype) if need else None for g, x, need in zip(grads, operands, needs, strict=True)
@@ -215,6 +222,11 @@ def _scores_only_labels(device: torch.device) -> bool:
 # --- any linear head, LoRA on it included -----------------------------------------------------------------------------
 
 
+_NOT_TRLS = "take xpo_fast.trainer, or a method of xpo_fast in this module's DPOTrainer, which go by the model's forward"
+# Of these the scale that their config speaks of is on the hidden states, which TRL does not take from their forward.
+_SCALED_BEFORE_THE_HEAD = [name for name, acts in _ACTS_OF.items() if 0 in acts.values()]
+
+
 class _NoLayer:
     """Where TRL's trainers refuse every adapter on a head, in the place of PEFT's BaseTunerLayer: nothing is one."""
 
@@ -225,33 +237,49 @@ def _add_fused_lm_head(
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """`trl.trainer.utils.add_fused_lm_head`, with LoRA and DoRA on the head.
+    """`trl.trainer.utils.add_fused_lm_head`, with LoRA and DoRA on the head, and with a head in an FSDP2 group of its own.
 
     ValueError for a head that is not linear, is quantised, or carries an adapter of another kind: TRL would multiply by
-    whatever its `weight` is.
+    whatever its `weight` is. And for a model whose logits are not what TRL takes them for.
     """
+    if NOT_FUSED.get():
+        return
     with torch.no_grad():
-        adapted = Head.from_model(model).adapter is not None
-    if adapted and cast_lm_head_to_fp32:
+        head = Head.from_model(model)
+    if head.adapter is not None and cast_lm_head_to_fp32:
         raise ValueError(
             "cast_lm_head_to_fp32=True does not go with an adapter on lm_head: samples would not see it"
         )
+    before, own = vars(model).get("forward"), model.forward
     _THEIRS[utils, "add_fused_lm_head"](
         model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32, outputs=outputs
     )
     chunked = model.forward.__func__
+    read = inspect.getclosurevars(chunked).nonlocals
+    try:
+        _check_logits(model, own, head, read["final_logit_softcapping"], float(read["logit_scale"]))
+    except ValueError:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+        raise
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head or not _carries_adapter(self.get_output_embeddings()):
+        layer = self.get_output_embeddings()
+        if not fused_lm_head or not (_carries_adapter(layer) or isinstance(layer, FSDPModule)):
             return chunked(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if not installed():
-            raise ValueError("TRL's own function leaves the adapter on lm_head out: call install() again")
-        token = _ADAPTED.set(self)
+            raise ValueError(
+                "TRL's own function leaves an adapter on lm_head out, and the gradient of a head in an FSDP2 group of its "
+                "own unaveraged: call install() again"
+            )
+        token = _READ.set(self)
         try:
             return chunked(self, *args, fused_lm_head=True, **kwargs)
         finally:
-            _ADAPTED.reset(token)
+            _READ.reset(token)
 
     model.forward = MethodType(
         forward, model
@@ -262,6 +290,54 @@ def _carries_adapter(layer: Any) -> bool:
     """By what TRL asks; without PEFT none does."""
     kind = _THEIRS.get((dpo_trainer, "BaseTunerLayer"))
     return kind is not None and isinstance(layer, kind)
+
+
+def _check_logits(model: Any, own: Any, head: Head, softcap: float | None, logit_scale: float) -> None:
+    """ValueError unless TRL's softcap, its scale and its way from the backbone to the head make the model's own logits.
+
+    own: the model's forward. It runs on two tokens, if its weights are there: not on the meta device, nor in parts.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    ours, theirs = (head.softcap, head.logit_scale), (softcap, logit_scale)
+    if config.model_type in _SCALED_BEFORE_THE_HEAD:
+        ours = (head.softcap, logit_scale)
+    if ours[0] != theirs[0] or not math.isclose(ours[1], theirs[1], rel_tol=1e-6):
+        raise ValueError(
+            f"TRL takes {name} for one with softcap {theirs[0]} and logit scale {theirs[1]:g}, its forward has "
+            f"{ours[0]} and {ours[1]:g}: {_NOT_TRLS}"
+        )
+    if any(x.is_meta or is_sharded(x) or is_partitioned(x) for x in model.parameters()):
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.arange(1, 3, device=model.get_input_embeddings().weight.device)[None]
+            try:
+                want = own(input_ids=ids).logits.float()
+            except Exception:  # it asks for more than tokens, or for another device than it will be on
+                return
+            try:
+                z = logit_scale * model.get_output_embeddings()(
+                    model.base_model(input_ids=ids).last_hidden_state
+                )
+            except Exception as error:
+                raise ValueError(
+                    f"TRL does not come by the hidden states that {name} has before lm_head: {_NOT_TRLS}"
+                ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    allowed = 8 * torch.finfo(z.dtype).eps * max(1.0, float(z.abs().max()))
+    z = z.float() if softcap is None else softcap * torch.tanh(z.float() / softcap)
+    found = z.to(want.device)[..., : want.shape[-1]].log_softmax(-1)
+    error = float((found - want.log_softmax(-1)).abs().max())
+    if error > allowed:
+        raise ValueError(
+            f"the forward of {name} does more to its hidden states before lm_head, or to its logits, than TRL knows of: "
+            f"log-probs would be off by {error:.1e}; {_NOT_TRLS}"
+        )
 
 
 # --- install ----------------------------------------------------------------------------------------------------------
@@ -293,6 +369,13 @@ _OURS: dict[str, Any] = {
 }
 
 
+def _theirs() -> dict[Any, Any]:
+    """`_THEIRS`, and what other modules of TRL have taken over by name, before or after `install`: AsyncGRPO's does."""
+    name = "add_fused_lm_head"
+    modules = [m for key, m in list(sys.modules.items()) if key.startswith("trl.") and name in vars(m)]
+    return {**_THEIRS, **{(module, name): _THEIRS[utils, name] for module in modules}}
+
+
 class Installed:
     """What `install` returns: nothing to hold on to, but as a context manager it puts back on leaving what was before."""
 
@@ -304,6 +387,8 @@ class Installed:
 
     def __exit__(self, *_: object) -> None:
         _put(self._before)
+        if not installed():
+            _put(_theirs())
 
 
 def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installed:
@@ -312,7 +397,8 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     Replaces `trl.trainer.utils._ChunkedLogProbFunction`, which TRL looks up at each call, and beside it the switch by
     which TRL scores masked positions, too, where there is no Triton. SFT, DPO, KTO, GRPO and RLOO trainers made from then
     on fuse LoRA and DoRA on `lm_head`, which TRL refuses (AsyncGRPO's still does), and refuse other adapters there, heads
-    that are not linear and quantised ones, with the reason. A second call changes the options. `uninstall()` undoes it,
+    that are not linear and quantised ones, and models whose softcap, scale or layer before the head TRL does not know (MPT,
+    RecurrentGemma, ModernBertDecoder, …; two tokens are run to find out), with the reason. A second call changes the options. `uninstall()` undoes it,
     and so does leaving `with install():`.
 
     backend, tile_bytes: as `token_stats` has them.
@@ -330,14 +416,15 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
                 f"{function.__qualname__} of TRL {trl.__version__} takes ({found}), expected ({expected}): "
                 f"it is not TRL {VERSION} as released"
             )
-    before = {place: getattr(*place) for place in _THEIRS}
+    theirs = _theirs()
+    before = {place: getattr(*place) for place in theirs}
     for place, now in before.items():
-        if now not in (_THEIRS[place], _OURS.get(place[1])) and not isinstance(now, HeadFunction):
+        if now not in (theirs[place], _OURS.get(place[1])) and not isinstance(now, HeadFunction):
             raise ValueError(
                 f"{place[0].__name__}.{place[1]} has been replaced by {now!r}: undo that before, two cannot take the "
                 "same seam"
             )
-    ours = {place: _OURS.get(place[1]) for place in _THEIRS}
+    ours = {place: _OURS.get(place[1]) for place in theirs}
     _put({**ours, _FUNCTION: HeadFunction(backend, tile_bytes)})
     return Installed(before)
 
@@ -345,7 +432,7 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
 def uninstall() -> None:
     """Undo `install`; nothing happens if there is nothing to undo."""
     if installed():
-        _put(_THEIRS)
+        _put(_theirs())
 
 
 def installed() -> bool:
@@ -379,6 +466,14 @@ def take_losses(trainer: Any) -> None:
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
             install_fused_loss(trainer.accelerator.unwrap_model(model))
+
+
+def without_virtual(
+    hidden: Tensor,  # (R, P + T, D)
+    targets: Tensor,  # (R, T)
+) -> Tensor:
+    """(R, T, D): without the P virtual tokens that prompt-learning adapters put before."""
+    return hidden[:, -targets.shape[1] :]
 
 
 _ELSEWHERE = {

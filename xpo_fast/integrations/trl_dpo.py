@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from accelerate.utils import is_peft_model
+from torch import Tensor
 from trl.trainer import dpo_config, dpo_trainer, utils
 
 from ..head import shift_labels, token_logps
 from ..methods import METHODS
 from ..objective import Objective
 from ..types import Head
-from .trl import IGNORE, check_version, take_losses
+from .trl import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
 
 # Loss types of TRL's own, whose meaning is TRL's where a method of this project has the same name.
 DPO_LOSS_TYPES = (
@@ -65,7 +65,6 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     """
 
     model: Any
-    ref_model: Any
     accelerator: Any
     args: Any
     objective: Objective | None = None
@@ -89,11 +88,16 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             self._columns = _columns(self.objective, train_dataset, eval_dataset)
             if ref_model is None and not self.objective.needs_reference:
                 ref_model = _NoModel()
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        fused = self.objective is None or (args is not None and args.precompute_ref_log_probs)
+        token = NOT_FUSED.set(not fused)
+        try:
+            super().__init__(
+                model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs
+            )
+        finally:
+            NOT_FUSED.reset(token)
         if self.objective is None:
             return
-        if isinstance(self.ref_model, _NoModel):
-            self.ref_model = None
         self._check_objective(self.objective)
         take_losses(self)
         if self._columns:
@@ -101,6 +105,14 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         from ..trainer import SaveState
 
         self.add_callback(SaveState(self.objective))
+
+    @property
+    def ref_model(self) -> Any:
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        self._ref_model = None if isinstance(model, _NoModel) else model
 
     def _check_objective(self, objective: Objective) -> None:
         refused = {
@@ -118,6 +130,21 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         for what, found in refused.items():
             if found:
                 raise ValueError(f"{objective} does not go with {what}")
+        if objective.needs_reference_hidden and self._reference_head().adapter is not None:
+            raise ValueError(
+                f"{objective} compares whole distributions, and the reference's lm_head carries an adapter: merge that one "
+                "first, or take lm_head out of its target_modules"
+            )
+
+    @torch.no_grad()
+    def _reference_head(self) -> Head:
+        """As `compute_ref_log_probs` has it at each step."""
+        unwrap = self.accelerator.unwrap_model
+        if self.ref_model is not None or not is_peft_model(unwrap(self.model)):
+            return Head.from_model(unwrap(self.ref_model or self.model))
+        model = unwrap(self.model)
+        with utils.use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return Head.from_model(model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -140,7 +167,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         known = {name: inputs[name] for name in self._columns} | self._reference(inputs, targets)
 
         def loss_of(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            out = objective(_real(hidden, targets), head.weight, targets, **head.kwargs(), **known)
+            out = objective(without_virtual(hidden, targets), head.weight, targets, **head.kwargs(), **known)
             return out.loss, out.metrics
 
         loss, metrics = model(**arguments, fused_loss=loss_of)
@@ -169,12 +196,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         found: dict[str, Any] = {}
 
         def reference_of(hidden: Tensor, head: Head) -> Tensor:
-            hidden = _real(hidden, targets)
+            hidden = without_virtual(hidden, targets)
             if objective.needs_reference_hidden:
-                if head.adapter is not None:
-                    raise ValueError(
-                        f"{objective} compares with the reference's head, which carries an adapter"
-                    )
                 found.update(ref_hidden=hidden, ref_weight=head.weight, ref_bias=head.bias)
                 return hidden
             found["ref_logps"] = token_logps(hidden, head.weight, targets, **head.kwargs())
@@ -272,12 +295,5 @@ class _WithColumns:
         return {**self.collate(examples), **columns}
 
 
-class _NoModel(nn.Module):
-    """Where TRL would load a reference model that no loss looks at."""
-
-    config = PretrainedConfig()
-
-
-def _real(hidden: Tensor, targets: Tensor) -> Tensor:
-    """Without the virtual tokens that prompt-learning adapters put before."""
-    return hidden[:, -targets.shape[1] :]
+class _NoModel:
+    """Said to TRL in the place of a reference model that no loss looks at, lest it loads one; to be asked for, it is None."""

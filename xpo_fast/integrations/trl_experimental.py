@@ -19,7 +19,7 @@ from trl.experimental.tpo import TPOTrainer as _TPOTrainer
 from ..head import shift_labels, token_logps, token_stats
 from ..head.sharded import whole
 from ..types import Head
-from .trl import IGNORE, HeadFunction, check_version, take_losses
+from .trl import IGNORE, HeadFunction, check_version, take_losses, without_virtual
 
 
 class _WithoutLogits:
@@ -66,7 +66,7 @@ def _pairs(
     """Log-probs (R, T) of the targets and mean logits (R,) of the first `positions` of each row, in one forward."""
 
     def of(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        hidden = hidden[:, -targets.shape[1] :]
+        hidden = without_virtual(hidden, targets)
         logp = token_logps(hidden, head.weight, targets, **head.kwargs())
         return logp, mean_logits(hidden[:, :positions], head)
 
@@ -128,7 +128,7 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
         targets = shift_labels(inputs["input_ids"].masked_fill(~mask, IGNORE))
 
         def of(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
-            hidden = hidden[:, -targets.shape[1] :].flatten(0, 1)
+            hidden = without_virtual(hidden, targets).flatten(0, 1)
             names = ("entropy", "mean_logit", "top1")
             found = HeadFunction().statistics(hidden, head, targets.flatten(), names)
             return tuple(x.view(targets.shape) for x in found.values())
