@@ -43,6 +43,10 @@ ERRORS = [
     ({"outputs": ("kl",), "ref_hidden": torch.zeros(2, 4)}, "of the reference: .*targets"),
     ({"outputs": ("kl",), "ref_hidden": torch.zeros(3, 6)}, "of the reference: weight"),
     ({"outputs": ("kl",), "ref_weight": torch.zeros(6, 4)}, "vocabulary of 5, got 6"),
+    (
+        {"outputs": ("kl",), "hidden": torch.zeros(3, 6), "adapter": torch.zeros(5, 2)},
+        "adapter.*pass ref_weight=",
+    ),
 ]
 
 
@@ -101,6 +105,15 @@ CALL_ERRORS = [
     ({"ref_logps": torch.zeros(2)}, r"ref_logps must be \(4,\).*got \(2,\)"),
     ({"ref_logps": torch.zeros(4, device="meta")}, "meta"),
     ({"ref_logps": None, "ref_hidden": torch.randn(2, 3, WIDTH)}, "of the reference: "),
+    (
+        {
+            "ref_logps": None,
+            "ref_hidden": torch.randn(4, 3, WIDTH),
+            "hidden": torch.randn(4, 3, WIDTH + 2),
+            "adapter": torch.randn(VOCAB, 2),
+        },
+        "adapter.*pass ref_weight=",
+    ),
     ({"scores": torch.zeros(2)}, "dpo: unknown scores.*takes the columns: none"),
     ({"desirable": torch.zeros(4)}, "unknown desirable"),
     ({"method": "kto", "desirable": None}, "kto: missing desirable.*desirable, kl"),
@@ -151,3 +164,8 @@ def test_plan_refuses_what_the_call_would():
     hidden, weight, targets = torch.randn(4, 3, WIDTH), torch.randn(VOCAB, WIDTH), torch.ones(4, 3).long()
     with pytest.raises(ValueError, match="dpo: unknown softcaps"):
         xf.Objective("dpo").plan(hidden, weight, targets, softcaps=3.0)
+    adapted = {"adapter": torch.randn(VOCAB, 2), "ref_hidden": hidden}
+    wide = torch.randn(4, 3, WIDTH + 2)
+    with pytest.raises(ValueError, match=r"adapter.*pass ref_weight="):
+        xf.Objective("dpo").plan(wide, weight, targets, **adapted)
+    assert xf.Objective("dpo").plan(wide, weight, targets, **adapted, ref_weight=weight).passes

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,6 +20,7 @@ import test_trainer
 import xpo_fast as xf
 from interpreter import DEVICE, INTERPRETED, needs_triton, numpy_warnings, run_checks
 from xpo_fast.head import head_plan
+from xpo_fast.head.sharded import is_sharded
 from xpo_fast.head.spec import Scaling
 from xpo_fast.head.units import UnitLoss, pack
 from xpo_fast.lm_head import causal_lm
@@ -447,6 +450,108 @@ def test_heads_that_are_not_linear_are_refused():
         xf.Head.from_model(model)
     with pytest.raises(ValueError, match="has no output embeddings"):
         xf.Head.from_model(layer)
+
+
+def add_accelerates(layer, *hooks):
+    add_hook_to_module(layer, SequentialHook(*hooks))
+
+
+class Doubled(ModelHook):
+    def post_forward(self, module, output):
+        return output * 2
+
+
+CHANGES = {
+    "pre-hook": lambda x: x.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "hook": lambda x: x.register_forward_hook(lambda module, args, out: out * 2),
+    "forward": lambda x: setattr(x, "forward", lambda h: nn.functional.linear(h, x.weight) * 2),
+    "a hook of accelerate's": lambda x: add_accelerates(x, AlignDevicesHook(), Doubled()),
+    "a forward below accelerate's": lambda x: (CHANGES["forward"](x), add_accelerates(x, AlignDevicesHook())),
+    "spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.*spectral_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [make_model, adapted], ids=["plain", "LoRA"])
+def test_hooks_and_forwards_that_may_change_the_logits_are_refused(make, change):
+    model = make()
+    layer = causal_lm(model).lm_head
+    CHANGES[change](getattr(layer, "base_layer", layer))
+    what = "forward of its own" if "forward" in change else "forward hook"
+    for read in (xf.Head.from_model, install_fused_loss):
+        with pytest.raises(
+            ValueError, match=f"the LM head of Llama.* has a {what}, which may change.*remove it"
+        ):
+            read(model)
+
+
+def test_hooks_that_leave_the_logits_as_they_are_stay():
+    for make in (make_model, adapted):
+        model = make()
+        add_accelerates(causal_lm(model).lm_head, AlignDevicesHook(execution_device="cpu"))
+        assert_close(ours(model), theirs(model))
+
+
+# --- the reference's head -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: adapted(use_dora=True), lambda: with_bias(lora_bias=True)])
+def test_the_references_head_is_the_base_models_which_has_to_be_given(make):
+    model = make().requires_grad_(False)
+    head, hidden = xf.Head.from_model(model), hidden_states(model, BATCH)
+    with model.disable_adapter():
+        base, ref = xf.Head.from_model(model), {"ref_hidden": hidden_states(model, BATCH)}
+        want = theirs(model)
+    with pytest.raises(
+        ValueError, match=r"DoRA scales the rows.*lora_bias adds.*pass ref_weight=, and ref_bias="
+    ):
+        xf.token_stats(hidden, head.weight, TARGETS, outputs=("kl",), **head.kwargs(), **ref)
+    with pytest.raises(ValueError, match="pass ref_weight=, and ref_bias="):
+        xf.Objective("dpo")(hidden, head.weight, TARGETS, **head.kwargs(), **ref)
+    ref |= {"ref_weight": base.weight, "ref_bias": base.bias}
+    found = xf.Objective("dpo")(hidden, head.weight, TARGETS, **head.kwargs(), **ref)
+    margin = (theirs(model) - want).sum(dim=1)
+    assert_close(found.loss.double(), -nn.functional.logsigmoid(0.1 * (margin[0] - margin[1])))
+
+
+# --- in parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_fsdp_may_have_the_head_in_a_group_of_its_own(one_rank, options):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted(target_modules=["q_proj", "lm_head"], **options)
+    want, expected = gradients(copy.deepcopy(model), theirs)
+    install_fused_loss(model)
+    fully_shard(causal_lm(model).lm_head, mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+
+    def fused(model):
+        def loss(hidden, head):
+            assert is_sharded(causal_lm(model).lm_head.lora_A["default"].weight)
+            logp = xf.token_logps(hidden, head.weight, TARGETS, **head.kwargs())
+            return logp.clone()  # FSDP2 warns of views
+
+        return model(**BATCH, fused_loss=loss)
+
+    found, got = gradients(model, fused)
+    assert_close(found, want)
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_close(got[name].full_tensor(), x, msg=name)
 
 
 # --- the trainer --------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ python tests/test_model_zoo.py --markdown > docs/models.md
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 import sys
 import warnings
@@ -21,7 +23,7 @@ from torch.testing import assert_close
 from transformers.models.auto import modeling_auto
 
 from xpo_fast import Head, token_logps
-from xpo_fast.models import hidden_states
+from xpo_fast.models import hidden_states, install_fused_loss
 
 VOCAB = 97
 # Whatever a config calls its sizes. Those of a name that a config does not have are left out.
@@ -78,6 +80,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlnet": {"max_position_embeddings": ...},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -126,7 +137,7 @@ def walk() -> Iterator[tuple[str, str, str]]:
 
 
 # Classes that do not pass: why, and the error that shows it; None where making the model takes too long to show it.
-ENCODER = "encoder-decoder: not a causal LM"
+ENCODER = "encoder-decoder: not a causal LM; refused"
 IMAGE = "does not run on text alone"
 TINY = "transformers makes no tiny one from its config's fields alone"
 REASONS: dict[str, tuple[str, str | None]] = {
@@ -161,15 +172,14 @@ REASONS: dict[str, tuple[str, str | None]] = {
     "MusicgenMelodyForCausalLM": ("a head for each codebook; refused", "not a plain linear layer"),
     "NemotronH_Omni_Reasoning_V3": (TINY, "temporal_patch_size"),
     "PI0ForConditionalGeneration": ("predicts actions: no output embeddings; refused", "has no output embeddings"),
-    "PPFormulaNetForConditionalGeneration": (ENCODER, "pixel_values"),
+    "PPFormulaNetForConditionalGeneration": (ENCODER, "expected a decoder-only causal LM"),
     "PerceptionLMForConditionalGeneration": ("needs the package timm", "timm"),
-    "Pix2StructForConditionalGeneration": (ENCODER, "flattened_patches"),
+    "Pix2StructForConditionalGeneration": (ENCODER, "expected a decoder-only causal LM"),
     "ProphetNetForCausalLM": ("predicts several tokens a position; refused", "expected hidden states"),
     "Step3p7ForConditionalGeneration": (TINY, "sliding_window"),
-    "T5Gemma2ForConditionalGeneration": (ENCODER, "input_ids"),
-    "UdopForConditionalGeneration": (ENCODER, "Bbox"),
-    "VisionEncoderDecoderModel": (ENCODER, "pixel_values"),
-    "Zamba2ForCausalLM": (TINY, "layer_types"),
+    "T5Gemma2ForConditionalGeneration": (ENCODER, "expected a decoder-only causal LM"),
+    "UdopForConditionalGeneration": (ENCODER, "expected a decoder-only causal LM"),
+    "VisionEncoderDecoderModel": (ENCODER, "expected a decoder-only causal LM"),
 }  # fmt: skip
 CLASSES = list(walk())
 
@@ -244,10 +254,16 @@ def test_what_goes_before_the_head_is_taken_and_what_is_about_logits_is_not():
         "attention_mask": mask,
         "position_ids": mask.cumsum(1),
     }
-    assert_close(
-        hidden_states(model, {**batch, "labels": ids, "logits_to_keep": 1, "return_dict": False}), want
-    )
+    of_logits = {"labels": ids, "targets": ids, "logits_to_keep": 1, "return_dict": False}
+    assert_close(hidden_states(model, {**batch, **of_logits}), want)
     assert float((hidden_states(model, {"input_ids": ids}) - want)[0].abs().max()) > 0.01
+
+    class Strict(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids, attention_mask)
+
+    strict = Strict(model.config).eval()
+    assert hidden_states(strict, {"input_ids": ids, "attention_mask": mask, **of_logits}).shape == want.shape
 
 
 @torch.no_grad()
@@ -282,6 +298,50 @@ def test_a_forward_that_calls_its_parents_does_what_they_do():
         model = cls(config).eval()
         assert Head.from_model(model).softcap == softcap
         assert compare(model) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["MarianMTModel", "T5ForConditionalGeneration"])
+def test_encoder_decoders_are_refused(name):
+    model = build(name)
+    for read in (Head.from_model, install_fused_loss):
+        with pytest.raises(
+            ValueError, match=f"expected a decoder-only causal LM, got {name}.*final_logits_bias"
+        ):
+            read(model)
+
+
+def test_a_fused_loss_leaves_every_model_its_own_signature():
+    names = ("LlamaForCausalLM", "MambaForCausalLM", "xLSTMForCausalLM")
+    models = [build(name) for name in names]
+    own = [(inspect.signature(model.forward), model.forward.__doc__) for model in models]
+    for model in models:
+        install_fused_loss(model)
+    assert [(inspect.signature(model.forward), model.forward.__doc__) for model in models] == own
+    assert "attention_mask" in own[0][0].parameters and "attention_mask" not in own[2][0].parameters
+    ids = torch.randint(3, VOCAB, (2, 7))
+    frozen = copy.deepcopy(models[0])
+    want = frozen(input_ids=ids, fused_loss=lambda hidden, head: hidden)
+    with torch.no_grad():
+        models[0].get_input_embeddings().weight.zero_()
+    assert_close(frozen(input_ids=ids, fused_loss=lambda hidden, head: hidden), want)
+
+
+def test_the_routers_loss_is_not_dropped_from_a_fused_loss():
+    model, ids = build("MixtralForCausalLM"), torch.randint(3, VOCAB, (2, 7))
+    install_fused_loss(model)
+
+    def run(**options: Any) -> Any:
+        return model(input_ids=ids, fused_loss=lambda hidden, head: hidden.shape, **options)
+
+    with pytest.raises(ValueError, match=r"auxiliary loss is not added.*leave out output_router_logits=True"):
+        run(output_router_logits=True)
+    assert run(output_router_logits=False) == (2, 7, 32)
+    assert model(input_ids=ids, output_router_logits=True).router_logits is not None
+    model.config.output_router_logits = True
+    assert run(output_router_logits=False) == (2, 7, 32)
+    for act in (run, lambda: install_fused_loss(model)):
+        with pytest.raises(ValueError, match=r"set model\.config.output_router_logits = False"):
+            act()
 
 
 def markdown() -> str:

@@ -30,6 +30,8 @@ _ACTS_OF: dict[str, Mapping[str, int | str]] = {
 }
 # Model types that do to logits what no Head has.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
+# Whose hooks on a head, and forwards in place of its own, gather, move or cast, and leave its logits what they are.
+_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __package__)
 # Rows of the weight beyond this many are padding, whose logits the model drops.
 _UNPADDED = "unpadded_vocab_size"
 
@@ -56,7 +58,15 @@ def read(model: Any) -> dict[str, Any]:
     layer = head_layer(lm)
     if (why := _NOT_HEADS.get(getattr(lm.config, "model_type", ""))) is not None:
         raise _refused(type(lm).__name__, why, "take its logits")
-    fields = _read_layer(_active(layer), type(lm).__name__) | {"logit_scale": 1.0, "softcap": None}
+    if getattr(lm.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"expected a decoder-only causal LM, got {type(lm).__name__}: an encoder-decoder's logits are not those of its "
+            "head alone (Bart and Marian add final_logits_bias)"
+        )
+    active = _active(layer)
+    fields = _read_layer(active, type(lm).__name__) | {"logit_scale": 1.0, "softcap": None}
+    for x in dict.fromkeys((layer, active, getattr(active, "base_layer", active))):
+        _refuse_changes(x, type(lm).__name__)
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
     spoken = _spoken_of(lm, layer)
     for attribute, act in {**_ACTS, **_ACTS_OF.get(getattr(config, "model_type", ""), {})}.items():
@@ -147,13 +157,16 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
 
 def _project(layer: Any, names: list[str], hidden: Tensor) -> Tensor:
     """What the B of LoRA adapters are multiplied by: s·dropout(h) Aᵀ of each, side by side, (…, Σr)."""
-    return torch.cat(
-        [
-            layer.lora_A[x](layer.lora_dropout[x](hidden.to(layer.lora_A[x].weight.dtype))) * layer.scaling[x]
-            for x in names
-        ],
-        dim=-1,
-    )
+    from .head.sharded import is_sharded, whole  # which imports this module
+
+    parts = []
+    for x in names:
+        a = layer.lora_A[x]
+        h = layer.lora_dropout[x](hidden.to(a.weight.dtype))
+        # ZeRO-3 gathers for a module that is called; FSDP2 has a head in a group of its own in parts here.
+        own = nn.functional.linear(h, *whole(weight=a.weight)) if is_sharded(a.weight) else a(h)
+        parts.append(own * layer.scaling[x])
+    return torch.cat(parts, dim=-1)
 
 
 def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str) -> None:
@@ -202,6 +215,26 @@ def _linear(layer: Any, owner: str) -> dict[str, Any]:
         what = "none" if weight is None else f"{type(weight).__name__} {weight.dtype} {tuple(weight.shape)}"
         raise _refused(owner, f"must have a (V, D) float weight, got {what}", _KEEP)
     return {"weight": weight, "bias": bias}
+
+
+def _refuse_changes(layer: Any, owner: str) -> None:
+    """ValueError for hooks and a forward put on a layer that may change what it takes or gives."""
+    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    on_it = [("a forward hook", hook) for hook in hooks]
+    if "forward" in vars(layer):
+        on_it.append(("a forward of its own", layer.forward))
+        moved = getattr(layer, "_hf_hook", None)  # of accelerate, whose forward runs it around the one before
+        on_it += [("a forward hook", hook) for hook in getattr(moved, "hooks", [moved]) if hook is not None]
+        before = getattr(layer, "_old_forward", None)
+        if getattr(before, "__func__", before) is not type(layer).forward and before is not None:
+            on_it.append(("a forward of its own", before))
+    for what, x in on_it:
+        while isinstance(x, partial):
+            x = x.func
+        module = getattr(x, "__module__", None) or type(x).__module__
+        if not any(f"{module}.".startswith(f"{name}.") for name in _LEAVE_LOGITS):
+            name = getattr(x, "__qualname__", type(x).__qualname__)
+            raise _refused(owner, f"has {what}, which may change its logits ({module}.{name})", "remove it")
 
 
 def _shape(x: Any) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ _FILES = (
 )  # a folder without one of them is not complete
 
 # What of a forward's arguments is about logits, or about what is made of them.
-_ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "use_cache")
+_ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "targets", "use_cache")
 
 
 def cache_dir() -> Path:
@@ -148,7 +148,7 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """The last hidden states as the model's head takes them, without its logits: `Head.inputs` of them.
 
     batch: the keyword arguments of the model's forward (input_ids or inputs_embeds, attention_mask, position_ids,
-        pixel_values, …); those about logits and labels are left out.
+        pixel_values, …); those about logits, labels and targets are left out.
     Returns (R, T, D), or (R, T, D + r) with a LoRA adapter of rank r on the head, to go with `Head.from_model(model)`:
 
         head = Head.from_model(model)
@@ -176,21 +176,32 @@ def install_fused_loss(model: nn.Module) -> None:
 
     f takes the last hidden states (R, T, D) and the `Head`, and runs inside the model's forward, where the hooks of DDP
     and FSDP see the head's weight as used. Without the keyword the forward is what it was. A PEFT model passes the
-    keyword on to its base model. Raises ValueError for a model that is no decoder-only causal LM.
+    keyword on to its base model. Raises ValueError for a model that is no decoder-only causal LM, for a head that
+    `Head.from_model` refuses, and, in the forward too, for the router's auxiliary loss. What a class's own code does to its
+    logits behind the head is not read: `trainer.check_head`, which the trainers call, compares.
     """
     lm = causal_lm(model)
     config = getattr(lm, "config", None)
-    if config is None or not hasattr(lm, "get_decoder") or getattr(config, "is_encoder_decoder", False):
+    if config is None or not hasattr(lm, "get_decoder"):
         raise ValueError(f"expected a decoder-only causal LM of transformers, got {type(lm).__name__}")
-    if any(getattr(c, "output_router_logits", False) for c in (config, config.get_text_config())):
-        raise ValueError(
-            "the router's auxiliary loss is not added to a fused loss: set model.config.output_router_logits = False"
-        )
+    _refuse_router_loss(lm)
     Head.from_model(lm)
     if getattr(lm, "_forward_without_fused_loss", None) is None:
         # Bound methods, not closures over `lm`: a deep copy of the model then runs its own weights.
         lm._forward_without_fused_loss = lm.forward
-        lm.forward = MethodType(functools.wraps(type(lm).forward)(_forward), lm)
+        lm.forward = MethodType(_with_fused_loss(type(lm).forward), lm)
+
+
+def _refuse_router_loss(lm: Any, given: bool | None = None) -> None:
+    """given: the forward's argument, before which its config counts for nothing."""
+    configs = (lm.config, lm.config.get_text_config())
+    if given is None and any(getattr(c, "output_router_logits", False) for c in configs):
+        advice = "set model.config.output_router_logits = False"
+    elif given:
+        advice = "leave out output_router_logits=True"
+    else:
+        return
+    raise ValueError(f"the router's auxiliary loss is not added to a fused loss: {advice}")
 
 
 def remove_fused_loss(model: nn.Module) -> None:
@@ -205,12 +216,19 @@ def remove_fused_loss(model: nn.Module) -> None:
         lm.forward = original
 
 
-def _forward(
-    self: Any, *args: Any, fused_loss: Callable[[Tensor, Head], Any] | None = None, **kwargs: Any
-) -> Any:
-    if fused_loss is None:
-        return self._forward_without_fused_loss(*args, **kwargs)
-    inputs = _before_logits(self, kwargs)
-    hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
-    head = Head.from_model(self)
-    return fused_loss(head.inputs(hidden), head)
+def _with_fused_loss(own: Callable[..., Any]) -> Callable[..., Any]:
+    """What takes a class's forward's place on a model, with the signature and docstring that are its own."""
+
+    @functools.wraps(own)
+    def forward(
+        self: Any, *args: Any, fused_loss: Callable[[Tensor, Head], Any] | None = None, **kwargs: Any
+    ) -> Any:
+        if fused_loss is None:
+            return self._forward_without_fused_loss(*args, **kwargs)
+        _refuse_router_loss(self, kwargs.get("output_router_logits"))
+        inputs = _before_logits(self, kwargs)
+        hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
+        head = Head.from_model(self)
+        return fused_loss(head.inputs(hidden), head)
+
+    return forward

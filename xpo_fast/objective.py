@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch import PAIRS, Batch, Known
 from .device import on_host, to_device
-from .head import VocabShard, head_plan, token_logps, token_stats
+from .head import VocabShard, check_reference_head, head_plan, token_logps, token_stats
 from .head.plan import Plan, choose_backend
 from .head.rows import Group, sum_rows
 from .head.sharded import refuse_sharded, unpartitioned, whole
@@ -241,7 +241,7 @@ class Objective:
         logit_scale: float = 1.0,
         ignore_index: int = -100,
         ref_hidden: Tensor | None = None,  # shaped as hidden, width Dr
-        ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight if not given
+        ref_weight: Tensor | None = None,  # (V, Dr); if not given the policy's; needed with adapter
         ref_bias: Tensor | None = None,  # (V,)
         ref_logps: Tensor
         | None = None,  # (R,) log-probs of the rows under the reference, summed; or one a token
@@ -267,7 +267,7 @@ class Objective:
         weight_grad: as in `token_stats`. Where the gradients are made in this call (3F), dW is added in it, too, times
         grad_scale: what the loss will be multiplied by before the backward, which is checked there.
 
-        adapter: as in `token_stats`, hidden then (…, D + r); the reference's head is the policy's without it.
+        adapter: as in `token_stats`, hidden then (…, D + r); ref_hidden then needs ref_weight, and ref_bias.
         A DTensor's weight, or ZeRO-3's, is gathered once a call, policy and reference together, and vocab_shard is as in `token_stats`; the
         loss is then the same on every rank of the shard's group, if `beta_dpo` draws the same there: seed them alike. `cringe`
         reads single logits and takes none.
@@ -288,6 +288,7 @@ class Objective:
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias
         )
         refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+        check_reference_head(adapter, ref_hidden, ref_weight)
         weight, bias, ref_weight, ref_bias, adapter = whole(
             weight_grad=weight_grad,
             weight=weight,
@@ -768,6 +769,7 @@ class Objective:
         unknown = sorted(set(others) - _OF_NO_MATTER_TO_THE_PLAN - columns - {"ref_token_logp"})
         if unknown:
             raise ValueError(f"{', '.join(m.name for m in self.methods)}: unknown {', '.join(unknown)}")
+        check_reference_head(adapter, ref_hidden, others.get("ref_weight"))
         weight, bias, adapter = unpartitioned(weight, bias, adapter)
         hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
         check_operands(hidden, weight, targets, bias, adapter)

@@ -53,8 +53,9 @@ class Head:
 
         A PEFT model's is read as its adapters are at the moment: LoRA as `adapter`, DoRA as a copy of the weight with
         scaled rows and an `adapter`, merged and disabled ones as the plain layer, modules_to_save as the trained copy.
-        Raises ValueError, with the reason, for a head that is not linear, for a quantised one, and for an adapter of
-        another kind.
+        Raises ValueError, with the reason, for a head that is not linear, for a quantised one, for one with a forward or
+        with forward hooks put on it (but those that gather, move or cast: FSDP's, DeepSpeed's, accelerate's, TRL's), for an
+        adapter of another kind, and for an encoder-decoder.
         """
         return cls(**read(model))
 

@@ -53,7 +53,7 @@ def token_stats(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     ref_hidden: Tensor | None = None,  # (…, Dr)
-    ref_weight: Tensor | None = None,  # (V, Dr); the policy's weight, without its adapter, if not given
+    ref_weight: Tensor | None = None,  # (V, Dr); if not given the policy's; needed with adapter
     ref_bias: Tensor | None = None,  # (V,); the policy's bias if neither it nor ref_weight is given
     adapter: Tensor | None = None,  # (V, r)
     weight_grad: Tensor | None = None,  # (V, D) float32
@@ -79,6 +79,8 @@ def token_stats(
     adapter: the B of LoRA. hidden is then [h, x] (…, D + r), x = s·dropout(h) Aᵀ (…, r), which autograd made, and the
     products are h Wᵀ + x Bᵀ: r/D more of each pass, and no matrix (V, D) is made of them. adapter may be wider than
     weight (float32 beside bfloat16). With a frozen weight and a trainable adapter: 3F, and no dW. `Head` has all of it.
+    ref_hidden then needs ref_weight, and ref_bias: weight and bias may be the adapter's in part, as DoRA's and those of
+    lora_bias are.
 
     weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64 operands):
     the backward adds dW to it and autograd gives weight none, which saves memory for dW and a pass over it.
@@ -104,6 +106,7 @@ def token_stats(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     )
     refuse_sharded(hidden=hidden, targets=targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+    check_reference_head(adapter, ref_hidden, ref_weight)
     weight, bias, ref_weight, ref_bias, adapter = whole(
         weight_grad=weight_grad,
         weight=weight,
@@ -370,6 +373,17 @@ def _check_outputs(
             check_operands(ref_hidden, ref_weight, targets, ref_bias)
         except ValueError as error:
             raise ValueError(f"of the reference: {error}") from None
+
+
+def check_reference_head(
+    adapter: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None
+) -> None:
+    """ValueError for a reference that would take the head of a policy whose weight and bias may be its adapter's in part."""
+    if adapter is not None and ref_hidden is not None and ref_weight is None:
+        raise ValueError(
+            "with an adapter the policy's weight and bias need not be the reference's (DoRA scales the rows of the one, "
+            "lora_bias adds to the other): pass ref_weight=, and ref_bias= if it has one, with ref_hidden="
+        )
 
 
 def _check_weight_grad(weight_grad: Tensor, weight: Tensor, backend: str) -> None:
