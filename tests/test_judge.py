@@ -26,6 +26,7 @@ from xpo_fast.judge import (
     text_of,
 )
 from xpo_fast.mixture import AgainstMixture, MixtureRollout
+from xpo_fast.rewards import Rewards
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 from xpo_fast.selection import SELECTORS, accepted, win_rates
 
@@ -162,6 +163,8 @@ def test_a_function_judges_by_order_and_sees_the_columns():
     grouped = group_scores(judge, ["p"], [["a", "b"]], {"answer": ["a"]}, [[[1, 2], [1, 2, 3]]])
     assert grouped[0].tolist() == [3.0, 3.0]
     assert judge(prompts=["p"], completions=["a"], answer=[None]) == [None]
+    samples = Samples(["p", "p"], [[1], [1]], [[2], [2, 3]], ["a", "b"], ["stop", "stop"])
+    assert Rewards(judge)(samples, {"answer": ["a", "a"]}).rewards.tolist() == [2.0, 2.0]
 
 
 class Lengths:

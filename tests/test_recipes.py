@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_tokenizer
-from xpo_fast import cli, recipes
+from xpo_fast import cli, recipe_loop, recipes
 from xpo_fast.data import load_prompts
 from xpo_fast.judge import FunctionJudge, Judge, text_of
 from xpo_fast.models import load_model
@@ -322,6 +322,45 @@ def test_paft_merges_two_adapters_of_one_base(home, tmp_path):
         run(RECIPES["paft"], setup(home, tmp_path / "full", judge=None))
 
 
+def test_paft_killed_as_an_adapter_appears(home, tmp_path, monkeypatch):
+    appear, deaths = recipe_loop._appear, []
+
+    def dying(path, write):
+        appear(path, write)
+        if path.name.startswith("adapter") and len(deaths) < 2:
+            deaths.append(path)
+            raise Killed
+
+    monkeypatch.setattr(recipe_loop, "_appear", dying)
+    options = {"peft_config": lora(), "judge": None, "training": {"max_steps": 1}}
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(small("paft"), setup(home, tmp_path, **options))
+    assert Path(run(small("paft"), setup(home, tmp_path, **options)).model).is_dir() and len({*deaths}) == 2
+
+
+def test_soft_labels_reach_the_reward_model(home, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "xpo_fast.reward_trainer.RewardTrainer.__init__",
+        lambda self, model, args, *, train_dataset, **_: (
+            seen.extend(train_dataset) or (_ for _ in ()).throw(Killed)
+        ),
+    )
+    loop = recipe_loop._Loop(small("rlaif"), setup(home, tmp_path))
+    row = {
+        "prompt": "w1",
+        "chosen": " w2",
+        "rejected": " w3",
+        "prob": 0.7,
+        "chosen_ids": [5],
+        "rejected_ids": [6],
+    }
+    with pytest.raises(Killed):
+        loop._train_reward(tmp_path, 0, [row], [str(home)], [])
+    assert seen == [{"prompt": "w1", "chosen": " w2", "rejected": " w3", "prob": 0.7}]
+
+
 def test_l1_adds_the_sign_of_each_weight_to_its_gradient():
     layer = torch.nn.Linear(2, 1)
     layer.bias.requires_grad_(False)
@@ -379,6 +418,13 @@ def test_when_to_stop(rule, means, best, stops):
     spread = (-1.0, 0.0, 1.0)
     history = [[m + s * (i % 2) for s in spread] for i, m in enumerate(means)]
     assert rule.best(history) == best and rule.stops(history) is stops
+
+
+def test_one_held_out_prompt_has_no_standard_error(home, tmp_path):
+    assert StoppingRule().best([[0.0], [1.0]]) == 1
+    one = {"held_out": load_prompts(make_rows(1)), "stopping": StoppingRule(z=1.0)}
+    with pytest.raises(ValueError, match="needs 2 held-out prompts or more, got 1"):
+        run(small("raft"), setup(home, tmp_path, **one))
 
 
 def test_the_loop_stops_and_gives_back_the_best(home, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -19,6 +20,7 @@ from xpo_fast.reward_report import (
     compare,
     plot,
     score_pairs,
+    standard_error,
     summary,
     wilson,
 )
@@ -133,7 +135,9 @@ def test_lists_are_trained_on_and_measured_as_pairs(home, tmp_path):
     options = ("--data", home / "lists.jsonl", "--model", out, "--output-dir", measured, "--cpu")
     assert run("eval-reward", *options, "--length-alpha", 2) == 0
     report = json.loads((measured / "report.json").read_text())
-    assert report["scorers"][0]["pairs"] == 6 * 2  # two completions of each list beat the third
+    (said,) = report["scorers"]
+    assert said["pairs"] == 6 * 2 and said["prompts"] == 6  # two completions of each list beat the third
+    assert "log_loss" not in said  # divided by lengths they are no logits
     assert run("eval-reward", *options, "--max-pairs", 5) == 0
     assert json.loads((measured / "report.json").read_text())["scorers"][0]["pairs"] == 5
 
@@ -188,6 +192,20 @@ def test_summary_by_hand():
     assert found["longer_wins"] == (1 + 0 + 0.5 + 1) / 4
     low, high = wilson(0.5, 100)  # 0.5 ± 1.96·√(0.0025 + 1.96²/40000)/(1 + 1.96²/100)
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_pairs_of_one_prompt_are_one_observation():
+    """Each pair thrice: the accuracy, its standard error and its interval are those of the pairs once."""
+    margins = [2.0, 1.0, -1.0, 3.0]
+    once = summary(scores(margins))
+    thrice = summary(dataclasses.replace(scores(margins * 3), prompts=np.arange(12) % 4))
+    alone = summary(dataclasses.replace(scores(margins * 3), prompts=np.arange(12)))
+    for name in ("accuracy", "standard_error", "accuracy_95", "prompts"):
+        assert thrice[name] == pytest.approx(once[name])
+    assert alone["standard_error"] == pytest.approx(once["standard_error"] / math.sqrt(3))
+    pair = [dataclasses.replace(scores(m), prompts=np.array([0, 0, 1])) for m in ([1, 1, 1], [-1, -1, 1])]
+    assert compare(*pair)["standard_error"] == pytest.approx(math.sqrt(2 * (2 / 3) ** 2) / 3)
+    assert compare(*pair)["standard_error"] == standard_error(np.array([1.0, 1.0, 0.0]), np.array([0, 0, 1]))
 
 
 def test_calibration_by_hand():

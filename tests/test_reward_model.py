@@ -448,6 +448,63 @@ def test_scores_do_not_depend_on_the_batch_and_obey_the_length_rule(tmp_path):
         reward.score(prompts, completions[:1])
     both = RewardEnsemble([RewardModel(*args), RewardModel(*args, RewardSpec(length_alpha=3))], "worst")
     torch.testing.assert_close(both.score(prompts, completions), torch.minimum(expected, normalised))
+    both.standardise(prompts, completions)
+    of_one_scale = torch.minimum(*((x - x.mean()) / x.std() for x in (expected, normalised)))
+    torch.testing.assert_close(both.score(prompts, completions), of_one_scale, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="every member gives different rewards, got 1"):
+        both.standardise(prompts[:1], completions[:1])
+
+
+def test_an_adapter_in_bfloat16_scores_as_it_was_trained(tmp_path):
+    """Merged into weights of 8 bits of mantissa it would not."""
+    make_model().bfloat16().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    base, tokenizer = load_model(str(tmp_path / "base"))
+    assert base.dtype == torch.bfloat16
+    model = peft.get_peft_model(base, lora(target_modules="all-linear")).eval()
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    attach_value_head(model, std=1.0)
+    trained = RewardModel(model, tokenizer)
+    trained.save(tmp_path / "reward")
+    rows = make_rows(5)
+    prompts, completions = [r["prompt"] for r in rows], [r["chosen"] for r in rows]
+    found = RewardModel.load(tmp_path / "reward").score(prompts, completions)
+    torch.testing.assert_close(found, trained.score(prompts, completions), rtol=0, atol=0)
+
+
+def test_a_critics_value_head_is_not_gone_on_with(tmp_path):
+    model = make_model()
+    critic = attach_value_head(model, std=1.0)
+    model.save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    save_value_head(model, tmp_path / "policy")
+    trainer = make_trainer(tmp_path, model=str(tmp_path / "policy"))
+    assert not torch.equal(value_head(trainer.model).weight, critic.weight)
+    trainer.reward_model().save(tmp_path / "reward")
+    again = make_trainer(tmp_path, model=str(tmp_path / "reward"))
+    assert torch.equal(value_head(again.model).weight, value_head(trainer.model).weight)
+
+
+def test_soft_labels(tmp_path):
+    """−p log σ(h) − (1−p) log σ(−h), h the difference of rewards."""
+    rows = [{**row, "prob": 0.3} for row in rows_for("bradley_terry", 4)]
+    trainer = make_trainer(tmp_path, rows=rows)
+    rewards = [
+        plain_outputs(trainer.model, value_head(trainer.model), rows, n)[:, 0] for n in ("chosen", "rejected")
+    ]
+    h = rewards[0] - rewards[1]
+    expected = -(0.3 * h.sigmoid().log() + 0.7 * (-h).sigmoid().log()).mean()
+    trainer.train()
+    assert log(trainer)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_which_scores_are_logits():
+    assert RewardSpec().is_logit and RewardSpec("grm").is_logit
+    assert not RewardSpec("regression").is_logit
+    assert not RewardSpec(length_alpha=3.0).is_logit and not RewardSpec(length_lam=0.1).is_logit
 
 
 def test_conversations(tmp_path):
@@ -514,6 +571,11 @@ def test_rows_that_cannot_be_learned_from(tmp_path, method, change, message):
     rows[1] = {k: v for k, v in {**rows[1], **change}.items() if v is not ...}
     with pytest.raises(DataError, match=message):
         make_trainer(tmp_path, method, rows=rows)
+
+
+def test_haf_without_a_reference(tmp_path):
+    with pytest.raises(ValueError, match="haf compares the policy with a reference"):
+        make_trainer(tmp_path, "haf", reference="none")
 
 
 def test_settings_that_do_not_fit(tmp_path):

@@ -20,6 +20,7 @@ from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLTrainer, last_checkpoint, win_rate
 from xpo_fast.rl_config import RLConfig
 from xpo_fast.rollout import GenerateRollout
+from xpo_fast.trainer import Means
 
 PEFT_WARNING = ".is_gradient_checkpointing. is deprecated"
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -345,7 +346,12 @@ def test_a_raising_reward_leaves_a_checkpoint_to_go_on_from(tmp_path):
         trainer.train()
     folder = last_checkpoint(tmp_path / "out")
     assert folder is not None and folder.endswith("checkpoint-2")
-    resumed = make_trainer(tmp_path, **args)
+
+    def mended(completion_ids, **_):
+        return share_of_even(completion_ids)
+
+    mended.__name__ = "fails"
+    resumed = make_trainer(tmp_path, mended, **args)
     resumed.train(resume_from_checkpoint=True)
     whole = make_trainer(tmp_path / "whole", **args)
     whole.train()
@@ -434,8 +440,19 @@ def test_a_comparing_judge_rewards_by_win_rates(tmp_path):
         0.5,
         0.5,
     ]
-    prompts = [{**row, "tag": "a"} for row in PROMPTS]
+    # Two equal prompts of a rollout are two.
+    twice = {"prompts": ["p"] * 4, "completions": ["xxx", "x", "xxxx", "xx"], "tag": ["a"] * 4}
+    assert reward(**twice, prompt_index=[0, 0, 1, 1]) == [1, 0, 1, 0]
+    prompts = [{"prompt": "w1 w2", "tag": "a"}] * 4
     log, _ = step(make_trainer(tmp_path, reward, prompts=prompts, method="nash_md"))
+    told = []
+
+    def index(prompt_index, **_):
+        told.append(prompt_index)
+        return [0.0, 1.0] * (len(prompt_index) // 2)
+
+    step(make_trainer(tmp_path, index, prompts=prompts))
+    assert told == [[0] * 4 + [1] * 4]
     assert log["reward"] == pytest.approx(0.5, abs=0.2) and log["rewards/win_rate/mean"] == log["reward"]
 
 
@@ -486,8 +503,107 @@ def test_advantages():
         ({"method": "ppo_ptx"}, "pass ptx_dataset="),
         ({"ptx_dataset": ["w1 w2"]}, "ptx_dataset= is for ppo_ptx"),
         ({"kl_coef": 0.1, "ref_mixin": 0.5, "peft_config": lora()}, "ref_mixin moves a copy"),
+        ({"method": "nash_md", "off_policy": "sequence"}, "weighs advantages, and nash_md has none"),
+        ({"method": "rloo", "off_policy": "token"}, "rloo takes one a completion"),
+        (
+            {"method": "ppo", "num_generations": 1, "max_draws": 2},
+            "num_generations must be at least 2, got 1",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together(tmp_path, args, said):
     with pytest.raises(ValueError, match=said):
         make_trainer(tmp_path, **args)
+
+
+def test_the_rewards_divergence_is_the_one_whose_gradient_is_the_divergences():
+    with pytest.raises(TypeError, match="kl_estimator"):
+        RLConfig("out", kl_estimator="k3")
+
+
+def test_a_long_prompt_is_found_before_the_run(tmp_path):
+    rows = [{"prompt": "w1"}, {"prompt": "w1 " * 200}, {"prompt": "w2 " * 300}]
+    args = RLConfig(
+        str(tmp_path), use_cpu=True, num_generations=2, per_device_train_batch_size=2, max_steps=1
+    )
+    with pytest.raises(
+        ValueError, match=r"2 of 3 prompts leave no room .* 128 positions; the first is rows\[1\], of"
+    ):
+        RLTrainer(make_model(), share_of_even, args, train_dataset=rows, processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_continuous_batching_is_a_choice(tmp_path, asked):
+    args = RLConfig(
+        str(tmp_path),
+        use_cpu=True,
+        num_generations=2,
+        per_device_train_batch_size=2,
+        continuous_batching=asked,
+    )
+    trainer = RLTrainer(
+        make_model(), share_of_even, args, train_dataset=PROMPTS, processing_class=make_tokenizer()
+    )
+    assert trainer.rollout.continuous is (None if asked else False)
+
+
+# --- what is logged, and warned of ------------------------------------------------------------------------------------
+
+
+def test_means_are_kept_by_name():
+    means, one = Means(), torch.ones(())
+    means.add({"a": one, "b": 2 * one}, {"a": one, "b": one})
+    means.add({"b": 4 * one, "c": 5 * one}, {"b": 3 * one, "c": one})
+    other = Means()
+    other.load_state_dict(means.state_dict(), torch.device("cpu"), main=True)
+    assert means.pop() == other.pop() == {"a": 1.0, "b": 3.5, "c": 5.0} and means.pop() == {}
+
+
+def test_a_sampler_may_say_its_log_probs_of_some_rollouts(tmp_path):
+    """A server whose completions come now with, now without: the metrics of their weights come and go."""
+    trainer = make_trainer(tmp_path, shift=0.0, temperature=1.0, max_steps=3, logging_steps=3)
+    inner, calls = trainer.rollout.generate, []
+
+    def generate(*args, **options):
+        found = inner(*args, **options)
+        calls.append(1)
+        found.logps = None if len(calls) == 2 else found.logps
+        return found
+
+    trainer.rollout.generate = generate
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["off_policy/weight"] == pytest.approx(1, abs=1e-4) and 0 <= log["reward"] <= 1
+    assert log["draws"] == 1 and log["completions/mean_length"] > 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_adapter_that_has_learned_is_not_in_the_reference(tmp_path, recwarn, trained):
+    import peft
+
+    model = peft.get_peft_model(make_model(), lora())
+    if trained:
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+        with pytest.warns(UserWarning, match="its base, not the model as handed over"):
+            make_trainer(tmp_path, model=model, kl_coef=0.1)
+    else:
+        make_trainer(tmp_path, model=model, kl_coef=0.1)
+        assert not [w for w in recwarn if "handed over" in str(w.message)]
+
+
+def test_truncated_completions_before_a_reward_model_are_said_once(tmp_path, caplog):
+    class Scorer:
+        __name__ = "scorer"
+
+        def score(self, prompts, completions):
+            return torch.tensor([float(len(c)) for c in completions])
+
+        def __call__(self, prompts, completions, **_):
+            return self.score(prompts, completions).tolist()
+
+    for reward, count in ((Scorer(), 1), (share_of_even, 0)):
+        caplog.clear()
+        make_trainer(tmp_path, reward, max_steps=2).train()
+        assert sum("with an EOS behind" in r.getMessage() for r in caplog.records) == count

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from test_trainer import PEFT_WARNING, make_model, make_tokenizer
 from xpo_fast import cli, models
+from xpo_fast.cli import options as common
+from xpo_fast.cli import rl as rl_command
+from xpo_fast.reward_model import RewardModel
+from xpo_fast.value_head import attach_value_head
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -99,3 +105,42 @@ def test_mistakes(home, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"xpo-fast: .*'absent' needs answer, which the data have not: .*wanted.*", said)
     assert "where" not in said
+
+
+def test_models_that_reward_go_where_the_policy_is(home, tmp_path):
+    model = make_model()
+    attach_value_head(model)
+    RewardModel(model, make_tokenizer()).save(tmp_path)
+    for judge_by in ("grade", "compare"):
+        args = argparse.Namespace(reward_model=[str(tmp_path)], judge=str(home / "model"), judge_by=judge_by)
+        reward, judge = rl_command._models_that_reward(args, torch.device("meta"))
+        assert {p.device.type for p in reward.model.parameters()} == {"meta"}
+    judge = rl_command._models_that_reward(
+        argparse.Namespace(**{**vars(args), "judge_by": "grade"}), torch.device("meta")
+    )[1]
+    assert {p.device.type for p in judge.choice.model.parameters()} == {"meta"}
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path), resume="last", overwrite=False)
+    callback, path = common.json_log(args), tmp_path / "train_log.jsonl"
+
+    def log(*steps):
+        for step in steps:
+            callback.on_log(None, TrainerState(global_step=step), None, logs={"loss": 1.0})
+
+    log(0, 1, 2, 3, 4)
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    path.write_text(path.read_text() + "\n")
+    log(0)  # the measurement before training, again
+    callback.on_train_begin(None, TrainerState(global_step=2), None)
+    log(3, 4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    args.resume = None
+    assert common.checkpoint(args) is None and not path.exists()
+
+
+def test_a_key_is_in_no_file():
+    args = argparse.Namespace(api_key="secret", seed=1, run=None)
+    assert common.begun(args)["options"] == {"seed": 1}

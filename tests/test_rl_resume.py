@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_rl import make_trainer
+from test_rl import PROMPTS, make_trainer
 from xpo_fast.rl import STATE_FILE, last_checkpoint
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "rl_resume.py"
@@ -70,6 +70,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, whole):
     other = make_trainer(tmp_path, **{**ARGS, "epochs_per_rollout": 1})
     with pytest.raises(ValueError, match="another run, where steps_per_rollout was 4 and is 2"):
         other.train(resume_from_checkpoint=checkpoint)
+    for change, said in (
+        ({"prompts": [*PROMPTS[:-1], {"prompt": "w9 w9"}]}, "data was"),
+        ({"temperature": 0.9}, "sampling was .*temperature=0.9"),
+        ({"method": "ppo_penalty", "kl_coef": None, "kl_target": 1.0, "ref_mixin": 0.0}, "method was ppo"),
+        (
+            {"rewards": lambda completion_ids, **_: [0.0] * len(completion_ids)},
+            "rewards was .*share_of_even.* is .*lambda",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"another run, where .*{said}"):
+            make_trainer(tmp_path, **{**ARGS, **change}).train(resume_from_checkpoint=checkpoint)
     incomplete = tmp_path / "checkpoint-1"
     shutil.copytree(checkpoint, incomplete)
     (incomplete / STATE_FILE).unlink()

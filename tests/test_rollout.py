@@ -433,8 +433,8 @@ def test_continuous_batching_that_fails(monkeypatch, caplog):
     with pytest.raises(RuntimeError, match="no paged attention"):
         GenerateRollout(model, make_tokenizer(), continuous=True).generate(PROMPTS, sampling=sampling, seed=0)
     rollout = GenerateRollout(
-        model, make_tokenizer()
-    )  # nobody's wish: batches in its place, and said so once
+        model, make_tokenizer(), continuous=None
+    )  # where it goes: batches in its place, and said so once
     monkeypatch.setattr(
         rollout, "_continuous", lambda *_: small_cache() if rollout.continuous is None else None
     )
@@ -466,6 +466,7 @@ class StandIn(ThreadingHTTPServer):
         self.form = "ids"  # or "tokens", "text"
         self.limit = 128
         self.adapters: dict[str, str] = {}
+        self.others: list[str] = []
         self.__dict__.update(options)
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()
@@ -509,13 +510,17 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        names = ["policy", *self.server.adapters]
-        self.answer(200, {"data": [{"id": name, "max_model_len": self.server.limit} for name in names]})
+        bases, limit = ["policy", *self.server.others], self.server.limit
+        listed = [{"id": name, "max_model_len": limit, "parent": None} for name in bases]
+        listed += [{"id": name, "max_model_len": None, "parent": "policy"} for name in self.server.adapters]
+        self.answer(200, {"data": listed})
 
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v1/load_lora_adapter":
+            if body["lora_name"] in server.adapters:  # as vLLM does
+                return self.answer(400, f"The lora adapter '{body['lora_name']}' has already been loaded.")
             server.adapters[body["lora_name"]] = body["lora_path"]
             assert (Path(body["lora_path"]) / "adapter_model.safetensors").is_file()
             return self.answer(200, "Success: LoRA adapter added successfully.")
@@ -728,7 +733,7 @@ def test_no_server_at_all(server):
 def test_what_the_server_serves(server):
     with pytest.raises(ValueError, match="does not serve 'other'; it serves policy"):
         ask(client(server, model="other"))
-    server.adapters["second"] = ""
+    server.others.append("second")
     with pytest.raises(ValueError, match="serves policy, second: say which"):
         ask(client(server))
     assert len(ask(client(server, model="second"))) == 10
@@ -749,14 +754,50 @@ def test_update(server, tmp_path):
 
     rollout = client(server, push="lora", folder=tmp_path)
     model = with_adapter()
-    for k in (1, 2):
+    seen = set()
+    for _ in range(2):
         rollout.update(model)
-        assert server.adapters == {f"policy-{k}": str(tmp_path / f"policy-{k}")}
-        assert [p.name for p in tmp_path.iterdir()] == [f"policy-{k}"]
+        (name,) = server.adapters
+        assert server.adapters == {name: str(tmp_path / name)} and name not in seen
+        assert [p.name for p in tmp_path.iterdir()] == [name]
         ask(rollout)
-        assert server.asked[-1]["model"] == f"policy-{k}"
+        assert server.asked[-1]["model"] == name
+        seen.add(name)
     with pytest.raises(ValueError, match="a model with a LoRA adapter, got LlamaForCausalLM"):
         rollout.update(causal_lm(model))
+
+
+def test_update_after_a_run_that_died(server, tmp_path):
+    """The server still has its adapter: neither its name nor its being listed is in the way, and it goes."""
+    model = with_adapter()
+    client(server, push="lora", folder=tmp_path).update(model)
+    (left,) = server.adapters
+    server.adapters["somebody's"] = ""
+    resumed = client(server, push="lora", folder=tmp_path)
+    resumed.update(model)
+    assert server.adapters.keys() == {"somebody's", resumed.model} and resumed.model != left
+    assert [p.name for p in tmp_path.iterdir()] == [resumed.model]
+    assert len(ask(resumed)) == 10 and server.asked[-1]["model"] == resumed.model
+
+
+def test_one_process_of_several_updates(server, tmp_path, monkeypatch):
+    """What the first process's server says reaches the others, errors too."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
+    told = ["policy-of-the-first", None]
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda _: told)
+    rollout = client(server, push="lora", folder=tmp_path)
+    rollout.update(with_adapter())
+    assert rollout.model == "policy-of-the-first" and not server.adapters and not [*tmp_path.iterdir()]
+    told[:] = [None, "refuses the request: 400"]
+    with pytest.raises(RolloutError, match="refuses the request: 400"):
+        rollout.update(with_adapter())
+
+
+def test_by_default_a_restart_is_waited_for():
+    rollout = ServerRollout("http://localhost:1", make_tokenizer())
+    waits = [min(rollout.backoff_s * 2**k, 30.0) for k in range(rollout.retries)]
+    assert 180 <= sum(waits) <= 600
 
 
 @pytest.mark.parametrize(

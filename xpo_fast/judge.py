@@ -77,6 +77,8 @@ class Judge:
         completion_ids: Any = None,
         **columns: Any,
     ) -> list[float | None]:
+        if completion_ids is not None:
+            columns["completion_ids"] = completion_ids
         return [None if math.isnan(x) else x for x in self.score(prompts, completions, **columns).tolist()]
 
 

@@ -58,7 +58,7 @@ from .recipes import Recipe, StoppingRule, Train, get_recipe, paired
 from .reference import COLUMNS
 from .rollout import Rollout, Sampling
 from .selection import SELECTORS
-from .trainer import XPOConfig, XPOTrainer
+from .trainer import XPOConfig, XPOTrainer, last_checkpoint
 
 Row = dict[str, Any]
 
@@ -180,6 +180,8 @@ class _Loop:
             )
         if len(recipe.train) > 1 and setup.peft_config is None:
             raise ValueError(f"recipe {recipe.name} trains adapters side by side: give a peft_config")
+        if setup.stopping.z and len(setup.held_out) == 1:
+            raise ValueError("a standard error, which z is about, needs 2 held-out prompts or more, got 1")
         self.policy = _Policy(setup, setup.model)
         self.start = _Policy(setup, setup.model)  # a judge that does not change
 
@@ -452,7 +454,7 @@ class _Loop:
             peft_config=copy.deepcopy(self.setup.peft_config),
             callbacks=[_L1(train.l1)] if train.l1 else None,
         )
-        self._fit(trainer, i, train, logs, _last_checkpoint(folder))
+        self._fit(trainer, i, train, logs, last_checkpoint(folder))
         return trainer
 
     def _fit(self, trainer: Any, i: int, train: Train, logs: list[Any], checkpoint: str | None) -> None:
@@ -516,8 +518,9 @@ class _Loop:
         for k, path in enumerate(adapters.values()):
             if not path.is_dir():
                 trainer = self._offline(folder / "train" / str(k), i, k, rows, models, logs)
-                _appear(path, trainer.model.save_pretrained)
+                # The log first: where the adapter is, there is nothing left to do.
                 self._write(folder / f"{path.name}.json", trainer.state.log_history)
+                _appear(path, trainer.model.save_pretrained)
         logs[:] = [
             json.loads((folder / f"{p.name}.json").read_text(encoding="utf-8")) for p in adapters.values()
         ]
@@ -538,8 +541,12 @@ class _Loop:
         train = self.recipe.train[0]
         model, tokenizer = self._take(models[-1])
         known = ("prompt", "chosen", "rejected")
+        # The judge's probabilities are soft labels for the methods that take them.
+        kept = (*known, "prob") if train.method in ("bradley_terry", "preference_model") else known
         pairs = [
-            {name: row[name] for name in known} for row in rows if all(text_of(row[n]).strip() for n in known)
+            {name: row[name] for name in kept if name in row}
+            for row in rows
+            if all(text_of(row[n]).strip() for n in known)
         ]
         if len(pairs) < len(rows):
             self.setup.say(
@@ -553,14 +560,14 @@ class _Loop:
             processing_class=tokenizer,
             peft_config=copy.deepcopy(self.setup.peft_config),
         )
-        self._fit(trainer, i, train, logs, _last_checkpoint(folder / "train"))
+        self._fit(trainer, i, train, logs, last_checkpoint(folder / "train"))
         return trainer.reward_model().save
 
     def _train_online(
         self, folder: Path, i: int, rows: list[Row], models: list[str], logs: list[Any]
     ) -> Callable[[Path], Any]:
         from .mixture import AgainstMixture, MixtureRollout
-        from .rl import SAMPLES_FILE, RLConfig, RLTrainer, last_checkpoint
+        from .rl import SAMPLES_FILE, STATE_FILE, RLConfig, RLTrainer
 
         train, draw, judge = self.recipe.train[0], self.recipe.draws[0], self.setup.judge
         assert judge is not None
@@ -593,7 +600,7 @@ class _Loop:
             against.rollout = MixtureRollout(
                 trainer.model, tokenizer, reference=live.copy, share=self.recipe.mix
             )
-        self._fit(trainer, i, train, logs, last_checkpoint(config.output_dir))
+        self._fit(trainer, i, train, logs, last_checkpoint(config.output_dir, STATE_FILE))
         samples = folder / "train" / SAMPLES_FILE
         if samples.is_file():
             write_atomically(folder / SAMPLES_FILE, samples.read_bytes())
@@ -762,12 +769,6 @@ def _appear(path: Path, write: Callable[[Path], Any]) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     write(temporary)
     os.replace(temporary, path)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last complete checkpoint: one that was being written when the run died has no trainer_state.json."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:

@@ -179,7 +179,7 @@ class StoppingRule:
         best = 0
         for i in range(1, len(history)):
             gain, error = paired(history[i], history[best])
-            if gain > self.min_gain + self.z * error:
+            if gain > self.min_gain + (self.z * error if self.z else 0.0):
                 best = i
         return best
 

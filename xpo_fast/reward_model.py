@@ -97,6 +97,11 @@ class RewardSpec:
         count = len(self.objectives)
         return {"objectives": count, "gated": 2 * count, "odin": 2}.get(self.form, 1)
 
+    @property
+    def is_logit(self) -> bool:
+        """Whether σ of a difference of rewards is the probability that the method fits: not of ratings, nor under a length rule."""
+        return self.form != "objectives" and self.length_alpha is None and not self.length_lam
+
     def read(
         self,
         head: ValueHead,
@@ -238,11 +243,12 @@ class RewardModel:
     ) -> RewardModel:
         """A folder of `save` or of `xpo-fast reward`; or a sequence classifier of transformers, by folder or name.
 
+        An adapter stays one: merged into weights of 16 bits it would be rounded, and the scores not those of training.
         options: for `from_pretrained`.
         """
         folder = Path(source)
         if (folder / SPEC_FILE).is_file():
-            model, tokenizer = load_model(str(source), dtype=dtype, **options)
+            model, tokenizer = _unmerged(folder, dtype, options)
             load_value_head(model, folder)
             return cls(model, tokenizer, load_spec(folder), batch_size=batch_size)
         if (folder / VALUE_HEAD_FILE).is_file():
@@ -272,12 +278,30 @@ class RewardModel:
 
 @dataclass
 class RewardEnsemble:
-    """Several reward models as one, see `methods.reward.ensemble`: how is "mean", "worst" or "uncertainty"."""
+    """Several reward models as one, see `methods.reward.ensemble`: how is "mean", "worst" or "uncertainty".
+
+    A reward learned from comparisons has a zero and, to a degree, a scale of its own. So "worst" would mean whichever model
+    has the lowest zero, and "uncertainty" how far the zeros lie apart, unless the members are brought to one: `standardise`.
+    """
 
     models: Sequence[RewardModel]
     how: str = "mean"
     coef: float = 1.0
     __name__ = "reward_ensemble"
+    is_logit = False
+    moments: Tensor | None = (
+        None  # (2, E): what is subtracted from each member's rewards, and what they are divided by
+    )
+
+    def standardise(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> None:
+        """From now on, each member's rewards of these completions have mean 0 and standard deviation 1."""
+        rewards = torch.stack([model.score(prompts, completions) for model in self.models], dim=-1)
+        if len(rewards) < 2 or not (rewards.std(0) > 0).all():
+            raise ValueError(
+                f"expected completions to which every member gives different rewards, got {len(rewards)} of standard deviation "
+                f"{rewards.std(0, correction=0).tolist()}"
+            )
+        self.moments = torch.stack([rewards.mean(0), rewards.std(0)])
 
     @property
     def tokenizer(self) -> Any:
@@ -289,6 +313,8 @@ class RewardEnsemble:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         rewards = torch.stack([model.score(prompts, completions) for model in self.models], dim=-1)
+        if self.moments is not None:
+            rewards = (rewards - self.moments[0]) / self.moments[1]
         return ensemble(rewards, self.how, self.coef)
 
     def compare(self, prompts: Sequence[Prompt], first: Sequence[Any], second: Sequence[Any]) -> Tensor:
@@ -459,6 +485,20 @@ def joined(
         {"prompt_ids": row["prompt_ids"], "chosen_ids": [*a, *between, *b, *after]} for a, b in orders
     )
     return first, second
+
+
+def _unmerged(folder: Path, dtype: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """`load_model`, but an adapter is left on its base model."""
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(str(folder), dtype=dtype, **options)
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base, tokenizer = load_model(str(name), dtype=dtype, **options)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return PeftModel.from_pretrained(base, str(folder)), tokenizer
 
 
 def _answer(prompt: Prompt, completion: Any) -> Any:

@@ -7,6 +7,7 @@ that they can be compared. For a pair, margin m = score of the chosen completion
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class PairScores:
     chosen_tokens: np.ndarray  # (P,)
     rejected_tokens: np.ndarray  # (P,)
     is_logit: bool = True  # σ(margin) is P(chosen beats rejected)
+    prompts: np.ndarray | None = (
+        None  # (P,) int: pairs with the same number are of one prompt; None: each of its own
+    )
 
     def __post_init__(self) -> None:
         shapes = {x.shape for x in (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)}
@@ -64,7 +68,8 @@ class PairScores:
 def summary(scores: PairScores) -> dict[str, Any]:
     """The figures of one scorer, for JSON.
 
-    accuracy counts a tie ½; standard_error is its own, accuracy_95 Wilson's interval. log_loss, brier and calibration are
+    accuracy counts a tie ½; standard_error is its own, the pairs of a prompt taken together as one observation, and
+    accuracy_95 Wilson's interval of as many independent pairs as have that standard error. log_loss, brier and calibration are
     of σ(margin) as P(chosen beats rejected); scale is the factor on the margins with the least log-loss on these very
     pairs, 1 where they are calibrated (None: no finite one, where all margins are of one sign). length_correlation
     is Pearson's of score and tokens over all completions; longer_wins the accuracy of preferring the longer one.
@@ -77,8 +82,9 @@ def summary(scores: PairScores) -> dict[str, Any]:
         "name": scores.name,
         "pairs": n,
         "accuracy": accuracy,
-        "standard_error": math.sqrt(float(right.var()) / n),
-        "accuracy_95": wilson(accuracy, n),
+        "prompts": n if scores.prompts is None else len(np.unique(scores.prompts)),
+        "standard_error": standard_error(right, scores.prompts),
+        "accuracy_95": wilson(accuracy, _independent(right, scores.prompts)),
         "ties": int((margin == 0).sum()),
         "score_mean": float(both.mean()),
         "score_std": float(both.std()),
@@ -110,7 +116,23 @@ def _probabilities(margin: np.ndarray) -> dict[str, Any]:
     }
 
 
-def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def standard_error(x: np.ndarray, cluster: np.ndarray | None) -> float:
+    """Of the mean of x (n,): √Σ_g(Σ_{i∈g}(x_i − x̄))²/n, the sums over clusters (n,); over the entries where there are none."""
+    off = x - x.mean()
+    if cluster is not None:
+        off = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=off)
+    return math.sqrt(float((off**2).sum())) / len(x)
+
+
+def _independent(x: np.ndarray, cluster: np.ndarray | None) -> float:
+    """As how many independent entries x (n,) counts."""
+    if cluster is None:
+        return len(x)
+    clusters, error = len(np.unique(cluster)), standard_error(x, cluster)
+    return min(len(x), float(x.var()) / error**2) if error and x.var() else clusters
+
+
+def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval of a share p of n."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -170,7 +192,9 @@ def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str,
                 "from": float(scores.gap[within].min()),
                 "to": float(scores.gap[within].max()),
                 "accuracy": share,
-                "standard_error": math.sqrt(float(scores.right[within].var()) / count),
+                "standard_error": standard_error(
+                    scores.right[within], None if scores.prompts is None else scores.prompts[within]
+                ),
                 "pairs": count,
             }
         )
@@ -188,7 +212,7 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
         "first": a.name,
         "second": b.name,
         "accuracy_difference": float(difference.mean()),
-        "standard_error": math.sqrt(float(difference.var()) / len(difference)),
+        "standard_error": standard_error(difference, a.prompts),
         "same_choice": float((np.sign(a.margin) == np.sign(b.margin)).mean()),
         "margin_correlation": _correlation(a.margin, b.margin),
         "margin_rank_correlation": _correlation(_ranks(a.margin), _ranks(b.margin)),
@@ -322,13 +346,16 @@ def score_pairs(
     scorer: Any,
     rows: Sequence[Mapping[str, Any]],
     *,
-    is_logit: bool = True,
+    is_logit: bool | None = None,
 ) -> PairScores:
     """A scorer's scores of loaded pairs (`data.load(…, kind="pair")`).
 
     scorer: has score(prompts, completions) → (R,), and a tokenizer. One that has only compare(), a preference model, gives the
-    logit of P(chosen beats rejected) to the chosen and 0 to the rejected completion.
+    logit of P(chosen beats rejected) to the chosen and 0 to the rejected completion. is_logit: None for what the scorer, or
+    its `spec`, says; without its being one there is no calibration.
     """
+    if is_logit is None:
+        is_logit = bool(getattr(scorer, "is_logit", scorer.spec.is_logit))
     prompts, chosen, rejected = ([row[n] for row in rows] for n in ("prompt", "chosen", "rejected"))
     features = encode_rows(scorer.tokenizer, scorer.spec, prompts, {"chosen": chosen, "rejected": rejected})
     tokens = [np.array([float(len(row[f"{n}_ids"])) for row in features]) for n in ("chosen", "rejected")]
@@ -338,4 +365,6 @@ def score_pairs(
     else:
         found = scorer.score([*prompts, *prompts], [*chosen, *rejected]).double()
         values = [x.numpy() for x in found.chunk(2)]
-    return PairScores(name, *values, *tokens, is_logit=is_logit)
+    numbers: dict[str, int] = {}
+    which = np.array([numbers.setdefault(json.dumps(p, sort_keys=True), len(numbers)) for p in prompts])
+    return PairScores(name, *values, *tokens, is_logit=is_logit, prompts=which)

@@ -26,6 +26,7 @@ from .models import causal_lm, install_fused_loss, load_model
 from .reduce import count_metrics, mean_metrics
 from .reference import LiveReference
 from .reward_model import (
+    SPEC_FILE,
     USES,
     RewardModel,
     RewardSpec,
@@ -44,12 +45,12 @@ from .trainer import (
     each,
     set_seed,
     warn_of_lost_updates,
+    warn_of_trained_adapter,
     with_adapter,
     with_lengths,
 )
 from .types import Head
 from .value_head import (
-    VALUE_HEAD_FILE,
     SavesValueHead,
     ValueHead,
     attach_value_head,
@@ -109,12 +110,15 @@ class RewardConfig(XPOConfig):
 class RewardTrainer(SavesValueHead, UnitTrainer):
     """Train a reward model.
 
-    model: a causal LM of transformers, a PEFT model, or a name for `load_model`; with a value head (also one beside the
-        weights in a folder) training goes on from it. `gated` on a model that `regression` has trained learns the gate
+    model: a causal LM of transformers, a PEFT model, or a name for `load_model`; with a value head (also that of a
+        reward model's folder) training goes on from it. `gated` on a model that `regression` has trained learns the gate
         alone, as ArmoRM does.
     train_dataset, eval_dataset: anything `data.load` reads, of the method's kind. For `regression` rows of prompt,
         completion and the numbers named in args.objectives; one that is null is left out of the loss.
     processing_class, peft_config: as in `XPOTrainer`.
+
+    Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from it, and
+    bradley_terry by −p log σ(h) − (1−p) log σ(−h), for which the data have no margin.
 
     The value head begins with weights of variance 1/(D + 1) and bias 0 (Stiennon et al., arXiv 2009.01325). The rewards
     are read at the last token, EOS unless the completion was cut. ODIN's correlations are those of a micro-batch.
@@ -135,13 +139,18 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     ) -> None:
         args = RewardConfig() if args is None else args
         self.spec = args.spec()
+        if self.spec.method == "haf" and args.reference == "none":
+            raise ValueError(
+                'haf compares the policy with a reference: use reference="auto", "copy" or "adapter"'
+            )
         self.kind = self.spec.kind
         self.settings = checked_settings(args)
         if isinstance(model, str):
             folder = Path(model)
             model, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
-            if (folder / VALUE_HEAD_FILE).is_file():
+            # Without its description a value head there is that of something else, of a critic perhaps.
+            if (folder / SPEC_FILE).is_file():
                 load_value_head(model, folder)
         if processing_class is None:
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
@@ -184,6 +193,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             if args.reference != "auto":
                 check_choice("reference", args.reference, ("adapter", "copy"))
                 strategy = args.reference
+            warn_of_trained_adapter(model, strategy)
             self._reference = LiveReference(strategy, model, self.accelerator, args.backend)
 
     @property
@@ -324,10 +334,20 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             return method(rewards=reward.view(scores.shape), ranks=ranks, mask=mask, **given)
         given |= _sides("reward", reward)
         if "margin" in method.inputs and "margin" in inputs:
+            if name == "bradley_terry" and "prob_w" in inputs:
+                raise ValueError(
+                    "bradley_terry takes prob or a margin of a pair, the data have both: drop one"
+                )
             given["margin"] = inputs["margin"]
         if logps is not None:
             given |= _sides("logp", logps) | ({} if ref_logps is None else _sides("ref_logp", ref_logps))
-        return method(**given)
+        losses, metrics = method(**given)
+        if name == "bradley_terry" and "prob_w" in inputs:
+            # A soft label: the cross-entropy of p, the two orders weighted by their probabilities.
+            p = inputs["prob_w"]
+            given |= {"reward_w": given["reward_l"], "reward_l": given["reward_w"]}
+            losses = p * losses + (1 - p) * method(**given)[0]
+        return losses, metrics
 
     def _odin(
         self, inputs: dict[str, Tensor], head: ValueHead, outputs: Tensor, valid: Tensor

@@ -2,14 +2,17 @@
 
     prompts ──▶ Rollout ──▶ Rewards ──▶ advantages ──▶ Experience ──▶ Objective inside the fused forward ──▶ loss
 
-Steps are numbered, and everything random about a rollout follows from the seed and its number: which prompts, which
-completions, in which order. A checkpoint holds what is left of the rollout under way, so that a resumed run goes on with
+Steps are numbered, and what is random about a rollout follows from the seed and its number: which prompts, in which order,
+and which completions, as far as the sampler's own draws follow from a seed (`GenerateRollout` without continuous batching: up
+to roundings of the logits; a server: what it promises). A checkpoint holds what is left of the rollout under way, so that a resumed run goes on with
 the very samples of the one that was stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -37,8 +40,8 @@ from .models import install_fused_loss, load_model
 from .reduce import count_metrics, mean_metrics, reduce_losses
 from .reference import LiveReference, evaluating, without_adapter
 from .rewards import RewardFunction, Rewards
-from .rl_config import KL, SAMPLES_FILE, RLConfig
-from .rollout import GenerateRollout, Rollout, Sampling
+from .rl_config import SAMPLES_FILE, RLConfig
+from .rollout import GenerateRollout, Rollout, Samples, Sampling, encode_prompts
 from .selection import win_rates
 from .trainer import (
     PREFIX_CHECKPOINT_DIR,
@@ -49,12 +52,17 @@ from .trainer import (
     check_head,
     set_seed,
     warn_of_lost_updates,
+    warn_of_trained_adapter,
     with_adapter,
 )
+from .trainer import last_checkpoint as whole_checkpoint
 from .types import Head
 from .value_head import SavesValueHead, ValueHead, attach_value_head
 
+logger = logging.getLogger("xpo_fast")
+
 STATE_FILE = "rl_state.pt"
+PROMPT_INDEX = "prompt_index"
 
 
 @dataclass
@@ -76,12 +84,18 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     rewards: `Rewards`, or what it takes: functions with TRL's signature, reward models, scoring judges.
     train_dataset, eval_dataset: what `load_prompts` reads: rows with a prompt, and columns for the reward functions.
     rollout: what samples; the model itself (`GenerateRollout`) if not given.
+        Beside the data's columns a reward function is given `prompt_index`, a number for every completion that those of
+        one prompt of a rollout share.
     ptx_dataset: texts that `ppo_ptx` mixes in: strings, or rows with `text`.
-    The reference policy is the model as it is handed over here. Other arguments are Trainer's.
+    The reference policy is the model as it is handed over here; of a PEFT model its base model, which is the same unless its
+    adapter has learned before (a warning says so). Other arguments are Trainer's.
+
+    The log's entropy and objective/kl are means over the completions that are trained on, its rewards and lengths over all.
 
     Completions whose reward is NaN are left out of everything but the log. Those whose advantage is exactly 0, a group of
     equal rewards above all, are counted in the loss's mean and spared the forward and backward, where the loss has no other
-    term. With several processes every one samples and scores its share of the prompts, and then knows all of the rollout.
+    term. With gae a truncated completion has the value 0 behind its last token, as an ended one has: what would have come is
+    not bootstrapped. With several processes every one samples and scores its share of the prompts, and then knows all of the rollout.
     """
 
     args: RLConfig
@@ -124,6 +138,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         install_fused_loss(model)
         warn_of_lost_updates(model, args)
         self.reference = self._choose_reference(model, args)
+        warn_of_trained_adapter(model, self.reference)
         if args.max_steps <= 0:
             rollouts = math.ceil(args.num_train_epochs * len(self.prompts) / args.prompts)
             args.max_steps = max(rollouts, 1) * args.steps_per_rollout
@@ -148,14 +163,18 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
         self._ptx = self._encode_ptx(ptx_dataset)
         self.rollout: Rollout = rollout or GenerateRollout(
-            model, processing_class, batch_size=args.generation_batch_size
+            model,
+            processing_class,
+            batch_size=args.generation_batch_size,
+            continuous=None if args.continuous_batching else False,
         )
+        self._check_prompts([*self.prompts, *(held_out or [])])
         self.add_callback(_AfterStep(self))
         self.progress = _Progress(args.reward_kl)
         self.experience: Experience | None = None
         self._of_steps, self._of_rollouts, self._penalty = Means(), Means(), Means()
         self._step_began, self._seconds = 0.0, {"generate": 0.0, "reward": 0.0}
-        self._head_checked = False
+        self._head_checked = self._ends_told = False
 
     # --- what is asked of the arguments -------------------------------------------------------------------------------
 
@@ -233,10 +252,29 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         asked = self.args.off_policy
         if asked != "auto":
             return asked
+        if "advantage" not in self._columns:
+            return "none"
         # What servers say, by default, are log-probs before the temperature.
         if isinstance(self.rollout, GenerateRollout) or self.args.temperature != 1:
             return "none"
         return "sequence" if any(m.unit == "row" for m in self.objective.methods) else "token"
+
+    def _check_prompts(self, rows: list[dict[str, Any]]) -> None:
+        """Before a run, not when such a prompt's turn has come."""
+        if rows and PROMPT_INDEX in rows[0]:
+            raise ValueError(
+                f"the column {PROMPT_INDEX!r} is what reward functions are told of the rollout: rename it"
+            )
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+        if not isinstance(limit, int) or not isinstance(self.rollout, GenerateRollout):
+            return
+        ids = encode_prompts([row["prompt"] for row in rows], self.processing_class)
+        long = [k for k, x in enumerate(ids) if len(x) >= limit]
+        if long:
+            raise ValueError(
+                f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the first is "
+                f"{rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave them out"
+            )
 
     # --- going on from a checkpoint -----------------------------------------------------------------------------------
 
@@ -255,9 +293,15 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def _shape(self) -> dict[str, Any]:
-        """What a checkpoint's numbers of rollouts and rows mean nothing without."""
+        """What a run must go on with: without it the checkpoint's rollouts and rows would mean something else."""
         args = self.args
+        rows = json.dumps(self.prompts, sort_keys=True, default=str).encode()
         return {
+            "data": hashlib.sha256(rows).hexdigest()[:16],
+            "rewards": [f"{w:g}*{n}" for n, w in zip(self.rewards.names, self.rewards.weights, strict=True)],
+            "method": str(args.objective()),
+            "advantage": args.estimator,
+            "sampling": str(self.sampling),
             "prompts": len(self.prompts),
             "prompts_per_rollout": args.prompts,
             "num_generations": args.num_generations,
@@ -305,7 +349,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not path.is_file():
             raise ValueError(f"no {STATE_FILE} in {folder}: expected a checkpoint of an online run")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        changed = {k: (v, self._shape[k]) for k, v in state["shape"].items() if v != self._shape[k]}
+        now = self._shape
+        changed = {k: (v, now.get(k)) for k, v in state["shape"].items() if v != now.get(k)}
         if changed:
             said = ", ".join(f"{name} was {was} and is {now}" for name, (was, now) in changed.items())
             raise ValueError(
@@ -356,8 +401,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             generated = time.perf_counter()
             names = [name for name in mine[0] if name not in ("prompt", "where")]
             scored = self.rewards(
-                samples, {name: [r[name] for r in mine for _ in range(n)] for name in names}
+                samples,
+                {name: [r[name] for r in mine for _ in range(n)] for name in names}
+                | {PROMPT_INDEX: [i for i in at for _ in range(n)]},
             )
+            self._warn_of_ends(samples)
             self._time("generate", generated - began)
             self._time("reward", time.perf_counter() - generated)
             rewards, each = scored.rewards.tolist(), scored.each.tolist()
@@ -377,6 +425,17 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             ]
             groups = [(i, rows[k * n : (k + 1) * n]) for k, i in enumerate(at)]
         return [rows for _, rows in sorted(gather_object(groups), key=lambda group: group[0])]
+
+    def _warn_of_ends(self, samples: Samples) -> None:
+        """Once: a reward model reads text, and is trained on completions that end."""
+        judges = [getattr(f, "model", None) if isinstance(f, Judge) else f for f in self.rewards.functions]
+        if not self._ends_told and samples.truncated.any() and any(hasattr(j, "score") for j in judges):
+            self._ends_told = True
+            logger.warning(
+                "%d of %d completions were cut at max_new_tokens, and a reward model scores them as if they ended there, with "
+                "an EOS behind: missing_eos_penalty or overlong makes a difference, a larger max_new_tokens fewer of them",
+                int(samples.truncated.sum()), len(samples),
+            )  # fmt: skip
 
     def _length_reward(self, truncated: bool, length: int) -> float:
         args = self.args
@@ -482,8 +541,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         kl = torch.zeros_like(mask, dtype=torch.float32)
         if reference and policy:
             of = (known["old_logp"], known["ref_token_logp"])
-            kl = torch.where(mask, KL[args.kl_estimator](*of), 0.0)
-            found = torch.where(mask, k1(*of), 0.0).sum(dim=1)[kept]
+            kl = torch.where(mask, k1(*of), 0.0)
+            found = kl.sum(dim=1)[kept]
             metrics["objective/kl"] = float(found.mean()) if len(found) else math.nan
         if critic:
             tokens = mask & counted[:, None]
@@ -831,13 +890,15 @@ class _AfterStep(TrainerCallback):
 def win_rate(judge: Judge) -> RewardFunction:
     """A judge that compares, as a reward function: a completion's win rate among those of its prompt, which are side by side.
 
-    In [0, 1], as `nash_md` takes it; its rivals are then the policy's own samples. `mixture.AgainstMixture` has them drawn
+    Those are the rows of one `prompt_index`, or, where it is called without, of adjacent equal prompts. In [0, 1], as
+    `nash_md` takes it; its rivals are then the policy's own samples. `mixture.AgainstMixture` has them drawn
     from the mixture of policy and reference, as the paper does.
     """
 
     def win_rate(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         ids = columns.pop("completion_ids", None)
-        starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
+        which = columns.pop(PROMPT_INDEX, prompts)  # two prompts of a rollout may be equal
+        starts = [i for i in range(len(prompts)) if i == 0 or which[i] != which[i - 1]]
         spans = list(zip(starts, [*starts[1:], len(prompts)], strict=True))
         groups = [completions[a:b] for a, b in spans]
         of = {name: [column[a] for a in starts] for name, column in columns.items()}
@@ -850,17 +911,8 @@ def win_rate(judge: Judge) -> RewardFunction:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The last whole checkpoint of a run: one that was being written when the run died is passed over."""
-    found = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if step.isdigit() and (folder / STATE_FILE).is_file():
-            found[int(step)] = str(folder)
-    return found[max(found)] if found else None
+    """The last whole checkpoint of an online run."""
+    return whole_checkpoint(output_dir, STATE_FILE)
 
 
 def _variance(x: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 from .experience import ADVANTAGES, OF_GROUPS
 from .methods import METHODS
-from .methods.math import k1, k2, k3
 from .objective import Objective
 from .terms import parse_terms
 from .trainer import MethodConfig
@@ -24,7 +23,6 @@ _ADVANTAGE = {
     "reinforce": "batch_mean",
     "nash_md": "reward",
 }
-KL = {"k1": k1, "k2": k2, "k3": k3}
 _PPO_KL = 0.05
 _CISPO_CAP = 5.0  # ScaleRL (arXiv 2510.13786)
 
@@ -45,6 +43,8 @@ class RLConfig(MethodConfig):
     Log-probs are of softmax(z / temperature) over the whole vocabulary, in the ratio, in every divergence and in the loss;
     what top_p and top_k cut off when sampling is not corrected for, unless off_policy= says so. They are measured without
     dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first step.
+
+    rloo is on-policy with one step a rollout, and its clipped variant (variant="clipped") with several.
     """
 
     method: str = field(default="grpo", metadata={"help": "A policy method of xpo_fast.METHODS, or a sum."})
@@ -61,6 +61,13 @@ class RLConfig(MethodConfig):
     top_k: int | None = field(default=None, metadata={"help": "Sample from so many tokens; likewise."})
     stop: tuple[str, ...] = field(default=(), metadata={"help": "Texts that end a completion."})
     generation_batch_size: int = field(default=64, metadata={"help": "Completions sampled at a time."})
+    continuous_batching: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample by transformers' continuous batching on CUDA, where the model goes along with it: faster, and "
+            "the same seed need not give the same completions."
+        },
+    )
     max_draws: int = field(
         default=1,
         metadata={
@@ -106,11 +113,11 @@ class RLConfig(MethodConfig):
     kl_coef: float | None = field(
         default=None,
         metadata={
-            "help": "What the divergence from the reference is multiplied by before it is taken off the reward. "
+            "help": "What log π − log ref of the sampled tokens, unbiased for the divergence and for its gradient, is "
+            "multiplied by before it is taken off the reward. "
             f"None: {_PPO_KL} for the ppo family, else 0. In the loss it is the method's beta."
         },
     )
-    kl_estimator: str = field(default="k1", metadata={"help": "Of the divergence in the reward: k1, k2, k3."})
     kl_target: float | None = field(
         default=None,
         metadata={
@@ -166,7 +173,6 @@ class RLConfig(MethodConfig):
             raise ValueError(f"kl_target must be positive or None, got {self.kl_target}")
         _choice("advantage", self.advantage, ("auto", *ADVANTAGES))
         _choice("overlong", self.overlong, ("keep", "mask", "penalty"))
-        _choice("kl_estimator", self.kl_estimator, tuple(KL))
         _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
         self.stop = tuple(self.stop)
@@ -227,6 +233,21 @@ class RLConfig(MethodConfig):
                     )
             if method.name == "rloo" and self.estimator == "gae":
                 raise ValueError("rloo takes one advantage a completion, and gae gives one a token")
+        if self.off_policy in ("token", "sequence"):
+            without = [m.name for m in methods if "advantage" not in m.inputs]
+            if without:
+                raise ValueError(
+                    f"off_policy={self.off_policy!r} weighs advantages, and {', '.join(without)} has none: leave it out"
+                )
+            if self.off_policy == "token" and any(m.name == "rloo" for m in methods):
+                raise ValueError(
+                    "off_policy='token' gives an advantage a token, and rloo takes one a completion: 'sequence'"
+                )
+        if self.max_draws > 1 and self.num_generations < 2:
+            raise ValueError(
+                f"max_draws={self.max_draws} replaces prompts whose completions all have one reward, as a lone one always has: "
+                "num_generations must be at least 2, got 1"
+            )
         if self.estimator in OF_GROUPS and self.num_generations < 2:
             raise ValueError(
                 f"advantage {self.estimator!r} compares the completions of a prompt: num_generations must be at least 2, "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import http.client
 import json
 import logging
@@ -20,6 +21,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -266,8 +268,8 @@ class GenerateRollout:
     model: a causal LM of transformers, a PEFT model, or one of these as accelerate wraps it for data parallelism.
     batch_size: rows at a time, of similar length and left-padded.
     continuous: transformers' continuous batching (paged cache, no padding, no waiting for the longest): True, or its
-        ContinuousBatchingConfig; False for batches; None for continuous batching on CUDA, where the model goes along with
-        it. It knows no stop strings, and calls with them go in batches.
+        ContinuousBatchingConfig; None for the same on CUDA, where the model goes along with it; False for batches. It
+        knows no stop strings, and calls with them go in batches.
 
     Of the model's generation config only its EOS ids are read: temperature, penalties and cuts are those of `Sampling`, so
     that the completions are the policy's.
@@ -291,7 +293,7 @@ class GenerateRollout:
         tokenizer: Any,
         *,
         batch_size: int = 64,
-        continuous: bool | Any | None = None,
+        continuous: bool | Any | None = False,
     ) -> None:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"expected batch_size of at least 1, got {batch_size!r}")
@@ -623,10 +625,12 @@ class ServerRollout:
     extra: further fields of every request. api_key: sent as a bearer token.
     concurrency: requests at a time, one a completion: each has a seed of its own, from (seed, prompt, copy).
     retries: how often a request is sent again that got no answer, a broken one, or a status that may pass (429, 500,
-        503, …), after backoff_s, twice that, and so on up to 30 s. timeout_s: for one answer.
+        503, …), after backoff_s, twice that, and so on up to 30 s: by default for three and a half minutes, in which a
+        server can be started again; what it serves is asked at most 6 times. timeout_s: for one answer.
     push: what `update` does. "lora": the adapter of the PEFT model is saved into `folder`, which the server must
-        see as well, and loaded under a new name (vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True).
-        A function: called with the model and this rollout. None: `update` is an error, for a server that nobody tells
+        see as well, and loaded under a name that no other run and no earlier update has had (vLLM with --enable-lora and
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True); of several processes the first does it, and what a run before this one
+        left in the folder, which belongs to one run at a time, is unloaded. A function: called with the model and this rollout, on every process. None: `update` is an error, for a server that nobody tells
         keeps sampling from old weights.
 
     Prompts go as token ids, by our tokenizer and its chat template, so that both sides see the same. Token ids come back
@@ -636,7 +640,8 @@ class ServerRollout:
 
     Raises ValueError for a prompt without room for an answer (where the server says its limit), and RolloutError, with the
     server's reason, for a refused request, an unusable answer, or a server that is still gone after the last retry. Completions
-    that were finished by then are kept: the same call again asks only for the others. Another call, or `update`, drops them.
+    that were finished by then are kept in memory, for who makes the same call of this object again: it asks only for the
+    others. Another call, or `update`, drops them; so does `RLTrainer`, which goes on from a checkpoint.
     """
 
     def __init__(
@@ -649,7 +654,7 @@ class ServerRollout:
         extra: Mapping[str, Any] | None = None,
         api_key: str | None = None,
         concurrency: int = 64,
-        retries: int = 5,
+        retries: int = 12,
         backoff_s: float = 0.5,
         timeout_s: float = 600.0,
         push: str | Callable[[Any, ServerRollout], None] | None = None,
@@ -675,7 +680,7 @@ class ServerRollout:
         self.push, self.folder = push, None if folder is None else Path(folder).absolute()
         self.model, self.positions = model, None
         self._asked = self._warned = False
-        self._pushed = 0
+        self._pushed: str | None = None  # the adapter's name
         self._kept: tuple[Any, dict[int, _Made]] = (None, {})
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
@@ -726,28 +731,43 @@ class ServerRollout:
         if not hasattr(policy, "get_base_model"):
             raise ValueError(f"push='lora' is for a model with a LoRA adapter, got {type(policy).__name__}")
         self._ask()
-        before, self._pushed = self._pushed, self._pushed + 1
+        self.model = self._pushed = _on_first_process(lambda: self._push(policy))
+
+    def _push(self, policy: Any) -> str:
+        """Save, load and name the adapter, and take the one before away."""
         assert self.folder is not None
-        name, path = f"policy-{self._pushed}", self.folder / f"policy-{self._pushed}"
-        policy.save_pretrained(path)
-        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
-        self.model = name
-        if before:
-            old = f"policy-{before}"
+        ours = f"policy-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}-"
+        name = ours + uuid.uuid4().hex[:12]
+        policy.save_pretrained(self.folder / name)
+        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder / name)})
+        stale = (
+            {self._pushed} if self._pushed else {m["id"] for m in self._served() if m["id"].startswith(ours)}
+        )
+        for old in sorted(stale - {name}):
             self._request("/v1/unload_lora_adapter", {"lora_name": old})
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        for path in self.folder.glob(f"{ours}*"):
+            if path.name != name:
+                shutil.rmtree(path, ignore_errors=True)
+        return name
+
+    def _served(self) -> list[dict[str, Any]]:
+        try:
+            answer = self._request("/v1/models", retries=min(self.retries, 5))
+            return [m for m in json.loads(answer)["data"] if isinstance(m["id"], str)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RolloutError(f"{self.url}/v1/models: expected a list of models ({error})") from error
 
     def _ask(self) -> None:
         """What the server serves, and how many positions that has, where it says."""
         if self._asked:
             return
-        try:
-            listed = [m for m in json.loads(self._request("/v1/models"))["data"] if isinstance(m["id"], str)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RolloutError(f"{self.url}/v1/models: expected a list of models ({error})") from error
+        listed = self._served()
         names = [m["id"] for m in listed]
-        if self.model is None and len(names) != 1:
-            raise ValueError(f"{self.url} serves {', '.join(names) or 'nothing'}: say which, model=NAME")
+        if self.model is None:  # adapters, which have a parent, are somebody's
+            listed = [m for m in listed if not m.get("parent")]
+            bases = [m["id"] for m in listed]
+            if len(bases) != 1:
+                raise ValueError(f"{self.url} serves {', '.join(bases) or 'nothing'}: say which, model=NAME")
         if self.model is not None and self.model not in names:
             raise ValueError(
                 f"{self.url} does not serve {self.model!r}; it serves {', '.join(names) or 'nothing'}"
@@ -825,15 +845,20 @@ class ServerRollout:
         return _Made(ids, finish, logps, text)
 
     def _request(
-        self, path: str, body: dict[str, Any] | None = None, given_up: threading.Event | None = None
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        given_up: threading.Event | None = None,
+        retries: int | None = None,
     ) -> str:
         """The answer's text; RolloutError when the server refuses, or is gone for good."""
         given_up = given_up or threading.Event()
+        retries = self.retries if retries is None else retries
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         content = None if body is None else json.dumps(body).encode()
-        for attempt in range(1, self.retries + 2):
+        for attempt in range(1, retries + 2):
             request = urllib.request.Request(self.url + path, data=content, headers=headers)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
@@ -851,8 +876,26 @@ class ServerRollout:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
             wait_s = min(self.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-            if attempt > self.retries or given_up.wait(wait_s):
+            if attempt > retries or given_up.wait(wait_s):
                 raise RolloutError(
                     f"{self.url}{path} gave no answer in {attempt} attempts, at the last: {problem}"
                 )
         raise AssertionError
+
+
+def _on_first_process(work: Callable[[], str]) -> str:
+    """What `work` returns or raises on the first process of a distributed run, on all of them; the others wait."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = work()
+        except RolloutError as error:
+            told[1] = str(error)
+    name, problem = broadcast_object_list(told)
+    if problem is not None:
+        raise RolloutError(problem)
+    return name

@@ -140,38 +140,42 @@ class XPOConfig(MethodConfig):
 
 
 class Means:
-    """Weighted means of the same named scalars, kept as detached sums on the device until they are read."""
+    """Weighted means of named scalars, kept as detached sums on the device until they are read."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # (2, M): weighted sums, weights
+        self._sums: dict[str, Tensor] = {}  # (2,) each: weighted sum, weight
 
     def add(self, values: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-        """values, weights: () each, under the same names. Where the weight is 0 the value may be NaN."""
-        self._names = list(values)
+        """values, weights: () each, under the same names, on every rank the same. Where the weight is 0 the value may be NaN."""
         value = torch.stack([x.detach().float() for x in values.values()])
         weight = torch.stack([weights[name].float() for name in values])
-        sums = torch.stack([torch.where(weight > 0, value * weight, 0.0), weight])
-        self._sums = sums if self._sums is None else self._sums + sums
+        added = torch.stack([torch.where(weight > 0, value * weight, 0.0), weight], dim=1)
+        for name, sums in zip(values, added.unbind(0), strict=True):
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def pop(self) -> dict[str, float]:
         """The means over all ranks since the last call; NaN where no weight was added. Every rank must call it."""
-        if self._sums is None:
-            return {}
-        total, weight = sum_over_ranks(self._sums)
-        self._sums = None
-        return dict(zip(self._names, (total / weight).tolist(), strict=True))
+        names, sums = list(self._sums), self._summed()
+        self._sums = {}
+        return {} if sums is None else dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+    def _summed(self) -> Tensor | None:
+        """(M, 2) over all ranks."""
+        return sum_over_ranks(torch.stack([*self._sums.values()])) if self._sums else None
 
     def state_dict(self) -> dict[str, Any]:
         """What has been added, on all ranks; every rank must call it."""
-        sums = None if self._sums is None else sum_over_ranks(self._sums).cpu()
-        return {"names": self._names, "sums": sums}
+        sums = self._summed()
+        return {"names": list(self._sums), "sums": None if sums is None else sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device, *, main: bool) -> None:
         """Go on from `state_dict`; main: on one rank only, the others begin at 0."""
-        sums = state["sums"]
-        self._names = list(state["names"])
-        self._sums = None if sums is None else (sums if main else torch.zeros_like(sums)).to(device)
+        names, sums = state["names"], state["sums"]
+        if sums is None:
+            self._sums = {}
+            return
+        sums = (sums if main else torch.zeros_like(sums)).to(device)
+        self._sums = dict(zip(names, sums.unbind(0), strict=True))
 
 
 class UnitTrainer(Trainer):
@@ -304,7 +308,9 @@ class XPOTrainer(UnitTrainer):
         of them, as Trainer's may.
     processing_class: the tokenizer. Without a pad token it pads with EOS, which stays a token to learn.
     objective: an `Objective` to use in place of the one that args describe.
-    The reference policy is the model as it is handed over here. Other arguments are Trainer's.
+    The reference policy is the model as it is handed over here; with reference="adapter", which "auto" is for a PEFT model,
+    its base model, which is the same unless its adapter has learned before (a warning says so). Other arguments are
+    Trainer's.
     """
 
     args: XPOConfig
@@ -343,6 +349,7 @@ class XPOTrainer(UnitTrainer):
         install_fused_loss(model)
         warn_of_lost_updates(model, args)
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
+        warn_of_trained_adapter(model, self.reference)
         self.args = args
         self._tokenizer = processing_class
         pad: Any = processing_class.pad_token_id
@@ -679,6 +686,37 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             f"{type(peft_config).__name__} adds positions of its own, which is not supported; use LoRA"
         )
     return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
+    """The last whole checkpoint of a run: one that was being written when the run died is passed over.
+
+    files: what it must hold beside trainer_state.json, the file that is written last.
+    """
+    found = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if step.isdigit() and all((folder / name).is_file() for name in files):
+            found[int(step)] = str(folder)
+    return found[max(found)] if found else None
+
+
+def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:
+    """A reference that is the model with its adapter off is not the model as handed over where that adapter has learned."""
+    if reference != "adapter":
+        return
+    trained = any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters())
+    if trained:
+        warnings.warn(
+            "the model carries an adapter that is not zero, and the reference is the model with its adapter off: its base, not "
+            "the model as handed over. To compare with that, merge the adapter (model.merge_and_unload()) and pass a "
+            "peft_config for a new one",
+            stacklevel=3,
+        )
 
 
 def warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:

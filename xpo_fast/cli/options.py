@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..doctor import versions
-from ..files import finite
+from ..files import finite, write_atomically
 from ..head.plan import BACKENDS
 from ..models import SMOLLM2
 
@@ -252,7 +252,7 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
     if args.overwrite:
         for path in steps.values():
             shutil.rmtree(path)
-        (output / "train_log.jsonl").unlink(missing_ok=True)
+    (output / "train_log.jsonl").unlink(missing_ok=True)  # of a run that wrote no checkpoint, too
     return None
 
 
@@ -368,12 +368,29 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
 
 
 def json_log(args: argparse.Namespace) -> Any:
-    """A callback that appends every log to train_log.jsonl, one JSON object a line."""
+    """A callback that appends every log to train_log.jsonl, one JSON object a line.
+
+    A resumed run takes out the lines of steps behind its checkpoint, which it does again, and what it measured before them.
+    """
     from transformers import TrainerCallback
 
     path = Path(args.output_dir) / "train_log.jsonl"
 
     class JsonLog(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not (state.is_world_process_zero and state.global_step and path.is_file()):
+                return
+            kept, last = [], 0
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    step = json.loads(line)["step"]
+                except ValueError:  # was being written when the run died
+                    continue
+                if last <= step <= state.global_step:
+                    kept.append(line)
+                    last = step
+            write_atomically(path, "".join(kept).encode())
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if state.is_world_process_zero and logs:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -390,7 +407,10 @@ def say(trainer: Trainer) -> Callable[[str], None]:
 
 def begun(args: argparse.Namespace) -> dict[str, Any]:
     """What results.json and report.json begin with: the options and the versions."""
-    return {"options": {k: v for k, v in vars(args).items() if k != "run"}, "versions": versions()}
+    return {
+        "options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")},
+        "versions": versions(),
+    }
 
 
 def fit(trainer: Trainer, checkpoint: str | None) -> dict[str, float] | None:

@@ -92,7 +92,8 @@ def _add_eval(commands: Any) -> None:
     add("--seed", metavar="N", type=int, default=42, help="of the pairs drawn")
     add("--model", metavar="FOLDER", action="append", default=[],
         help="a reward model, or a sequence classifier of transformers; may be repeated")
-    add("--ensemble", choices=("mean", "worst", "uncertainty"), help="measure all --model together, too")
+    add("--ensemble", choices=("mean", "worst", "uncertainty"), help="measure all --model together, too, each brought "
+        "to mean 0 and standard deviation 1 on these completions")
     add("--ensemble-coef", metavar="X", type=float, default=1.0, help="of uncertainty: mean − X·variance")
     add("--policy", metavar="FOLDER", action="append", default=[],
         help="a causal LM or an adapter, measured by β(log π − log ref); may be repeated")
@@ -149,7 +150,7 @@ def run_reward(args: argparse.Namespace) -> int:
 
     from ..reward_model import SPEC_FILE, load_spec
     from ..reward_trainer import RewardTrainer, checked_settings
-    from ..value_head import VALUE_HEAD_FILE, load_value_head
+    from ..value_head import load_value_head
 
     if args.method == "gated" and not args.objectives and (Path(args.model) / SPEC_FILE).is_file():
         args.objectives = list(load_spec(args.model).objectives)
@@ -158,7 +159,7 @@ def run_reward(args: argparse.Namespace) -> int:
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, config.spec())
     model, tokenizer = options.load(args)
-    goes_on = (Path(args.model) / VALUE_HEAD_FILE).is_file()
+    goes_on = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if goes_on:
         load_value_head(model, args.model)
     gate_alone = args.method == "gated" and goes_on
@@ -340,6 +341,8 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
         members += [model] if args.ensemble else []
     if args.ensemble:
         ensemble = RewardEnsemble(members, args.ensemble, args.ensemble_coef)
+        answers = [row[name] for name in ("chosen", "rejected") for row in pairs]
+        ensemble.standardise([row["prompt"] for row in pairs] * 2, answers)
         yield score_pairs(f"ensemble ({args.ensemble})", ensemble, pairs)
     for folder, name in zip(args.policy, names[len(args.model) :], strict=True):
         yield score_pairs(name, _implicit(args, folder), pairs)
@@ -416,7 +419,7 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         correlation = row["length_correlation"]
         print(
             f"{row['name']:<28}{row['accuracy']:>10.3f}{row['standard_error']:>8.3f}{row['score_mean']:>9.3f}"
-            f"{row['score_std']:>9.3f}{row['log_loss']:>10.3f}{row['calibration_error']:>8.3f}"
+            f"{row['score_std']:>9.3f}{row.get('log_loss', math.nan):>10.3f}{row.get('calibration_error', math.nan):>8.3f}"
             f"{math.nan if correlation is None else correlation:>9.2f}"
         )
     longer, pairs = report["scorers"][0]["longer_wins"], report["scorers"][0]["pairs"]

@@ -13,6 +13,8 @@ from . import options
 from .options import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from ..rl import RLConfig, RLTrainer
 
 # Options that are fields of RLConfig by the same name: (placeholder, type, help). Not read off RLConfig: the parser is built
@@ -40,7 +42,6 @@ _METHOD_FIELDS: dict[str, tuple[str, type, str]] = {
         "weight of the divergence from the reference in the reward (default: 0.05 for ppo, else 0); in the loss it is "
         "--set beta=…",
     ),
-    "kl_estimator": ("NAME", str, "of that divergence: k1, k2, k3 (default: k1)"),
     "kl_target": ("NATS", float, "steer kl_coef, or beta, towards so many nats a completion"),
     "kl_horizon": (
         "N",
@@ -112,10 +113,15 @@ def add_parser(commands: Any) -> None:
 
     add = parser.add_argument_group("rollouts").add_argument
     _add_fields(add, _ROLLOUT_FIELDS)
+    add("--continuous-batching", action="store_true",
+        help="sample by transformers' continuous batching on CUDA: faster, and --seed does not settle the completions")
     add("--stop", metavar="TEXT", action="append", default=[], help="a text that ends a completion; may be repeated")
     add("--server", metavar="URL", help="sample by a server of OpenAI's /v1/completions in place of the model itself; it is "
         "told of the policy by --server-lora")
     add("--server-lora", metavar="DIR", help="where adapters are put for the server to load (vLLM's runtime LoRA updating)")
+
+    add("--server-model", metavar="NAME", help="what it serves the base model by (default: the only one that it serves)")
+    add("--api-key", metavar="KEY", help="sent to it as a bearer token")
 
     options.add_model(parser)
     options.add_optimisation(
@@ -153,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     train, held_out = _prompts(args)
     model, tokenizer = options.load(args)
-    functions += _models_that_reward(args)
+    functions += _models_that_reward(args, config.device)
     trainer = RLTrainer(
         model,
         Rewards(functions, weights, timeout_s=args.reward_timeout),
@@ -163,7 +169,14 @@ def run(args: argparse.Namespace) -> int:
         processing_class=tokenizer,
         peft_config=None if args.full else options.lora(args),
         ptx_dataset=args.ptx_data,
-        rollout=ServerRollout(args.server, tokenizer, push="lora", folder=args.server_lora)
+        rollout=ServerRollout(
+            args.server,
+            tokenizer,
+            model=args.server_model,
+            api_key=args.api_key,
+            push="lora",
+            folder=args.server_lora,
+        )
         if args.server
         else None,
         callbacks=[options.json_log(args)],
@@ -214,18 +227,21 @@ def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]
     return [load_reward(name) for name, _ in map(_weighted, args.reward)], weights
 
 
-def _models_that_reward(args: argparse.Namespace) -> list[Any]:
+def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[Any]:
+    """The reward models and the judge, on the device that is trained on."""
     found: list[Any] = []
     for name, _ in map(_weighted, args.reward_model):
         from ..reward_model import RewardModel
 
         found.append(RewardModel.load(name))
+        found[-1].model.to(device)
     if args.judge:
         from ..judge import LLMJudge, TokenChoice
         from ..models import load_model
         from ..rl import win_rate
 
-        judge = LLMJudge(TokenChoice(*load_model(_weighted(args.judge)[0])))
+        model, tokenizer = load_model(_weighted(args.judge)[0])
+        judge = LLMJudge(TokenChoice(model.to(device), tokenizer))  # type: ignore[arg-type]
         found.append(judge if args.judge_by == "grade" else win_rate(judge))
     return found
 
@@ -238,6 +254,7 @@ def _config(args: argparse.Namespace) -> RLConfig:
         method_args=dict(args.set),
         whiten_advantages=not args.no_whiten,
         stop=tuple(args.stop),
+        continuous_batching=args.continuous_batching,
         backend=args.backend,
         tile_mib=args.tile_mib,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
