@@ -28,7 +28,6 @@ from test_parallel import found_by
 from xpo_fast import METHODS
 
 pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_fast[bench]")
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever TRL and what it imports have to say on import
     import accelerate

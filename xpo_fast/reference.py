@@ -1,6 +1,6 @@
 """The reference policy's log-probs: from a frozen copy, from the adapter switched off, or from disk.
 
-A reference is what the model is when it is handed to the trainer. Its log-probs are taken in eval mode (no dropout) and
+A reference is what the model is when it is handed to the trainer, of a PEFT model its base. Its log-probs are taken in eval mode (no dropout) and
 without gradient, by the same head as the policy's, so that policy − reference is exactly 0 until something is learned.
 """
 
