@@ -1,6 +1,6 @@
 """An online run that is killed again and again, and resumed, against one that is left alone: the same to the last bit.
 
-    python bench/rl_resume.py --kills 10 --json bench/results/rl-resume-cpu.json
+    python bench/rl_resume.py --kills 10 --steps 60 --json bench/results/rl-resume-cpu.json
 
 A tiny random model is trained with PPO (two epochs over two minibatches of each rollout, a critic, an adaptive KL, a reference
 that follows the policy), which has more to remember than any other method. The run is a process of its own. It gets SIGKILL a
@@ -114,7 +114,7 @@ def run(
     """The result of a run that is killed so many times, and after which steps that was."""
     command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps), "--method", method]
     killed: list[int] = []
-    targets = sorted(chance.sample(range(1, steps), kills))
+    targets = sorted(chance.sample(range(1, steps * 3 // 4), kills))  # the run must not end before the last
     while True:
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -123,7 +123,7 @@ def run(
         target = targets[len(killed)] if len(killed) < kills else steps + 1
         for line in child.stdout:
             if line.startswith("step") and int(line.split()[1]) >= target:
-                time.sleep(chance.uniform(0, 0.3))
+                time.sleep(chance.uniform(0, 0.2))
                 if child.poll() is None:
                     child.send_signal(signal.SIGKILL)
                     killed.append(int(line.split()[1]))
