@@ -6,15 +6,8 @@ gradients in norm, 1e-10 in float64; statistics of a cut vocabulary are the same
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
 import sys
 import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -22,11 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import oracle
 import xpo_fast as xf
+from ranks import found_by
 from xpo_fast.head import head_plan
 from xpo_fast.head.rows import Group
 from xpo_fast.head.spec import Scaling
@@ -750,60 +743,6 @@ def run_all_zero(rank: int) -> dict:
     return found | {"ahead": run_zero_ahead(rank), "calls": run_zero_calls(rank)}
 
 
-def worker(rank: int, port: int, folder: str, world: int, run: Callable[[int], dict]) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("error", UserWarning)
-    # What DeepSpeed reads.
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu",
-        "RANK": f"{rank}",
-        "LOCAL_RANK": f"{rank}",
-        "WORLD_SIZE": f"{world}",
-    }
-    try:
-        dist.init_process_group(
-            "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=world, rank=rank
-        )
-        torch.save(run(rank), Path(folder) / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
-        raise
-
-
-def run_world(folder: Path, world: int, run: Callable[[int], dict]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("forkserver")  # which imports once for all
-    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
-    processes = [
-        context.Process(target=worker, args=(r, port, str(folder), world, run)) for r in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    for process in processes:
-        process.kill()
-
-
-def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
-    """What each rank found; under pytest-xdist the world runs once for all of its workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / run.__name__
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "ran").exists():
-            (folder / "ran").touch()
-            run_world(folder, world, run)
-    errors = [path.read_text() for path in sorted(folder.glob("error*"))]
-    assert not errors, "\n".join(errors)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world)]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     return found_by(tmp_path_factory, WORLD, run_all)
@@ -812,7 +751,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 @pytest.fixture(scope="module")
 def zero_ranks(tmp_path_factory) -> list[dict]:
     if sys.platform != "linux":
-        pytest.skip("DeepSpeed is for Linux")
+        pytest.skip("the extra [dev] has DeepSpeed on Linux alone")
     return found_by(tmp_path_factory, ZERO_RANKS, run_all_zero)
 
 

@@ -15,7 +15,7 @@ from xpo_fast.models import hidden_states, install_fused_loss
 
 peft = pytest.importorskip("peft", reason="an optional extra: pip install xpo_fast[train]")
 if sys.platform != "linux":
-    pytest.skip("bitsandbytes is installed on Linux only", allow_module_level=True)
+    pytest.skip("the extra [dev] has bitsandbytes on Linux alone", allow_module_level=True)
 
 WIDTH, VOCAB = 64, 97
 BITS = {

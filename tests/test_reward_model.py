@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import socket
-import traceback
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -20,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 import xpo_fast as xf
+from ranks import run_world
 from test_trainer import PEFT_WARNING, Gradients, lora, make_model, make_rows, make_tokenizer, words
 from xpo_fast.data_rows import DataError
 from xpo_fast.methods.reward import odin
@@ -334,23 +332,8 @@ def test_odin_of_the_batch(tmp_path):
     assert float(score) == pytest.approx(float(quality.detach()), rel=1e-4)
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    """A step of some methods on two processes; rank 0's losses and gradients are saved."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        found = {
-            method: one_step(Path(folder) / method, method, 3, ddp_backend="gloo") for method in ON_TWO_RANKS
-        }
-        if rank == 0:
-            torch.save(found, Path(folder) / "results.pt")
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
-        raise
+def _on_two_ranks(folder: Path, rank: int) -> dict:
+    return {method: one_step(folder / method, method, 3, ddp_backend="gloo") for method in ON_TWO_RANKS}
 
 
 ON_TWO_RANKS = ("bradley_terry", "k_wise", "haf")
@@ -370,19 +353,7 @@ def one_step(folder, method: str, batch: int, **args) -> tuple[float, float, dic
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(r, port, str(tmp_path))) for r in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-        process.kill()
-    errors = [path.read_text() for path in tmp_path.glob("error*")]
-    assert not errors, "\n".join(errors)
-    found = torch.load(tmp_path / "results.pt", weights_only=False)
+    found = run_world(tmp_path / "two", 2, partial(_on_two_ranks, tmp_path))[0]
     for method in ON_TWO_RANKS:
         loss, eval_loss, want = one_step(tmp_path / "alone", method, 5)
         assert found[method][:2] == pytest.approx((loss, eval_loss), rel=1e-5)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import random
-import socket
-import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
+from ranks import run_world
 from test_rl import NEW, assert_same_gradients, make_tokenizer, make_trainer, step
 from xpo_fast.rollout import Samples
 
@@ -64,34 +61,13 @@ def with_holes_by_id(completion_ids, **_):
     ]
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        results = {m: fixed_run(Path(folder) / m, m, 2) for m in ON_TWO_RANKS}
-        if rank == 0:
-            torch.save(results, Path(folder) / "results.pt")
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
-        raise
+def _on_two_ranks(folder: Path, rank: int) -> dict:
+    return {method: fixed_run(folder / method, method, 2) for method in ON_TWO_RANKS}
 
 
 def test_two_processes_train_as_one(tmp_path):
     """Rollouts shared out, advantages of all rows together, and denominators of the whole step."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with contextlib.suppress(
-        mp.ProcessExitedException, mp.ProcessRaisedException
-    ):  # what it was is in a file
-        mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)
-    errors = [path.read_text() for path in tmp_path.glob("error*")]
-    assert not errors, "\n".join(errors)
-    found = torch.load(tmp_path / "results.pt")
+    found = run_world(tmp_path / "two", 2, partial(_on_two_ranks, tmp_path))[0]
     for method, (logs, gradients) in found.items():
         want_logs, want = fixed_run(tmp_path / f"one-{method}", method, 1)
         gradients = {n.removeprefix("module."): g for n, g in gradients.items()}

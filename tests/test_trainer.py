@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
-import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import xpo_fast as xf
+from ranks import run_world
 from xpo_fast import reference
 from xpo_fast.models import causal_lm, install_fused_loss, load_model, remove_fused_loss
 from xpo_fast.trainer import XPOConfig, XPOTrainer
@@ -163,60 +161,30 @@ def test_accumulation_equals_one_big_batch(tmp_path, method, batch, accumulation
 ON_TWO_RANKS = ("dpo", "sft", "kto", "bco", "lipo", "dpo + 0.5*sft")
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    """Trains one step of every method on two processes and saves rank 0's log and gradients."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def _on_two_ranks(folder: Path, rank: int) -> dict:
+    """One step of every method: log, gradients and evaluation."""
     warnings.filterwarnings("ignore", PEFT_WARNING, FutureWarning)
-    try:
-        results = {}
-        for method in ON_TWO_RANKS:
-            kind = xf.Objective(method).data_kind
-            # What bco remembers moves with every micro-batch.
-            cut = (5, 1) if method == "bco" else (3, 2)
-            trainer = make_trainer(
-                Path(folder) / method, method=method, rows=ROWS, per_device_train_batch_size=cut[0],
-                gradient_accumulation_steps=cut[1], eval_rows=make_rows(7, kind, seed=5), per_device_eval_batch_size=2,
-                ddp_backend="gloo", **SEQUENTIAL,
-            )  # fmt: skip
-            log, gradients = first_step(trainer, shrink=SHRINK)
-            results[method] = (log, gradients, trainer.evaluate())
-        adapted = make_trainer(
-            Path(folder) / "lora",
-            rows=4,
-            per_device_train_batch_size=2,
-            peft_config=lora(),
-            ddp_backend="gloo",
-        )
-        results["lora"] = first_step(adapted)
-        if rank == 0:
-            torch.save(results, Path(folder) / "results.pt")
-        adapted.accelerator.end_training()
-    except BaseException:
-        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
-        raise
+    results = {}
+    for method in ON_TWO_RANKS:
+        kind = xf.Objective(method).data_kind
+        # What bco remembers moves with every micro-batch.
+        cut = (5, 1) if method == "bco" else (3, 2)
+        trainer = make_trainer(
+            folder / method, method=method, rows=ROWS, per_device_train_batch_size=cut[0],
+            gradient_accumulation_steps=cut[1], eval_rows=make_rows(7, kind, seed=5), per_device_eval_batch_size=2,
+            ddp_backend="gloo", **SEQUENTIAL,
+        )  # fmt: skip
+        log, gradients = first_step(trainer, shrink=SHRINK)
+        results[method] = (log, gradients, trainer.evaluate())
+    adapted = make_trainer(
+        folder / "lora", rows=4, per_device_train_batch_size=2, peft_config=lora(), ddp_backend="gloo"
+    )
+    return results | {"lora": first_step(adapted)}
 
 
 def test_two_processes_equal_one(tmp_path):
     # 10 rows in micro-batches of 3 on two ranks: the last are filled up with repeated rows, which must not count.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        mp.get_context("spawn").Process(target=_worker, args=(r, port, str(tmp_path))) for r in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    errors = [path.read_text() for path in tmp_path.glob("error*")]
-    for process in processes:
-        process.kill()
-    assert not errors, "\n".join(errors)
-    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    results = run_world(tmp_path / "two", 2, partial(_on_two_ranks, tmp_path))[0]
     for method in ON_TWO_RANKS:
         kind = xf.Objective(method).data_kind
         got_log, got, got_eval = results[method]

@@ -24,7 +24,7 @@ _ACTS: dict[str, int | str] = {
 }
 _ALSO_CALLED = {"final_logit_softcapping": "logit_softcap"}  # a module made of it
 # Where a model type means something else by a name; 0 is what it does before the head.
-_ACTS_OF: dict[str, Mapping[str, int | str]] = {
+ACTS_OF: dict[str, Mapping[str, int | str]] = {
     "hyperclovax": {"logits_scaling": 1},
     "minicpm3": {"logits_scaling": 0},
 }
@@ -69,7 +69,7 @@ def read(model: Any) -> dict[str, Any]:
         _refuse_changes(x, type(lm).__name__)
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
     spoken = _spoken_of(lm, layer)
-    for attribute, act in {**_ACTS, **_ACTS_OF.get(getattr(config, "model_type", ""), {})}.items():
+    for attribute, act in {**_ACTS, **ACTS_OF.get(getattr(config, "model_type", ""), {})}.items():
         value = getattr(config, attribute, None)
         if value is None or not spoken & {attribute, _ALSO_CALLED.get(attribute)}:
             continue

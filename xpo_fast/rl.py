@@ -36,7 +36,6 @@ from .methods import METHODS
 from .methods.advantages import gae, whiten
 from .methods.math import k1
 from .methods.policy import adapt
-from .models import install_fused_loss, load_model
 from .reduce import count_metrics, mean_metrics, reduce_losses
 from .reference import LiveReference, evaluating, without_adapter
 from .rewards import RewardFunction, Rewards
@@ -50,10 +49,9 @@ from .trainer import (
     TrainerCallback,
     UnitTrainer,
     check_head,
-    set_seed,
-    warn_of_lost_updates,
+    ready,
     warn_of_trained_adapter,
-    with_adapter,
+    with_tokenizer,
 )
 from .trainer import last_checkpoint as whole_checkpoint
 from .types import Head
@@ -116,13 +114,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         **kwargs: Any,
     ) -> None:
         args = RLConfig() if args is None else args
-        if isinstance(model, str):
-            model, tokenizer = load_model(model)
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+        model, processing_class = with_tokenizer(model, processing_class)
         self._pad: Any = processing_class.pad_token_id
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.objective = args.objective()
@@ -132,11 +124,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
-        if peft_config is not None:
-            set_seed(args.seed)  # the adapter begins at random, before Trainer would see to that
-            model = with_adapter(model, peft_config)
-        install_fused_loss(model)
-        warn_of_lost_updates(model, args)
+        model = ready(model, args, peft_config)
         self.reference = self._choose_reference(model, args)
         warn_of_trained_adapter(model, self.reference)
         if args.max_steps <= 0:

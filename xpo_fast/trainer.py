@@ -328,13 +328,7 @@ class XPOTrainer(UnitTrainer):
         **kwargs: Any,
     ) -> None:
         args = XPOConfig() if args is None else args
-        if isinstance(model, str):
-            model, tokenizer = load_model(model)
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+        model, processing_class = with_tokenizer(model, processing_class)
 
         self.objective = objective if objective is not None else args.objective()
         self.kind = self.objective.data_kind
@@ -343,11 +337,7 @@ class XPOTrainer(UnitTrainer):
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
 
-        if peft_config is not None:
-            set_seed(args.seed)  # the adapter begins at random, before Trainer would see to that
-            model = with_adapter(model, peft_config)
-        install_fused_loss(model)
-        warn_of_lost_updates(model, args)
+        model = ready(model, args, peft_config)
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
         warn_of_trained_adapter(model, self.reference)
         self.args = args
@@ -670,6 +660,30 @@ def each(dataset: Any, fn: Any) -> Any:
     if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
         return {name: fn(one) for name, one in dataset.items()}
     return fn(dataset)
+
+
+def with_tokenizer(
+    model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model, loaded if it is a name, and its tokenizer, which pads with EOS if it has nothing else."""
+    if isinstance(model, str):
+        model, own = load_model(model)
+        tokenizer = tokenizer or own
+    if tokenizer is None:
+        raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def ready(model: nn.Module, args: TrainingArguments, peft_config: Any) -> nn.Module:
+    """The model as it is trained: with an adapter if one is asked for, and with the fused loss."""
+    if peft_config is not None:
+        set_seed(args.seed)  # the adapter begins at random, before Trainer would see to that
+        model = with_adapter(model, peft_config)
+    install_fused_loss(model)
+    warn_of_lost_updates(model, args)
+    return model
 
 
 def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

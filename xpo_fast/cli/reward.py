@@ -292,7 +292,7 @@ def run_eval(args: argparse.Namespace) -> int:
         for other in scored[1:]:
             plot_comparison(first, other, output / f"{_file_name(first.name)}-{_file_name(other.name)}.png")
     else:
-        print("no plots: pip install 'xpo-fast[bench]' for matplotlib")
+        print("no plots: pip install 'xpo-fast[train]' for matplotlib")
     _print_report(report, output)
     return 0
 
@@ -302,12 +302,14 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     from .. import data
 
     _, first = next(iter(data.read(args.data, args.split)), ("", None))
-    if isinstance(first, dict) and "completions" in first:
-        rows = []
-        for row in data.load(args.data, kind="list", split=args.split):
-            ranked: Any = list(zip(row["completions"], row["scores"], strict=True))  # type: ignore[index]
+    lists = isinstance(first, dict) and "completions" in first
+    rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", split=args.split))
+    if lists:
+        given, rows = rows, []
+        for row in given:
+            ranked = list(zip(row["completions"], row["scores"], strict=True))
             rows += [
-                {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}  # type: ignore[index]
+                {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}
                 for a, score in ranked
                 for b, other in ranked
                 if score > other
@@ -316,11 +318,9 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise data.DataError(
                 f"{args.data}: no list has two different scores: there is no pair to measure on"
             )
-    else:
-        rows = list(data.load(args.data, kind="pair", split=args.split))
     if args.max_pairs is not None and args.max_pairs < len(rows):
         rows = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), args.max_pairs))]
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
@@ -348,8 +348,16 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
         yield score_pairs(name, _implicit(args, folder), pairs)
 
 
-def _implicit(args: argparse.Namespace, folder: str) -> Any:
+def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """A model on the device, and its tokenizer."""
     from ..models import load_model
+
+    model, tokenizer = load_model(name, dtype=args.dtype)
+    place: Any = model.to
+    return place(_device(args)), tokenizer
+
+
+def _implicit(args: argparse.Namespace, folder: str) -> Any:
     from ..reward_model import ImplicitReward
 
     name = args.reference
@@ -361,11 +369,10 @@ def _implicit(args: argparse.Namespace, folder: str) -> Any:
                 "--reference none"
             )
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    policy, tokenizer = load_model(folder, dtype=args.dtype)
-    reference = None if name == "none" else load_model(name, dtype=args.dtype)[0].to(_device(args))  # type: ignore[arg-type]
+    policy, tokenizer = _placed(args, folder)
     return ImplicitReward(
-        policy.to(_device(args)),  # type: ignore[arg-type]
-        reference,
+        policy,
+        None if name == "none" else _placed(args, name)[0],
         tokenizer,
         beta=args.beta,
         per_token=args.per_token,

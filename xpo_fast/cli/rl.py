@@ -240,8 +240,9 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
         from ..models import load_model
         from ..rl import win_rate
 
+        model: Any
         model, tokenizer = load_model(_weighted(args.judge)[0])
-        judge = LLMJudge(TokenChoice(model.to(device), tokenizer))  # type: ignore[arg-type]
+        judge = LLMJudge(TokenChoice(model.to(device), tokenizer))
         found.append(judge if args.judge_by == "grade" else win_rate(judge))
     return found
 

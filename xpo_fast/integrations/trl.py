@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from ..head.autograd import token_stats as token_stats_operator
 from ..head.plan import check_backend, choose_backend, fit
 from ..head.sharded import is_partitioned, is_sharded, whole
 from ..head.spec import accumulation_dtype, check_operands
-from ..lm_head import _ACTS_OF
+from ..lm_head import ACTS_OF
 from ..models import install_fused_loss
 from ..types import Head
 
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .trl_experimental import ORPOTrainer as ORPOTrainer
     from .trl_experimental import TPOTrainer as TPOTrainer
 
+logger = logging.getLogger("xpo_fast")
 VERSION = "1.16"
 IGNORE = -100
 
@@ -224,7 +226,7 @@ def _scores_only_labels(device: torch.device) -> bool:
 
 _NOT_TRLS = "take xpo_fast.trainer, or a method of xpo_fast in this module's DPOTrainer, which go by the model's forward"
 # Of these the scale that their config speaks of is on the hidden states, which TRL does not take from their forward.
-_SCALED_BEFORE_THE_HEAD = [name for name, acts in _ACTS_OF.items() if 0 in acts.values()]
+_SCALED_BEFORE_THE_HEAD = [name for name, acts in ACTS_OF.items() if 0 in acts.values()]
 
 
 class _NoLayer:
@@ -316,7 +318,13 @@ def _check_logits(model: Any, own: Any, head: Head, softcap: float | None, logit
             ids = torch.arange(1, 3, device=model.get_input_embeddings().weight.device)[None]
             try:
                 want = own(input_ids=ids).logits.float()
-            except Exception:  # it asks for more than tokens, or for another device than it will be on
+            except (
+                Exception
+            ) as error:  # it asks for more than tokens, or for another device than it will be on
+                logger.warning(
+                    "TRL's log-probs of %s are not compared with its own: its forward does not run on two tokens here "
+                    "(%s: %s)", name, type(error).__name__, error,
+                )  # fmt: skip
                 return
             try:
                 z = logit_scale * model.get_output_embeddings()(

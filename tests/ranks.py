@@ -1,0 +1,83 @@
+"""A world of gloo processes on this machine: each runs a function of its rank, and what they found is read from files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_world(folder: Path, world: int, run: Callable[[int], Any], *, join: bool = False) -> list[Any]:
+    """What run(rank) returned on each rank. A failure on one of them is an assertion's, with its traceback.
+
+    run: of a module, or a partial of that. join: it is run in a process group; trainers make their own.
+    """
+    folder.mkdir(exist_ok=True)
+    _start(folder, world, run, join)
+    return _results(folder, world)
+
+
+def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
+    """The same in a process group; under pytest-xdist the world runs once for all of its workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / run.__name__
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ran").exists():
+            (folder / "ran").touch()
+            _start(folder, world, run, join=True)
+    return _results(folder, world)
+
+
+def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("forkserver")  # which imports once for all
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
+    processes = [
+        context.Process(target=_worker, args=(r, port, str(folder), world, run, join)) for r in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    for process in processes:
+        process.kill()
+
+
+def _results(folder: Path, world: int) -> list[Any]:
+    errors = [path.read_text() for path in sorted(folder.glob("error*"))]
+    assert not errors, "\n".join(errors)
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world)]
+
+
+def _worker(rank: int, port: int, folder: str, world: int, run: Callable[[int], Any], join: bool) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{port}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    try:
+        if join:
+            warnings.simplefilter("error", UserWarning)
+            dist.init_process_group(
+                "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=world, rank=rank
+            )
+        torch.save(run(rank), Path(folder) / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
+        raise
