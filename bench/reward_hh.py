@@ -37,13 +37,14 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", type=Path, help="write the figures there")
     add("--plot", metavar="FILE", help="write the picture of the trained model's scores there")
-    add("--held-out", type=int, default=450, help="pairs to measure on")
-    add("--train-pairs", type=int, default=1000, help="pairs to train on")
-    add("--max-length", type=int, default=96, help="tokens; prompts lose their beginning")
+    add("--held-out", type=int, default=900, help="pairs to measure on")
+    add("--train-pairs", type=int, default=1412, help="pairs to train on")
+    add("--max-length", type=int, default=128, help="tokens; prompts lose their beginning")
     add("--layers", type=int, default=10, help="of the last layers, how many have an adapter")
     add("--rank", type=int, default=16)
-    add("--lr", type=float, default=5e-4)
-    add("--batch-size", type=int, default=8)
+    add("--lr", type=float, default=1e-4, help="of the adapter")
+    add("--value-head-lr", type=float, default=3e-3)
+    add("--batch-size", type=int, default=16)
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
@@ -99,6 +100,7 @@ def config(args: argparse.Namespace, folder: str) -> RewardConfig:
         seed=args.seed,
         max_length=args.max_length,
         learning_rate=args.lr,
+        value_head_learning_rate=args.value_head_lr,
         num_train_epochs=1,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=2 * args.batch_size,

@@ -194,6 +194,36 @@ def test_bradley_terry_is_that_of_the_last_tokens(tmp_path):
     torch.testing.assert_close(found, gradient[1], rtol=1e-4, atol=1e-6)
 
 
+def test_the_loss_begins_at_ln_2(tmp_path):
+    trainer = make_trainer(tmp_path, rows=make_rows(16), per_device_train_batch_size=16)
+    trainer.train()
+    assert log(trainer)[0] == pytest.approx(math.log(2), abs=0.02)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_value_head_has_a_learning_rate_of_its_own(tmp_path, adapter):
+    def moved(rate):
+        trainer = make_trainer(tmp_path, value_head_learning_rate=rate, learning_rate=1e-3, max_steps=2, optim="sgd",
+                               peft_config=lora() if adapter else None)  # fmt: skip
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        groups = trainer.optimizer.optimizer.param_groups
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(
+            id(p) for p in trainer.model.parameters() if p.requires_grad
+        )
+        after = dict(trainer.model.named_parameters())
+        return {n: after[n].detach() - x for n, x in before.items()}
+
+    alike, still = moved(None), moved(0.0)
+    assert any("value_head" in name for name in alike)
+    for name, change in still.items():
+        if "value_head" in name:
+            assert not change.any()
+        elif not adapter:  # an adapter's first step is B's alone
+            assert change.any(), name
+    assert all(x.any() for n, x in alike.items() if "value_head.weight" in n)
+
+
 # Not ODIN, whose correlations are those of a micro-batch.
 @pytest.mark.parametrize("method", ["k_wise", "regression", "preference_model", "haf"])
 def test_micro_batches_of_a_step_are_one_batch(tmp_path, method):
@@ -370,7 +400,7 @@ def test_resume(tmp_path, adapter):
     def run(folder, steps, resume=None):
         trainer = make_trainer(folder, rows=rows_for("haf", 12), max_steps=steps, save_strategy="steps", save_steps=2,
                                method="haf", lr_scheduler_type="constant", peft_config=lora() if adapter else None,
-                               train_sampling_strategy="random")  # fmt: skip
+                               train_sampling_strategy="random", value_head_learning_rate=3e-2)  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 

@@ -87,6 +87,9 @@ class RewardConfig(XPOConfig):
         default=0.0, metadata={"help": "What a token more or less than length_target costs of the reward."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of AdamW."})
+    value_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the value head, which begins at nothing. None: learning_rate."}
+    )
 
     def spec(self) -> RewardSpec:
         """What is kept of the reward model that these arguments describe. ValueError for what does not fit together."""
@@ -170,7 +173,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
                 extend_with_gate(model)
         if self.spec.method != "haf":
             _freeze_lm_head(model)
-        attach_value_head(model, self.spec.outputs, std=1 / math.sqrt(width_of(model) + 1))
+        # Narrow enough for the loss to begin at ln 2: what a wider one says of length has to be unlearned (docs/log.md).
+        attach_value_head(model, self.spec.outputs, std=1 / (width_of(model) + 1))
         self.gate_alone = gate_alone
         self.args, self._tokenizer = args, processing_class
         pad = _pad_id(processing_class)

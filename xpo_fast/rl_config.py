@@ -24,6 +24,7 @@ _ADVANTAGE = {
     "nash_md": "reward",
 }
 _PPO_KL = 0.05
+_DAPO_DRAWS = 10  # as its authors run it (verl's max_num_gen_batches)
 _CISPO_CAP = 5.0  # ScaleRL (arXiv 2510.13786)
 
 
@@ -68,21 +69,25 @@ class RLConfig(MethodConfig):
             "the same seed need not give the same completions."
         },
     )
-    max_draws: int = field(
-        default=1,
+    max_draws: int | None = field(
+        default=None,
         metadata={
             "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
-            "are drawn in their place, at most so many times a rollout. 1: no."
+            f"are drawn in their place, at most so many times a rollout. 1: no. None: {_DAPO_DRAWS} for dapo, else 1."
         },
     )
     overlong: str = field(
-        default="keep",
+        default="auto",
         metadata={
-            "help": "Truncated completions: keep, mask (they are in the group's mean, not in the loss), or penalty "
-            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before; DAPO)."
+            "help": "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty "
+            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before), or auto: penalty for dapo, "
+            "else keep."
         },
     )
-    overlong_buffer: int = field(default=64, metadata={"help": "Tokens over which the penalty rises."})
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata={"help": "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."},
+    )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the reward of a truncated completion."}
     )
@@ -96,6 +101,9 @@ class RLConfig(MethodConfig):
     lam: float = field(default=0.95, metadata={"help": "λ of gae."})
     vf_coef: float = field(
         default=0.1, metadata={"help": "What the critic's loss is multiplied by, with gae."}
+    )
+    value_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the critic's value head, with gae. None: learning_rate."}
     )
     value_clip: float = field(
         default=0.2, metadata={"help": "A value's clipping range around its old value."}
@@ -140,7 +148,17 @@ class RLConfig(MethodConfig):
     )
     off_policy_cap: float = field(default=2.0, metadata={"help": "Where these weights are truncated."})
     eval_generations: int = field(default=1, metadata={"help": "Completions of a held-out prompt."})
-    log_samples: bool = field(default=True, metadata={"help": f"Write every completion into {SAMPLES_FILE}."})
+    log_samples: bool = field(
+        default=True,
+        metadata={
+            "help": f"Write every completion into {SAMPLES_FILE}, a line each, for datasets.load_dataset('json', "
+            "data_files=…) or pandas.read_json(…, lines=True)."
+        },
+    )
+    show_samples: int = field(
+        default=0,
+        metadata={"help": "Print so many completions of the last rollout, by reward, with every log."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,11 +170,13 @@ class RLConfig(MethodConfig):
                 "max_draws",
                 "overlong_buffer",
             ),
-            *("kl_horizon", "eval_generations"),
+            *("kl_horizon", "eval_generations", "max_new_tokens"),
         )
         for name in at_least_one:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.show_samples < 0:
+            raise ValueError(f"show_samples must be 0 or more, got {self.show_samples}")
         if self.prompts_per_rollout is not None and self.prompts_per_rollout < 1:
             raise ValueError(
                 f"prompts_per_rollout must be at least 1 or None, got {self.prompts_per_rollout}"
@@ -164,6 +184,11 @@ class RLConfig(MethodConfig):
         for name in ("temperature", "off_policy_cap"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.value_head_learning_rate is not None and self.estimator != "gae":
+            raise ValueError(
+                f"value_head_learning_rate is the critic's, and there is one with gae: {self.method} has advantages by "
+                f"{self.estimator!r}. Leave it out, or set advantage='gae'"
+            )
         for name in ("vf_coef", "missing_eos_penalty", "kl_coef"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -172,7 +197,12 @@ class RLConfig(MethodConfig):
         if self.kl_target is not None and not self.kl_target > 0:
             raise ValueError(f"kl_target must be positive or None, got {self.kl_target}")
         _choice("advantage", self.advantage, ("auto", *ADVANTAGES))
-        _choice("overlong", self.overlong, ("keep", "mask", "penalty"))
+        _choice("overlong", self.overlong, ("auto", "keep", "mask", "penalty"))
+        if self.overlong_handling == "penalty" and self.penalised_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is longer than the longest completion of {self.max_new_tokens} tokens: "
+                "every one would pay"
+            )
         _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
         self.stop = tuple(self.stop)
@@ -204,6 +234,27 @@ class RLConfig(MethodConfig):
                 "multiple of num_generations"
             )
         return step // self.num_generations
+
+    @property
+    def _is_dapo(self) -> bool:
+        return parse_terms(self.method, None, {})[0].method.name == "dapo"
+
+    @property
+    def draws(self) -> int:
+        """How often prompts are drawn for a rollout, at most."""
+        return self.max_draws if self.max_draws is not None else _DAPO_DRAWS if self._is_dapo else 1
+
+    @property
+    def overlong_handling(self) -> str:
+        """What is done about truncated completions: keep, mask or penalty."""
+        if self.overlong != "auto":
+            return self.overlong
+        return "penalty" if self._is_dapo else "keep"
+
+    @property
+    def penalised_tokens(self) -> int:
+        """The last tokens of the longest completion, over which its penalty rises."""
+        return self.overlong_buffer or max(self.max_new_tokens // 5, 1)
 
     @property
     def steps_per_rollout(self) -> int:
@@ -243,9 +294,9 @@ class RLConfig(MethodConfig):
                 raise ValueError(
                     "off_policy='token' gives an advantage a token, and rloo takes one a completion: 'sequence'"
                 )
-        if self.max_draws > 1 and self.num_generations < 2:
+        if self.draws > 1 and self.num_generations < 2:
             raise ValueError(
-                f"max_draws={self.max_draws} replaces prompts whose completions all have one reward, as a lone one always has: "
+                f"max_draws={self.draws} replaces prompts whose completions all have one reward, as a lone one always has: "
                 "num_generations must be at least 2, got 1"
             )
         if self.estimator in OF_GROUPS and self.num_generations < 2:

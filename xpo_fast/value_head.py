@@ -151,11 +151,36 @@ def load_value_head(model: nn.Module, folder: str | Path) -> ValueHead:
     return present
 
 
+def _own_rate(optimizer: torch.optim.Optimizer, head: ValueHead | None, rate: float) -> None:
+    """Groups of their own for the parameters of the value head, with this learning rate."""
+    own = set() if head is None else {id(p) for p in head.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in own]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({**group, "params": mine, "lr": rate})
+            own -= {id(p) for p in mine}
+    if head is None or own:
+        raise ValueError(
+            "value_head_learning_rate needs a value head whose parameters are the optimizer's own; "
+            + ("the model has none" if head is None else "those of this model are not: leave it out")
+        )
+
+
 class SavesValueHead:
     """Mixin, to stand before `transformers.Trainer`: checkpoints and saved models have the value head beside them.
 
-    A model without a value head is saved and loaded as ever.
+    A model without a value head is saved and loaded as ever. args.value_head_learning_rate, where there is one, is the
+    value head's own learning rate; the schedule is the same for all.
     """
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        rate = self.args.value_head_learning_rate
+        if fresh and rate is not None:
+            _own_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
+        return optimizer
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]

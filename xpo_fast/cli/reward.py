@@ -70,6 +70,8 @@ def add_parser(commands: Any) -> None:
         batch="pairs, lists or rows at a time on every device",
         seed="of order, held-out rows, adapter, value head and dropout",
     )
+    add("--value-head-lr", metavar="X", type=float, default=1e-3,
+        help="learning rate of the value head, with --lora and --full")
     options.add_backend(
         parser.add_argument_group("head").add_argument, "what computes the token log-probs of grm and haf"
     )
@@ -207,6 +209,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         objectives=args.objectives,
         objective_weights=args.objective_weights,
         reference=args.reference,
+        value_head_learning_rate=None if args.head_only else args.value_head_lr,
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         backend=args.backend,
