@@ -1,10 +1,11 @@
 """A reward model on Anthropic's HH pairs: held-out accuracy before and after one pass over the others.
 
-    python bench/reward_hh.py --data hh-rlhf-harmless-test.jsonl.gz --seed 0 --json results/reward-hh-0.json
+    python bench/reward_hh.py --data hh-rlhf-harmless-test.jsonl.gz --json bench/results/reward-hh.json --plot docs/reward_hh.png
 
 SmolLM2-135M-Instruct in bfloat16 with LoRA on its last layers and a value head, Bradley–Terry. The seed draws the held-out
 pairs (prompts apart), the order, the adapter and the head. The untrained start is the same model with that head at random.
-The differences are paired: the same held-out pairs before and after.
+The differences are paired: the same held-out pairs before and after. Beside them, what taking the shorter answer would
+rank right. Exit status 1 if a seed's gain is below two standard errors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import logging
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,41 +23,67 @@ from typing import Any
 from peft import LoraConfig
 from transformers import logging as transformers_logging
 
-from measure import environment, write_json
+from measure import environment, table, write_json
 from xpo_fast import data
 from xpo_fast.models import load_model
 from xpo_fast.reward_report import compare, plot, score_pairs, summary
 from xpo_fast.reward_trainer import RewardConfig, RewardTrainer
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", required=True, help="pairs of chosen and rejected transcripts")
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE", type=Path, help="write the figures there")
-    add("--plot", metavar="FILE", help="write the picture of the trained model's scores there")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        help="write the figures there; runs that it has are not made again",
+    )
+    add("--plot", metavar="FILE", help="write the picture of the first seed's trained scores there")
     add("--held-out", type=int, default=900, help="pairs to measure on")
     add("--train-pairs", type=int, default=1412, help="pairs to train on")
     add("--max-length", type=int, default=128, help="tokens; prompts lose their beginning")
     add("--layers", type=int, default=10, help="of the last layers, how many have an adapter")
     add("--rank", type=int, default=16)
     add("--lr", type=float, default=1e-4, help="of the adapter")
-    add("--value-head-lr", type=float, default=3e-3)
+    add("--value-head-lr", type=float, default=1e-3)
     add("--batch-size", type=int, default=16)
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
 
-    train, held = split(data.load(args.data, kind="pair"), args.held_out, args.train_pairs, args.seed)
+    found = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {"runs": []}
+    runs = {run["seed"]: run for run in found["runs"]}
+    for seed in args.seeds:
+        if seed not in runs:
+            runs[seed] = run(args, seed, args.plot if seed == args.seeds[0] else None)
+        if args.json:
+            write_json(args.json, {"runs": [runs[seed] for seed in sorted(runs)]})
+    rows = [[str(r["seed"]), *(f"{x:.3f}" for x in (r["before"]["accuracy"], r["after"]["accuracy"])),
+             "[{:.3f}, {:.3f}]".format(*r["after"]["accuracy_95"]),
+             "{accuracy_difference:+.3f} ± {standard_error:.3f}".format(**r["gain"]),
+             f"{r['before']['log_loss']:.3f}", f"{r['after']['log_loss']:.3f}", f"{1 - r['after']['longer_wins']:.3f}",
+             f"{r['cpu_s']:.0f}"]
+            for r in (runs[seed] for seed in args.seeds)]  # fmt: skip
+    header = ["seed", "before", "after", "95%", "gain ± standard error", "log-loss before", "after", "the shorter", "CPU s"]  # fmt: skip
+    print(table(header, rows))
+    gains = [runs[seed]["gain"] for seed in args.seeds]
+    return int(any(g["accuracy_difference"] < 2 * g["standard_error"] for g in gains))
+
+
+def run(args: argparse.Namespace, seed: int, picture: str | None) -> dict[str, Any]:
+    """Train with this seed's pairs, adapter and order."""
+    train, held = split(data.load(args.data, kind="pair"), args.held_out, args.train_pairs, seed)
     model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
     layers: Any = model.config.num_hidden_layers
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(
             model,
-            config(args, folder),
+            config(args, seed, folder),
             train_dataset=train,
             processing_class=tokenizer,
             peft_config=LoraConfig(
@@ -72,32 +100,27 @@ def main() -> None:
         trainer.train()
         after = score_pairs("after", trainer.reward_model(), held)
         say(after)
-        gained = compare(after, before)
-        times = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
-    ratio = gained["accuracy_difference"] / gained["standard_error"]
-    print(f"gain {gained['accuracy_difference']:+.4f} ± {gained['standard_error']:.4f}: {ratio:.1f} standard errors; "
-          f"{times['cpu_s']:.0f} s of CPU")  # fmt: skip
-    report = {
-        "options": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()},
+    if picture:
+        plot(after, picture)
+    return {
+        "seed": seed,
         "environment": environment(),
+        "options": {n: x for n, x in vars(args).items() if n not in ("seeds", "json", "plot")},
         "train_pairs": len(train),
         "before": summary(before),
         "after": summary(after),
-        "gain": gained,
+        "gain": compare(after, before),
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        **times,
+        "wall_s": time.perf_counter() - start,
+        "cpu_s": time.process_time() - cpu,
     }
-    if args.json:
-        write_json(args.json, report)
-    if args.plot:
-        plot(after, args.plot)
 
 
-def config(args: argparse.Namespace, folder: str) -> RewardConfig:
+def config(args: argparse.Namespace, seed: int, folder: str) -> RewardConfig:
     return RewardConfig(
         output_dir=folder,
         use_cpu=True,
-        seed=args.seed,
+        seed=seed,
         max_length=args.max_length,
         learning_rate=args.lr,
         value_head_learning_rate=args.value_head_lr,
@@ -135,4 +158,4 @@ def say(scores: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,8 +3,9 @@
     python examples/verifiable_reward.py --method grpo
     python examples/verifiable_reward.py --method grpo --shuffled     # the control
 
-Shown one sum with its answer, the model is to answer another with the number in square brackets and no more, `[12]`. The
-reward is 0.5 for the form and 0.5 more for the right number. The control deals each rollout's rewards out anew: they say
+Shown a sum answered in words and one answered in square brackets, the model is to answer another in brackets and say no
+more, `[12]`. The reward is 0.5 for the form and 0.5 more for the right number; without sampling the model is no nearer to
+it than with, so that growing sure of itself is not enough. The control deals each rollout's rewards out anew: they say
 nothing of the completions then, and what still rises is not learned from them.
 """
 
@@ -25,11 +26,14 @@ from xpo_fast.rl import RLTrainer
 from xpo_fast.rl_config import RLConfig
 
 FORM = re.compile(r"\s*\[\s*(\d+)\s*\]\s*")
+SHOWN = [("system", "Add."),
+         ("user", "2 + 5"), ("assistant", "It is 7."), ("user", "4 + 2"), ("assistant", "[6]")]  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo", "method_args": {"beta": 0.01}},
-    "ppo": {"method": "ppo", "kl_coef": 0.02, "epochs_per_rollout": 2},
+    "ppo": {"method": "ppo", "kl_coef": 0.05, "epochs_per_rollout": 2, "learning_rate": 1.5e-4,
+            "value_head_learning_rate": 3e-3},
     "rloo": {"method": "rloo", "kl_coef": 0.01},
-}
+}  # fmt: skip
 
 
 def sums(count: int, seed: int) -> list[dict[str, Any]]:
@@ -37,7 +41,7 @@ def sums(count: int, seed: int) -> list[dict[str, Any]]:
     draw, rows = random.Random(seed), []
     for _ in range(count):
         a, b = draw.randint(1, 9), draw.randint(1, 9)
-        said = ("system", "Add."), ("user", "2 + 5"), ("assistant", "[7]"), ("user", f"{a} + {b}")
+        said = [*SHOWN, ("user", f"{a} + {b}")]
         rows.append({"prompt": [{"role": role, "content": text} for role, text in said], "answer": a + b})
     return rows
 
@@ -61,13 +65,13 @@ def shuffled() -> Any:
 
 
 def main(
-    model: Any, tokenizer: Any, method: str, *, control: bool = False, steps: int = 20, seed: int = 0
+    model: Any, tokenizer: Any, method: str, *, control: bool = False, steps: int = 30, seed: int = 0
 ) -> dict:
     """Rewards for sums held out, before and after, and the log of the steps."""
     args = RLConfig(
-        f"runs/{method}{'-shuffled' if control else ''}-{seed}", max_steps=steps, seed=seed, learning_rate=5e-4,
-        num_generations=8, prompts_per_rollout=4, per_device_train_batch_size=32, max_new_tokens=12,
-        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", **METHODS[method],
+        f"runs/{method}{'-shuffled' if control else ''}-{seed}", max_steps=steps, seed=seed, num_generations=8,
+        prompts_per_rollout=4, per_device_train_batch_size=32, max_new_tokens=12, warmup_steps=5, logging_steps=1,
+        lr_scheduler_type="constant_with_warmup", save_strategy="no", **{"learning_rate": 3e-4, **METHODS[method]},
     )  # fmt: skip
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     trainer = RLTrainer(
@@ -85,11 +89,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="grpo")
     parser.add_argument("--shuffled", action="store_true", help="the control")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write rewards and log there")
     given = parser.parse_args()
-    smollm2 = load_model(SMOLLM2, dtype="float32")
+    smollm2 = load_model(SMOLLM2, dtype="bfloat16")
     found = main(*smollm2, given.method, control=given.shuffled, steps=given.steps, seed=given.seed)
     print(f"{given.method}: reward of sums held out {found['before']:.3f}, then {found['after']:.3f}")
     if given.json:

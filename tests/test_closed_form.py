@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import closed_form
+from test_trainer import lora, make_model, make_tokenizer
+from xpo_fast.rl import RLTrainer
+from xpo_fast.rl_config import RLConfig
 
 
 @pytest.mark.parametrize("name", closed_form.ALGORITHMS)
@@ -35,3 +38,48 @@ def test_optima_are_optimal():
         for _ in range(50):
             near = (optimum.log() + 0.05 * torch.randn(closed_form.ACTIONS, dtype=torch.float64)).softmax(0)
             assert value(near) < value(optimum)
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter"),
+    [
+        ({"method": "ppo", "kl_coef": closed_form.BETA, "epochs_per_rollout": 2, "per_device_train_batch_size": 256}, False),
+        ({"method": "grpo", "kl_coef": closed_form.BETA, "advantage": "group_mean"}, False),
+        ({"method": "rloo", "kl_coef": closed_form.BETA}, False),
+        ({"method": "rloo", "kl_coef": closed_form.BETA, "temperature": 2.0}, True),
+    ],
+    ids=["ppo", "grpo", "rloo", "rloo-adapter-temperature"],
+)  # fmt: skip
+def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
+    """One prompt, completions of one token, a language model: rollouts, reference, critic and optimizer are the trainer's."""
+    tokenizer = make_tokenizer(vocabulary=["go", "a", "b", "c", "d"])
+    model = make_model(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    rewards = 0.7 * torch.randn(len(tokenizer), generator=torch.Generator().manual_seed(1))
+    temperature = settings.get("temperature", 1.0)
+
+    def log_probs():
+        state = torch.tensor([tokenizer("go")["input_ids"]])
+        with torch.no_grad():
+            return (trainer.model(input_ids=state).logits[0, -1].double() / temperature).log_softmax(0)
+
+    def reward(completion_ids, **_):
+        return [float(rewards[ids[0]]) for ids in completion_ids]
+
+    settings = {"per_device_train_batch_size": 512, **settings}
+    trainer = RLTrainer(
+        model,
+        reward,
+        RLConfig(
+            str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=150, learning_rate=0.03,
+            lr_scheduler_type="linear", num_generations=8, prompts_per_rollout=64, max_new_tokens=1,
+            generation_batch_size=512, logging_steps=10, seed=1, **settings,
+        ),
+        train_dataset=[{"prompt": "go"}],
+        processing_class=tokenizer,
+        peft_config=lora() if adapter else None,
+    )  # fmt: skip
+    begin = log_probs()
+    optimum = (begin + rewards.double() / closed_form.BETA).softmax(0)
+    assert closed_form.distance(begin.exp(), optimum) > 0.3
+    trainer.train()
+    assert closed_form.distance(log_probs().exp(), optimum) < closed_form.TOLERANCE

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpo_fast.data import COMPLETIONS, Collator, DataError, encode, load, load_prompts, require
+from xpo_fast.data import COMPLETIONS, Collator, DataError, Place, encode, load, load_prompts, require
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -1143,6 +1143,22 @@ def test_prompts_come_in_every_form():
         load_prompts([{"prompt": "w1"}, {"prompt": talk}])
     with pytest.raises(DataError, match="no rows"):
         load_prompts([])
+
+
+def test_a_column_where_is_kept():
+    for row in ({"prompt": "w1", "where": "mine"}, {"prompt": "w1", "completion": " w2", "where": "mine"}):
+        (kept,) = load_prompts([row])
+        assert kept["where"] == "mine" and not isinstance(kept["where"], Place)
+    talk = [{"role": "user", "content": "w1"}]
+    with pytest.raises(DataError, match=r"rows\[1\]: this row is a conversation where rows\[0\] is text"):
+        load_prompts([{"prompt": "w1", "where": "mine"}, {"prompt": talk, "where": "yours"}])
+
+
+def test_loaded_rows_remember_their_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "w1"}\n{"prompt": "w2"}\n')
+    again = load_prompts(load_prompts(file)[1:])
+    assert [row["where"] for row in again] == ["prompts.jsonl:2"] and isinstance(again[0]["where"], Place)
 
 
 def test_prompts_with_columns_for_functions(tmp_path):

@@ -88,6 +88,45 @@ def test_what_is_selected(name, judged, arguments, picks):
     assert [{k: pytest.approx(v) for k, v in pick.items()} for pick in found] == picks
 
 
+def test_rejection_sampling_is_the_papers_loop():
+    """RSO's algorithm 1, written as printed: one candidate after the other, over and over, until n are accepted."""
+
+    def printed(rewards, n, beta, g):
+        left, taken = dict(enumerate(rewards)), []
+        while left and len(taken) < n:
+            bound, out = max(left.values()), []
+            draws = torch.rand(len(left), generator=g, dtype=torch.float64).tolist()
+            for (c, r), u in zip(left.items(), draws):
+                if u >= math.exp((r - bound) / beta):
+                    continue
+                taken.append(c)
+                out.append(c)
+                if len(taken) == n:
+                    break
+            for c in out:
+                left.pop(c)
+        return taken
+
+    for seed in range(20):
+        rewards = torch.randn(12, generator=generator(100 + seed)).tolist()
+        expected = printed(rewards, 5, 0.5, generator(seed))
+        assert accepted(torch.tensor(rewards), generator(seed), n=5, beta=0.5) == expected
+
+
+def test_scores_that_are_no_numbers_are_never_accepted():
+    """And the passes over what is left come to an end."""
+    infinite = torch.tensor([math.inf, 1.0, -math.inf, NAN, 0.5])
+    assert sorted(accepted(infinite, generator(), n=5, beta=0.5)) == [1, 4]
+    assert select("best-worst", infinite) == [scored(1, 4, 1.0, 0.5)]
+
+
+def test_a_margin_of_whole_fifths_is_met():
+    """Six candidates, hard verdicts, transitive: rates 1, 0.8, …, 0. Every two differ by 0.2 or more: 15 pairs."""
+    wins = torch.ones(6, 6, dtype=torch.float64).triu(1) + 0.5 * torch.eye(6, dtype=torch.float64)
+    assert len(select("large-margin", wins)) == 15
+    assert len(select("large-margin", wins, min_gap=0.3)) == 10  # without the 5 neighbours
+
+
 def test_rejection_sampling_takes_the_highest_of_those_left_as_its_bound():
     """β → 0: one pass for each, in the order of the rewards. With one bound for all, the third would never come."""
     assert accepted(torch.tensor([-50.0, 0.0, 60.0, NAN]), generator(), n=3, beta=1e-3) == [2, 1, 0]
@@ -160,6 +199,14 @@ def test_a_function_judges_by_order_and_sees_the_columns():
         0,
         0.5,
     ]
+    assert judge.compare(["p"] * 2, ["a", "b"], ["b", "a"], answer=["a", None]).isnan().tolist() == [
+        False,
+        True,
+    ]
+    some = FunctionJudge(lambda completions, **_: [None if c == "?" else float(len(c)) for c in completions])
+    (wins,) = group_wins(some, ["p"], [["aa", "?", "a"]])
+    assert wins[[0, 0, 2], [2, 0, 0]].tolist() == [1.0, 0.5, 0.0]
+    assert wins[[0, 1, 1, 2], [1, 0, 2, 1]].isnan().all() and len(select("all-pairs", wins)) == 1
     grouped = group_scores(judge, ["p"], [["a", "b"]], {"answer": ["a"]}, [[[1, 2], [1, 2, 3]]])
     assert grouped[0].tolist() == [3.0, 3.0]
     assert judge(prompts=["p"], completions=["a"], answer=[None]) == [None]
@@ -242,6 +289,35 @@ def test_both_orders_cancel_a_preference_for_a_place():
     )  # put in once, not filled again
     swapped = LLMJudge(Biased(0.3)).compare(prompts, second, first)
     torch.testing.assert_close(found + swapped, torch.ones(3))
+
+
+def test_a_preference_for_a_place_is_told():
+    """Bias 0.1. Lengths 5 and 1: P(the first place wins) is 0.8, then 0.4 the other way round. 2 and 2: 0.6 and 0.6."""
+    judge = LLMJudge(Biased(0.1))
+    judge.compare(["p"], ["aaaaa"], ["a"])
+    judge.compare(["q"], ["aa"], ["bb"])
+    told = judge.places()
+    assert told == {"compared": 2, "first_place": pytest.approx(0.6 + 0.6), "flipped": 1}
+    assert judge.places() == {} and FunctionJudge(count_w1).places() == {}
+    once = LLMJudge(Biased(0.1), both_orders=False)
+    once.compare(["p"], ["a"], ["b"])
+    assert once.places() == {}
+
+
+def test_a_verdict_missing_in_one_order_is_none():
+    """Not ½, and not the other order's alone."""
+    replies = iter([("A", "B"), ("hm", "B")])  # forth, back: in the second pair the second place wins twice
+
+    class Choice:
+        chat = True
+
+        def __call__(self, questions, words):
+            return SampledChoice(Says(*next(replies)))(questions, words)
+
+    judge = LLMJudge(Choice())
+    found = judge.compare(["p", "q"], ["x", "y"], ["z", "w"])
+    assert found[0].isnan() and found[1] == 0.5
+    assert judge.places() == {"compared": 1, "first_place": 0.0, "flipped": 1}
 
 
 def test_an_llms_grade_is_the_expected_one():

@@ -13,7 +13,7 @@ import transformers
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, recipe_loop, recipes
 from xpo_fast.data import load_prompts
-from xpo_fast.judge import FunctionJudge, Judge, text_of
+from xpo_fast.judge import FunctionJudge, Judge, LLMJudge, text_of
 from xpo_fast.models import load_model
 from xpo_fast.recipe_loop import _L1, Setup, _Loop, run
 from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table
@@ -129,6 +129,8 @@ def test_a_recipe_is_changed_by_names():
     paft = override(RECIPES["paft"], {"l1": 0.1, "method.beta": 0.3, "merge.density": 0.2})
     assert paft.train == (Train("sft", l1=0.1), Train("dpo", {"beta": 0.3})) and paft.merge["density"] == 0.2
     assert RECIPES["rso"].draws[0].n == 64
+    other = override(RECIPES["rso"], {"select": "best-worst", "select.min_gap": 0.5})
+    assert other.select_args == {"min_gap": 0.5}  # the arguments of the other selector went with it
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,21 @@ def test_a_recipe_is_changed_by_names():
         ("raft", {"select": "online"}, "methods of RL"),
         ("raft", {"draws.top_p": 0}, r"top_p in \(0, 1\]"),
         ("grpo", {"iterations": 2}, 'reference="previous" for several iterations of RL'),
+        ("rlaif", {"iterations": 2}, "one iteration of a reward model, got 2"),
+        # What a command line may hold, and what would else be found out when everything has been sampled.
+        ("raft", {"iterations": "two"}, "at least one iteration, got 'two'"),
+        ("raft", {"iterations": 1.5}, "at least one iteration, got 1.5"),
+        ("raft", {"draws.n": 2.5}, "draws of n >= 1, got 2.5"),
+        ("raft", {"draws.temperature": "hot"}, "temperature >= 0, got 'hot'"),
+        ("raft", {"draws[x].n": 2}, r"draws\[0\] the first of them"),
+        ("paft", {"l1": "much"}, "l1 >= 0, got 'much'"),
+        ("raft", {"select.min_gap": 1}, "select=best with .*unexpected keyword argument 'min_gap'"),
+        ("rso", {"select.beta": 0}, "select=rejection with .*expected beta > 0"),
+        ("rso", {"select.rank": "last"}, "rank must be first-round or tournament, got 'last'"),
+        ("rso", {"method.beta": -1}, "rso with {'beta': -1}: expected beta > 0"),
+        ("dno", {"method.beta": "x"}, "dno with {'beta': 'x'}"),
+        ("iterative-dpo", {"select": "best"}, "a selection of pair data, which dpo learns from, got 'best'"),
+        ("nn", {"select": "best-worst", "judge": "reward"}, "a selection of list data, which nn learns from"),
     ],
 )
 def test_what_does_not_fit_a_recipe_is_refused(name, settings, message):
@@ -371,6 +388,18 @@ def test_l1_adds_the_sign_of_each_weight_to_its_gradient():
     assert layer.weight.grad.tolist() == [[1.25, 0.75]] and layer.bias.grad is None
 
 
+def test_a_judge_that_compares_rewards_by_win_rates(home, tmp_path):
+    """In a group; of one completion a win rate says nothing."""
+    run(override(small("rloo"), {"draws.n": 2}), setup(home, tmp_path / "rloo", judge=Alternating()))
+    rows = lines(tmp_path / "rloo" / "iteration-000" / "samples.jsonl")
+    rewards = [row["reward"] for row in rows]
+    assert len(rows) == 4 and any(x != 0.5 for x in rewards)
+    for a, b in zip(rewards[::2], rewards[1::2], strict=True):
+        assert a + b == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"only compares, .* draws\.n of 2 or more"):
+        run(small("ppo"), setup(home, tmp_path / "ppo", judge=Alternating()))
+
+
 def test_iterations_raise_what_the_judge_likes(home, tmp_path):
     """Samples with more of w1 … w9 are preferred; after three iterations of RAFT held-out answers have more of them."""
 
@@ -418,6 +447,42 @@ def test_when_to_stop(rule, means, best, stops):
     spread = (-1.0, 0.0, 1.0)
     history = [[m + s * (i % 2) for s in spread] for i, m in enumerate(means)]
     assert rule.best(history) == best and rule.stops(history) is stops
+
+
+@pytest.mark.parametrize(
+    "rule", [{"patience": 0}, {"z": -1.0}, {"z": math.nan}, {"z": math.inf}, {"min_gain": math.nan}], ids=str
+)
+def test_a_rule_that_nothing_would_meet_is_refused(rule):
+    with pytest.raises(ValueError, match="expected patience >= 1, z >= 0, and a finite min_gain"):
+        StoppingRule(**rule)
+
+
+def test_held_out_prompts_need_a_judge_that_answers(home, tmp_path):
+    """Else the model would grade itself unasked, and no iteration could be better than a start without a score."""
+    held_out = load_prompts(make_rows(2, seed=5))
+    for name in ("sdpo", "nn"):
+        with pytest.raises(ValueError, match="answered for a judge, and none is given"):
+            run(small(name), setup(home, tmp_path / name, judge=None, held_out=held_out))
+    silent = FunctionJudge(lambda completions, **_: [None] * len(completions))
+    with pytest.raises(ValueError, match="scored none of the answers to the 2 held-out prompts"):
+        run(small("raft"), setup(home, tmp_path / "raft", held_out=held_out, held_out_judge=silent))
+    assert not (tmp_path / "raft" / "iteration-000").exists()
+
+
+def test_answers_without_a_score_are_told_and_are_no_better(home, tmp_path):
+    calls: list[int] = []
+
+    def fading(completions, **_):
+        calls.append(0)
+        return [0.5, 1.0] if len(calls) == 1 else [None, None]
+
+    said: list[str] = []
+    options = {"held_out": load_prompts(make_rows(2, seed=5)), "held_out_judge": FunctionJudge(fading)}
+    outcome = run(small("raft"), setup(home, tmp_path, said=said, **options))
+    assert outcome.best == 0 and outcome.model == str(home) and not (tmp_path / "model").exists()
+    assert any("2 of 2 answers unjudged; the best so far is the start" in line for line in said)
+    again = run(small("raft"), setup(home, tmp_path, **options))
+    assert again.history[0] == 0.75 and math.isnan(again.history[1]) and len(calls) == 2
 
 
 def test_one_held_out_prompt_has_no_standard_error(home, tmp_path):
@@ -538,6 +603,54 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_killed_in_a_later_iteration_it_goes_on_with_the_models_it_has(home, tmp_path, held_out):
+    """Passing the first iterations again, a resumed run must not remove the model of the last one."""
+    recipe = override(small("iterative-dpo"), {"iterations": 3})
+    options = {
+        "held_out": load_prompts(make_rows(8, seed=5))[:held_out],
+        "stopping": StoppingRule(patience=3),
+    }
+    expected = run(recipe, setup(home, tmp_path / "whole", **options))
+
+    def say(line: str) -> None:
+        if line.startswith("iteration-002: samples"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(recipe, setup(home, tmp_path / "part", **options, say=say))
+    left = (
+        tmp_path / "part" / "iteration-001" / "train"
+    )  # as of a run that died before it removed its checkpoints
+    left.mkdir()
+    found = run(recipe, setup(home, tmp_path / "part", **options))
+    assert (found.history, found.best) == (expected.history, expected.best) and not left.exists()
+    last = "iteration-002/model"
+    torch.testing.assert_close(
+        weights(tmp_path / "part" / last), weights(tmp_path / "whole" / last), rtol=0, atol=0
+    )
+
+
+def test_what_a_run_is_says_the_same_in_every_process(home, tmp_path):
+    """The target modules are a set, whose order follows from the process's hash seed."""
+    run(
+        small("raft"),
+        setup(home, tmp_path, peft_config=lora(target_modules=["v_proj", "q_proj", "k_proj", "o_proj"])),
+    )
+    adapter = json.loads((tmp_path / "run.json").read_text())["adapter"]
+    assert adapter["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+def test_a_folder_of_another_recipe_is_refused(home, tmp_path):
+    run(small("raft"), setup(home, tmp_path / "one"))
+    with pytest.raises(ValueError, match="one holds a run of another recipe than constitutional"):
+        run(small("constitutional"), setup(home, tmp_path / "one"))
+    (tmp_path / "parts" / "1-rlaif").mkdir(parents=True)
+    (tmp_path / "parts" / "1-rlaif" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="1-rlaif holds a run of another recipe than raft"):
+        run(small("raft"), setup(home, tmp_path / "parts"))
+
+
 def test_a_folder_of_another_run_is_refused(home, tmp_path):
     run(small("raft"), setup(home, tmp_path))
     with pytest.raises(ValueError, match=r"holds a run with other settings \(recipe, seed\)"):
@@ -552,6 +665,8 @@ def test_what_a_recipe_lacks_is_named(home, tmp_path):
         run(small("rso"), setup(home, tmp_path, judge=None))
     with pytest.raises(ValueError, match=r"recipe rlaif needs a judge \(llm\)"):
         run(small("constitutional"), setup(home, tmp_path, judge=None))
+    with pytest.raises(ValueError, match="4 rows are too few for 5 iterations"):
+        run(override(RECIPES["sdpo"], {"iterations": 5}), setup(home, tmp_path, judge=None))
     prompts = [{"prompt": "w1 w2"}, {"prompt": "w3"}]
     with pytest.raises(ValueError, match="recipe dno needs chosen in every row"):
         run(small("dno"), setup(home, tmp_path, rows=prompts))
@@ -604,6 +719,47 @@ def test_unscored_completions_are_counted_and_left_out(home, tmp_path):
     assert all(ids in row["completions_ids"][2:] for ids, row in zip(chosen, rows))
 
 
+class HalfSilent(Alternating):
+    """Does not say of every other comparison."""
+
+    def compare(self, prompts, first, second, **columns):
+        found = super().compare(prompts, first, second, **columns)
+        found[::2] = math.nan
+        return found
+
+
+def test_what_is_seen_of_the_judge_is_in_the_summary(home, tmp_path):
+    """A comparison without an answer counts once; lengths of what won and lost; how much the place decided."""
+    run(small("sppo"), setup(home, tmp_path / "half", judge=HalfSilent()))
+    summary = json.loads((tmp_path / "half" / "iteration-000" / "summary.json").read_text())
+    assert (
+        summary["completions"] == 16
+        and summary["unjudged"] + summary["selected"] + summary["identical"] == 24
+    )
+    assert summary["unjudged"] == 12  # 6 pairs of each of 4 prompts in blocks of 3 and 1: 9 of 18 and 3 of 6
+    rows = lines(tmp_path / "half" / "iteration-000" / "selected.jsonl")
+    for side in ("chosen", "rejected"):
+        lengths = [len(row[f"{side}_ids"]) for row in rows]
+        assert summary[f"{side}_tokens"] == pytest.approx(sum(lengths) / len(lengths))
+    assert "first_place" not in summary
+
+    class Place:
+        """The first answer wins with 0.7, whatever it says."""
+
+        chat = False
+
+        def __call__(self, questions, words):
+            return torch.tensor([[0.7, 0.3]]).expand(len(questions), 2)
+
+    judge = LLMJudge(Place())
+    judge.compare(["p"], ["x"], ["y"])  # elsewhere
+    run(override(small("sppo"), {"draws.n": 2}), setup(home, tmp_path / "place", judge=judge))
+    first, *others = lines(tmp_path / "place" / "iteration-000" / "judged-00000.jsonl")
+    assert first["places"]["compared"] == 3 and not any("places" in line for line in others)
+    summary = json.loads((tmp_path / "place" / "iteration-000" / "summary.json").read_text())
+    assert summary["first_place"] == pytest.approx(0.7) and summary["flipped"] == 1.0
+
+
 # --- the command ---
 
 
@@ -636,6 +792,21 @@ def test_the_command_lists_and_runs(home, tmp_path, capsys, monkeypatch):
     assert command(*base, "--overwrite", "--seed", "1") == 0
 
 
+def test_overwrite_deletes_nothing_but_a_run(tmp_path, capsys):
+    """A run somewhere below does not make a folder one."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(6)))
+    (tmp_path / "all" / "runs").mkdir(parents=True)
+    (tmp_path / "all" / "runs" / "run.json").write_text("{}")
+    (tmp_path / "all" / "thesis.tex").write_text("mine")
+    assert (
+        command("sdpo", "--data", str(data), "--output-dir", str(tmp_path / "all"), "--overwrite", "--cpu")
+        == 2
+    )
+    assert "is not empty and holds no run of a recipe" in capsys.readouterr().err
+    assert (tmp_path / "all" / "thesis.tex").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -645,6 +816,8 @@ def test_the_command_lists_and_runs(home, tmp_path, capsys, monkeypatch):
         (("raft", "--data", "DATA", "--judge", "llm", "--judge", "llm"), "one judge, or several functions"),
         (("raft", "--data", "DATA", "--judge", "server:http://localhost:1"), "needs --judge-tokenizer"),
         (("self-rewarding", "--data", "DATA", "--judge", "llm"), "has the policy judge itself"),
+        (("sdpo", "--data", "DATA", "--judge", "llm"), "would ask llm nothing"),
+        (("rso", "--data", "DATA", "--judge", "llm", "--held-out-judge", "self"), "would ask self nothing"),
         (("raft", "--data", "DATA", "--held-out", "6"), "leaves none to train on"),
         (("raft", "--data", "DATA", "--resume"), "--resume: no run in"),
         (("raft", "--data", "DATA", "--set", "gamma=1"), "recipe raft has no 'gamma'"),

@@ -101,9 +101,18 @@ def test_a_weight_of_zero_does_not_revive_an_infinity():
         [torch.tensor(1.0), np.int64(2), torch.tensor(3)],
         np.array([1.0, 2.0, 3.0]),
         torch.tensor([1, 2, 3]),
+        torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True),
         [1, 10**400, -3],
     ],
-    ids=["tuple", "bool and numpy", "0-d tensors", "array", "tensor", "beyond float"],
+    ids=[
+        "tuple",
+        "bool and numpy",
+        "0-d tensors",
+        "array",
+        "tensor",
+        "bfloat16 with a graph",
+        "beyond float",
+    ],
 )
 def test_kinds_of_numbers(values):
     scored = Rewards(returning(values))(make_samples())
@@ -124,6 +133,10 @@ def test_kinds_of_numbers(values):
         ([1.0, 2.0, [3.0]], "entry 2 is list"),
         (torch.ones(3, 1), "entry 0 is list"),
         ([torch.ones(2)] * 3, "entry 0 is Tensor"),
+        (torch.ones(3, dtype=torch.complex64), "entry 0 is complex"),
+        (torch.ones(3, device="meta"), "got Tensor, of which none can be made"),
+        ((x for x in (1.0, 2.0, 3.0)), "got generator"),
+        (np.array(["1", "2", "3"]), "entry 0 is str '1'"),
         (torch.tensor(1.0), "got float"),
         (iter([1.0, 2.0, 3.0]), "got list_iterator"),
     ],
@@ -141,6 +154,30 @@ def test_an_exception_is_named_and_kept():
     with pytest.raises(RewardError, match=r"'bad' raised KeyError on 3 completions: 'answer'") as error:
         Rewards([length, bad])(make_samples())
     assert isinstance(error.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 30.0])
+def test_leaving_is_an_exception_and_an_interrupt_is_none(timeout_s):
+    """Completions that are executed call exit(); Ctrl-C is for the run."""
+
+    def leaves(**_):
+        raise SystemExit(0)
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(RewardError, match="'leaves' raised SystemExit on 3 completions"):
+        Rewards(leaves, timeout_s=timeout_s)(make_samples())
+    with pytest.raises(KeyboardInterrupt):
+        Rewards(interrupted, timeout_s=timeout_s)(make_samples())
+
+
+def test_sums_that_float32_does_not_hold(caplog):
+    f, g = returning([3e38, 1.0, 3e38], "f"), returning([3e38, 1.0, -3e38], "g")
+    with caplog.at_level(logging.WARNING):
+        scored = Rewards([f, g])(make_samples())
+    assert scored.valued.tolist() == [False, True, True]
+    assert ["1 of 3" in r.getMessage() for r in caplog.records] == [True]
 
 
 def test_a_missing_column_is_named():

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
-from xpo_fast.experience import advantages
+from xpo_fast.experience import advantages, table
 from xpo_fast.judge import Judge
 from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLTrainer, last_checkpoint, win_rate
@@ -127,8 +128,9 @@ def group_advantages(rewards, how):
 )  # fmt: skip
 def test_first_step_is_the_textbook_gradient(tmp_path, method, how):
     """−Σ A ∇log π over what the method's mean divides by, with rows without reward left out of it; and a dull group."""
+    args = {"max_draws": 1, "overlong": "keep"}
     trainer = make_trainer(
-        tmp_path, with_holes, method=method, prompts_per_rollout=4, gradient_accumulation_steps=4
+        tmp_path, with_holes, method=method, prompts_per_rollout=4, gradient_accumulation_steps=4, **args
     )
     reference = make_model()
     log, got = step(trainer)
@@ -456,6 +458,143 @@ def test_a_comparing_judge_rewards_by_win_rates(tmp_path):
     assert log["reward"] == pytest.approx(0.5, abs=0.2) and log["rewards/win_rate/mean"] == log["reward"]
 
 
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["every weight", "lora"])
+def test_a_critic_may_have_a_learning_rate_of_its_own(tmp_path, peft_config):
+    args = {
+        "method": "ppo", "peft_config": peft_config, "learning_rate": 1e-3, "value_head_learning_rate": 2e-2,
+        "weight_decay": 0.1, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 1, "max_steps": 2,
+    }  # fmt: skip
+
+    def rates(trainer) -> dict[int, float]:
+        groups = trainer.optimizer.param_groups
+        listed = [id(p) for group in groups for p in group["params"]]
+        assert len(listed) == len(set(listed))
+        return {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+
+    trainer = make_trainer(tmp_path, **args)
+    trainer.train()
+    resumed = make_trainer(tmp_path, **args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    for one in (trainer, resumed):
+        found = rates(one)
+        head = {id(p) for p in one.critic.parameters()}
+        trained = {id(p) for p in one.model.parameters() if p.requires_grad}
+        assert found.keys() == trained and head < trained
+        assert {found[p] for p in head} == {2e-2} and {found[p] for p in trained - head} == {1e-3}
+    for (name, a), b in zip(
+        trainer.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    slow = make_trainer(tmp_path / "slow", **{**args, "value_head_learning_rate": None, "max_steps": 1})
+    fast = make_trainer(tmp_path / "fast", **{**args, "lr_scheduler_type": "constant", "max_steps": 1})
+    for one in (slow, fast):
+        one.train()
+    assert fast.critic.bias.abs().item() > 10 * slow.critic.bias.abs().item() > 0
+
+
+def test_the_reference_follows_the_adapter(tmp_path):
+    """The base model with the average of the adapter, and the policy as it is afterwards."""
+    after = []
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+            after.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    args = {"peft_config": lora(), "kl_coef": 0.1, "ref_mixin": 0.25, "learning_rate": 3e-2, "max_steps": 2}
+    trainer = make_trainer(tmp_path, **args)
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.add_callback(Keep())
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert first["objective/kl"] == 0
+
+    policy, reference = (make_trainer(tmp_path / "other", **args).model for _ in range(2))
+    policy.load_state_dict({**policy.state_dict(), **after[0]})
+    moved = {n: 0.75 * start[n] + 0.25 * after[0][n] for n in start}
+    reference.load_state_dict({**reference.state_dict(), **moved})
+    assert any(not torch.equal(start[n], moved[n]) for n in start)
+    samples = trainer.rollout.samples[1]
+    with torch.no_grad():
+        pairs = zip(token_logps(policy.eval(), samples), token_logps(reference.eval(), samples), strict=True)
+        kl = sum(float((a - b).sum()) for (a, _), (b, _) in pairs) / len(samples)
+    assert second["objective/kl"] == pytest.approx(kl, rel=1e-3) and abs(kl) > 1e-3
+    for n, p in trainer.model.named_parameters():
+        assert torch.equal(p, after[1][n]), n
+
+
+def test_dapo_is_more_than_its_loss(tmp_path):
+    """Dynamic sampling and the penalty of the last fifth come with it, and can be switched off; no other method has them."""
+
+    def config(**args):
+        return RLConfig(str(tmp_path), per_device_train_batch_size=8, max_new_tokens=100, **args)
+
+    dapo = config(method="dapo")
+    assert (dapo.draws, dapo.overlong_handling, dapo.penalised_tokens) == (10, "penalty", 20)
+    off = config(method="dapo", max_draws=1, overlong="keep")
+    assert (off.draws, off.overlong_handling) == (1, "keep")
+    plain = config(method="grpo")
+    assert (plain.draws, plain.overlong_handling) == (1, "keep")
+    assert config(overlong="penalty", overlong_buffer=100).penalised_tokens == 100
+    for args in ({"overlong_buffer": 101}, {"max_new_tokens": 5, "overlong_buffer": 64}):
+        with pytest.raises(ValueError, match=r"overlong_buffer=.* is longer than the longest completion"):
+            RLConfig(str(tmp_path), **{"max_new_tokens": 100, "overlong": "penalty", **args})
+    dull = [{"prompt": f"w{i}", "dull": i % 2 == 0} for i in range(8)]
+
+    def reward(completion_ids, dull, **_):
+        return [0.5 if d else share_of_even([ids])[0] for d, ids in zip(dull, completion_ids, strict=True)]
+
+    log, _ = step(
+        make_trainer(tmp_path, reward, prompts=dull, method="dapo", prompts_per_rollout=2, overlong="keep")
+    )
+    assert log["draws"] > 1 and log["groups/dropped"] == 0
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_a_data_set(tmp_path):
+    import datasets
+
+    with_nothing = make_trainer(tmp_path, with_holes, prompts_per_rollout=4, gradient_accumulation_steps=4)
+    with_nothing.train()
+    path = tmp_path / "out" / "samples.jsonl"
+    rows = datasets.load_dataset(
+        "json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    (samples,) = with_nothing.rollout.samples
+    assert rows["completion"][:] == samples.completions and rows["prompt"][:] == samples.prompts
+    assert rows["tokens"][:] == [len(ids) for ids in samples.completion_ids]
+    want = with_holes(samples.completion_ids)
+    for x, row in zip(want, rows, strict=True):
+        assert row["reward"] == (None if math.isnan(x) else pytest.approx(x)) == row["rewards"]["with_holes"]
+    pandas = pytest.importorskip("pandas")
+    assert pandas.read_json(path, lines=True)["completion"].tolist() == samples.completions
+
+
+def test_a_table_of_samples():
+    def row(reward, prompt, completion, **more):
+        about = {"rollout": 3, "advantage": None, "tokens": 12, "truncated": False}
+        return {**about, "reward": reward, "prompt": prompt, "completion": completion, **more}
+
+    talk = [{"role": "user", "content": "hello"}]
+    rows = [
+        row(0.25, "x" * 100, "a\nb\x1b[31m", truncated=True, advantage=-0.5),
+        row(None, talk, [{"role": "assistant", "content": "none"}]),
+        row(1.0, "short", "y" * 100, advantage=1.5),
+        row(0.5, "p", "q"),
+    ]
+    lines = table(rows, 3, 72).splitlines()
+    assert lines[0] == "rollout 3: 3 of 4 completions, by reward"
+    assert lines[1].split() == ["reward", "advantage", "tokens", "prompt", "completion"]
+    assert lines[2] == "    1.000    +1.500        12 short                 " + "y" * 19 + "…"
+    assert lines[3].split() == ["0.500", "–", "12", "p", "q"]
+    assert lines[4].split() == ["–", "–", "12", "hello", "none"]
+    assert max(map(len, lines)) <= 72
+    (last,) = table(rows[:1], 5, 72).splitlines()[2:]
+    assert "12… …" + "x" * 19 in last and last.endswith("a b [31m")
+    assert table(rows, 1).splitlines()[2].split()[0] == "1.000"
+
+
 # --- advantages, prompts, arguments -----------------------------------------------------------------------------------
 
 
@@ -494,6 +633,12 @@ def test_advantages():
             "a rollout of 3 prompts × 4 completions is not cut into whole steps of 8",
         ),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"show_samples": -1}, "show_samples must be 0 or more"),
+        (
+            {"value_head_learning_rate": 1e-3},
+            "value_head_learning_rate is the critic's, .* grpo has advantages by 'group'",
+        ),
         ({"advantage": "best"}, "advantage must be one of auto, gae"),
         ({"method_args": {"eps": -1.0}}, "eps"),
         ({"reference": "copy"}, "has no reference"),
@@ -502,7 +647,10 @@ def test_advantages():
         ({"kl_target": 1.0}, "kl_target is about a reference"),
         ({"method": "ppo_ptx"}, "pass ptx_dataset="),
         ({"ptx_dataset": ["w1 w2"]}, "ptx_dataset= is for ppo_ptx"),
-        ({"kl_coef": 0.1, "ref_mixin": 0.5, "peft_config": lora()}, "ref_mixin moves a copy"),
+        (
+            {"kl_coef": 0.1, "ref_mixin": 0.5, "reference": "copy", "peft_config": lora()},
+            'use reference="adapter", which averages',
+        ),
         ({"method": "nash_md", "off_policy": "sequence"}, "weighs advantages, and nash_md has none"),
         ({"method": "rloo", "off_policy": "token"}, "rloo takes one a completion"),
         (

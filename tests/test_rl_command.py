@@ -82,10 +82,80 @@ def test_a_run_and_going_on_with_it(home, tmp_path, capsys):
 
 def test_every_weight_with_a_critic(home, tmp_path):
     out = tmp_path / "out"
-    assert run(home, out, "--full", "--method", "ppo", "--max-steps", "2", "--epochs-per-rollout", "2") == 0
+    options = "--max-steps", "2", "--epochs-per-rollout", "2", "--value-head-lr", "0.01", "--save-steps", "2"
+    assert run(home, out, "--full", "--method", "ppo", *options) == 0
+    groups = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert sorted({group["lr"] for group in groups}) == [1e-6, 0.01]
     assert (out / "value_head.safetensors").is_file()
     model, _ = models.load_model(str(out))  # a plain causal LM
     assert not any("value_head" in name for name in model.state_dict())
+
+
+def test_what_comes_with_dapo_is_said(home, tmp_path, capsys):
+    assert run(home, tmp_path / "dapo", "--method", "dapo", "--max-steps", "1") == 0
+    said = capsys.readouterr().out
+    assert (
+        "replaced, in 10 draws at most (--max-draws); the last 1 of 5 tokens cost up to 1 (--overlong)"
+        in said
+    )
+    options = "--max-draws", "1", "--overlong", "mask", "--show-samples", "0"
+    assert run(home, tmp_path / "less", "--method", "dapo", "--max-steps", "1", *options) == 0
+    less = capsys.readouterr().out
+    assert "draws at most" not in less and "truncated completions are not trained on" in less
+    assert "3 of 8 completions, by reward" not in less and "of 8 completions, by reward" not in less
+
+
+def test_samples_are_shown(home, tmp_path, capsys):
+    assert run(home, tmp_path / "out", "--max-steps", "2") == 0
+    said = capsys.readouterr().out
+    assert said.count("3 of 8 completions, by reward") == 2 and "step 2, rollout 1: " in said
+    assert re.search(r"reward +advantage +tokens +prompt +completion", said)
+
+
+def test_an_ensemble_is_measured_once(home, tmp_path, capsys, monkeypatch):
+    members = []
+    for seed in (1, 2):
+        model = make_model(seed)
+        torch.manual_seed(seed)
+        attach_value_head(model, std=1.0)
+        RewardModel(model, make_tokenizer()).save(tmp_path / f"member-{seed}")
+        members += ["--reward-model", str(tmp_path / f"member-{seed}")]
+    options = (*members, "--ensemble", "worst=2", "--lr", "0.01", "--save-steps", "2")
+
+    def go(folder, *more):
+        return run(home, tmp_path / folder, *options, *more, reward=None)
+
+    assert go("whole", "--max-steps", "3") == 0
+    assert "2*reward_ensemble" in capsys.readouterr().out
+    moments = json.loads((tmp_path / "whole" / "reward_ensemble.json").read_text())
+    assert moments["members"] == [str(tmp_path / "member-1"), str(tmp_path / "member-2")]
+    assert moments["how"] == "worst" and len(moments["mean"]) == 2 and min(moments["std"]) > 0
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
+    first = [row["rewards"]["reward_ensemble"] for row in rows[:8]]
+    prompts, completions = ([row[name] for row in rows[:8]] for name in ("prompt", "completion"))
+    scores = [RewardModel.load(tmp_path / f"member-{seed}").score(prompts, completions) for seed in (1, 2)]
+    of = zip(scores, moments["mean"], moments["std"], strict=True)
+    want = torch.stack([(x - mean) / std for x, mean, std in of]).amin(0)
+    torch.testing.assert_close(torch.tensor(first), want, rtol=1e-4, atol=1e-4)
+    assert [row["reward"] for row in rows[:8]] == pytest.approx([2 * x for x in first])
+
+    assert go("parts", "--max-steps", "2") == 0
+    monkeypatch.setattr("xpo_fast.reward_model.RewardEnsemble.standardise", pytest.fail)
+    assert go("parts", "--max-steps", "3", "--resume") == 0
+    weights = [models.load_model(str(tmp_path / x))[0].state_dict() for x in ("whole", "parts")]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+    capsys.readouterr()
+    for more, said in (
+        (("--ensemble", "mean"), "how was 'worst' and is 'mean': go on with the same"),
+        (("--ensemble-coef", "2"), "coef was 1.0 and is 2.0"),
+        (("--reward-model", str(tmp_path / "member-1")), "members was"),
+    ):
+        assert go("parts", "--max-steps", "3", "--resume", *more) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "parts" / "reward_ensemble.json").unlink()
+    assert go("parts", "--max-steps", "3", "--resume") == 2
+    assert "expected the moments of the ensemble that the run began with" in capsys.readouterr().err
 
 
 def test_mistakes(home, tmp_path, capsys):
@@ -95,6 +165,11 @@ def test_mistakes(home, tmp_path, capsys):
         (("--reward", "nowhere.py:f"), "no file 'nowhere.py'"),
         (("--reward", f"{home / 'reward.py'}:none"), "there are absent, brevity, share"),
         (("--reward", f"{home / 'reward.py'}:share=much"), "expected NAME=WEIGHT with a number"),
+        (("--reward-model", "a", "--ensemble", "mean"), "two or more --reward-model, got 1"),
+        (("--reward-model", "a", "--reward-model", "b", "--ensemble", "best"), "expected mean, worst, uncertainty, got 'best'"),
+        (("--reward-model", "a=2", "--reward-model", "b", "--ensemble", "mean"), "--ensemble HOW=WEIGHT"),
+        (("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0"), "--value-head-lr must be positive"),
+        (("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0.1"), "value_head_learning_rate is the critic's"),
         (("--reward", f"{home / 'reward.py'}:share", "--method", "dpo"), "dpo does not learn from scored completions"),
         (("--reward", f"{home / 'reward.py'}:share", "--server", "http://x", "--full"), "--server needs --lora"),
         (("--reward", f"{home / 'reward.py'}:share", "--eval-split", "10"), "leaves none to train on"),
@@ -112,7 +187,9 @@ def test_models_that_reward_go_where_the_policy_is(home, tmp_path):
     attach_value_head(model)
     RewardModel(model, make_tokenizer()).save(tmp_path)
     for judge_by in ("grade", "compare"):
-        args = argparse.Namespace(reward_model=[str(tmp_path)], judge=str(home / "model"), judge_by=judge_by)
+        args = argparse.Namespace(
+            reward_model=[str(tmp_path)], judge=str(home / "model"), judge_by=judge_by, ensemble=None
+        )
         reward, judge = rl_command._models_that_reward(args, torch.device("meta"))
         assert {p.device.type for p in reward.model.parameters()} == {"meta"}
     judge = rl_command._models_that_reward(

@@ -27,6 +27,7 @@ from xpo_fast.rollout import (
     Sampling,
     ServerRollout,
     encode_prompts,
+    pad_rows,
     sample_logps,
 )
 
@@ -338,10 +339,10 @@ def test_sampling_out_of_range(sampling, said):
 
 def test_the_batch_of_samples():
     samples = Samples(["a", "b"], [[5, 6], [7]], [[8], [9, 10, EOS]], ["x", "y"], ["length", "stop"])
-    batch = samples.batch(PAD)
-    assert batch["input_ids"].tolist() == [[5, 6, 8, PAD], [7, 9, 10, EOS]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["targets"].tolist() == [[-100, 8, -100, -100], [9, 10, EOS, -100]]
+    batch = pad_rows([*zip(samples.prompt_ids, samples.completion_ids, strict=True)], PAD)
+    assert batch["input_ids"].tolist() == [[5, 6, PAD], [7, 9, 10]]  # the last token predicts nothing
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["targets"].tolist() == [[-100, 8, -100], [9, 10, EOS]]
     assert samples.mask.tolist() == [[True, False, False], [True, True, True]]
     with pytest.raises(ValueError, match="expected finish of 2 samples, got 1"):
         Samples(["a", "b"], [[5], [6]], [[7], [8]], ["x", "y"], ["stop"])
@@ -778,6 +779,14 @@ def test_update_after_a_run_that_died(server, tmp_path):
     assert server.adapters.keys() == {"somebody's", resumed.model} and resumed.model != left
     assert [p.name for p in tmp_path.iterdir()] == [resumed.model]
     assert len(ask(resumed)) == 10 and server.asked[-1]["model"] == resumed.model
+
+
+def test_update_after_the_server_was_started_again(server, tmp_path):
+    rollout, model = client(server, push="lora", folder=tmp_path), with_adapter()
+    rollout.update(model)
+    server.adapters.clear()
+    rollout.update(model)
+    assert server.adapters.keys() == {rollout.model} and len(ask(rollout)) == 10
 
 
 def test_one_process_of_several_updates(server, tmp_path, monkeypatch):

@@ -142,18 +142,31 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
 
 
 def load_prompts(source: Any, split: str = "train", *, alike: bool = False) -> list[dict[str, Any]]:
-    """Rows with a prompt, text or messages, a `where`, and whatever else the data have; what `load` reads, and prompts alone.
+    """Rows with a prompt, text or messages, and whatever else the data have; what `load` reads, and prompts alone.
 
-    Of rows with chosen and rejected, or chosen or completion, these and the prompt are brought into the form that `load`
+    Rows without a column `where` of their own get one, of type `Place`. Of rows with chosen and rejected, or chosen or completion, these and the prompt are brought into the form that `load`
     gives. alike: every row must have the columns of the first, as functions need that are called with columns.
     """
     rows: list[dict[str, Any]] = []
+    first = ""
     for where, raw in read(source, split):
-        rows.append(shape_prompt(raw, where))
-        check_alike(*(r if alike else {n: r[n] for n in ("prompt", "where")} for r in (rows[-1], rows[0])))
+        row = shape_prompt(raw, where)
+        row.setdefault("where", Place(where))
+        rows.append(row)
+        first = first or where
+        check_alike(
+            *(
+                {**(r if alike else {"prompt": r["prompt"]}), "where": place}
+                for r, place in ((rows[-1], where), (rows[0], first))
+            )
+        )
     if not rows:
         raise DataError(f"{_name(source)}: no rows; expected a prompt in each row")
     return rows
+
+
+class Place(str):
+    """Where a row stands in its source ("prompts.jsonl:17"), to be told from what a user's own column `where` says."""
 
 
 def _name(source: Any) -> str:

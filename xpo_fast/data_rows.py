@@ -101,12 +101,16 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
 
 
 def shape_prompt(row: Any, where: str) -> dict[str, Any]:
-    """A raw row with its prompt in the one shape, and its chosen and rejected, where it has them; the rest as it is."""
+    """A raw row with its prompt in the one shape, and its chosen and rejected, where it has them; the rest as it is.
+
+    where: its place, for errors.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with prompt; got {type(row).__name__}")
     given = {name for name, value in row.items() if value is not None}
     if given & {"chosen", "completion"}:
-        return row | shape_row(row, "pair" if {"chosen", "rejected"} <= given else "chosen", where)[0]
+        shaped = shape_row(row, "pair" if {"chosen", "rejected"} <= given else "chosen", where)[0]
+        return row | {name: x for name, x in shaped.items() if name != "where"}
     prompt = row.get("prompt")
     if isinstance(prompt, list) and prompt:
         prompt = _messages(prompt, "prompt", "user", where)
@@ -117,7 +121,7 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
             f"{', '.join(sorted(given)) or 'no fields'}; rename the fields or drop the row"
         )
-    return {**row, "prompt": prompt, "where": where}
+    return {**row, "prompt": prompt}
 
 
 def _without_form(given: dict[str, Any], kind: str, where: str) -> DataError:

@@ -60,6 +60,14 @@ class Judge:
         """P(first beats second) by score(first) − score(second): Bradley–Terry's σ."""
         return gap.sigmoid()
 
+    def places(self) -> dict[str, float]:
+        """Sums over the comparisons made in both orders since the last call, of a judge that makes such; else nothing.
+
+        compared: how many were answered in both; first_place: P(the first answer wins), the mean of the two orders, ½ without a
+        preference for a place; flipped: 1 where the verdict goes by the place, the same one wins in both.
+        """
+        return {}
+
     @property
     def scores(self) -> bool:
         """Whether it scores single completions."""
@@ -100,7 +108,7 @@ class FunctionJudge(Judge):
         return self.rewards(samples, columns).rewards
 
     def link(self, gap: Tensor) -> Tensor:
-        return (gap.sign() + 1) / 2
+        return ((gap.sign() + 1) / 2).masked_fill(gap.isnan(), math.nan)  # sign(NaN) is 0
 
 
 class RewardJudge(Judge):
@@ -283,7 +291,7 @@ class LLMJudge(Judge):
     """A language model that is asked, as in RLAIF (arXiv 2309.00267).
 
     compare: which of two answers is better. It is asked in both orders and the two probabilities are averaged, so that a
-        preference for the first or the second place cancels (both_orders=False asks once).
+        preference for the first or the second place cancels (both_orders=False asks once); `places` tells how large it was.
     score: the expected grade on 1 … 9, mapped to −1 … 1 (direct RLAIF; its authors ask for 1 … 10, and here every
         grade is one token).
     choice: how a question is put, `TokenChoice` or `SampledChoice`.
@@ -313,6 +321,11 @@ class LLMJudge(Judge):
         self.choice, self.both_orders, self.reason = choice, both_orders, reason
         self.pairwise, self.grade, self.seed = pairwise, grade, seed
         self.sampling = sampling or Sampling(max_new_tokens=256, temperature=0.0)
+        self._places: dict[str, float] = {}
+
+    def places(self) -> dict[str, float]:
+        found, self._places = self._places, {}
+        return found
 
     def compare(
         self,
@@ -327,7 +340,19 @@ class LLMJudge(Judge):
             return self._ask(asked, ("A", "B"))[:, 0]
 
         forth = ask(first, second)
-        return (forth + 1 - ask(second, first)) / 2 if self.both_orders else forth
+        if not self.both_orders:
+            return forth
+        back = ask(second, first)
+        both = torch.stack([forth, back])[
+            :, ~(forth + back).isnan()
+        ].double()  # P(the first place wins), in either order
+        sums = {
+            "compared": both.shape[1],
+            "first_place": both.mean(dim=0).sum().item(),
+            "flipped": int(((both > 0.5).all(dim=0) | (both < 0.5).all(dim=0)).sum()),
+        }
+        self._places = {name: self._places.get(name, 0) + x for name, x in sums.items()}
+        return (forth + 1 - back) / 2
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]

@@ -5,7 +5,7 @@
     output/iteration-000/samples-00000.jsonl    a block of prompts with their completions
                          judged-00000.jsonl     the scores or win probabilities of that block
                          selected.jsonl         what is trained on
-                         summary.json           counts and means of the three
+                         summary.json           counts and means of the three, and what is seen of the judge's biases
                          train/                 checkpoints, while it trains
                          train_log.json         what the trainer logged
                          model/                 the policy after the iteration, a whole model
@@ -54,7 +54,7 @@ from .judge import (
     text_of,
 )
 from .models import load_model, remove_fused_loss
-from .recipes import Recipe, StoppingRule, Train, get_recipe, paired
+from .recipes import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .reference import COLUMNS
 from .rollout import Rollout, Sampling
 from .selection import SELECTORS
@@ -110,8 +110,8 @@ class Outcome:
 def run(recipe: Recipe, setup: Setup) -> Outcome:
     """Run a recipe, and those that follow it (`then`), or go on where the output folder says that it was.
 
-    ValueError where the folder holds a run with other settings, a judge is missing, the data lack what is needed, or there
-    is more than one process.
+    ValueError where the folder holds a run with other settings or of another recipe, a judge is missing, the data lack what
+    is needed, or there is more than one process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("recipes run in one process: start them without torchrun or accelerate launch")
@@ -123,9 +123,14 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         if part.judge not in ("none", "self") and not judged:
             raise ValueError(f"recipe {part.name} needs a judge ({part.judge}), and none is given")
         judged |= part.makes_reward_model
+    names = [""] if len(parts) == 1 else [f"{k + 1}-{part.name}" for k, part in enumerate(parts)]
+    outputs = [Path(setup.output) / name for name in names]
+    if others := [str(path) for path in runs_in(Path(setup.output)) if path not in outputs]:
+        raise ValueError(
+            f"{', '.join(others)} holds a run of another recipe than {recipe.name}: name another folder"
+        )
     outcome = None
-    for k, part in enumerate(parts):
-        output = setup.output if len(parts) == 1 else setup.output / f"{k + 1}-{part.name}"
+    for k, (part, output) in enumerate(zip(parts, outputs, strict=True)):
         outcome = _Loop(part, dataclasses.replace(setup, output=output)).run()
         setup = dataclasses.replace(setup, model=outcome.model)
         if outcome.reward_model is not None and k + 1 < len(parts):
@@ -180,6 +185,22 @@ class _Loop:
             )
         if len(recipe.train) > 1 and setup.peft_config is None:
             raise ValueError(f"recipe {recipe.name} trains adapters side by side: give a peft_config")
+        if recipe.select == "split" and len(setup.rows) < recipe.iterations:
+            raise ValueError(
+                f"recipe {recipe.name} takes a part of the data an iteration: {len(setup.rows)} rows are too few for "
+                f"{recipe.iterations} iterations"
+            )
+        alone = recipe.online and recipe.draws[0].n == 1 and recipe.train[0].method != "nash_md"
+        if alone and setup.judge is not None and not setup.judge.scores:
+            raise ValueError(
+                f"recipe {recipe.name} draws one completion a prompt, and the judge only compares, which says nothing of a "
+                "lone one: draws.n of 2 or more, or a judge that scores"
+            )
+        self.held_out = [] if recipe.makes_reward_model else setup.held_out
+        if self.held_out and recipe.judge != "self" and not (setup.held_out_judge or setup.judge):
+            raise ValueError(
+                "the held-out prompts are answered for a judge, and none is given: give one, or hold out none"
+            )
         if setup.stopping.z and len(setup.held_out) == 1:
             raise ValueError("a standard error, which z is about, needs 2 held-out prompts or more, got 1")
         self.policy = _Policy(setup, setup.model)
@@ -192,9 +213,15 @@ class _Loop:
         self._identify()
         result = self.output / "result.json"
         if result.is_file():
-            return Outcome(**json.loads(result.read_text(encoding="utf-8")))
+            found = json.loads(result.read_text(encoding="utf-8"))
+            return Outcome(**found | {"history": [math.nan if x is None else x for x in found["history"]]})
         models, reason = [setup.model], f"all {recipe.iterations} iterations are done"
         history = [self._held_out(self.output / "start", models[0])]
+        if history[0] and all(map(math.isnan, history[0])):
+            raise ValueError(
+                f"the judge scored none of the answers to the {len(history[0])} held-out prompts, so no iteration can be "
+                f"better: see {self.output / 'start'}"
+            )
         for i in range(recipe.iterations):
             folder = self.output / f"iteration-{i:03d}"
             rows = self._rows(folder, i, models[-1])
@@ -207,7 +234,7 @@ class _Loop:
             history.append(self._held_out(folder, models[-1]))
             best = rule.best(history) if history[0] else i + 1
             self._report(i, history, best)
-            self._forget(keep={best, i + 1})
+            self._forget(best, i + 1)
             if history[0] and rule.stops(history):
                 reason = f"no better on the held-out prompts for {rule.patience} iterations"
                 break
@@ -236,9 +263,11 @@ class _Loop:
     def _report(self, i: int, history: list[list[float]], best: int) -> None:
         if history[0]:
             gain, error = paired(history[-1], history[0])
+            unjudged = sum(map(math.isnan, history[-1]))
             self.setup.say(
-                f"iteration {i + 1}: held-out score {_mean(history[-1]):.4f}, {gain:+.4f} ± {error:.4f} since the start; "
-                f"the best so far is that of iteration {best}"
+                f"iteration {i + 1}: held-out score {_mean(history[-1]):.4f}, {gain:+.4f} ± {error:.4f} since the start"
+                f"{f', {unjudged} of {len(history[-1])} answers unjudged' if unjudged else ''}; the best so far is "
+                f"{f'that of iteration {best}' if best else 'the start'}"
             )
 
     def _finish(self, models: list[str], best: int, reason: str, history: list[list[float]]) -> Outcome:
@@ -311,6 +340,7 @@ class _Loop:
     ) -> list[Row]:
         judge = self.setup.judge or policy.itself(_seed(self.setup.seed, i, "judge", b))
         lines = [line for _, line in part]
+        judge.places()  # what it has been asked elsewhere
         asked = (
             judge,
             [line["prompt"] for line in lines],
@@ -319,7 +349,10 @@ class _Loop:
             [line["completions_ids"] for line in lines],
         )
         tables = group_scores(*asked) if needs == "scores" else group_wins(*asked)
-        return [{needs: finite(table.tolist())} for table in tables]
+        said: list[Row] = [{needs: finite(table.tolist())} for table in tables]
+        if places := judge.places():
+            said[0]["places"] = places  # of the block
+        return said
 
     def _select(self, folder: Path, i: int, samples: list[Row], judged: list[Row]) -> list[Row]:
         path = folder / "selected.jsonl"
@@ -341,14 +374,23 @@ class _Loop:
                 else:
                     rows.append(row)
         values = [x for said in judged for x in _flat(said.get(needs, []))]
+        places = [said["places"] for said in judged if "places" in said]
+        compared = sum(x["compared"] for x in places)
+        sides = [f"{side}_ids" for side in ("chosen", "rejected") if rows and f"{side}_ids" in rows[0]]
         summary = {
             "prompts": len(samples),
             "completions": sum(len(line["completions"]) for line in samples),
             "truncated": sum(line["finish"].count("length") for line in samples),
-            "unjudged": sum(x is None for x in values),
+            # Of a comparison P(i beats j) and P(j beats i) are missing together.
+            "unjudged": sum(x is None for x in values) // (2 if needs == "wins" else 1),
             "mean_score": _mean([x for x in values if x is not None]) if needs == "scores" else None,
             "identical": same,
             "selected": len(rows),
+            # Longer answers are preferred by many judges: the mean lengths of what is chosen, and rejected.
+            **{name.replace("ids", "tokens"): _mean([len(row[name]) for row in rows]) for name in sides},
+            # And so is a place: P(the first answer wins), ½ without a preference; the verdicts that go by the place alone.
+            **({"first_place": sum(x["first_place"] for x in places) / compared} if compared else {}),
+            **({"flipped": sum(x["flipped"] for x in places) / compared} if compared else {}),
         }
         self._write(folder / "summary.json", summary)
         told = ", ".join(f"{v:.4g} {k}" for k, v in summary.items() if v is not None and not math.isnan(v))
@@ -382,7 +424,7 @@ class _Loop:
     def _held_out(self, folder: Path, model: str) -> list[float]:
         """The scores of a model's answers to the held-out prompts; against the start's answers if the judge compares."""
         setup = self.setup
-        if not setup.held_out or self.recipe.makes_reward_model:
+        if not self.held_out:
             return []
         policy = self._policy(model)
         first = self.recipe.draws[0] if self.recipe.draws else None
@@ -412,7 +454,7 @@ class _Loop:
             ]
 
         start = [] if folder.name == "start" else self._read_blocks(self.output / "start", "held_out")
-        lines = self._blocks(folder, "held_out", list(enumerate(setup.held_out)), work)
+        lines = self._blocks(folder, "held_out", list(enumerate(self.held_out)), work)
         return [math.nan if line["score"] is None else line["score"] for line in lines]
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -420,19 +462,18 @@ class _Loop:
     def _train(self, folder: Path, i: int, rows: list[Row], models: list[str]) -> str:
         """Train on the rows; the folder of the model that comes out."""
         final, log = folder / "model", folder / "train_log.json"
-        if log.is_file():  # written last; the model itself may be forgotten since
-            return str(final)
-        logs: list[Any] = []
-        if self.recipe.online:
-            save = self._train_online(folder, i, rows, models, logs)
-        elif self.recipe.makes_reward_model:
-            save = self._train_reward(folder, i, rows, models, logs)
-        elif len(self.recipe.train) > 1:
-            save = self._train_side_by_side(folder, i, rows, models, logs)
-        else:
-            save = self._merged(self._offline(folder / "train", i, 0, rows, models, logs))
-        _appear(final, save)
-        self._write(log, logs)
+        if not log.is_file():  # written last; the model itself may be forgotten since
+            logs: list[Any] = []
+            if self.recipe.online:
+                save = self._train_online(folder, i, rows, models, logs)
+            elif self.recipe.makes_reward_model:
+                save = self._train_reward(folder, i, rows, models, logs)
+            elif len(self.recipe.train) > 1:
+                save = self._train_side_by_side(folder, i, rows, models, logs)
+            else:
+                save = self._merged(self._offline(folder / "train", i, 0, rows, models, logs))
+            _appear(final, save)
+            self._write(log, logs)
         shutil.rmtree(folder / "train", ignore_errors=True)
         return str(final)
 
@@ -567,7 +608,7 @@ class _Loop:
         self, folder: Path, i: int, rows: list[Row], models: list[str], logs: list[Any]
     ) -> Callable[[Path], Any]:
         from .mixture import AgainstMixture, MixtureRollout
-        from .rl import SAMPLES_FILE, STATE_FILE, RLConfig, RLTrainer
+        from .rl import SAMPLES_FILE, STATE_FILE, RLConfig, RLTrainer, win_rate
 
         train, draw, judge = self.recipe.train[0], self.recipe.draws[0], self.setup.judge
         assert judge is not None
@@ -579,14 +620,15 @@ class _Loop:
             **{"num_generations": draw.n, **dataclasses.asdict(sampling)},
         )  # fmt: skip
         against = AgainstMixture(judge, sampling, seed)
+        rewards: Any = judge if judge.scores else win_rate(judge)
+        if train.method == "nash_md":
+            rewards = against
+        elif isinstance(judge, FunctionJudge):
+            rewards = judge.rewards
         columns = _columns(rows)
         trainer = RLTrainer(
             model,
-            against
-            if train.method == "nash_md"
-            else judge.rewards
-            if isinstance(judge, FunctionJudge)
-            else judge,
+            rewards,
             config,
             train_dataset=[
                 {"prompt": row["prompt"], **{name: column[k] for name, column in columns.items()}}
@@ -619,13 +661,12 @@ class _Loop:
         self.policy = _Policy(self.setup, name)
         return taken
 
-    def _forget(self, keep: set[int]) -> None:
-        """Remove the models of iterations that nothing will ask for; number i + 1 is that of iteration i."""
-        if self.setup.keep_models:
-            return
-        for folder in self.output.glob("iteration-*"):
-            if int(folder.name.rpartition("-")[2]) + 1 not in keep:
-                shutil.rmtree(folder / "model", ignore_errors=True)
+    def _forget(self, best: int, last: int) -> None:
+        """Remove the models before the last one, but for the best: nothing will ask for them. Number i + 1 is that of
+        iteration i. A resumed run passes here again and may have later ones."""
+        for number in range(1, last):
+            if number != best and not self.setup.keep_models:
+                shutil.rmtree(self.output / f"iteration-{number - 1:03d}" / "model", ignore_errors=True)
 
     def _identify(self) -> None:
         """Write down what this run is, or ValueError if the folder holds another."""
@@ -641,11 +682,12 @@ class _Loop:
             "sampling": dataclasses.asdict(setup.sampling),
             "training": dict(setup.training),
             "notes": dict(setup.notes),
-            "adapter": None if setup.peft_config is None else str(setup.peft_config),
+            "adapter": None if setup.peft_config is None else setup.peft_config.to_dict(),
             "block": setup.block,
             "seed": setup.seed,
         }
-        about = json.loads(json.dumps(about, default=str))
+        # A set, as of an adapter's target modules, has another order in every process.
+        about = json.loads(json.dumps(about, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
         path = self.output / "run.json"
         if not path.is_file():
             self._write(path, about)

@@ -12,7 +12,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from .methods import METHODS
 from .objective import Objective
@@ -99,29 +102,55 @@ class Recipe:
         check(bool(self.train), "a method to train", self.train)
         for train in self.train:
             check(train.method in METHODS, f"a method of {', '.join(sorted(METHODS))}", train.method)
-            check(train.l1 >= 0, "l1 >= 0", train.l1)
+            check(_within(train.l1, 0, math.inf), "l1 >= 0", train.l1)
         selections = (*SELECTORS, *FROM_DATA, "online")
         check(self.select in selections, f"select to be one of {', '.join(selections)}", self.select)
         check(self.judge in JUDGES, f"judge to be one of {', '.join(JUDGES)}", self.judge)
         check(self.reference in REFERENCES, f"reference to be one of {', '.join(REFERENCES)}", self.reference)
-        check(self.iterations >= 1, "at least one iteration", self.iterations)
-        check(0 <= self.mix <= 1, "mix in [0, 1]", self.mix)
-        check(self.revise >= 0, "revise >= 0 rounds", self.revise)
+        check(_whole(self.iterations, 1), "at least one iteration", self.iterations)
+        check(_within(self.mix, 0, 1), "mix in [0, 1]", self.mix)
+        check(_whole(self.revise, 0), "revise >= 0 rounds", self.revise)
+        check(type(self.gold) is bool, "gold to be true or false", self.gold)
         for draw in self.draws:
-            check(draw.n >= 1, "draws of n >= 1", draw.n)
-            check(
-                draw.temperature >= 0 and math.isfinite(draw.temperature),
-                "temperature >= 0",
-                draw.temperature,
-            )
-            check(0 < draw.top_p <= 1, "top_p in (0, 1]", draw.top_p)
+            check(_whole(draw.n, 1), "draws of n >= 1", draw.n)
+            check(_within(draw.temperature, 0, math.inf), "temperature >= 0", draw.temperature)
+            check(_within(draw.top_p, 0, 1) and draw.top_p > 0, "top_p in (0, 1]", draw.top_p)
         online, drawn = self.select == "online", self.select not in FROM_DATA
         check(online == self.online, 'select="online" with methods of RL, and only there', self.select)
         check(bool(self.draws) == drawn, "draws, or a selection from the data", self.select)
         fresh = self.iterations == 1 or not online or self.reference == "previous"
         check(fresh, 'reference="previous" for several iterations of RL', self.reference)
-        if self.select in SELECTORS and SELECTORS[self.select].needs != "nothing":
-            check(self.judge != "none", f"a judge for {self.select}", self.judge)
+        check(
+            self.iterations == 1 or not self.makes_reward_model,
+            "one iteration of a reward model",
+            self.iterations,
+        )
+        self._rehearse()
+        if self.select in SELECTORS:
+            selector = SELECTORS[self.select]
+            check(
+                selector.needs == "nothing" or self.judge != "none", f"a judge for {self.select}", self.judge
+            )
+            for train in self.train:
+                kind = self.kind(train)
+                fits = selector.kind in ((kind, "pair") if kind == "chosen" else (kind,))
+                check(fits, f"a selection of {kind} data, which {train.method} learns from", self.select)
+
+    def _rehearse(self) -> None:
+        """ValueError for an argument that the selector or a method would refuse after everything has been sampled."""
+        toy = {"nothing": torch.tensor(2), "scores": torch.tensor([1.0, 0.0])}
+        toy["wins"] = torch.tensor([[0.5, 0.9], [0.1, 0.5]])
+        what, given = f"select={self.select}", self.select_args
+        try:
+            if self.select in SELECTORS:
+                selector = SELECTORS[self.select]
+                selector(toy[selector.needs], torch.Generator().manual_seed(0), given)
+            for train in self.train:
+                what, given = train.method, train.args
+                if given and METHODS[what].layout != "reward":
+                    Objective(what, **given).rehearse()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"recipe {self.name}: {what} with {dict(given)}: {error}") from error
 
     @property
     def online(self) -> bool:
@@ -171,8 +200,10 @@ class StoppingRule:
     z: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.z < 0:
-            raise ValueError(f"expected patience >= 1 and z >= 0, got {self}")
+        if not (
+            self.patience >= 1 and self.z >= 0 and math.isfinite(self.z) and math.isfinite(self.min_gain)
+        ):
+            raise ValueError(f"expected patience >= 1, z >= 0, and a finite min_gain, got {self}")
 
     def best(self, history: Sequence[Sequence[float]]) -> int:
         """The index of the best so far. history: the scores of the same prompts, of the start and of each iteration."""
@@ -197,6 +228,11 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1) / count)
 
 
+def runs_in(output: Path) -> list[Path]:
+    """The folders of the runs in an output folder: itself, or those of a recipe's parts."""
+    return [path.parent for path in (*output.glob("run.json"), *sorted(output.glob("[1-9]-*/run.json")))]
+
+
 def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
@@ -206,11 +242,14 @@ def get_recipe(name: str) -> Recipe:
 def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe with other values.
 
-    The names are its fields (iterations, judge, select, reference, gold, revise), and behind a dot what belongs to one:
+    The names are its fields (iterations, judge, select, reference, gold, revise, mix, then), and behind a dot what belongs to one:
     draws.n, draws.temperature, draws.top_p of all draws, or draws[1].n of one; method.beta, …, l1, of all methods that
     have it; select.beta, …; merge.density, …. ValueError for a name that there is not.
     """
-    recipe = dataclasses.replace(recipe, **{name: settings[name] for name in _PLAIN if name in settings})
+    plain = {name: settings[name] for name in _PLAIN if name in settings}
+    if plain.get("select", recipe.select) != recipe.select:
+        plain["select_args"] = {}  # those of the other selector
+    recipe = dataclasses.replace(recipe, **plain)
     for name, value in settings.items():
         if name not in _PLAIN:
             recipe = _set(recipe, name, value)
@@ -225,9 +264,16 @@ def _set(recipe: Recipe, name: str, value: Any) -> Recipe:
     owner, _, index = head.partition("[")
     change: dict[str, Any] = {}
     if owner == "draws" and rest in ("n", "temperature", "top_p") and recipe.draws:
-        at = range(len(recipe.draws)) if not index else [int(index.rstrip("]"))]
+        which = index.rstrip("]")
+        at = (
+            range(len(recipe.draws))
+            if not index
+            else [int(which) if which.isdecimal() else len(recipe.draws)]
+        )
         if any(i >= len(recipe.draws) for i in at):
-            raise ValueError(f"recipe {recipe.name}: {name}: it has {len(recipe.draws)} draws")
+            raise ValueError(
+                f"recipe {recipe.name}: {name}: it has {len(recipe.draws)} draws, draws[0] the first of them"
+            )
         draws = [
             dataclasses.replace(d, **{rest: value}) if i in at else d for i, d in enumerate(recipe.draws)
         ]
@@ -252,6 +298,14 @@ def _set(recipe: Recipe, name: str, value: Any) -> Recipe:
             f"select.…, {', '.join(methods)}"
         )
     return dataclasses.replace(recipe, **change)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
 
 
 _TABLE = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data
-from .files import write_atomically
+from .files import write_atomically, write_json
 from .methods.reward import ensemble, length_normalised, length_penalty
 from .models import causal_lm, install_fused_loss, load_model
 from .reference import evaluating, row_logps
@@ -302,6 +302,28 @@ class RewardEnsemble:
                 f"{rewards.std(0, correction=0).tolist()}"
             )
         self.moments = torch.stack([rewards.mean(0), rewards.std(0)])
+
+    def save_moments(self, path: str | Path, names: Sequence[str]) -> None:
+        """Write the members' moments with their names and how they are put together, for `load_moments`."""
+        assert self.moments is not None
+        mean, std = self.moments.tolist()
+        write_json(Path(path), {**self._about(names), "mean": mean, "std": std})
+
+    def load_moments(self, path: str | Path, names: Sequence[str]) -> None:
+        """Take the moments that were saved of the same ensemble. ValueError where there are none."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(
+                f"no {path.name} in {path.parent}: expected the moments of the ensemble that the run began with"
+            )
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for what, value in self._about(names).items():
+            if found[what] != value:
+                raise ValueError(f"{path}: {what} was {found[what]!r} and is {value!r}: go on with the same")
+        self.moments = torch.tensor([found["mean"], found["std"]])
+
+    def _about(self, names: Sequence[str]) -> dict[str, Any]:
+        return {"members": list(names), "how": self.how, "coef": self.coef}
 
     @property
     def tokenizer(self) -> Any:

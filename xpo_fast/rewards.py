@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 
+OWN_COLUMNS = ("prompts", "completions", "completion_ids")  # what a function is given of the samples
+
 
 class RewardError(RuntimeError):
     """A reward function failed as a whole: it raised, took too long, or returned no list of R numbers."""
@@ -58,9 +60,10 @@ class Rewards:
         ends. Without a limit it runs in the caller's thread, where signals work, too.
 
     None: the function does not apply to the row, and the others' sum is its reward. NaN or an infinity: the row has
-    no reward, and a warning says so. No function applies: no reward either. Such rows are NaN in `Scored.rewards`.
-    Raises RewardError, naming the function, if one raises, needs a column that the data have not, returns
-    something other than R numbers, or takes longer than `timeout_s`.
+    no reward, and a warning says so; likewise for a sum beyond float32. No function applies: no reward either. Such rows
+    are NaN in `Scored.rewards`. Raises RewardError, naming the function, if one raises (SystemExit too, which code under
+    test likes to raise; KeyboardInterrupt goes through), needs a column that the data have not, returns something other
+    than R numbers, or takes longer than `timeout_s`.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class Rewards:
         rows = len(samples)
         columns = columns or {}
         for name, column in columns.items():
-            if name in ("prompts", "completions", "completion_ids"):
+            if name in OWN_COLUMNS:
                 raise ValueError(f"a column named {name!r} would hide the samples' own: rename it")
             if len(column) != rows:
                 raise ValueError(
@@ -116,7 +119,15 @@ class Rewards:
                 )
             lost |= faulty
         total = (table * torch.tensor(self.weights)).nansum(dim=1)
-        return Scored(total.masked_fill(lost | table.isnan().all(dim=1), math.nan), table, list(self.names))
+        beyond = ~lost & ~total.isfinite()
+        if beyond.any():
+            logger.warning(
+                "the weighted rewards of %d of %d completions sum up to more than float32 holds: they have no reward and are "
+                "left out",
+                *(int(beyond.sum()), rows),
+            )
+        lost |= beyond | table.isnan().all(dim=1)
+        return Scored(total.masked_fill(lost, math.nan), table, list(self.names))
 
     def _call(self, name: str, function: RewardFunction, given: dict[str, Any]) -> Any:
         arguments = _accepted(function, given, name)
@@ -135,7 +146,9 @@ class Rewards:
                 f"reward function {name!r} did not return within {self.timeout_s:g} s for {len(given['prompts'])} "
                 "completions: raise the limit, or give up earlier inside of it"
             ) from None
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise RewardError(
                 f"reward function {name!r} raised {type(error).__name__} on {len(given['prompts'])} completions: "
                 f"{error}. Catch it there and return None for a completion that cannot be scored"
@@ -209,7 +222,12 @@ def _checked(values: Any, rows: int, name: str) -> list[float | None]:
     """R numbers or None; RewardError for anything else."""
     expected = f"reward function {name!r}: expected a list of {rows} numbers or None, one a completion"
     if hasattr(values, "tolist"):  # a tensor or an array
-        values = values.tolist()
+        try:
+            values = values.tolist()
+        except Exception as error:  # sparse ones, or without data
+            raise RewardError(
+                f"{expected}; got {type(values).__name__}, of which none can be made: {error}"
+            ) from error
     if not isinstance(values, (list, tuple)):
         raise RewardError(f"{expected}; got {type(values).__name__} {values!r:.80}")
     if len(values) != rows:

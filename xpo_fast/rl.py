@@ -10,14 +10,16 @@ the very samples of the one that was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import random
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from . import data
-from .data import load_prompts
-from .experience import Completion, Experience, Groups, advantages, describe, pad_rows, spread
+from .data import Place, load_prompts
+from .experience import Completion, Experience, Groups, advantages, describe, spread, table
 from .files import finite
 from .head import token_logps, token_stats
 from .judge import Judge, group_wins
@@ -37,10 +39,19 @@ from .methods.advantages import gae, whiten
 from .methods.math import k1
 from .methods.policy import adapt
 from .reduce import count_metrics, mean_metrics, reduce_losses
-from .reference import LiveReference, evaluating, without_adapter
-from .rewards import RewardFunction, Rewards
+from .reference import LiveReference, without_adapter
+from .rewards import OWN_COLUMNS, RewardFunction, Rewards
 from .rl_config import SAMPLES_FILE, RLConfig
-from .rollout import GenerateRollout, Rollout, Samples, Sampling, encode_prompts
+from .rollout import (
+    GenerateRollout,
+    Rollout,
+    RolloutError,
+    Samples,
+    Sampling,
+    encode_prompts,
+    pad_rows,
+    score_tokens,
+)
 from .selection import win_rates
 from .trainer import (
     PREFIX_CHECKPOINT_DIR,
@@ -86,7 +97,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         one prompt of a rollout share.
     ptx_dataset: texts that `ppo_ptx` mixes in: strings, or rows with `text`.
     The reference policy is the model as it is handed over here; of a PEFT model its base model, which is the same unless its
-    adapter has learned before (a warning says so). Other arguments are Trainer's.
+    adapter has learned before (a warning says so). With ref_mixin it follows the policy: a copy of all weights, or, of a PEFT
+    model, the base model with an average of the adapter (and of what else is trained), kept in float32 and put in its place
+    while the reference is asked. Other arguments are Trainer's.
 
     The log's entropy and objective/kl are means over the completions that are trained on, its rewards and lengths over all.
 
@@ -94,6 +107,19 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     equal rewards above all, are counted in the loss's mean and spared the forward and backward, where the loss has no other
     term. With gae a truncated completion has the value 0 behind its last token, as an ended one has: what would have come is
     not bootstrapped. With several processes every one samples and scores its share of the prompts, and then knows all of the rollout.
+
+    What goes wrong:
+    A reward function that raises, takes longer than `Rewards.timeout_s`, or returns None, a wrong number of rewards or
+    no numbers ends the run with a RewardError that names it; a sampler or a server that is gone for longer than it is
+    waited for with a RolloutError; a rollout without any reward, or with advantages that are not finite, with a
+    ValueError. On all processes, if it happens on one. Nothing is lost: before it raises, the run writes a checkpoint (if
+    save_strategy has any, and a step has been taken), and a run resumed from it makes the same rollout again and ends with
+    the very weights, log and samples of one that was not disturbed. Of an evaluation that fails the
+    checkpoint is that of the step before it, and the resumed run goes on behind it. KeyboardInterrupt ends the run as it is,
+    without a checkpoint: the steps since the last one are taken again, and are the same.
+    NaN, an infinity or None for one completion: it has no reward, see above. A group of equal rewards: see above, and
+    max_draws. A completion without an EOS, cut at max_new_tokens: none is put behind it, in what is scored as in
+    what is trained on; overlong and missing_eos_penalty say what it is worth.
     """
 
     args: RLConfig
@@ -126,7 +152,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
         model = ready(model, args, peft_config)
         self.reference = self._choose_reference(model, args)
-        warn_of_trained_adapter(model, self.reference)
+        if not args.ref_mixin:
+            warn_of_trained_adapter(model, self.reference)
         if args.max_steps <= 0:
             rollouts = math.ceil(args.num_train_epochs * len(self.prompts) / args.prompts)
             args.max_steps = max(rollouts, 1) * args.steps_per_rollout
@@ -148,6 +175,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._live: LiveReference | None = None
         if self.reference != "none":
             self._live = LiveReference(self.reference, model, self.accelerator, args.backend)
+        self._average: dict[str, Tensor] = {}  # of the adapter, with ref_mixin
+        if args.ref_mixin and self.reference == "adapter":
+            trained = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
+            self._average = {n: p.detach().float().clone() for n, p in trained.items()}
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
         self._ptx = self._encode_ptx(ptx_dataset)
         self.rollout: Rollout = rollout or GenerateRollout(
@@ -163,6 +194,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._of_steps, self._of_rollouts, self._penalty = Means(), Means(), Means()
         self._step_began, self._seconds = 0.0, {"generate": 0.0, "reward": 0.0}
         self._head_checked = self._ends_told = False
+        self._shown: list[dict[str, Any]] = []  # samples for the next log
+        self._saved: Path | None = None  # the last checkpoint of this run; others in its place are of another
 
     # --- what is asked of the arguments -------------------------------------------------------------------------------
 
@@ -186,10 +219,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             raise ValueError(
                 'reference="adapter" is the model with its adapter switched off: train with a peft_config'
             )
-        if args.ref_mixin and (chosen != "copy" or adapted):
+        if args.ref_mixin and chosen == "copy" and adapted:
             raise ValueError(
-                "ref_mixin moves a copy of all weights towards the policy's, which an adapter has not: train every weight, "
-                "or leave ref_mixin at 0"
+                'a copy of a PEFT model\'s base has no adapter that ref_mixin could move: use reference="adapter", which '
+                "averages the adapter, or leave ref_mixin at 0"
             )
         return chosen
 
@@ -249,10 +282,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     def _check_prompts(self, rows: list[dict[str, Any]]) -> None:
         """Before a run, not when such a prompt's turn has come."""
-        if rows and PROMPT_INDEX in rows[0]:
-            raise ValueError(
-                f"the column {PROMPT_INDEX!r} is what reward functions are told of the rollout: rename it"
-            )
+        for name in (PROMPT_INDEX, *OWN_COLUMNS):
+            if rows and name in rows[0]:
+                raise ValueError(
+                    f"the column {name!r} is what reward functions are told of the rollout: rename it"
+                )
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
         if not isinstance(limit, int) or not isinstance(self.rollout, GenerateRollout):
             return
@@ -276,14 +310,17 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if resume_from_checkpoint:
             self._load_state(Path(resume_from_checkpoint))
         else:
-            self.progress, self.experience = _Progress(self.args.reward_kl), None
+            self.progress, self.experience, self._shown = _Progress(self.args.reward_kl), None, []
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     @property
     def _shape(self) -> dict[str, Any]:
         """What a run must go on with: without it the checkpoint's rollouts and rows would mean something else."""
         args = self.args
-        rows = json.dumps(self.prompts, sort_keys=True, default=str).encode()
+        columns = ["prompt", *_columns(self.prompts)]
+        rows = json.dumps(
+            [[row[n] for n in columns] for row in self.prompts], sort_keys=True, default=str
+        ).encode()
         return {
             "data": hashlib.sha256(rows).hexdigest()[:16],
             "rewards": [f"{w:g}*{n}" for n, w in zip(self.rewards.names, self.rewards.weights, strict=True)],
@@ -312,6 +349,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if self.args.should_save:
             (folder / "trainer_state.json").unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+        self._saved = folder.resolve()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -322,9 +360,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "experience": None if self.experience is None else vars(self.experience),
             "means": {name: m.state_dict() for name, m in self._all_means.items()},
             "beta": [dict(t.hyperparameters).get("beta") for t in self.objective.terms],
-            "reference": self._live.copy.state_dict()
-            if self.args.ref_mixin and self._live is not None and self._live.copy is not None
-            else None,
+            "reference": dict(self._moving()),
+            "shown": self._shown,
         }
         if self.args.should_save:
             path = Path(output_dir) / STATE_FILE
@@ -352,9 +389,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         for k, beta in enumerate(state["beta"]):
             if beta is not None:
                 self._set_beta(k, beta)
-        if state["reference"] is not None:
-            assert self._live is not None and self._live.copy is not None
-            self._live.copy.load_state_dict(state["reference"])
+        self._shown, self._saved = state["shown"], folder.resolve()
+        for name, x in self._moving():
+            x.copy_(state["reference"][name])
 
     # --- a rollout ----------------------------------------------------------------------------------------------------
 
@@ -376,23 +413,20 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     def _sample(self, prompts: list[dict[str, Any]], n: int, seed: int) -> Groups:
         """n completions of each prompt with their rewards, on every process: a list of rows for each prompt."""
-        from accelerate.utils import gather_object
-
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        at, groups = range(rank, len(prompts), ranks), []
-        if at:
+        at = range(rank, len(prompts), ranks)
+
+        def work() -> list[tuple[int, list[Completion]]]:
+            if not at:
+                return []
             mine = [prompts[i] for i in at]
             began = time.perf_counter()
             samples = self.rollout.generate(
                 [row["prompt"] for row in mine], n, sampling=self.sampling, seed=self._seed(seed, rank)
             )
             generated = time.perf_counter()
-            names = [name for name in mine[0] if name not in ("prompt", "where")]
-            scored = self.rewards(
-                samples,
-                {name: [r[name] for r in mine for _ in range(n)] for name in names}
-                | {PROMPT_INDEX: [i for i in at for _ in range(n)]},
-            )
+            columns = {name: [row[name] for row in mine for _ in range(n)] for name in _columns(mine)}
+            scored = self.rewards(samples, columns | {PROMPT_INDEX: [i for i in at for _ in range(n)]})
             self._warn_of_ends(samples)
             self._time("generate", generated - began)
             self._time("reward", time.perf_counter() - generated)
@@ -411,8 +445,36 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 )
                 for i, (finish, length) in enumerate(ended)
             ]
-            groups = [(i, rows[k * n : (k + 1) * n]) for k, i in enumerate(at)]
-        return [rows for _, rows in sorted(gather_object(groups), key=lambda group: group[0])]
+            return [(i, rows[k * n : (k + 1) * n]) for k, i in enumerate(at)]
+
+        return [rows for _, rows in sorted(self._together(work), key=lambda group: group[0])]
+
+    def _update(self) -> None:
+        """Tell the sampler that the policy has changed."""
+
+        def work() -> list[Any]:
+            self.rollout.update(self._policy)
+            return []
+
+        self._together(work)
+
+    def _together(self, work: Callable[[], list[Any]]) -> list[Any]:
+        """What `work` returns on all processes; where it fails on one, it has failed on all."""
+        from accelerate.utils import gather_object
+
+        found, failed = [], None
+        try:
+            found = work()
+        except Exception as error:
+            failed = error
+        said = None if failed is None else f"{type(failed).__name__}: {failed}"
+        told = gather_object([(found, said)]) if self.accelerator.num_processes > 1 else [(found, said)]
+        if failed is not None:
+            raise failed
+        for rank, (_, problem) in enumerate(told):
+            if problem is not None:
+                raise RolloutError(f"process {rank} failed: {problem}")
+        return [x for found, _ in told for x in found]
 
     def _warn_of_ends(self, samples: Samples) -> None:
         """Once: a reward model reads text, and is trained on completions that end."""
@@ -428,19 +490,18 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def _length_reward(self, truncated: bool, length: int) -> float:
         args = self.args
         reward = -args.missing_eos_penalty if truncated else 0.0
-        if args.overlong == "penalty":
-            over = length - (args.max_new_tokens - args.overlong_buffer)
-            reward -= 1.0 if truncated else min(max(over / args.overlong_buffer, 0.0), 1.0)
+        if args.overlong_handling == "penalty":
+            over = length - (args.max_new_tokens - args.penalised_tokens)
+            reward -= 1.0 if truncated else min(max(over / args.penalised_tokens, 0.0), 1.0)
         return reward
 
-    def _begin_rollout(self) -> None:
-        """Sample, score, and put what is to be trained on into `experience`. Nothing is changed until all is there."""
-        args, progress = self.args, replace(self.progress)
-        began = time.perf_counter()
-        self.rollout.update(self.accelerator.unwrap_model(self.model))
+    def _draw_rollout(self, progress: _Progress) -> tuple[Groups, Groups, int]:
+        """The groups of the next rollout, all that was sampled for it, and in how many draws: the same on all processes."""
+        args = self.args
+        self._update()
         seen: Groups = []
         telling, draws = seen, 0
-        while draws < args.max_draws:
+        while draws < args.draws:
             prompts = self._draw(progress.cursor, args.prompts)
             progress.cursor += args.prompts
             seed = self._seed("rollout", progress.rollouts, draws)
@@ -450,7 +511,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             if len(telling) >= args.prompts:
                 break
         groups = seen
-        if args.max_draws > 1:  # what cannot be replaced any more stays
+        if args.draws > 1:  # what cannot be replaced any more stays
             groups = (telling + [group for group in seen if not spread(group) > 0])[: args.prompts]
         rows = [row for group in groups for row in group]
         if all(math.isnan(row.reward) for row in rows):
@@ -458,16 +519,34 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 f"no completion of rollout {progress.rollouts} has a reward: {', '.join(self.rewards.names)} returned NaN or "
                 f"None for each of {len(rows)}"
             )
-        self._check_rows(rows)
-        experience, metrics = self._experience(rows)
+        return groups, seen, draws
+
+    def _begin_rollout(self) -> None:
+        """Sample, score, and put what is to be trained on into `experience`. Nothing is changed until all is there."""
+        args, progress = self.args, replace(self.progress)
+        began = time.perf_counter()
+        together = True
+        try:
+            groups, seen, draws = self._draw_rollout(progress)
+            together = args.world_size == 1
+            rows = [row for group in groups for row in group]
+            self._check_rows(rows)
+            experience, metrics = self._experience(rows)
+        except Exception:
+            if together:
+                self._save_before_failing()
+            raise
         metrics |= (
             describe(seen, self.rewards.names)
             | self._spent()
             | {"draws": float(draws), "kl_coef": progress.kl_coef}
         )
         metrics["passes"] = progress.cursor / len(self.prompts)
-        if args.log_samples and self.is_world_process_zero():
-            progress.samples_bytes = self._write_samples(seen, rows, experience)
+        if self.is_world_process_zero() and (args.log_samples or args.show_samples):
+            lines = self._lines(seen, rows, experience)
+            self._shown = lines if args.show_samples else []
+            if args.log_samples:
+                progress.samples_bytes = self._write_samples(lines)
         if args.kl_target is not None and not self._penalises and not math.isnan(metrics["objective/kl"]):
             # Ziegler et al. (arXiv 1909.08593), equation in section 2.2.
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
@@ -508,7 +587,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         mask = torch.arange(width) < lengths[:, None]  # (R, C)
         valued = ~reward.isnan()
         counted = valued & (lengths > 0)
-        if args.overlong == "mask":
+        if args.overlong_handling == "mask":
             counted &= ~truncated
         kl_coef, critic = self.progress.kl_coef, self.critic is not None
         corrects = self._corrects if all(row.logps is not None for row in rows) else "none"
@@ -575,6 +654,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         reads |= {"ref_token_logp"} if any(t.reads_reference for t in self.objective.terms) else set()
         per_prompt = kept.view(-1, args.num_generations).any(dim=1)
         metrics["groups/dropped"] = 1 - float(per_prompt.float().mean())
+        if not advantage.isfinite().all():
+            known = reward[valued]
+            raise ValueError(
+                f"advantages of rollout {self.progress.rollouts} are not finite: rewards from {known.min():g} to {known.max():g}"
+                f"{f', divergence {kl.sum(dim=1).max():g}' if reference and policy else ''}; give rewards of a smaller scale"
+            )
         experience = Experience(
             [row.prompt_ids for row in rows],
             [row.ids for row in rows],
@@ -590,54 +675,74 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         """Of the rows `which` (R,), token by token, (R, C): old_logp, entropy, old_value; ref_token_logp."""
         from accelerate.utils import gather_object
 
-        if not (policy or reference):
-            return {}
-        model: Any = self.accelerator.unwrap_model(self.model)
         order = sorted(
             which.nonzero()[:, 0].tolist(), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].ids)
         )
         mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
-        done: list[tuple[int, dict[str, list[float]]]] = []
-        for start in range(0, len(mine), self.args.per_device_eval_batch_size):
-            at = mine[start : start + self.args.per_device_eval_batch_size]
-            batch = self._prepare_inputs(pad_rows([(rows[i].prompt_ids, rows[i].ids) for i in at], self._pad))
-            found: dict[str, Tensor] = {}
-            if policy:
-                with self.accelerator.autocast(), evaluating(model):
-                    found |= self._token_stats(model, batch, critic=self.critic)
-            if reference:
-                assert self._live is not None
-                scored = model if self._live.copy is None else self._live.copy
-                with self.accelerator.autocast(), without_adapter(scored), evaluating(scored):
-                    found["ref_token_logp"] = self._token_stats(scored, batch)["old_logp"]
-            for k, i in enumerate(at):
-                begin = len(rows[i].prompt_ids) - 1
-                span = slice(begin, begin + len(rows[i].ids))
-                done.append((i, {name: x[k, span].tolist() for name, x in found.items()}))
-        names = [*(("old_logp", "entropy") if policy else ()), *(("ref_token_logp",) if reference else ())]
-        names += ["old_value"] if self.critic is not None else []
-        known = {name: torch.zeros(len(rows), width) for name in names}
-        for i, values in gather_object(done):
-            for name, x in values.items():
-                known[name][i, : len(x)] = torch.tensor(x)
-        return known
-
-    def _token_stats(
-        self, model: nn.Module, batch: Mapping[str, Tensor], critic: ValueHead | None = None
-    ) -> dict[str, Tensor]:
+        pairs = [(rows[i].prompt_ids, rows[i].ids) for i in mine]
         options: dict[str, Any] = {
             "temperature": self.args.temperature,
             "tile_bytes": self.objective.tile_bytes,
+            "backend": self.args.backend,
         }
 
-        def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            of = {**head.kwargs(), **options, "backend": self.args.backend}
-            stats = token_stats(hidden, head.weight, batch["targets"], outputs=("entropy",), **of)
+        def measure(hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
+            stats = token_stats(
+                hidden, head.weight, targets, outputs=("entropy",), **head.kwargs(), **options
+            )
             assert stats.entropy is not None
-            values = {} if critic is None else {"old_value": critic(hidden)[..., 0]}
+            values = {} if self.critic is None else {"old_value": self.critic(hidden)[..., 0]}
             return {"old_logp": stats.logp, "entropy": stats.entropy, **values}
 
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=score)
+        def compare(hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
+            return {"ref_token_logp": token_logps(hidden, head.weight, targets, **head.kwargs(), **options)}
+
+        found: dict[str, Tensor] = {}
+        size = self.args.per_device_eval_batch_size
+        with self.accelerator.autocast():
+            if policy:
+                names = ["old_logp", "entropy", *(("old_value",) if self.critic is not None else ())]
+                found |= score_tokens(self._policy, pairs, names, measure, batch_size=size, pad=self._pad)
+            if reference:
+                with self._referred() as scored:
+                    found |= score_tokens(
+                        scored, pairs, ["ref_token_logp"], compare, batch_size=size, pad=self._pad
+                    )
+        known = {name: torch.zeros(len(rows), width) for name in found}
+        for at, values in gather_object([(mine, found)]):
+            for name, x in values.items():
+                known[name][at, : x.shape[1]] = x
+        return known
+
+    @property
+    def _policy(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _moving(self) -> list[tuple[str, Tensor]]:
+        """What ref_mixin moves, by its name in the policy."""
+        if not self.args.ref_mixin or self._live is None:
+            return []
+        return list(self._average.items() if self._live.copy is None else self._live.copy.named_parameters())
+
+    @contextlib.contextmanager
+    def _referred(self) -> Iterator[nn.Module]:
+        """The reference policy."""
+        assert self._live is not None
+        policy = self._policy
+        if self._live.copy is not None:
+            yield self._live.copy
+        elif not self._average:
+            with without_adapter(policy):
+                yield policy
+        else:
+            own = {n: (p, p.data) for n, p in policy.named_parameters() if n in self._average}
+            try:
+                for name, (p, data) in own.items():
+                    p.data = self._average[name].to(data)
+                yield policy
+            finally:
+                for p, data in own.values():
+                    p.data = data
 
     # --- what is said of it -------------------------------------------------------------------------------------------
 
@@ -655,11 +760,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         spent, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         return {f"time/{name}_s": x for name, x in spent.items()}
 
-    def _write_samples(self, groups: Groups, used: list[Completion], experience: Experience) -> int:
-        """Append a line for every completion; where the file ends then.
-
-        What stands behind the end that the last checkpoint knows was written by a run that died, and goes.
-        """
+    def _lines(self, groups: Groups, used: list[Completion], experience: Experience) -> list[dict[str, Any]]:
+        """What is said of every completion."""
         advantage = experience.columns.get("advantage", experience.columns.get("prob_w"))
         assert advantage is not None
         lengths = experience.lengths.clamp(min=1)
@@ -682,10 +784,17 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                     "advantage": None if i is None else float(advantages[i]),
                     "trained": i is not None and bool(experience.kept[i]),
                 }
-                lines.append(json.dumps(finite(about), ensure_ascii=False) + "\n")
+                lines.append(finite(about))
+        return lines
+
+    def _write_samples(self, lines: list[dict[str, Any]]) -> int:
+        """Append them; where the file ends then.
+
+        What stands behind the end that the last checkpoint knows was written by a run that died, and goes.
+        """
         path = Path(str(self.args.output_dir)) / SAMPLES_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = "".join(lines).encode()
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         with path.open("ab") as file:
             end = min(self.progress.samples_bytes, file.tell())
             file.truncate(end)
@@ -696,6 +805,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if "loss" in logs:
             logs.update(self._of_rollouts.pop() | self._of_steps.pop())
         super().log(logs, start_time)
+        if "loss" in logs and self._shown:
+            from tqdm.auto import tqdm  # a progress bar stays below what it writes
+
+            width = shutil.get_terminal_size((120, 0)).columns
+            tqdm.write(f"step {self.state.global_step}, {table(self._shown, self.args.show_samples, width)}")
+            self._shown = []
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -705,8 +820,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
         began = time.perf_counter()
-        self.rollout.update(self.accelerator.unwrap_model(self.model))
-        groups = self._sample(prompts, self.args.eval_generations, self._seed(metric_key_prefix))
+        try:
+            self._update()
+            groups = self._sample(prompts, self.args.eval_generations, self._seed(metric_key_prefix))
+        except Exception:
+            if self.is_in_train:
+                self._save_before_failing()
+            raise
         found = describe(groups, self.rewards.names) | self._spent()
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
@@ -726,22 +846,19 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             next(epoch_iterator)
         number, at = divmod(self.state.global_step, self.args.steps_per_rollout)
         if self.progress.rollouts == number:
-            try:
-                self._begin_rollout()
-            except Exception:
-                self._save_before_failing()
-                raise
+            self._begin_rollout()
         assert self.experience is not None and self.progress.rollouts == number + 1
         batches, items = self._step(self.experience, at)
         self._step_began = time.perf_counter()
         return batches, items
 
     def _save_before_failing(self) -> None:
-        """A checkpoint of all that has been learned, where one process can write it alone."""
+        """A checkpoint of all that has been learned, on all processes together."""
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        wanted = self.args.save_strategy != "no" and self.args.world_size == 1 and self.state.global_step > 0
-        if wanted and not (folder / "trainer_state.json").is_file():
+        wanted = self.args.save_strategy != "no" and self.state.global_step > 0
+        if wanted and folder.resolve() != self._saved:
             self._save_checkpoint(self.model, trial=None)
+            self.accelerator.wait_for_everyone()  # whoever ends first may end them all
 
     def _step(self, experience: Experience, at: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """This process's micro-batches of step `at` of the rollout, and what their losses divide by."""
@@ -854,12 +971,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if self.state.global_step % self.args.steps_per_rollout:
             return
         self.experience = None
-        if self.args.ref_mixin and self._live is not None and self._live.copy is not None:
-            model: Any = self.accelerator.unwrap_model(self.model)
-            policy = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, x in self._live.copy.named_parameters():
-                    x.lerp_(policy[name].to(x), self.args.ref_mixin)
+        policy = dict(self._policy.named_parameters())
+        with torch.no_grad():
+            for name, x in self._moving():
+                x.lerp_(policy[name].to(x), self.args.ref_mixin)
         if self._penalises and self.args.kl_target is not None:
             kl = self._penalty.pop()["kl"]
             for k, term in enumerate(self.objective.terms):
@@ -901,6 +1016,11 @@ def win_rate(judge: Judge) -> RewardFunction:
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The last whole checkpoint of an online run."""
     return whole_checkpoint(output_dir, STATE_FILE)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What rows of `load_prompts` have beside the prompt, but for where they stand in their file."""
+    return [name for name in rows[0] if name != "prompt" and not isinstance(rows[0][name], Place)]
 
 
 def _variance(x: Tensor, mask: Tensor) -> Tensor:

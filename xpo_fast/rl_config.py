@@ -45,6 +45,10 @@ class RLConfig(MethodConfig):
     what top_p and top_k cut off when sampling is not corrected for, unless off_policy= says so. They are measured without
     dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first step.
 
+    With a method comes what its authors add to its loss: how rewards become advantages; for the ppo family a critic, and the
+    divergence from the reference in the reward; for dapo dynamic sampling (max_draws) and the penalty on long completions
+    (overlong). Each is an argument that can be set otherwise.
+
     rloo is on-policy with one step a rollout, and its clipped variant (variant="clipped") with several.
     """
 
@@ -86,7 +90,9 @@ class RLConfig(MethodConfig):
     )
     overlong_buffer: int | None = field(
         default=None,
-        metadata={"help": "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."},
+        metadata={
+            "help": "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."
+        },
     )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the reward of a truncated completion."}
@@ -116,7 +122,9 @@ class RLConfig(MethodConfig):
     )
     ref_mixin: float = field(
         default=0.0,
-        metadata={"help": "After every rollout: reference ← (1 − x)·reference + x·policy. Needs a copy."},
+        metadata={
+            "help": "After every rollout: reference ← (1 − x)·reference + x·policy, weight by weight; of a PEFT model the adapter's."
+        },
     )
     kl_coef: float | None = field(
         default=None,

@@ -1,4 +1,4 @@
-"""Rollouts: completions sampled from the policy, by `model.generate` or from a server, and their log-probs by our head.
+"""Rollouts: completions sampled from the policy, by `model.generate` (from a server: server.py), and their log-probs by our head.
 
 Sampling draws token t of a completion from q = softmax(z/T) cut to its top k and top p and normalised again;
 `Samples.logps` are log q where the sampler says them. `sample_logps` are the log-probs of p = softmax(z/T) itself. Without
@@ -12,28 +12,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import http.client
-import json
 import logging
 import math
-import shutil
-import threading
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import data
-from .data import Collator
 from .head import token_logps
 from .lm_head import causal_lm
 from .models import install_fused_loss
@@ -125,11 +114,6 @@ class Samples:
         """(R, T) bool, T the longest completion: where it has a token."""
         return torch.arange(int(self.lengths.max()) if len(self) else 0) < self.lengths[:, None]
 
-    def batch(self, pad_token_id: int) -> dict[str, Tensor]:
-        """input_ids, attention_mask, targets, (R, S) each and right-padded, as `data.Collator` makes them."""
-        rows = zip(self.prompt_ids, self.completion_ids, strict=True)
-        return Collator(pad_token_id, "chosen")([{"prompt_ids": p, "chosen_ids": c} for p, c in rows])
-
 
 class Rollout(Protocol):
     """Something that completes prompts."""
@@ -182,7 +166,7 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, i: int) -> str:
 
 
 @dataclass
-class _Row:
+class Row:
     """A completion to be made: what of, its place (prompt, copy), and the longest that it may become."""
 
     prompt: Prompt
@@ -192,7 +176,7 @@ class _Row:
 
 
 @dataclass
-class _Made:
+class Made:
     """A completion as its sampler hands it over. text: None for that of its ids."""
 
     ids: list[int]
@@ -201,9 +185,9 @@ class _Made:
     text: str | None = None
 
 
-def _rows(
+def rows_of(
     prompts: Sequence[Prompt], n: int, seed: int, tokenizer: Any, sampling: Sampling, positions: int | None
-) -> list[_Row]:
+) -> list[Row]:
     if isinstance(prompts, str) or not isinstance(n, int) or n < 1:
         raise ValueError(
             f"expected a list of prompts and n of at least 1, got {type(prompts).__name__}, n={n!r}"
@@ -222,12 +206,12 @@ def _rows(
                 f"prompt {i} has {len(ids)} tokens, and the model {positions} positions for it and an answer: "
                 "shorten it, or leave it out"
             )
-        rows += [_Row(prompt, ids, (i, copy), room) for copy in range(n)]
+        rows += [Row(prompt, ids, (i, copy), room) for copy in range(n)]
     return rows
 
 
-def _samples(
-    rows: list[_Row], made: list[_Made], tokenizer: Any, sampling: Sampling, eos: set[int]
+def as_samples(
+    rows: list[Row], made: list[Made], tokenizer: Any, sampling: Sampling, eos: set[int]
 ) -> Samples:
     completions: list[Any] = []
     for row, one in zip(rows, made, strict=True):
@@ -302,12 +286,12 @@ class GenerateRollout:
 
     def update(self, model: Any) -> None:
         """Sample from this model from now on. Its weights are shared, so that those need no telling."""
-        lm = causal_lm(_unwrapped(model))
+        lm = causal_lm(unwrapped(model))
         if not hasattr(lm, "generate"):
             raise ValueError(
                 f"expected a causal LM of transformers, which can generate, got {type(lm).__name__}"
             )
-        if any(c.is_prompt_learning for c in getattr(_unwrapped(model), "peft_config", {}).values()):
+        if any(c.is_prompt_learning for c in getattr(unwrapped(model), "peft_config", {}).values()):
             raise ValueError(
                 "prompt-learning adapters are not sampled from: train with LoRA, or the whole model"
             )
@@ -315,9 +299,9 @@ class GenerateRollout:
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """n completions of each prompt, those of a prompt side by side."""
-        lm = causal_lm(_unwrapped(self.model))
+        lm = causal_lm(unwrapped(self.model))
         eos = eos_ids(self.tokenizer, lm)
-        rows = _rows(prompts, n, seed, self.tokenizer, sampling, _positions(lm))
+        rows = rows_of(prompts, n, seed, self.tokenizer, sampling, _positions(lm))
         made: list[Any] = [None] * len(rows)
         continuous = self._continuous(lm, sampling)
         with evaluating(lm):
@@ -336,11 +320,9 @@ class GenerateRollout:
                     ]
                 for i, one in zip(at, done, strict=True):
                     made[i] = one
-        return _samples(rows, made, self.tokenizer, sampling, eos)
+        return as_samples(rows, made, self.tokenizer, sampling, eos)
 
-    def _in_batch(
-        self, lm: Any, rows: list[_Row], sampling: Sampling, seed: int, eos: set[int]
-    ) -> list[_Made]:
+    def _in_batch(self, lm: Any, rows: list[Row], sampling: Sampling, seed: int, eos: set[int]) -> list[Made]:
         import transformers
 
         width, room = max(len(row.ids) for row in rows), rows[0].room
@@ -389,7 +371,7 @@ class GenerateRollout:
                 ends.append(stopping.ends[r])
             end = min(ends, default=len(ids))
             made.append(
-                _Made(ids[:end], "stop" if ends else "length", None if logps is None else logps[r][:end])
+                Made(ids[:end], "stop" if ends else "length", None if logps is None else logps[r][:end])
             )
         return made
 
@@ -405,8 +387,8 @@ class GenerateRollout:
         return transformers.ContinuousBatchingConfig() if wanted is True else wanted
 
     def _continuously(
-        self, lm: Any, rows: list[_Row], sampling: Sampling, seed: int, eos: set[int], config: Any
-    ) -> list[_Made] | None:
+        self, lm: Any, rows: list[Row], sampling: Sampling, seed: int, eos: set[int], config: Any
+    ) -> list[Made] | None:
         """By continuous batching; None if that was nobody's wish and the model does not go along with it."""
         import transformers
 
@@ -446,7 +428,7 @@ class GenerateRollout:
             self.continuous = False
             return None
         return [
-            _Made(
+            Made(
                 one.generated_tokens,
                 "stop" if one.generated_tokens and one.generated_tokens[-1] in eos else "length",
                 None if greedy else one.logprobs,
@@ -520,7 +502,7 @@ def _without_settings(lm: Any) -> Iterator[None]:
         lm.generation_config = held
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     try:
         from accelerate.utils import extract_model_from_parallel
     except ImportError:
@@ -534,7 +516,7 @@ def _positions(lm: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _batches(rows: list[_Row], size: int) -> Iterator[list[int]]:
+def _batches(rows: list[Row], size: int) -> Iterator[list[int]]:
     """Row numbers, longest prompts first, `size` at a time; rows of one batch have the same room."""
     order = sorted(range(len(rows)), key=lambda i: (rows[i].room, -len(rows[i].ids)))
     batch: list[int] = []
@@ -570,332 +552,70 @@ def sample_logps(
             f"expected a temperature of more than 0, got {temperature!r}: greedy completions were not drawn from a "
             "distribution; their log-probs at temperature 1 may be what is meant"
         )
-    install_fused_loss(_unwrapped(model))
+    install_fused_loss(unwrapped(model))
+
+    def score(hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
+        options = {**head.kwargs(), "temperature": temperature, "backend": backend}
+        return {"logps": token_logps(hidden, head.weight, targets, **options)}
+
+    rows = list(zip(samples.prompt_ids, samples.completion_ids, strict=True))
+    return score_tokens(model, rows, ("logps",), score, batch_size=batch_size)["logps"]
+
+
+def score_tokens(
+    model: nn.Module,
+    rows: Sequence[tuple[list[int], list[int]]],
+    names: Sequence[str],
+    score: Callable[[Tensor, Head, Tensor], dict[str, Tensor]],
+    *,
+    batch_size: int,
+    pad: int = 0,
+) -> dict[str, Tensor]:
+    """What `score` says of every token that follows a prompt, by name: (R, C) float32 on the CPU, 0 behind a row's end.
+
+    rows: R prompts and what follows them, C tokens at most. score(hidden, head, targets) → (B, S) each, under `model`, which carries
+    `install_fused_loss`, in eval mode and without gradient; rows of like length side by side, the longest first.
+    """
     device = next(model.parameters()).device
-    table = torch.zeros(samples.mask.shape)
-    lengths = [len(p) + len(c) for p, c in zip(samples.prompt_ids, samples.completion_ids, strict=True)]
-    order = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True)
+    found = {name: torch.zeros(len(rows), max((len(ids) for _, ids in rows), default=0)) for name in names}
+    some = [i for i, (_, ids) in enumerate(rows) if ids]
+    order = sorted(some, key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
-            batch = {k: v.to(device) for k, v in samples.take(at).batch(pad_token_id=0).items()}
+            batch = {k: v.to(device) for k, v in pad_rows([rows[i] for i in at], pad).items()}
             targets = batch.pop("targets")
-
-            def score(hidden: Tensor, head: Head, targets: Tensor = targets) -> dict[str, Tensor]:
-                options = {**head.kwargs(), "temperature": temperature, "backend": backend}
-                return {"logps": token_logps(hidden, head.weight, targets, **options)}
-
-            logps = model(**batch, fused_loss=score)["logps"].float().cpu()  # (B, S)
-            for i, row in zip(at, logps, strict=True):
-                first, count = len(samples.prompt_ids[i]) - 1, len(samples.completion_ids[i])
-                table[i, :count] = row[first : first + count]
-    return table
+            scored = model(**batch, fused_loss=lambda hidden, head, t=targets: score(hidden, head, t))
+            for name in names:
+                for i, row in zip(at, scored[name].float().cpu(), strict=True):
+                    first, count = len(rows[i][0]) - 1, len(rows[i][1])
+                    found[name][i, :count] = row[first : first + count]
+    return found
 
 
-# --- from a server ----------------------------------------------------------------------------------------------------
+def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+    """Prompts and what follows them, right-padded: input_ids, attention_mask, targets, (R, T) each.
 
-_AGAIN = (
-    408,
-    409,
-    425,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # of HTTP statuses those that may be otherwise a moment later
-_LONGEST_WAIT_S = 30.0
-_TOKEN = "token_id:"  # how vLLM writes a token with --return-tokens-as-token-ids
-
-
-class _GivenUp(threading.Event):
-    """Set when one request of a call has failed for good: the others neither start nor are tried again."""
-
-    why: RolloutError | None = None
-
-
-class ServerRollout:
-    """Completions from a server that speaks OpenAI's /v1/completions: vLLM, SGLang, llama.cpp and others.
-
-        rollout = ServerRollout("http://localhost:8000", tokenizer, push="lora", folder="/tmp/policy")
-
-    url: of the server, without /v1. model: the name that it serves it by; asked for if not given.
-    vllm: it knows vLLM's fields: the token ids of a completion, and cuts and penalties off unless asked for (by itself it
-        takes those of the model's generation config). False for a server that refuses fields it does not know.
-    extra: further fields of every request. api_key: sent as a bearer token.
-    concurrency: requests at a time, one a completion: each has a seed of its own, from (seed, prompt, copy).
-    retries: how often a request is sent again that got no answer, a broken one, or a status that may pass (429, 500,
-        503, …), after backoff_s, twice that, and so on up to 30 s: by default for three and a half minutes, in which a
-        server can be started again; what it serves is asked at most 6 times. timeout_s: for one answer.
-    push: what `update` does. "lora": the adapter of the PEFT model is saved into `folder`, which the server must
-        see as well, and loaded under a name that no other run and no earlier update has had (vLLM with --enable-lora and
-        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True); of several processes the first does it, and what a run before this one
-        left in the folder, which belongs to one run at a time, is unloaded. A function: called with the model and this rollout, on every process. None: `update` is an error, for a server that nobody tells
-        keeps sampling from old weights.
-
-    Prompts go as token ids, by our tokenizer and its chat template, so that both sides see the same. Token ids come back
-    where the server says them; else the text is tokenized again, which can give other ids than were sampled (a
-    warning says so once). `Samples.logps` are what the server says they are: vLLM's are those of the untempered,
-    uncut distribution unless it runs with --logprobs-mode processed_logprobs. None if a completion comes without them.
-
-    Raises ValueError for a prompt without room for an answer (where the server says its limit), and RolloutError, with the
-    server's reason, for a refused request, an unusable answer, or a server that is still gone after the last retry. Completions
-    that were finished by then are kept in memory, for who makes the same call of this object again: it asks only for the
-    others. Another call, or `update`, drops them; so does `RLTrainer`, which goes on from a checkpoint.
+    The last token predicts nothing and is left out; targets are those that follow a prompt.
     """
-
-    def __init__(
-        self,
-        url: str,
-        tokenizer: Any,
-        *,
-        model: str | None = None,
-        vllm: bool = True,
-        extra: Mapping[str, Any] | None = None,
-        api_key: str | None = None,
-        concurrency: int = 64,
-        retries: int = 12,
-        backoff_s: float = 0.5,
-        timeout_s: float = 600.0,
-        push: str | Callable[[Any, ServerRollout], None] | None = None,
-        folder: str | Path | None = None,
-    ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"expected the server's address, http://host:port, got {url!r}")
-        for name, number, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
-            if not (isinstance(number, int) and number >= least):
-                raise ValueError(f"expected {name} of at least {least}, got {number!r}")
-        if not (backoff_s >= 0 and timeout_s > 0):
-            raise ValueError(
-                f"expected backoff_s of 0 s or more and timeout_s of more, got {backoff_s!r}, {timeout_s!r}"
-            )
-        if not (push is None or push == "lora" or callable(push)):
-            raise ValueError(f"expected push to be 'lora', a function or None, got {push!r}")
-        if push == "lora" and folder is None:
-            raise ValueError("push='lora' needs folder=, a place for adapters that the server can read, too")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.tokenizer, self.vllm, self.extra, self.api_key = tokenizer, vllm, dict(extra or {}), api_key
-        self.concurrency, self.retries = concurrency, retries
-        self.backoff_s, self.timeout_s = backoff_s, timeout_s
-        self.push, self.folder = push, None if folder is None else Path(folder).absolute()
-        self.model, self.positions = model, None
-        self._asked = self._warned = False
-        self._pushed: str | None = None  # the adapter's name
-        self._kept: tuple[Any, dict[int, _Made]] = (None, {})
-
-    def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
-        """n completions of each prompt, those of a prompt side by side."""
-        self._ask()
-        eos = eos_ids(self.tokenizer)
-        rows = _rows(prompts, n, seed, self.tokenizer, sampling, self.positions)
-        call = (seed, sampling, [(row.place, row.ids) for row in rows])
-        made = dict(self._kept[1]) if self._kept[0] == call else {}
-        self._kept = (call, made)
-        given_up = _GivenUp()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="rollout") as pool:
-            asked: dict[Future, int] = {
-                pool.submit(self._complete, row, sampling, seed, eos, given_up): i
-                for i, row in enumerate(rows)
-                if i not in made
-            }
-            try:
-                for future in as_completed(asked):
-                    made[asked[future]] = future.result()
-            except BaseException as error:
-                given_up.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future, i in asked.items():
-                    if not future.cancelled() and future.exception() is None:
-                        made[i] = future.result()
-                if not isinstance(error, RolloutError):
-                    raise
-                raise RolloutError(
-                    f"{given_up.why or error}. {len(made)} of {len(rows)} completions were finished and are kept: the same call "
-                    "again asks only for the others"
-                ) from error
-        self._kept = (None, {})
-        return _samples(rows, [made[i] for i in range(len(rows))], self.tokenizer, sampling, eos)
-
-    def update(self, model: Any) -> None:
-        """Give the server the policy's weights, see `push`."""
-        self._kept = (None, {})
-        if self.push is None:
-            raise ValueError(
-                f"the policy has changed, and {self.url} goes on sampling from the weights it has: pass push='lora' or a "
-                "function that gives it the new ones"
-            )
-        if callable(self.push):
-            self.push(model, self)
-            return
-        policy = _unwrapped(model)
-        if not hasattr(policy, "get_base_model"):
-            raise ValueError(f"push='lora' is for a model with a LoRA adapter, got {type(policy).__name__}")
-        self._ask()
-        self.model = self._pushed = _on_first_process(lambda: self._push(policy))
-
-    def _push(self, policy: Any) -> str:
-        """Save, load and name the adapter, and take the one before away."""
-        assert self.folder is not None
-        ours = f"policy-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}-"
-        name = ours + uuid.uuid4().hex[:12]
-        policy.save_pretrained(self.folder / name)
-        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder / name)})
-        stale = (
-            {self._pushed} if self._pushed else {m["id"] for m in self._served() if m["id"].startswith(ours)}
-        )
-        for old in sorted(stale - {name}):
-            self._request("/v1/unload_lora_adapter", {"lora_name": old})
-        for path in self.folder.glob(f"{ours}*"):
-            if path.name != name:
-                shutil.rmtree(path, ignore_errors=True)
-        return name
-
-    def _served(self) -> list[dict[str, Any]]:
-        try:
-            answer = self._request("/v1/models", retries=min(self.retries, 5))
-            return [m for m in json.loads(answer)["data"] if isinstance(m["id"], str)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RolloutError(f"{self.url}/v1/models: expected a list of models ({error})") from error
-
-    def _ask(self) -> None:
-        """What the server serves, and how many positions that has, where it says."""
-        if self._asked:
-            return
-        listed = self._served()
-        names = [m["id"] for m in listed]
-        if self.model is None:  # adapters, which have a parent, are somebody's
-            listed = [m for m in listed if not m.get("parent")]
-            bases = [m["id"] for m in listed]
-            if len(bases) != 1:
-                raise ValueError(f"{self.url} serves {', '.join(bases) or 'nothing'}: say which, model=NAME")
-        if self.model is not None and self.model not in names:
-            raise ValueError(
-                f"{self.url} does not serve {self.model!r}; it serves {', '.join(names) or 'nothing'}"
-            )
-        served = next(m for m in listed if self.model in (None, m["id"]))
-        self.model, self.positions = served["id"], served.get("max_model_len")
-        self._asked = True
-
-    def _complete(self, row: _Row, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp) -> _Made:
-        if given_up.is_set():
-            raise RolloutError("given up")
-        try:
-            return self._completed(row, sampling, seed, eos, given_up)
-        except RolloutError as error:
-            given_up.why = given_up.why or error
-            given_up.set()
-            raise
-
-    def _completed(
-        self, row: _Row, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp
-    ) -> _Made:
-        request: dict[str, Any] = {
-            "model": self.model,
-            "prompt": row.ids,
-            "max_tokens": row.room,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": int(np.random.SeedSequence([seed, *row.place]).generate_state(1)[0]) >> 1,
-            "logprobs": 1,
-        }
-        if self.vllm:
-            request |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
-            request["top_k"] = -1 if sampling.top_k is None else sampling.top_k
-        elif sampling.top_k is not None:
-            request["top_k"] = sampling.top_k
-        if sampling.stop:
-            request["stop"] = list(sampling.stop)
-        answer = self._request("/v1/completions", request | self.extra, given_up)
-        try:
-            choice = json.loads(answer)["choices"][0]
-            return self._read(choice, sampling, eos)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RolloutError(
-                f"{self.url}/v1/completions: expected a completion as OpenAI's API has them ({error!r}), "
-                f"got {answer[:200]}"
-            ) from error
-
-    def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> _Made:
-        text, finish = choice["text"], choice["finish_reason"]
-        if not isinstance(text, str) or finish not in FINISHES:
-            raise ValueError(f"text {text!r:.40}, finish_reason {finish!r}")
-        said = choice.get("logprobs") or {}
-        tokens, ids = said.get("tokens") or [], choice.get("token_ids")
-        if ids is None and tokens and all(token.startswith(_TOKEN) for token in tokens):
-            ids = [int(token.removeprefix(_TOKEN)) for token in tokens]
-        logps = said.get("token_logprobs")
-        if ids is None:
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "%s says no token ids: its texts are tokenized again, which can give other ids than were sampled. "
-                    "vLLM says them (return_token_ids, or --return-tokens-as-token-ids)",
-                    self.url,
-                )
-            ids, logps = data.tokenize(self.tokenizer, [text])[0], None
-        ids = [int(i) for i in ids]
-        # With stop strings and no reason given, either may have ended it: then no EOS is made up.
-        reason = choice.get("stop_reason")
-        by_eos = finish == "stop" and not sampling.stop and not isinstance(reason, str)
-        if by_eos and not (ids and (ids[-1] in eos or ids[-1] == reason)):
-            ids += [i for i in (self.tokenizer.eos_token_id,) if i is not None]
-        if logps is not None:
-            logps = [float(x) for x in logps if x is not None]
-            logps = logps if len(logps) == len(ids) else None
-        return _Made(ids, finish, logps, text)
-
-    def _request(
-        self,
-        path: str,
-        body: dict[str, Any] | None = None,
-        given_up: threading.Event | None = None,
-        retries: int | None = None,
-    ) -> str:
-        """The answer's text; RolloutError when the server refuses, or is gone for good."""
-        given_up = given_up or threading.Event()
-        retries = self.retries if retries is None else retries
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        content = None if body is None else json.dumps(body).encode()
-        for attempt in range(1, retries + 2):
-            request = urllib.request.Request(self.url + path, data=content, headers=headers)
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    answer = response.read().decode()
-                if path == "/v1/completions":
-                    json.loads(answer)  # a broken one may come whole another time
-                return answer
-            except urllib.error.HTTPError as error:
-                reason = error.read().decode(errors="replace")[:500]
-                if error.code not in _AGAIN:
-                    raise RolloutError(
-                        f"{self.url}{path} refuses the request: {error.code} {reason}"
-                    ) from error
-                problem = f"{error.code} {reason}"
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = f"{type(error).__name__}: {error}"
-            wait_s = min(self.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-            if attempt > retries or given_up.wait(wait_s):
-                raise RolloutError(
-                    f"{self.url}{path} gave no answer in {attempt} attempts, at the last: {problem}"
-                )
-        raise AssertionError
+    width = max(len(prompt) + len(ids) - 1 for prompt, ids in rows)
+    inputs = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    targets = torch.full((len(rows), width), data.IGNORE_INDEX)
+    for k, (prompt, ids) in enumerate(rows):
+        whole = torch.tensor([*prompt, *ids])
+        inputs[k, : len(whole) - 1], mask[k, : len(whole) - 1] = whole[:-1], 1
+        targets[k, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+    return {"input_ids": inputs, "attention_mask": mask, "targets": targets}
 
 
-def _on_first_process(work: Callable[[], str]) -> str:
-    """What `work` returns or raises on the first process of a distributed run, on all of them; the others wait."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return work()
-    from accelerate.utils import broadcast_object_list
+if TYPE_CHECKING:
+    from .server import ServerRollout as ServerRollout
 
-    told: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            told[0] = work()
-        except RolloutError as error:
-            told[1] = str(error)
-    name, problem = broadcast_object_list(told)
-    if problem is not None:
-        raise RolloutError(problem)
-    return name
+
+def __getattr__(name: str) -> Any:
+    if name == "ServerRollout":  # which is made of what is here
+        from .server import ServerRollout
+
+        return ServerRollout
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

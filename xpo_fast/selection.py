@@ -5,7 +5,7 @@ picks, dicts of indices into the completions with the numbers that the method is
 
     {"chosen": i}    {"chosen": i, "rejected": j, "prob": P(i beats j), "score_chosen": …}    {"completions": [i, …]}
 
-A completion whose score is NaN is never picked, and nothing is picked where nothing is better than anything else.
+A completion whose score is no finite number is never picked, and nothing is picked where nothing is better than anything else.
 """
 
 from __future__ import annotations
@@ -73,11 +73,12 @@ def pair(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.0) -> l
 
 
 def large_margin(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.2) -> list[Pick]:  # (K, K)
-    """All pairs whose win rates differ by min_gap or more (DNO, arXiv 2404.03715, survey 3.11.3)."""
+    """All pairs whose win rates differ by min_gap or more, up to a rounding (DNO, arXiv 2404.03715, survey 3.11.3)."""
     rates = win_rates(wins)
     known = sorted(_known(rates), key=lambda i: -rates[i].item())
     picks = _pairs(rates, [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]], 0.0)
-    return [pick for pick in picks if pick["score_chosen"] - pick["score_rejected"] >= min_gap]
+    # Five verdicts make rates of whole fifths: 0.6 − 0.4 is a gap of 0.2, and less in binary.
+    return [pick for pick in picks if pick["score_chosen"] - pick["score_rejected"] >= min_gap - 1e-6]
 
 
 def rejection(
@@ -154,7 +155,7 @@ def win_rates(wins: Tensor) -> Tensor:  # (K, K) → (K,)
 
 
 def _known(scores: Tensor) -> list[int]:
-    return [i for i, x in enumerate(scores.tolist()) if not math.isnan(x)]
+    return [i for i, x in enumerate(scores.tolist()) if math.isfinite(x)]
 
 
 def _pairs(scores: Tensor, pairs: list[tuple[int, int]], min_gap: float) -> list[Pick]:

@@ -176,8 +176,9 @@ def add_backend(add: Any, what: str) -> None:
     add("--backend", choices=("auto", *BACKENDS), default="auto", help=what)
 
 
-def add_output(parser: argparse.ArgumentParser, *, folder: str, files: str, logging: int = 10, saving: int = 500) -> None:
-    add = parser.add_argument_group("output").add_argument
+def add_output(parser: argparse.ArgumentParser, *, folder: str, files: str, logging: int = 10, saving: int = 500) -> Any:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--output-dir", metavar="DIR", default=folder, help=f"for the model, checkpoints, {files}")
     add("--resume", nargs="?", const="last", metavar="CHECKPOINT",
         help="go on from the last checkpoint in --output-dir, or from the one named")
@@ -189,6 +190,7 @@ def add_output(parser: argparse.ArgumentParser, *, folder: str, files: str, logg
     add("--save-total-limit", metavar="N", type=int, default=2, help="checkpoints to keep")
     add("--report-to", metavar="NAME", default="none", help="tensorboard, wandb, … as in transformers")
     add_device(add, "train")
+    return group
 
 
 def add_device(add: Any, what: str) -> None:
@@ -203,7 +205,7 @@ _AT_LEAST_ONE = (
     "batch_size", "grad_accum", "lora_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
     "eval_batch_size", "num_proc", "max_pairs",
 )  # fmt: skip
-_POSITIVE = ("lr", "epochs", "lora_alpha", "tile_mib")
+_POSITIVE = ("lr", "epochs", "lora_alpha", "tile_mib", "value_head_lr")
 
 
 def check_numbers(args: argparse.Namespace) -> None:

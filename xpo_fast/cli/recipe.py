@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models import SMOLLM2
-from ..recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, table
+from ..recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, runs_in, table
 from . import options
 from .options import UsageError
 
@@ -98,6 +98,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge"
         )
+    holds_out = args.held_out or args.held_out_data
+    unasked = (recipe.judge == "none" and recipe.then is None and args.judge) or args.held_out_judge
+    if unasked and not holds_out:
+        raise UsageError(
+            f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out keeps none"
+        )
     options.check_numbers(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
     _begin(output, args.resume, args.overwrite)
@@ -175,7 +181,7 @@ def _card(name: str) -> str:
 
 
 def _begin(output: Path, resume: bool, overwrite: bool) -> None:
-    there = any(output.glob("**/run.json"))
+    there = bool(runs_in(output))
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
     if resume and not there:

@@ -15,6 +15,7 @@ from .options import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from ..reward_model import RewardEnsemble
     from ..rl import RLConfig, RLTrainer
 
 # Options that are fields of RLConfig by the same name: (placeholder, type, help). Not read off RLConfig: the parser is built
@@ -29,6 +30,7 @@ _METHOD_FIELDS: dict[str, tuple[str, type, str]] = {
     "gamma": ("X", float, "discount of gae (default: 1)"),
     "lam": ("X", float, "λ of gae (default: 0.95)"),
     "vf_coef": ("X", float, "what the critic's loss is multiplied by (default: 0.1)"),
+    "value_head_lr": ("RATE", float, "learning rate of the critic's value head (default: --lr)"),
     "value_clip": ("X", float, "a value's clipping range (default: 0.2)"),
     "reference": ("NAME", str, "the reference policy: auto, adapter, copy, none (default: auto)"),
     "ref_mixin": (
@@ -68,14 +70,27 @@ _ROLLOUT_FIELDS: dict[str, tuple[str, type, str]] = {
         "N",
         int,
         "dynamic sampling: draw other prompts in place of those whose rewards are all equal, so many times at most "
-        "(default: 1, no)",
+        "(default: 10 for dapo, else 1, no)",
     ),
-    "overlong": ("NAME", str, "truncated completions: keep, mask, penalty (default: keep)"),
-    "overlong_buffer": ("TOKENS", int, "tokens over which the penalty rises (default: 64)"),
+    "overlong": (
+        "NAME",
+        str,
+        "truncated completions: keep, mask, penalty (default: penalty for dapo, else keep)",
+    ),
+    "overlong_buffer": (
+        "TOKENS",
+        int,
+        "last tokens over which the penalty rises to 1 (default: a fifth of --max-new-tokens)",
+    ),
     "missing_eos_penalty": ("X", float, "taken off the reward of a truncated completion (default: 0)"),
     "eval_generations": ("N", int, "completions of a held-out prompt (default: 1)"),
 }
 FIELDS = (*_METHOD_FIELDS, *_ROLLOUT_FIELDS)
+_FIELD = {"value_head_lr": "value_head_learning_rate"}  # of RLConfig by another name
+
+ENSEMBLES = ("mean", "worst", "uncertainty")
+ENSEMBLE_FILE = "reward_ensemble.json"
+ENSEMBLE_SAMPLES = 64
 
 
 # fmt: off
@@ -98,6 +113,11 @@ def add_parser(commands: Any) -> None:
         "package.module:function; may be repeated")
     add("--reward-model", metavar="FOLDER[=WEIGHT]", action="append", default=[],
         help="a model of `xpo-fast reward`, or a sequence classifier of transformers; may be repeated")
+    add("--ensemble", metavar="HOW[=WEIGHT]",
+        help="make one reward of all --reward-model: their mean, the worst of them, or uncertainty (the mean less "
+        f"--ensemble-coef times their variance), each brought to mean 0 and deviation 1 on {ENSEMBLE_SAMPLES} completions by the "
+        f"model as it begins; these moments are kept in {ENSEMBLE_FILE}, and --resume takes them from there")
+    add("--ensemble-coef", metavar="X", type=float, default=1.0, help="of uncertainty: mean − X·variance")
     add("--judge", metavar="MODEL[=WEIGHT]", help="a language model that is asked for a grade, see --judge-by")
     add("--judge-by", choices=("grade", "compare"), default="grade",
         help="what it is asked: the grade of a completion, or which of two is better, all of a prompt against one another")
@@ -106,7 +126,8 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--method", default="grpo", metavar="NAME",
         help="ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, vespo, rloo, reinforce, ppo_penalty, ppo_ptx, "
-        "nash_md, or a sum of them")
+        "nash_md, or a sum of them. With it comes what its authors add to the loss, unless it is asked otherwise: ppo's "
+        "critic and divergence, dapo's dynamic sampling and overlong penalty")
     options.add_settings(add, "beta=0.04")
     _add_fields(add, _METHOD_FIELDS)
     add("--no-whiten", action="store_true", help="leave gae's advantages as they are")
@@ -131,7 +152,10 @@ def add_parser(commands: Any) -> None:
     options.add_head(parser)
     options.add_output(
         parser, folder="xpo-fast-rl", files="samples.jsonl, train_log.jsonl and results.json", logging=1, saving=50
-    )
+    ).add_argument(
+        "--show-samples", metavar="N", type=int, default=3,
+        help="print so many completions of the last rollout with every log, from the highest reward to the lowest; all of "
+        "them are in samples.jsonl, for datasets.load_dataset('json', data_files=…) or pandas.read_json(…, lines=True)")
 # fmt: on
 
 
@@ -151,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
         )
     options.quiet(args)
 
+    from ..reward_model import RewardEnsemble
     from ..rewards import Rewards
     from ..rl import RLTrainer, last_checkpoint
     from ..rollout import ServerRollout
@@ -160,6 +185,10 @@ def run(args: argparse.Namespace) -> int:
     train, held_out = _prompts(args)
     model, tokenizer = options.load(args)
     functions += _models_that_reward(args, config.device)
+    ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
+    moments, members = output / ENSEMBLE_FILE, [name for name, _ in map(_weighted, args.reward_model)]
+    if ensemble is not None and checkpoint is not None:
+        ensemble.load_moments(moments, members)
     trainer = RLTrainer(
         model,
         Rewards(functions, weights, timeout_s=args.reward_timeout),
@@ -183,6 +212,10 @@ def run(args: argparse.Namespace) -> int:
     )
     say = options.say(trainer)
     _print_header(trainer, args, say)
+    if ensemble is not None and ensemble.moments is None:
+        _standardise(ensemble, trainer)
+        if trainer.is_world_process_zero():
+            ensemble.save_moments(moments, members)
     results = options.begun(args)
     if held_out:
         results["before"] = trainer.evaluate()
@@ -222,7 +255,19 @@ def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]
 
     if not (args.reward or args.reward_model or args.judge):
         raise UsageError("nothing rewards a completion: give --reward, --reward-model or --judge")
-    named = [*args.reward, *args.reward_model, *([args.judge] if args.judge else [])]
+    models = args.reward_model
+    if args.ensemble:
+        how, _ = _weighted(args.ensemble)
+        if how not in ENSEMBLES:
+            raise UsageError(f"--ensemble: expected {', '.join(ENSEMBLES)}, got {how!r}")
+        if len(models) < 2:
+            raise UsageError(f"--ensemble takes two or more --reward-model, got {len(models)}")
+        if any("=" in name for name in models):
+            raise UsageError(
+                "the members of an ensemble weigh alike: give the weight of all, --ensemble HOW=WEIGHT"
+            )
+        models = [args.ensemble]
+    named = [*args.reward, *models, *([args.judge] if args.judge else [])]
     weights = [weight for _, weight in map(_weighted, named)]
     return [load_reward(name) for name, _ in map(_weighted, args.reward)], weights
 
@@ -235,6 +280,10 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
 
         found.append(RewardModel.load(name))
         found[-1].model.to(device)
+    if args.ensemble:
+        from ..reward_model import RewardEnsemble
+
+        found = [RewardEnsemble(found, _weighted(args.ensemble)[0], args.ensemble_coef)]
     if args.judge:
         from ..judge import LLMJudge, TokenChoice
         from ..models import load_model
@@ -245,6 +294,20 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
         judge = LLMJudge(TokenChoice(model.to(device), tokenizer))
         found.append(judge if args.judge_by == "grade" else win_rate(judge))
     return found
+
+
+def _standardise(ensemble: RewardEnsemble, trainer: RLTrainer) -> None:
+    """Bring the members to one scale on completions by the policy as it begins, on all processes to that of the first."""
+    from accelerate.utils import broadcast_object_list
+
+    prompts = [row["prompt"] for row in trainer.prompts[:ENSEMBLE_SAMPLES]]
+    trainer.rollout.update(trainer.accelerator.unwrap_model(trainer.model))
+    samples = trainer.rollout.generate(
+        prompts, -(-ENSEMBLE_SAMPLES // len(prompts)), sampling=trainer.sampling, seed=trainer.args.seed
+    )
+    ensemble.standardise(samples.prompts, samples.completions)
+    if trainer.accelerator.num_processes > 1:
+        (ensemble.moments,) = broadcast_object_list([ensemble.moments])
 
 
 def _config(args: argparse.Namespace) -> RLConfig:
@@ -258,7 +321,8 @@ def _config(args: argparse.Namespace) -> RLConfig:
         continuous_batching=args.continuous_batching,
         backend=args.backend,
         tile_mib=args.tile_mib,
-        **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
+        show_samples=args.show_samples,
+        **{_FIELD.get(name, name): value for name in FIELDS if (value := getattr(args, name)) is not None},
         **options.training_arguments(
             args, lr=1e-6 if args.full else 2e-5, evaluates=bool(args.eval_data or args.eval_split)
         ),
@@ -279,6 +343,22 @@ def _prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[
         raise UsageError(f"--eval-split {args.eval_split:g} of {len(rows)} prompts leaves none to train on")
     held = set(random.Random(args.seed).sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def _sampled(config: RLConfig) -> dict[str, str]:
+    """Lines about what is done to a rollout, where something is."""
+    lines = []
+    if config.draws > 1:
+        lines.append(
+            f"prompts whose rewards are all equal are replaced, in {config.draws} draws at most (--max-draws)"
+        )
+    if config.overlong_handling == "penalty":
+        lines.append(
+            f"the last {config.penalised_tokens} of {config.max_new_tokens} tokens cost up to 1 (--overlong)"
+        )
+    elif config.overlong_handling == "mask":
+        lines.append("truncated completions are not trained on (--overlong)")
+    return {"sampling": "; ".join(lines)} if lines else {}
 
 
 def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -302,6 +382,7 @@ def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[s
         "method": f"{trainer.objective}, advantages: {config.estimator}, lr {config.learning_rate:g}",
         "rollout": rollout,
         "reference": f"{trainer.reference}, kl_coef {config.reward_kl:g}",
+        **_sampled(config),
         "steps": f"{config.max_steps}",
     }.items():
         say(f"{name:<10} {text}")
