@@ -64,9 +64,7 @@ def shuffled() -> Any:
     return shuffled
 
 
-def main(
-    model: Any, tokenizer: Any, method: str, *, control: bool = False, steps: int = 30, seed: int = 0
-) -> dict:
+def main(model: Any, tokenizer: Any, method: str, *, control: bool = False, steps: int = 30, seed: int = 0):
     """Rewards for sums held out, before and after, and the log of the steps."""
     args = RLConfig(
         f"runs/{method}{'-shuffled' if control else ''}-{seed}", max_steps=steps, seed=seed, num_generations=8,

@@ -190,7 +190,8 @@ class _Loop:
                 f"recipe {recipe.name} takes a part of the data an iteration: {len(setup.rows)} rows are too few for "
                 f"{recipe.iterations} iterations"
             )
-        alone = recipe.online and recipe.draws[0].n == 1 and recipe.train[0].method != "nash_md"
+        drawn, trained = sum(draw.n for draw in recipe.draws), [train.method for train in recipe.train]
+        alone = recipe.online and drawn == 1 and trained != ["nash_md"]
         if alone and setup.judge is not None and not setup.judge.scores:
             raise ValueError(
                 f"recipe {recipe.name} draws one completion a prompt, and the judge only compares, which says nothing of a "
