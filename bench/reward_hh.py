@@ -105,7 +105,8 @@ def run(args: argparse.Namespace, seed: int, picture: str | None) -> dict[str, A
     return {
         "seed": seed,
         "environment": environment(),
-        "options": {n: x for n, x in vars(args).items() if n not in ("seeds", "json", "plot")},
+        "data": Path(args.data).name,
+        "options": {n: x for n, x in vars(args).items() if n not in ("data", "seeds", "json", "plot")},
         "train_pairs": len(train),
         "before": summary(before),
         "after": summary(after),

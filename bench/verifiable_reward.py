@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import environment, table, write_json
+from xpo_fast.files import finite
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "verifiable_reward.py"
 METHODS = ("grpo", "ppo", "rloo")
@@ -30,11 +31,16 @@ def share(run: dict[str, Any]) -> float:
     return (run["after"] - run["before"]) / (1 - run["before"])
 
 
-def last(run: dict[str, Any], *names: str) -> float:
-    """The mean over the last five steps of the first of these that is logged."""
-    rows = run["log"][-5:]
-    name = next(name for name in names if name in rows[0])
-    return sum(row[name] for row in rows) / len(rows)
+def curve(run: dict[str, Any], *names: str) -> dict[int, float]:
+    """Of the first of these that is logged, by the step: PPO's second step on a rollout says nothing of the rollout."""
+    name = next(name for name in names if name in run["log"][0])
+    return {row["step"]: row[name] for row in run["log"] if name in row and "reward" in row}
+
+
+def last(values: dict[int, float]) -> float:
+    """The mean over the last five rollouts."""
+    found = list(values.values())[-5:]
+    return sum(found) / len(found)
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
@@ -45,17 +51,16 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for run in runs:
-        steps = range(1, len(run["log"]) + 1)
         look: Any = {
             "color": f"C{METHODS.index(run['method'])}",
             "ls": ":" if run["shuffled"] else "-",
             "lw": 1.2,
         }
         label = run["method"] + (", shuffled" if run["shuffled"] else "")
-        curves = (("reward",), ("objective/kl", "kl"), ("completions/mean_length",))
-        for axes, names in zip(panels, curves, strict=True):
-            name = next(name for name in names if name in run["log"][0])
-            axes.plot(steps, [row[name] for row in run["log"]], label=label, **look)
+        shown = (("reward",), ("objective/kl", "kl"), ("completions/mean_length",))
+        for axes, names in zip(panels, shown, strict=True):
+            values = curve(run, *names)
+            axes.plot([*values], [*values.values()], label=label, **look)
     for axes, title in zip(
         panels,
         ("reward of the samples", "KL (PPO, RLOO: a completion; GRPO: a token)", "tokens"),
@@ -92,14 +97,14 @@ def main(argv: list[str] | None = None) -> int:
                 if (method, control, seed) not in runs:
                     runs[method, control, seed] = _run(method, control, seed, args.steps)
                 if args.json:
-                    write_json(args.json, {"environment": environment(), "runs": list(runs.values())})
+                    write_json(args.json, {"environment": environment(), "runs": finite([*runs.values()])})
     if args.plot:
         plot(list(runs.values()), args.plot)
     rows = [
         [
             run["method"] + (", shuffled" if run["shuffled"] else ""), str(run["seed"]), str(len(run["log"])),
-            f"{run['before']:.3f}", f"{run['after']:.3f}", f"{share(run):+.2f}", f"{last(run, 'objective/kl', 'kl'):.3f}",
-            f"{last(run, 'completions/mean_length'):.1f}",
+            f"{run['before']:.3f}", f"{run['after']:.3f}", f"{share(run):+.2f}", f"{last(curve(run, 'objective/kl', 'kl')):.3f}",
+            f"{last(curve(run, 'completions/mean_length')):.1f}",
         ]
         for run in runs.values()
     ]  # fmt: skip
