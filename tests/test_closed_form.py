@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import closed_form
+from test_rl import PEFT_WARNING
 from test_trainer import lora, make_model, make_tokenizer
 from xpo_fast.rl import RLTrainer
 from xpo_fast.rl_config import RLConfig
@@ -40,10 +41,11 @@ def test_optima_are_optimal():
             assert value(near) < value(optimum)
 
 
+@pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 @pytest.mark.parametrize(
     ("settings", "adapter"),
     [
-        ({"method": "ppo", "kl_coef": closed_form.BETA, "epochs_per_rollout": 2, "per_device_train_batch_size": 256}, False),
+        ({"method": "ppo", "kl_coef": closed_form.BETA, "epochs_per_rollout": 2, "per_device_train_batch_size": 128}, False),
         ({"method": "grpo", "kl_coef": closed_form.BETA, "advantage": "group_mean"}, False),
         ({"method": "rloo", "kl_coef": closed_form.BETA}, False),
         ({"method": "rloo", "kl_coef": closed_form.BETA, "temperature": 2.0}, True),
@@ -65,21 +67,21 @@ def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
     def reward(completion_ids, **_):
         return [float(rewards[ids[0]]) for ids in completion_ids]
 
-    settings = {"per_device_train_batch_size": 512, **settings}
+    settings = {"per_device_train_batch_size": 256, **settings}
     trainer = RLTrainer(
         model,
         reward,
         RLConfig(
-            str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=150, learning_rate=0.03,
-            lr_scheduler_type="linear", num_generations=8, prompts_per_rollout=64, max_new_tokens=1,
-            generation_batch_size=512, logging_steps=10, seed=1, **settings,
+            str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=120, learning_rate=0.03,
+            lr_scheduler_type="linear", num_generations=8, prompts_per_rollout=32, max_new_tokens=1,
+            generation_batch_size=256, logging_steps=10, seed=1, **settings,
         ),
         train_dataset=[{"prompt": "go"}],
         processing_class=tokenizer,
-        peft_config=lora() if adapter else None,
+        peft_config=lora(r=16, lora_alpha=32, target_modules="all-linear") if adapter else None,
     )  # fmt: skip
     begin = log_probs()
     optimum = (begin + rewards.double() / closed_form.BETA).softmax(0)
-    assert closed_form.distance(begin.exp(), optimum) > 0.3
+    assert closed_form.distance(begin.exp(), optimum) > 0.2
     trainer.train()
     assert closed_form.distance(log_probs().exp(), optimum) < closed_form.TOLERANCE
