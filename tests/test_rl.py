@@ -15,12 +15,13 @@ import transformers
 
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
-from xpo_fast.experience import advantages, table
-from xpo_fast.judge import Judge
+from xpo_fast.experience import advantages
+from xpo_fast.judge import Judge, win_rate
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl import RLTrainer, last_checkpoint, win_rate
+from xpo_fast.rl import RLTrainer, last_checkpoint
 from xpo_fast.rl_config import RLConfig
 from xpo_fast.rollout import GenerateRollout
+from xpo_fast.samples import table
 from xpo_fast.trainer import Means
 
 PEFT_WARNING = ".is_gradient_checkpointing. is deprecated"

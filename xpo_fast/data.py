@@ -144,8 +144,9 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
 def load_prompts(source: Any, split: str = "train", *, alike: bool = False) -> list[dict[str, Any]]:
     """Rows with a prompt, text or messages, and whatever else the data have; what `load` reads, and prompts alone.
 
-    Rows without a column `where` of their own get one, of type `Place`. Of rows with chosen and rejected, or chosen or completion, these and the prompt are brought into the form that `load`
-    gives. alike: every row must have the columns of the first, as functions need that are called with columns.
+    Rows without a column `where` of their own get one, of type `Place`. Of rows with chosen and rejected, or chosen or
+    completion, these and the prompt are brought into the form that `load` gives. alike: every row must have the columns of
+    the first, as functions need that are called with columns.
     """
     rows: list[dict[str, Any]] = []
     first = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,37 +109,3 @@ def _mean(x: Tensor) -> float:
 def _std(x: Tensor) -> float:
     known = x[~x.isnan()]
     return float(known.std()) if len(known) > 1 else 0.0 if len(known) else math.nan
-
-
-def table(samples: Sequence[Mapping[str, Any]], count: int, width: int = 120) -> str:
-    """So many of the lines of SAMPLES_FILE as text, from the highest reward to the lowest, in lines of `width` characters.
-
-    A completion that was cut at its longest ends in "…" among its tokens; one without a reward has "–".
-    """
-
-    def one(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    def line(*cells: str) -> str:
-        return "".join(f"{cell:>9} " for cell in cells[:3]) + "  ".join(cells[3:])
-
-    ranked = sorted(samples, key=lambda s: -math.inf if s["reward"] is None else s["reward"], reverse=True)
-    last = max(min(count, len(ranked)) - 1, 1)
-    shown = [ranked[k * (len(ranked) - 1) // last] for k in range(min(count, len(ranked)))]
-    half = max((width - 32) // 2, 10)
-    head = f"rollout {samples[0]['rollout']}: {len(shown)} of {len(samples)} completions, by reward"
-    lines = [head, line("reward", "advantage", "tokens", f"{'prompt':<{half}}", "completion")]
-    for sample in shown:
-        tokens = f"{sample['tokens']}{'…' if sample['truncated'] else ''}"
-        prompt, completion = (_one_line(sample[name]) for name in ("prompt", "completion"))
-        prompt = prompt if len(prompt) <= half else "…" + prompt[-half + 1 :]
-        completion = completion if len(completion) <= half else completion[: half - 1] + "…"
-        numbers = one(sample["reward"], ".3f"), one(sample["advantage"], "+.3f"), tokens
-        lines.append(line(*numbers, f"{prompt:<{half}}", completion).rstrip())
-    return "\n".join(lines)
-
-
-def _one_line(text: Any) -> str:
-    """Text, or what a conversation ends with, without line breaks and characters that a terminal obeys."""
-    text = text if isinstance(text, str) else text[-1]["content"]
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

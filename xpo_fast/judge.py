@@ -21,7 +21,7 @@ from . import data
 from .head import token_logps
 from .models import install_fused_loss
 from .reference import evaluating
-from .rewards import Rewards
+from .rewards import PROMPT_INDEX, RewardFunction, Rewards
 from .rollout import Prompt, Rollout, Samples, Sampling
 from .selection import win_rates
 from .types import Head
@@ -503,6 +503,29 @@ def group_wins(
         for (g, i, j), p in zip(met, probabilities.tolist(), strict=True):
             tables[g][i, j], tables[g][j, i] = p, 1 - p
     return tables
+
+
+def win_rate(judge: Judge) -> RewardFunction:
+    """A judge that compares, as a reward function: a completion's win rate among those of its prompt, which are side by side.
+
+    Those are the rows of one `prompt_index`, or, where it is called without, of adjacent equal prompts. In [0, 1], as
+    `nash_md` takes it; its rivals are then the policy's own samples. `mixture.AgainstMixture` has them drawn
+    from the mixture of policy and reference, as the paper does.
+    """
+
+    def win_rate(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        ids = columns.pop("completion_ids", None)
+        which = columns.pop(PROMPT_INDEX, prompts)  # two prompts of a rollout may be equal
+        starts = [i for i in range(len(prompts)) if i == 0 or which[i] != which[i - 1]]
+        spans = list(zip(starts, [*starts[1:], len(prompts)], strict=True))
+        groups = [completions[a:b] for a, b in spans]
+        of = {name: [column[a] for a in starts] for name, column in columns.items()}
+        known = None if ids is None else [ids[a:b] for a, b in spans]
+        wins = group_wins(judge, [prompts[a] for a in starts], groups, of, known)
+        rates = [x for table in wins for x in win_rates(table).tolist()]
+        return [None if math.isnan(x) else x for x in rates]
+
+    return win_rate
 
 
 def _rows(columns: Mapping[str, Sequence[Any]] | None, at: Sequence[int]) -> dict[str, list[Any]]:

@@ -52,11 +52,13 @@ from .judge import (
     group_wins,
     revised,
     text_of,
+    win_rate,
 )
 from .models import load_model, remove_fused_loss
 from .recipes import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .reference import COLUMNS
 from .rollout import Rollout, Sampling
+from .samples import SAMPLES_FILE
 from .selection import SELECTORS
 from .trainer import XPOConfig, XPOTrainer, last_checkpoint
 
@@ -609,7 +611,8 @@ class _Loop:
         self, folder: Path, i: int, rows: list[Row], models: list[str], logs: list[Any]
     ) -> Callable[[Path], Any]:
         from .mixture import AgainstMixture, MixtureRollout
-        from .rl import SAMPLES_FILE, STATE_FILE, RLConfig, RLTrainer, win_rate
+        from .rl import STATE_FILE, RLTrainer
+        from .rl_config import RLConfig
 
         train, draw, judge = self.recipe.train[0], self.recipe.draws[0], self.setup.judge
         assert judge is not None

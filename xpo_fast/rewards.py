@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
 
+PROMPT_INDEX = "prompt_index"  # a column of online runs: a number that the completions of one prompt share
 OWN_COLUMNS = ("prompts", "completions", "completion_ids")  # what a function is given of the samples
 
 

@@ -30,18 +30,17 @@ from torch.utils.data import SequentialSampler
 
 from . import data
 from .data import Place, load_prompts
-from .experience import Completion, Experience, Groups, advantages, describe, spread, table
-from .files import finite
+from .experience import Completion, Experience, Groups, advantages, describe, spread
 from .head import token_logps, token_stats
-from .judge import Judge, group_wins
+from .judge import Judge
 from .methods import METHODS
 from .methods.advantages import gae, whiten
 from .methods.math import k1
 from .methods.policy import adapt
 from .reduce import count_metrics, mean_metrics, reduce_losses
 from .reference import LiveReference, without_adapter
-from .rewards import OWN_COLUMNS, RewardFunction, Rewards
-from .rl_config import SAMPLES_FILE, RLConfig
+from .rewards import OWN_COLUMNS, PROMPT_INDEX, RewardFunction, Rewards
+from .rl_config import RLConfig
 from .rollout import (
     GenerateRollout,
     Rollout,
@@ -52,7 +51,7 @@ from .rollout import (
     pad_rows,
     score_tokens,
 )
-from .selection import win_rates
+from .samples import SAMPLES_FILE, append_lines, sample_lines, table
 from .trainer import (
     PREFIX_CHECKPOINT_DIR,
     Means,
@@ -71,7 +70,6 @@ from .value_head import SavesValueHead, ValueHead, attach_value_head
 logger = logging.getLogger("xpo_fast")
 
 STATE_FILE = "rl_state.pt"
-PROMPT_INDEX = "prompt_index"
 
 
 @dataclass
@@ -543,10 +541,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         )
         metrics["passes"] = progress.cursor / len(self.prompts)
         if self.is_world_process_zero() and (args.log_samples or args.show_samples):
-            lines = self._lines(seen, rows, experience)
+            where = {"rollout": self.progress.rollouts, "step": self.state.global_step}
+            lines = sample_lines(seen, rows, experience, self.rewards.names, **where)
             self._shown = lines if args.show_samples else []
             if args.log_samples:
-                progress.samples_bytes = self._write_samples(lines)
+                path = Path(str(args.output_dir)) / SAMPLES_FILE
+                progress.samples_bytes = append_lines(path, lines, progress.samples_bytes)
         if args.kl_target is not None and not self._penalises and not math.isnan(metrics["objective/kl"]):
             # Ziegler et al. (arXiv 1909.08593), equation in section 2.2.
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
@@ -760,47 +760,6 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         spent, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         return {f"time/{name}_s": x for name, x in spent.items()}
 
-    def _lines(self, groups: Groups, used: list[Completion], experience: Experience) -> list[dict[str, Any]]:
-        """What is said of every completion."""
-        advantage = experience.columns.get("advantage", experience.columns.get("prob_w"))
-        assert advantage is not None
-        lengths = experience.lengths.clamp(min=1)
-        advantages = advantage if advantage.dim() == 1 else advantage.sum(dim=1) / lengths
-        place = {id(row): i for i, row in enumerate(used)}
-        lines = []
-        for k, group in enumerate(groups):
-            for row in group:
-                i = place.get(id(row))
-                about = {
-                    "rollout": self.progress.rollouts,
-                    "step": self.state.global_step,
-                    "group": k,
-                    "prompt": row.prompt,
-                    "completion": row.completion,
-                    "tokens": len(row.ids),
-                    "truncated": row.truncated,
-                    "reward": row.reward,
-                    "rewards": dict(zip(self.rewards.names, row.each, strict=True)),
-                    "advantage": None if i is None else float(advantages[i]),
-                    "trained": i is not None and bool(experience.kept[i]),
-                }
-                lines.append(finite(about))
-        return lines
-
-    def _write_samples(self, lines: list[dict[str, Any]]) -> int:
-        """Append them; where the file ends then.
-
-        What stands behind the end that the last checkpoint knows was written by a run that died, and goes.
-        """
-        path = Path(str(self.args.output_dir)) / SAMPLES_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        with path.open("ab") as file:
-            end = min(self.progress.samples_bytes, file.tell())
-            file.truncate(end)
-            file.write(content)
-        return end + len(content)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._of_rollouts.pop() | self._of_steps.pop())
@@ -988,29 +947,6 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_step()
-
-
-def win_rate(judge: Judge) -> RewardFunction:
-    """A judge that compares, as a reward function: a completion's win rate among those of its prompt, which are side by side.
-
-    Those are the rows of one `prompt_index`, or, where it is called without, of adjacent equal prompts. In [0, 1], as
-    `nash_md` takes it; its rivals are then the policy's own samples. `mixture.AgainstMixture` has them drawn
-    from the mixture of policy and reference, as the paper does.
-    """
-
-    def win_rate(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        ids = columns.pop("completion_ids", None)
-        which = columns.pop(PROMPT_INDEX, prompts)  # two prompts of a rollout may be equal
-        starts = [i for i in range(len(prompts)) if i == 0 or which[i] != which[i - 1]]
-        spans = list(zip(starts, [*starts[1:], len(prompts)], strict=True))
-        groups = [completions[a:b] for a, b in spans]
-        of = {name: [column[a] for a in starts] for name, column in columns.items()}
-        known = None if ids is None else [ids[a:b] for a, b in spans]
-        wins = group_wins(judge, [prompts[a] for a in starts], groups, of, known)
-        rates = [x for table in wins for x in win_rates(table).tolist()]
-        return [None if math.isnan(x) else x for x in rates]
-
-    return win_rate
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

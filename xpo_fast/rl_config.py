@@ -13,7 +13,6 @@ from .objective import Objective
 from .terms import parse_terms
 from .trainer import MethodConfig
 
-SAMPLES_FILE = "samples.jsonl"
 _PPO = ("ppo", "ppo_penalty", "ppo_ptx")
 # What the authors of a method subtract from its rewards and divide them by; of the others: "group".
 _ADVANTAGE = {
@@ -159,7 +158,7 @@ class RLConfig(MethodConfig):
     log_samples: bool = field(
         default=True,
         metadata={
-            "help": f"Write every completion into {SAMPLES_FILE}, a line each, for datasets.load_dataset('json', "
+            "help": "Write every completion into samples.jsonl, a line each, for datasets.load_dataset('json', "
             "data_files=…) or pandas.read_json(…, lines=True)."
         },
     )

@@ -285,9 +285,8 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
 
         found = [RewardEnsemble(found, _weighted(args.ensemble)[0], args.ensemble_coef)]
     if args.judge:
-        from ..judge import LLMJudge, TokenChoice
+        from ..judge import LLMJudge, TokenChoice, win_rate
         from ..models import load_model
-        from ..rl import win_rate
 
         model: Any
         model, tokenizer = load_model(_weighted(args.judge)[0])
