@@ -2,10 +2,10 @@
 
     python bench/rl_resume.py --kills 10 --steps 60 --json bench/results/rl-resume-cpu.json
 
-A tiny random model is trained with PPO (two epochs over two minibatches of each rollout, a critic, an adaptive KL, a reference
-that follows the policy), which has more to remember than any other method. The run is a process of its own. It gets SIGKILL a
-random time after a random step, ten times, in rollouts, in steps and while checkpoints are written, and goes on from the
-last whole checkpoint. Compared are the weights, every logged number but times, the held-out reward, and the table of samples.
+A tiny random model, or SmolLM2 with an adapter (--task smollm2), is trained with PPO (two epochs over two minibatches of each
+rollout, a critic, an adaptive KL, a reference that follows the policy), which has more to remember than any other method. The run
+is a process of its own. It gets SIGKILL a random time after a random step, ten times, in rollouts, in steps and while
+checkpoints are written, and goes on from the last whole checkpoint. Compared are the weights, every logged number but times, the held-out reward, and the table of samples.
 Exit status 1 if anything differs.
 """
 
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -39,18 +40,12 @@ def share_of_even(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
-def train(folder: Path, steps: int, method: str) -> None:
-    """The run, from its last checkpoint on if it has one; a line on stdout for every step."""
+def tiny() -> dict[str, Any]:
+    """A random model of two layers, all of it trained, with dropout."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from xpo_fast.rl import RLTrainer, last_checkpoint
-    from xpo_fast.rl_config import RLConfig
-
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     ids = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(94))])}
     raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
@@ -59,7 +54,49 @@ def train(folder: Path, steps: int, method: str) -> None:
     )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=97, initializer_range=0.3, attention_dropout=0.1, **SMALL)
-    model = transformers.LlamaForCausalLM(config)
+    return {
+        "model": transformers.LlamaForCausalLM(config),
+        "rewards": share_of_even,
+        "args": {"max_new_tokens": 6, "learning_rate": 3e-3},
+        "train_dataset": PROMPTS,
+        "eval_dataset": PROMPTS,
+        "processing_class": tokenizer,
+    }
+
+
+def smollm2() -> dict[str, Any]:
+    """SmolLM2-135M in bfloat16 with an adapter, on the sums of examples/verifiable_reward.py."""
+    from peft import LoraConfig
+
+    from xpo_fast.models import SMOLLM2, load_model
+
+    example = runpy.run_path(
+        str(Path(__file__).resolve().parent.parent / "examples" / "verifiable_reward.py")
+    )
+    model, tokenizer = load_model(SMOLLM2, dtype="bfloat16")
+    return {
+        "model": model,
+        "rewards": example["correct"],
+        "args": {"max_new_tokens": 12, "learning_rate": 1.5e-4},
+        "train_dataset": example["sums"](64, 0),
+        "eval_dataset": example["sums"](16, -1),
+        "processing_class": tokenizer,
+        "peft_config": LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear"),
+    }
+
+
+def train(folder: Path, steps: int, method: str, task: str) -> None:
+    """The run, from its last checkpoint on if it has one; a line on stdout for every step."""
+    import torch
+    import transformers
+
+    from xpo_fast.rl import RLTrainer, last_checkpoint
+    from xpo_fast.rl_config import RLConfig
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    given = TASKS[task]()
 
     class Say(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,8 +104,8 @@ def train(folder: Path, steps: int, method: str) -> None:
 
     options: dict[str, Any] = {"kl_coef": 0.05, "kl_target": 0.5, "kl_horizon": 100, "ref_mixin": 0.1}
     trainer = RLTrainer(
-        model,
-        share_of_even,
+        given.pop("model"),
+        given.pop("rewards"),
         RLConfig(
             str(folder),
             method=method,
@@ -77,8 +114,6 @@ def train(folder: Path, steps: int, method: str) -> None:
             epochs_per_rollout=2,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
-            max_new_tokens=6,
-            learning_rate=3e-3,
             max_steps=steps,
             save_steps=3,
             save_total_limit=2,
@@ -86,11 +121,10 @@ def train(folder: Path, steps: int, method: str) -> None:
             use_cpu=True,
             disable_tqdm=True,
             **options,
+            **given.pop("args"),
         ),
-        train_dataset=PROMPTS,
-        eval_dataset=PROMPTS,
-        processing_class=tokenizer,
         callbacks=[Say()],
+        **given,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     timeless = [
@@ -99,8 +133,8 @@ def train(folder: Path, steps: int, method: str) -> None:
     ]
     held_out = {k: v for k, v in trainer.evaluate().items() if "time" not in k}
     digest = hashlib.sha256()
-    for _, x in sorted(model.state_dict().items()):
-        digest.update(x.contiguous().numpy().tobytes())
+    for _, x in sorted(trainer.model.state_dict().items()):
+        digest.update(x.flatten().view(torch.uint8).numpy().tobytes())
     # Of the whole run Trainer knows only what it has trained since it was resumed.
     last = [{k: v for k, v in log.items() if k not in ("train_loss", "total_flos")} for log in timeless]
     samples = hashlib.sha256((folder / "samples.jsonl").read_bytes()).hexdigest()
@@ -108,11 +142,16 @@ def train(folder: Path, steps: int, method: str) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
+TASKS = {"tiny": tiny, "smollm2": smollm2}
+
+
 def run(
-    folder: Path, steps: int, method: str, kills: int, chance: random.Random
+    folder: Path, args: argparse.Namespace, kills: int, chance: random.Random
 ) -> tuple[dict[str, Any], list[int]]:
     """The result of a run that is killed so many times, and after which steps that was."""
-    command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps), "--method", method]
+    steps = args.steps
+    command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps)]
+    command += ["--method", args.method, "--task", args.task]
     killed: list[int] = []
     targets = sorted(chance.sample(range(1, steps * 3 // 4), kills))  # the run must not end before the last
     while True:
@@ -147,25 +186,27 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--method", default="ppo")
+    parser.add_argument("--task", choices=TASKS, default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="of when to kill")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        train(args.child, args.steps, args.method)
+        train(args.child, args.steps, args.method, args.task)
         return 0
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
-        other = beside.submit(run, Path(folder) / "alone", args.steps, args.method, 0, chance)
-        resumed, killed = run(Path(folder) / "killed", args.steps, args.method, args.kills, chance)
+        other = beside.submit(run, Path(folder) / "alone", args, 0, chance)
+        resumed, killed = run(Path(folder) / "killed", args, args.kills, chance)
         alone, _ = other.result()
     wrong = differences(alone, resumed)
-    print(f"{args.method}, {args.steps} steps, killed after steps {killed}: ", end="")
+    print(f"{args.task}, {args.method}, {args.steps} steps, killed after steps {killed}: ", end="")
     print(f"{', '.join(wrong)} differ" if wrong else "weights, log, held-out reward and samples are the same")
     if args.json is not None:
         from measure import environment, write_json
 
-        about = {"method": args.method, "steps": args.steps, "killed_after_steps": killed, "seed": args.seed}
+        about = {"task": args.task, "method": args.method, "steps": args.steps, "seed": args.seed}
+        about["killed_after_steps"] = killed
         write_json(
             args.json,
             {**about, "different": wrong, "held_out": resumed["held_out"], "environment": environment()},

@@ -30,7 +30,6 @@ _METHOD_FIELDS: dict[str, tuple[str, type, str]] = {
     "gamma": ("X", float, "discount of gae (default: 1)"),
     "lam": ("X", float, "λ of gae (default: 0.95)"),
     "vf_coef": ("X", float, "what the critic's loss is multiplied by (default: 0.1)"),
-    "value_head_lr": ("RATE", float, "learning rate of the critic's value head (default: --lr)"),
     "value_clip": ("X", float, "a value's clipping range (default: 0.2)"),
     "reference": ("NAME", str, "the reference policy: auto, adapter, copy, none (default: auto)"),
     "ref_mixin": (
@@ -86,7 +85,6 @@ _ROLLOUT_FIELDS: dict[str, tuple[str, type, str]] = {
     "eval_generations": ("N", int, "completions of a held-out prompt (default: 1)"),
 }
 FIELDS = (*_METHOD_FIELDS, *_ROLLOUT_FIELDS)
-_FIELD = {"value_head_lr": "value_head_learning_rate"}  # of RLConfig by another name
 
 ENSEMBLES = ("mean", "worst", "uncertainty")
 ENSEMBLE_FILE = "reward_ensemble.json"
@@ -130,6 +128,7 @@ def add_parser(commands: Any) -> None:
         "critic and divergence, dapo's dynamic sampling and overlong penalty")
     options.add_settings(add, "beta=0.04")
     _add_fields(add, _METHOD_FIELDS)
+    add("--value-head-lr", metavar="X", type=float, help="learning rate of the critic's value head (default: --lr)")
     add("--no-whiten", action="store_true", help="leave gae's advantages as they are")
 
     add = parser.add_argument_group("rollouts").add_argument
@@ -321,7 +320,8 @@ def _config(args: argparse.Namespace) -> RLConfig:
         backend=args.backend,
         tile_mib=args.tile_mib,
         show_samples=args.show_samples,
-        **{_FIELD.get(name, name): value for name in FIELDS if (value := getattr(args, name)) is not None},
+        value_head_learning_rate=args.value_head_lr,
+        **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
         **options.training_arguments(
             args, lr=1e-6 if args.full else 2e-5, evaluates=bool(args.eval_data or args.eval_split)
         ),
