@@ -56,7 +56,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             "ls": ":" if run["shuffled"] else "-",
             "lw": 1.2,
         }
-        label = run["method"] + (", shuffled" if run["shuffled"] else "")
+        first = run["seed"] == min(r["seed"] for r in runs)
+        label = run["method"] + (", shuffled" if run["shuffled"] else "") if first else None
         shown = (("reward",), ("objective/kl", "kl"), ("completions/mean_length",))
         for axes, names in zip(panels, shown, strict=True):
             values = curve(run, *names)
