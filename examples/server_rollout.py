@@ -65,8 +65,8 @@ def main(
         )  # fmt: skip
 
     stopped = []
-    with contextlib.nullcontext() if url else Forgetful(copy.deepcopy(model), tokenizer) as server:
-        at = url or server.url  # type: ignore[union-attr]
+    with contextlib.ExitStack() as stack:
+        at = url or stack.enter_context(Forgetful(copy.deepcopy(model), tokenizer)).url
         run = trainer(at)
         try:
             run.train()

@@ -285,7 +285,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 raise ValueError(
                     f"the column {name!r} is what reward functions are told of the rollout: rename it"
                 )
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+        limit = getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int) or not isinstance(self.rollout, GenerateRollout):
             return
         ids = encode_prompts([row["prompt"] for row in rows], self.processing_class)
@@ -523,17 +523,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         """Sample, score, and put what is to be trained on into `experience`. Nothing is changed until all is there."""
         args, progress = self.args, replace(self.progress)
         began = time.perf_counter()
-        together = True
-        try:
+        with self._saved_if_it_fails():
             groups, seen, draws = self._draw_rollout(progress)
-            together = args.world_size == 1
-            rows = [row for group in groups for row in group]
+        rows = [row for group in groups for row in group]
+        # What fails from here on may fail on one of several processes, which cannot write a checkpoint alone.
+        with self._saved_if_it_fails() if args.world_size == 1 else contextlib.nullcontext():
             self._check_rows(rows)
             experience, metrics = self._experience(rows)
-        except Exception:
-            if together:
-                self._save_before_failing()
-            raise
         metrics |= (
             describe(seen, self.rewards.names)
             | self._spent()
@@ -779,13 +775,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
         began = time.perf_counter()
-        try:
+        with self._saved_if_it_fails() if self.is_in_train else contextlib.nullcontext():
             self._update()
             groups = self._sample(prompts, self.args.eval_generations, self._seed(metric_key_prefix))
-        except Exception:
-            if self.is_in_train:
-                self._save_before_failing()
-            raise
         found = describe(groups, self.rewards.names) | self._spent()
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
@@ -810,6 +802,15 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         batches, items = self._step(self.experience, at)
         self._step_began = time.perf_counter()
         return batches, items
+
+    @contextlib.contextmanager
+    def _saved_if_it_fails(self) -> Iterator[None]:
+        """Whatever is raised inside, by users' functions above all, goes on behind a checkpoint; an interrupt goes through."""
+        try:
+            yield
+        except Exception:
+            self._save_before_failing()
+            raise
 
     def _save_before_failing(self) -> None:
         """A checkpoint of all that has been learned, on all processes together."""
