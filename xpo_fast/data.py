@@ -149,18 +149,14 @@ def load_prompts(source: Any, split: str = "train", *, alike: bool = False) -> l
     the first, as functions need that are called with columns.
     """
     rows: list[dict[str, Any]] = []
-    first = ""
+    first: dict[str, Any] = {}
     for where, raw in read(source, split):
         row = shape_prompt(raw, where)
+        compared = {**(row if alike else {"prompt": row["prompt"]}), "where": where}
+        first = first or compared
+        check_alike(compared, first)
         row.setdefault("where", Place(where))
         rows.append(row)
-        first = first or where
-        check_alike(
-            *(
-                {**(r if alike else {"prompt": r["prompt"]}), "where": place}
-                for r, place in ((rows[-1], where), (rows[0], first))
-            )
-        )
     if not rows:
         raise DataError(f"{_name(source)}: no rows; expected a prompt in each row")
     return rows

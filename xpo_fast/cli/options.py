@@ -201,6 +201,7 @@ def add_device(add: Any, what: str) -> None:
 
 # --- what was given -----------------------------------------------------------------------------------------------
 
+ENSEMBLES = ("mean", "worst", "uncertainty")  # of reward models, see methods.reward.ensemble
 _AT_LEAST_ONE = (
     "batch_size", "grad_accum", "lora_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
     "eval_batch_size", "num_proc", "max_pairs",

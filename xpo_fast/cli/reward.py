@@ -94,7 +94,7 @@ def _add_eval(commands: Any) -> None:
     add("--seed", metavar="N", type=int, default=42, help="of the pairs drawn")
     add("--model", metavar="FOLDER", action="append", default=[],
         help="a reward model, or a sequence classifier of transformers; may be repeated")
-    add("--ensemble", choices=("mean", "worst", "uncertainty"), help="measure all --model together, too, each brought "
+    add("--ensemble", choices=options.ENSEMBLES, help="measure all --model together, too, each brought "
         "to mean 0 and standard deviation 1 on these completions")
     add("--ensemble-coef", metavar="X", type=float, default=1.0, help="of uncertainty: mean − X·variance")
     add("--policy", metavar="FOLDER", action="append", default=[],

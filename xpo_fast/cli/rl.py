@@ -86,7 +86,6 @@ _ROLLOUT_FIELDS: dict[str, tuple[str, type, str]] = {
 }
 FIELDS = (*_METHOD_FIELDS, *_ROLLOUT_FIELDS)
 
-ENSEMBLES = ("mean", "worst", "uncertainty")
 ENSEMBLE_FILE = "reward_ensemble.json"
 ENSEMBLE_SAMPLES = 64
 
@@ -257,8 +256,8 @@ def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]
     models = args.reward_model
     if args.ensemble:
         how, _ = _weighted(args.ensemble)
-        if how not in ENSEMBLES:
-            raise UsageError(f"--ensemble: expected {', '.join(ENSEMBLES)}, got {how!r}")
+        if how not in options.ENSEMBLES:
+            raise UsageError(f"--ensemble: expected {', '.join(options.ENSEMBLES)}, got {how!r}")
         if len(models) < 2:
             raise UsageError(f"--ensemble takes two or more --reward-model, got {len(models)}")
         if any("=" in name for name in models):
