@@ -31,7 +31,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from xpo_fast.models import cache_dir
+from xpo_fast.files import cache_dir
 
 from . import gates
 

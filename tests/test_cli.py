@@ -17,7 +17,7 @@ import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, doctor, models
-from xpo_fast.cli import options, rl
+from xpo_fast.cli import options, rl, training
 from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
@@ -94,7 +94,7 @@ def test_train_every_weight(home, tmp_path, capsys, method, data, strategy):
 def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_path, capsys, monkeypatch):
     given = ["--full", "--lr", "1e-2", "--eval-split", "0", "--epochs", "1"]
     assert train(home, tmp_path / "whole", *given) == 0
-    json_log = options.json_log
+    json_log = training.json_log
 
     def interrupting(args):
         callback = json_log(args)
@@ -103,10 +103,10 @@ def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_pa
         )
         return callback
 
-    monkeypatch.setattr(options, "json_log", interrupting)
+    monkeypatch.setattr(training, "json_log", interrupting)
     assert train(home, tmp_path / "part", *given) == 130
     assert "stopped after step 3 of 5, checkpoint saved" in capsys.readouterr().out
-    monkeypatch.setattr(options, "json_log", json_log)
+    monkeypatch.setattr(training, "json_log", json_log)
 
     assert train(home, tmp_path / "part", *given) == 2
     assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     loaded = data.load(rows, kind="pair")
 
     def split(seed):
-        return options.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
+        return training.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
 
     kept, held = split(1)
     assert len(held) == 4 and len(kept) == 16  # of 5 asked for: prompts come in twos
@@ -247,14 +247,14 @@ def test_training_arguments_are_as_given():
         "train", "--data", "x", "--full", "--dtype", "bfloat16", "--batch-size", "3", "--grad-accum", "2", "--lr", "0.5",
         "--warmup-ratio", "0.25", "--max-grad-norm", "0.75", "--weight-decay", "0.125", "--eval-steps", "7", "--seed", "9",
     ])  # fmt: skip
-    found = options.training_arguments(args, lr=1.0, evaluates=True)
+    found = training.training_arguments(args, lr=1.0, evaluates=True)
     assert found | {
         "learning_rate": 0.5, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "seed": 9,
         "gradient_accumulation_steps": 2, "warmup_steps": 0.25, "max_grad_norm": 0.75, "weight_decay": 0.125,
         "eval_strategy": "steps", "eval_steps": 7, "bf16": True, "fp16": False,
     } == found  # fmt: skip
     args.lr, args.full = None, False
-    without = options.training_arguments(args, lr=0.25, evaluates=False)
+    without = training.training_arguments(args, lr=0.25, evaluates=False)
     assert without["learning_rate"] == 0.25 and without["eval_strategy"] == "no" and not without["bf16"]
     transformers.TrainingArguments(**without | {"output_dir": "unused", "use_cpu": True})
 

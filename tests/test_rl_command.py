@@ -12,8 +12,8 @@ from transformers import TrainerState
 
 from test_trainer import PEFT_WARNING, make_model, make_tokenizer
 from xpo_fast import cli, models
-from xpo_fast.cli import options as common
 from xpo_fast.cli import rl as rl_command
+from xpo_fast.cli import training as common
 from xpo_fast.reward_model import RewardModel
 from xpo_fast.value_head import attach_value_head
 

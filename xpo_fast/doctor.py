@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from . import __version__, native, token_logps
+from .files import cache_dir
 from .head.plan import AUTO_REASON, BACKENDS, choose_backend
-from .models import SMOLLM2, cache_dir, smollm2_gguf
+from .models import SMOLLM2, smollm2_gguf
 
 # What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
 EXTRAS = {

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and values as JSON takes them."""
+"""Files that appear whole or not at all, where they are kept, and values as JSON takes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def cache_dir() -> Path:
+    """Return where converted models, reference log-probs and measurements are kept: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
+    return Path(os.environ.get("XPO_FAST_CACHE") or Path.home() / ".cache" / "xpo_fast")
 
 
 def finite(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .files import cache_dir
 from .lm_head import before_head, causal_lm
 from .types import Head
 
@@ -33,11 +33,6 @@ _FILES = (
 
 # What of a forward's arguments is about logits, or about what is made of them.
 _ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "targets", "use_cache")
-
-
-def cache_dir() -> Path:
-    """Where converted models and reference log-probs are kept: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
-    return Path(os.environ.get("XPO_FAST_CACHE") or Path.home() / ".cache" / "xpo_fast")
 
 
 def load_model(

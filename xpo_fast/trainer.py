@@ -26,9 +26,10 @@ except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
 
 from . import data
+from .files import cache_dir
 from .head import Plan, token_logps
 from .methods.unpaired import kto_kl
-from .models import cache_dir, causal_lm, install_fused_loss, load_model
+from .models import causal_lm, install_fused_loss, load_model
 from .objective import Objective
 from .reduce import sum_over_ranks
 from .reference import (

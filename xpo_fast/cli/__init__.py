@@ -1,5 +1,5 @@
 """The command `xpo-fast`: train, reward and rl make models, eval-reward measures them, recipe repeats it all; methods and
-doctor tell what there is. One module a command; what they share is in options.py. Nothing here imports transformers
+doctor tell what there is. One module a command; they share options.py and the steps in training.py. Nothing here imports transformers
 before a command needs it."""
 
 from __future__ import annotations

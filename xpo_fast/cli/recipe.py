@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models import SMOLLM2
 from ..recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, runs_in, table
-from . import options
+from . import options, training
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     options.check_numbers(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
     _begin(output, args.resume, args.overwrite)
-    options.quiet(args)
+    training.quiet(args)
 
     from transformers import logging as transformers_logging
 
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
                 "generation_batch_size": args.generation_batch_size,
                 "use_cpu": args.cpu,
             },
-            peft_config=None if args.full else options.lora(args),
+            peft_config=None if args.full else training.lora(args),
             rollout=lambda model, tokenizer: GenerateRollout(
                 model, tokenizer, batch_size=args.generation_batch_size
             ),

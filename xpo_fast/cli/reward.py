@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically, write_json
 from ..models import SMOLLM2
-from . import options
+from . import options, training
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def _numbers(text: str) -> list[float]:
 
 def run_reward(args: argparse.Namespace) -> int:
     options.check_numbers(args)
-    output, checkpoint = Path(args.output_dir), options.checkpoint(args)
-    options.quiet(args)
+    output, checkpoint = Path(args.output_dir), training.checkpoint(args)
+    training.quiet(args)
 
     from ..reward_model import SPEC_FILE, load_spec
     from ..reward_trainer import RewardTrainer, checked_settings
@@ -160,7 +160,7 @@ def run_reward(args: argparse.Namespace) -> int:
     checked_settings(config)
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, config.spec())
-    model, tokenizer = options.load(args)
+    model, tokenizer = training.load(args)
     goes_on = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if goes_on:
         load_value_head(model, args.model)
@@ -173,18 +173,18 @@ def run_reward(args: argparse.Namespace) -> int:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=None if args.full or args.head_only or gate_alone else options.lora(args),
-        callbacks=[options.json_log(args)],
+        peft_config=None if args.full or args.head_only or gate_alone else training.lora(args),
+        callbacks=[training.json_log(args)],
     )
-    say = options.say(trainer)
+    say = training.say(trainer)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"model      {args.model}, {trained / 1e6:.2f}M weights trained\ndata       {args.data}: {len(train_rows)} rows "
         f"to train on, {0 if eval_rows is None else len(eval_rows)} held out\nmethod     {args.method}, lr "
         f"{config.learning_rate:g}")  # fmt: skip
-    results = options.begun(args)
+    results = training.begun(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
-    results["train"] = options.fit(trainer, checkpoint)
+    results["train"] = training.fit(trainer, checkpoint)
     if results["train"] is None:
         return 130
     if eval_rows is not None:
@@ -215,7 +215,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         backend=args.backend,
         dataset_num_proc=args.num_proc,
         **_length_rule(args),
-        **options.training_arguments(
+        **training.training_arguments(
             args,
             lr=1e-5 if args.full else 1e-3 if args.head_only else 1e-4,
             evaluates=args.eval_split != 0,
@@ -240,7 +240,7 @@ def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
         return rows
 
     rows = read(args.data)
-    return (rows, read(args.eval_data)) if args.eval_data else options.hold_out(args, rows)
+    return (rows, read(args.eval_data)) if args.eval_data else training.hold_out(args, rows)
 
 
 def _held_out(trainer: Any, rows: Any, picture: Path | None) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.ensemble and len(args.model) < 2:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
     options.check_numbers(args)
-    options.quiet(args)
+    training.quiet(args)
 
     from ..reward_report import compare, plot, plot_comparison, summary
 
@@ -282,7 +282,7 @@ def run_eval(args: argparse.Namespace) -> int:
     scored = list(_scored(args, pairs))
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
     report = {
-        **options.begun(args),
+        **training.begun(args),
         "scorers": [summary(scores) for scores in scored],
         "comparisons": against,
     }

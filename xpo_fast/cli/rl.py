@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
-from . import options
+from . import options, training
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -171,17 +171,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--server needs --lora and --server-lora DIR: else nobody tells it of the policy's new weights"
         )
-    options.quiet(args)
+    training.quiet(args)
 
     from ..reward_model import RewardEnsemble
     from ..rewards import Rewards
     from ..rl import RLTrainer, last_checkpoint
     from ..rollout import ServerRollout
 
-    output, checkpoint = Path(args.output_dir), options.checkpoint(args, last_checkpoint)
+    output, checkpoint = Path(args.output_dir), training.checkpoint(args, last_checkpoint)
     config = _config(args)
     train, held_out = _prompts(args)
-    model, tokenizer = options.load(args)
+    model, tokenizer = training.load(args)
     functions += _models_that_reward(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
     moments, members = output / ENSEMBLE_FILE, [name for name, _ in map(_weighted, args.reward_model)]
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=None if args.full else options.lora(args),
+        peft_config=None if args.full else training.lora(args),
         ptx_dataset=args.ptx_data,
         rollout=ServerRollout(
             args.server,
@@ -206,18 +206,18 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.server
         else None,
-        callbacks=[options.json_log(args)],
+        callbacks=[training.json_log(args)],
     )
-    say = options.say(trainer)
+    say = training.say(trainer)
     _print_header(trainer, args, say)
     if ensemble is not None and ensemble.moments is None:
         _standardise(ensemble, trainer)
         if trainer.is_world_process_zero():
             ensemble.save_moments(moments, members)
-    results = options.begun(args)
+    results = training.begun(args)
     if held_out:
         results["before"] = trainer.evaluate()
-    results["train"] = options.fit(trainer, checkpoint)
+    results["train"] = training.fit(trainer, checkpoint)
     if results["train"] is None:
         return 130
     if held_out:
@@ -321,7 +321,7 @@ def _config(args: argparse.Namespace) -> RLConfig:
         show_samples=args.show_samples,
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
-        **options.training_arguments(
+        **training.training_arguments(
             args, lr=1e-6 if args.full else 2e-5, evaluates=bool(args.eval_data or args.eval_split)
         ),
     )

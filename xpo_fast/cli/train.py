@@ -12,7 +12,7 @@ import torch
 
 from .. import Objective, __version__
 from ..files import write_json
-from . import options
+from . import options, training
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -60,19 +60,19 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     objective = _objective(args.method, dict(args.set))
     options.check_numbers(args)
-    output, checkpoint = Path(args.output_dir), options.checkpoint(args)
-    options.quiet(args)
+    output, checkpoint = Path(args.output_dir), training.checkpoint(args)
+    training.quiet(args)
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, objective)
     trainer = _trainer(args, train_rows, eval_rows)
-    say = options.say(trainer)
+    say = training.say(trainer)
     _print_header(trainer, args, say)
-    results = options.begun(args)
+    results = training.begun(args)
     if eval_rows is not None:
         results["before"] = trainer.held_out()
         if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = options.fit(trainer, checkpoint)
+    results["train"] = training.fit(trainer, checkpoint)
     if results["train"] is None:
         return 130
     if eval_rows is not None:
@@ -123,7 +123,7 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     if args.eval_data:
         held = data.load(args.eval_data, kind=objective.data_kind, split=args.split)
     else:
-        rows, held = options.hold_out(args, rows)
+        rows, held = training.hold_out(args, rows)
     for one in (rows, held):
         if one is not None:
             data.check_columns(one, objective)
@@ -133,7 +133,7 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
 def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTrainer:
     from ..trainer import XPOConfig, XPOTrainer
 
-    model, tokenizer = options.load(args)
+    model, tokenizer = training.load(args)
     lr = (1e-6 if args.full else 5e-5) * (10 if args.method == "sft" else 1)
     config = XPOConfig(
         method=args.method,
@@ -145,7 +145,7 @@ def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTr
         backend=args.backend,
         tile_mib=args.tile_mib,
         dataset_num_proc=args.num_proc,
-        **options.training_arguments(args, lr=lr, evaluates=eval_rows is not None),
+        **training.training_arguments(args, lr=lr, evaluates=eval_rows is not None),
     )
     return XPOTrainer(
         model,
@@ -153,8 +153,8 @@ def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTr
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=None if args.full else options.lora(args),
-        callbacks=[options.json_log(args)],
+        peft_config=None if args.full else training.lora(args),
+        callbacks=[training.json_log(args)],
     )
 
 
