@@ -237,7 +237,9 @@ def runs_in(output: Path) -> list[Path]:
 def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         near = did_you_mean(name, RECIPES)
-        raise ValueError(f"no recipe named {name!r}{near}{' There' if near else '; there'} are {', '.join(RECIPES)}")
+        raise ValueError(
+            f"no recipe named {name!r}{near}{' There' if near else '; there'} are {', '.join(RECIPES)}"
+        )
     return RECIPES[name]
 
 

@@ -13,7 +13,10 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     for known in names:
         by_folded.setdefault(_folded(known), known)
     wanted = _folded(name)
-    found = difflib.get_close_matches(wanted, by_folded, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(wanted, by_folded, n=3, cutoff=0.6)
+    # Letters in another order come first: difflib finds little that is alike in bate and beta.
+    found = [f for f in by_folded if len(wanted) > 2 and sorted(f) == sorted(wanted)]
+    found += [f for f in close if f not in found]
     # A name that was cut short resembles the whole one little by its letters alone.
     if len(wanted) > 2:
         found += [f for f in by_folded if f not in found and f.startswith(wanted)]

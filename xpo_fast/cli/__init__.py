@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """Return the parser of the whole command line, whose commands are parsers of their own, see `parsers`."""
-    parser = Parser(prog="xpo-fast", description="Preference training without logits in memory.", allow_abbrev=False)
+    parser = Parser(
+        prog="xpo-fast", description="Preference training without logits in memory.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for room in (train, reward, rl, recipe):
@@ -74,7 +76,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command not in commands:
         if command and not command.startswith("-"):
             near = did_you_mean(command, commands)
-            whole.error(f"no command named {command!r}{near}{' There' if near else '; there'} are {', '.join(commands)}")
+            whole.error(
+                f"no command named {command!r}{near}{' There' if near else '; there'} are {', '.join(commands)}"
+            )
+        if command.startswith("-") and whole.named(command) is None and command != "-h":
+            whole.error(unknown(whole, argv, (), commands.values()))
         return whole.parse_args(argv)
     parser = commands[command]
     try:
@@ -91,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(one_line(error))
     args, extra = parser.parse_known_args([*given, *found])
     if extra:
-        parser.error(unknown(parser, extra, aliases.names(typed)))
+        parser.error(unknown(parser, extra, aliases.names(typed), commands.values()))
     return args
 
 
@@ -105,7 +111,9 @@ def _add_told(commands: argparse._SubParsersAction) -> None:
     from .. import catalogue
 
     catalogue.add_parser(commands)
-    doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False)
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
+    )
     doctor.set_defaults(run=_doctor)
 
 

@@ -56,9 +56,8 @@ def around(command: str, parser: Parser, words: Iterable[str]) -> Typed:
 def translate(given: Given, typed: Typed) -> list[str]:
     """Return the words for an option that the command does not declare; itself, where nobody knows it."""
     name = given.name.replace("-", "_")
-    as_typed = [f"--{given.name}" + ("" if given.value is None else f"={given.value}"), *given.words]
     if typed.command not in COMMANDS:
-        return as_typed
+        return given.typed
     if typed.command != "recipe" and name in hyperparameters(typed.method, typed.command):
         return _set(given, name)
     if name in TRAINER_ARGUMENTS:
@@ -68,7 +67,7 @@ def translate(given: Given, typed: Typed) -> list[str]:
         return alias.words(given, typed)
     if name in _REFUSED:
         raise UsageError(f"--{given.name} is not an option of xpo-fast {typed.command}: {_REFUSED[name]}")
-    return as_typed
+    return given.typed
 
 
 def hyperparameters(method: str, command: str) -> tuple[str, ...]:
@@ -86,8 +85,10 @@ def hyperparameters(method: str, command: str) -> tuple[str, ...]:
 def _renamed(option: str) -> Alias:
     def words(given: Given, typed: Typed) -> list[str]:
         if typed.parser.named(option) is None:
-            raise UsageError(f"--{given.name} is --{option} of other commands; xpo-fast {typed.command} has none")
-        return [f"--{option}" + ("" if given.value is None else f"={given.value}"), *given.words]
+            raise UsageError(
+                f"--{given.name} is --{option} of other commands; xpo-fast {typed.command} has none"
+            )
+        return Given(option, given.value, given.words).typed
 
     return Alias(f"`--{option}`", words)
 
@@ -104,7 +105,9 @@ def _choices(what: str, **words_by_value: list[str] | str) -> Alias:
 
     def words(given: Given, typed: Typed) -> list[str]:
         value = (given.values[0] if given.values else "true").lower()
-        value = "true" if value in TRUE else "false" if value in FALSE and "no" not in words_by_value else value
+        value = (
+            "true" if value in TRUE else "false" if value in FALSE and "no" not in words_by_value else value
+        )
         found = words_by_value.get(value, f"it is not known here; expected {', '.join(words_by_value)}")
         if isinstance(found, str):
             raise UsageError(f"--{given.name} {value}: {found}")
@@ -128,7 +131,11 @@ def _hyperparameter(*names: str) -> Alias:
 
 
 def _set(given: Given, name: str) -> list[str]:
-    value = given.values[0] if len(given.values) == 1 else json.dumps([setting(f"x={v}")[1] for v in given.values])
+    value = (
+        given.values[0]
+        if len(given.values) == 1
+        else json.dumps([setting(f"x={v}")[1] for v in given.values])
+    )
     if not given.values:
         value = "true"
     return [f"--set={name}={value}"]
@@ -146,7 +153,7 @@ def _half(dtype: str) -> Alias:
         if given.switch() is False:
             return []
         full, peft = typed.options.get("full"), typed.options.get("use-peft")
-        every_weight = full is not None and full.switch() or peft is not None and peft.switch() is False
+        every_weight = (full is not None and full.switch()) or (peft is not None and peft.switch() is False)
         if not every_weight or typed.command == "recipe":
             raise UsageError(
                 f"--{given.name} is mixed precision, which goes with --full; with an adapter, --dtype {dtype} keeps the frozen "
@@ -203,7 +210,11 @@ def _level(given: Given, typed: Typed) -> list[str]:
     if typed.has("loss-type"):
         return []  # read together with it
     wanted = ("gspo", "luspo") if given.values[:1] == ["sequence"] else _POLICY_LOSS_TYPES
-    if typed.method not in wanted or (typed.method == "luspo") != (given.values[:1] == ["sequence"]) and typed.method != "gspo":
+    if (
+        typed.method not in wanted
+        or ((typed.method == "luspo") != (given.values[:1] == ["sequence"])
+        and typed.method != "gspo")
+    ):
         raise UsageError(f"--{given.name}: the method says it here; sequence is --method gspo or luspo")
     return []
 
@@ -247,9 +258,10 @@ def _reward_funcs(given: Given, typed: Typed) -> list[str]:
 def _hub_model_id(given: Given, typed: Typed) -> list[str]:
     push = typed.options.get("push-to-hub")
     if push is None:
-        raise UsageError(f"--{given.name} is where --push-to-hub pushes: give that, too, or --push-to-hub NAME alone")
+        raise UsageError(
+            f"--{given.name} is where --push-to-hub pushes: give that, too, or --push-to-hub NAME alone"
+        )
     return [] if push.switch() is False else [f"--push-to-hub={value}" for value in given.values]
-
 
 
 def _resume(given: Given, typed: Typed) -> list[str]:
@@ -260,8 +272,6 @@ def _resume(given: Given, typed: Typed) -> list[str]:
 
 def _use_weighting(given: Given, typed: Typed) -> list[str]:
     return [] if given.switch() is False else ["--set=wpo=true", "--set=clamp=false"]
-
-
 
 
 _NO_LAYOUTS = "packed layouts do not exist yet: --group-by-length makes batches of rows of like length, with less padding"

@@ -38,7 +38,9 @@ def check_names(args: argparse.Namespace) -> None:
         value, names = getattr(args, name), [entry.value for entry in known]
         if value is not None and value not in names:
             near = did_you_mean(value, names)
-            raise UsageError(f"--{name} {value}: no such name{near}{' There' if near else '; there'} are {', '.join(names)}")
+            raise UsageError(
+                f"--{name} {value}: no such name{near}{' There' if near else '; there'} are {', '.join(names)}"
+            )
 
 
 def check_further(args: argparse.Namespace) -> None:
@@ -51,10 +53,17 @@ def check_further(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--train {name}: it takes {', '.join(TRAINER_ARGUMENTS)}{did_you_mean(name, TRAINER_ARGUMENTS)}"
             )
-        default, number = fields[name].default, isinstance(value, (int, float)) and not isinstance(value, bool)
+        default, number = (
+            fields[name].default,
+            isinstance(value, (int, float)) and not isinstance(value, bool),
+        )
         if isinstance(default, bool) and not isinstance(value, bool):
             raise UsageError(f"--train {name}: expected true or false, got {value!r}")
-        if isinstance(default, (int, float)) and not isinstance(default, bool) and not (number and math.isfinite(value)):
+        if (
+            isinstance(default, (int, float))
+            and not isinstance(default, bool)
+            and not (number and math.isfinite(value))
+        ):
             raise UsageError(f"--train {name}: expected a number, got {value!r}")
 
 
@@ -72,7 +81,9 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
             layer.weight.grad = torch.ones_like(layer.weight)
             made(layer.parameters(), **options).step()
         except Exception as error:  # of any package that an optimizer comes from
-            raise UsageError(f"--optim {name} does not work here: {str(error).strip() or type(error).__name__}") from error
+            raise UsageError(
+                f"--optim {name} does not work here: {str(error).strip() or type(error).__name__}"
+            ) from error
 
 
 def check_quantisation(args: argparse.Namespace) -> None:
@@ -98,9 +109,13 @@ def check_hub() -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise UsageError("--push-to-hub: the hub is switched off by HF_HUB_OFFLINE; unset it, or leave --push-to-hub out")
+        raise UsageError(
+            "--push-to-hub: the hub is switched off by HF_HUB_OFFLINE; unset it, or leave --push-to-hub out"
+        )
     if huggingface_hub.get_token() is None:
-        raise UsageError("--push-to-hub: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write")
+        raise UsageError(
+            "--push-to-hub: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write"
+        )
     try:
         huggingface_hub.HfApi().whoami()
     except Exception as error:  # whichever client the hub's package uses has errors of its own

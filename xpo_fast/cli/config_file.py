@@ -31,7 +31,7 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
     its option. Raises UsageError with the file and the line.
     """
     entries = list(_read(Path(path)))
-    from_file = [word for _, given in entries for word in _as_words(given)]
+    from_file = [word for _, given in entries for word in given.typed]
     around = aliases.around(command, parser, [*from_file, *typed])
     taken, off = spelled(parser, typed, lambda given: aliases.translate(given, around))
     kept_out = set(off)
@@ -46,7 +46,7 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
             near = did_you_mean(given.name, [*options, *aliases.names(around)])
             raise UsageError(f"{where}: xpo-fast {command} has no option {given.name}{near}")
         try:
-            own, _ = spelled(parser, _as_words(given), lambda other: aliases.translate(other, around))
+            own, _ = spelled(parser, given.typed, lambda other: aliases.translate(other, around))
             parsed = _checked(parser, own)
         except (UsageError, argparse.ArgumentError) as error:
             raise UsageError(f"{where}: {error}") from error
@@ -79,9 +79,13 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         options[name] = value
     folder, positional = str(output), [str(args.name)] if command == "recipe" else []
     again = ["xpo-fast", command, *positional, "--config", f"{folder}/{FILE}", "--output-dir", f"{folder}-2"]
-    comment = f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
+    comment = (
+        f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
+    )
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / FILE, (comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)).encode())
+    write_atomically(
+        output / FILE, (comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)).encode()
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -114,7 +118,9 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror}); expected a YAML or JSON file") from error
+        raise UsageError(
+            f"--config {path}: cannot be read ({error.strerror}); expected a YAML or JSON file"
+        ) from error
     if path.suffix.lower() == ".json":
         try:
             json.loads(text)
@@ -126,7 +132,9 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        raise UsageError(
+            f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})"
+        ) from error
     if document is None:
         return
     if not isinstance(document, yaml.MappingNode):
@@ -181,15 +189,9 @@ def _json(node: Any) -> str:
         loader.dispose()
 
 
-def _as_words(given: Given) -> list[str]:
-    if given.value is not None:
-        return [f"--{given.name}={given.value}"]
-    return [f"--{given.name}", *given.words]
-
-
 def _known(given: Given, typed: aliases.Typed) -> bool:
     try:
-        return aliases.translate(given, typed)[:1] != [f"--{given.name}" + ("" if given.value is None else f"={given.value}")]
+        return aliases.translate(given, typed) != given.typed
     except UsageError:
         return True
 
@@ -212,12 +214,16 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
         else:
             assert action is not None, word
             if action.nargs in ("+", "*"):
-                first = [] if any(dest == action.dest for _, dest in words) else [(action.option_strings[-1], action.dest)]
+                first = (
+                    []
+                    if any(dest == action.dest for _, dest in words)
+                    else [(action.option_strings[-1], action.dest)]
+                )
                 _of_type(parser, action, word)
                 words += [*first, (word, action.dest)]
                 continue
             repeated = any(dest == action.dest for _, dest in words)
-            if action.nargs == 0 or repeated and not isinstance(action, argparse._AppendAction):
+            if action.nargs == 0 or (repeated and not isinstance(action, argparse._AppendAction)):
                 raise argparse.ArgumentError(action, f"takes one value, got another, {word!r}")
             words.append((_of_type(parser, action, word), action.dest))
     return words

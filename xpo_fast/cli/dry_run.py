@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 
 
-def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
+def preferences(
+    args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any
+) -> None:
     """Print what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
     from ..reference import choose
@@ -52,7 +54,9 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     _rendered(_batch(encoded, RewardCollator(tokenizer.pad_token_id, spec, tokenizer), config), tokenizer)
 
 
-def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
+def prompts(
+    args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any
+) -> None:
     """Print what `xpo-fast rl` would do. config: its RLConfig; names: of the rewards."""
     from ..rollout import encode_prompts
 
@@ -72,10 +76,16 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
     print(f"rewards    {', '.join(names)}")
     print(f"method     {config.objective()}, advantages: {config.estimator}")
-    print(f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most {config.max_new_tokens} tokens")
-    print(f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {config.lr_scheduler_type}")
+    print(
+        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most {config.max_new_tokens} tokens"
+    )
+    print(
+        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {_name(config.lr_scheduler_type)}"
+    )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
-        print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
+        print(
+            f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}"
+        )
     _end()
 
 
@@ -115,7 +125,13 @@ def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit
     base = total if args.full else total - trained
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     bits = "4 bits" if args.load_in_4bit else "8 bits" if args.load_in_8bit else dtype
-    how = "every weight" if args.full else "the value head" if getattr(args, "head_only", False) else f"LoRA of rank {args.lora_rank}"
+    how = (
+        "every weight"
+        if args.full
+        else "the value head"
+        if getattr(args, "head_only", False)
+        else f"LoRA of rank {args.lora_rank}"
+    )
     print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
     held = "none" if held_out is None else len(held_out)
     print(f"data       {args.data}: {len(rows)} {unit} to train on, {held} held out")
@@ -133,14 +149,20 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     shortened = [[len(ids) for ids in row] for row in _completions(encoded, kind)]
     _table({"prompt": prompt, "completion": [len(ids) for row in completions for ids in row], "both": both})
     cut_prompts = sum(a < b for a, b in zip(kept, prompt, strict=True))
-    cut = sum(a < len(b) for short, row in zip(shortened, completions, strict=True) for a, b in zip(short, row, strict=True))
+    cut = sum(
+        a < len(b)
+        for short, row in zip(shortened, completions, strict=True)
+        for a, b in zip(short, row, strict=True)
+    )
     read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
     scored = sum(map(sum, shortened))
     print(
         f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} completions at the "
         f"end, to --max-length {config.max_length}"
     )
-    print(f"tokens     {read + scored} read per epoch: {read / (read + scored):.0%} of prompts, {scored} of completions")
+    print(
+        f"tokens     {read + scored} read per epoch: {read / (read + scored):.0%} of prompts, {scored} of completions"
+    )
 
 
 def _completions(encoded: Any, kind: str) -> Iterable[list[list[int]]]:
@@ -167,7 +189,7 @@ def _steps(config: Any, rows: int) -> None:
     each = config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps
     print(
         f"steps      {steps} of {each} rows, {per_epoch} per epoch; lr {config.learning_rate:g}, "
-        f"{config.lr_scheduler_type}, {config.get_warmup_steps(steps)} warm up"
+        f"{_name(config.lr_scheduler_type)}, {config.get_warmup_steps(steps)} warm up"
     )
 
 
@@ -181,7 +203,11 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
     def shape_of(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
+        return (
+            torch.empty((), dtype=x.dtype, device=config.device)
+            .expand(x.shape)
+            .requires_grad_(x.requires_grad)
+        )
 
     head = Head.from_model(causal_lm(model))
     weight = shape_of(head.weight)
@@ -193,7 +219,9 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:
     """Each sequence of a batch as text, what is scored between ⟦ and ⟧."""
     targets, ids, mask = batch["targets"], batch["input_ids"], batch["attention_mask"]
-    print(f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):")
+    print(
+        f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):"
+    )
     for r in range(len(ids)):
         scored = [False, *(targets[r, :-1] != -100).tolist()]
         tokens = [(int(t), s) for t, s, m in zip(ids[r], scored, mask[r], strict=True) if m]
@@ -213,3 +241,7 @@ def _marked(tokens: list[tuple[int, bool]], tokenizer: Any) -> str:
 
 def _end() -> None:
     print("\nNothing was trained or written; leave --dry-run out to train.")
+
+
+def _name(scheduler: Any) -> str:
+    return str(getattr(scheduler, "value", scheduler))

@@ -87,7 +87,9 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
     if example and command in example.split()[1:2]:
         lines.append(f"    {example}\n")
     elif example and title in _SHARED and f"xpo-fast {command}" in _SHARED_EXAMPLES:
-        lines.append(f"    {example.replace('xpo-fast train --data pairs.jsonl', _SHARED_EXAMPLES[f'xpo-fast {command}'])}\n")
+        lines.append(
+            f"    {example.replace('xpo-fast train --data pairs.jsonl', _SHARED_EXAMPLES[f'xpo-fast {command}'])}\n"
+        )
     lines += ["| option | what it does |", "| --- | --- |"]
     for action in actions:
         about = _help(action)
@@ -119,7 +121,11 @@ def _usage(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action) -> str:
     about = action.help or ""
-    shown = action.default not in (None, False, argparse.SUPPRESS) and action.default != [] and "(default" not in about
+    shown = (
+        action.default not in (None, False, argparse.SUPPRESS)
+        and action.default != []
+        and "(default" not in about
+    )
     return _text(about + (f" (default: {action.default})" if shown else "")) + "."
 
 
@@ -128,11 +134,12 @@ def _text(text: str) -> str:
 
 
 def _names_elsewhere() -> str:
-    from .aliases import ALIASES, _REFUSALS, loss_types
+    from .aliases import _REFUSALS, ALIASES, loss_types
 
     rows = "\n".join(f"| `{name}` | {_text(alias.becomes)} |" for name, alias in ALIASES.items())
     refused = "\n".join(
-        f"| {', '.join(f'`{name}`' for name in sorted(names.split()))} | {_text(what)} |" for what, names in _REFUSALS.items()
+        f"| {', '.join(f'`{name}`' for name in sorted(names.split()))} | {_text(what)} |"
+        for what, names in _REFUSALS.items()
     )
     losses = "\n".join(f"| `{theirs}` | `{ours}` |" for theirs, ours in loss_types().items())
     return _ELSEWHERE.format(rows=rows, refused=refused, losses=losses)

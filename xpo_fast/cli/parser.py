@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from ..wording import did_you_mean
@@ -55,6 +55,11 @@ class Given:
         """The value behind `=`, or the words that follow the option."""
         return self.words if self.value is None else [self.value]
 
+    @property
+    def typed(self) -> list[str]:
+        """The words that it was typed as."""
+        return [f"--{self.name}" + ("" if self.value is None else f"={self.value}"), *self.words]
+
     def switch(self) -> bool | None:
         """Return True or False for an option that is written as a switch, None where its value is another one."""
         if not self.values:
@@ -85,7 +90,9 @@ def split(words: Sequence[str]) -> Iterator[Given | str]:
         yield found
 
 
-def spelled(parser: Parser, words: Sequence[str], translate: Callable[[Given], list[str]]) -> tuple[list[str], set[str]]:
+def spelled(
+    parser: Parser, words: Sequence[str], translate: Callable[[Given], list[str]]
+) -> tuple[list[str], set[str]]:
     """Return the words as the parser declares its options, and the destinations of the switches that are turned off.
 
     translate: the words for an option that the parser does not have; what it leaves as it is, argparse refuses.
@@ -105,14 +112,12 @@ def spelled(parser: Parser, words: Sequence[str], translate: Callable[[Given], l
             off.add(negated.dest)
             found += given.words
         else:
-            more, turned_off = spelled(parser, translate(given), lambda other: _as_typed(other))
-            found += more
-            off |= turned_off
+            words_here = translate(given)
+            if words_here != given.typed:
+                words_here, turned_off = spelled(parser, words_here, lambda other: other.typed)
+                off |= turned_off
+            found += words_here
     return found, off
-
-
-def _as_typed(given: Given) -> list[str]:
-    return [f"--{given.name}" + ("" if given.value is None else f"={given.value}"), *given.words]
 
 
 def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
@@ -141,12 +146,18 @@ def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
     return False
 
 
-def unknown(parser: Parser, words: Sequence[str], names: Sequence[str]) -> str:
-    """Return what is said of words that nothing takes. names: what the command also takes beside its options."""
+def unknown(parser: Parser, words: Sequence[str], names: Sequence[str], others: Iterable[Parser] = ()) -> str:
+    """Return what is said of words that nothing takes.
+
+    names: what the command also takes beside its options. others: the parsers of other commands.
+    """
+    said = f"unrecognized arguments: {' '.join(words)}"
+    first = next((w for w in words if w.startswith("-")), "").partition("=")[0]
+    having = [other.prog for other in others if first and other.named(first) is not None]
+    if having:
+        return f"{said}; {' and '.join(having)} {'have' if having[1:] else 'has'} it, {parser.prog} has not"
     options = [a.option_strings[-1] for a in parser.documented()] + [f"--{name}" for name in names]
-    first = next((w for w in words if w.startswith("-")), words[0]).partition("=")[0]
-    near = did_you_mean(first, options) if first.startswith("-") else ""
-    return f"unrecognized arguments: {' '.join(words)}{near}"
+    return said + (did_you_mean(first, options) if first else "")
 
 
 def option(action: argparse.Action) -> Any:

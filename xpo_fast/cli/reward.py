@@ -225,9 +225,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         backend=args.backend,
         dataset_num_proc=args.num_proc,
         **_length_rule(args),
-        **training.training_arguments(
-            args, lr=_learning_rate(args), evaluates=args.eval_split != 0
-        ),
+        **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),
     )
 
 

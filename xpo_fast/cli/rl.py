@@ -178,11 +178,16 @@ def run(args: argparse.Namespace) -> int:
     from ..rl import RLTrainer, last_checkpoint
     from ..rollout import ServerRollout
 
-    output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args, last_checkpoint)
+    output, checkpoint = (
+        Path(args.output_dir),
+        None if args.dry_run else training.checkpoint(args, last_checkpoint),
+    )
     config = _config(args)
     train, held_out = _prompts(args)
     if args.dry_run:
-        dry_run.prompts(args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out)
+        dry_run.prompts(
+            args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out
+        )
         return 0
     model, tokenizer = training.load(args)
     functions += _models_that_reward(args, config.device)

@@ -233,5 +233,7 @@ def register(
 def get_method(name: str) -> Method:
     if name not in _METHODS:
         near = did_you_mean(name, sorted(_METHODS))
-        raise ValueError(f"no method named {name!r}{near}{' There' if near else '; there'} are {', '.join(sorted(_METHODS))}")
+        raise ValueError(
+            f"no method named {name!r}{near}{' There' if near else '; there'} are {', '.join(sorted(_METHODS))}"
+        )
     return _METHODS[name]
