@@ -357,7 +357,7 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
     parser = cli.parsers()[command]
     for action in parser.documented():
         option = action.option_strings[-1]
-        assert parser.named(option.replace("-", "_")) is action
+        assert parser.named("--" + option[2:].replace("-", "_")) is action
         if action.nargs is None and action.type in (int, float) and action.dest != "eval_split":
             name = option[2:].replace("-", "_")
             needed = ("--data", "x") if parser.named("data").required else ()
@@ -489,11 +489,12 @@ def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
 def test_loss_types_are_those_of_the_table_of_conversions():
     from xpo_fast.methods import METHODS
 
-    table = (Path(__file__).parents[1] / "docs" / "conversions.md").read_text()
+    rows = [line.split("|") for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()]
     for theirs, ours in aliases.loss_types().items():
         assert ours in METHODS
-        if theirs not in ("sigmoid", "sft", "nll", "kto", "simpo", "apo_zero_unpaired"):  # names of trainers there, or rows of two
-            assert re.search(rf"`{ours}[`(].*`({theirs})`|same names.*{theirs}|`{theirs}`", table), theirs
+        if theirs not in (ours, "nll"):  # what SFTTrainer calls its only loss of this kind
+            here = [row for row in rows if len(row) > 4 and re.search(rf"`{ours}[`(]", row[2])]
+            assert any(re.search(rf"\b{theirs}\b", row[4]) for row in here), theirs
 
 
 @pytest.mark.parametrize(
@@ -530,7 +531,7 @@ def test_a_typo_is_answered_with_the_nearest_names(capsys, words, message):
 
 def test_a_model_that_is_not_there_is_answered_with_its_neighbour(home, tmp_path, capsys):
     assert train(home, tmp_path / "out", "--model", str(home / "modle")) == 2
-    assert f"no such folder; did you mean {home / 'model'}?" in capsys.readouterr().err
+    assert "no such folder; did you mean model?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--lr", "-1e-4"), ("--lr", "-.5"), ("--weight-decay", "-inf"), ("--seed", "-1")])
@@ -570,8 +571,9 @@ def test_options_reach_the_trainers_arguments():
 
 
 def test_another_optimizer_trains(home, tmp_path):
-    assert train(home, tmp_path / "sgd", "--max-steps", "2", "--optim", "sgd", "--lr", "0.5", "--eval-split", "0") == 0
-    assert train(home, tmp_path / "adam", "--max-steps", "2", "--lr", "0.5", "--eval-split", "0") == 0
+    words = ["--lr", "0.5", "--eval-split", "0", "--warmup-ratio", "0"]
+    assert train(home, tmp_path / "sgd", "--max-steps", "2", "--optim", "sgd", *words) == 0
+    assert train(home, tmp_path / "adam", "--max-steps", "2", *words) == 0
     sgd, adam = ([e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("sgd", "adam"))
     assert sgd[0] == adam[0] and sgd[1] != adam[1]
 
@@ -589,10 +591,13 @@ def test_training_on_quantised_weights(home, tmp_path, capsys, bits):
     make_model(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "wide")
     make_tokenizer().save_pretrained(tmp_path / "wide")
     out = tmp_path / "out"
-    words = ["--model", str(tmp_path / "wide"), f"--load-in-{bits}bit", "--max-steps", "2", "--lr", "0.02"]
+    words = ["--model", str(tmp_path / "wide"), f"--load-in-{bits}bit", "--max-steps", "2", "--lr", "0.02", "--warmup-ratio", "0"]
     assert train(home, out, *words) == 0
     assert "LoRA of rank 16" in capsys.readouterr().out
-    assert [e for e in log_of(out) if "loss" in e][1]["loss"] != pytest.approx(0.6931, abs=1e-4)
+    first, second = (e for e in log_of(out) if "loss" in e)
+    # The reference is the policy as it begins, and both are computed alike; and it learns.
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["grad_norm"] > 0.1
+    assert second["loss"] != pytest.approx(0.6931, abs=1e-4)
     model, _ = models.load_model(str(out))
     assert type(model) is transformers.LlamaForCausalLM
     args = cli.parse(["train", "--data", "x", *words, "--dtype", "bfloat16", "--cpu"])
@@ -634,17 +639,16 @@ class TestHub:
         monkeypatch.setattr(hub.HfApi, "whoami", whoami)
         assert "does not answer or does not know the token (no route)" in self.refused(capsys)
 
-    def test_the_model_is_pushed(self, home, tmp_path, monkeypatch):
-        from transformers import trainer
-
+    def test_the_model_is_pushed(self, hub, home, tmp_path, monkeypatch):
         made, pushed = [], []
+        job = types.SimpleNamespace(done=lambda: True)
 
-        def create_repo(name, **options):
+        def create_repo(self, name, **options):
             made.append((name, options.get("private")))
             return types.SimpleNamespace(repo_id=f"me/{name}")
 
-        monkeypatch.setattr(trainer, "create_repo", create_repo)
-        monkeypatch.setattr(trainer, "upload_folder", lambda **options: pushed.append(options["repo_id"]))
+        monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
+        monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **options: pushed.append(options["repo_id"]) or job)
         assert train(home, tmp_path / "out", "--max-steps", "1", "--push-to-hub", "it", "--hub-private") == 0
         assert made == [("it", True)] and pushed and set(pushed) == {"me/it"}
 
@@ -697,7 +701,7 @@ def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
 def test_the_command_line_answers_without_torch():
     code = (
         "import sys; from xpo_fast import cli\n"
-        "for words in (['--version'], ['--help'], ['train', '--help'], ['rl', '--data', 'x', '--max-draw', '1'], ['help', 'train']):\n"
+        "for words in (['--version'], ['--help'], ['train', '--help'], ['rl', '--lr', 'x'], ['help', 'train']):\n"
         "    try: cli.main(words)\n"
         "    except SystemExit: pass\n"
         "cli.parse(['train', '--data', 'x', '--learning_rate', '1', '--lora_r', '4'])\n"

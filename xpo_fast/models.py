@@ -57,9 +57,9 @@ def load_model(
     # A hub's name is NAME or OWNER/NAME; anything else is a folder, and asking the hub for it would take a while.
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         beside = Path(path).expanduser().parent
-        folders = [str(Path(path).parent / p.name) for p in beside.iterdir()] if beside.is_dir() else []
+        folders = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
         raise ValueError(
-            f"no model in {name_or_path!r}: no such folder{did_you_mean(name_or_path, folders)}; expected {expected}"
+            f"no model in {name_or_path!r}: no such folder{did_you_mean(Path(path).name, folders)}; expected {expected}"
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)

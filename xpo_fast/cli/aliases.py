@@ -58,8 +58,6 @@ def translate(given: Given, typed: Typed) -> list[str]:
     name = given.name.replace("-", "_")
     if typed.command not in COMMANDS:
         return given.typed
-    if typed.command != "recipe" and name in hyperparameters(typed.method, typed.command):
-        return _set(given, name)
     if name in TRAINER_ARGUMENTS:
         return _trainer_argument(given, name)
     alias = ALIASES.get(name)
@@ -67,6 +65,8 @@ def translate(given: Given, typed: Typed) -> list[str]:
         return alias.words(given, typed)
     if name in _REFUSED:
         raise UsageError(f"--{given.name} is not an option of xpo-fast {typed.command}: {_REFUSED[name]}")
+    if typed.command != "recipe" and name in hyperparameters(typed.method, typed.command):
+        return _set(given, name)
     return given.typed
 
 
@@ -210,10 +210,8 @@ def _level(given: Given, typed: Typed) -> list[str]:
     if typed.has("loss-type"):
         return []  # read together with it
     wanted = ("gspo", "luspo") if given.values[:1] == ["sequence"] else _POLICY_LOSS_TYPES
-    if (
-        typed.method not in wanted
-        or ((typed.method == "luspo") != (given.values[:1] == ["sequence"])
-        and typed.method != "gspo")
+    if typed.method not in wanted or (
+        (typed.method == "luspo") != (given.values[:1] == ["sequence"]) and typed.method != "gspo"
     ):
         raise UsageError(f"--{given.name}: the method says it here; sequence is --method gspo or luspo")
     return []
@@ -332,7 +330,7 @@ ALIASES: dict[str, Alias] = {
     "center_rewards_coefficient": _hyperparameter("center"),
     "epsilon": Alias("`--set eps=…`, or `eps_low`, `eps_high`", _epsilon),
     "epsilon_high": _hyperparameter("eps_high", "cap"),
-    "delta": _hyperparameter("dual_clip"),
+    "delta": _hyperparameter("delta", "dual_clip"),
     **{f"sapo_temperature_{side}": _hyperparameter(f"tau_{side}") for side in ("pos", "neg")},
     **{f"vespo_{name}_{side}": _hyperparameter(f"{name}_{side}") for name in ("k", "lambda") for side in ("pos", "neg")},
     "sync_ref_model": _choices("accepted as false", false=[], true="--ref-mixin of xpo-fast rl moves the reference"),

@@ -112,9 +112,12 @@ def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
         further["attn_implementation"] = args.attn
     if args.trust_remote_code:
         further["trust_remote_code"] = True
-    if (args.load_in_4bit or args.load_in_8bit) and "device_map" not in further:
+    bits = (args.load_in_4bit or args.load_in_8bit) and "device_map" not in further
+    if bits:
         further |= quantised(args)
     model, tokenizer = load_model(args.model, dtype="float32" if args.full else args.dtype, **further)
+    if bits:
+        _evaluate_as_trained(model)
     if args.chat_template:
         tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
     return model, tokenizer
@@ -143,6 +146,22 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
         else BitsAndBytesConfig(load_in_8bit=True)
     }
     return found | ({"device_map": "cpu"} if args.cpu else {})  # else that of the process
+
+
+def _evaluate_as_trained(model: Any) -> None:
+    """Have bitsandbytes compute on the CPU in evaluation as it does in training.
+
+    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
+    to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
+            module.train()
+            module.train = lambda mode=True, module=module: module
 
 
 def lora(args: argparse.Namespace) -> Any:
