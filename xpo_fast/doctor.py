@@ -9,8 +9,6 @@ import importlib.util
 import math
 import os
 import platform
-import re
-from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from . import __version__, native, precision, token_logps
 from .files import cache_dir
 from .head.plan import AUTO_REASON, BACKENDS, choose_backend
 from .models import SMOLLM2, smollm2_gguf
+from .wording import one_line
 
 # What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
 EXTRAS = {
@@ -25,13 +24,6 @@ EXTRAS = {
     "demo": ("gguf",),
     "bench": ("trl", "liger_kernel"),
 }
-
-
-def add_parser(commands: Any) -> None:
-    doctor = commands.add_parser(
-        "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
-    )
-    doctor.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,7 +134,3 @@ def _try_backend(name: str, device: torch.device) -> str:
         if torch.allclose(logp.cpu(), torch.full((2,), -math.log(5.0)))
         else f"wrong result {logp.tolist()}"
     )
-
-
-def one_line(error: BaseException) -> str:
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__

@@ -19,6 +19,7 @@ from . import precision
 from .files import cache_dir
 from .lm_head import before_head, causal_lm
 from .types import Head
+from .wording import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,14 +63,19 @@ def load_model(
     expected = f"{SMOLLM2!r}, a folder saved by save_pretrained, or a name on the Hugging Face hub"
     # A hub's name is NAME or OWNER/NAME; anything else is a folder, and asking the hub for it would take a while.
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise ValueError(f"no model in {name_or_path!r}: no such folder; expected {expected}")
+        beside = Path(path).expanduser().parent
+        folders = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
+        raise ValueError(
+            f"no model in {name_or_path!r}: no such folder{did_you_mean(Path(path).name, folders)}; expected {expected}"
+        )
     try:
         model = load_weights(AutoModelForCausalLM, path, dtype, device, kwargs)
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(kwargs))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
+        near = did_you_mean(name_or_path, [SMOLLM2, *(p.name for p in Path().iterdir() if p.is_dir())])
         raise ValueError(
-            f"cannot load a model from {name_or_path!r}: expected {expected}. {reason}"
+            f"cannot load a model from {name_or_path!r}{near}: expected {expected}. {reason}"
         ) from error
     return model, tokenizer
 

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..doctor import versions
 from ..files import finite, write_atomically
-from .options import HELD_OUT_AT_MOST, UsageError, count
+from .options import HELD_OUT_AT_MOST, SMOLLM2, UsageError, count
 
 if TYPE_CHECKING:
     import datasets
@@ -105,17 +104,64 @@ def quiet(args: argparse.Namespace) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about one another
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the tokenizer; the weights in float32 where all are trained."""
+def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
+    """The model and the tokenizer; the weights in float32 where all are trained. further: for `load_model`."""
     from ..models import load_model
 
-    further: dict[str, Any] = {"attn_implementation": args.attn} if args.attn else {}
+    if args.attn:
+        further["attn_implementation"] = args.attn
     if args.trust_remote_code:
         further["trust_remote_code"] = True
+    bits = (args.load_in_4bit or args.load_in_8bit) and "device_map" not in further
+    if bits:
+        further |= quantised(args)
     model, tokenizer = load_model(args.model, dtype="float32" if args.full else args.dtype, **further)
+    if bits:
+        _evaluate_as_trained(model)
     if args.chat_template:
         tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
     return model, tokenizer
+
+
+def quantised(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for --load-in-4bit and --load-in-8bit."""
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    from ..models import smollm2_path
+
+    dtype = args.dtype
+    if dtype == "auto":
+        path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
+        dtype = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype or "float32"
+    compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    found: dict[str, Any] = {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        if args.load_in_4bit
+        else BitsAndBytesConfig(load_in_8bit=True)
+    }
+    return found | ({"device_map": "cpu"} if args.cpu else {})  # else that of the process
+
+
+def _evaluate_as_trained(model: Any) -> None:
+    """Have bitsandbytes compute on the CPU in evaluation as it does in training.
+
+    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
+    to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
+            module.train()
+            module.train = lambda mode=True, module=module: module
 
 
 def lora(args: argparse.Namespace) -> Any:
@@ -149,7 +195,7 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
         "gradient_accumulation_steps": args.grad_accum,
         "lr_scheduler_type": args.scheduler,
         # A share of the steps below 1 is what transformers takes warmup_steps for, too.
-        "warmup_steps": args.warmup_ratio,
+        "warmup_steps": args.warmup_ratio if args.warmup_steps is None else args.warmup_steps,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
         "seed": args.seed,
@@ -164,6 +210,11 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
         "save_steps": args.save_steps,
         "save_total_limit": args.save_total_limit,
         "report_to": args.report_to,
+        "push_to_hub": bool(args.push_to_hub),
+        "hub_model_id": args.push_to_hub if isinstance(args.push_to_hub, str) else None,
+        "hub_private_repo": args.hub_private or None,
+        **({"optim": args.optim} if args.optim else {}),
+        **dict(args.train),
     }
     if "group_by_length" in args:
         found["train_sampling_strategy"] = "group_by_length" if args.group_by_length else "random"
@@ -210,6 +261,8 @@ def say(trainer: Trainer) -> Callable[[str], None]:
 
 def begun(args: argparse.Namespace) -> dict[str, Any]:
     """What results.json and report.json begin with: the options and the versions."""
+    from ..doctor import versions
+
     return {
         "options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")},
         "versions": versions(),
