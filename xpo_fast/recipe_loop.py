@@ -42,7 +42,7 @@ except ImportError as error:
 
 from . import data
 from .data_rows import NUMBERS, DataError
-from .files import finite, write_atomically, write_json
+from .files import finite, saving, write_atomically, write_json
 from .judge import (
     FunctionJudge,
     Judge,
@@ -57,10 +57,11 @@ from .judge import (
 from .models import load_model, remove_fused_loss
 from .recipes import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .reference import COLUMNS
+from .resume import last_checkpoint
 from .rollout import Rollout, Sampling
 from .samples import SAMPLES_FILE
 from .selection import SELECTORS
-from .trainer import XPOConfig, XPOTrainer, last_checkpoint
+from .trainer import XPOConfig, XPOTrainer
 
 Row = dict[str, Any]
 
@@ -812,13 +813,19 @@ def _appear(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     for stale in (temporary, path):
         shutil.rmtree(stale, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with saving(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 

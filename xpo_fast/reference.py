@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import with_column
-from .files import write_atomically
+from .files import saving, write_atomically
 from .head import sequence_logps, token_logps
 from .models import causal_lm
 from .objective import Objective
@@ -247,7 +247,8 @@ class CachedReference:
         if missing:
             self._check_weights(model)
             if accelerator.is_main_process:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                with saving(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(
                     self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode()
                 )

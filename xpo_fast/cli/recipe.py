@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out keeps none"
         )
     options.check_numbers(args)
+    training.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
     _begin(output, args.resume, args.overwrite)
     training.quiet(args)

@@ -147,6 +147,7 @@ def _numbers(text: str) -> list[float]:
 
 def run_reward(args: argparse.Namespace) -> int:
     options.check_numbers(args)
+    training.check(args)
     output, checkpoint = Path(args.output_dir), training.checkpoint(args)
     training.quiet(args)
 
@@ -160,6 +161,7 @@ def run_reward(args: argparse.Namespace) -> int:
     checked_settings(config)
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, config.spec())
+    made_with = training.check_resume(args, checkpoint, train_rows)
     model, tokenizer = training.load(args)
     goes_on = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if goes_on:
@@ -176,6 +178,7 @@ def run_reward(args: argparse.Namespace) -> int:
         peft_config=None if args.full or args.head_only or gate_alone else training.lora(args),
         callbacks=[training.json_log(args)],
     )
+    trainer.given |= made_with
     say = training.say(trainer)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"model      {args.model}, {trained / 1e6:.2f}M weights trained\ndata       {args.data}: {len(train_rows)} rows "
@@ -185,8 +188,6 @@ def run_reward(args: argparse.Namespace) -> int:
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
     results["train"] = training.fit(trainer, checkpoint)
-    if results["train"] is None:
-        return 130
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, output / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")
@@ -272,6 +273,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.ensemble and len(args.model) < 2:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
     options.check_numbers(args)
+    training.check(args)
     training.quiet(args)
 
     from ..reward_report import compare, plot, plot_comparison, summary

@@ -165,6 +165,7 @@ def _add_fields(add: Any, fields: dict[str, tuple[str, type, str]]) -> None:
 def run(args: argparse.Namespace) -> int:
     functions, weights = _reward_functions(args)
     options.check_numbers(args)
+    training.check(args)
     if args.server_lora and not args.server:
         raise UsageError("--server-lora is for --server")
     if args.server and (args.full or not args.server_lora):
@@ -181,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
     output, checkpoint = Path(args.output_dir), training.checkpoint(args, last_checkpoint)
     config = _config(args)
     train, held_out = _prompts(args)
+    made_with = training.check_resume(args, checkpoint, train)
     model, tokenizer = training.load(args)
     functions += _models_that_reward(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
@@ -208,6 +210,7 @@ def run(args: argparse.Namespace) -> int:
         else None,
         callbacks=[training.json_log(args)],
     )
+    trainer.given |= made_with
     say = training.say(trainer)
     _print_header(trainer, args, say)
     if ensemble is not None and ensemble.moments is None:
@@ -218,8 +221,6 @@ def run(args: argparse.Namespace) -> int:
     if held_out:
         results["before"] = trainer.evaluate()
     results["train"] = training.fit(trainer, checkpoint)
-    if results["train"] is None:
-        return 130
     if held_out:
         results["after"] = trainer.evaluate()
         say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")

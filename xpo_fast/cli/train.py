@@ -60,11 +60,14 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     objective = _objective(args.method, dict(args.set))
     options.check_numbers(args)
+    training.check(args)
     output, checkpoint = Path(args.output_dir), training.checkpoint(args)
     training.quiet(args)
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, objective)
+    made_with = training.check_resume(args, checkpoint, train_rows)
     trainer = _trainer(args, train_rows, eval_rows)
+    trainer.given |= made_with
     say = training.say(trainer)
     _print_header(trainer, args, say)
     results = training.begun(args)
@@ -73,8 +76,6 @@ def run(args: argparse.Namespace) -> int:
         if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
     results["train"] = training.fit(trainer, checkpoint)
-    if results["train"] is None:
-        return 130
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), objective.data_kind, say)
