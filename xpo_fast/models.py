@@ -75,7 +75,9 @@ def _loading(what: str) -> Iterator[None]:
         raise ValueError(
             f"{_first_line(error)} Install flash-attn, or use another attention implementation: sdpa or eager"
         ) from error
-    except (OSError, RuntimeError, SafetensorError, KeyError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"{what}. Its weights are broken ({error}): copy or download them again") from error
+    except (OSError, RuntimeError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{what}. {_first_line(error)}") from error
@@ -92,8 +94,8 @@ def _tokenizer(path: str | Path, kwargs: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(path, **_tokenizer_arguments(kwargs))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"no tokenizer in '{path}': expected the files of tokenizer.save_pretrained beside the model (tokenizer.json, "
-            f"tokenizer_config.json). {_first_line(error)}"
+            f"no tokenizer in '{path}': expected the files that tokenizer.save_pretrained writes (tokenizer.json, "
+            f"tokenizer_config.json) beside the model: put its tokenizer there ({_first_line(error).rstrip(':')})"
         ) from error
 
 

@@ -77,6 +77,7 @@ class Setup:
     training: arguments of XPOConfig, RewardConfig and RLConfig, each takes what it has. peft_config: train an adapter, which
         is merged into the model after each iteration.
     rollout: (model, tokenizer) → Rollout, GenerateRollout if not given. block: prompts a file.
+    overwrite: delete what a run before this one left in the output folder, once this one can begin.
     keep_models: of every iteration; else of the best and the last. notes: what else a resumed run must have alike.
     """
 
@@ -94,6 +95,7 @@ class Setup:
     load: Callable[[str], tuple[Any, Any]] = load_model
     block: int = 64
     seed: int = 42
+    overwrite: bool = False
     keep_models: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], Any] = print
@@ -128,13 +130,19 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         judged |= part.makes_reward_model
     names = [""] if len(parts) == 1 else [f"{k + 1}-{part.name}" for k, part in enumerate(parts)]
     outputs = [Path(setup.output) / name for name in names]
-    if others := [str(path) for path in runs_in(Path(setup.output)) if path not in outputs]:
+    if not setup.overwrite and (
+        others := [str(path) for path in runs_in(Path(setup.output)) if path not in outputs]
+    ):
         raise ValueError(
             f"{', '.join(others)} holds a run of another recipe than {recipe.name}: name another folder"
         )
     outcome = None
     for k, (part, output) in enumerate(zip(parts, outputs, strict=True)):
-        outcome = _Loop(part, dataclasses.replace(setup, output=output)).run()
+        loop = _Loop(part, dataclasses.replace(setup, output=output))
+        if setup.overwrite and k == 0:
+            _ = loop.policy.loaded  # a model that cannot be loaded is found out before anything goes
+            shutil.rmtree(setup.output, ignore_errors=True)
+        outcome = loop.run()
         setup = dataclasses.replace(setup, model=outcome.model)
         if outcome.reward_model is not None and k + 1 < len(parts):
             from .reward_model import RewardModel

@@ -66,7 +66,7 @@ def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str,
     has_adapter = hasattr(model, "disable_adapter")
     if requested == "adapter" and not has_adapter:
         raise ValueError(
-            'reference="adapter" is the model with its adapter switched off: train with a peft_config'
+            'reference="adapter" is the model with its adapter switched off: train with a peft_config (--lora)'
         )
     if requested == "cached" and objective.needs_reference_tokens:
         raise ValueError(

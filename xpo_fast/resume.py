@@ -131,4 +131,6 @@ def _same(was: Any, now: Any) -> bool:
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and "hash" in value:
         return f"{value['name']} ({value['hash']})"
+    if value is None:
+        return "not given"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -216,7 +216,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        ratings = None
+        ratings, given = None, dataset
         if self.spec.form == "objectives":
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
@@ -237,7 +237,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         )
         unread = [name for name in ("kl_completion_ids", "rejected_ids") if name in encoded.column_names]
         encoded = encoded.remove_columns(unread if self.kind != "pair" else [])
-        check_rows(self._embedded, self._tokenizer, encoded, dataset)
+        check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
         return with_lengths(encoded, self.args)

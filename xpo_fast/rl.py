@@ -217,7 +217,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         chosen = args.reference if args.reference != "auto" else "adapter" if adapted else "copy"
         if chosen == "adapter" and not adapted:
             raise ValueError(
-                'reference="adapter" is the model with its adapter switched off: train with a peft_config'
+                'reference="adapter" is the model with its adapter switched off: train with a peft_config (--lora)'
             )
         if args.ref_mixin and chosen == "copy" and adapted:
             raise ValueError(

@@ -506,7 +506,7 @@ class XPOTrainer(UnitTrainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        rows = None
+        rows, given = None, dataset
         if not (
             isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)
         ):
@@ -525,7 +525,7 @@ class XPOTrainer(UnitTrainer):
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
         data.check_columns(dataset, self.objective)
-        check_rows(self._embedded, self._tokenizer, dataset, rows)
+        check_rows(self._embedded, self._tokenizer, dataset, given, rows)
         return with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
@@ -837,8 +837,11 @@ def _check_trains(model: nn.Module) -> None:
         )
 
 
-def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, rows: Any = None) -> None:
-    """Refuse, by name, a token id that the model has no embedding for; rows: what was encoded, with `where` each stands."""
+def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sources: Any) -> None:
+    """Refuse, by name, a token id that the model has no embedding for.
+
+    sources: what `encoded` was made of; the first one with a row for each of its rows, and `where` that stands, is quoted.
+    """
     import pyarrow.compute as pc
 
     for name in (n for n in encoded.column_names if n.endswith("_ids")):
@@ -850,8 +853,15 @@ def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, rows
             for i, row in enumerate(encoded.select_columns([name])):
                 found = row[name]
                 flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
-                check_ids(model, tokenizer, flat, f"row {i}" if rows is None else rows[i]["where"])
+                check_ids(model, tokenizer, flat, _place(i, len(encoded), sources))
     check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
+
+
+def _place(i: int, count: int, sources: Iterable[Any]) -> str:
+    for rows in sources:
+        if isinstance(rows, datasets.Dataset) and "where" in rows.column_names and len(rows) == count:
+            return rows[i]["where"]
+    return f"row {i}"
 
 
 def with_lengths(dataset: Any, args: TrainingArguments) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
             ),
             load=lambda name: load_model(name, dtype=args.dtype, **further),
             seed=args.seed,
+            overwrite=args.overwrite,
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
             say=_say,
@@ -187,9 +187,7 @@ def _begin(output: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
     if resume and not there:
         raise UsageError(f"--resume: no run in {output}")
-    if overwrite and there:
-        shutil.rmtree(output)
-    elif there and not resume:
+    if there and not (resume or overwrite):
         raise UsageError(
             f"{output} has an earlier run: --resume goes on with it, --overwrite starts anew, --output-dir names "
             "another place"

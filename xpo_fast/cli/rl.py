@@ -253,7 +253,9 @@ def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]
     from ..rewards import load_reward
 
     if not (args.reward or args.reward_model or args.judge):
-        raise UsageError("nothing rewards a completion: give --reward, --reward-model or --judge")
+        raise UsageError(
+            "nothing rewards a completion: give --reward FILE.py:FUNCTION, --reward-model FOLDER or --judge MODEL"
+        )
     models = args.reward_model
     if args.ensemble:
         how, _ = _weighted(args.ensemble)

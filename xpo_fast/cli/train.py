@@ -112,7 +112,8 @@ def _objective(method: str, settings: dict[str, Any]) -> Objective:
         objective = Objective(method, **settings)
         objective.rehearse()
     except TypeError as error:  # of a value whose default, None, does not tell what it should be
-        raise UsageError(f"--set: {error}") from error
+        given = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise UsageError(f"--set {given}: {method} cannot compute with it ({error}); give numbers") from error
     return objective
 
 

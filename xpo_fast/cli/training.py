@@ -125,11 +125,11 @@ def made_with(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
     found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _ALIKE if name in args}
     if trained == "an adapter":
         found |= {f"--{name.replace('_', '-')}": vars(lora(args))[field] for name, field in _LORA.items()}
-    found |= {f"--set {name}": value for name, value in args.set}
     return {
         "the command": args.run.__module__.rpartition(".")[2],
         "what is trained": trained,
         **found,
+        "--set": dict(args.set),
         "--model": model_identity(args.model),
         "--data": {"name": args.data, "hash": rows_identity(rows)},
     }
