@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -56,9 +57,9 @@ REWARDED = ["--reward", "reward.py:length"]
 def home(tmp_path_factory):
     """A folder with models and data, whole and broken, and checkpoints of runs to go on from."""
     home = tmp_path_factory.mktemp("home")
-    model, tokenizer = make_model(), make_tokenizer()
+    model, tokenizer, here = make_model(), make_tokenizer(), os.getcwd()
 
-    def save(name, model, tokenizer=tokenizer):
+    def save(name: str, model: Any, tokenizer: Any = tokenizer) -> None:
         model.save_pretrained(home / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(home / name)
@@ -68,7 +69,7 @@ def home(tmp_path_factory):
     save("no_tokenizer", make_model(), None)
     save("few_embeddings", make_model(vocab_size=20))
     save("few_for_pad", make_model(vocab_size=96), make_tokenizer(vocabulary=[f"w{i}" for i in range(94)]))
-    diverged = make_model()
+    diverged: Any = make_model()
     with torch.no_grad():
         diverged.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     save("diverged", diverged)
@@ -85,7 +86,6 @@ def home(tmp_path_factory):
     (home / "not_parquet.parquet").write_text("no")
     (home / "a_file").write_text("of words")
     (home / "reward.py").write_text(REWARD)
-    here = os.getcwd()
     os.chdir(home)
     try:
         adapted = cli.main(
@@ -322,7 +322,7 @@ def test_two_runs_into_one_folder(out, capsys):
     before, folder = contents(out), os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)  # what a run holds
-        assert run("train", out, "--max-steps", "4", "--eval-split", "0") == 2
+        assert run("train", out, "--max-steps", "4") == 2
     finally:
         os.close(folder)
     (said,) = lines(capsys.readouterr().err)
@@ -561,7 +561,7 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
         "evaluating after": (XPOTrainer, "held_out", 2),
     }[when])  # fmt: skip
     assert run("train", out, *NEXT) == status
-    (said,) = [line for line in lines(capsys.readouterr().err)]
+    (said,) = lines(capsys.readouterr().err)
     assert said.startswith(f"xpo-fast: stopped; {kept.format(out=out)}")
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
@@ -573,14 +573,14 @@ def test_a_reader_that_has_enough_ends_nothing(home, out):
         (["methods"], 0),
         (["train", *given, "--output-dir", out, "--resume", *NEXT], 0),
     ):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "xpo_fast.cli", *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
-        process.stdout.close()
-        err = process.stderr.read().decode()
-        assert process.wait(timeout=120) == status, err
+        ) as process:  # fmt: skip
+            assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
+            process.stdout.close()
+            err = process.stderr.read().decode()
+            assert process.wait(timeout=120) == status, err
         assert "Traceback" not in err and "Broken" not in err
     assert last_checkpoint(out) == str(out / "checkpoint-3") and (out / "results.json").is_file()
 
@@ -590,7 +590,9 @@ def test_a_reader_that_has_enough_ends_nothing(home, out):
 
 def test_an_adapter_is_merged_and_every_weight_learns(home, tmp_path):
     out = tmp_path / "out"
-    assert run("train", out, "--model", "run", "--full", "--lr", "1e-2", fresh=True) == 0
+    assert (
+        run("train", out, "--model", "run", "--full", "--lr", "1e-2", "--warmup-ratio", "0", fresh=True) == 0
+    )
     before, after = (load_model(str(x))[0].state_dict() for x in (home / "run", out))
     assert all(not torch.equal(before[name], after[name]) for name in before if "layers" in name)
 

@@ -114,7 +114,8 @@ def rows_identity(dataset: datasets.Dataset | list[dict[str, Any]]) -> str:
             digest.update(json.dumps(about, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
     names = sorted(name for name in dataset.column_names if name != "where")
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=4096):
+    tables: Any = dataset.select_columns(names).with_format("arrow").iter(batch_size=4096)
+    for table in tables:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
             writer.write_table(table.replace_schema_metadata().combine_chunks())

@@ -367,7 +367,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         path = folder / STATE_FILE
         if not path.is_file():
             raise ValueError(f"no {STATE_FILE} in {folder}: expected a checkpoint of an online run")
-        with reading(folder):
+        with reading(str(folder)):
             state = torch.load(path, map_location="cpu", weights_only=True)
         self.progress = _Progress(**state["progress"])
         experience = state["experience"]

@@ -818,7 +818,7 @@ def reading(folder: str) -> Iterator[None]:
 
     try:
         yield
-    except (RuntimeError, SafetensorError, EOFError) as error:
+    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -845,7 +845,8 @@ def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sou
     import pyarrow.compute as pc
 
     for name in (n for n in encoded.column_names if n.endswith("_ids")):
-        ids = encoded.with_format("arrow")[:][name].combine_chunks()
+        ids: Any = encoded.with_format("arrow")[:][name]  # type: ignore[index]
+        ids = ids.combine_chunks()
         while hasattr(ids.type, "value_type"):
             ids = ids.flatten()
         highest = pc.max(ids).as_py()  # type: ignore[attr-defined]

@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     options.check_numbers(args)
     training.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
+    args.output_dir = str(output)
     _begin(output, args.resume, args.overwrite)
     training.quiet(args)
 

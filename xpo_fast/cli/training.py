@@ -148,6 +148,8 @@ def kept(args: argparse.Namespace, began: float) -> str:
     if getattr(args, "output_dir", None) is None or "resume" not in args:
         return "nothing was written"
     output = Path(args.output_dir)
+    if (output / "run.json").is_file():  # of a recipe
+        return f"what is finished in {output} is kept, and the same command with --resume goes on from it"
     said = []
     if (state := output / "trainer_state.json").is_file() and state.stat().st_mtime >= began:
         said.append(f"the trained model is in {output}")
