@@ -206,10 +206,14 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
         for step in steps:
             callback.on_log(None, TrainerState(global_step=step), None, logs={"loss": 1.0})
 
-    log(0, 1, 2, 3, 4)
+    log(0)
+    assert not path.exists()  # nor is that of an earlier run touched, until training begins
+    callback.on_train_begin(None, TrainerState(global_step=0), None)
+    log(1, 2, 3, 4)
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     path.write_text(path.read_text() + "\n")
+    callback = common.json_log(args)
     log(0)  # the measurement before training, again
     callback.on_train_begin(None, TrainerState(global_step=2), None)
     log(3, 4)

@@ -305,7 +305,7 @@ def test_prompts_that_cannot_be_encoded():
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match="prompt 1 has no token"):
         encode_prompts(["w1", ""], tokenizer)
-    with pytest.raises(ValueError, match="prompt 1: the chat template refuses it"):
+    with pytest.raises(ValueError, match="prompt 1: a conversation, and the tokenizer has no chat template"):
         encode_prompts(["w1", [{"role": "user", "content": "w1"}]], tokenizer)  # it has none
     with pytest.raises(ValueError, match="prompt 0: expected text, or messages"):
         encode_prompts([[{"content": "w1"}]], tokenizer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def load_model(
     kwargs: for `from_pretrained` (attn_implementation, trust_remote_code, …).
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
     if (Path(name_or_path) / "adapter_config.json").is_file():
@@ -68,28 +69,83 @@ def load_model(
         raise ValueError(
             f"no model in {name_or_path!r}: no such folder{did_you_mean(Path(path).name, folders)}; expected {expected}"
         )
-    try:
+    near = did_you_mean(name_or_path, [SMOLLM2, *(p.name for p in Path().iterdir() if p.is_dir())])
+    near = "" if Path(path).is_dir() else near
+    with _loading(f"cannot load a model from {name_or_path!r}{near}: expected {expected}"):
         model = load_weights(AutoModelForCausalLM, path, dtype, device, kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(kwargs))
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        near = did_you_mean(name_or_path, [SMOLLM2, *(p.name for p in Path().iterdir() if p.is_dir())])
+    return model, _tokenizer(path, kwargs)
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Raise ValueError with `what` and the reason for what transformers, torch and safetensors raise of files."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ImportError as error:
+        if "FlashAttention" not in str(error):
+            raise
         raise ValueError(
-            f"cannot load a model from {name_or_path!r}{near}: expected {expected}. {reason}"
+            f"{_first_line(error)} Install flash-attn, or use another attention implementation: sdpa or eager"
         ) from error
-    return model, tokenizer
+    except SafetensorError as error:
+        raise ValueError(f"{what}. Its weights are broken ({error}): copy or download them again") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{what}. {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _tokenizer(path: str | Path, kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **hub_arguments(kwargs))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"no tokenizer in '{path}': expected the files that tokenizer.save_pretrained writes (tokenizer.json, "
+            f"tokenizer_config.json) beside the model: put its tokenizer there ({_first_line(error).rstrip(':')})"
+        ) from error
 
 
 def _merged(folder: Path, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
-    from transformers import AutoTokenizer
 
-    base, tokenizer = load_model(
-        str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), dtype=dtype, **kwargs
-    )
+    with _loading(f"cannot load the adapter in {str(folder)!r}"):
+        name = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    try:
+        base, tokenizer = load_model(name, dtype=dtype, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"the adapter in {str(folder)!r} goes on the model {name!r}: {error}") from error
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload(), tokenizer
+        tokenizer = _tokenizer(folder, kwargs)
+    with _loading(f"the adapter in {str(folder)!r} does not go on its base model {name!r}"):
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    merged: Any = adapted.merge_and_unload()
+    return merged.requires_grad_(True), tokenizer  # peft freezes the base model: this one may learn again
+
+
+def embeddings(model: Any) -> int:
+    """Return how many tokens the model has an embedding for; there may be more of them than its tokenizer has tokens."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def check_ids(model: Any, tokenizer: Any, ids: Iterable[int | None], where: str) -> None:
+    """Raise ValueError, naming `where`, for a token id that the model has no embedding for."""
+    count = embeddings(model)
+    outside = next((i for i in ids if i is not None and i >= count), None)
+    if outside is not None:
+        raise ValueError(
+            f"{where}: token id {outside} ({tokenizer.convert_ids_to_tokens(outside)!r}), and the model has {count} embeddings, "
+            f"for ids 0 to {count - 1}; the tokenizer has {len(tokenizer)} tokens: use the tokenizer of this model, or call "
+            f"model.resize_token_embeddings({len(tokenizer)}) and save the model"
+        )
 
 
 def load_weights(
@@ -103,7 +159,7 @@ def load_weights(
     from transformers import AutoConfig
 
     where = precision.default_device() if device is None else torch.device(device)
-    saved: torch.dtype | None = None
+    saved: Any = None  # a dtype, or None
     if dtype == "auto":
         saved = AutoConfig.from_pretrained(path, **hub_arguments(kwargs)).get_text_config().dtype
     chosen = precision.resolve(dtype, saved, where)

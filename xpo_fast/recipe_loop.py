@@ -42,7 +42,7 @@ except ImportError as error:
 
 from . import data
 from .data_rows import NUMBERS, DataError
-from .files import finite, write_atomically, write_json
+from .files import finite, saving, write_atomically, write_json
 from .judge import (
     FunctionJudge,
     Judge,
@@ -57,10 +57,11 @@ from .judge import (
 from .models import load_model, remove_fused_loss
 from .recipes import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .reference import COLUMNS
+from .resume import last_checkpoint
 from .rollout import Rollout, Sampling
 from .samples import SAMPLES_FILE
 from .selection import SELECTORS
-from .trainer import XPOConfig, XPOTrainer, last_checkpoint
+from .trainer import XPOConfig, XPOTrainer
 
 Row = dict[str, Any]
 
@@ -76,6 +77,7 @@ class Setup:
     training: arguments of XPOConfig, RewardConfig and RLConfig, each takes what it has. peft_config: train an adapter, which
         is merged into the model after each iteration.
     rollout: (model, tokenizer) → Rollout, GenerateRollout if not given. block: prompts a file.
+    overwrite: delete what a run before this one left in the output folder, once this one can begin.
     keep_models: of every iteration; else of the best and the last. notes: what else a resumed run must have alike.
     """
 
@@ -93,6 +95,7 @@ class Setup:
     load: Callable[[str], tuple[Any, Any]] = load_model
     block: int = 64
     seed: int = 42
+    overwrite: bool = False
     keep_models: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], Any] = print
@@ -127,13 +130,19 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         judged |= part.makes_reward_model
     names = [""] if len(parts) == 1 else [f"{k + 1}-{part.name}" for k, part in enumerate(parts)]
     outputs = [Path(setup.output) / name for name in names]
-    if others := [str(path) for path in runs_in(Path(setup.output)) if path not in outputs]:
+    if not setup.overwrite and (
+        others := [str(path) for path in runs_in(Path(setup.output)) if path not in outputs]
+    ):
         raise ValueError(
             f"{', '.join(others)} holds a run of another recipe than {recipe.name}: name another folder"
         )
     outcome = None
     for k, (part, output) in enumerate(zip(parts, outputs, strict=True)):
-        outcome = _Loop(part, dataclasses.replace(setup, output=output)).run()
+        loop = _Loop(part, dataclasses.replace(setup, output=output))
+        if setup.overwrite and k == 0:
+            _ = loop.policy.loaded  # a model that cannot be loaded is found out before anything goes
+            shutil.rmtree(setup.output, ignore_errors=True)
+        outcome = loop.run()
         setup = dataclasses.replace(setup, model=outcome.model)
         if outcome.reward_model is not None and k + 1 < len(parts):
             from .reward_model import RewardModel
@@ -812,13 +821,19 @@ def _appear(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     for stale in (temporary, path):
         shutil.rmtree(stale, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with saving(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 

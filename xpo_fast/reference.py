@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import with_column
-from .files import write_atomically
+from .files import saving, write_atomically
 from .head import sequence_logps, token_logps
 from .models import causal_lm
 from .objective import Objective
@@ -66,7 +66,7 @@ def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str,
     has_adapter = hasattr(model, "disable_adapter")
     if requested == "adapter" and not has_adapter:
         raise ValueError(
-            'reference="adapter" is the model with its adapter switched off: train with a peft_config'
+            'reference="adapter" is the model with its adapter switched off: train with a peft_config (--lora)'
         )
     if requested == "cached" and objective.needs_reference_tokens:
         raise ValueError(
@@ -247,7 +247,8 @@ class CachedReference:
         if missing:
             self._check_weights(model)
             if accelerator.is_main_process:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                with saving(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(
                     self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode()
                 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import data
 from .files import write_atomically, write_json
 from .methods.reward import ensemble, length_normalised, length_penalty
-from .models import causal_lm, install_fused_loss, load_model, load_weights
+from .models import causal_lm, check_ids, install_fused_loss, load_model, load_weights
 from .reference import evaluating, row_logps
 from .value_head import (
     VALUE_HEAD_FILE,
@@ -424,6 +424,8 @@ def in_batches(
     lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in features]
     order = sorted(range(len(features)), key=lengths.__getitem__)
     collate = data.Collator(_pad_id(tokenizer), "chosen")
+    for i, row in enumerate(features):
+        check_ids(model, tokenizer, [*row["prompt_ids"], *row["chosen_ids"]], f"row {i}")
     device = next(model.parameters()).device
     found: list[Tensor] = []
     with evaluating(model):

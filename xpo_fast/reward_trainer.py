@@ -6,10 +6,12 @@ come from one forward.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from .methods.registry import get_method
 from .methods.reward import odin
 from .models import causal_lm, install_fused_loss, load_model
 from .reduce import count_metrics, mean_metrics
-from .reference import LiveReference
+from .reference import LiveReference, rows_fingerprint
 from .reward_model import (
     SPEC_FILE,
     USES,
@@ -42,6 +44,7 @@ from .trainer import (
     UnitTrainer,
     XPOConfig,
     check_head,
+    check_rows,
     each,
     set_seed,
     warn_of_lost_updates,
@@ -176,7 +179,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         # Narrow enough for the loss to begin at ln 2: what a wider one says of length has to be unlearned (docs/log.md).
         attach_value_head(model, self.spec.outputs, std=1 / (width_of(model) + 1))
         self.gate_alone = gate_alone
-        self.args, self._tokenizer = args, processing_class
+        self.args, self._tokenizer, self._embedded = args, processing_class, model
         pad = _pad_id(processing_class)
         super().__init__(
             model=model,
@@ -213,7 +216,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        ratings = None
+        ratings, given = None, dataset
         if self.spec.form == "objectives":
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
@@ -234,6 +237,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         )
         unread = [name for name in ("kl_completion_ids", "rejected_ids") if name in encoded.column_names]
         encoded = encoded.remove_columns(unread if self.kind != "pair" else [])
+        check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
         return with_lengths(encoded, self.args)
@@ -242,6 +246,15 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         """The model in training as a reward model, the same weights."""
         model: Any = self.accelerator.unwrap_model(self.model)
         return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size)
+
+    @cached_property
+    def _rows(self) -> str:
+        return rows_fingerprint(self.train_dataset)[:16]
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
+        return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

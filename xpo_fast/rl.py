@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 import shutil
 import time
@@ -31,14 +30,17 @@ from torch.utils.data import SequentialSampler
 from . import data
 from .data import Place, load_prompts
 from .experience import Completion, Experience, Groups, advantages, describe, spread
+from .files import SavingError
 from .head import token_logps, token_stats
 from .judge import Judge
 from .methods import METHODS
 from .methods.advantages import gae, whiten
 from .methods.math import k1
 from .methods.policy import adapt
+from .models import check_ids
 from .reduce import count_metrics, mean_metrics, reduce_losses
 from .reference import LiveReference, without_adapter
+from .resume import last_checkpoint as whole_checkpoint
 from .rewards import OWN_COLUMNS, PROMPT_INDEX, RewardFunction, Rewards
 from .rl_config import RLConfig
 from .rollout import (
@@ -59,11 +61,11 @@ from .trainer import (
     TrainerCallback,
     UnitTrainer,
     check_head,
+    reading,
     ready,
     warn_of_trained_adapter,
     with_tokenizer,
 )
-from .trainer import last_checkpoint as whole_checkpoint
 from .types import Head
 from .value_head import SavesValueHead, ValueHead, attach_value_head
 
@@ -215,7 +217,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         chosen = args.reference if args.reference != "auto" else "adapter" if adapted else "copy"
         if chosen == "adapter" and not adapted:
             raise ValueError(
-                'reference="adapter" is the model with its adapter switched off: train with a peft_config'
+                'reference="adapter" is the model with its adapter switched off: train with a peft_config (--lora)'
             )
         if args.ref_mixin and chosen == "copy" and adapted:
             raise ValueError(
@@ -285,10 +287,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 raise ValueError(
                     f"the column {name!r} is what reward functions are told of the rollout: rename it"
                 )
-        limit = getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(limit, int) or not isinstance(self.rollout, GenerateRollout):
+        if not isinstance(self.rollout, GenerateRollout):
             return
         ids = encode_prompts([row["prompt"] for row in rows], self.processing_class)
+        for k, row in enumerate(ids):
+            check_ids(self._policy, self.processing_class, row, str(rows[k].get("where", f"prompt {k}")))
+        limit = getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int):
+            return
         long = [k for k, x in enumerate(ids) if len(x) >= limit]
         if long:
             raise ValueError(
@@ -301,25 +307,23 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if not self.prompts:
             raise ValueError("there are no prompts to train on: pass train_dataset=")
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
-        if resume_from_checkpoint:
-            self._load_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_to_train(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._load_state(Path(checkpoint))
         else:
             self.progress, self.experience, self._shown = _Progress(self.args.reward_kl), None, []
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     @property
-    def _shape(self) -> dict[str, Any]:
+    def made_with(self) -> dict[str, Any]:
         """What a run must go on with: without it the checkpoint's rollouts and rows would mean something else."""
         args = self.args
         columns = ["prompt", *_columns(self.prompts)]
         rows = json.dumps(
             [[row[n] for n in columns] for row in self.prompts], sort_keys=True, default=str
         ).encode()
-        return {
+        return super().made_with | {
             "data": hashlib.sha256(rows).hexdigest()[:16],
             "rewards": [f"{w:g}*{n}" for n, w in zip(self.rewards.names, self.rewards.weights, strict=True)],
             "method": str(args.objective()),
@@ -329,7 +333,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "prompts_per_rollout": args.prompts,
             "num_generations": args.num_generations,
             "steps_per_rollout": args.steps_per_rollout,
-            "seed": args.seed,
+            "reference": self.reference,
         }
 
     @property
@@ -342,18 +346,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # What is written over is no whole checkpoint until it is done.
-        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / "trainer_state.json").unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._saved = folder.resolve()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # Here, because the checkpoint counts as whole once trainer_state.json, its last file, is there.
         state = {
-            "shape": self._shape,
             "progress": vars(self.progress),
             "experience": None if self.experience is None else vars(self.experience),
             "means": {name: m.state_dict() for name, m in self._all_means.items()},
@@ -362,23 +361,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "shown": self._shown,
         }
         if self.args.should_save:
-            path = Path(output_dir) / STATE_FILE
-            temporary = path.with_name(f".{path.name}")
-            torch.save(state, temporary)
-            os.replace(temporary, path)
+            torch.save(state, Path(output_dir) / STATE_FILE)
 
     def _load_state(self, folder: Path) -> None:
         path = folder / STATE_FILE
         if not path.is_file():
             raise ValueError(f"no {STATE_FILE} in {folder}: expected a checkpoint of an online run")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        now = self._shape
-        changed = {k: (v, now.get(k)) for k, v in state["shape"].items() if v != now.get(k)}
-        if changed:
-            said = ", ".join(f"{name} was {was} and is {now}" for name, (was, now) in changed.items())
-            raise ValueError(
-                f"{folder} is of another run, where {said}: go on with the same options and data"
-            )
+        with reading(str(folder)):
+            state = torch.load(path, map_location="cpu", weights_only=True)
         self.progress = _Progress(**state["progress"])
         experience = state["experience"]
         self.experience = None if experience is None else Experience(**experience)
@@ -558,6 +548,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     def _check_rows(self, rows: list[Completion]) -> None:
         for row in rows:
+            check_ids(self._policy, self.processing_class, [*row.prompt_ids, *row.ids], "a completion")
             if not row.prompt_ids:
                 raise ValueError(
                     f"a prompt without a token: {row.prompt!r:.80}; its first answer token has no predecessor"
@@ -809,7 +800,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         try:
             yield
         except Exception:
-            self._save_before_failing()
+            try:
+                self._save_before_failing()
+            except SavingError as second:  # what failed first is what there is to mend
+                logger.warning("%s", second)
             raise
 
     def _save_before_failing(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import data
 from .head import token_logps
 from .lm_head import causal_lm
-from .models import install_fused_loss
+from .models import check_ids, install_fused_loss
 from .reference import evaluating
 from .types import Head
 
@@ -153,6 +153,11 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, i: int) -> str:
     if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         raise ValueError(
             f'prompt {i}: expected text, or messages [{{"role": …, "content": …}}, …], got {messages!r:.80}'
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"prompt {i}: a conversation, and the tokenizer has no chat template to write it with; pass one "
+            "(--chat-template FILE), or give the prompts as text"
         )
     goes_on = messages[-1]["role"] == "assistant"
     try:
@@ -302,6 +307,8 @@ class GenerateRollout:
         lm = causal_lm(unwrapped(self.model))
         eos = eos_ids(self.tokenizer, lm)
         rows = rows_of(prompts, n, seed, self.tokenizer, sampling, _positions(lm))
+        for row in rows:
+            check_ids(lm, self.tokenizer, row.ids, f"prompt {row.place[0]}")
         made: list[Any] = [None] * len(rows)
         continuous = self._continuous(lm, sampling)
         with evaluating(lm):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .experience import Completion, Experience, Groups
-from .files import finite
+from .files import finite, saving
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -48,12 +48,13 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]], end: int) -> in
 
     What stands behind the end that the last checkpoint knows was written by a run that died, and goes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    with path.open("ab") as file:
-        end = min(end, file.tell())
-        file.truncate(end)
-        file.write(content)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            end = min(end, file.tell())
+            file.truncate(end)
+            file.write(content)
     return end + len(content)
 
 

@@ -7,9 +7,12 @@ and single completions as batches, the reference policy (reference.py), losses d
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +24,15 @@ from torch import Tensor, nn
 try:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
 
 from . import data
-from .files import cache_dir
+from .files import SavingError, cache_dir, existing_part, saving, size
 from .head import Plan, token_logps
 from .methods.unpaired import kto_kl
-from .models import causal_lm, install_fused_loss, load_model
+from .models import causal_lm, check_ids, embeddings, install_fused_loss, load_model
 from .objective import Objective
 from .reduce import sum_over_ranks
 from .reference import (
@@ -41,7 +44,10 @@ from .reference import (
     evaluating,
     row_logps,
     row_tokens,
+    rows_fingerprint,
 )
+from .reporters import check_reporters
+from .resume import check_made_with, last_checkpoint, write_made_with
 from .types import Head
 
 _ENCODED = {  # the columns of tokens that tell an encoded data set, the first completion's behind the prompt's
@@ -54,6 +60,9 @@ _ENCODED = {  # the columns of tokens that tell an encoded data set, the first c
 STATE_FILE = "objective.pt"
 _LOSS = "loss of method "  # among the means of an evaluation
 _PROBE_TOKENS = 8
+_OF_NO_MATTER_TO_AN_ADAPTER = (
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+)  # fmt: skip
 
 
 @dataclass
@@ -94,6 +103,7 @@ class MethodConfig(TrainingArguments):
             self.method_args = json.loads(self.method_args)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns of it where there is nothing to copy to
+        check_reporters(self.report_to)
         if self.tile_mib is not None and self.tile_mib <= 0:
             raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
 
@@ -204,8 +214,45 @@ class UnitTrainer(Trainer):
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process a "
                 "device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
+        if self.train_dataset is not None:
+            _check_trains(self.model)
         self._means = Means()
         self._eval_means = Means()
+        self.given: dict[str, Any] = {}  # what else a run that goes on from a checkpoint must have alike
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What a run must go on with; in every checkpoint, see resume.py. What may change from run to run is left out."""
+        args = self.args
+        configs = getattr(self.model, "peft_config", {})
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {
+            "trainer": type(self).__name__,
+            "adapter": {
+                name: {k: v for k, v in config.to_dict().items() if k not in _OF_NO_MATTER_TO_AN_ADAPTER}
+                for name, config in configs.items()
+            },
+            "rows per step": step,
+            # The checkpoint's optimizer brings its own along, whatever is asked for.
+            "learning_rate": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "seed": args.seed,
+            **self.given,
+        }
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        if resume_from_checkpoint:
+            check_made_with(resume_from_checkpoint, self.made_with)
+        self._check_room()
+        self._prepare_to_train(resume_from_checkpoint or None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _prepare_to_train(self, checkpoint: str | None) -> None:
+        """Do what must be done before the first step, or before going on from a checkpoint."""
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         """What the loss divides by, in a batch: (), or one entry a loss."""
@@ -300,6 +347,96 @@ class UnitTrainer(Trainer):
             logs.update(self._means.pop())
         super().log(logs, start_time)
 
+    # --- saving and going on --------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, whole or not at all: SavingError names the last whole one, which stays as it is."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        before = folder.with_name(
+            f".{folder.name}.before"
+        )  # a checkpoint of the same step, of an earlier run
+        mine = self.args.should_save
+        if mine and folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
+        self.accelerator.wait_for_everyone()
+        try:
+            with saving(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            if mine:
+                shutil.rmtree(folder, ignore_errors=True)
+                if before.exists():
+                    before.rename(folder)
+            if isinstance(error, SavingError):
+                error.checkpoint = last_checkpoint(folder.parent)
+            raise
+        if mine:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Here, because a checkpoint counts as whole once trainer_state.json, its last file, is there.
+        if self.args.should_save:
+            write_made_with(output_dir, self.made_with)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model into a folder beside what is there: all of its files, or, where one cannot be written, none."""
+        if _internal_call:  # into a checkpoint, which is whole or not at all itself
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        part = folder / ".model.part"
+        try:
+            with saving(folder):
+                super().save_model(str(part), _internal_call=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    for path in part.iterdir():
+                        if (folder / path.name).is_dir():
+                            shutil.rmtree(folder / path.name)
+                        os.replace(path, folder / path.name)
+        except SavingError as error:
+            error.checkpoint = last_checkpoint(str(self.args.output_dir))
+            raise
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _check_room(self) -> None:
+        """Refuse to train where the disk has no room for one checkpoint."""
+        args = self.args
+        strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+        if strategy == "no" or not args.should_save or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        adapted = hasattr(self.model, "disable_adapter")
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        saved = trained if adapted else sum(p.numel() * p.element_size() for p in self.model.parameters())
+        adam = "adam" in str(args.optim).lower() and not args.save_only_model
+        needed = saved + (2 * trained if adam else 0)
+        free = shutil.disk_usage(existing_part(Path(str(args.output_dir)))).free
+        if free < needed:
+            raise ValueError(
+                f"{args.output_dir} has room for {size(free)}, and a checkpoint takes about {size(needed)} (model {size(saved)}"
+                f"{f', optimizer {size(2 * trained)}' if adam else ''}): make room, or name another output folder"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and not bool(p.isfinite().all()):
+                raise ValueError(
+                    f"{resume_from_checkpoint} holds NaN or an infinity in {name}: the run had diverged when it was written; "
+                    "go on from an earlier checkpoint, or begin anew with a smaller learning rate"
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
 
 class XPOTrainer(UnitTrainer):
     """Train a causal LM on preferences.
@@ -342,7 +479,7 @@ class XPOTrainer(UnitTrainer):
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
         warn_of_trained_adapter(model, self.reference)
         self.args = args
-        self._tokenizer = processing_class
+        self._tokenizer, self._embedded = processing_class, model
         pad: Any = processing_class.pad_token_id
         super().__init__(
             model=model,
@@ -354,7 +491,6 @@ class XPOTrainer(UnitTrainer):
             **kwargs,
         )
         self._check_parallelism()
-        self.add_callback(SaveState(self.objective))
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
@@ -370,12 +506,14 @@ class XPOTrainer(UnitTrainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
+        rows, given = None, dataset
         if not (
             isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)
         ):
             args: XPOConfig = self.args
+            rows = data.load(dataset, kind=self.kind)
             dataset = data.encode(
-                data.load(dataset, kind=self.kind),
+                rows,
                 self._tokenizer,
                 kind=self.kind,
                 max_length=args.max_length,
@@ -387,6 +525,7 @@ class XPOTrainer(UnitTrainer):
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
         data.check_columns(dataset, self.objective)
+        check_rows(self._embedded, self._tokenizer, dataset, given, rows)
         return with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
@@ -415,15 +554,25 @@ class XPOTrainer(UnitTrainer):
         self.eval_dataset = each(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
         self._prepared = True
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def _prepare_to_train(self, checkpoint: str | None) -> None:
         self.prepare()
-        if resume_from_checkpoint:
-            named = isinstance(resume_from_checkpoint, str)
-            folder = resume_from_checkpoint if named else get_last_checkpoint(self.args.output_dir)
-            path = Path(str(folder)) / STATE_FILE
-            if path.is_file():
+        if checkpoint is not None and (path := Path(checkpoint) / STATE_FILE).is_file():
+            with reading(checkpoint):
                 self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            save_objective(self.objective, output_dir)
+
+    @cached_property
+    def _rows(self) -> str:
+        return rows_fingerprint(self.train_dataset)[:16]
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        about = {"method": str(self.objective), "reference": self.reference, "rows": self._rows}
+        return {**super().made_with, **about}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self.prepare()
@@ -615,6 +764,13 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         logits = model(**inputs).logits  # (1, 8, V)
     expected = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
     tolerance = 1e-3 + torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
+    if not bool(logits.isfinite().all()):
+        broken = next((n for n, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+        raise ValueError(
+            "the model's logits are not finite"
+            + (f": {broken} holds NaN or an infinity; " if broken else f" in {logits.dtype}; ")
+            + "use a model that was saved before it diverged, or load it in float32"
+        )
     difference = float((logps - expected).abs().max())
     if not difference <= tolerance:
         raise ValueError(
@@ -631,10 +787,71 @@ class SaveState(TrainerCallback):
         self.objective = objective
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        remembered = self.objective.state_dict()
-        if remembered and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            torch.save({name: x.cpu() for name, x in remembered.items()}, folder / STATE_FILE)
+        if state.is_world_process_zero:
+            save_objective(
+                self.objective, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            )
+
+
+def save_objective(objective: Objective, folder: str | Path) -> None:
+    """Write what the objective remembers into a checkpoint; nothing where it remembers nothing."""
+    remembered = objective.state_dict()
+    if remembered:
+        torch.save({name: x.cpu() for name, x in remembered.items()}, Path(folder) / STATE_FILE)
+
+
+@contextlib.contextmanager
+def reading(folder: str) -> Iterator[None]:
+    """Raise ValueError, naming the checkpoint, for what torch and safetensors raise of files that are broken or do not fit."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"cannot go on from {folder}: it is broken, or of another model ({' '.join(lines[-1].split())}); name another "
+            "checkpoint, or begin anew"
+        ) from error
+
+
+def _check_trains(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"nothing would be trained: each of the model's {len(parameters)} parameters is frozen (requires_grad is False), as "
+            "after merging an adapter; call model.requires_grad_(True), or pass a peft_config"
+        )
+
+
+def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sources: Any) -> None:
+    """Refuse, by name, a token id that the model has no embedding for.
+
+    sources: what `encoded` was made of; the first one with a row for each of its rows, and `where` that stands, is quoted.
+    """
+    import pyarrow.compute as pc
+
+    for name in (n for n in encoded.column_names if n.endswith("_ids")):
+        ids: Any = encoded.with_format("arrow")[:][name]  # type: ignore[index]
+        ids = ids.combine_chunks()
+        while hasattr(ids.type, "value_type"):
+            ids = ids.flatten()
+        highest = pc.max(ids).as_py()  # type: ignore[attr-defined]
+        if highest is not None and highest >= embeddings(model):
+            for i, row in enumerate(encoded.select_columns([name])):
+                found = row[name]
+                flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
+                check_ids(model, tokenizer, flat, _place(i, len(encoded), sources))
+    check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
+
+
+def _place(i: int, count: int, sources: Iterable[Any]) -> str:
+    for rows in sources:
+        if isinstance(rows, datasets.Dataset) and "where" in rows.column_names and len(rows) == count:
+            return rows[i]["where"]
+    return f"row {i}"
 
 
 def with_lengths(dataset: Any, args: TrainingArguments) -> Any:
@@ -704,24 +921,11 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise ValueError(
             f"{type(peft_config).__name__} adds positions of its own, which is not supported; use LoRA"
         )
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
-
-
-def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
-    """The last whole checkpoint of a run: one that was being written when the run died is passed over.
-
-    files: what it must hold beside trainer_state.json, the file that is written last.
-    """
-    found = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if step.isdigit() and all((folder / name).is_file() for name in files):
-            found[int(step)] = str(folder)
-    return found[max(found)] if found else None
+    try:
+        return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(f"{error} Its linear modules are {', '.join(linear)}") from error
 
 
 def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:

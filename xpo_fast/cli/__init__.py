@@ -9,38 +9,42 @@ before a command needs it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import time
 from collections.abc import Sequence
 
 from .. import __version__
 from ..wording import did_you_mean, one_line
-from . import aliases, completion, config_file, manual, recipe, reward, rl, train
+from . import aliases, completion, config_file, manual, recipe, reward, rl, train, training
 from .options import UsageError
 from .parser import Parser, spelled, unknown
+from .streams import outliving_readers
 
 __all__ = ["build_parser", "main", "parse", "parsers"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (unusable installation), 2 (wrong input), 130 (stopped)."""
-    args = argparse.Namespace()
-    try:
-        args = parse(list(sys.argv[1:] if argv is None else argv))
-        return args.run(args)
-    except BrokenPipeError:  # the reader, `head` perhaps, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except _mistakes() as error:
-        if getattr(args, "debug", False):
-            raise
-        print(f"xpo-fast: {one_line(error)}", file=sys.stderr)
-        if type(error).__name__ == "OutOfMemoryError" and (advice := _less_memory(args)):
-            print(f"xpo-fast: {advice}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("xpo-fast: stopped; finished checkpoints and reference log-probs are kept", file=sys.stderr)
-        return 130
+    """Run the command line.
+
+    Returns the exit code: 0, 1 (unusable installation), 2 (wrong input, or no room to save), 130 (stopped by Ctrl-C), 143
+    (stopped by SIGTERM).
+    """
+    args, began = argparse.Namespace(), time.time()
+    with outliving_readers():
+        try:
+            with training.terminable():
+                args = parse(list(sys.argv[1:] if argv is None else argv))
+                return args.run(args)
+        except _mistakes() as error:
+            if getattr(args, "debug", False):
+                raise
+            for line in (_told(error, args), *_advice(error, args)):
+                print(f"xpo-fast: {line}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            if not getattr(stop, "told", False):
+                print(f"xpo-fast: stopped; {training.kept(args, began)}", file=sys.stderr)
+            return getattr(stop, "status", 130)
 
 
 def build_parser() -> Parser:
@@ -132,6 +136,31 @@ def _mistakes() -> tuple[type[BaseException], ...]:
     )
     found = [getattr(sys.modules[module], name) for module, name in late if module in sys.modules]
     return (ValueError, ImportError, OSError, *found)
+
+
+def _told(error: BaseException, args: argparse.Namespace) -> str:
+    """The error in one line; the system's own about a file names the option that the file was given by."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return one_line(error)
+    name = str(error.filename)
+    given = [(option, value) for option, value in vars(args).items() if isinstance(value, str) and value]
+    option = next(
+        (o for o, value in given if name == value or name.startswith(value.rstrip("/") + "/")), None
+    )
+    said = f"{name}: {error.strerror}"
+    return said if option is None else f"--{option.replace('_', '-')} {said}"
+
+
+def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
+    """Further lines on what to do."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return [line for line in [_less_memory(args)] if line]
+    checkpoint = getattr(error, "checkpoint", None)
+    if checkpoint is not None and "resume" in args:
+        return [
+            f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"
+        ]
+    return []
 
 
 def _less_memory(args: argparse.Namespace) -> str | None:

@@ -10,14 +10,35 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable
 from ..wording import did_you_mean
 from . import options
 from .options import TRAINER_ARGUMENTS, UsageError
 
 
-def check(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
-    """Check the options of a training command. arguments: those of TrainingArguments, see `training.training_arguments`."""
+def check(args: argparse.Namespace) -> None:
+    """Check the options of any command: numbers, files to read, folders to write into, packages that report."""
     options.check_numbers(args)
+    given = vars(args)
+    if not 0 <= given.get("seed", 0) < 2**32:
+        raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    if not 0 <= given.get("lora_dropout", 0) < 1:
+        raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {args.lora_dropout}")
+    if given.get("chat_template") is not None:
+        read_template(args.chat_template)
+    if not given.get("dry_run", False):
+        for option in ("output_dir", "ref_cache"):
+            if given.get(option) is not None:
+                check_writable(Path(given[option]), f"--{option.replace('_', '-')}")
+    if given.get("report_to", "none") != "none":
+        from ..reporters import check_reporters
+
+        check_reporters(args.report_to)
+
+
+def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    """Check the options of a training command. arguments: those of TrainingArguments, see `training.training_arguments`."""
+    check(args)
     check_further(args)
     check_quantisation(args)
     check_names(args)
@@ -27,6 +48,17 @@ def check(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
         check_hub()
     elif args.hub_private:
         raise UsageError("--hub-private is for --push-to-hub")
+
+
+def read_template(name: str) -> str:
+    """Return the text of a chat template."""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(
+            f"--chat-template {name}: {reason}; expected the file of a Jinja template"
+        ) from error
 
 
 def check_names(args: argparse.Namespace) -> None:

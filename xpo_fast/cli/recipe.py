@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config_file, options, training
+from . import checks, config_file, options, training
 from .options import SMOLLM2, UsageError
 
 if TYPE_CHECKING:
@@ -105,8 +104,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out keeps none"
         )
-    options.check_numbers(args)
+    checks.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
+    args.output_dir = str(output)
     _begin(output, args.resume, args.overwrite)
     training.quiet(args)
 
@@ -151,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
             ),
             load=lambda name: load_model(name, dtype=args.dtype, **further),
             seed=args.seed,
+            overwrite=args.overwrite,
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
             say=_say,
@@ -192,9 +193,7 @@ def _begin(output: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
     if resume and not there:
         raise UsageError(f"--resume: no run in {output}")
-    if overwrite and there:
-        shutil.rmtree(output)
-    elif there and not resume:
+    if there and not (resume or overwrite):
         raise UsageError(
             f"{output} has an earlier run: --resume goes on with it, --overwrite starts anew, --output-dir names "
             "another place"

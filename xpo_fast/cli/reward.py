@@ -147,7 +147,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def run_reward(args: argparse.Namespace) -> int:
-    checks.check(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
     output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args)
     training.quiet(args)
 
@@ -164,6 +164,7 @@ def run_reward(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
+    made_with = training.check_resume(args, checkpoint, train_rows)
     model, tokenizer = training.load(args)
     goes_on = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if goes_on:
@@ -180,6 +181,7 @@ def run_reward(args: argparse.Namespace) -> int:
         peft_config=None if args.full or args.head_only or gate_alone else training.lora(args),
         callbacks=[training.json_log(args)],
     )
+    trainer.given |= made_with
     say = training.say(trainer)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"model      {args.model}, {trained / 1e6:.2f}M weights trained\ndata       {args.data}: {len(train_rows)} rows "
@@ -191,8 +193,6 @@ def run_reward(args: argparse.Namespace) -> int:
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
     results["train"] = training.fit(trainer, checkpoint)
-    if results["train"] is None:
-        return 130
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, output / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")
@@ -277,7 +277,7 @@ def run_eval(args: argparse.Namespace) -> int:
         )
     if args.ensemble and len(args.model) < 2:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
-    options.check_numbers(args)
+    checks.check(args)
     training.quiet(args)
 
     from ..reward_report import compare, plot, plot_comparison, summary

@@ -164,7 +164,7 @@ def _add_fields(add: Any, fields: dict[str, tuple[str, type, str]]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     functions, weights = _reward_functions(args)
-    checks.check(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
     if args.server_lora and not args.server:
         raise UsageError("--server-lora is for --server")
     if args.server and (args.full or not args.server_lora):
@@ -189,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
             args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out
         )
         return 0
+    made_with = training.check_resume(args, checkpoint, train)
     model, tokenizer = training.load(args)
     functions += _models_that_reward(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
@@ -216,6 +217,7 @@ def run(args: argparse.Namespace) -> int:
         else None,
         callbacks=[training.json_log(args)],
     )
+    trainer.given |= made_with
     say = training.say(trainer)
     _print_header(trainer, args, say)
     if trainer.is_world_process_zero():
@@ -228,8 +230,6 @@ def run(args: argparse.Namespace) -> int:
     if held_out:
         results["before"] = trainer.evaluate()
     results["train"] = training.fit(trainer, checkpoint)
-    if results["train"] is None:
-        return 130
     if held_out:
         results["after"] = trainer.evaluate()
         say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")
@@ -262,7 +262,9 @@ def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]
     from ..rewards import load_reward
 
     if not (args.reward or args.reward_model or args.judge):
-        raise UsageError("nothing rewards a completion: give --reward, --reward-model or --judge")
+        raise UsageError(
+            "nothing rewards a completion: give --reward FILE.py:FUNCTION, --reward-model FOLDER or --judge MODEL"
+        )
     models = args.reward_model
     if args.ensemble:
         how, _ = _weighted(args.ensemble)

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     objective = _objective(args.method, dict(args.set))
-    checks.check(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
     output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args)
     training.quiet(args)
     # Data first: a mistake in it should not wait for a model to load.
@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.preferences(args, objective, _config(args, eval_rows), train_rows, eval_rows)
         return 0
+    made_with = training.check_resume(args, checkpoint, train_rows)
     trainer = _trainer(args, train_rows, eval_rows)
+    trainer.given |= made_with
     say = training.say(trainer)
     _print_header(trainer, args, say)
     if trainer.is_world_process_zero():
@@ -78,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
         if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
     results["train"] = training.fit(trainer, checkpoint)
-    if results["train"] is None:
-        return 130
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), objective.data_kind, say)
@@ -119,7 +119,8 @@ def _objective(method: str, settings: dict[str, Any]) -> Objective:
         objective = Objective(method, **settings)
         objective.rehearse()
     except TypeError as error:  # of a value whose default, None, does not tell what it should be
-        raise UsageError(f"--set: {error}") from error
+        given = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise UsageError(f"--set {given}: {method} cannot compute with it ({error}); give numbers") from error
     return objective
 
 

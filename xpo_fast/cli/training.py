@@ -7,17 +7,21 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import random
 import re
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import finite, write_atomically
+from ..files import finite, saving, write_atomically
+from ..resume import check_made_with, is_checkpoint, last_checkpoint, model_identity, rows_identity
+from .checks import read_template
 from .options import HELD_OUT_AT_MOST, SMOLLM2, UsageError, count
 
 if TYPE_CHECKING:
@@ -25,8 +29,96 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or the SIGTERM that a cluster sends before it kills: the exit status, and what was said of it already."""
+
+    def __init__(self, number: int, *, told: bool = False) -> None:
+        super().__init__(number)
+        self.status, self.told = 128 + number, told
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM is what Ctrl-C is, with an exit status of its own."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    with _handling(stop, signal.SIGTERM):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handler: Any, *numbers: int) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, own in previous.items():
+            signal.signal(number, own)
+
+
+# What a resumed run must have alike, and what it is compared as; the rest may change.
+_ALIKE = (
+    "method", "reference", "lr", "weight_decay", "max_grad_norm", "seed", "dtype", "max_length", "max_prompt_length", "eval_split",
+    "objectives", "objective_weights", "value_head_lr",
+)  # fmt: skip
+
+
+def made_with(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
+    """What `resume` compares, by the names of the options. rows: to train on."""
+    trained = (
+        "every weight"
+        if args.full
+        else "the value head"
+        if getattr(args, "head_only", False)
+        else "an adapter"
+    )
+    found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _ALIKE if name in args}
+    if trained == "an adapter":
+        found |= {f"--{name.replace('_', '-')}": vars(lora(args))[field] for name, field in _LORA.items()}
+    return {
+        "the command": args.run.__module__.rpartition(".")[2],
+        "what is trained": trained,
+        **found,
+        "--set": dict(args.set),
+        "--model": model_identity(args.model),
+        "--data": {"name": args.data, "hash": rows_identity(rows)},
+    }
+
+
+def check_resume(args: argparse.Namespace, checkpoint: str | None, rows: Any) -> dict[str, Any]:
+    """Refuse a checkpoint of another run, before the model is loaded; returns what this one is made with."""
+    made = made_with(args, rows)
+    if checkpoint is not None:
+        check_made_with(checkpoint, made)
+    return made
+
+
+def kept(args: argparse.Namespace, began: float) -> str:
+    """What a run that is stopped leaves, in a phrase; began: when, in seconds as files have them."""
+    if getattr(args, "output_dir", None) is None or "resume" not in args:
+        return "nothing was written"
+    output = Path(args.output_dir)
+    if (output / "run.json").is_file():  # of a recipe
+        return f"what is finished in {output} is kept, and the same command with --resume goes on from it"
+    said = []
+    if (state := output / "trainer_state.json").is_file() and state.stat().st_mtime >= began:
+        said.append(f"the trained model is in {output}")
+    if (last := last_checkpoint(output)) is not None:
+        said.append(
+            f"the last whole checkpoint is {last}, and the same command with --resume goes on from it"
+        )
+    return "; ".join(said) or f"no checkpoint had been written into {output}"
+
+
 def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | None = None) -> str | None:
     """The checkpoint to go on from; UsageError where checkpoints of another run would be mixed with this one's.
+
+    Nothing is changed: what --overwrite deletes goes when training begins, see `fit`.
 
     last: finds the last whole checkpoint in a folder, where that takes more than transformers' own files.
     """
@@ -35,16 +127,14 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
         int(m[1]): p for p in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
     }
     if resume == "last":
-        # A folder without its state was left by a run that died while it was writing.
-        whole = {step: str(path) for step, path in steps.items() if (path / "trainer_state.json").is_file()}
-        found = last(output) if last is not None else whole.get(max(whole, default=-1))
+        found = (last or last_checkpoint)(output)
         if found is None:
             raise UsageError(
                 f"--resume: no checkpoint in {output}; start without --resume, or name the checkpoint"
             )
         return found
     if resume is not None:
-        if not (Path(resume) / "trainer_state.json").is_file():
+        if not is_checkpoint(resume):
             raise UsageError(
                 f"--resume {resume}: no checkpoint there, expected a folder with trainer_state.json"
             )
@@ -54,10 +144,6 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
             f"{output} has checkpoints of an earlier run: --resume goes on with it, --overwrite starts anew, "
             "--output-dir names another place"
         )
-    if args.overwrite:
-        for path in steps.values():
-            shutil.rmtree(path)
-    (output / "train_log.jsonl").unlink(missing_ok=True)  # of a run that wrote no checkpoint, too
     return None
 
 
@@ -96,8 +182,10 @@ def hold_out(
 
 def quiet(args: argparse.Namespace) -> None:
     """This package's warnings as lines on stderr, and little of what other packages say."""
+    import datasets
     from transformers import logging as transformers_logging
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
     if not args.debug:
@@ -115,11 +203,12 @@ def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
     bits = (args.load_in_4bit or args.load_in_8bit) and "device_map" not in further
     if bits:
         further |= quantised(args)
-    model, tokenizer = load_model(args.model, dtype="float32" if args.full else args.dtype, **further)
+    dtype = "float32" if args.full else args.dtype
+    model, tokenizer = load_model(args.model, dtype=dtype, device="cpu" if args.cpu else None, **further)
     if bits:
         _evaluate_as_trained(model)
     if args.chat_template:
-        tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(args.chat_template)
     return model, tokenizer
 
 
@@ -128,13 +217,13 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    from .. import precision
     from ..models import smollm2_path
 
-    dtype = args.dtype
-    if dtype == "auto":
-        path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
-        dtype = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype or "float32"
-    compute = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
+    saved = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).get_text_config().dtype
+    device = torch.device("cpu") if args.cpu else None
+    compute = precision.resolve(args.dtype, saved or torch.float32, device)
     found: dict[str, Any] = {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
@@ -154,7 +243,7 @@ def _evaluate_as_trained(model: Any) -> None:
     It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
     to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -162,6 +251,15 @@ def _evaluate_as_trained(model: Any) -> None:
         elif isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
             module.train()
             module.train = lambda mode=True, module=module: module
+
+
+# The options of an adapter, and the fields of peft's LoraConfig.
+_LORA = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_targets": "target_modules",
+}
 
 
 def lora(args: argparse.Namespace) -> Any:
@@ -179,6 +277,7 @@ def lora(args: argparse.Namespace) -> Any:
 
 def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments. lr: where --lr is not given; evaluates: there are rows held out."""
+    import torch
     from transformers import TrainingArguments
 
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -200,7 +299,8 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
         "max_grad_norm": args.max_grad_norm,
         "seed": args.seed,
         checkpointing: args.gradient_checkpointing,
-        "use_cpu": args.cpu,
+        # transformers refuses bf16 where there is no accelerator, unless it is told that none is meant.
+        "use_cpu": args.cpu or not torch.accelerator.is_available(),
         "bf16": args.full and args.dtype == "bfloat16",
         "fp16": args.full and args.dtype == "float16",
         "logging_steps": args.logging_steps,
@@ -224,15 +324,26 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
 def json_log(args: argparse.Namespace) -> Any:
     """A callback that appends every log to train_log.jsonl, one JSON object a line.
 
-    A resumed run takes out the lines of steps behind its checkpoint, which it does again, and what it measured before them.
+    The file of an earlier run stays until training begins. A resumed run takes out the lines of steps behind its checkpoint,
+    which it does again, and leaves out what it measures before them.
     """
     from transformers import TrainerCallback
 
     path = Path(args.output_dir) / "train_log.jsonl"
+    waiting: list[str] | None = []  # lines until training begins
 
     class JsonLog(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not (state.is_world_process_zero and state.global_step and path.is_file()):
+            nonlocal waiting
+            if not state.is_world_process_zero:
+                return
+            begun, waiting = waiting or [], None
+            if not state.global_step:
+                with saving(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, "".join(begun).encode())
+                return
+            if not path.is_file():
                 return
             kept, last = [], 0
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -246,10 +357,16 @@ def json_log(args: argparse.Namespace) -> Any:
             write_atomically(path, "".join(kept).encode())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if state.is_world_process_zero and logs:
+            if not (state.is_world_process_zero and logs):
+                return
+            line = json.dumps(finite({"step": state.global_step, **logs})) + "\n"
+            if waiting is not None:
+                waiting.append(line)
+                return
+            with saving(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(finite({"step": state.global_step, **logs})) + "\n")
+                    file.write(line)
 
     return JsonLog()
 
@@ -269,40 +386,91 @@ def begun(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def fit(trainer: Trainer, checkpoint: str | None) -> dict[str, float] | None:
-    """Train and save; what the trainer measured, or None where Ctrl-C has ended it, with a checkpoint."""
-    with stop_after_step(trainer) as stopped:
+def fit(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """Train and save; returns what the trainer measured. Raises Stopped where Ctrl-C has ended it, with a checkpoint."""
+    from transformers import TrainerCallback
+
+    output = Path(str(trainer.args.output_dir))
+
+    class Overwrite(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and not state.global_step:
+                for path in output.glob(
+                    "checkpoint-*"
+                ):  # there are none without --overwrite, see `checkpoint`
+                    shutil.rmtree(path)
+
+    trainer.add_callback(Overwrite())
+    with _alone(output), stop_after_step(trainer) as stopped:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if stopped:
-        say(trainer)(
-            f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. Go on with "
-            "the same command and --resume"
-        )
-        return None
-    trainer.save_model()
-    trainer.save_state()
+        if stopped:
+            say(trainer)(
+                f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. Go on with "
+                "the same command and --resume"
+            )
+            raise Stopped(stopped[0], told=True)
+        trainer.save_model()
+        with saving(output):
+            trainer.save_state()
     return metrics
 
 
 @contextlib.contextmanager
-def stop_after_step(trainer: Trainer) -> Iterator[Sequence[int]]:
-    """Ctrl-C ends training after the step under way, with a checkpoint; a second one ends it at once.
+def _alone(output: Path) -> Iterator[None]:
+    """UsageError where another process trains into the folder; the lock is the system's, and goes with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    if int(os.environ.get("RANK", "0")):
+        yield
+        return
+    with saving(output):
+        output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another run is writing into {output}: wait for its end, or name another --output-dir"
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
-    Yields a list that is not empty once that has happened. Processes of one run are not asked, because they would not
-    stop after the same step.
+
+@contextlib.contextmanager
+def stop_after_step(trainer: Trainer) -> Iterator[Sequence[int]]:
+    """Ctrl-C and SIGTERM end training after the step under way, with a checkpoint; a second one ends it at once.
+
+    So does the first before the first step and after the last one. Yields a list with the signal's number once that has
+    happened. Several processes of one run end at once, because they would not stop after the same step.
     """
     from transformers import TrainerCallback
 
     stopped: list[int] = []
+    stepping = False
 
     class Stop(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal stepping
+            stepping = True
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal stepping
+            stepping = False
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if stopped:
                 control.should_save = control.should_training_stop = True
 
     def interrupt(number: int, frame: Any) -> None:
-        if stopped:
-            raise KeyboardInterrupt
+        if stopped or not stepping:
+            raise Stopped(number)
         stopped.append(number)
         print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
 
@@ -310,8 +478,5 @@ def stop_after_step(trainer: Trainer) -> Iterator[Sequence[int]]:
         yield stopped
         return
     trainer.add_callback(Stop())
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with _handling(interrupt, signal.SIGINT, signal.SIGTERM):
         yield stopped
-    finally:
-        signal.signal(signal.SIGINT, previous)
