@@ -154,7 +154,7 @@ def _evaluate_as_trained(model: Any) -> None:
     It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
     to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # type: ignore[attr-defined]
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
