@@ -122,6 +122,7 @@ def test_the_command_line_wins(parsed):
         ("data: a\nlr: 1\nlr: 2\n", "run.yaml:3: lr came twice"),
         ("data: a\npacking: true\n", "run.yaml:2: --packing true: packed layouts do not exist yet"),
         ("data: a\nlora: true\nfull: true\n", "argument --full: not allowed with argument --lora"),
+        ("data: a\nconfig: b.yaml\n", "run.yaml:2: a configuration cannot name another one"),
         ("lr: 1\n", "the following arguments are required: --data"),
         ("- data\n", "run.yaml: expected options, one NAME: VALUE per line, got a sequence"),
         ("data: a\n  lr: [\n", "run.yaml:2: not valid YAML"),
@@ -140,6 +141,12 @@ def test_json_that_is_none_is_told(parsed, capsys, text):
     with pytest.raises(SystemExit):
         parsed(text, name="run.json")
     assert "run.json:1: not valid JSON" in capsys.readouterr().err
+
+
+def test_two_files(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", "a.yaml", "--config=b.yaml"])
+    assert "--config came twice; write the options into one file" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there(capsys):

@@ -17,7 +17,7 @@ from .. import __version__
 from ..wording import did_you_mean, one_line
 from . import aliases, completion, config_file, manual, recipe, reward, rl, train, training
 from .options import UsageError
-from .parser import Parser, spelled, unknown
+from .parser import Given, Parser, spelled, split, unknown
 from .streams import outliving_readers
 
 __all__ = ["build_parser", "main", "parse", "parsers"]
@@ -90,6 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     try:
         typed = aliases.around(command, parser, words)
         config = typed.options.get("config")
+        if sum(isinstance(g, Given) and g.name == "config" for g in split(words)) > 1:
+            raise UsageError("--config came twice; write the options into one file")
         if config is not None and config.values and parser.named("config") is not None:
             given = config_file.words(config.values[0], command, parser, words)
             typed = aliases.around(command, parser, [*given, *words])

@@ -174,9 +174,9 @@ _POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo
 
 def loss_types() -> dict[str, str]:
     """Return the method of each loss type of TRL's trainers on preferences, as docs/conversions.md has them."""
-    from ..integrations.liger.pairs import DPO_LOSS_TYPES
+    from ..integrations.liger.pairs import DPO_METHODS
 
-    return {**DPO_LOSS_TYPES, **_FURTHER_LOSS_TYPES}
+    return {**DPO_METHODS, **_FURTHER_LOSS_TYPES}
 
 
 def _loss_type(given: Given, typed: Typed) -> list[str]:

@@ -66,13 +66,15 @@ def check_names(args: argparse.Namespace) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for name, known in (("scheduler", SchedulerType), ("optim", OptimizerNames)):
-        value, names = getattr(args, name), [entry.value for entry in known]
+    for option, what, known in (
+        ("scheduler", "schedule", SchedulerType),
+        ("optim", "optimizer", OptimizerNames),
+    ):
+        value, names = getattr(args, option), [entry.value for entry in known]
         if value is not None and value not in names:
             near = did_you_mean(value, names)
-            raise UsageError(
-                f"--{name} {value}: no such name{near}{' There' if near else '; there'} are {', '.join(names)}"
-            )
+            there = f"{' There' if near else '; there'} are {', '.join(names)}"
+            raise UsageError(f"--{option}: no {what} named {value!r}{near}{there}")
 
 
 def check_further(args: argparse.Namespace) -> None:

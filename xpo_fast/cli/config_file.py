@@ -19,7 +19,8 @@ from .parser import FALSE, TRUE, Given, Parser, spelled
 FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
-# Options NAME=VALUE, which a file may write as a mapping.
+# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line both.
+_MAPPINGS = ("set", "train", "columns")
 _SETTINGS = ("set", "train")
 
 
@@ -72,8 +73,9 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         if beside and value == action.default:
             continue  # the default that another option has taken the place of
         name = action.option_strings[-1].lstrip("-")
-        if action.dest in _SETTINGS:
-            value = {key: _plain(x) for key, x in value}
+        if action.dest in _MAPPINGS:
+            pairs = [pair for one in value for pair in (one.items() if isinstance(one, dict) else [one])]
+            value = {key: _plain(x) for key, x in pairs}
         elif action.dest in _WITH_COMMAS and isinstance(value, list):
             value = ",".join(map(str, value))
         options[name] = value
@@ -146,6 +148,8 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
         if folded in seen:
             raise UsageError(f"{where}: {name} came twice; write a list for an option that may be repeated")
         seen.add(folded)
+        if folded == "config":
+            raise UsageError(f"{where}: a configuration cannot name another one; write its options here")
         yield from ((where, given) for given in _given(name, node, where))
 
 
@@ -153,7 +157,7 @@ def _given(name: str, node: Any, where: str) -> Iterator[Given]:
     dest = name.replace("-", "_")
     if node.tag.endswith(":null"):
         return  # as if it were not there
-    if dest in _SETTINGS:
+    if dest in _MAPPINGS:
         if node.id == "mapping":
             yield from (Given(name, f"{key.value}={_json(value)}", []) for key, value in node.value)
         else:
