@@ -389,6 +389,22 @@ def _tells_its_prompt(value: Any, prompt: str) -> bool:
     return not isinstance(speaker, str) or _SPEAKERS.get(speaker.lower(), speaker) != "assistant"
 
 
+def is_plain_text(given: dict[str, Any]) -> bool:
+    """Return whether a row is a text to learn all of: one beside which nothing could be a prompt or a completion."""
+    others = {
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "completions",
+        "instruction",
+        *CONVERSATIONS,
+        *PROMPTS,
+        *ANSWERS,
+    }
+    return isinstance(given.get("text"), str) and not others & given.keys()
+
+
 # --- what is said of a row that cannot be read ----------------------------------------------------
 
 
@@ -424,6 +440,11 @@ def looks_like(given: dict[str, Any]) -> str:
 
 def advice(given: dict[str, Any], missing: list[str]) -> str:
     """Return the option that gives a row what it lacks, as "--columns rejected=loser"; nothing where no column is like it."""
+    listed = given.get("completions")
+    if isinstance(listed, list) and listed and isinstance(listed[0], dict) and not is_message(listed[0]):
+        missing = ["completions", *missing]  # which hold more than text
+    if _prompts(given) or set(CONVERSATIONS) & given.keys():
+        missing = [name for name in missing if name != "prompt"]
     guesses: dict[str, str] = {}
     for name in missing:
         found = [path for path in _paths(given, name) if path not in guesses.values()]

@@ -22,6 +22,7 @@ from .data_forms import (
     SYSTEMS,
     DataError,
     advice,
+    is_plain_text,
     looks_like,
     message,
     nearest,
@@ -97,12 +98,13 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     """A raw row in the one shape; two rows where a pair is read as unpaired."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
-    given = recognised({name: value for name, value in row.items() if value is not None}, kind, where)
-    if _is_plain_text(given, kind):
+    raw_row = {name: value for name, value in row.items() if value is not None}
+    given = recognised(raw_row, kind, where)
+    if kind == "chosen" and is_plain_text(given):
         return [{"prompt": "", "chosen": _text(given["text"], "text", where), "where": where}]
     form = next((form for form in FORMS[kind] if given.keys() >= set(form)), None)
     if form is None:
-        raise _without_form(given, kind, where)
+        raise _without_form(raw_row, given, kind, where)
     pair = {"chosen", "rejected"}
     if "completions" in form:
         _check_list(given["completions"], where)
@@ -146,53 +148,49 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
     else:
         raise DataError(
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
-            f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, ['prompt'])}"
+            f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
     return {**row, "prompt": prompt}
 
 
-def _is_plain_text(given: dict[str, Any], kind: str) -> bool:
-    """Whether a row is a text to learn all of: one beside which nothing could be a prompt or a completion."""
-    others = {"prompt", "chosen", "completion", "instruction", *CONVERSATIONS, *PROMPTS, *ANSWERS}
-    return kind == "chosen" and isinstance(given.get("text"), str) and not others & given.keys()
-
-
-def _advice(given: dict[str, Any], missing: list[str]) -> str:
-    """What to do about a row that lacks fields, as the end of its error."""
-    option = advice(given, missing)
+def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
+    """What to do about a row, as the end of its error. lacks: what it lacks, for each form that it could have."""
+    option = next(filter(None, (advice(given, missing) for missing in lacks)), "")
     return f"{option} reads it so, if that is what it is" if option else "rename the fields or drop the row"
 
 
-def _without_form(given: dict[str, Any], kind: str, where: str) -> DataError:
-    """The error of a row that is of no form of its kind, told by the form it is nearest to."""
-    if kind == "pair" and {"completion", "label"} <= given.keys():
+def _without_form(row: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> DataError:
+    """The error of a row that is of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
+    if kind == "pair" and {"completion", "label"} <= row.keys():
         return DataError(
             f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
             "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
         )
-    form = max(FORMS[kind], key=lambda form: len(given.keys() & set(form) - {"prompt"}))
-    missing = [name for name in form if name not in given]
-    seen = looks_like(given)
+    # The nearest first; of forms as near as each other, the first.
+    forms = sorted(FORMS[kind], key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
+    lacks = [[name for name in form if name not in given] for form in forms]
+    seen = looks_like(row)
+    what_to_do = _advice(row, lacks)
+    if "--columns" not in what_to_do:
+        what_to_do = _reader(row, kind, where) or what_to_do
     return DataError(
-        f"{where}: {', '.join(missing)} missing or null; expected {FIELDS[kind]}; "
-        f"got {', '.join(sorted(given)) or 'no fields'}{f' (this looks like {seen})' if seen else ''}; "
-        f"{_reader(given, kind, where) or _advice(given, missing)}"
+        f"{where}: {', '.join(lacks[0])} missing or null; expected {FIELDS[kind]}; "
+        f"got {', '.join(sorted(row)) or 'no fields'}{f' (this looks like {seen})' if seen else ''}; {what_to_do}"
     )
 
 
-def _reader(given: dict[str, Any], kind: str, where: str) -> str:
+def _reader(row: dict[str, Any], kind: str, where: str) -> str:
     """Who does read a row that a method for pairs or lists cannot be given, where somebody does."""
-    if kind not in ("pair", "list") or given.keys() & {"chosen", "rejected", "completions"}:
+    if kind not in ("pair", "list") or row.keys() & {"chosen", "rejected", "completions"}:
         return ""
     try:
-        read = recognised(given, "chosen", where)
+        read = recognised(row, "chosen", where)
+        prompts = recognised(row, "prompt", where)
     except DataError:
         return ""
-    if _is_plain_text(given, "chosen") or "completion" in read:
+    if is_plain_text(row) or "completion" in read:
         return "there is nothing to compare: --method sft reads it, or give it another completion"
-    if "prompt" in recognised(given, "prompt", where):
-        return "xpo-fast rl learns from prompts alone; or give it completions"
-    return ""
+    return "xpo-fast rl learns from prompts alone; or give it completions" if "prompt" in prompts else ""
 
 
 def _check_list(completions: Any, where: str) -> None:
