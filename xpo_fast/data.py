@@ -22,6 +22,7 @@ files of any size. The Arrow files stand in the folder for temporary files ($TMP
 
 from __future__ import annotations
 
+import codecs
 import functools
 import gzip
 import hashlib
@@ -100,6 +101,7 @@ ACCEPTED = (
     "datasets.load_dataset understands, a datasets.Dataset, or a list of dicts"
 )
 _AT_ONCE = 1000  # rows
+_BLOCK = 2**20  # bytes
 # What `encode` leaves as it is.
 _KEPT = ("label", "scores", *NUMBERS["pair"], *NUMBERS["unpaired"])
 
@@ -127,7 +129,8 @@ def load(
     """Read preference data of any of the usual forms into one.
 
     Args:
-        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`); or a list of
+        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`); what `load` has
+            returned stays as it is; or a list of
             paths and names, which are read one after another. A path or name may be followed by ``:SPLIT``, ``:WEIGHT``
             or ``:SPLIT:WEIGHT``.
         kind: one of `COMPLETIONS`. A pair read as unpaired gives a desirable and an undesirable row; one with
@@ -162,6 +165,8 @@ def load(
     """
     check_kind(kind)
     check_names(columns or ())
+    if not columns and _is_loaded(source) and {"prompt", *COMPLETIONS[kind]} <= set(source.column_names):
+        return source
     return load_rows(
         source,
         lambda row, where: shape_row(row, kind, where),
@@ -215,7 +220,17 @@ def load_rows(
         found.append(rows)
     order = _mixture([part.weight for part in parts], [len(rows) for rows in found], seed)
     rows = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
-    return rows if order is None else rows.select(order)
+    rows = rows if order is None else rows.select(order)
+    rows.info.builder_name = __name__
+    return rows
+
+
+def _is_loaded(source: Any) -> bool:
+    """Whether `load_rows` made it, or it was selected of such a data set: its rows have their form and their places."""
+    return (
+        getattr(getattr(source, "info", None), "builder_name", None) == __name__
+        and "where" in source.column_names
+    )
 
 
 def load_prompts(
@@ -336,8 +351,9 @@ class _Part:
             rows = rows.with_format(None)
         elif not isinstance(rows, list):
             raise DataError(f"expected {ACCEPTED}; got {type(rows).__name__}")
+        placed = _is_loaded(rows)
         for index, row in enumerate(rows):
-            yield f"{self.label}[{index}]", row
+            yield row["where"] if placed else f"{self.label}[{index}]", row
 
 
 def _parts(source: Any, split: str, config: str | None) -> list[_Part]:
@@ -490,10 +506,9 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf").strip()
                 if line.startswith(b"["):
-                    # An array may span lines: let the parser count them from here.
-                    rows = _parse(line + b"\n" + file.read(), name, number)
-                    for index, row in enumerate(rows):
+                    for index, row in enumerate(_read_array(file, line + b"\n", name, number)):
                         yield f"{name}[{index}]", row
+                    return
                 elif line:
                     yield f"{name}:{number}", _parse(line, name, number)
     except (EOFError, OSError, zlib.error) as error:
@@ -503,15 +518,67 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
+def _read_array(file: Any, block: bytes, name: str, line: int) -> Iterator[Any]:
+    """The values of an array, one after another: it need not fit into memory. block: its beginning; line: of that."""
+    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+    text, at = "", 0  # text[at] is what stands before a value, "[" or ","
+
+    def broken(reason: str, place: int) -> DataError:
+        return DataError(
+            f"{name}:{line + text.count(chr(10), 0, place)}: not valid JSON ({reason}); "
+            "expected one JSON object a line, or one array of objects"
+        )
+
+    while True:
+        line += text.count("\n", 0, at)
+        text, at = text[at:], 0
+        try:
+            text += utf8.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            row = line + text.count("\n") + block.count(b"\n", 0, error.start)
+            raise DataError(f"{name}:{row}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        while True:
+            start = _after_space(text, at + 1)
+            if text[start : start + 1] == "]" and text[at] == "[":
+                stop = start
+            else:
+                try:
+                    value, end = decode(text, start)
+                except json.JSONDecodeError as error:
+                    # A value that the block cuts is broken at its end, or in a string that does not end.
+                    if not block or not (
+                        error.pos > len(text) - 10 or error.msg.startswith(("Unterm", "Invalid \\"))
+                    ):
+                        raise broken(error.msg, error.pos) from error
+                    break
+                stop = _after_space(text, end)
+                if stop == len(text) and block:  # of a number there may be more to come
+                    break
+                if text[stop : stop + 1] not in (",", "]"):
+                    raise broken("Expecting ',' delimiter", stop)
+                yield value
+            at = stop
+            if text[at] == "]":
+                if (rest := _after_space(text, at + 1)) < len(text) or file.read().strip():
+                    raise broken("Extra data", rest)
+                return
+        block = file.read(max(_BLOCK, len(text)))  # more each time: a long value is not tried often
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
 def _parse(text: bytes, name: str, line: int) -> Any:
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line += text.count(b"\n", 0, error.start)
         raise DataError(f"{name}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{name}:{line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); "
+            f"{name}:{line}: not valid JSON ({error.msg}, column {error.colno}); "
             "expected one JSON object a line, or one array of objects"
         ) from error
 

@@ -71,7 +71,10 @@ def renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
     """
     if not isinstance(row, dict):
         return row
-    found = {name: row[path] if path in row else _at(row, path.split("."), 0, where) for name, path in columns.items()}  # fmt: skip
+    found = {
+        name: row[path] if path in row else _at(row, path.split("."), 0, where)
+        for name, path in columns.items()
+    }
     return {name: value for name, value in row.items() if name not in columns.values()} | found
 
 
@@ -86,7 +89,9 @@ def _at(value: Any, keys: list[str], depth: int, where: str) -> Any:
             return _at(value[int(key)], keys, depth + 1, where)
         raise DataError(f"{where}: no column {path}: {holder} has {len(value)} items, counted from 0")
     if not isinstance(value, dict):
-        raise DataError(f"{where}: no column {path}: {holder} is {type(value).__name__}, expected a dict or a list of dicts")  # fmt: skip
+        raise DataError(
+            f"{where}: no column {path}: {holder} is {type(value).__name__}, expected a dict or a list of dicts"
+        )
     if key in value:
         return _at(value[key], keys, depth + 1, where)
     raise DataError(
@@ -139,7 +144,7 @@ def _text_of(parts: list[Any], name: str, where: str) -> str:
     """The text of content in parts, one after another."""
     texts = []
     for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        kind = (part.get("type") or "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise DataError(
                 f"{where}: {name} must hold messages of text; got a part of type {kind!r} ({str(part)[:60]}); "
@@ -204,7 +209,12 @@ def _answers(given: dict[str, Any], kind: str) -> list[str]:
     pair = [name for name in ("chosen", "rejected") if name in given]
     if kind == "pair" or (kind in ("unpaired", "list") and len(pair) == 2):
         return pair if len(pair) == 2 else []
-    one = {"unpaired": ("completion",), "list": ("completions",), "rejected": ("rejected",), "chosen": ("chosen", "completion")}  # fmt: skip
+    one = {
+        "unpaired": ("completion",),
+        "list": ("completions",),
+        "rejected": ("rejected",),
+        "chosen": ("chosen", "completion"),
+    }
     # Either side may share its prompt with the other.
     return (
         pair
@@ -216,7 +226,11 @@ def _answers(given: dict[str, Any], kind: str) -> list[str]:
 def _with_prompt(given: dict[str, Any], answers: list[str], where: str) -> dict[str, Any]:
     """The row with the prompt that another column says, unless the answers tell it themselves."""
     values = [given[name] for name in answers]
-    texts = [one for value in values for one in (value if answers == ["completions"] and isinstance(value, list) else [value])]  # fmt: skip
+    texts = [
+        one
+        for value in values
+        for one in (value if answers == ["completions"] and isinstance(value, list) else [value])
+    ]
     conversation = _only(given, CONVERSATIONS, where)
     plain = _only(given, _prompts(given), where)
     shown = given[plain] if plain else ""
@@ -273,7 +287,11 @@ def _prompt_alone(given: dict[str, Any], where: str) -> dict[str, Any]:
         prompt = _plain_prompt(given, where)
         if prompt is None:
             return given
-        answered = {"chosen": given["output"]} if "instruction" in given and isinstance(given.get("output"), str) else {}  # fmt: skip
+        answered = (
+            {"chosen": given["output"]}
+            if "instruction" in given and isinstance(given.get("output"), str)
+            else {}
+        )
         return {**given, "prompt": prompt, **answered}
     turns = _conversation(given[conversation], conversation, where)
     _refuse_media(given, where)
@@ -368,7 +386,11 @@ def _refuse_media(given: dict[str, Any], where: str) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or is_message(value) or (isinstance(value, list) and bool(value) and is_message(value[0]))  # fmt: skip
+    return (
+        isinstance(value, str)
+        or is_message(value)
+        or (isinstance(value, list) and bool(value) and is_message(value[0]))
+    )
 
 
 def _words(value: Any) -> str:
@@ -414,7 +436,11 @@ def looks_like(given: dict[str, Any]) -> str:
     conversation = next((name for name in CONVERSATIONS if name in given), None)
     if conversation is not None:
         first = next(iter(given[conversation]), None) if isinstance(given[conversation], list) else None
-        return "ShareGPT (from, value)" if isinstance(first, dict) and "from" in first else f"a conversation ({conversation})"  # fmt: skip
+        return (
+            "ShareGPT (from, value)"
+            if isinstance(first, dict) and "from" in first
+            else f"a conversation ({conversation})"
+        )
     if {"chosen", "rejected"} <= names:
         return "a pair"
     if {"completion", "label"} <= names:
@@ -425,17 +451,7 @@ def looks_like(given: dict[str, Any]) -> str:
         return "UltraFeedback with its completions in dicts" if dicts else "a list of completions"
     if "instruction" in given:
         return "Alpaca (instruction, output)" if "output" in given else "instructions without answers"
-    if "text" in given and not any(
-        _paths(given, name) for name in ("prompt", "completion") if name != "text"
-    ):
-        return "plain text"
-    if "prompt" in given or _prompts(given):
-        return (
-            "prompts with an answer"
-            if any(name in given for name in ("completion", *ANSWERS))
-            else "prompts alone"
-        )
-    return ""
+    return "plain text" if is_plain_text(given) else ""
 
 
 def advice(given: dict[str, Any], missing: list[str]) -> str:
