@@ -118,8 +118,12 @@ READ = {
         *("unpaired", {"prompt": "what", "completion": " cat", "label": True}),
     ),
     "a problem that its messages repeat": (
-        {"problem": "what", "solution": "cow", "messages": [user("what"), answer("cat")]},
+        {"problem": "what", "solution": "cat", "answer": "c", "messages": [user("what"), answer("cat")]},
         *("chosen", {"prompt": [user("what")], "chosen": [answer("cat")]}),
+    ),
+    "whole conversations beside whatever else": (
+        {"chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")], "query": "a", "question": "b"},
+        *("pair", {"prompt": [user("what")], "chosen": [answer("cat")], "rejected": [answer("dog")]}),
     ),
     "ultrafeedback, binarized": (
         {
@@ -238,6 +242,10 @@ REFUSED = {
     "a prompt that its messages do not repeat": (
         {"prompt": "other", "messages": [user("a"), answer("b")]},
         *("chosen", "prompt is no turn of messages"),
+    ),
+    "an answer that its messages do not repeat": (
+        {"problem": "a", "solution": "c", "messages": [user("a"), answer("b")]},
+        *("chosen", "solution and the last turn of messages could each be the completion"),
     ),
     "an answer before the pair": (
         {"messages": [user("a"), answer("b")], **PAIR},

@@ -23,6 +23,15 @@ _SPEAKERS = {
     "system": "system",
 }  # fmt: skip
 _TOOL_SPEAKERS = ("function_call", "function", "observation", "tool", "tool_call", "tool_response")
+# The fields that hold what a row of each kind learns from; of two sides either may share its prompt with the other.
+_LEARNED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "pair": (("chosen", "rejected"),),
+    "unpaired": (("completion",), ("chosen", "rejected")),
+    "list": (("completions",), ("chosen", "rejected")),
+    "rejected": (("chosen", "rejected"), ("rejected",)),
+    "chosen": (("chosen", "rejected"), ("chosen",), ("completion",)),
+    "prompt": (),
+}
 # Names that people give to what is missing, likeliest first: for the advice of an error, not for reading.
 _SYNONYMS = {
     "prompt": ("instruction", *PROMPTS, "user", "source"),
@@ -184,17 +193,12 @@ def recognised(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     for name in ("chosen", "rejected", "completion"):
         if is_message(given.get(name)):  # LLaMA-Factory's pairs
             given[name] = [given[name]]
-    two = given.get("output")
-    if (
-        "instruction" in given
-        and isinstance(two, list)
-        and len(two) == 2
-        and not {"chosen", "rejected"} & given.keys()
-    ):
+    two = given.get("output") if "instruction" in given and "prompt" not in given else None
+    if isinstance(two, list) and len(two) == 2 and not {"chosen", "rejected"} & given.keys():
         given["chosen"], given["rejected"] = two
     if kind == "unpaired" and "kto_tag" in given:
         given.setdefault("label", given["kto_tag"])
-    answers = _answers(given, kind)
+    answers = next((names for names in _LEARNED[kind] if given.keys() >= set(names)), ())
     if answers:
         return given if "prompt" in given else _with_prompt(given, answers, where)
     if kind in ("chosen", "unpaired"):
@@ -204,38 +208,18 @@ def recognised(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     return given
 
 
-def _answers(given: dict[str, Any], kind: str) -> list[str]:
-    """The fields that hold what a row of this kind learns from, or nothing where they are not all there."""
-    pair = [name for name in ("chosen", "rejected") if name in given]
-    if kind == "pair" or (kind in ("unpaired", "list") and len(pair) == 2):
-        return pair if len(pair) == 2 else []
-    one = {
-        "unpaired": ("completion",),
-        "list": ("completions",),
-        "rejected": ("rejected",),
-        "chosen": ("chosen", "completion"),
-    }
-    # Either side may share its prompt with the other.
-    return (
-        pair
-        if len(pair) == 2 and kind != "prompt"
-        else [name for name in one.get(kind, ()) if name in given][:1]
-    )
-
-
-def _with_prompt(given: dict[str, Any], answers: list[str], where: str) -> dict[str, Any]:
+def _with_prompt(given: dict[str, Any], answers: tuple[str, ...], where: str) -> dict[str, Any]:
     """The row with the prompt that another column says, unless the answers tell it themselves."""
-    values = [given[name] for name in answers]
-    texts = [
-        one
-        for value in values
-        for one in (value if answers == ["completions"] and isinstance(value, list) else [value])
-    ]
+    texts = [given[name] for name in answers]
+    if answers == ("completions",) and isinstance(texts[0], list):
+        texts = texts[0]
+    if any(
+        all(_tells_its_prompt(text, begun) for text in texts)
+        for begun in ("", *(given[name] for name in _prompts(given)))
+    ):
+        return given
     conversation = _only(given, CONVERSATIONS, where)
     plain = _only(given, _prompts(given), where)
-    shown = given[plain] if plain else ""
-    if all(_tells_its_prompt(text, shown) for text in texts):
-        return given
     if conversation is None:
         prompt = _plain_prompt(given, where)
         return given if prompt is None else {**given, "prompt": prompt}
@@ -260,12 +244,18 @@ def _with_answer(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]
     if conversation is not None:
         turns = _conversation(given[conversation], conversation, where)
         _refuse_media(given, where)
-        _refuse_two_prompts(given, turns, plain, conversation, "chosen" if kind == "chosen" else None, where)
+        target = "chosen" if kind == "chosen" else None
+        _refuse_two_prompts(given, turns, plain, conversation, target, where)
         if turns[-1]["role"] != "assistant" or len(turns) == 1:
             wrong = "is one turn" if len(turns) == 1 else f"ends with a turn of {turns[-1]['role']}"
             raise DataError(
                 f"{where}: {conversation} {wrong}; expected a conversation whose last turn, of the assistant, is what is "
                 "learned; drop the row, or cut it after an answer"
+            )
+        if named and turns[-1]["content"].strip() not in [_words(given[column]).strip() for column in named]:
+            raise DataError(
+                f"{where}: {' and '.join(named)} and the last turn of {conversation} could each be the completion; "
+                f"{_or_take_out(conversation, target, ' and '.join(named))}"
             )
         return {**given, "prompt": _after_system(given, turns[:-1]), "completion": turns[-1:]}
     if plain is None or not named:
@@ -287,11 +277,8 @@ def _prompt_alone(given: dict[str, Any], where: str) -> dict[str, Any]:
         prompt = _plain_prompt(given, where)
         if prompt is None:
             return given
-        answered = (
-            {"chosen": given["output"]}
-            if "instruction" in given and isinstance(given.get("output"), str)
-            else {}
-        )
+        answer = given.get("output") if "instruction" in given else None
+        answered = {"chosen": answer} if isinstance(answer, str) else {}
         return {**given, "prompt": prompt, **answered}
     turns = _conversation(given[conversation], conversation, where)
     _refuse_media(given, where)
@@ -331,14 +318,16 @@ def _refuse_two_prompts(
     """DataError for a prompt beside a conversation that does not repeat it. target: what --columns names to read it."""
     said = [turn["content"].strip() for turn in turns]
     if plain is not None and _words(given[plain]).strip() not in said:
-        reads = (
-            f"--columns {target}={conversation} reads the conversation, as it stands"
-            if target
-            else f"take {plain} out of the rows"
-        )
         raise DataError(
-            f"{where}: {plain} is no turn of {conversation}, and each could be the prompt; {reads}"
+            f"{where}: {plain} is no turn of {conversation}, and each could be the prompt; "
+            f"{_or_take_out(conversation, target, plain)}"
         )
+
+
+def _or_take_out(conversation: str, target: str | None, others: str) -> str:
+    if target is None:
+        return f"take {others} out of the rows, or {conversation}"
+    return f"--columns {target}={conversation} reads the conversation, as it stands"
 
 
 def _plain_prompt(given: dict[str, Any], where: str) -> Any:
