@@ -129,10 +129,9 @@ def load(
     """Read preference data of any of the usual forms into one.
 
     Args:
-        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`); what `load` has
-            returned stays as it is; or a list of
+        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`); or a list of
             paths and names, which are read one after another. A path or name may be followed by ``:SPLIT``, ``:WEIGHT``
-            or ``:SPLIT:WEIGHT``.
+            or ``:SPLIT:WEIGHT``. What `load` has returned stays as it is.
         kind: one of `COMPLETIONS`. A pair read as unpaired gives a desirable and an undesirable row; one with
             scores read as a list, a list of two; read as rejected or chosen, that half. Unpaired rows read as
             chosen are taken whatever their label.
@@ -242,7 +241,7 @@ def load_prompts(
     config: str | None = None,
     seed: int = 42,
 ) -> list[dict[str, Any]]:
-    """Rows with a prompt, text or messages, and whatever else the data have; what `load` reads, and prompts alone.
+    """Read rows with a prompt, text or messages, and whatever else the data have; what `load` reads, and prompts alone.
 
     Rows without a column `where` of their own get one, of type `Place`. Of rows with chosen and rejected, or chosen or
     completion, these and the prompt are brought into the form that `load` gives. alike: every row must have the columns of
@@ -318,7 +317,7 @@ def read(
     columns: Mapping[str, str] | None = None,
     config: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """(where, row) of every row, as it stands in the source but for the names of columns; of all sources, unmixed."""
+    """Yield (where, row) of every row, as it stands in the source but for the names of columns; of all sources, unmixed."""
     for part in _parts(source, split, config):
         for where, row in part.rows():
             yield where, renamed(row, columns or {}, where)
