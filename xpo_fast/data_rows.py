@@ -1,7 +1,7 @@
 """What a row of preference data must be, and the `DataError` that names one which is not.
 
-`shape_row` brings a row, recognised by `data_forms`, into the form of its kind; `check_columns` holds the numbers of a data set against the
-methods that are to learn from it.
+`shape_row` brings a row, recognised by `data_forms`, into the form of its kind; `check_columns` holds the numbers
+of a data set against the methods that are to learn from it.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
 
 
 def _without_form(row: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> DataError:
-    """The error of a row that is of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
+    """The error of a row of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
     if kind == "pair" and {"completion", "label"} <= row.keys():
         return DataError(
             f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
