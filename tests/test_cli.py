@@ -95,6 +95,57 @@ def test_train_every_weight(home, tmp_path, capsys, method, data, strategy):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+TURNS = ({"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3 w4"})
+USER, ANSWER = ({"role": role, "content": "w1 w2"} for role in ("user", "assistant"))
+FORMS = {
+    "messages": ({"messages": [USER, ANSWER]}, ["--method", "sft"]),
+    "parts of text": ({"messages": [{**USER, "content": [{"type": "text", "text": "w1"}]}, ANSWER]}, ["--method", "sft"]),
+    "text": ({"text": "w1 w2 w3"}, ["--method", "sft"]),
+    "prompt and completion": ({"prompt": "w1", "completion": " w2"}, ["--method", "sft"]),
+    "sharegpt": ({"conversations": TURNS}, ["--method", "sft"]),
+    "alpaca": ({"instruction": "w1", "input": "w2", "output": "w3"}, ["--method", "sft"]),
+    "pairs of llama-factory": (
+        {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": "w5"}},
+        ["--method", "simpo"],
+    ),
+    "ultrafeedback, binarized": (
+        {"prompt": "w1 w2", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "w5"}], "score_chosen": 2.0,
+         "score_rejected": 1.0, "messages": [USER, ANSWER]},
+        ["--method", "odpo"],
+    ),
+    "ultrafeedback": (
+        {"instruction": "w1", "completions": [{"response": f"w{i}", "overall_score": i} for i in range(2, 4)]},
+        ["--method", "lipo", "--columns", "completions=completions.response,scores=completions.overall_score"],
+    ),
+    "helpsteer": (
+        {"prompt": "w1", "response": " w2", "helpfulness": 4},
+        ["--method", "dro", "--columns", "completion=response,reward=helpfulness"],
+    ),
+    "columns of other names": (
+        {"q": "w1", "r": {"best": " w2", "worst": " w3"}},
+        ["--method", "simpo", "--columns", "prompt=q,chosen=r.best", "--columns", "rejected=r.worst"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_train_on_every_form(home, tmp_path, capsys, form):
+    row, options = FORMS[form]
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    )
+    assert cli.main([
+        "train", "--data", *map(str, files), "--model", str(home / "model"), "--output-dir", str(tmp_path / "out"), "--cpu",
+        "--max-steps", "1", "--eval-split", "0", "--chat-template", str(template), "--lora-targets", "q_proj", *options,
+    ]) == 0, capsys.readouterr().err  # fmt: skip
+    assert "data       a.jsonl (4), b.jsonl (4): 8 " in capsys.readouterr().out
+    assert [entry["step"] for entry in log_of(tmp_path / "out") if "loss" in entry] == [1]
+
+
 def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_path, capsys, monkeypatch):
     given = ["--full", "--lr", "1e-2", "--eval-split", "0", "--epochs", "1"]
     assert train(home, tmp_path / "whole", *given) == 0

@@ -490,7 +490,7 @@ FAULTY_ROWS = {
     "no completion messages": ({**CHAT, "chosen": []}, "pair", "chosen is empty"),
     "message not an object": ({**CHAT, "chosen": ["hi"]}, "pair", 'chosen must hold messages.*"role".*hi'),
     "message with other keys": (
-        {**CHAT, "chosen": [{"from": "gpt", "value": "cat"}]},
+        {**CHAT, "chosen": [{"speaker": "gpt", "words": "cat"}]},
         *("pair", 'chosen must hold messages.*"content".*gpt'),
     ),
     "message content not text": (
@@ -1132,7 +1132,7 @@ def test_prompts_come_in_every_form():
     assert row == {"prompt": "w1", "completion": " w2", "chosen": " w2", "where": "rows[0]"}
     for bad, message in (
         ({"prompt": " "}, r"rows\[0\]: prompt missing or empty"),
-        ({"question": "w1"}, "prompt missing or empty; .*; got question"),
+        ({"title": "w1"}, "prompt missing or empty; .*; got title"),
         ({"prompt": []}, "missing or empty"),
         ({"prompt": [1]}, "must hold messages"),
         (3, "an object"),

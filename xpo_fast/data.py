@@ -15,27 +15,38 @@ completion, for the methods that compare it with all the others): in every row o
 
 Every row keeps `where` (``"pairs.jsonl:17"``, the line of a file; ``"name[17]"``, the index into anything
 else), so that whatever is wrong with it can be said by name.
+
+Rows of a file flow into an Arrow file that is mapped into memory, and are never all in memory: `load` and `encode` take
+files of any size. The Arrow files stand in the folder for temporary files ($TMPDIR) until the program ends.
 """
 
 from __future__ import annotations
 
+import codecs
+import functools
 import gzip
+import hashlib
 import importlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
+import tempfile
+import uuid
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from .data_forms import renamed
 from .data_rows import (
     COMPLETIONS,
     FIELDS,
@@ -45,6 +56,7 @@ from .data_rows import (
     check_alike,
     check_columns,
     check_kind,
+    check_names,
     completions_of,
     filled,
     grouped,
@@ -69,7 +81,10 @@ __all__ = [
     "encode_rows",
     "load",
     "load_prompts",
+    "load_rows",
     "opening",
+    "origins",
+    "prompt_keys",
     "read",
     "render",
     "require",
@@ -85,6 +100,8 @@ ACCEPTED = (
     "a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name that "
     "datasets.load_dataset understands, a datasets.Dataset, or a list of dicts"
 )
+_AT_ONCE = 1000  # rows
+_BLOCK = 2**20  # bytes
 # What `encode` leaves as it is.
 _KEPT = ("label", "scores", *NUMBERS["pair"], *NUMBERS["unpaired"])
 
@@ -100,20 +117,39 @@ def require(module: str, extra: str) -> ModuleType:
 # --- load: rows in one shape ----------------------------------------------------------------------
 
 
-def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
+def load(
+    source: Any,
+    *,
+    kind: str,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    seed: int = 42,
+) -> datasets.Dataset:
     """Read preference data of any of the usual forms into one.
 
     Args:
-        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`).
+        source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`); or a list of
+            paths and names, which are read one after another. A path or name may be followed by ``:SPLIT``, ``:WEIGHT``
+            or ``:SPLIT:WEIGHT``. What `load` has returned stays as it is.
         kind: one of `COMPLETIONS`. A pair read as unpaired gives a desirable and an undesirable row; one with
             scores read as a list, a list of two; read as rejected or chosen, that half. Unpaired rows read as
             chosen are taken whatever their label.
-        split: which split of a hub name, folder or `DatasetDict`; a single file is one split.
+        split: which split of a hub name, folder or `DatasetDict`, where the name does not say it; a single file is one
+            split.
+        columns: {field: column}, for columns of other names; a column may be a path into dicts and over lists, as
+            ``responses.best`` (`data_forms.renamed`).
+        config: which configuration of a hub name, `name` of `datasets.load_dataset`.
+        seed: of the order in which several sources with weights are mixed. A weight is a source's share of the rows: each
+            next row is of a source drawn with these probabilities (`datasets.interleave_datasets`), until one source has
+            no row left; so no row is taken twice, and of the others some are left out.
 
     Forms: TRL's preference data, prompt given or shared by `chosen` and `rejected`; TRL's unpaired data
     (`prompt`, `completion`, `label`); lists (`prompt`, `completions`, `scores`); each as strings or as lists of
     ``{"role", "content"}``; and Anthropic's transcripts (``"\\n\\nHuman: … \\n\\nAssistant: …"``), which become
-    conversations. A conversation that stands alone, without a prompt, answers with its last turn.
+    conversations. A conversation that stands alone, without a prompt, answers with its last turn. ShareGPT, Alpaca and
+    others are read where they can be read in one way only, see `data_forms` and docs/data.md; rows of `text` alone are
+    read as chosen, with an empty prompt.
 
     Returns:
         prompt, the columns of `COMPLETIONS`, where; and those of these that the data has, as floats:
@@ -124,42 +160,143 @@ def load(source: Any, *, kind: str, split: str = "train") -> datasets.Dataset:
     Raises:
         DataError: a source that is not there or cannot be read, no rows, a row that is not of these forms, or
             one that lacks what other rows have.
+        ValueError: columns under a name that no row is read by.
     """
     check_kind(kind)
+    check_names(columns or ())
+    if not columns and _is_loaded(source) and {"prompt", *COMPLETIONS[kind]} <= set(source.column_names):
+        return source
+    return load_rows(
+        source,
+        lambda row, where: shape_row(row, kind, where),
+        split=split,
+        columns=columns,
+        config=config,
+        seed=seed,
+        expected=FIELDS[kind],
+        notes=lambda row: notes_of(row, kind),
+    )
+
+
+def load_rows(
+    source: Any,
+    shape: Callable[[Any, str], Iterable[dict[str, Any]]],
+    *,
+    split: str,
+    columns: Mapping[str, str] | None,
+    config: str | None,
+    seed: int,
+    expected: str,
+    notes: Callable[[dict[str, Any]], Iterator[str]] = lambda row: iter(()),
+) -> datasets.Dataset:
+    """Read a source as `load` does, and bring each row into shape by a function of its own.
+
+    shape: makes rows of a row of the source and its place. expected: what each row should have, for errors. notes: what is
+    worth knowing about a row, counted and logged once.
+    """
     datasets = require("datasets", "train")
-    rows: list[dict[str, Any]] = []
-    notes: Counter[str] = Counter()
-    for where, row in read(source, split):
-        for shaped in shape_row(row, kind, where):
-            rows.append(shaped)
-            check_alike(shaped, rows[0])
-            notes.update(notes_of(shaped, kind))
-    if not rows:
-        raise DataError(f"{_name(source)}: no rows; expected {FIELDS[kind]} in each row")
-    for note, count in notes.items():
-        logger.warning("%s: %s in %d of %d rows", _name(source), note, count, len(rows))
-    return datasets.Dataset.from_list(rows)
+    parts = _parts(source, split, config)
+    first: dict[str, Any] = {}
+    found = []
+    for part in parts:
+        counts: Counter[str] = Counter()
+
+        def shaped(part: _Part = part, counts: Counter[str] = counts) -> Iterator[dict[str, Any]]:
+            for where, row in part.rows():
+                for made in shape(renamed(row, columns or {}, where), where):
+                    first.update({} if first else made)
+                    check_alike(made, first)
+                    counts.update(notes(made))
+                    yield made
+
+        rows: Any = (
+            datasets.Dataset.from_list([*shaped()]) if isinstance(part.source, list) else _mapped(shaped())
+        )
+        if not rows:
+            raise DataError(f"{part.label}: no rows; expected {expected} in each row")
+        for note, count in counts.items():
+            logger.warning("%s: %s in %d of %d rows", part.label, note, count, len(rows))
+        found.append(rows)
+    order = _mixture([part.weight for part in parts], [len(rows) for rows in found], seed)
+    rows = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+    rows = rows if order is None else rows.select(order)
+    rows.info.builder_name = __name__
+    return rows
 
 
-def load_prompts(source: Any, split: str = "train", *, alike: bool = False) -> list[dict[str, Any]]:
-    """Rows with a prompt, text or messages, and whatever else the data have; what `load` reads, and prompts alone.
+def _is_loaded(source: Any) -> bool:
+    """Whether `load_rows` made it, or it was selected of such a data set: its rows have their form and their places."""
+    return (
+        getattr(getattr(source, "info", None), "builder_name", None) == __name__
+        and "where" in source.column_names
+    )
+
+
+def load_prompts(
+    source: Any,
+    split: str = "train",
+    *,
+    alike: bool = False,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    seed: int = 42,
+) -> list[dict[str, Any]]:
+    """Read rows with a prompt, text or messages, and whatever else the data have; what `load` reads, and prompts alone.
 
     Rows without a column `where` of their own get one, of type `Place`. Of rows with chosen and rejected, or chosen or
     completion, these and the prompt are brought into the form that `load` gives. alike: every row must have the columns of
-    the first, as functions need that are called with columns.
+    the first, as functions need that are called with columns. The other arguments are those of `load`; columns may have any
+    names.
     """
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    counts: list[int] = []
     first: dict[str, Any] = {}
-    for where, raw in read(source, split):
-        row = shape_prompt(raw, where)
-        compared = {**(row if alike else {"prompt": row["prompt"]}), "where": where}
-        first = first or compared
-        check_alike(compared, first)
-        row.setdefault("where", Place(where))
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{_name(source)}: no rows; expected a prompt in each row")
-    return rows
+    parts = _parts(source, split, config)
+    for part in parts:
+        before = len(found)
+        for where, raw in part.rows():
+            row = shape_prompt(renamed(raw, columns or {}, where), where)
+            compared = {**(row if alike else {"prompt": row["prompt"]}), "where": where}
+            first = first or compared
+            check_alike(compared, first)
+            row.setdefault("where", Place(where))
+            found.append(row)
+        counts.append(len(found) - before)
+        if not counts[-1]:
+            raise DataError(f"{part.label}: no rows; expected a prompt in each row")
+    order = _mixture([part.weight for part in parts], counts, seed)
+    return found if order is None else [found[i] for i in order]
+
+
+def origins(rows: Any) -> dict[str, int]:
+    """Return how many rows came of each source, by the names in their `where`; rows of `load`, `encode` or `load_prompts`."""
+    counts: Counter[str] = Counter()
+    for start in range(0, len(rows), _AT_ONCE):
+        some = rows[start : start + _AT_ONCE]
+        # A column `where` of the user's own is no place.
+        places = (
+            [row["where"] for row in some if isinstance(row["where"], Place)]
+            if isinstance(some, list)
+            else some["where"]
+        )
+        counts.update(re.sub(r"(:\d+|\[\d+\])$", "", str(place)) for place in places)
+    return dict(counts)
+
+
+def prompt_keys(dataset: datasets.Dataset) -> np.ndarray:
+    """Return a number for each row's prompt, (rows,) uint64, the same for the same prompt; of rows of text for that text.
+
+    Two prompts of one number are as likely as a collision of 64 bits, and cost no more than being kept together.
+    """
+    text = "chosen" if "chosen" in dataset.column_names else "prompt"
+    keys = np.empty(len(dataset), dtype=np.uint64)
+    dataset = dataset.select_columns(list(dict.fromkeys(["prompt", text])))
+    for start in range(0, len(dataset), _AT_ONCE):
+        some = dataset[start : start + _AT_ONCE]
+        for i, (prompt, whole) in enumerate(zip(some["prompt"], some[text]), start):
+            said = json.dumps(prompt or whole, sort_keys=True).encode()
+            keys[i] = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big")
+    return keys
 
 
 class Place(str):
@@ -173,30 +310,156 @@ def _name(source: Any) -> str:
     return "rows" if isinstance(source, list) else "dataset"
 
 
-def read(source: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of every row, as it stands in the source."""
+def read(
+    source: Any,
+    split: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yield (where, row) of every row, as it stands in the source but for the names of columns; of all sources, unmixed."""
+    for part in _parts(source, split, config):
+        for where, row in part.rows():
+            yield where, renamed(row, columns or {}, where)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source of rows. label: its name in `where` and in errors; weight: its share of the rows, or None."""
+
+    source: Any
+    split: str
+    label: str
+    weight: float | None = None
+    config: str | None = None
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        datasets = require("datasets", "train")
+        rows, split = self.source, self.split
+        if isinstance(rows, str):
+            path = Path(rows).expanduser()
+            if path.is_file():
+                yield from _read_file(path, self.label)
+                return
+            rows = _load_dataset(rows, path, split, self.config)
+        if isinstance(rows, dict):  # a DatasetDict is one
+            if split not in rows:
+                raise DataError(f"{self.label}: no split {split!r}; it has {', '.join(map(str, rows))}")
+            rows = rows[split]
+        if isinstance(rows, datasets.Dataset):
+            rows = rows.with_format(None)
+        elif not isinstance(rows, list):
+            raise DataError(f"expected {ACCEPTED}; got {type(rows).__name__}")
+        placed = _is_loaded(rows)
+        for index, row in enumerate(rows):
+            yield row["where"] if placed else f"{self.label}[{index}]", row
+
+
+def _parts(source: Any, split: str, config: str | None) -> list[_Part]:
+    require("datasets", "train")
+    names = source if isinstance(source, list) else [source]
+    if not names or not all(isinstance(one, (str, os.PathLike)) for one in names):
+        if config is not None:
+            raise ValueError(f"config={config!r} is of a hub name; the rows are given")
+        return [_Part(source, split, _name(source))]
+    parts = [_part(os.fspath(one), split, config) for one in names]
+    labels = Counter(part.label for part in parts)
+    for i, part in enumerate(parts):
+        if labels[part.label] > 1:  # files of one name in several folders
+            parts[i] = _Part(part.source, part.split, part.source, part.weight, config)
+    weights = [part.weight is not None for part in parts]
+    if any(weights) and (len(parts) == 1 or not all(weights)):
+        raise DataError(
+            f"{parts[weights.index(True)].label}: a weight is a share of the rows of several sources; give "
+            f"{'each of them one' if len(parts) > 1 else 'another source'}, or leave it out"
+        )
+    if config is not None and all(Path(part.source).expanduser().is_file() for part in parts):
+        raise DataError(
+            f"--data-config {config}: a configuration is of a hub name or folder; {parts[0].label} is a file"
+        )
+    return parts
+
+
+def _part(text: str, split: str, config: str | None) -> _Part:
+    """NAME, NAME:SPLIT, NAME:WEIGHT or NAME:SPLIT:WEIGHT; what is there as a path is a path first, colons and all."""
+    pieces = re.split(r":(?![^\[]*\])", text)  # the colons of train[10%:20%] are of the split
+    ends = [n for n in range(len(pieces), 0, -1) if Path(":".join(pieces[:n])).expanduser().exists()]
+    # Neither "C:\\pairs.jsonl" nor "https://host/pairs.jsonl" names a split.
+    end = ends[0] if ends else 2 if len(pieces) > 1 and pieces[1].startswith(("\\", "//")) else 1
+    name, rest = ":".join(pieces[:end]), pieces[end:]
+    weight = _weight(rest[-1]) if rest else None
+    splits = rest if weight is None else rest[:-1]
+    if len(splits) > 1 or not all(splits):
+        raise DataError(f"{text}: expected NAME, NAME:SPLIT, NAME:WEIGHT or NAME:SPLIT:WEIGHT")
+    if splits and Path(name).expanduser().is_file():
+        raise DataError(
+            f"{text}: {name} is one file, without splits; expected a weight, as {name}:0.5, or nothing behind it"
+        )
+    if weight is not None and not 0 < weight < math.inf:
+        raise DataError(f"{text}: a weight must be positive and finite; got {weight:g}")
+    return _Part(name, splits[0] if splits else split, _name(name), weight, config)
+
+
+def _weight(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _mixture(weights: list[float | None], counts: list[int], seed: int) -> np.ndarray | None:
+    """Which rows to take, in which order, of sources one after another; None for all of them, as they stand."""
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
+        return None
     datasets = require("datasets", "train")
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
-        if path.is_file():
-            yield from _read_file(path)
-            return
-        rows = _load_dataset(str(source), path, split)
-    else:
-        rows = source
-    if isinstance(rows, dict):  # a DatasetDict is one
-        if split not in rows:
-            raise DataError(f"{_name(source)}: no split {split!r}; it has {', '.join(map(str, rows))}")
-        rows = rows[split]
-    if isinstance(rows, datasets.Dataset):
-        rows = rows.with_format(None)
-    elif not isinstance(rows, list):
-        raise DataError(f"expected {ACCEPTED}; got {type(rows).__name__}")
-    for index, row in enumerate(rows):
-        yield f"{_name(source)}[{index}]", row
+    ends = list(itertools.accumulate(counts, initial=0))
+    numbers = [
+        datasets.Dataset.from_dict({"i": np.arange(a, b)}).with_format("numpy")
+        for a, b in itertools.pairwise(ends)
+    ]
+    probabilities = [share / sum(shares) for share in shares]
+    mixed = datasets.interleave_datasets(
+        numbers, probabilities, seed=seed, stopping_strategy="first_exhausted"
+    )
+    return np.asarray(mixed["i"][:])
 
 
-def _load_dataset(source: str, path: Path, split: str) -> Any:
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where Arrow files stand; it goes with this process."""
+    return tempfile.TemporaryDirectory(prefix="xpo_fast-", ignore_cleanup_errors=True)
+
+
+def _mapped(rows: Iterator[dict[str, Any]]) -> datasets.Dataset | None:
+    """The rows as a data set in a file that is mapped into memory, or None if there are none."""
+    import pyarrow
+
+    datasets = require("datasets", "train")
+    some = list(itertools.islice(rows, _AT_ONCE))
+    if not some:
+        return None
+    schema = datasets.Dataset.from_list(some[:1]).features.arrow_schema
+    path: Path | None = None
+    try:
+        path = Path(_folder().name) / f"{uuid.uuid4().hex}.arrow"
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            while some:
+                writer.write_batch(pyarrow.RecordBatch.from_pylist(some, schema=schema))
+                some = list(itertools.islice(rows, _AT_ONCE))
+        return datasets.Dataset.from_file(str(path))
+    except BaseException as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DataError(
+                f"the rows cannot be written to {path or tempfile.gettempdir()} ({error}); make room there, or set TMPDIR to "
+                "a folder that has it"
+            ) from error
+        raise
+
+
+def _load_dataset(source: str, path: Path, split: str, config: str | None) -> Any:
     datasets = require("datasets", "train")
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or _file_type(path)
     if looks_like_path and not path.exists():
@@ -204,7 +467,8 @@ def _load_dataset(source: str, path: Path, split: str) -> Any:
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path) if path.exists() else source, split=split)
+        further = {} if config is None else {"name": config}
+        return datasets.load_dataset(str(path) if path.exists() else source, split=split, **further)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: datasets cannot load split {split!r} of it ({error}); expected {ACCEPTED}"
@@ -217,25 +481,23 @@ def _file_type(path: Path) -> str:
     return (match[1] or match[3]) if match else ""
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     kind = _file_type(path)
     if kind in ("jsonl", "json"):
-        yield from _read_json(path)
+        yield from _read_json(path, name)
     elif kind:
         datasets = require("datasets", "train")
         try:
             table = getattr(datasets.Dataset, f"from_{kind}")(str(path))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"{path.name}: not a readable .{kind} file ({error.__cause__ or error})"
-            ) from error
+            raise DataError(f"{name}: not a readable .{kind} file ({error.__cause__ or error})") from error
         for index, row in enumerate(table):
-            yield f"{path.name}[{index}]", row
+            yield f"{name}[{index}]", row
     else:
-        raise DataError(f"{path.name}: a file of unknown type; expected {ACCEPTED}")
+        raise DataError(f"{name}: a file of unknown type; expected {ACCEPTED}")
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """One object a line (the row is named by its line), or one array of objects (named by its index)."""
     number = 0
     try:
@@ -243,28 +505,79 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf").strip()
                 if line.startswith(b"["):
-                    # An array may span lines: let the parser count them from here.
-                    rows = _parse(line + b"\n" + file.read(), path.name, number)
-                    for index, row in enumerate(rows):
-                        yield f"{path.name}[{index}]", row
+                    for index, row in enumerate(_read_array(file, line + b"\n", name, number)):
+                        yield f"{name}[{index}]", row
+                    return
                 elif line:
-                    yield f"{path.name}:{number}", _parse(line, path.name, number)
+                    yield f"{name}:{number}", _parse(line, name, number)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(
-            f"{path.name}:{number + 1}: cannot be read from this line on ({error}); "
+            f"{name}:{number + 1}: cannot be read from this line on ({error}); "
             "expected a whole file, plain or gzip: copy or download it again"
         ) from error
+
+
+def _read_array(file: Any, block: bytes, name: str, line: int) -> Iterator[Any]:
+    """The values of an array, one after another: it need not fit into memory. block: its beginning; line: of that."""
+    utf8, decode = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
+    text, at = "", 0  # text[at] is what stands before a value, "[" or ","
+
+    def broken(reason: str, place: int) -> DataError:
+        return DataError(
+            f"{name}:{line + text.count(chr(10), 0, place)}: not valid JSON ({reason}); "
+            "expected one JSON object a line, or one array of objects"
+        )
+
+    while True:
+        line += text.count("\n", 0, at)
+        text, at = text[at:], 0
+        try:
+            text += utf8.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            row = line + text.count("\n") + block.count(b"\n", 0, error.start)
+            raise DataError(f"{name}:{row}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        while True:
+            start = _after_space(text, at + 1)
+            if text[start : start + 1] == "]" and text[at] == "[":
+                stop = start
+            else:
+                try:
+                    value, end = decode(text, start)
+                except json.JSONDecodeError as error:
+                    # A value that the block cuts is broken at its end, or in a string that does not end.
+                    if not block or not (
+                        error.pos > len(text) - 10 or error.msg.startswith(("Unterm", "Invalid \\"))
+                    ):
+                        raise broken(error.msg, error.pos) from error
+                    break
+                stop = _after_space(text, end)
+                if stop == len(text) and block:  # of a number there may be more to come
+                    break
+                if text[stop : stop + 1] not in (",", "]"):
+                    raise broken("Expecting ',' delimiter", stop)
+                yield value
+            at = stop
+            if text[at] == "]":
+                if (rest := _after_space(text, at + 1)) < len(text) or file.read().strip():
+                    raise broken("Extra data", rest)
+                return
+        block = file.read(max(_BLOCK, len(text)))  # more each time: a long value is not tried often
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
 
 
 def _parse(text: bytes, name: str, line: int) -> Any:
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line += text.count(b"\n", 0, error.start)
         raise DataError(f"{name}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{name}:{line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); "
+            f"{name}:{line}: not valid JSON ({error.msg}, column {error.colno}); "
             "expected one JSON object a line, or one array of objects"
         ) from error
 
@@ -284,7 +597,8 @@ def encode(
     """Token ids of what `load` gives, its other columns as they are.
 
     Text is prompt + completion + EOS, with the tokenizer's opening tokens (BOS) once in front. A conversation
-    is what the chat template makes of it: the prompt with the generation prompt, then what follows it.
+    is what the chat template makes of it: the prompt with the generation prompt, then what follows it. Of text with an
+    empty prompt the opening tokens are the prompt; where the tokenizer has none, the first token is, which nothing predicts.
 
     What is longer than `max_length` is cut: first the prompt, from the left (its BOS stays), but not below
     half of `max_length`; then the completions, from the right, EOS first. `max_prompt_length` caps the prompt
@@ -338,7 +652,9 @@ def encode(
         fn_kwargs={
             "tokenizer": tokenizer,
             "kind": kind,
-            "opening": opening(tokenizer, first["prompt"]),
+            "opening": opening(
+                tokenizer, first["prompt"] or next(iter(completions_of(first, kind).values()))
+            ),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
         },
@@ -346,7 +662,7 @@ def encode(
     _report(encoded, max_length)
     encoded = encoded.remove_columns(["prompt_cut", "completions_cut", "count", "parted"])
     if labelled:
-        return _add_mismatched(encoded, list(dataset["prompt"]), max_length)
+        return _add_mismatched(encoded, prompt_keys(dataset), max_length)
     return encoded
 
 
@@ -381,9 +697,11 @@ def encode_rows(
     for row, names, group in zip(rows, named, texts):
         prompt, completions, parted = split_ids(tokenizer, group, [next(ids) for _ in group])
         if isinstance(row["prompt"], str):
-            if prompt[: len(opening)] != opening:
-                prompt = opening + prompt
             completions = [_end(completion, tokenizer.eos_token_id) for completion in completions]
+            if not row["prompt"]:
+                prompt, completions = _opened(completions, opening)
+            elif prompt[: len(opening)] != opening:
+                prompt = opening + prompt
         for name, part in zip(("prompt", *names), (prompt, *completions)):
             if not part:
                 raise DataError(
@@ -448,6 +766,13 @@ def _shared_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def _opened(texts: list[list[int]], opening: list[int]) -> tuple[list[int], list[list[int]]]:
+    """Prompt and completion of a text without a prompt: nothing predicts its first token, which is the prompt; or BOS is."""
+    [text] = texts
+    start = len(opening) or 1
+    return (text[:start], [text[start:]]) if text[: len(opening)] == opening else (opening, texts)
+
+
 def _end(completion: list[int], eos: int | None) -> list[int]:
     return completion if eos is None or completion[-1:] == [eos] else [*completion, eos]
 
@@ -471,7 +796,7 @@ def _fit(
 def _report(encoded: datasets.Dataset, max_length: int) -> None:
     rows = len(encoded)
     names = ("completions_cut", "count", "prompt_cut", "parted")
-    cut, count, prompts_cut, parted = (sum(encoded[name]) for name in names)
+    cut, count, prompts_cut, parted = (_sum(encoded, name) for name in names)
     logger.log(
         logging.WARNING if cut else logging.INFO,
         "max_length=%d: %d of %d completions cut at the end (without EOS), %d of %d prompts cut at the start",
@@ -485,7 +810,12 @@ def _report(encoded: datasets.Dataset, max_length: int) -> None:
         )
 
 
-def _add_mismatched(encoded: datasets.Dataset, prompts: list[Any], max_length: int) -> datasets.Dataset:
+def _sum(encoded: datasets.Dataset, name: str) -> int:
+    slices = range(0, len(encoded), _AT_ONCE)
+    return sum(sum(encoded[start : start + _AT_ONCE][name]) for start in slices)
+
+
+def _add_mismatched(encoded: datasets.Dataset, prompts: np.ndarray, max_length: int) -> datasets.Dataset:
     datasets = require("datasets", "train")
     others = (
         encoded.select_columns("completion_ids").select(_next_with_another_prompt(prompts)).flatten_indices()
@@ -500,23 +830,20 @@ def _cut_mismatched(row: dict[str, Any], max_length: int) -> dict[str, Any]:
     return {"kl_completion_ids": row["kl_completion_ids"][: max_length - len(row["prompt_ids"])]}
 
 
-def _next_with_another_prompt(prompts: list[Any]) -> list[int]:
-    """For each row the next one (cyclic) whose prompt differs.
+def _next_with_another_prompt(prompts: np.ndarray) -> np.ndarray:
+    """For each row the next one (cyclic) whose prompt differs, (rows,) int64. prompts: of `prompt_keys`.
 
     Rows of one prompt stand together in most unpaired data, and a completion of the same prompt is no
     mismatch.
     """
-    rows = len(prompts)
-    following = [(i + 1) % rows for i in range(rows)]
-    if all(prompt == prompts[0] for prompt in prompts):
+    rows = np.arange(len(prompts))
+    starts = np.flatnonzero(prompts != np.roll(prompts, 1))  # of runs of one prompt
+    if not len(starts):
         logger.warning(
-            "all %d rows have the same prompt: KTO's KL estimate then uses matching completions", rows
+            "all %d rows have the same prompt: KTO's KL estimate then uses matching completions", len(rows)
         )
-        return following
-    for i in reversed([*range(rows), *range(rows)]):  # twice, because the last rows look past the end
-        after = (i + 1) % rows
-        following[i] = after if prompts[i] != prompts[after] else following[after]
-    return following
+        return (rows + 1) % len(rows)
+    return starts[np.searchsorted(starts, rows, side="right") % len(starts)]
 
 
 def with_column(dataset: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:

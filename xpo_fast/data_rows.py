@@ -1,7 +1,7 @@
 """What a row of preference data must be, and the `DataError` that names one which is not.
 
-`shape_row` brings a raw row into the form of its kind; `check_columns` holds the numbers of a data set against the
-methods that are to learn from it.
+`shape_row` brings a row, recognised by `data_forms`, into the form of its kind; `check_columns` holds the numbers
+of a data set against the methods that are to learn from it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .data_forms import (
+    ANSWERS,
+    CONVERSATIONS,
+    PROMPTS,
+    SYSTEMS,
+    DataError,
+    advice,
+    is_plain_text,
+    looks_like,
+    message,
+    nearest,
+    recognised,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -38,7 +52,7 @@ FIELDS = {
     "unpaired": "prompt, completion and label (or reward), or chosen and rejected",
     "list": "prompt, completions and scores (or rejected), or chosen, rejected, score_chosen and score_rejected",
     "rejected": "rejected, and prompt unless rejected is a conversation, or chosen and rejected share one",
-    "chosen": "chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one",
+    "chosen": "chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one; or messages; or text",
 }
 # The fields that a row of each kind must have: all those of one entry.
 FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -56,15 +70,25 @@ FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "rejected": (("rejected",),),
     "chosen": (("chosen",), ("completion",)),
 }
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the row, what was expected, what came and what to do."""
+# Every field that some kind of row is read from.
+_READ = (
+    "prompt", "chosen", "rejected", "completion", "completions", "scores", "label", "text", "instruction", "history", "kto_tag",
+    *CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, "prob_chosen", *NUMBERS["pair"], *NUMBERS["unpaired"],
+)  # fmt: skip
 
 
 def check_kind(kind: str) -> None:
     if kind not in COMPLETIONS:
         raise ValueError(f"kind must be one of {', '.join(COMPLETIONS)}; got {kind!r}")
+
+
+def check_names(names: Iterable[str], also: Sequence[str] = ()) -> None:
+    """ValueError for a name that a column is to be read under and no row is read by. also: names beside the usual ones."""
+    for name in names:
+        if name not in (*_READ, *also):
+            raise ValueError(
+                f"--columns {name}=…: rows have no field {name}; there are {', '.join((*_READ, *also))}{nearest(name, (*_READ, *also))}"
+            )
 
 
 # --- a raw row -----------------------------------------------------------------------------------
@@ -74,10 +98,13 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     """A raw row in the one shape; two rows where a pair is read as unpaired."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
-    given = {name: value for name, value in row.items() if value is not None}
+    raw_row = {name: value for name, value in row.items() if value is not None}
+    given = recognised(raw_row, kind, where)
+    if kind == "chosen" and is_plain_text(given):
+        return [{"prompt": "", "chosen": _text(given["text"], "text", where), "where": where}]
     form = next((form for form in FORMS[kind] if given.keys() >= set(form)), None)
     if form is None:
-        raise _without_form(given, kind, where)
+        raise _without_form(raw_row, given, kind, where)
     pair = {"chosen", "rejected"}
     if "completions" in form:
         _check_list(given["completions"], where)
@@ -107,11 +134,13 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with prompt; got {type(row).__name__}")
-    given = {name for name, value in row.items() if value is not None}
-    if given & {"chosen", "completion"}:
-        shaped = shape_row(row, "pair" if {"chosen", "rejected"} <= given else "chosen", where)[0]
+    given = {name: value for name, value in row.items() if value is not None}
+    if not given.keys() & {"chosen", "completion"}:
+        given = recognised(given, "prompt", where)
+    if given.keys() & {"chosen", "completion"}:
+        shaped = shape_row(given, "pair" if {"chosen", "rejected"} <= given.keys() else "chosen", where)[0]
         return row | {name: x for name, x in shaped.items() if name != "where"}
-    prompt = row.get("prompt")
+    prompt = given.get("prompt")
     if isinstance(prompt, list) and prompt:
         prompt = _messages(prompt, "prompt", "user", where)
     elif isinstance(prompt, str) and prompt.strip():
@@ -119,24 +148,49 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
     else:
         raise DataError(
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
-            f"{', '.join(sorted(given)) or 'no fields'}; rename the fields or drop the row"
+            f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
     return {**row, "prompt": prompt}
 
 
-def _without_form(given: dict[str, Any], kind: str, where: str) -> DataError:
-    """The error of a row that is of no form of its kind, told by the form it is nearest to."""
-    if kind == "pair" and {"completion", "label"} <= given.keys():
+def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
+    """What to do about a row, as the end of its error. lacks: what it lacks, for each form that it could have."""
+    option = next(filter(None, (advice(given, missing) for missing in lacks)), "")
+    return f"{option} reads it so, if that is what it is" if option else "rename the fields or drop the row"
+
+
+def _without_form(row: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> DataError:
+    """The error of a row of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
+    if kind == "pair" and {"completion", "label"} <= row.keys():
         return DataError(
             f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
             "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
         )
-    nearest = max(FORMS[kind], key=lambda form: len(given.keys() & set(form) - {"prompt"}))
-    missing = ", ".join(name for name in nearest if name not in given)
+    # The nearest first; of forms as near as each other, the first.
+    forms = sorted(FORMS[kind], key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
+    lacks = [[name for name in form if name not in given] for form in forms]
+    seen = looks_like(row)
+    what_to_do = _advice(row, lacks)
+    if "--columns" not in what_to_do:
+        what_to_do = _reader(row, kind, where) or what_to_do
     return DataError(
-        f"{where}: {missing} missing or null; expected {FIELDS[kind]}; "
-        f"got {', '.join(sorted(given)) or 'no fields'}; rename the fields or drop the row"
+        f"{where}: {', '.join(lacks[0])} missing or null; expected {FIELDS[kind]}; "
+        f"got {', '.join(sorted(row)) or 'no fields'}{f' (this looks like {seen})' if seen else ''}; {what_to_do}"
     )
+
+
+def _reader(row: dict[str, Any], kind: str, where: str) -> str:
+    """Who does read a row that a method for pairs or lists cannot be given, where somebody does."""
+    if kind not in ("pair", "list") or row.keys() & {"chosen", "rejected", "completions"}:
+        return ""
+    try:
+        read = recognised(row, "chosen", where)
+        prompts = recognised(row, "prompt", where)
+    except DataError:
+        return ""
+    if is_plain_text(row) or "completion" in read:
+        return "there is nothing to compare: --method sft reads it, or give it another completion"
+    return "xpo-fast rl learns from prompts alone; or give it completions" if "prompt" in prompts else ""
 
 
 def _check_list(completions: Any, where: str) -> None:
@@ -253,7 +307,7 @@ def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> t
     else:
         prompt, completions = _split_messages(prompt, completions, names, where)
     for name, completion in zip(names, completions):
-        roles = [message["role"] for message in completion] or ["nothing"]
+        roles = [turn["role"] for turn in completion] or ["nothing"]
         if roles[0] != "assistant" or roles[-1] != "assistant":
             raise DataError(
                 f"{where}: what follows the prompt in {name} must begin and end with an assistant turn; it "
@@ -286,18 +340,8 @@ def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, st
         raise DataError(f"{where}: {name} must be text or a list of messages; got {type(value).__name__}")
     if not value:
         raise DataError(f"{where}: {name} is empty; expected at least one message; drop the row")
-    for message in value:
-        fields = message if isinstance(message, dict) else {}
-        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
-            raise DataError(
-                f'{where}: {name} must hold messages {{"role": text, "content": text}}; '
-                f"got {str(message)[:100]}; rename the keys, or drop the row"
-            )
-        if fields.get("tool_calls"):
-            raise DataError(
-                f"{where}: {name} holds tool_calls, which are not supported; write them as content"
-            )
-    return [{"role": m["role"], "content": _encodable(m["content"], name, where)} for m in value]
+    found = [message(one, name, where) for one in value]
+    return [{"role": m["role"], "content": _encodable(m["content"], name, where)} for m in found]
 
 
 def _transcript(text: str) -> list[dict[str, str]]:
@@ -360,10 +404,10 @@ def notes_of(row: dict[str, Any], kind: str) -> Iterator[str]:
     if len(set(row.get("scores", ()))) == 1:
         yield "the scores of a list are all equal (its order teaches nothing)"
     if isinstance(row["prompt"], list):
-        messages = [message for completion in completions for message in completion]
-        if not all(message["content"].strip() for message in messages):
+        turns = [turn for completion in completions for turn in completion]
+        if not all(turn["content"].strip() for turn in turns):
             yield "an assistant turn without words (only its end is scored)"
-        if any(message["role"] != "assistant" for message in messages):
+        if any(turn["role"] != "assistant" for turn in turns):
             yield "a completion of several turns (the words of all of them are scored)"
 
 

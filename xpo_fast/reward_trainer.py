@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data
-from .data_rows import DataError, check_alike, shape_row
+from .data_rows import DataError, check_names, shape_row
 from .head import sequence_logps
 from .methods.math import check_choice
 from .methods.registry import get_method
@@ -442,27 +442,37 @@ class RewardCollator:
 
 
 def load_ratings(
-    source: Any, objectives: Sequence[str], *, split: str = "train"
+    source: Any,
+    objectives: Sequence[str],
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    seed: int = 42,
 ) -> tuple[Any, list[list[float]]]:
     """Rows of prompt and completion as `data.load` gives them, and their numbers of the objectives, NaN where null.
 
-    DataError for a row without one of the objectives, with something else than a number, or with none that is not null.
+    The other arguments are those of `data.load`. DataError for a row without one of the objectives, with something else than
+    a number, or with none that is not null.
     """
-    import datasets
 
-    rows: list[dict[str, Any]] = []
-    ratings: list[list[float]] = []
-    for where, row in data.read(source, split):
-        if isinstance(row, dict):
-            ratings.append(_ratings(row, objectives, where))
-            # The reward is there for the form's sake: the ratings are kept beside the rows.
-            row = {"prompt": row.get("prompt"), "completion": row.get("completion"), "reward": 0.0}
-        for shaped in shape_row(row, "unpaired", where):
-            rows.append(shaped)
-            check_alike(shaped, rows[0])
-    if not rows:
-        raise DataError(f"no rows; expected prompt, completion and {', '.join(objectives)} in each row")
-    return datasets.Dataset.from_list(rows), ratings
+    def shape(row: Any, where: str) -> list[dict[str, Any]]:
+        ratings = _ratings(row, objectives, where) if isinstance(row, dict) else []
+        # The reward is there for the form's sake: the ratings are kept beside the rows.
+        read = {**row, "label": None, "reward": 0.0, "value": None} if isinstance(row, dict) else row
+        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, "unpaired", where)]
+
+    check_names(columns or (), also=objectives)
+    rows = data.load_rows(
+        source,
+        shape,
+        split=split,
+        columns=columns,
+        config=config,
+        seed=seed,
+        expected=f"prompt, completion and {', '.join(objectives)}",
+    )
+    return rows.remove_columns("ratings"), list(rows["ratings"])
 
 
 def _ratings(row: Mapping[Any, Any], objectives: Sequence[str], where: str) -> list[float]:

@@ -296,7 +296,8 @@ ALIASES: dict[str, Alias] = {
     "dataset_name": _renamed("data"),
     "dataset_train_split": _renamed("split"),
     "dataset_num_proc": _renamed("num-proc"),
-    "dataset_streaming": _choices("accepted as false", false=[], true="data sets are read whole"),
+    "dataset_config": _renamed("data-config"),
+    "dataset_streaming": _choices("accepted as false", false=[], true="rows are mapped from disk, however many there are: leave it out"),
     "packing": _choices("accepted as false", false=[], true=_NO_LAYOUTS),
     "eval_packing": _choices("accepted as false", false=[], true=_NO_LAYOUTS),
     "padding_free": _choices("accepted as false", false=[], true=_NO_LAYOUTS),
@@ -367,7 +368,7 @@ ALIASES: dict[str, Alias] = {
 # What TRL and transformers have and these commands do not, by what to do about it.
 _REFUSALS = {
     "use --eval-data FILE, or --eval-split for rows of --data": "dataset_test_split",
-    "give a folder that datasets.load_dataset reads, or a file, as --data": "dataset_config dataset_text_field dataset_kwargs",
+    "give a folder that datasets.load_dataset reads, or a file, as --data": "dataset_text_field dataset_kwargs",
     "prompts lose their beginning, completions their end; --max-prompt-length bounds the first": "truncation_mode",
     _MODEL: "model_init_kwargs lora_target_parameters lora_modules_to_save bnb_4bit_quant_storage cast_lm_head_to_fp32 "
     "router_aux_loss_coef disable_dropout chat_template_path eos_token pad_token ignore_bias_buffers",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import training
+from . import options, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +134,7 @@ def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit
     )
     print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
     held = "none" if held_out is None else len(held_out)
-    print(f"data       {args.data}: {len(rows)} {unit} to train on, {held} held out")
+    print(f"data       {options.came_of(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
 
 
 def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) -> None:

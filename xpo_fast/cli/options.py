@@ -7,6 +7,8 @@ import json
 import math
 from typing import Any
 
+from ..data_forms import parse_columns
+
 # Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for --help and
 # for tab completion, and importing those takes seconds.
 BACKENDS = ("dense", "torch", "triton", "cuda")
@@ -56,6 +58,14 @@ def setting(text: str) -> tuple[str, Any]:
         return name.strip(), {"True": True, "False": False, "None": None}.get(value, value)
 
 
+def columns(text: str) -> dict[str, str]:
+    """NAME=COLUMN, several with commas between them."""
+    try:
+        return parse_columns(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def share(text: str) -> float:
     """A count of rows, or a share of them below 1; `count` makes it rows."""
     try:
@@ -93,8 +103,7 @@ def add_data(parser: argparse.ArgumentParser, *, data: str, unit: str = "rows", 
     """data: help of --data. unit: what is in it; drawn, held_out: how --eval-split takes of them, and how many unasked."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data", metavar="FILE", required=True, help=data)
-    add("--split", default="train", help="split of a data set that has several")
+    add_source(add, data)
     held = group.add_mutually_exclusive_group().add_argument
     held("--eval-data", metavar="FILE", help=f"{unit} to evaluate on, in the form of --data")
     held("--eval-split", metavar="SHARE", type=share, default=held_out,
@@ -112,6 +121,16 @@ def add_config(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None
     if dry_run:
         add("--dry-run", action="store_true",
             help="show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing")
+
+
+def add_source(add: Any, data: str, *, required: bool = True, **how: Any) -> None:
+    """--data and what says how it is read, which `reading` gives to the functions that read. data: its help."""
+    add("--data", metavar="FILE[:SPLIT][:WEIGHT]", required=required, **how or {"action": "extend", "nargs": "+"},
+        help=f"{data}; several are read one after another, or mixed by the shares of WEIGHT (docs/data.md)")
+    add("--split", default="train", help="split of a data set that has several")
+    add("--columns", metavar="NAME=COLUMN,…", action="append", default=[], type=columns,
+        help="columns of other names: prompt=question,chosen=responses.best; a path goes into dicts and over lists")
+    add("--data-config", metavar="NAME", help="configuration of a data set that has several")
 
 
 def add_lengths(group: Any) -> None:
@@ -235,6 +254,24 @@ _AT_LEAST_ONE = (
     "eval_batch_size", "num_proc", "max_pairs",
 )  # fmt: skip
 _POSITIVE = ("lr", "epochs", "lora_alpha", "tile_mib", "value_head_lr")
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `data.load` and `data.load_prompts`, from the options of `add_source`."""
+    names = [name for one in args.columns for name in one]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"--columns: {', '.join(twice)} given twice: keep one of them")
+    merged = {name: path for one in args.columns for name, path in one.items()}
+    return {"split": args.split, "columns": merged, "config": args.data_config, "seed": args.seed}
+
+
+def came_of(args: argparse.Namespace, rows: Any) -> str:
+    """What --data names, with the number of these rows that came of each where it names several."""
+    from ..data import origins
+
+    if len(args.data) == 1:
+        return args.data[0]
+    return ", ".join(f"{name} ({count})" for name, count in origins(rows).items()) or ", ".join(args.data)
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -34,9 +34,8 @@ def add_parser(commands: Any) -> None:
     add("--list", action="store_true", help="show the recipes as a table; with NAME, that one in full")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FILE", help="rows with a prompt, text or messages; chosen and rejected, or other columns, where "
-        "the recipe or the judge wants them")
-    add("--split", default="train", help="split of a data set that has several")
+    options.add_source(add, "rows with a prompt, text or messages; chosen and rejected, or other columns, where the recipe or "
+        "the judge wants them; may be repeated", required=False, action="append")
     add("--held-out", metavar="SHARE", type=options.share, default=0.0,
         help="prompts of --data that the stopping rule is held against: a count, or a share below 1; the last ones. "
         "0: no stopping rule, every iteration is run")
@@ -206,9 +205,10 @@ def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Rows to train on, and rows that the stopping rule is held against."""
     from ..data import load_prompts
 
-    rows = load_prompts(args.data, args.split)
+    how = options.reading(args)
+    rows = load_prompts(args.data, **how)
     if args.held_out_data:
-        return rows, load_prompts(args.held_out_data, args.split)
+        return rows, load_prompts(args.held_out_data, **how)
     count = options.count(args.held_out, len(rows))
     if count >= len(rows):
         raise UsageError(f"--held-out {args.held_out:g} of {len(rows)} rows leaves none to train on")

@@ -88,9 +88,7 @@ def _add_eval(commands: Any) -> None:
     parser.set_defaults(run=run_eval)
     options.add_config(parser, dry_run=False)
     add = parser.add_argument
-    add("--data", metavar="FILE", required=True,
-        help="rows of prompt, chosen, rejected; or of prompt, completions, scores, whose pairs are taken")
-    add("--split", default="train", help="split of a data set that has several")
+    options.add_source(add, "rows of prompt, chosen, rejected; or of prompt, completions, scores, whose pairs are taken")
     add("--max-pairs", metavar="N", type=int, help="measure on N pairs, drawn by --seed (default: all)")
     add("--seed", metavar="N", type=int, default=42, help="of the pairs drawn")
     add("--model", metavar="FOLDER", action="append", default=[],
@@ -184,7 +182,7 @@ def run_reward(args: argparse.Namespace) -> int:
     trainer.given |= made_with
     say = training.say(trainer)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    say(f"model      {args.model}, {trained / 1e6:.2f}M weights trained\ndata       {args.data}: {len(train_rows)} rows "
+    say(f"model      {args.model}, {trained / 1e6:.2f}M weights trained\ndata       {options.came_of(args, train_rows)}: {len(train_rows)} rows "
         f"to train on, {0 if eval_rows is None else len(eval_rows)} held out\nmethod     {args.method}, lr "
         f"{config.learning_rate:g}")  # fmt: skip
     if trainer.is_world_process_zero():
@@ -234,10 +232,12 @@ def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     from .. import data
     from ..reward_trainer import load_ratings
 
-    def read(source: str) -> Any:
+    how = options.reading(args)
+
+    def read(source: Any) -> Any:
         if spec.form != "objectives":
-            return data.load(source, kind=spec.kind, split=args.split)
-        rows, ratings = load_ratings(source, spec.objectives, split=args.split)
+            return data.load(source, kind=spec.kind, **how)
+        rows, ratings = load_ratings(source, spec.objectives, **how)
         for k, name in enumerate(spec.objectives):
             column = [None if math.isnan(row[k]) else row[k] for row in ratings]
             rows = data.with_column(
@@ -310,9 +310,11 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of prompt, chosen, rejected, where."""
     from .. import data
 
-    _, first = next(iter(data.read(args.data, args.split)), ("", None))
+    how = options.reading(args)
+    first_rows = data.read(args.data, args.split, columns=how["columns"], config=how["config"])
+    _, first = next(iter(first_rows), ("", None))
     lists = isinstance(first, dict) and "completions" in first
-    rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", split=args.split))
+    rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", **how))
     if lists:
         given, rows = rows, []
         for row in given:
@@ -324,9 +326,8 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if score > other
             ]
         if not rows:
-            raise data.DataError(
-                f"{args.data}: no list has two different scores: there is no pair to measure on"
-            )
+            names = ", ".join(args.data)
+            raise data.DataError(f"{names}: no list has two different scores: there is no pair to measure on")
     if args.max_pairs is not None and args.max_pairs < len(rows):
         rows = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), args.max_pairs))]
     return rows

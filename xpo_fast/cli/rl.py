@@ -347,9 +347,10 @@ def _prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[
     """Prompts to train on, and prompts held out or None."""
     from ..data import load_prompts
 
-    rows = load_prompts(args.data, args.split, alike=True)
+    how = options.reading(args)
+    rows = load_prompts(args.data, alike=True, **how)
     if args.eval_data:
-        return rows, load_prompts(args.eval_data, args.split, alike=True)
+        return rows, load_prompts(args.eval_data, alike=True, **how)
     count = options.count(args.eval_split, len(rows))
     if count == 0:
         return rows, None
@@ -389,7 +390,7 @@ def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[s
     held = trainer.eval_dataset
     for name, text in {
         "model": f"{args.model}: {how}, {trained / 1e6:.2f}M trained",
-        "data": f"{args.data}: {len(trainer.prompts)} prompts to train on, {len(held) if held else 'none'} held out",
+        "data": f"{options.came_of(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, {len(held) if held else 'none'} held out",
         "rewards": ", ".join(
             f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
         ),

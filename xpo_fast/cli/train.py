@@ -34,7 +34,8 @@ def add_parser(commands: Any) -> None:
         parser,
         data=".jsonl, .json, .parquet or .csv file, or a data set for datasets.load_dataset: rows of prompt, chosen, "
         "rejected, or of prompt, completion, label; text or messages; with what the method needs beside: score_chosen and "
-        "score_rejected, prob, reward, or prompt, completions, scores for lists",
+        "score_rejected, prob, reward, or prompt, completions, scores for lists; for sft messages, text, or prompt and "
+        "completion; also ShareGPT and Alpaca",
     ))
 
     add = parser.add_argument_group("method").add_argument
@@ -128,9 +129,10 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     """Rows to train on, and rows held out or None, with every column that the objective asks for."""
     from .. import data
 
-    rows, held = data.load(args.data, kind=objective.data_kind, split=args.split), None
+    how = options.reading(args)
+    rows, held = data.load(args.data, kind=objective.data_kind, **how), None
     if args.eval_data:
-        held = data.load(args.eval_data, kind=objective.data_kind, split=args.split)
+        held = data.load(args.eval_data, kind=objective.data_kind, **how)
     else:
         rows, held = training.hold_out(args, rows)
     for one in (rows, held):
@@ -212,7 +214,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
         "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
-        "data": f"{args.data}: {len(trainer.train_dataset)} {what} to train on, {held}",
+        "data": f"{options.came_of(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, {held}",
         "method": f"{trainer.objective}, lr {trainer.args.learning_rate:g}, {step} {what} a step",
         "reference": f"{trainer.reference}: {trainer.reference_reason}",
         "head": str(trainer.plan()),

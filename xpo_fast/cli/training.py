@@ -151,6 +151,8 @@ def hold_out(
     args: argparse.Namespace, rows: datasets.Dataset
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Rows to train on, and the rows of --eval-split or None: those of one prompt together."""
+    import numpy as np
+
     wanted = (
         min(len(rows) // 10, HELD_OUT_AT_MOST)
         if args.eval_split is None
@@ -158,26 +160,30 @@ def hold_out(
     )
     if wanted == 0:
         return rows, None
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(rows["prompt"]):
-        groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
-    order = list(groups)
+    from ..data import prompt_keys
+
+    # Numbers for prompts, and arrays of rows: a file may have more of them than lists would fit into memory.
+    _, firsts, group = np.unique(prompt_keys(rows), return_index=True, return_inverse=True)
+    order: Any = np.argsort(firsts)  # as they come in the data
+    sizes = np.bincount(group)
     random.Random(args.seed).shuffle(order)
-    held: list[int] = []
+    left, chosen = wanted, np.zeros(len(order), dtype=bool)
     for prompt in order:  # a prompt seen in training says little about what was learned
-        if len(held) + len(groups[prompt]) <= wanted:
-            held += groups[prompt]
-        if len(held) == wanted:
+        if sizes[prompt] <= left:
+            chosen[prompt] = True
+            left -= int(sizes[prompt])
+        if not left:
             break
-    kept = sorted(set(range(len(rows))) - set(held))
-    if not kept or not held:
+    is_held = chosen[group]
+    held, kept = np.flatnonzero(is_held), np.flatnonzero(~is_held)
+    if not len(kept) or not len(held):
         if args.eval_split is None:
             return rows, None
         raise UsageError(
-            f"--eval-split {args.eval_split:g} of {len(rows)} rows with {len(groups)} different prompts leaves {len(kept)} "
+            f"--eval-split {args.eval_split:g} of {len(rows)} rows with {len(order)} different prompts leaves {len(kept)} "
             f"rows to train on and {len(held)} to evaluate; rows of one prompt stay together"
         )
-    return rows.select(kept), rows.select(sorted(held))
+    return rows.select(kept), rows.select(held)
 
 
 def quiet(args: argparse.Namespace) -> None:
