@@ -26,6 +26,7 @@ from . import data
 from .head import token_logps
 from .lm_head import causal_lm
 from .models import check_ids, install_fused_loss
+from .precision import warn_if_slow
 from .reference import evaluating
 from .types import Head
 
@@ -305,6 +306,7 @@ class GenerateRollout:
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """n completions of each prompt, those of a prompt side by side."""
         lm = causal_lm(unwrapped(self.model))
+        warn_if_slow(lm.dtype, lm.device)
         eos = eos_ids(self.tokenizer, lm)
         rows = rows_of(prompts, n, seed, self.tokenizer, sampling, _positions(lm))
         for row in rows:

@@ -34,6 +34,7 @@ from .head import Plan, token_logps
 from .methods.unpaired import kto_kl
 from .models import causal_lm, check_ids, embeddings, install_fused_loss, load_model
 from .objective import Objective
+from .precision import warn_if_slow
 from .reduce import sum_over_ranks
 from .reference import (
     COLUMNS,
@@ -60,6 +61,7 @@ _ENCODED = {  # the columns of tokens that tell an encoded data set, the first c
 STATE_FILE = "objective.pt"
 _LOSS = "loss of method "  # among the means of an evaluation
 _PROBE_TOKENS = 8
+_CHECKED_AT_ONCE = 10_000  # rows
 _OF_NO_MATTER_TO_AN_ADAPTER = (
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
 )  # fmt: skip
@@ -831,16 +833,19 @@ def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sou
 
     sources: what `encoded` was made of; the first one with a row for each of its rows, and `where` that stands, is quoted.
     """
-    import pyarrow.compute as pc
+    from pyarrow.compute import max as maximum  # pyright: ignore[reportAttributeAccessIssue]
 
     for name in (n for n in encoded.column_names if n.endswith("_ids")):
-        ids: Any = encoded.with_format("arrow")[:][name]  # type: ignore[index]
-        ids = ids.combine_chunks()
-        while hasattr(ids.type, "value_type"):
-            ids = ids.flatten()
-        highest = pc.max(ids).as_py()  # type: ignore[attr-defined]
-        if highest is not None and highest >= embeddings(model):
-            for i, row in enumerate(encoded.select_columns([name])):
+        column: Any = encoded.with_format("arrow").select_columns([name])
+        highest = -1
+        for table in column.iter(batch_size=_CHECKED_AT_ONCE):
+            ids: Any = table[name].combine_chunks()
+            while hasattr(ids.type, "value_type"):
+                ids = ids.flatten()
+            highest = max(highest, maximum(ids).as_py() or 0)
+        if highest >= embeddings(model):
+            rows: Any = encoded.select_columns([name])
+            for i, row in enumerate(rows):
                 found = row[name]
                 flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
                 check_ids(model, tokenizer, flat, _place(i, len(encoded), sources))
@@ -905,6 +910,9 @@ def ready(model: nn.Module, args: TrainingArguments, peft_config: Any) -> nn.Mod
         model = with_adapter(model, peft_config)
     install_fused_loss(model)
     warn_of_lost_updates(model, args)
+    mixed = [torch.bfloat16] * args.bf16 + [torch.float16] * args.fp16
+    for dtype in (next(model.parameters()).dtype, *mixed):
+        warn_if_slow(dtype, args.device)
     return model
 
 

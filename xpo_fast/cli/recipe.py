@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     rows, held_out = _rows(args)
     config_file.write(args, output, "recipe", resumed=args.resume)
-    further = {"trust_remote_code": True} if args.trust_remote_code else {}
+    further: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
     lr = args.lr or (1e-6 if args.full else 5e-5)
     outcome = recipe_loop.run(
         recipe,
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             rollout=lambda model, tokenizer: GenerateRollout(
                 model, tokenizer, batch_size=args.generation_batch_size
             ),
-            load=lambda name: load_model(name, dtype=args.dtype, **further),
+            load=lambda name: load_model(name, dtype=args.dtype, device=training.device_of(args), **further),
             seed=args.seed,
             overwrite=args.overwrite,
             keep_models=args.keep_models,
@@ -234,13 +234,15 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if kind == "reward" and rest:
         from ..reward_model import RewardModel
 
-        model = RewardModel.load(rest)
+        model = RewardModel.load(rest, device=training.device_of(args))
         _place(args, model.model)
         return RewardJudge(model)
     if kind == "llm":
         from ..models import load_model
 
-        model, tokenizer = load_model(rest or args.model, dtype="auto" if rest else args.dtype)
+        model, tokenizer = load_model(
+            rest or args.model, dtype="auto" if rest else args.dtype, device=training.device_of(args)
+        )
         return LLMJudge(TokenChoice(_place(args, model), tokenizer))
     if kind == "server" and rest:
         from transformers import AutoTokenizer

@@ -344,7 +344,9 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     members = []
     names = _distinct([*args.model, *args.policy])
     for folder, name in zip(args.model, names, strict=False):
-        model = RewardModel.load(folder, dtype=args.dtype, batch_size=args.batch_size)
+        model = RewardModel.load(
+            folder, dtype=args.dtype, device=training.device_of(args), batch_size=args.batch_size
+        )
         model.spec = dataclasses.replace(model.spec, **given)
         model.model.to(_device(args))
         yield score_pairs(name, model, pairs)
@@ -362,7 +364,7 @@ def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
     """A model on the device, and its tokenizer."""
     from ..models import load_model
 
-    model, tokenizer = load_model(name, dtype=args.dtype)
+    model, tokenizer = load_model(name, dtype=args.dtype, device=training.device_of(args))
     place: Any = model.to
     return place(_device(args)), tokenizer
 

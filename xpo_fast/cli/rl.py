@@ -288,7 +288,7 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
     for name, _ in map(_weighted, args.reward_model):
         from ..reward_model import RewardModel
 
-        found.append(RewardModel.load(name))
+        found.append(RewardModel.load(name, device=device))
         found[-1].model.to(device)
     if args.ensemble:
         from ..reward_model import RewardEnsemble
@@ -299,7 +299,7 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
         from ..models import load_model
 
         model: Any
-        model, tokenizer = load_model(_weighted(args.judge)[0])
+        model, tokenizer = load_model(_weighted(args.judge)[0], device=device)
         judge = LLMJudge(TokenChoice(model.to(device), tokenizer))
         found.append(judge if args.judge_by == "grade" else win_rate(judge))
     return found

@@ -210,12 +210,17 @@ def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
     if bits:
         further |= quantised(args)
     dtype = "float32" if args.full else args.dtype
-    model, tokenizer = load_model(args.model, dtype=dtype, device="cpu" if args.cpu else None, **further)
+    model, tokenizer = load_model(args.model, dtype=dtype, device=device_of(args), **further)
     if bits:
         _evaluate_as_trained(model)
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
     return model, tokenizer
+
+
+def device_of(args: argparse.Namespace) -> str | None:
+    """Return "cpu" for --cpu; None leaves the choice of a device to where it is needed."""
+    return "cpu" if args.cpu else None
 
 
 def quantised(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,9 +232,12 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
     from ..models import smollm2_path
 
     path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
-    saved = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).get_text_config().dtype
-    device = torch.device("cpu") if args.cpu else None
-    compute = precision.resolve(args.dtype, saved or torch.float32, device)
+    saved: Any = (
+        AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).get_text_config().dtype
+    )
+    compute = precision.resolve(
+        args.dtype, saved or torch.float32, torch.device(device_of(args) or precision.default_device())
+    )
     found: dict[str, Any] = {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
