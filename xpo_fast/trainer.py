@@ -845,15 +845,14 @@ def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sou
     import pyarrow.compute as pc
 
     for name in (n for n in encoded.column_names if n.endswith("_ids")):
-        ids: Any = encoded.with_format("arrow")[:][name]  # type: ignore[index]
-        ids = ids.combine_chunks()
+        ids = encoded.with_format("arrow")[:][name].combine_chunks()
         while hasattr(ids.type, "value_type"):
             ids = ids.flatten()
         highest = pc.max(ids).as_py()  # type: ignore[attr-defined]
         if highest is not None and highest >= embeddings(model):
-            for i, row in enumerate(encoded.select_columns([name])):
-                found = row[name]
-                flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
+            rows: Any = encoded.select_columns([name])
+            for i, row in enumerate(rows):
+                flat = [x for part in row[name] for x in (part if isinstance(part, list) else [part])]
                 check_ids(model, tokenizer, flat, _place(i, len(encoded), sources))
     check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
 

@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with training.terminable():
                 return args.run(args)
-        except _mistakes() as error:
-            if getattr(args, "debug", False):
+        except (*_mistakes(), RuntimeError) as error:
+            # Of errors at large those about memory on the CPU, for which torch has no class of their own.
+            if getattr(args, "debug", False) or not (isinstance(error, _mistakes()) or _of_memory(error)):
                 raise
             for line in (_told(error, args), *_advice(error, args)):
                 print(f"xpo-fast: {line}", file=sys.stderr)
@@ -75,7 +76,7 @@ def _told(error: BaseException, args: argparse.Namespace) -> str:
 
 def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
     """Further lines on what to do."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if _of_memory(error):
         return [line for line in [_less_memory(args)] if line]
     checkpoint = getattr(error, "checkpoint", None)
     if checkpoint is not None and "resume" in args:
@@ -83,6 +84,10 @@ def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
             f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"
         ]
     return []
+
+
+def _of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def _less_memory(args: argparse.Namespace) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -71,6 +72,13 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     if not 0 <= given.get("lora_dropout", 0) < 1:
         raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {args.lora_dropout}")
+    if not 0 <= given.get("warmup_ratio", 0) < 1:  # transformers takes 1 and more for a count of steps
+        raise UsageError(
+            f"--warmup-ratio must be a share of the steps, at least 0 and below 1, got {args.warmup_ratio}"
+        )
+    for name in ("weight_decay", "max_grad_norm"):
+        if not 0 <= given.get(name, 0) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {given[name]}")
     if given.get("chat_template") is not None:
         _read_template(args.chat_template)
     if given.get("output_dir") is not None:
