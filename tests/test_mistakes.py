@@ -575,6 +575,21 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
+def test_ctrl_c_while_the_command_line_is_imported():
+    code = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["/usr/bin/xpo-fast"]
+sys.meta_path.insert(0, Interrupting())
+import xpo_fast.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_a_reader_that_has_enough_ends_nothing(home, out):
     """A closed pipe is no reason to give up what is being trained; a list just ends."""
     given = [x for x in COMMANDS["train"] if x != "--overwrite"]

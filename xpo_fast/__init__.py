@@ -2,6 +2,7 @@
 
 from pathlib import Path as _Path
 
+from . import interrupts as _interrupts  # noqa: F401  # before torch
 from .head import VocabShard, gather_logps, sequence_logps, shift_labels, token_logps, token_stats
 from .methods import METHODS
 from .objective import Objective

@@ -43,12 +43,13 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM is what Ctrl-C is, with an exit status of its own."""
+    """Inside, Ctrl-C is a KeyboardInterrupt, and so is SIGTERM, with an exit status of its own."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    with _handling(stop, signal.SIGTERM):
+    unheard = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.SIG_DFL else []
+    with _handling(stop, signal.SIGTERM), _handling(signal.default_int_handler, *unheard):
         yield
 
 
