@@ -282,6 +282,16 @@ def test_training_arguments_are_as_given():
     [
         (RewardError("reward function 'f'\nfailed"), 2, ["xpo-fast: reward function 'f' failed"]),
         (RolloutError("no answer"), 2, ["xpo-fast: no answer"]),
+        (PermissionError(13, "Permission denied", "x"), 2, ["xpo-fast: --data x: Permission denied"]),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            2,
+            [
+                "xpo-fast: DefaultCPUAllocator: can't allocate memory",
+                "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
+                "--generation-batch-size, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+            ],
+        ),
         (
             KeyboardInterrupt(),
             130,

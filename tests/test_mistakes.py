@@ -85,6 +85,8 @@ def home(tmp_path_factory):
     (home / "empty.jsonl").write_text("")
     (home / "not_parquet.parquet").write_text("no")
     (home / "a_file").write_text("of words")
+    (home / "a_file.py").write_text("of words")
+    (home / "a_folder").mkdir()
     (home / "reward.py").write_text(REWARD)
     os.chdir(home)
     try:
@@ -155,6 +157,8 @@ def lines(err: str) -> list[str]:
         ("train --max-steps 0", "--max-steps must be at least 1, or -1"),
         ("train --seed -1", "--seed must be from 0 to 2**32 - 1, got -1"),
         ("train --lora-dropout 1.5", "--lora-dropout must be at least 0 and below 1, got 1.5"),
+        ("train --warmup-ratio 2", "--warmup-ratio must be a share of the steps, at least 0 and below 1, got 2.0"),
+        ("train --weight-decay nan", "--weight-decay must be at least 0, got nan"),
         ("train --max-length 1", "max_length must be at least 2"),
         ("train --scheduler cosin", "no schedule named 'cosin'; did you mean cosine?"),
         ("train --chat-template nowhere.jinja", "--chat-template nowhere.jinja: No such file or directory"),
@@ -166,6 +170,11 @@ def lines(err: str) -> list[str]:
         ("rl", "nothing rewards a completion: give --reward FILE.py:FUNCTION, --reward-model FOLDER or"),
         ("rl --reward reward.py:nope", "no function 'nope' in reward.py; there are broken, length"),
         ("rl --reward nowhere.py:f", "no file 'nowhere.py'"),
+        ("rl --reward a_file.py:f", "cannot import 'a_file.py' to take the reward function 'f' from: SyntaxError"),
+        ("reward --set center=x", "bradley_terry: expected a number for center, got 'x'"),
+        ("recipe raft --judge function:reward.py:length --train learning_rate=1", "--train learning_rate: there is an option"),
+        ("train --model a_folder", "cannot load a model from 'a_folder': expected"),
+        ("rl --reward-model a_folder", "no reward model in 'a_folder': expected"),
         ("eval-reward", "nothing to measure: give --model (a reward model) or --policy"),
         # of models
         ("train --model ./nowhere", "no model in './nowhere': no such folder"),
@@ -564,6 +573,21 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
     (said,) = lines(capsys.readouterr().err)
     assert said.startswith(f"xpo-fast: stopped; {kept.format(out=out)}")
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_ctrl_c_while_the_command_line_is_imported():
+    code = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["/usr/bin/xpo-fast"]
+sys.meta_path.insert(0, Interrupting())
+import xpo_fast.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_reader_that_has_enough_ends_nothing(home, out):

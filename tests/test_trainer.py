@@ -812,3 +812,45 @@ def test_the_adapter_begins_by_the_seed(tmp_path):
     assert first
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert not torch.equal(first[0], other[0])
+
+
+# --- mistakes that are known before the first step ----------------------------------------------------------------
+
+
+def test_a_model_of_which_nothing_would_learn_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing would be trained: each of the model's .* is frozen"):
+        make_trainer(tmp_path, model=make_model().requires_grad_(False))
+
+
+def test_ids_without_an_embedding_are_refused_and_embeddings_without_a_token_are_not(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"rows\[0\]: token id \d+ .* the model has 20 embeddings, for ids 0 to 19"
+    ):
+        trainer = make_trainer(tmp_path)
+        encoded = trainer.train_dataset
+        XPOTrainer(
+            make_model(vocab_size=20), trainer.args, train_dataset=encoded, processing_class=make_tokenizer()
+        )
+    with pytest.raises(ValueError, match=r"the padding token: token id 97 .* 97 embeddings"):
+        tokenizer = make_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "<filler>"})
+        make_trainer(tmp_path, tokenizer=tokenizer)
+    make_trainer(tmp_path, model=make_model(vocab_size=128))
+
+
+def test_a_reporter_that_is_not_installed_or_not_there_is_known_with_the_arguments(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.integration_utils, "is_mlflow_available", lambda: False)
+    for name, said in (
+        ("mlflow", "the reporter mlflow is not installed: pip install mlflow"),
+        (["wandd"], "no reporter named 'wandd'; did you mean wandb?"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            XPOConfig(str(tmp_path), report_to=name, use_cpu=True)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, peft_config=lora(), **options).train()
+    other = make_trainer(tmp_path, peft_config=lora(r=2), **options, max_steps=2)
+    with pytest.raises(ValueError, match=r'is of another run, where adapter was .*"r": 4.* and is .*"r": 2'):
+        other.train(resume_from_checkpoint=True)

@@ -91,7 +91,9 @@ def _loading(what: str) -> Iterator[None]:
         ) from error
     except SafetensorError as error:
         raise ValueError(f"{what}. Its weights are broken ({error}): copy or download them again") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, ValueError) and "model_type" not in str(error):
+            raise  # of an argument: it names what there is
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{what}. {_first_line(error)}") from error

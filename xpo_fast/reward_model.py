@@ -507,7 +507,7 @@ def _classifier(
     expected = f"a folder with {SPEC_FILE}, or a sequence classifier of transformers"
     try:
         kinds = AutoConfig.from_pretrained(source).architectures or []
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"no reward model in {source!r}: expected {expected}") from error
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ValueError(f"no reward model in {source!r}: it holds {kinds}, expected {expected}")

@@ -405,8 +405,15 @@ def checked_settings(args: RewardConfig) -> dict[str, Any]:
     """The method's hyperparameters in args.method_args; ValueError for one that it has not."""
     given: Any = args.method_args or {}
     settings: dict[str, Any] = dict(given)
+    of = odin if args.method == "odin" else get_method(args.method).fn
+    parameters = inspect.signature(of).parameters
+    for name, value in settings.items():
+        default = parameters[name].default if name in parameters else None
+        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if numeric and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{args.method}: expected a number for {name}, got {value!r}")
     if args.method == "odin":
-        known = [n for n, p in inspect.signature(odin).parameters.items() if p.default is not p.empty]
+        known = [n for n, p in parameters.items() if p.default is not p.empty]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"odin has no hyperparameter {', '.join(unknown)}; it has {', '.join(known)}")

@@ -163,20 +163,20 @@ def load_reward(spec: str) -> RewardFunction:
         raise ValueError(
             f"expected a reward function as file.py:function or package.module:function, got {spec!r}"
         )
+    path = Path(place).expanduser()
+    if place.endswith(".py") and not path.is_file():
+        raise ValueError(f"no file {place!r} to take the reward function {name!r} from")
     try:
         if place.endswith(".py"):
-            path = Path(place).expanduser()
-            if not path.is_file():
-                raise ValueError(f"no file {place!r} to take the reward function {name!r} from")
             found = importlib.util.spec_from_file_location(path.stem, path)
             assert found is not None and found.loader is not None
             module = importlib.util.module_from_spec(found)
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except ImportError as error:
+    except Exception as error:  # the user's own code raises what it likes as it is run
         raise ValueError(
-            f"cannot import {place!r} to take the reward function {name!r} from: {error}"
+            f"cannot import {place!r} to take the reward function {name!r} from: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):

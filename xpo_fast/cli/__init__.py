@@ -9,6 +9,7 @@ before a command needs it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,14 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0, 1 (unusable installation), 2 (wrong input, or no room to save), 130 (stopped by Ctrl-C), 143
     (stopped by SIGTERM).
     """
+    # Before torch is imported: its threads wait by spinning otherwise, and take the core that another process needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args, began = argparse.Namespace(), time.time()
     with outliving_readers():
         try:
             with training.terminable():
                 args = parse(list(sys.argv[1:] if argv is None else argv))
                 return args.run(args)
-        except _mistakes() as error:
-            if getattr(args, "debug", False):
+        except (*_mistakes(), RuntimeError) as error:
+            # Of errors at large those about memory on the CPU, for which torch has no class of their own.
+            if getattr(args, "debug", False) or not (isinstance(error, _mistakes()) or _of_memory(error)):
                 raise
             for line in (_told(error, args), *_advice(error, args)):
                 print(f"xpo-fast: {line}", file=sys.stderr)
@@ -155,7 +159,7 @@ def _told(error: BaseException, args: argparse.Namespace) -> str:
 
 def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
     """Further lines on what to do."""
-    if type(error).__name__ == "OutOfMemoryError":
+    if _of_memory(error):
         return [line for line in [_less_memory(args)] if line]
     checkpoint = getattr(error, "checkpoint", None)
     if checkpoint is not None and "resume" in args:
@@ -163,6 +167,10 @@ def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
             f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"
         ]
     return []
+
+
+def _of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
 
 
 def _less_memory(args: argparse.Namespace) -> str | None:

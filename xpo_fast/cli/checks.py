@@ -24,6 +24,9 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     if not 0 <= given.get("lora_dropout", 0) < 1:
         raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {args.lora_dropout}")
+    for name in ("weight_decay", "max_grad_norm"):
+        if not 0 <= given.get(name, 0) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {given[name]}")
     if given.get("chat_template") is not None:
         read_template(args.chat_template)
     if not given.get("dry_run", False):

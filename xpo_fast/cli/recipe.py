@@ -120,6 +120,20 @@ def run(args: argparse.Namespace) -> int:
     config_file.write(args, output, "recipe", resumed=args.resume)
     further: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
     lr = args.lr or (1e-6 if args.full else 5e-5)
+    own = {
+        "learning_rate": lr,
+        "num_train_epochs": args.epochs,
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.grad_accum,
+        "max_length": args.max_length,
+        "save_steps": args.save_steps,
+        "generation_batch_size": args.generation_batch_size,
+        "use_cpu": args.cpu,
+    }
+    if twice := sorted(set(own) & set(dict(args.train))):
+        raise UsageError(f"--train {twice[0]}: there is an option for it, see `xpo-fast recipe --help`")
     outcome = recipe_loop.run(
         recipe,
         recipe_loop.Setup(
@@ -131,19 +145,7 @@ def run(args: argparse.Namespace) -> int:
             held_out_judge=_judge(args, args.held_out_judge),
             stopping=StoppingRule(args.patience, args.min_gain, args.z),
             sampling=Sampling(max_new_tokens=args.max_new_tokens, stop=tuple(args.stop)),
-            training=dict(args.train)
-            | {
-                "learning_rate": lr,
-                "num_train_epochs": args.epochs,
-                "max_steps": args.max_steps,
-                "per_device_train_batch_size": args.batch_size,
-                "per_device_eval_batch_size": args.batch_size,
-                "gradient_accumulation_steps": args.grad_accum,
-                "max_length": args.max_length,
-                "save_steps": args.save_steps,
-                "generation_batch_size": args.generation_batch_size,
-                "use_cpu": args.cpu,
-            },
+            training=dict(args.train) | own,
             peft_config=None if args.full else training.lora(args),
             rollout=lambda model, tokenizer: GenerateRollout(
                 model, tokenizer, batch_size=args.generation_batch_size

@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM is what Ctrl-C is, with an exit status of its own."""
+    """Inside, Ctrl-C is a KeyboardInterrupt, and so is SIGTERM, with an exit status of its own."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
