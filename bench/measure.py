@@ -1,6 +1,6 @@
 """Measuring: interleaved timing, peak memory, what it ran on, tables and result files.
 
-Knows nothing of heads and losses and imports nothing beside it: every benchmark can share it, and the demo.
+Knows nothing of heads and losses and imports nothing of bench/: every benchmark can share it, and the demo.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from xpo_fast.precision import processor
 
 MIB = 2**20
 PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "xpo-fast")
@@ -106,7 +108,7 @@ def environment() -> dict[str, Any]:
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu",
-        "cpu": _cpu_model(),
+        "cpu": processor(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
@@ -120,14 +122,6 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _versions() -> dict[str, str]:

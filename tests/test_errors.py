@@ -130,7 +130,7 @@ CALL_ERRORS = [
     ),
 ]
 SETUP_ERRORS = [
-    (("dpoo",), {}, "no method named 'dpoo'; there are .*dpo, "),
+    (("dpoo",), {}, "no method named 'dpoo'; did you mean odpo, dpo.*There are .*dpo, "),
     (("dpo",), {"gamma": 1.0}, "dpo has no hyperparameter gamma; it has beta, label_smoothing"),
     (("dpo",), {"backend": "cutlass"}, "no backend named 'cutlass'"),
     (("dpo",), {"reduction": "avg"}, "no reduction named 'avg'; there are mean, sum, none"),

@@ -166,7 +166,7 @@ def test_a_recipe_is_changed_by_names():
 def test_what_does_not_fit_a_recipe_is_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         override(get_recipe(name), settings)
-    with pytest.raises(ValueError, match="no recipe named 'rrso'; there are raft, rso"):
+    with pytest.raises(ValueError, match=r"no recipe named 'rrso'; did you mean rso.*There are raft, rso"):
         get_recipe("rrso")
 
 

@@ -8,9 +8,10 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .methods import METHODS, Method, get_method
+if TYPE_CHECKING:
+    from .methods import Method
 
 # The survey's 13 attributes: the option that filters by it, what it is, the words of its Table 1.
 ATTRIBUTES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
@@ -125,6 +126,8 @@ def _filters() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .methods import METHODS, get_method
+
     options = vars(args)
     asked = {o: v for o in _filters() if (v := options[o.replace("-", "_")]) is not None}
     if (args.card or args.markdown) and asked:
@@ -265,6 +268,8 @@ def _meaning(method: Method, name: str) -> str:
 
 def markdown() -> str:
     """docs/methods.md."""
+    from .methods import METHODS
+
     methods = [m for _, m in sorted(METHODS.items())]
     overview = _markdown_table(
         ("method", "data", "unit", "reference", "hyperparameters", "survey"),

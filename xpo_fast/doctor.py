@@ -9,15 +9,14 @@ import importlib.util
 import math
 import os
 import platform
-import re
-from typing import Any
 
 import torch
 
-from . import __version__, native, token_logps
+from . import __version__, native, precision, token_logps
 from .files import cache_dir
 from .head.plan import AUTO_REASON, BACKENDS, choose_backend
 from .models import SMOLLM2, smollm2_gguf
+from .wording import one_line
 
 # What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
 EXTRAS = {
@@ -25,13 +24,6 @@ EXTRAS = {
     "demo": ("gguf",),
     "bench": ("trl", "liger_kernel"),
 }
-
-
-def add_parser(commands: Any) -> None:
-    doctor = commands.add_parser(
-        "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
-    )
-    doctor.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     print("devices")
     for device in _devices():
         print(f"  {device}")
+    print("dtypes")
+    for line in _dtypes():
+        print(f"  {line}")
     print("backends")
     best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in BACKENDS:
@@ -91,11 +86,31 @@ def versions() -> dict[str, str]:
 
 def _devices() -> list[str]:
     lines = [
-        f"cpu              {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        f"cpu              {precision.processor(torch.device('cpu'))}, {precision.instructions()}, "
+        f"{torch.get_num_threads()} threads"
     ]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines.append(f"cuda:{i:<11} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def _dtypes() -> list[str]:
+    """How each half is multiplied on every device, and what `--dtype auto` makes of a checkpoint in it."""
+    lines = []
+    for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
+        for dtype in precision.HALVES:
+            name, found = precision.name_of(dtype), precision.support(dtype, device)
+            factor = precision.slowdown(dtype, device)
+            lines.append(
+                f"{f'{device} {name}':<16} {found}; products take {factor:.2g} times as long as in float32"
+            )
+        kept = [precision.name_of(d) for d in precision.HALVES if precision.native(d, device)]
+        widened = [precision.name_of(d) for d in precision.HALVES if not precision.native(d, device)]
+        what = [f"{' and '.join(kept)} as saved"] * bool(kept) + [
+            f"{' and '.join(widened)} as float32"
+        ] * bool(widened)
+        lines.append(f"{f'{device} auto':<16} loads checkpoints in {', in '.join(what)}, in float32 as saved")
     return lines
 
 
@@ -119,7 +134,3 @@ def _try_backend(name: str, device: torch.device) -> str:
         if torch.allclose(logp.cpu(), torch.full((2,), -math.log(5.0)))
         else f"wrong result {logp.tolist()}"
     )
-
-
-def one_line(error: BaseException) -> str:
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__

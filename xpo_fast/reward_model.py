@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import data
 from .files import write_atomically, write_json
 from .methods.reward import ensemble, length_normalised, length_penalty
-from .models import causal_lm, check_ids, install_fused_loss, load_model
+from .models import causal_lm, check_ids, install_fused_loss, load_model, load_weights
 from .reference import evaluating, row_logps
 from .value_head import (
     VALUE_HEAD_FILE,
@@ -239,41 +239,27 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, dtype: str = "auto", batch_size: int = 16, **options: Any
+        cls,
+        source: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        **options: Any,
     ) -> RewardModel:
-        """A folder of `save` or of `xpo-fast reward`; or a sequence classifier of transformers, by folder or name.
+        """Load a folder of `save` or of `xpo-fast reward`; or a sequence classifier of transformers, by folder or name.
 
         An adapter stays one: merged into weights of 16 bits it would be rounded, and the scores not those of training.
-        options: for `from_pretrained`.
+        dtype, device: as of `load_model`; the model is on the CPU. options: for `from_pretrained`.
         """
         folder = Path(source)
         if (folder / SPEC_FILE).is_file():
-            model, tokenizer = _unmerged(folder, dtype, options)
+            model, tokenizer = _unmerged(folder, dtype=dtype, device=device, **options)
             load_value_head(model, folder)
             return cls(model, tokenizer, load_spec(folder), batch_size=batch_size)
         if (folder / VALUE_HEAD_FILE).is_file():
             raise ValueError(f"{folder} has {VALUE_HEAD_FILE} and lacks {SPEC_FILE}: train or save it again")
-        return cls._classifier(str(source), dtype, batch_size, options)
-
-    @classmethod
-    def _classifier(cls, source: str, dtype: str, batch_size: int, options: dict[str, Any]) -> RewardModel:
-        try:
-            from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-        except ImportError as error:
-            raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
-        expected = f"a folder with {SPEC_FILE}, or a sequence classifier of transformers"
-        try:
-            kinds = AutoConfig.from_pretrained(source).architectures or []
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no reward model in {source!r}: expected {expected}") from error
-        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            raise ValueError(f"no reward model in {source!r}: it holds {kinds}, expected {expected}")
-        model = AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype, **options)
-        if model.num_labels != 1:
-            raise ValueError(
-                f"{source!r} has {model.num_labels} labels; expected a reward model with one output"
-            )
-        return cls(model, AutoTokenizer.from_pretrained(source), batch_size=batch_size)
+        return cls(*_classifier(str(source), dtype, device, options), batch_size=batch_size)
 
 
 @dataclass
@@ -511,15 +497,35 @@ def joined(
     return first, second
 
 
-def _unmerged(folder: Path, dtype: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _classifier(
+    source: str, dtype: str | torch.dtype, device: str | torch.device | None, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError as error:
+        raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
+    expected = f"a folder with {SPEC_FILE}, or a sequence classifier of transformers"
+    try:
+        kinds = AutoConfig.from_pretrained(source).architectures or []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no reward model in {source!r}: expected {expected}") from error
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ValueError(f"no reward model in {source!r}: it holds {kinds}, expected {expected}")
+    model = load_weights(AutoModelForSequenceClassification, source, dtype, device, options)
+    if model.num_labels != 1:
+        raise ValueError(f"{source!r} has {model.num_labels} labels; expected a reward model with one output")
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _unmerged(folder: Path, **options: Any) -> tuple[Any, Any]:
     """`load_model`, but an adapter is left on its base model."""
     if not (folder / "adapter_config.json").is_file():
-        return load_model(str(folder), dtype=dtype, **options)
+        return load_model(str(folder), **options)
     from peft import PeftConfig, PeftModel
     from transformers import AutoTokenizer
 
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base, tokenizer = load_model(str(name), dtype=dtype, **options)
+    base, tokenizer = load_model(str(name), **options)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return PeftModel.from_pretrained(base, str(folder)), tokenizer

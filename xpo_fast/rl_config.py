@@ -12,6 +12,7 @@ from .methods import METHODS
 from .objective import Objective
 from .terms import parse_terms
 from .trainer import MethodConfig
+from .wording import did_you_mean
 
 _PPO = ("ppo", "ppo_penalty", "ppo_ptx")
 # What the authors of a method subtract from its rewards and divide them by; of the others: "group".
@@ -29,7 +30,9 @@ _CISPO_CAP = 5.0  # ScaleRL (arXiv 2510.13786)
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
+        )
 
 
 @dataclass

@@ -622,18 +622,7 @@ class XPOTrainer(UnitTrainer):
             return self.objective.plan(hidden, head.weight, targets, **head.kwargs(), **layout)
 
     def _layout(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """Targets as the objective takes them, and how: pairs of which one half is read have an empty other half."""
-        targets = inputs["targets"]
-        if self.kind == "list":
-            lists = inputs["list_lengths"].shape[0]
-            return targets, {"list_size": targets.shape[0] // max(lists, 1)}
-        if self.kind not in ("chosen", "rejected"):
-            return targets, {}
-        count, length = targets.shape
-        lengths = torch.zeros(2, count, dtype=torch.int64, device=targets.device)
-        lengths[0 if self.kind == "chosen" else 1] = length
-        ends = lengths.flatten().cumsum(0)
-        return targets.flatten(), {"cu_seqlens": torch.cat([ends.new_zeros(1), ends])}
+        return layout(self.kind, inputs)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -877,6 +866,21 @@ def each(dataset: Any, fn: Any) -> Any:
     if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
         return {name: fn(one) for name, one in dataset.items()}
     return fn(dataset)
+
+
+def layout(kind: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """Return targets as the objective takes them, and how: pairs of which one half is read have an empty other half."""
+    targets = inputs["targets"]
+    if kind == "list":
+        lists = inputs["list_lengths"].shape[0]
+        return targets, {"list_size": targets.shape[0] // max(lists, 1)}
+    if kind not in ("chosen", "rejected"):
+        return targets, {}
+    count, length = targets.shape
+    lengths = torch.zeros(2, count, dtype=torch.int64, device=targets.device)
+    lengths[0 if kind == "chosen" else 1] = length
+    ends = lengths.flatten().cumsum(0)
+    return targets.flatten(), {"cu_seqlens": torch.cat([ends.new_zeros(1), ends])}
 
 
 def with_tokenizer(

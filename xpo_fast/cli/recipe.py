@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models import SMOLLM2
-from ..recipes import JUDGES, REFERENCES, StoppingRule, get_recipe, override, runs_in, table
-from . import options, training
-from .options import UsageError
+from . import checks, config_file, options, training
+from .options import SMOLLM2, UsageError
 
 if TYPE_CHECKING:
     from ..judge import Judge
@@ -30,6 +28,7 @@ def add_parser(commands: Any) -> None:
         "kept in --output-dir, and a run that was stopped goes on with --resume.",
     )
     parser.set_defaults(run=run)
+    options.add_config(parser, dry_run=False)
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="a recipe that --list shows")
     add("--list", action="store_true", help="show the recipes as a table; with NAME, that one in full")
@@ -52,9 +51,9 @@ def add_parser(commands: Any) -> None:
     add("--set", metavar="NAME=VALUE", action="append", default=[], type=options.setting,
         help="change the recipe: iterations, draws.n, draws.temperature, select.beta, method.beta, reference, …; "
         "may be repeated")
-    add("--patience", metavar="N", type=int, default=1, help="stop after so many iterations that are no better held out")
+    add("--patience", metavar="N", type=int, default=1, help="stop after N iterations that are no better held out")
     add("--min-gain", metavar="X", type=float, default=0.0, help="better means by more than this")
-    add("--z", metavar="Z", type=float, default=0.0, help="and by so many standard errors of the paired difference")
+    add("--z", metavar="Z", type=float, default=0.0, help="and by Z standard errors of the paired difference")
     add("--generation-batch-size", metavar="N", type=int, default=64, help="completions sampled at a time")
     add("--max-new-tokens", metavar="N", type=int, default=256, help="longest completion")
     add("--stop", metavar="TEXT", action="append", default=[], help="a text that ends a completion; may be repeated")
@@ -79,12 +78,14 @@ def add_parser(commands: Any) -> None:
     add("--resume", action="store_true", help="go on with the run in --output-dir")
     add("--overwrite", action="store_true", help="start anew although --output-dir has a run; it is deleted")
     add("--keep-models", action="store_true", help="keep every iteration's model, not only the best and the last")
-    add("--save-steps", metavar="N", type=int, default=100, help="write a checkpoint every so many steps")
+    add("--save-steps", metavar="N", type=int, default=100, help="write a checkpoint every N steps")
     options.add_device(add, "run")
 # fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..recipes import StoppingRule, get_recipe, override, table
+
     if args.list:
         print(_card(args.name) if args.name else table())
         return 0
@@ -103,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out keeps none"
         )
-    options.check_numbers(args)
-    training.check(args)
+    checks.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
     args.output_dir = str(output)
     _begin(output, args.resume, args.overwrite)
@@ -153,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
             load=lambda name: load_model(name, dtype=args.dtype, **further),
             seed=args.seed,
             overwrite=args.overwrite,
+            begin=lambda: config_file.write(args, output, "recipe", resumed=args.resume),
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
             say=_say,
@@ -168,6 +169,8 @@ def _say(line: str) -> None:
 
 
 def _card(name: str) -> str:
+    from ..recipes import JUDGES, REFERENCES, get_recipe
+
     recipe = get_recipe(name)
     generate, judge, select, method, reference = recipe.cells()
     given = ", ".join(f"{k}={v}" for k, v in recipe.select_args.items())
@@ -185,6 +188,8 @@ def _card(name: str) -> str:
 
 
 def _begin(output: Path, resume: bool, overwrite: bool) -> None:
+    from ..recipes import runs_in
+
     there = bool(runs_in(output))
     if resume and overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
@@ -195,7 +200,7 @@ def _begin(output: Path, resume: bool, overwrite: bool) -> None:
             f"{output} has an earlier run: --resume goes on with it, --overwrite starts anew, --output-dir names "
             "another place"
         )
-    elif not there and output.is_dir() and any(output.iterdir()):
+    elif not there and output.is_dir() and any(path.name != config_file.FILE for path in output.iterdir()):
         raise UsageError(f"{output} is not empty and holds no run of a recipe: name another --output-dir")
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically, write_json
-from ..models import SMOLLM2
-from . import options, training
-from .options import UsageError
+from . import checks, config_file, dry_run, options, training
+from .options import SMOLLM2, UsageError
 
 if TYPE_CHECKING:
     from ..reward_report import PairScores
@@ -40,6 +39,7 @@ def add_parser(commands: Any) -> None:
         description="Train a causal LM with a value head to score completions, and measure it on rows held out.",
     )
     parser.set_defaults(run=run_reward)
+    options.add_config(parser)
     options.add_lengths(options.add_data(
         parser,
         data="rows of prompt, chosen, rejected (with margin or prob beside, if there is one); for k_wise of prompt, "
@@ -86,11 +86,12 @@ def _add_eval(commands: Any) -> None:
         "--model (explicit rewards) and every --policy (implicit rewards) on the same pairs.",
     )
     parser.set_defaults(run=run_eval)
+    options.add_config(parser, dry_run=False)
     add = parser.add_argument
     add("--data", metavar="FILE", required=True,
         help="rows of prompt, chosen, rejected; or of prompt, completions, scores, whose pairs are taken")
     add("--split", default="train", help="split of a data set that has several")
-    add("--max-pairs", metavar="N", type=int, help="measure on so many pairs, drawn by --seed (default: all)")
+    add("--max-pairs", metavar="N", type=int, help="measure on N pairs, drawn by --seed (default: all)")
     add("--seed", metavar="N", type=int, default=42, help="of the pairs drawn")
     add("--model", metavar="FOLDER", action="append", default=[],
         help="a reward model, or a sequence classifier of transformers; may be repeated")
@@ -146,9 +147,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def run_reward(args: argparse.Namespace) -> int:
-    options.check_numbers(args)
-    training.check(args)
-    output, checkpoint = Path(args.output_dir), training.checkpoint(args)
+    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args)
     training.quiet(args)
 
     from ..reward_model import SPEC_FILE, load_spec
@@ -161,6 +161,9 @@ def run_reward(args: argparse.Namespace) -> int:
     checked_settings(config)
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, config.spec())
+    if args.dry_run:
+        dry_run.rewards(args, config, train_rows, eval_rows)
+        return 0
     made_with = training.check_resume(args, checkpoint, train_rows)
     model, tokenizer = training.load(args)
     goes_on = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
@@ -187,7 +190,11 @@ def run_reward(args: argparse.Namespace) -> int:
     results = training.begun(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
-    results["train"] = training.fit(trainer, checkpoint)
+    results["train"] = training.fit(
+        trainer,
+        checkpoint,
+        lambda: config_file.write(args, output, "reward", resumed=checkpoint is not None),
+    )
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, output / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")
@@ -199,6 +206,10 @@ def run_reward(args: argparse.Namespace) -> int:
     say(f"\nsaved in {output}: the reward model, train_log.jsonl, results.json"
         f"\nuse it: reward = xpo_fast.reward_model.RewardModel.load({str(output)!r})")  # fmt: skip
     return 0
+
+
+def _learning_rate(args: argparse.Namespace) -> float:
+    return 1e-5 if args.full else 1e-3 if args.head_only else 1e-4
 
 
 def _config(args: argparse.Namespace) -> RewardConfig:
@@ -216,11 +227,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         backend=args.backend,
         dataset_num_proc=args.num_proc,
         **_length_rule(args),
-        **training.training_arguments(
-            args,
-            lr=1e-5 if args.full else 1e-3 if args.head_only else 1e-4,
-            evaluates=args.eval_split != 0,
-        ),
+        **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),
     )
 
 
@@ -272,16 +279,15 @@ def run_eval(args: argparse.Namespace) -> int:
         )
     if args.ensemble and len(args.model) < 2:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
-    options.check_numbers(args)
-    training.check(args)
+    checks.check(args)
     training.quiet(args)
 
     from ..reward_report import compare, plot, plot_comparison, summary
 
     pairs = _pairs(args)
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     scored = list(_scored(args, pairs))
+    config_file.write(args, output, "eval-reward")
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
     report = {
         **training.begun(args),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
-from . import options, training
+from . import checks, config_file, dry_run, options, training
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _METHOD_FIELDS: dict[str, tuple[str, type, str]] = {
         "weight of the divergence from the reference in the reward (default: 0.05 for ppo, else 0); in the loss it is "
         "--set beta=…",
     ),
-    "kl_target": ("NATS", float, "steer kl_coef, or beta, towards so many nats a completion"),
+    "kl_target": ("NATS", float, "steer kl_coef, or beta, towards this many nats per completion"),
     "kl_horizon": (
         "N",
         int,
@@ -62,14 +62,13 @@ _ROLLOUT_FIELDS: dict[str, tuple[str, type, str]] = {
     "epochs_per_rollout": ("N", int, "passes over a rollout (default: 1)"),
     "max_new_tokens": ("TOKENS", int, "longest completion (default: 256)"),
     "temperature": ("T", float, "of sampling (default: 1)"),
-    "top_p": ("P", float, "sample from so much of the distribution (default: 1)"),
-    "top_k": ("K", int, "sample from so many tokens (default: all)"),
+    "top_p": ("P", float, "nucleus sampling: smallest set of tokens with probability P (default: 1)"),
+    "top_k": ("K", int, "sample from the K most likely tokens (default: all)"),
     "generation_batch_size": ("N", int, "completions sampled at a time (default: 64)"),
     "max_draws": (
         "N",
         int,
-        "dynamic sampling: draw other prompts in place of those whose rewards are all equal, so many times at most "
-        "(default: 10 for dapo, else 1, no)",
+        "dynamic sampling: redraw prompts whose rewards are all equal, at most N times (default: 10 for dapo, else 1 = off)",
     ),
     "overlong": (
         "NAME",
@@ -98,6 +97,7 @@ def add_parser(commands: Any) -> None:
         "policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
     )
     parser.set_defaults(run=run)
+    options.add_config(parser)
     data = options.add_data(
         parser, data="rows with a prompt, text or messages, and the columns that the reward functions take",
         unit="prompts", drawn=", drawn by --seed (default: none)", held_out=0.0,
@@ -152,7 +152,7 @@ def add_parser(commands: Any) -> None:
         parser, folder="xpo-fast-rl", files="samples.jsonl, train_log.jsonl and results.json", logging=1, saving=50
     ).add_argument(
         "--show-samples", metavar="N", type=int, default=3,
-        help="print so many completions of the last rollout with every log, from the highest reward to the lowest; all of "
+        help="print N completions of the last rollout with every log, from the highest reward to the lowest; all of "
         "them are in samples.jsonl, for datasets.load_dataset('json', data_files=…) or pandas.read_json(…, lines=True)")
 # fmt: on
 
@@ -164,8 +164,7 @@ def _add_fields(add: Any, fields: dict[str, tuple[str, type, str]]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     functions, weights = _reward_functions(args)
-    options.check_numbers(args)
-    training.check(args)
+    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
     if args.server_lora and not args.server:
         raise UsageError("--server-lora is for --server")
     if args.server and (args.full or not args.server_lora):
@@ -179,9 +178,17 @@ def run(args: argparse.Namespace) -> int:
     from ..rl import RLTrainer, last_checkpoint
     from ..rollout import ServerRollout
 
-    output, checkpoint = Path(args.output_dir), training.checkpoint(args, last_checkpoint)
+    output, checkpoint = (
+        Path(args.output_dir),
+        None if args.dry_run else training.checkpoint(args, last_checkpoint),
+    )
     config = _config(args)
     train, held_out = _prompts(args)
+    if args.dry_run:
+        dry_run.prompts(
+            args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out
+        )
+        return 0
     made_with = training.check_resume(args, checkpoint, train)
     model, tokenizer = training.load(args)
     functions += _models_that_reward(args, config.device)
@@ -220,7 +227,11 @@ def run(args: argparse.Namespace) -> int:
     results = training.begun(args)
     if held_out:
         results["before"] = trainer.evaluate()
-    results["train"] = training.fit(trainer, checkpoint)
+    results["train"] = training.fit(
+        trainer,
+        checkpoint,
+        lambda: config_file.write(args, output, "rl", resumed=checkpoint is not None),
+    )
     if held_out:
         results["after"] = trainer.evaluate()
         say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")
@@ -310,6 +321,10 @@ def _standardise(ensemble: RewardEnsemble, trainer: RLTrainer) -> None:
         (ensemble.moments,) = broadcast_object_list([ensemble.moments])
 
 
+def _learning_rate(args: argparse.Namespace) -> float:
+    return 1e-6 if args.full else 2e-5
+
+
 def _config(args: argparse.Namespace) -> RLConfig:
     from ..rl import RLConfig
 
@@ -325,7 +340,7 @@ def _config(args: argparse.Namespace) -> RLConfig:
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
         **training.training_arguments(
-            args, lr=1e-6 if args.full else 2e-5, evaluates=bool(args.eval_data or args.eval_split)
+            args, lr=_learning_rate(args), evaluates=bool(args.eval_data or args.eval_split)
         ),
     )
 

@@ -8,17 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import Objective, __version__
+from .. import __version__
 from ..files import write_json
-from . import options, training
-from .options import UsageError
+from ..wording import did_you_mean
+from . import checks, config_file, dry_run, options, training
+from .options import OBJECTIVE_OPTIONS, UsageError
 
 if TYPE_CHECKING:
-    from ..trainer import XPOTrainer
+    from .. import Objective
+    from ..trainer import XPOConfig, XPOTrainer
 
-OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
 _UNITS = {"pair": "pairs", "list": "lists"}
 
 
@@ -30,6 +29,7 @@ def add_parser(commands: Any) -> None:
         "On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
     )
     parser.set_defaults(run=run)
+    options.add_config(parser)
     options.add_lengths(options.add_data(
         parser,
         data=".jsonl, .json, .parquet or .csv file, or a data set for datasets.load_dataset: rows of prompt, chosen, "
@@ -59,12 +59,14 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     objective = _objective(args.method, dict(args.set))
-    options.check_numbers(args)
-    training.check(args)
-    output, checkpoint = Path(args.output_dir), training.checkpoint(args)
+    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args)
     training.quiet(args)
     # Data first: a mistake in it should not wait for a model to load.
     train_rows, eval_rows = _rows(args, objective)
+    if args.dry_run:
+        dry_run.preferences(args, objective, _config(args, eval_rows), train_rows, eval_rows)
+        return 0
     made_with = training.check_resume(args, checkpoint, train_rows)
     trainer = _trainer(args, train_rows, eval_rows)
     trainer.given |= made_with
@@ -75,7 +77,11 @@ def run(args: argparse.Namespace) -> int:
         results["before"] = trainer.held_out()
         if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = training.fit(trainer, checkpoint)
+    results["train"] = training.fit(
+        trainer,
+        checkpoint,
+        lambda: config_file.write(args, output, "train", resumed=checkpoint is not None),
+    )
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), objective.data_kind, say)
@@ -90,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _objective(method: str, settings: dict[str, Any]) -> Objective:
     """The objective; ValueError for a setting that it does not know or take, before anything is loaded."""
+    from .. import Objective
+
     objective = Objective(method)
     defaults = {k: v for term in objective.terms for k, v in term.method.defaults.items()}
     refused = sorted(set(settings) - set(defaults) - set(OBJECTIVE_OPTIONS))
@@ -97,6 +105,7 @@ def _objective(method: str, settings: dict[str, Any]) -> Objective:
         raise UsageError(
             f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has "
             f"{', '.join(defaults) or 'none'}; and the objective has {', '.join(OBJECTIVE_OPTIONS)}"
+            f"{did_you_mean(refused[0], [*defaults, *OBJECTIVE_OPTIONS])}"
         )
     for name, value in settings.items():
         default, number = defaults.get(name), isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -132,12 +141,14 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     return rows, held
 
 
-def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTrainer:
-    from ..trainer import XPOConfig, XPOTrainer
+def _learning_rate(args: argparse.Namespace) -> float:
+    return (1e-6 if args.full else 5e-5) * (10 if args.method == "sft" else 1)
 
-    model, tokenizer = training.load(args)
-    lr = (1e-6 if args.full else 5e-5) * (10 if args.method == "sft" else 1)
-    config = XPOConfig(
+
+def _config(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
+    from ..trainer import XPOConfig
+
+    return XPOConfig(
         method=args.method,
         method_args=dict(args.set),
         max_length=args.max_length,
@@ -147,11 +158,17 @@ def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTr
         backend=args.backend,
         tile_mib=args.tile_mib,
         dataset_num_proc=args.num_proc,
-        **training.training_arguments(args, lr=lr, evaluates=eval_rows is not None),
+        **training.training_arguments(args, lr=_learning_rate(args), evaluates=eval_rows is not None),
     )
+
+
+def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTrainer:
+    from ..trainer import XPOTrainer
+
+    model, tokenizer = training.load(args)
     return XPOTrainer(
         model,
-        config,
+        _config(args, eval_rows),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
@@ -182,6 +199,8 @@ def _print_held_out(
 
 
 def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    import torch
+
     parameters = list(trainer.model.parameters())
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     base = total if args.full else total - trained

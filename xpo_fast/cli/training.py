@@ -1,14 +1,12 @@
-"""The steps of a training run that commands share: checks, its checkpoint, rows held out, model, arguments, log, and its end."""
+"""The steps of a training run that commands share: its checkpoint, rows held out, model, arguments, log, and its end."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -21,12 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..doctor import versions
-from ..files import check_writable, finite, saving, write_atomically
+from ..files import finite, saving, write_atomically
 from ..resume import check_made_with, is_checkpoint, last_checkpoint, model_identity, rows_identity
-from .options import HELD_OUT_AT_MOST, UsageError, count
+from .checks import read_template
+from .options import HELD_OUT_AT_MOST, SMOLLM2, UsageError, count
 
 if TYPE_CHECKING:
     import datasets
@@ -64,55 +60,6 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
     finally:
         for number, own in previous.items():
             signal.signal(number, own)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong before any data, package or model is loaded."""
-    given = vars(args)
-    if not 0 <= given.get("seed", 0) < 2**32:
-        raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
-    if not 0 <= given.get("lora_dropout", 0) < 1:
-        raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {args.lora_dropout}")
-    if not 0 <= given.get("warmup_ratio", 0) < 1:  # transformers takes 1 and more for a count of steps
-        raise UsageError(
-            f"--warmup-ratio must be a share of the steps, at least 0 and below 1, got {args.warmup_ratio}"
-        )
-    for name in ("weight_decay", "max_grad_norm"):
-        if not 0 <= given.get(name, 0) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {given[name]}")
-    if given.get("chat_template") is not None:
-        _read_template(args.chat_template)
-    if given.get("output_dir") is not None:
-        check_writable(Path(args.output_dir), "--output-dir")
-    if given.get("ref_cache") is not None:
-        check_writable(Path(args.ref_cache), "--ref-cache")
-    if given.get("report_to", "none") != "none":
-        from ..reporters import check_reporters
-
-        check_reporters(args.report_to)
-    if "scheduler" in given:
-        _check_scheduler(args.scheduler)
-
-
-def _read_template(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(
-            f"--chat-template {name}: {reason}; expected the file of a Jinja template"
-        ) from error
-
-
-def _check_scheduler(name: str) -> None:
-    from transformers import SchedulerType
-
-    known = [kind.value for kind in SchedulerType]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UsageError(
-            f"--scheduler: no schedule named {name!r}; {f'did you mean {near[0]}? ' if near else ''}There are {', '.join(known)}"
-        )
 
 
 # What a resumed run must have alike, and what it is compared as; the rest may change.
@@ -246,17 +193,65 @@ def quiet(args: argparse.Namespace) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about one another
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the tokenizer; the weights in float32 where all are trained."""
+def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
+    """The model and the tokenizer; the weights in float32 where all are trained. further: for `load_model`."""
     from ..models import load_model
 
-    further: dict[str, Any] = {"attn_implementation": args.attn} if args.attn else {}
+    if args.attn:
+        further["attn_implementation"] = args.attn
     if args.trust_remote_code:
         further["trust_remote_code"] = True
-    model, tokenizer = load_model(args.model, dtype="float32" if args.full else args.dtype, **further)
+    bits = (args.load_in_4bit or args.load_in_8bit) and "device_map" not in further
+    if bits:
+        further |= quantised(args)
+    dtype = "float32" if args.full else args.dtype
+    model, tokenizer = load_model(args.model, dtype=dtype, device="cpu" if args.cpu else None, **further)
+    if bits:
+        _evaluate_as_trained(model)
     if args.chat_template:
-        tokenizer.chat_template = _read_template(args.chat_template)
+        tokenizer.chat_template = read_template(args.chat_template)
     return model, tokenizer
+
+
+def quantised(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for --load-in-4bit and --load-in-8bit."""
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    from .. import precision
+    from ..models import smollm2_path
+
+    path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
+    saved = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).get_text_config().dtype
+    device = torch.device("cpu") if args.cpu else None
+    compute = precision.resolve(args.dtype, saved or torch.float32, device)
+    found: dict[str, Any] = {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        if args.load_in_4bit
+        else BitsAndBytesConfig(load_in_8bit=True)
+    }
+    return found | ({"device_map": "cpu"} if args.cpu else {})  # else that of the process
+
+
+def _evaluate_as_trained(model: Any) -> None:
+    """Have bitsandbytes compute on the CPU in evaluation as it does in training.
+
+    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
+    to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
+            module.train()
+            module.train = lambda mode=True, module=module: module
 
 
 # The options of an adapter, and the fields of peft's LoraConfig.
@@ -283,6 +278,7 @@ def lora(args: argparse.Namespace) -> Any:
 
 def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments. lr: where --lr is not given; evaluates: there are rows held out."""
+    import torch
     from transformers import TrainingArguments
 
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -299,7 +295,7 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
         "gradient_accumulation_steps": args.grad_accum,
         "lr_scheduler_type": args.scheduler,
         # A share of the steps below 1 is what transformers takes warmup_steps for, too.
-        "warmup_steps": args.warmup_ratio,
+        "warmup_steps": args.warmup_ratio if args.warmup_steps is None else args.warmup_steps,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
         "seed": args.seed,
@@ -315,6 +311,11 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
         "save_steps": args.save_steps,
         "save_total_limit": args.save_total_limit,
         "report_to": args.report_to,
+        "push_to_hub": bool(args.push_to_hub),
+        "hub_model_id": args.push_to_hub if isinstance(args.push_to_hub, str) else None,
+        "hub_private_repo": args.hub_private or None,
+        **({"optim": args.optim} if args.optim else {}),
+        **dict(args.train),
     }
     if "group_by_length" in args:
         found["train_sampling_strategy"] = "group_by_length" if args.group_by_length else "random"
@@ -378,27 +379,33 @@ def say(trainer: Trainer) -> Callable[[str], None]:
 
 def begun(args: argparse.Namespace) -> dict[str, Any]:
     """What results.json and report.json begin with: the options and the versions."""
+    from ..doctor import versions
+
     return {
         "options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")},
         "versions": versions(),
     }
 
 
-def fit(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train and save; returns what the trainer measured. Raises Stopped where Ctrl-C has ended it, with a checkpoint."""
+def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> dict[str, float]:
+    """Train and save; returns what the trainer measured. Raises Stopped where Ctrl-C has ended it, with a checkpoint.
+
+    begin: called on the main process once all is checked, before the first step; then what --overwrite deletes has gone.
+    """
     from transformers import TrainerCallback
 
     output = Path(str(trainer.args.output_dir))
 
-    class Overwrite(TrainerCallback):
+    class Begin(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero and not state.global_step:
-                for path in output.glob(
-                    "checkpoint-*"
-                ):  # there are none without --overwrite, see `checkpoint`
+            if not state.is_world_process_zero:
+                return
+            if not state.global_step:
+                for path in output.glob("checkpoint-*"):  # only with --overwrite, see `checkpoint`
                     shutil.rmtree(path)
+            begin()
 
-    trainer.add_callback(Overwrite())
+    trainer.add_callback(Begin())
     with _alone(output), stop_after_step(trainer) as stopped:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         if stopped:

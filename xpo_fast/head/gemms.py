@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import native
 from .spec import Scaling, accumulation_dtype
 
 # Bytes of the blocks that row operations and weight conversions work on: small enough to stay in a core's cache.
@@ -71,7 +72,13 @@ class Gemms:
         self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
         self._wide = None
         self.adapter = None if adapter is None else adapter.to(self.gemm_dtype)
-        self._products = _bf16_products if self.widen and weight.dtype == torch.bfloat16 else nullcontext()
+        # Where the CPU has no bf16 products the widened operands are multiplied as the float32 that they are.
+        as_bf16 = (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.bfloat16
+            and native(weight.dtype, weight.device)
+        )
+        self._products = _bf16_products if as_bf16 else nullcontext()
 
     def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
         """hidden[index] (n, D), in the dtype that the GEMMs take; zeros where ignored (n,)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device import on_host
+from ..wording import did_you_mean
 
 # A mean log-prob of exactly 0 (a probability that rounds to 1) has infinite odds. The largest log-prob
 # admitted is far above float32's resolution of log-probs, so no finite case is changed.
@@ -47,7 +48,9 @@ def check(condition: bool, expected: str, got: object) -> None:
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    check(value in choices, f"{name} to be one of {', '.join(choices)}", value)
+    if value not in choices:
+        near = did_you_mean(str(value), choices)
+        raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}{near}")
 
 
 def check_bool(name: str, x: Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..wording import did_you_mean
+
 ATTRIBUTES = ("RM1", "RM2", "RM3", "RM4", "F1", "F2", "F3", "RL1", "RL2", "RL3", "RL4", "O1", "O2")
 
 # Every input that a method may take, with its axes: U units (pairs, rows, lists), K completions of a list, T tokens of
@@ -131,6 +133,7 @@ class Method:
         if unknown:
             raise ValueError(
                 f"{self.name} has no hyperparameter {', '.join(unknown)}; it has {', '.join(self.defaults) or 'none'}"
+                f"{did_you_mean(unknown[0], self.defaults)}"
             )
 
     def __call__(self, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -229,5 +232,8 @@ def register(
 
 def get_method(name: str) -> Method:
     if name not in _METHODS:
-        raise ValueError(f"no method named {name!r}; there are {', '.join(sorted(_METHODS))}")
+        near = did_you_mean(name, sorted(_METHODS))
+        raise ValueError(
+            f"no method named {name!r}{near}{' There' if near else '; there'} are {', '.join(sorted(_METHODS))}"
+        )
     return _METHODS[name]

@@ -115,7 +115,7 @@ def _of(name: str, **hyperparameters: Any) -> Callable[..., Losses]:
 
 # --- DPO --------------------------------------------------------------------------------------------------------------------
 
-_DPO = {  # loss_type → the name of its method
+DPO_METHODS = {  # loss_type → the name of its method
     "sigmoid": "dpo",
     "hinge": "rso",
     "ipo": "ipo",
@@ -131,7 +131,7 @@ _DPO = {  # loss_type → the name of its method
 
 
 def _check_dpo(loss_type: str, label_smoothing: float) -> None:
-    check_choice("loss_type", loss_type, _DPO)
+    check_choice("loss_type", loss_type, DPO_METHODS)
     if loss_type == "exo_pair":
         expected = "label_smoothing in (0, 0.5) with loss_type='exo_pair', whose paper recommends 1e-3"
         check(0 < label_smoothing < 0.5, expected, label_smoothing)
@@ -169,7 +169,7 @@ def liger_fused_linear_dpo(
     chosen_rewards (P,), rejected_rewards (P,)). ValueError for what does not fit, see the package.
     """
     _check_dpo(loss_type, label_smoothing)
-    name = _DPO[loss_type]
+    name = DPO_METHODS[loss_type]
     given = {"beta": beta, "label_smoothing": label_smoothing, "tau": discopop_tau}
     taken = {n: x for n, x in given.items() if n in METHODS[name].defaults}
     method = _of(name, **taken, **({"variant": "hard"} if name == "sppo" else {}))

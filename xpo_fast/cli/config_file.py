@@ -1,0 +1,239 @@
+"""`--config run.yaml`: options from a file, and the options of a run as a file that repeats it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..files import saving, write_atomically
+from ..wording import did_you_mean
+from . import aliases
+from .options import NOT_OF_A_RUN, UsageError
+from .parser import FALSE, TRUE, Given, Parser, spelled
+
+FILE = "config.yaml"
+# Options whose value is a list with commas between, which a file may write as a list.
+_WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
+# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line both.
+_MAPPINGS = ("set", "train", "columns")
+_SETTINGS = ("set", "train")
+
+
+def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:
+    """Return the options of a YAML or JSON file as words of a command line, those left out that were typed, too.
+
+    typed: the words of the command line, which win: options of both are the command line's, and what may not stand beside
+    one of those is left out; --set and --train are taken from both, name by name. Every value is checked by the type of
+    its option. Raises UsageError with the file and the line.
+    """
+    entries = list(_read(Path(path)))
+    from_file = [word for _, given in entries for word in given.typed]
+    around = aliases.around(command, parser, [*from_file, *typed])
+    taken, off = spelled(parser, typed, lambda given: aliases.translate(given, around))
+    kept_out = set(off)
+    for word in taken:
+        action = parser.named(word.partition("=")[0]) if word.startswith("--") else None
+        if action is not None and action.dest not in _SETTINGS:
+            kept_out |= {action.dest, *(other.dest for other in parser.exclusive(action))}
+    found: list[str] = []
+    for where, given in entries:
+        if parser.named(given.name) is None and not _known(given, around):
+            options = [a.option_strings[-1].lstrip("-") for a in parser.documented()]
+            near = did_you_mean(given.name, [*options, *aliases.names(around)])
+            raise UsageError(f"{where}: xpo-fast {command} has no option {given.name}{near}")
+        try:
+            own, _ = spelled(parser, given.typed, lambda other: aliases.translate(other, around))
+            parsed = _checked(parser, own)
+        except (UsageError, argparse.ArgumentError) as error:
+            raise UsageError(f"{where}: {error}") from error
+        found += [word for word, dest in parsed if dest not in kept_out]
+    return found
+
+
+def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool = False) -> None:
+    """Write the options of a run into its folder, as --config takes them; what was not given and has no default is left out.
+
+    A run that goes on keeps the file that it began with.
+    """
+    if resumed and (output / FILE).is_file():
+        return
+    from . import parsers
+
+    parser, options = parsers()[command], {}
+    for action in parser.documented():
+        value = getattr(args, action.dest, None)
+        if action.dest in NOT_OF_A_RUN or value is None or value == []:
+            continue
+        beside = [other for other in parser.exclusive(action) if getattr(args, other.dest) != other.default]
+        if beside and value == action.default:
+            continue  # the default that another option has taken the place of
+        name = action.option_strings[-1].lstrip("-")
+        if action.dest in _MAPPINGS:
+            pairs = [pair for one in value for pair in (one.items() if isinstance(one, dict) else [one])]
+            value = {key: _plain(x) for key, x in pairs}
+        elif action.dest in _WITH_COMMAS and isinstance(value, list):
+            value = ",".join(map(str, value))
+        options[name] = value
+    folder, positional = str(output), [str(args.name)] if command == "recipe" else []
+    again = ["xpo-fast", command, *positional, "--config", f"{folder}/{FILE}", "--output-dir", f"{folder}-2"]
+    comment = (
+        f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
+    )
+    with saving(output / FILE):
+        output.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        output / FILE, (comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)).encode()
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value of --set as it is read back: text that looks like JSON comes back as text."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+        return json.dumps(value)
+    return value
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("--config needs pyyaml: pip install 'xpo-fast[train]'") from error
+    return yaml
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Iterator[tuple[str, Given]]:
+    """Yield (where, option) of every entry; lists and mappings become what the command line would have."""
+    yaml = _yaml()
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except OSError as error:
+        raise UsageError(
+            f"--config {path}: cannot be read ({error.strerror}); expected a YAML or JSON file"
+        ) from error
+    if path.suffix.lower() == ".json":
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        text = text.replace("\t", " ")  # JSON is YAML but for tabs, which stand between its values alone
+    try:
+        document = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(
+            f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})"
+        ) from error
+    if document is None:
+        return
+    if not isinstance(document, yaml.MappingNode):
+        raise UsageError(f"{path}: expected options, one NAME: VALUE per line, got a {document.id}")
+    seen: set[str] = set()
+    for key, node in document.value:
+        where, name = f"{path}:{key.start_mark.line + 1}", str(key.value).lstrip("-")
+        folded = name.replace("_", "-")
+        if folded in seen:
+            raise UsageError(f"{where}: {name} came twice; write a list for an option that may be repeated")
+        seen.add(folded)
+        if folded == "config":
+            raise UsageError(f"{where}: a configuration cannot name another one; write its options here")
+        yield from ((where, given) for given in _given(name, node, where))
+
+
+def _given(name: str, node: Any, where: str) -> Iterator[Given]:
+    dest = name.replace("-", "_")
+    if node.tag.endswith(":null"):
+        return  # as if it were not there
+    if dest in _MAPPINGS:
+        if node.id == "mapping":
+            yield from (Given(name, f"{key.value}={_json(value)}", []) for key, value in node.value)
+        else:
+            values = node.value if node.id == "sequence" else [node]
+            yield from (Given(name, _text(value, where), []) for value in values)
+    elif node.id == "mapping":
+        if dest not in aliases.TRAINER_ARGUMENTS:
+            raise UsageError(f"{where}: {name} takes one value, got a mapping")
+        yield Given(name, _json(node), [])
+    elif node.id == "scalar":
+        yield Given(name, _text(node, where), [])
+    elif dest in _WITH_COMMAS:
+        yield Given(name, ",".join(_text(value, where) for value in node.value), [])
+    else:
+        yield Given(name, None, [_text(value, where) for value in node.value])
+
+
+def _text(node: Any, where: str) -> str:
+    """A value as it is written: 1e-4 is no number in YAML, and 1.10 is text for an option that takes text."""
+    if node.id != "scalar":
+        raise UsageError(f"{where}: expected a value, got a {node.id}")
+    return node.value.encode("utf-16", "surrogatepass").decode("utf-16")  # of JSON's pairs of escapes
+
+
+def _json(node: Any) -> str:
+    yaml = _yaml()
+    if node.id == "scalar" and node.tag.endswith((":str", ":float", ":int")):
+        return node.value
+    loader = yaml.SafeLoader("")
+    try:
+        return json.dumps(loader.construct_document(node))
+    finally:
+        loader.dispose()
+
+
+def _known(given: Given, typed: aliases.Typed) -> bool:
+    try:
+        return aliases.translate(given, typed) != given.typed
+    except UsageError:
+        return True
+
+
+def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
+    """(word, destination) of each, after the type and the choices of its option; a list becomes the option repeated."""
+    words: list[tuple[str, str]] = []
+    action: argparse.Action | None = None
+    for word in found:
+        if word.startswith("--"):
+            name, sign, value = word.partition("=")
+            action = parser.named(name)
+            assert action is not None, word
+            if action.nargs == 0:
+                if sign:
+                    raise argparse.ArgumentError(action, f"expected {TRUE[0]} or {FALSE[0]}, got {value!r}")
+                words.append((word, action.dest))
+            elif sign or action.nargs == "?":
+                words.append((_of_type(parser, action, value) if sign else word, action.dest))
+        else:
+            assert action is not None, word
+            if action.nargs in ("+", "*"):
+                first = (
+                    []
+                    if any(dest == action.dest for _, dest in words)
+                    else [(action.option_strings[-1], action.dest)]
+                )
+                _of_type(parser, action, word)
+                words += [*first, (word, action.dest)]
+                continue
+            repeated = any(dest == action.dest for _, dest in words)
+            if action.nargs == 0 or (repeated and not isinstance(action, argparse._AppendAction)):
+                raise argparse.ArgumentError(action, f"takes one value, got another, {word!r}")
+            words.append((_of_type(parser, action, word), action.dest))
+    return words
+
+
+def _of_type(parser: Parser, action: argparse.Action, value: str) -> str:
+    parser._check_value(action, parser._get_value(action, value))
+    return f"{action.option_strings[-1]}={value}"

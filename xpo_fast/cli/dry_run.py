@@ -1,0 +1,247 @@
+"""`--dry-run`: what a run would train on and how, from the tokenizer and the model's configuration, without its weights."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import training
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .. import Objective
+
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def preferences(
+    args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any
+) -> None:
+    """Print what `xpo-fast train` would do. config: its XPOConfig."""
+    from .. import data
+    from ..reference import choose
+    from ..trainer import layout
+
+    model, tokenizer = _without_weights(args, adapter=not args.full)
+    encoded = _encoded(rows, tokenizer, objective.data_kind, config)
+    data.check_columns(encoded, objective)
+    first = _batch(encoded, data.Collator(tokenizer.pad_token_id, objective.data_kind), config)
+    reference, why = choose(args.reference, objective, model)
+    _header(args, model, rows, held_out)
+    _lengths(rows, encoded, tokenizer, objective.data_kind, config)
+    print(f"method     {config.objective()}")
+    print(f"reference  {reference}: {why}")
+    print(f"head       {_plan(config, model, *layout(objective.data_kind, first))}")
+    _steps(config, len(rows))
+    _rendered(first, tokenizer)
+
+
+def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
+    """Print what `xpo-fast reward` would do. config: its RewardConfig."""
+    from ..reward_trainer import RewardCollator
+
+    spec = config.spec()
+    model, tokenizer = _without_weights(args, adapter=not (args.full or args.head_only))
+    encoded = _encoded(rows, tokenizer, spec.kind, config)
+    _header(args, model, rows, held_out)
+    _lengths(rows, encoded, tokenizer, spec.kind, config)
+    print(f"method     {spec.method}")
+    _steps(config, len(rows))
+    print("The reward is read at the last token of each completion.")
+    _rendered(_batch(encoded, RewardCollator(tokenizer.pad_token_id, spec, tokenizer), config), tokenizer)
+
+
+def prompts(
+    args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any
+) -> None:
+    """Print what `xpo-fast rl` would do. config: its RLConfig; names: of the rewards."""
+    from ..rollout import encode_prompts
+
+    model, tokenizer = _without_weights(args, adapter=not args.full)
+    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    _header(args, model, rows, held_out, "prompts")
+    _table({"prompt": [len(x) for x in ids]})
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int):
+        short = sum(len(x) + config.max_new_tokens > limit for x in ids)
+        none = sum(len(x) >= limit for x in ids)
+        print(
+            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), {short} less "
+            f"than --max-new-tokens {config.max_new_tokens}"
+        )
+    rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
+    steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
+    print(f"rewards    {', '.join(names)}")
+    print(f"method     {config.objective()}, advantages: {config.estimator}")
+    print(
+        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most {config.max_new_tokens} tokens"
+    )
+    print(
+        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {_name(config.lr_scheduler_type)}"
+    )
+    for row, tokens in zip(rows[: config.prompts], ids, strict=False):
+        print(
+            f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}"
+        )
+    _end()
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+def _without_weights(args: argparse.Namespace, *, adapter: bool) -> tuple[Any, Any]:
+    """The model as it is trained, its shapes alone, and its tokenizer."""
+    from ..trainer import with_adapter, with_tokenizer
+
+    model, tokenizer = with_tokenizer(*training.load(args, device_map="meta"))
+    return (with_adapter(model, training.lora(args)) if adapter else model), tokenizer
+
+
+def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
+    from .. import data
+
+    return data.encode(
+        rows,
+        tokenizer,
+        kind=kind,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        num_proc=config.dataset_num_proc,
+    )
+
+
+def _batch(encoded: Any, collate: Any, config: Any) -> dict[str, Tensor]:
+    count = min(len(encoded), config.per_device_train_batch_size)
+    return collate([encoded[i] for i in range(count)])
+
+
+def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit: str = "rows") -> None:
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    base = total if args.full else total - trained
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    bits = "4 bits" if args.load_in_4bit else "8 bits" if args.load_in_8bit else dtype
+    how = (
+        "every weight"
+        if args.full
+        else "the value head"
+        if getattr(args, "head_only", False)
+        else f"LoRA of rank {args.lora_rank}"
+    )
+    print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
+    held = "none" if held_out is None else len(held_out)
+    print(f"data       {args.data}: {len(rows)} {unit} to train on, {held} held out")
+
+
+def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) -> None:
+    """Tokens of prompts, completions and both, before they are cut, and how many are cut."""
+    from .. import data
+
+    whole = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
+    prompt = [len(ids) for ids in whole["prompt_ids"]]
+    completions = list(_completions(whole, kind))
+    both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]
+    kept = [len(ids) for ids in encoded["prompt_ids"]]
+    shortened = [[len(ids) for ids in row] for row in _completions(encoded, kind)]
+    _table({"prompt": prompt, "completion": [len(ids) for row in completions for ids in row], "both": both})
+    cut_prompts = sum(a < b for a, b in zip(kept, prompt, strict=True))
+    cut = sum(
+        a < len(b)
+        for short, row in zip(shortened, completions, strict=True)
+        for a, b in zip(short, row, strict=True)
+    )
+    read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
+    scored = sum(map(sum, shortened))
+    print(
+        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} completions at the "
+        f"end, to --max-length {config.max_length}"
+    )
+    print(
+        f"tokens     {read + scored} read per epoch: {read / (read + scored):.0%} of prompts, {scored} of completions"
+    )
+
+
+def _completions(encoded: Any, kind: str) -> Iterable[list[list[int]]]:
+    from .. import data
+
+    columns = [encoded[f"{name}_ids"] for name in data.COMPLETIONS[kind]]
+    for row in zip(*columns, strict=True):
+        yield list(row[0]) if kind == "list" else list(row)
+
+
+def _table(lengths: dict[str, list[int]]) -> None:
+    print(f"{'tokens':<11}{'min':>8}{'median':>8}{'95%':>8}{'max':>8}")
+    for name, values in lengths.items():
+        ordered = sorted(values)
+        middle, high = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+        print(f"{name:<11}{ordered[0]:>8}{middle:>8}{high:>8}{ordered[-1]:>8}")
+
+
+def _steps(config: Any, rows: int) -> None:
+    """As transformers.Trainer counts them: the batches of an epoch that are left over make a step of their own."""
+    batches = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
+    per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    each = config.per_device_train_batch_size * config.world_size * config.gradient_accumulation_steps
+    print(
+        f"steps      {steps} of {each} rows, {per_epoch} per epoch; lr {config.learning_rate:g}, "
+        f"{_name(config.lr_scheduler_type)}, {config.get_warmup_steps(steps)} warm up"
+    )
+
+
+def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> Any:
+    """The head's plan for a batch; of its operands the shapes count, and no memory is taken for them."""
+    import torch
+
+    from ..models import causal_lm
+    from ..types import Head
+
+    def shape_of(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return (
+            torch.empty((), dtype=x.dtype, device=config.device)
+            .expand(x.shape)
+            .requires_grad_(x.requires_grad)
+        )
+
+    head = Head.from_model(causal_lm(model))
+    weight = shape_of(head.weight)
+    hidden = weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
+    options = {name: shape_of(value) for name, value in head.kwargs().items()}
+    return config.objective().plan(hidden, weight, targets.to(config.device), **options, **layout)
+
+
+def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:
+    """Each sequence of a batch as text, what is scored between ⟦ and ⟧."""
+    targets, ids, mask = batch["targets"], batch["input_ids"], batch["attention_mask"]
+    print(
+        f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):"
+    )
+    for r in range(len(ids)):
+        scored = [False, *(targets[r, :-1] != -100).tolist()]
+        tokens = [(int(t), s) for t, s, m in zip(ids[r], scored, mask[r], strict=True) if m]
+        print(f"\n{_marked(tokens, tokenizer)}")
+    _end()
+
+
+def _marked(tokens: list[tuple[int, bool]], tokenizer: Any) -> str:
+    text, start = "", 0
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or tokens[end][1] != tokens[start][1]:
+            part = tokenizer.decode([token for token, _ in tokens[start:end]])
+            text += f"{OPEN}{part}{CLOSE}" if tokens[start][1] else part
+            start = end
+    return text
+
+
+def _end() -> None:
+    print("\nNothing was trained or written; leave --dry-run out to train.")
+
+
+def _name(scheduler: Any) -> str:
+    return str(getattr(scheduler, "value", scheduler))

@@ -1,0 +1,195 @@
+"""`xpo-fast help`: the help of a command, or all of them as docs/commands.md."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..wording import did_you_mean
+from .options import UsageError
+from .parser import Parser, option
+
+REGENERATE = "xpo-fast help --markdown > docs/commands.md"
+
+# A line for each group of options, and for options that need one.
+EXAMPLES = {
+    "configuration": "xpo-fast train --config run.yaml --lr 1e-5",
+    "data": "xpo-fast train --data pairs.jsonl --eval-split 0.1",
+    "method": "xpo-fast train --data pairs.jsonl --method simpo --set gamma=0.5",
+    "model": "xpo-fast train --data pairs.jsonl --model smollm2-135m --lora-rank 32",
+    "optimisation": "xpo-fast train --data pairs.jsonl --lr 2e-5 --epochs 2 --batch-size 4 --grad-accum 4",
+    "head": "xpo-fast train --data pairs.jsonl --tile-mib 64",
+    "output": "xpo-fast train --data pairs.jsonl --output-dir runs/1 --save-steps 100",
+    "rewards": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short=0.5 --reward-model xpo-fast-reward",
+    "rollouts": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short --num-generations 8 --max-new-tokens 128",
+    "recipe": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --set iterations=2",
+    "model and optimisation": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --lr 1e-5",
+    "filters": "xpo-fast methods --data unpaired",
+    "options": "xpo-fast eval-reward --data pairs.jsonl --model xpo-fast-reward --policy xpo-fast-out",
+    "--config": "xpo-fast train --config xpo-fast-out/config.yaml --output-dir again",
+    "--dry-run": "xpo-fast train --data pairs.jsonl --dry-run",
+    "--set": "xpo-fast train --data pairs.jsonl --set beta=0.05 (or: --beta 0.05)",
+    "--train": "xpo-fast train --data pairs.jsonl --train adam_beta2=0.95 (or: --adam_beta2 0.95)",
+    "--optim": "xpo-fast train --data pairs.jsonl --optim adamw_8bit",
+    "--warmup-steps": "xpo-fast train --data pairs.jsonl --warmup-steps 50",
+    "--load-in-4bit": "xpo-fast train --data pairs.jsonl --model Qwen/Qwen3-8B --load-in-4bit --dtype bfloat16",
+    "--load-in-8bit": "xpo-fast train --data pairs.jsonl --model Qwen/Qwen3-8B --load-in-8bit --dtype bfloat16",
+    "--group-by-length": "xpo-fast train --data pairs.jsonl --group-by-length",
+    "--resume": "xpo-fast train --config xpo-fast-out/config.yaml --resume",
+    "--push-to-hub": "xpo-fast train --data pairs.jsonl --push-to-hub me/my-model --hub-private",
+    "--hub-private": "xpo-fast train --data pairs.jsonl --push-to-hub --hub-private",
+}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("help", help="the help of a command", allow_abbrev=False)
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="a command; none: the list of them")
+    parser.add_argument("--markdown", action="store_true", help="all commands with all options, in Markdown")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the help that is asked for."""
+    from . import build_parser, parsers
+
+    whole = build_parser()
+    commands = parsers(whole)
+    if args.markdown:
+        print(markdown(commands), end="")
+    elif args.command is None:
+        whole.print_help()
+    elif args.command in commands:
+        commands[args.command].print_help()
+    else:
+        raise UsageError(f"no command named {args.command!r}{did_you_mean(args.command, commands)}")
+    return 0
+
+
+# --- docs/commands.md ---------------------------------------------------------------------------------------------
+
+
+def markdown(commands: dict[str, Parser]) -> str:
+    """Return docs/commands.md."""
+    parts = [_OPENING.format(regenerate=REGENERATE)]
+    for name, parser in commands.items():
+        parts.append(f"## xpo-fast {name}\n\n{_text(parser.description or '')}".rstrip() + "\n")
+        told: set[str] = set()  # an example stands once in a command
+        for group in parser._action_groups:
+            actions = [a for a in group._group_actions if a.dest != "help"]
+            if actions:
+                parts.append(_group(str(group.title), actions, name, told))
+    return "\n".join(parts) + "\n" + _names_elsewhere()
+
+
+def _group(title: str, actions: list[argparse.Action], command: str, told: set[str]) -> str:
+    example = EXAMPLES.get(title)
+    lines = [f"### {title}\n"] if title not in ("options", "positional arguments") else []
+    if example and command in example.split()[1:2]:
+        lines.append(f"    {example}\n")
+    elif example and title in _SHARED and f"xpo-fast {command}" in _SHARED_EXAMPLES:
+        lines.append(
+            f"    {example.replace('xpo-fast train --data pairs.jsonl', _SHARED_EXAMPLES[f'xpo-fast {command}'])}\n"
+        )
+    lines += ["| option | what it does |", "| --- | --- |"]
+    for action in actions:
+        about = _help(action)
+        name = option(action)
+        if name in EXAMPLES and command in EXAMPLES[name].split()[1:2] and name not in told:
+            told.add(name)
+            about += f" Example: `{EXAMPLES[name]}`"
+        lines.append(f"| {_usage(action)} | {about} |")
+    return "\n".join(lines) + "\n"
+
+
+# Groups that commands share, and how another command than train begins.
+_SHARED = ("configuration", "data", "method", "model", "optimisation", "head", "output")
+_SHARED_EXAMPLES = {
+    "xpo-fast reward": "xpo-fast reward --data pairs.jsonl",
+    "xpo-fast rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
+}
+
+
+def _usage(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return f"`{action.metavar}`"
+    value = ""
+    if action.nargs != 0:
+        shown = action.metavar or ("|".join(action.choices) if action.choices else action.dest.upper())
+        value = f" [{shown}]" if action.nargs == "?" else f" {shown}"
+    return _text(f"`{option(action)}{value}`")
+
+
+def _help(action: argparse.Action) -> str:
+    about = action.help or ""
+    shown = (
+        action.default not in (None, False, argparse.SUPPRESS)
+        and action.default != []
+        and "(default" not in about
+    )
+    return _text(about + (f" (default: {action.default})" if shown else "")) + "."
+
+
+def _text(text: str) -> str:
+    return text.replace("%%", "%").replace("|", "\\|")
+
+
+def _names_elsewhere() -> str:
+    from .aliases import _REFUSALS, ALIASES, loss_types
+
+    rows = "\n".join(f"| `{name}` | {_text(alias.becomes)} |" for name, alias in ALIASES.items())
+    refused = "\n".join(
+        f"| {', '.join(f'`{name}`' for name in sorted(names.split()))} | {_text(what)} |"
+        for what, names in _REFUSALS.items()
+    )
+    losses = "\n".join(f"| `{theirs}` | `{ours}` |" for theirs, ours in loss_types().items())
+    return _ELSEWHERE.format(rows=rows, refused=refused, losses=losses)
+
+
+_OPENING = """# Commands
+
+Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `{regenerate}`.
+
+- An option may be written with underscores (`--batch_size 4`), and its value after `=` (`--batch-size=4`). A switch takes
+  `true` or `false` as well (`--full true`), or `--no-` before its name.
+- `--config run.yaml` reads any option by its name; a list for one that may be repeated, a mapping for `set` and `train`:
+
+      data: pairs.jsonl
+      method: simpo
+      set: {{beta: 2.0, gamma: 0.5}}
+      lr: 1e-5
+      lora-targets: [q_proj, v_proj]
+
+  What is on the command line wins. Names of TRL and transformers are understood there, too. Each run writes its own
+  `config.yaml` into `--output-dir` (without `--api-key`), and `xpo-fast train --config OUT/config.yaml --output-dir OUT2`
+  repeats it.
+- A hyperparameter of the method is an option of `train`, `reward` and `rl`: `--beta 0.05` is `--set beta=0.05`. Where the
+  command has an option of that name itself (`--gamma` of `rl`, the discount), write `--set`.
+- Names of TRL 1.16 and transformers are accepted where they mean the same, see [below](#names-from-trl-and-transformers).
+- Tab completion: `xpo-fast completion bash > ~/.local/share/bash-completion/completions/xpo-fast`; for zsh a file `_xpo-fast`
+  in a folder of `$fpath`; for fish `~/.config/fish/completions/xpo-fast.fish`.
+"""
+
+_ELSEWHERE = """## Names from TRL and transformers
+
+On the command line and in a configuration file. One that cannot be honoured exactly is refused by name. Two names are the same and
+mean something else: `--generation_batch_size` is here how many completions are sampled at a time, not those of a rollout
+(`--prompts-per-rollout`), and a half as `--dtype` with an adapter is the dtype of its frozen weights. Defaults are those of
+the commands here.
+
+| there | here |
+| --- | --- |
+{rows}
+
+`--loss_type` of the trainers on preferences is `--method` here (several: their sum, with `--loss_weights`); `sppo_hard` also
+sets `variant=hard`. docs/conversions.md has what their numbers are here. Of GRPO the names are the same.
+
+| `loss_type` | `--method` |
+| --- | --- |
+{losses}
+
+Refused, with what to do instead:
+
+| there | here |
+| --- | --- |
+{refused}
+"""

@@ -1,0 +1,255 @@
+"""Which dtypes a device multiplies natively: what `dtype="auto"` loads, and what the head widens.
+
+A CPU without instructions for bfloat16 multiplies it in a scalar loop, 5 to 70 times slower than float32 (docs/log.md).
+There a model is faster in float32, whatever its checkpoint was saved in, although it takes twice the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .files import cache_dir, publish
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HALVES = (torch.bfloat16, torch.float16)
+# Where only a measurement can tell, a half is native if its products take at most this much of float32's time.
+_NATIVE_BELOW = 1.1
+# Variables that choose other instructions than the CPU's best: with them its flags do not tell what runs.
+_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_DEFAULT_FPMATH_MODE")
+_TOKENS, _WIDTH, _OUTPUTS = 32, 576, 1536  # of the product that is measured
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a device multiplies a dtype."""
+
+    dtype: torch.dtype
+    native: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'native' if self.native else 'not native'}: {self.why}"
+
+
+def support(dtype: torch.dtype, device: torch.device) -> Support:
+    """Tell whether a device multiplies a dtype natively, by its instructions; by a measurement where they do not tell.
+
+    The measurement takes some milliseconds, once per machine, version of torch and setting: it is kept in the cache folder,
+    so that every process of a run comes to the same answer.
+    """
+    if dtype not in HALVES:
+        return Support(dtype, True, f"every device multiplies {name_of(dtype)}")
+    if device.type == "cuda":
+        return _on_cuda(dtype, device)
+    known = _by_instructions(dtype) if device.type == "cpu" else None
+    if known is not None:
+        return known
+    if device.type == "meta":
+        return Support(dtype, True, "nothing is computed there")
+    factor = slowdown(dtype, device)
+    return Support(dtype, factor <= _NATIVE_BELOW, f"measured: {factor:.2g} times float32's time")
+
+
+def native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether a device multiplies a dtype natively."""
+    return support(dtype, device).native
+
+
+def fastest(device: torch.device | None = None) -> torch.dtype:
+    """Return the dtype in which frozen weights cost least on a device: bfloat16 if it is native there, else float32.
+
+    float16 is never chosen: its range is too small for the activations of many models.
+    """
+    device = default_device() if device is None else device
+    return torch.bfloat16 if native(torch.bfloat16, device) else torch.float32
+
+
+def resolve(
+    dtype: str | torch.dtype, saved: torch.dtype | None, device: torch.device | None = None
+) -> str | torch.dtype:
+    """Return the dtype to load a checkpoint in.
+
+    dtype: "auto", or what the user asks for, which is kept, with one warning where the device is slow in it.
+    saved: the checkpoint's dtype, None if its config does not tell.
+    "auto" is the checkpoint's dtype if the device multiplies it natively, else float32. A float32 checkpoint is not
+    narrowed: that would change its numbers.
+    """
+    device = default_device() if device is None else device
+    if dtype != "auto":
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        warn_if_slow(wanted, device)
+        return wanted
+    if saved is None:
+        return "auto"
+    return saved if native(saved, device) else torch.float32
+
+
+def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Convert a model in a dtype that the device does not multiply natively to float32, in place; a quantised one stays."""
+    device = default_device() if device is None else device
+    if getattr(model, "is_quantized", False):
+        return model
+    slow = {p.dtype for p in model.parameters() if p.dtype in HALVES and not native(p.dtype, device)}
+    return model.float() if slow else model
+
+
+def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn, once per dtype and device, of a dtype that a device does not multiply natively, and by what factor it is slow."""
+    if dtype in HALVES and (dtype, device) not in _warned and not native(dtype, device):
+        _warned.add((dtype, device))
+        warnings.warn(
+            f"{processor(device)} does not multiply {name_of(dtype)} natively: its products take "
+            f"{slowdown(dtype, device):.2g} times as long as float32's. It is used as asked for; float32, which dtype 'auto' "
+            "is here, is faster and takes twice the memory",
+            stacklevel=3,
+        )
+
+
+_warned: set[tuple[torch.dtype, torch.device]] = set()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def default_device() -> torch.device:
+    """Return the device that training uses unless it is told otherwise: the accelerator, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
+
+
+@functools.cache
+def processor(device: torch.device) -> str:
+    """Return a device's name, as its maker gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        fields = dict(line.split(":", 1) for line in file if ":" in line)
+        for key, value in fields.items():
+            if key.strip() in ("model name", "Model", "cpu model"):
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """Return the vector instructions that torch uses on this CPU, and the matrix ones for halves that it has."""
+    has = [name for name, flag in _CPU_FLAGS.items() if flag()]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *has])
+
+
+def settings() -> dict[str, str]:
+    """Return the environment variables that hold torch to other instructions than the CPU's best."""
+    return {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
+
+
+# --- how it is known ----------------------------------------------------------------------------------------------
+
+
+def _flag(name: str) -> Callable[[], bool]:
+    def has() -> bool:
+        return bool(getattr(torch.cpu, name, lambda: False)())
+
+    return has
+
+
+_CPU_FLAGS = {
+    "avx512_bf16": _flag("_is_avx512_bf16_supported"),
+    "amx": _flag("_is_amx_tile_supported"),
+    "amx_fp16": _flag("_is_amx_fp16_supported"),
+}
+_NEEDED = {torch.bfloat16: ("avx512_bf16", "amx"), torch.float16: ("amx_fp16",)}
+
+
+def _on_cuda(dtype: torch.dtype, device: torch.device) -> Support:
+    if dtype == torch.float16:
+        return Support(dtype, True, "every GPU that torch runs on multiplies float16")
+    with torch.cuda.device(device):
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    reason = "has instructions for it" if has else "emulates it"
+    return Support(dtype, has, f"{processor(device)} {reason}")
+
+
+def _by_instructions(dtype: torch.dtype) -> Support | None:
+    """What oneDNN and the CPU's flags settle; None where only a measurement can tell."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    of_onednn: Any = torch.ops.mkldnn
+    has = (
+        of_onednn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else of_onednn._is_mkldnn_fp16_supported
+    )
+    if not has():
+        held = "".join(f", held to {value} by {name}" for name, value in settings().items())
+        return Support(dtype, False, f"oneDNN has no {name_of(dtype)} products for {instructions()}{held}")
+    found = [name for name in _NEEDED[dtype] if _CPU_FLAGS[name]()]
+    if found and not settings():
+        return Support(dtype, True, f"the CPU has {', '.join(found)}")
+    return None  # oneDNN may emulate them, as it does bfloat16 where there is AVX-512 alone
+
+
+def slowdown(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the time of a linear layer's products, forward and backward, in a dtype over the time in float32."""
+    setting = "".join(f" {name}={value}" for name, value in settings().items())
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    key = f"{processor(device)} {capability}{setting} {name_of(dtype)} torch {torch.__version__}"
+    return _slowdown(dtype, device, key)
+
+
+@functools.cache
+def _slowdown(dtype: torch.dtype, device: torch.device, key: str) -> float:
+    path = cache_dir() / "precision" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    factor = _kept(path)
+    if factor is None:
+        factor = _measure(dtype, device)
+        content = json.dumps({"what": key, "times float32": round(factor, 3)}) + "\n"
+        with suppress(OSError):  # a cache that cannot be written costs the next process the same milliseconds
+            publish(path, content.encode())
+            factor = _kept(path) or factor
+    return factor
+
+
+def _kept(path: Any) -> float | None:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["times float32"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _measure(dtype: torch.dtype, device: torch.device) -> float:
+    """Best of three of x Wᵀ and dy W each, in turn in both dtypes: torch picks other code for the untransposed W."""
+    x = torch.zeros(_TOKENS, _WIDTH, device=device)
+    w = torch.zeros(_OUTPUTS, _WIDTH, device=device)
+    dy = torch.zeros(_TOKENS, _OUTPUTS, device=device)
+    operands = {d: (x.to(d), w.to(d), dy.to(d)) for d in (torch.float32, dtype)}
+    best = dict.fromkeys(operands, float("inf"))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for _ in range(4):  # the first warms up
+            for d, (x, w, dy) in operands.items():
+                _wait(device)
+                start = time.perf_counter()
+                torch.mm(x, w.T)
+                torch.mm(dy, w)
+                _wait(device)
+                best[d] = min(best[d], time.perf_counter() - start)
+    return best[dtype] / best[torch.float32]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
