@@ -78,6 +78,7 @@ class Setup:
         is merged into the model after each iteration.
     rollout: (model, tokenizer) → Rollout, GenerateRollout if not given. block: prompts a file.
     overwrite: delete what a run before this one left in the output folder, once this one can begin.
+    begin: called then, before anything else is written.
     keep_models: of every iteration; else of the best and the last. notes: what else a resumed run must have alike.
     """
 
@@ -96,6 +97,7 @@ class Setup:
     block: int = 64
     seed: int = 42
     overwrite: bool = False
+    begin: Callable[[], Any] = lambda: None
     keep_models: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], Any] = print
@@ -142,6 +144,8 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         if setup.overwrite and k == 0:
             _ = loop.policy.loaded  # a model that cannot be loaded is found out before anything goes
             shutil.rmtree(setup.output, ignore_errors=True)
+        if k == 0:
+            setup.begin()
         outcome = loop.run()
         setup = dataclasses.replace(setup, model=outcome.model)
         if outcome.reward_model is not None and k + 1 < len(parts):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import write_atomically
+from ..files import saving, write_atomically
 from ..wording import did_you_mean
 from . import aliases
 from .options import NOT_OF_A_RUN, UsageError
@@ -84,7 +84,8 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
     comment = (
         f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
     )
-    output.mkdir(parents=True, exist_ok=True)
+    with saving(output / FILE):
+        output.mkdir(parents=True, exist_ok=True)
     write_atomically(
         output / FILE, (comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)).encode()
     )

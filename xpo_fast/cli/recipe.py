@@ -117,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()
     rows, held_out = _rows(args)
-    config_file.write(args, output, "recipe", resumed=args.resume)
     further: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
     lr = args.lr or (1e-6 if args.full else 5e-5)
     own = {
@@ -153,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
             load=lambda name: load_model(name, dtype=args.dtype, device=training.device_of(args), **further),
             seed=args.seed,
             overwrite=args.overwrite,
+            begin=lambda: config_file.write(args, output, "recipe", resumed=args.resume),
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
             say=_say,

@@ -185,12 +185,14 @@ def run_reward(args: argparse.Namespace) -> int:
     say(f"model      {args.model}, {trained / 1e6:.2f}M weights trained\ndata       {options.came_of(args, train_rows)}: {len(train_rows)} rows "
         f"to train on, {0 if eval_rows is None else len(eval_rows)} held out\nmethod     {args.method}, lr "
         f"{config.learning_rate:g}")  # fmt: skip
-    if trainer.is_world_process_zero():
-        config_file.write(args, output, "reward", resumed=checkpoint is not None)
     results = training.begun(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
-    results["train"] = training.fit(trainer, checkpoint)
+    results["train"] = training.fit(
+        trainer,
+        checkpoint,
+        lambda: config_file.write(args, output, "reward", resumed=checkpoint is not None),
+    )
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, output / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")
@@ -284,8 +286,8 @@ def run_eval(args: argparse.Namespace) -> int:
 
     pairs = _pairs(args)
     output = Path(args.output_dir)
-    config_file.write(args, output, "eval-reward")
     scored = list(_scored(args, pairs))
+    config_file.write(args, output, "eval-reward")
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
     report = {
         **training.begun(args),

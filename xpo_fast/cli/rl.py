@@ -220,8 +220,6 @@ def run(args: argparse.Namespace) -> int:
     trainer.given |= made_with
     say = training.say(trainer)
     _print_header(trainer, args, say)
-    if trainer.is_world_process_zero():
-        config_file.write(args, output, "rl", resumed=checkpoint is not None)
     if ensemble is not None and ensemble.moments is None:
         _standardise(ensemble, trainer)
         if trainer.is_world_process_zero():
@@ -229,7 +227,11 @@ def run(args: argparse.Namespace) -> int:
     results = training.begun(args)
     if held_out:
         results["before"] = trainer.evaluate()
-    results["train"] = training.fit(trainer, checkpoint)
+    results["train"] = training.fit(
+        trainer,
+        checkpoint,
+        lambda: config_file.write(args, output, "rl", resumed=checkpoint is not None),
+    )
     if held_out:
         results["after"] = trainer.evaluate()
         say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")

@@ -73,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
     trainer.given |= made_with
     say = training.say(trainer)
     _print_header(trainer, args, say)
-    if trainer.is_world_process_zero():
-        config_file.write(args, output, "train", resumed=checkpoint is not None)
     results = training.begun(args)
     if eval_rows is not None:
         results["before"] = trainer.held_out()
         if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = training.fit(trainer, checkpoint)
+    results["train"] = training.fit(
+        trainer,
+        checkpoint,
+        lambda: config_file.write(args, output, "train", resumed=checkpoint is not None),
+    )
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), objective.data_kind, say)

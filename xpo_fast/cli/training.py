@@ -400,21 +400,25 @@ def begun(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def fit(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train and save; returns what the trainer measured. Raises Stopped where Ctrl-C has ended it, with a checkpoint."""
+def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> dict[str, float]:
+    """Train and save; returns what the trainer measured. Raises Stopped where Ctrl-C has ended it, with a checkpoint.
+
+    begin: called on the main process once all is checked, before the first step; then what --overwrite deletes has gone.
+    """
     from transformers import TrainerCallback
 
     output = Path(str(trainer.args.output_dir))
 
-    class Overwrite(TrainerCallback):
+    class Begin(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero and not state.global_step:
-                for path in output.glob(
-                    "checkpoint-*"
-                ):  # there are none without --overwrite, see `checkpoint`
+            if not state.is_world_process_zero:
+                return
+            if not state.global_step:
+                for path in output.glob("checkpoint-*"):  # only with --overwrite, see `checkpoint`
                     shutil.rmtree(path)
+            begin()
 
-    trainer.add_callback(Overwrite())
+    trainer.add_callback(Begin())
     with _alone(output), stop_after_step(trainer) as stopped:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         if stopped:
