@@ -102,7 +102,7 @@ def test_the_command_line_wins(parsed):
         "--no-group-by-length",
     ]
     found = parsed(text, *words)
-    assert (found["data"], found["lr"], found["full"], found["lora"]) == ("b.jsonl", 1.0, True, False)
+    assert (found["data"], found["lr"], found["full"], found["lora"]) == (["b.jsonl"], 1.0, True, False)
     assert (found["eval_data"], found["eval_split"], found["group_by_length"]) == ("c.jsonl", None, False)
     assert dict(found["set"]) == {"beta": 2, "label_smoothing": 0.1}
     stops = parsed("data: a\nstop: [x, y]\n", "--stop", "z", command="rl")["stop"]

@@ -53,6 +53,12 @@ COMMANDS = {
 REWARDED = ["--reward", "reward.py:length"]
 
 
+def usual(command: str, options: list[str]) -> list[str]:
+    """The options that go with a command; without its data where others are given, as --data may be repeated."""
+    words = COMMANDS[command]
+    return words[2:] if "--data" in options else words
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with models and data, whole and broken, and checkpoints of runs to go on from."""
@@ -214,7 +220,7 @@ def test_a_mistake_is_said_and_nothing_is_lost(home, tmp_path, capsys, line, mes
     if command == "recipe":
         (out / "run.json").write_text("{}")
     before, around = contents(out), contents(home)
-    assert cli.main([command, *name, *COMMANDS[command], "--output-dir", str(out), *options]) == 2
+    assert cli.main([command, *name, *usual(command, options), "--output-dir", str(out), *options]) == 2
     said = lines(capsys.readouterr().err)
     assert 1 <= len(said) <= 3 and message in said[0]
     assert contents(out) == before and contents(home) == around
@@ -231,7 +237,7 @@ def out(home, tmp_path):
 
 def run(command: str, out: Path, *options: str, fresh: bool = False) -> int:
     """One of the commands into `out`; fresh: not going on with what is there."""
-    given = [x for x in COMMANDS[command] if x != "--overwrite"]
+    given = [x for x in usual(command, list(options)) if x != "--overwrite"]
     return cli.main([command, *given, "--output-dir", str(out), *([] if fresh else ["--resume"]), *options])
 
 

@@ -149,7 +149,10 @@ def _told(error: BaseException, args: argparse.Namespace) -> str:
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return one_line(error)
     name = str(error.filename)
-    given = [(option, value) for option, value in vars(args).items() if isinstance(value, str) and value]
+    values = [
+        (o, v) for o, given in vars(args).items() for v in (given if isinstance(given, list) else [given])
+    ]
+    given = [(option, value) for option, value in values if isinstance(value, str) and value]
     option = next(
         (o for o, value in given if name == value or name.startswith(value.rstrip("/") + "/")), None
     )

@@ -86,7 +86,7 @@ def made_with(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
         **found,
         "--set": dict(args.set),
         "--model": model_identity(args.model),
-        "--data": {"name": args.data, "hash": rows_identity(rows)},
+        "--data": {"name": ", ".join(args.data), "hash": rows_identity(rows)},
     }
 
 
