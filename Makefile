@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 TRITON_3.6 := $(VENV)/triton-3.6
 WITH_3.6 := OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(TRITON_3.6)) $(BIN)/python
 
-.PHONY: help demo test kernels kernels-3.6 lint check bench clean
+.PHONY: help install demo test kernels kernels-3.6 lint check bench clean
 
 help: ## this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,6 +28,8 @@ $(VENV)/.dev: $(VENV)/.demo
 	@echo 'installing what the tests need into $(VENV): a minute or two, once'
 	$(INSTALL) -e '.[train,demo,bench,dev]'
 	touch $@
+
+install: $(VENV)/.demo ## the command xpo-fast, with the trainer and the demo's model, in .venv
 
 # The profiler that measures memory would tell of its start and end.
 demo: export KINETO_LOG_LEVEL := 6

@@ -460,8 +460,7 @@ def test_an_adapter_in_bfloat16_scores_as_it_was_trained(tmp_path):
     """Merged into weights of 8 bits of mantissa it would not."""
     make_model().bfloat16().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    base, tokenizer = load_model(str(tmp_path / "base"))
-    assert base.dtype == torch.bfloat16
+    base, tokenizer = load_model(str(tmp_path / "base"), dtype="bfloat16")
     model = peft.get_peft_model(base, lora(target_modules="all-linear")).eval()
     torch.manual_seed(1)
     for name, p in model.named_parameters():
@@ -472,7 +471,7 @@ def test_an_adapter_in_bfloat16_scores_as_it_was_trained(tmp_path):
     trained.save(tmp_path / "reward")
     rows = make_rows(5)
     prompts, completions = [r["prompt"] for r in rows], [r["chosen"] for r in rows]
-    found = RewardModel.load(tmp_path / "reward").score(prompts, completions)
+    found = RewardModel.load(tmp_path / "reward", dtype="bfloat16").score(prompts, completions)
     torch.testing.assert_close(found, trained.score(prompts, completions), rtol=0, atol=0)
 
 

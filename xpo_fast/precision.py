@@ -23,7 +23,6 @@ from torch import nn
 
 from .files import cache_dir, publish
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 HALVES = (torch.bfloat16, torch.float16)
 # Where only a measurement can tell, a half is native if its products take at most this much of float32's time.
 _NATIVE_BELOW = 1.1

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 try:
     import datasets
+    from tqdm.auto import tqdm
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
@@ -588,15 +589,19 @@ class XPOTrainer(UnitTrainer):
 
     def completion_logps(self, dataset: Any) -> Tensor:
         """Policy log-prob and length of every row's completions: (N, S, 2), see `reference.batch_logps`."""
-        return dataset_logps(
-            self._encode(dataset),
-            self.model,
-            self.accelerator,
-            self.data_collator,
-            self.kind,
-            batch_size=self.args.per_device_eval_batch_size,
-            backend=self.args.backend,
-        )
+        encoded = self._encode(dataset)
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(total=len(encoded), unit="row", desc="log-probs", disable=hidden) as bar:
+            return dataset_logps(
+                encoded,
+                self.model,
+                self.accelerator,
+                self.data_collator,
+                self.kind,
+                batch_size=self.args.per_device_eval_batch_size,
+                backend=self.args.backend,
+                advance=bar.update,
+            )
 
     def held_out(self) -> dict[str, float]:
         """`evaluate` on eval_dataset; of pairs, also how often the chosen completion is likelier per token.

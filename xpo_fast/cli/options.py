@@ -15,6 +15,9 @@ BACKENDS = ("dense", "torch", "triton", "cuda")
 SMOLLM2 = "smollm2-135m"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO_DTYPE = (
+    "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
+)
 HELD_OUT_AT_MOST = 200
 OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
 # Further arguments of transformers.TrainingArguments that --train takes: what every trainer here honours.
@@ -154,7 +157,7 @@ def add_model(parser: argparse.ArgumentParser, *, model: str = _MODEL, lora: str
     add("--model", default=SMOLLM2, help=model)
     add("--dtype", choices=DTYPES, default="auto",
         help="dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select mixed "
-        "precision. auto: the checkpoint's with --lora, float32 with --full")
+        f"precision. auto: {AUTO_DTYPE} with --lora, float32 with --full")
     add("--attn", metavar="NAME",
         help="attention implementation: sdpa, eager, flash_attention_2, … (default: transformers decides)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")

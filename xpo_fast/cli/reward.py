@@ -106,7 +106,8 @@ def _add_eval(commands: Any) -> None:
     add("--max-length", metavar="TOKENS", type=int,
         help="longest prompt and completion (default: the reward model's, 1024 for a policy)")
     add("--batch-size", metavar="N", type=int, default=16, help="rows at a time")
-    add("--dtype", choices=options.DTYPES, default="auto", help="of the weights")
+    add("--dtype", choices=options.DTYPES, default="auto",
+        help=f"of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}")
     add("--output-dir", metavar="DIR", default="xpo-fast-eval", help="for report.json, scores.jsonl and the plots")
     options.add_device(add, "run")
 

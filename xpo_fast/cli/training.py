@@ -319,6 +319,7 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
         "fp16": args.full and args.dtype == "float16",
         "logging_steps": args.logging_steps,
         "logging_first_step": True,
+        "disable_tqdm": not sys.stderr.isatty(),  # a progress bar with the time left, for who looks on
         "eval_strategy": "steps" if args.eval_steps and evaluates else "no",
         "eval_steps": args.eval_steps,
         "save_steps": args.save_steps,
