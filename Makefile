@@ -43,7 +43,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Threads cost more than they give on tensors as small as the tests'.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev ## the test suite
-	$(BIN)/python -m pytest -n 2 -p no:benchmark
+	$(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
 
 kernels: $(VENV)/.dev ## every kernel with every flag compiled for every GPU
 	$(BIN)/python -m xpo_fast.kernels.gates --jobs 2

@@ -202,13 +202,13 @@ def test_columns_of_other_names():
     [
         (
             {"prompt": "qestion"},
-            r"rows\[0\]: no column qestion: the row has question, r; the nearest is question$",
+            r"rows\[0\]: no column qestion: the row has question, r; did you mean question\?$",
         ),
-        ({"chosen": "r.bset"}, r"no column r\.bset: r has best, all, n; the nearest is best$"),
+        ({"chosen": "r.bset"}, r"no column r\.bset: r has best, all, n; did you mean best\?$"),
         ({"chosen": "r.n.x"}, r"no column r\.n\.x: r\.n is int, expected a dict or a list of dicts"),
         ({"chosen": "r.all.2"}, r"no column r\.all\.2: r\.all has 1 items, counted from 0"),
         ({"chosen": "r.all.x"}, r"no column r\.all\.x: r\.all has t$"),
-        ({"chosn": "question"}, r"--columns chosn=…: rows have no field chosn; .*; the nearest is chosen$"),
+        ({"chosn": "question"}, r"--columns chosn=…: rows have no field chosn; .*; did you mean chosen.*\?$"),
     ],
 )
 def test_columns_that_are_not_there(columns, message):

@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from .wording import did_you_mean
+
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("question", "query", "problem", "input")
 ANSWERS = ("response", "output", "answer", "solution")
@@ -105,14 +107,8 @@ def _at(value: Any, keys: list[str], depth: int, where: str) -> Any:
         return _at(value[key], keys, depth + 1, where)
     raise DataError(
         f"{where}: no column {path}: {holder or 'the row'} has {', '.join(map(str, value)) or 'none'}"
-        f"{nearest(key, value)}"
+        f"{did_you_mean(key, map(str, value))}"
     )
-
-
-def nearest(name: str, names: Any) -> str:
-    """Return "; the nearest is x", or nothing where none of the names is like this one."""
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.6)
-    return f"; the nearest is {close[0]}" if close else ""
 
 
 # --- messages -------------------------------------------------------------------------------------

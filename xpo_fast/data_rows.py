@@ -25,9 +25,9 @@ from .data_forms import (
     is_plain_text,
     looks_like,
     message,
-    nearest,
     recognised,
 )
+from .wording import did_you_mean
 
 if TYPE_CHECKING:
     import datasets
@@ -87,7 +87,7 @@ def check_names(names: Iterable[str], also: Sequence[str] = ()) -> None:
     for name in names:
         if name not in (*_READ, *also):
             raise ValueError(
-                f"--columns {name}=…: rows have no field {name}; there are {', '.join((*_READ, *also))}{nearest(name, (*_READ, *also))}"
+                f"--columns {name}=…: rows have no field {name}; there are {', '.join((*_READ, *also))}{did_you_mean(name, (*_READ, *also))}"
             )
 
 

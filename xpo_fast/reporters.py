@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+
+from .wording import did_you_mean
 
 # What transformers' function that looks for a reporter is called, and what pip calls the package, where not as the reporter.
 _AVAILABLE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
@@ -24,11 +25,9 @@ def check_reporters(names: str | Sequence[str] | None) -> None:
         if name in ("none", "all"):
             continue
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, "none"], n=1)
+            near = did_you_mean(name, [*known, "none"])
             raise ValueError(
-                f"no reporter named {name!r}; "
-                + (f"did you mean {near[0]}? " if near else "")
-                + f"There are none, all, {', '.join(sorted(known))}"
+                f"no reporter named {name!r}{near or ';'} There are none, all, {', '.join(sorted(known))}"
             )
         available = getattr(integrations, f"is_{_AVAILABLE.get(name, name)}_available", None)
         if available is not None and not available():

@@ -290,9 +290,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not isinstance(self.rollout, GenerateRollout):
             return
         ids = encode_prompts([row["prompt"] for row in rows], self.processing_class)
+        policy = self._policy
         for k, row in enumerate(ids):
-            check_ids(self._policy, self.processing_class, row, str(rows[k].get("where", f"prompt {k}")))
-        limit = getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
+            check_ids(policy, self.processing_class, row, str(rows[k].get("where", f"prompt {k}")))
+        limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int):
             return
         long = [k for k, x in enumerate(ids) if len(x) >= limit]
@@ -547,8 +548,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._note(self._of_rollouts, metrics)
 
     def _check_rows(self, rows: list[Completion]) -> None:
+        policy = self._policy
         for row in rows:
-            check_ids(self._policy, self.processing_class, [*row.prompt_ids, *row.ids], "a completion")
+            check_ids(policy, self.processing_class, [*row.prompt_ids, *row.ids], "a completion")
             if not row.prompt_ids:
                 raise ValueError(
                     f"a prompt without a token: {row.prompt!r:.80}; its first answer token has no predecessor"
@@ -703,6 +705,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def _policy(self) -> Any:
+        """The model out of its containers for several processes. Not to be asked for per row: accelerate looks up packages."""
         return self.accelerator.unwrap_model(self.model)
 
     def _moving(self) -> list[tuple[str, Tensor]]:
