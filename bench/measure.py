@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from xpo_fast.precision import processor
+from xpo_fast.precision import instructions, processor, settings
 
 MIB = 2**20
 PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "xpo-fast")
@@ -109,6 +109,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu",
         "cpu": processor(torch.device("cpu")),
+        "instructions": instructions(),
+        "held_to": settings(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},

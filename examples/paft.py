@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from xpo_fast.data import load
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
+from xpo_fast.precision import fastest
 from xpo_fast.reward_model import ImplicitReward
 from xpo_fast.reward_report import PairScores, score_pairs
 from xpo_fast.trainer import XPOConfig, XPOTrainer
@@ -83,7 +84,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=12, help="of 8 pairs, for each adapter")
     parser.add_argument("--folder", type=Path, default="runs/paft")
     given = parser.parse_args()
-    smollm2 = load_model(SMOLLM2, dtype="bfloat16")
+    smollm2 = load_model(SMOLLM2, dtype=fastest())
     found = main(*smollm2, steps=given.steps, folder=str(given.folder))
     print("\n        nats a token   preferred gained more")
     for name, scores in found.items():

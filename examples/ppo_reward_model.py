@@ -20,6 +20,7 @@ from peft import LoraConfig
 from xpo_fast.data import load, load_prompts
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
+from xpo_fast.precision import fastest
 from xpo_fast.reward_model import RewardModel
 from xpo_fast.reward_trainer import RewardConfig, RewardTrainer
 from xpo_fast.rl import RLTrainer
@@ -85,8 +86,8 @@ if __name__ == "__main__":
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--reward-steps", type=int, default=12, help="of the reward model, if none is given")
     given = parser.parse_args()
-    scorer = given.reward_model and RewardModel.load(given.reward_model, dtype="bfloat16")
-    smollm2 = load_model(SMOLLM2, dtype="bfloat16")
+    scorer = given.reward_model and RewardModel.load(given.reward_model, dtype=fastest())
+    smollm2 = load_model(SMOLLM2, dtype=fastest())
     found = main(*smollm2, scorer, rollouts=given.rollouts, reward_steps=given.reward_steps)
     print("\nrollout   reward   KL, nats   times    tokens  cut off   variance explained by the critic")
     for k, told in enumerate(found["log"]):

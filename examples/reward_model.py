@@ -19,6 +19,7 @@ from peft import LoraConfig
 from xpo_fast.data import load
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
+from xpo_fast.precision import fastest
 from xpo_fast.reward_model import ImplicitReward, RewardModel
 from xpo_fast.reward_report import PairScores, compare, score_pairs, summary
 from xpo_fast.reward_trainer import RewardConfig, RewardTrainer
@@ -66,7 +67,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=16, help="of 8 pairs, of each training")
     parser.add_argument("--folder", default="runs/reward_model")
     given = parser.parse_args()
-    found = main(*load_model(SMOLLM2, dtype="bfloat16"), steps=given.steps, folder=given.folder)
+    found = main(*load_model(SMOLLM2, dtype=fastest()), steps=given.steps, folder=given.folder)
     print(f"\n{HELD_OUT} pairs held out   accuracy [95%]          log-loss   score and length correlate by")
     for scores in found.values():
         told = summary(scores)

@@ -22,6 +22,7 @@ from typing import Any
 from peft import LoraConfig
 
 from xpo_fast.models import SMOLLM2, load_model
+from xpo_fast.precision import fastest
 from xpo_fast.rl import RLTrainer
 from xpo_fast.rl_config import RLConfig
 
@@ -91,7 +92,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write rewards and log there")
     given = parser.parse_args()
-    smollm2 = load_model(SMOLLM2, dtype="bfloat16")
+    smollm2 = load_model(SMOLLM2, dtype=fastest())
     found = main(*smollm2, given.method, control=given.shuffled, steps=given.steps, seed=given.seed)
     print(f"{given.method}: reward of sums held out {found['before']:.3f}, then {found['after']:.3f}")
     if given.json:
