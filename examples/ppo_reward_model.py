@@ -70,11 +70,10 @@ def main(
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "before": before,
         "after": after,
-        "log": log,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "policy": trainer.model,
         "reward_model": reward_model,
     }
