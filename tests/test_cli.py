@@ -750,7 +750,7 @@ def test_a_dry_run_says_what_a_run_does_and_writes_nothing(home, tmp_path, capsy
     assert f"{max(map(max, tokens))}\n" in said and "completions at the end, to --max-length 8" in said
     first = make_rows(20)[0]
     assert f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
-    assert "16 rows to train on, 4 held out" in said and "Nothing was trained or written" in said
+    assert "16 rows to train on, 4 held out" in said and "Nothing was trained, and nothing written" in said
 
 
 def test_a_dry_run_leaves_the_run_in_the_folder_alone(home, tmp_path, capsys):

@@ -71,7 +71,7 @@ def load_model(
         )
     near = did_you_mean(name_or_path, [SMOLLM2, *(p.name for p in Path().iterdir() if p.is_dir())])
     near = "" if Path(path).is_dir() else near
-    with _loading(f"cannot load a model from {name_or_path!r}{near}: expected {expected}"):
+    with _loading(f"cannot load a model from {name_or_path!r}: expected {expected}{near.rstrip('?')}"):
         model = load_weights(AutoModelForCausalLM, path, dtype, device, kwargs)
     return model, _tokenizer(path, kwargs)
 

@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> Parser:
     """Return the parser of the whole command line, whose commands are parsers of their own, see `parsers`."""
     parser = Parser(
-        prog="xpo-fast", description="Preference training without logits in memory.", allow_abbrev=False
+        prog="xpo-fast",
+        description="Preference training, supervised fine-tuning and RL of language models, without logits in memory.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -161,7 +161,7 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
         f"end, to --max-length {config.max_length}"
     )
     print(
-        f"tokens     {read + scored} read per epoch: {read / (read + scored):.0%} of prompts, {scored} of completions"
+        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of completions, which are scored"
     )
 
 
@@ -240,7 +240,7 @@ def _marked(tokens: list[tuple[int, bool]], tokenizer: Any) -> str:
 
 
 def _end() -> None:
-    print("\nNothing was trained or written; leave --dry-run out to train.")
+    print("\nNothing was trained, and nothing written into --output-dir; leave --dry-run out to train.")
 
 
 def _name(scheduler: Any) -> str:

@@ -203,7 +203,7 @@ def run_reward(args: argparse.Namespace) -> int:
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
     say(f"\nsaved in {output}: the reward model, train_log.jsonl, results.json"
-        f"\nuse it: reward = xpo_fast.reward_model.RewardModel.load({str(output)!r})")  # fmt: skip
+        f"\nuse it: from xpo_fast.reward_model import RewardModel; reward = RewardModel.load({str(output)!r})")  # fmt: skip
     return 0
 
 

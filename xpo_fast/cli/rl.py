@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(output / "results.json", results)
     say(
         f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl, results.json\n"
-        f"use it: model, tokenizer = xpo_fast.models.load_model({str(output)!r})"
+        f"use it: from xpo_fast.models import load_model; model, tokenizer = load_model({str(output)!r})"
     )
     return 0
 

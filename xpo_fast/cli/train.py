@@ -24,8 +24,8 @@ _UNITS = {"pair": "pairs", "list": "lists"}
 # fmt: off
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "train", help="train a model on pairs or on unpaired rows", formatter_class=options.Help, allow_abbrev=False,
-        description="Train a causal LM on preferences, and say what it has learned on rows held out. "
+        "train", help="train a model on pairs, lists, single rows or by supervised fine-tuning", formatter_class=options.Help, allow_abbrev=False,
+        description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and say what it has learned on rows held out. "
         "On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
     )
     parser.set_defaults(run=run)
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(output / "results.json", results)
     say(
         f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, train_log.jsonl, results.json\n"
-        f"use it: model, tokenizer = xpo_fast.models.load_model({str(output)!r})"
+        f"use it: from xpo_fast.models import load_model; model, tokenizer = load_model({str(output)!r})"
     )
     return 0
 
