@@ -101,7 +101,7 @@ def test_the_factor_is_measured_once_and_the_first_process_decides(tmp_path, mon
     assert "bfloat16 torch" in json.loads(kept.read_text())["what"]
     kept.write_text("{")
     precision._slowdown.cache_clear()
-    assert precision.slowdown(BF16, CPU) == 7.0
+    assert precision.slowdown(BF16, CPU) == 7.0 == json.loads(kept.read_text())["times float32"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):

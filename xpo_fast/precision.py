@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class Support:
 def support(dtype: torch.dtype, device: torch.device) -> Support:
     """Tell whether a device multiplies a dtype natively, by its instructions; by a measurement where they do not tell.
 
-    The measurement takes some milliseconds, once per machine, version of torch and setting: it is kept in the cache folder,
-    so that every process of a run comes to the same answer.
+    The measurement takes some milliseconds, once per processor, version of torch and setting: it is kept in the cache folder,
+    so that all processes which share that folder come to the same answer.
     """
     if dtype not in HALVES:
         return Support(dtype, True, f"every device multiplies {name_of(dtype)}")
@@ -59,7 +60,8 @@ def support(dtype: torch.dtype, device: torch.device) -> Support:
     if device.type == "meta":
         return Support(dtype, True, "nothing is computed there")
     factor = slowdown(dtype, device)
-    return Support(dtype, factor <= _NATIVE_BELOW, f"measured: {factor:.2g} times float32's time")
+    why = f"measured: {factor:.2g} times float32's time (delete {_folder()} to measure again)"
+    return Support(dtype, factor <= _NATIVE_BELOW, why)
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:
@@ -212,15 +214,20 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
 
 @functools.cache
 def _slowdown(dtype: torch.dtype, device: torch.device, key: str) -> float:
-    path = cache_dir() / "precision" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     factor = _kept(path)
     if factor is None:
         factor = _measure(dtype, device)
         content = json.dumps({"what": key, "times float32": round(factor, 3)}) + "\n"
         with suppress(OSError):  # a cache that cannot be written costs the next process the same milliseconds
+            path.unlink(missing_ok=True)  # what cannot be read
             publish(path, content.encode())
             factor = _kept(path) or factor
     return factor
+
+
+def _folder() -> Path:
+    return cache_dir() / "precision"
 
 
 def _kept(path: Any) -> float | None:

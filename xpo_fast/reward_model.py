@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import data
 from .files import write_atomically, write_json
 from .methods.reward import ensemble, length_normalised, length_penalty
-from .models import causal_lm, check_ids, install_fused_loss, load_model, load_weights
+from .models import causal_lm, check_ids, hub_arguments, install_fused_loss, load_model, load_weights
 from .reference import evaluating, row_logps
 from .value_head import (
     VALUE_HEAD_FILE,
@@ -506,7 +506,7 @@ def _classifier(
         raise ImportError("loading a model needs transformers: pip install 'xpo-fast[train]'") from error
     expected = f"a folder with {SPEC_FILE}, or a sequence classifier of transformers"
     try:
-        kinds = AutoConfig.from_pretrained(source).architectures or []
+        kinds = AutoConfig.from_pretrained(source, **hub_arguments(options)).architectures or []
     except (OSError, ValueError) as error:
         raise ValueError(f"no reward model in {source!r}: expected {expected}") from error
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
@@ -514,7 +514,7 @@ def _classifier(
     model = load_weights(AutoModelForSequenceClassification, source, dtype, device, options)
     if model.num_labels != 1:
         raise ValueError(f"{source!r} has {model.num_labels} labels; expected a reward model with one output")
-    return model, AutoTokenizer.from_pretrained(source)
+    return model, AutoTokenizer.from_pretrained(source, **hub_arguments(options))
 
 
 def _unmerged(folder: Path, **options: Any) -> tuple[Any, Any]:

@@ -69,7 +69,9 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         value = getattr(args, action.dest, None)
         if action.dest in NOT_OF_A_RUN or value is None or value == []:
             continue
-        if action.dest == "lora" and not value:  # it is what happens unasked: false would read as if it did not
+        if (
+            action.dest == "lora" and not value
+        ):  # it is what happens unasked: false would read as if it did not
             continue
         beside = [other for other in parser.exclusive(action) if getattr(args, other.dest) != other.default]
         if beside and value == action.default:
