@@ -220,7 +220,8 @@ def _slowdown(dtype: torch.dtype, device: torch.device, key: str) -> float:
         factor = _measure(dtype, device)
         content = json.dumps({"what": key, "times float32": round(factor, 3)}) + "\n"
         with suppress(OSError):  # a cache that cannot be written costs the next process the same milliseconds
-            path.unlink(missing_ok=True)  # what cannot be read
+            if path.exists() and _kept(path) is None:  # half a file, of a process that was killed
+                path.unlink()
             publish(path, content.encode())
             factor = _kept(path) or factor
     return factor
