@@ -45,6 +45,11 @@ def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
     check_further(args)
     check_quantisation(args)
     check_names(args)
+    if args.eval_steps is not None and not args.eval_data and args.eval_split == 0:
+        raise UsageError(
+            "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, or hold "
+            "out rows by --eval-split or --eval-data"
+        )
     if args.optim:
         check_optimizer(args.optim, arguments)
     if args.push_to_hub:
@@ -89,6 +94,10 @@ def check_further(args: argparse.Namespace) -> None:
         if name not in TRAINER_ARGUMENTS:
             raise UsageError(
                 f"--train {name}: it takes {', '.join(TRAINER_ARGUMENTS)}{did_you_mean(name, TRAINER_ARGUMENTS)}"
+            )
+        if fields[name].type in (str, str | None) and not isinstance(value, str | None):
+            raise UsageError(
+                f"--train {name}: expected text, got {value!r}; write it as an option of its own, --{name} {value}"
             )
         default, number = (
             fields[name].default,
