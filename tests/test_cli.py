@@ -422,6 +422,7 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--use_weighting", "--set wpo=true --set clamp=false"),
         ("--adam_beta2 0.95 --optim adamw_torch --run_name r", "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
         ("--no-full --full", "--full"),
+        ("--full --bf16 --bf16 false", "--full"),
         ("--full --no_full --cpu no", ""),
         ("--full false --use_peft false", "--full"),
         ("--push-to-hub me/it --hub_model_id me/it --no-push-to-hub --resume last --no-resume", ""),

@@ -133,12 +133,20 @@ def test_the_command_line_wins_by_other_names_too(parsed, text, words, same):
         ("method: simpo\nset: {beta: 2, gamma: 1}\n", "--method dpo", "run.yaml:3: gamma is no hyperparameter of dpo"),
         ("method: simpo\ngamma: 1\n", "--loss_type ipo", "run.yaml:3: gamma is no hyperparameter of ipo"),
         ("bf16: true\nfull: true\n", "--lora", "run.yaml:2: --bf16 is mixed precision, which goes with --full"),
+        ("packing: [false, x]\n", "", "run.yaml:2: one value is taken there, got another, 'x'"),
         ("model: [a, --b]\n", "", "run.yaml:2: model: no value of its list begins with --, got '--b'"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_the_command_line_is_told_with_its_line(parsed, capsys, text, words, message):
     with pytest.raises(SystemExit):
         parsed("data: a\n" + text, *words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_that_stands_for_an_option_of_another_command(parsed, capsys):
+    with pytest.raises(SystemExit):
+        parsed("data: a\nscale_rewards: none\n", command="reward")
+    message = "run.yaml:2: it stands for --advantage, which xpo-fast reward does not have"
     assert message in capsys.readouterr().err
 
 
@@ -213,7 +221,7 @@ def test_a_file_that_is_not_there(capsys):
         ("reward", ["--data", "a", "--objectives", "x,y", "--objective-weights", "0.1,2", "--head-only", "--push-to-hub", "n"]),
         ("rl", ["--data", "a", "--eval-data", "b", "--reward", "f.py:g=0.5", "--reward", "h.py:i", "--stop", "\n", "--stop", "1",
                 "--api-key", "secret", "--top-p", "0.9", "--advantage", "gae"]),
-        ("rl", ["--data=--a", "--data", "b", "--stop=--END", "--stop=--", "--stop=-1", "--set", "eps=Infinity", "--set", "x=[1e-7, -Infinity]",
+        ("rl", ["--data=--a", "--data", "b", "--stop=--END", "--stop=-1", "--set", "eps=Infinity", "--set", "x=[1e-7, -Infinity]",
                 "--run_name", "12"]),
         ("eval-reward", ["--data", "a", "--model", "m", "--model", "n", "--beta", "0.2"]),
         ("recipe", ["raft", "--data", "a", "--judge", "llm", "--set", "draws.n=4", "--train", "warmup_steps=10"]),

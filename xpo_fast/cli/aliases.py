@@ -182,7 +182,7 @@ def _trainer_argument(given: Given, name: str) -> list[str]:
 
 def _half(dtype: str) -> Alias:
     def words(given: Given, typed: Typed) -> list[str]:
-        if given.switch() is False:
+        if typed.options.get(given.name.replace("_", "-"), given).switch() is False:  # the last of them
             return []
         full, peft = typed.options.get("full"), typed.options.get("use-peft")
         every_weight = (full is not None and full.switch()) or (peft is not None and peft.switch() is False)

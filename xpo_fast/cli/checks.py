@@ -95,10 +95,6 @@ def check_further(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--train {name}: it takes {', '.join(TRAINER_ARGUMENTS)}{did_you_mean(name, TRAINER_ARGUMENTS)}"
             )
-        if fields[name].type in (str, str | None) and not isinstance(value, str | None):
-            raise UsageError(
-                f"--train {name}: expected text, got {value!r}; write it as an option of its own, --{name} {value}"
-            )
         default, number = (
             fields[name].default,
             isinstance(value, (int, float)) and not isinstance(value, bool),
@@ -111,6 +107,10 @@ def check_further(args: argparse.Namespace) -> None:
             and not (number and math.isfinite(value))
         ):
             raise UsageError(f"--train {name}: expected a number, got {value!r}")
+        if fields[name].type in (str, str | None) and not (value is None or type(value) is str):
+            raise UsageError(
+                f"--train {name}: expected text, got {value!r}; write it as an option of its own, --{name} {value}"
+            )
 
 
 def check_optimizer(name: str, arguments: dict[str, Any]) -> None:

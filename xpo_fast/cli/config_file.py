@@ -76,9 +76,7 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         value = getattr(args, action.dest, None)
         if action.dest in NOT_OF_A_RUN or value is None or value == []:
             continue
-        if (
-            action.dest == "lora" and not value
-        ):  # it is what happens unasked: false would read as if it did not
+        if action.dest == "lora" and not value:  # unasked there is one: false would read as none
             continue
         beside = [other for other in parser.exclusive(action) if getattr(args, other.dest) != other.default]
         if beside and value == action.default:
@@ -270,7 +268,7 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
             name, sign, value = word.partition("=")
             action = parser.named(name)
             if action is None:
-                raise UsageError(f"{name} is no option here")
+                raise UsageError(f"it stands for {name}, which {parser.prog} does not have")
             if action.nargs == 0:
                 if sign:
                     raise argparse.ArgumentError(action, f"expected {TRUE[0]} or {FALSE[0]}, got {value!r}")
@@ -279,7 +277,7 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
                 words.append((_of_type(parser, action, value) if sign else word, action.dest))
         else:
             if action is None:
-                raise UsageError(f"expected an option, got {word!r}")
+                raise UsageError(f"one value is taken there, got another, {word!r}")
             if action.nargs in ("+", "*"):
                 first = (
                     []
