@@ -421,6 +421,12 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--precompute_ref_log_probs --ld_alpha 0.5", "--reference cached --set ld_alpha=0.5"),
         ("--use_weighting", "--set wpo=true --set clamp=false"),
         ("--adam_beta2 0.95 --optim adamw_torch --run_name r", "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
+        ("--no-full --full", "--full"),
+        ("--full --bf16 --bf16 false", "--full"),
+        ("--full --no_full --cpu no", ""),
+        ("--full false --use_peft false", "--full"),
+        ("--push-to-hub me/it --hub_model_id me/it --no-push-to-hub --resume last --no-resume", ""),
+        ("--no-push-to-hub --push-to-hub me/it", "--push-to-hub me/it"),
         ("--packing false --padding_free=false --do_train", ""),
     ],
 )  # fmt: skip
@@ -461,6 +467,9 @@ def test_names_of_trl_for_reward():
     [
         ("train", "--packing", "packed layouts do not exist yet: --group-by-length"),
         ("train", "--bf16", "--bf16 is mixed precision, which goes with --full; with an adapter, --dtype bfloat16"),
+        ("train", "--full --bf16 --fp16", "--bf16 is --dtype bfloat16, and --fp16 asks for another: leave one of them out"),
+        ("train", "--full --bf16 --dtype float32", "--bf16 is --dtype bfloat16, and --dtype float32 asks for another"),
+        ("train", "--full --torch_dtype=float32 --fp16", "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
         ("train", "--eval_strategy epoch", "every N steps by --eval-steps N"),
         ("train", "--save_strategy no", "--save-steps"),
         ("train", "--loss_type sigmod", "no loss type named 'sigmod'; did you mean sigmoid"),
@@ -610,6 +619,14 @@ def test_a_negative_number_is_a_value(option, value):
             ["--load-in-4bit", "--full"],
             "--load-in-4bit freezes the weights and trains an adapter: leave --full out",
         ),
+        (
+            ["--eval_strategy", "no", "--eval_steps", "5"],
+            "--eval-steps evaluates rows held out, and there are none",
+        ),
+        (
+            ["--train", "run_name=12"],
+            "--train run_name: expected text, got 12; write it as an option of its own, --run_name 12",
+        ),
         (["--hub-private"], "--hub-private is for --push-to-hub"),
     ],
 )
@@ -617,6 +634,15 @@ def test_what_is_known_to_be_wrong_is_said_before_anything_is_loaded(capsys, wor
     assert cli.main(["train", "--data", "nowhere.jsonl", "--cpu", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_arguments_that_take_text_stay_text():
+    fields = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments)}
+    for name in options.TRAINER_ARGUMENTS:
+        if fields[name].type in (str, str | None):
+            for value in ("12", "true", "word", '"12"'):
+                (found,) = parsed(f"--{name}", value)["train"]
+                assert found == (name, value.strip('"'))
 
 
 def test_options_reach_the_trainers_arguments():

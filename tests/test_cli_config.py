@@ -110,6 +110,62 @@ def test_the_command_line_wins(parsed):
 
 
 @pytest.mark.parametrize(
+    ("text", "words", "same"),
+    [
+        ("method: dpo\n", "--loss_type ipo", "--method ipo"),
+        ("loss_type: sppo_hard\n", "--method dpo", "--method dpo"),
+        ("method: simpo\nset: {beta: 2}\n", "--method dpo", "--method dpo --set beta=2"),
+        ("dtype: auto\nfull: true\n", "--bf16", "--full --dtype bfloat16"),
+        ("bf16: true\nfull: true\n", "--dtype float16", "--full --dtype float16"),
+        ("dtype: bfloat16\n", "--fp16 false", "--dtype bfloat16"),
+        ("full: true\n", "--no-lora", "--full"),
+        ("full: true\n", "--no-full", ""),
+        ("push-to-hub: me/it\n", "--no-push-to-hub", ""),
+    ],
+)  # fmt: skip
+def test_the_command_line_wins_by_other_names_too(parsed, text, words, same):
+    assert parsed("data: a\n" + text, *words.split()) == typed("--data", "a", *same.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("method: simpo\nset: {beta: 2, gamma: 1}\n", "--method dpo", "run.yaml:3: gamma is no hyperparameter of dpo"),
+        ("method: simpo\ngamma: 1\n", "--loss_type ipo", "run.yaml:3: gamma is no hyperparameter of ipo"),
+        ("bf16: true\nfull: true\n", "--lora", "run.yaml:2: --bf16 is mixed precision, which goes with --full"),
+        ("packing: [false, x]\n", "", "run.yaml:2: one value is taken there, got another, 'x'"),
+        ("model: [a, --b]\n", "", "run.yaml:2: model: no value of its list begins with --, got '--b'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_the_command_line_is_told_with_its_line(parsed, capsys, text, words, message):
+    with pytest.raises(SystemExit):
+        parsed("data: a\n" + text, *words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_that_stands_for_an_option_of_another_command(parsed, capsys):
+    with pytest.raises(SystemExit):
+        parsed("data: a\nscale_rewards: none\n", command="reward")
+    message = "run.yaml:2: it stands for --advantage, which xpo-fast reward does not have"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_numbers_inside_a_value_are_read_as_json_reads_them(parsed, name):
+    text = '{"data": "a", "set": {"weights": [1.0, 1e-1, Infinity]}, "train": {"lr_scheduler_kwargs": {"num_cycles": 5e-1, "a": "1"}}}'
+    found = parsed(text, name=name)
+    assert found["set"] == [("weights", [1.0, 0.1, float("inf")])]
+    assert found["train"] == [("lr_scheduler_kwargs", {"num_cycles": 0.5, "a": "1"})]
+
+
+def test_yaml_writes_of_numbers_and_words_inside_a_value(parsed):
+    found = parsed("data: a\nset: {weights: [.5, -.inf, yes, ~, 2026-01-01, '1e-1', sgd], clip: .inf}\n")
+    assert dict(found["set"]) == {
+        "weights": [0.5, float("-inf"), True, None, "2026-01-01", "1e-1", "sgd"], "clip": float("inf"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("data: a\nlerning-rate: 1\n", "run.yaml:2: xpo-fast train has no option lerning-rate; did you mean learning_rate"),
@@ -165,6 +221,8 @@ def test_a_file_that_is_not_there(capsys):
         ("reward", ["--data", "a", "--objectives", "x,y", "--objective-weights", "0.1,2", "--head-only", "--push-to-hub", "n"]),
         ("rl", ["--data", "a", "--eval-data", "b", "--reward", "f.py:g=0.5", "--reward", "h.py:i", "--stop", "\n", "--stop", "1",
                 "--api-key", "secret", "--top-p", "0.9", "--advantage", "gae"]),
+        ("rl", ["--data=--a", "--data", "b", "--stop=--END", "--stop=-1", "--set", "eps=Infinity", "--set", "x=[1e-7, -Infinity]",
+                "--run_name", "12"]),
         ("eval-reward", ["--data", "a", "--model", "m", "--model", "n", "--beta", "0.2"]),
         ("recipe", ["raft", "--data", "a", "--judge", "llm", "--set", "draws.n=4", "--train", "warmup_steps=10"]),
     ],

@@ -48,9 +48,34 @@ class Alias:
 
 
 def around(command: str, parser: Parser, words: Iterable[str]) -> Typed:
-    """Return the command line as the aliases see it."""
-    found = {g.name.replace("_", "-"): g for g in split(list(words)) if isinstance(g, Given)}
+    """Return the command line as the aliases see it: of an option that came twice the last one."""
+    found: dict[str, Given] = {}
+    for given in split(list(words)):
+        if isinstance(given, Given):
+            name = given.name.replace("_", "-")
+            if parser.negated(given.name) is not None:
+                name, given = name[3:], Given(name[3:], "false", [])
+            found[name] = given
     return Typed(command, parser, found)
+
+
+# Names for one thing: where one of them is typed, what a configuration says by another is answered.
+_ONE_THING = (
+    {"method", "loss-type"},
+    {"dtype", "torch-dtype", "bf16", "fp16"},
+    {"lora", "full", "use-peft"},
+)
+
+
+def answered(name: str, typed: Typed) -> bool:
+    """Return whether an option of a configuration is answered by one that was typed, by another name, too.
+
+    A switch that is turned off answers itself alone.
+    """
+    name = name.replace("_", "-")
+    group = next((names for names in _ONE_THING if name in names), set())
+    given = [typed.options[other] for other in group if typed.has(other)]
+    return any(g.name.replace("_", "-") == name or g.switch() is not False for g in given)
 
 
 def translate(given: Given, typed: Typed) -> list[str]:
@@ -141,8 +166,15 @@ def _set(given: Given, name: str) -> list[str]:
     return [f"--set={name}={value}"]
 
 
+# Arguments of the trainer that take text: 12 is a name there.
+_TEXT = ("run_name", "project", "optim_args", "log_level")
+
+
 def _trainer_argument(given: Given, name: str) -> list[str]:
-    return [f"--train={name}={given.values[0] if given.values else 'true'}", *given.values[1:]]
+    value = given.values[0] if given.values else "true"
+    if name in _TEXT and not isinstance(setting(f"x={value}")[1], str):
+        value = json.dumps(value)
+    return [f"--train={name}={value}", *given.values[1:]]
 
 
 # --- aliases of their own kind ------------------------------------------------------------------------------------
@@ -150,7 +182,7 @@ def _trainer_argument(given: Given, name: str) -> list[str]:
 
 def _half(dtype: str) -> Alias:
     def words(given: Given, typed: Typed) -> list[str]:
-        if given.switch() is False:
+        if typed.options.get(given.name.replace("_", "-"), given).switch() is False:  # the last of them
             return []
         full, peft = typed.options.get("full"), typed.options.get("use-peft")
         every_weight = (full is not None and full.switch()) or (peft is not None and peft.switch() is False)
@@ -159,6 +191,14 @@ def _half(dtype: str) -> Alias:
                 f"--{given.name} is mixed precision, which goes with --full; with an adapter, --dtype {dtype} keeps the frozen "
                 "weights in it, and the adapter stays float32"
             )
+        for name in ("dtype", "torch-dtype", "bf16", "fp16"):
+            other = typed.options.get(name)
+            if other is None or name == given.name.replace("_", "-") or other.values[:1] == [dtype]:
+                continue
+            if name not in ("bf16", "fp16") or other.switch() is not False:
+                raise UsageError(
+                    f"--{given.name} is --dtype {dtype}, and {' '.join(other.typed)} asks for another: leave one of them out"
+                )
         return [f"--dtype={dtype}"]
 
     return Alias(f"`--dtype {dtype}`, with `--full`", words)

@@ -45,6 +45,11 @@ def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
     check_further(args)
     check_quantisation(args)
     check_names(args)
+    if args.eval_steps is not None and not args.eval_data and args.eval_split == 0:
+        raise UsageError(
+            "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, or hold "
+            "out rows by --eval-split or --eval-data"
+        )
     if args.optim:
         check_optimizer(args.optim, arguments)
     if args.push_to_hub:
@@ -102,6 +107,10 @@ def check_further(args: argparse.Namespace) -> None:
             and not (number and math.isfinite(value))
         ):
             raise UsageError(f"--train {name}: expected a number, got {value!r}")
+        if fields[name].type in (str, str | None) and not (value is None or type(value) is str):
+            raise UsageError(
+                f"--train {name}: expected text, got {value!r}; write it as an option of its own, --{name} {value}"
+            )
 
 
 def check_optimizer(name: str, arguments: dict[str, Any]) -> None:

@@ -31,7 +31,12 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
     one of those is left out; --set and --train are taken from both, name by name. Every value is checked by the type of
     its option. Raises UsageError with the file and the line.
     """
-    entries = list(_read(Path(path)))
+    alone = aliases.around(command, parser, typed)
+    entries = [
+        (where, _repeated(parser, given, where))
+        for where, given in _read(Path(path))
+        if not aliases.answered(given.name, alone)
+    ]
     from_file = [word for _, given in entries for word in given.typed]
     around = aliases.around(command, parser, [*from_file, *typed])
     taken, off = spelled(parser, typed, lambda given: aliases.translate(given, around))
@@ -42,6 +47,8 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
             kept_out |= {action.dest, *(other.dest for other in parser.exclusive(action))}
     found: list[str] = []
     for where, given in entries:
+        if aliases.answered("method", alone):
+            _check_setting(given, around, where)
         if parser.named(given.name) is None and not _known(given, around):
             options = [a.option_strings[-1].lstrip("-") for a in parser.documented()]
             near = did_you_mean(given.name, [*options, *aliases.names(around)])
@@ -69,9 +76,7 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         value = getattr(args, action.dest, None)
         if action.dest in NOT_OF_A_RUN or value is None or value == []:
             continue
-        if (
-            action.dest == "lora" and not value
-        ):  # it is what happens unasked: false would read as if it did not
+        if action.dest == "lora" and not value:  # unasked there is one: false would read as none
             continue
         beside = [other for other in parser.exclusive(action) if getattr(args, other.dest) != other.default]
         if beside and value == action.default:
@@ -164,14 +169,14 @@ def _given(name: str, node: Any, where: str) -> Iterator[Given]:
         return  # as if it were not there
     if dest in _MAPPINGS:
         if node.id == "mapping":
-            yield from (Given(name, f"{key.value}={_json(value)}", []) for key, value in node.value)
+            yield from (Given(name, f"{key.value}={_setting(value)}", []) for key, value in node.value)
         else:
             values = node.value if node.id == "sequence" else [node]
             yield from (Given(name, _text(value, where), []) for value in values)
     elif node.id == "mapping":
         if dest not in aliases.TRAINER_ARGUMENTS:
             raise UsageError(f"{where}: {name} takes one value, got a mapping")
-        yield Given(name, _json(node), [])
+        yield Given(name, _setting(node), [])
     elif node.id == "scalar":
         yield Given(name, _text(node, where), [])
     elif dest in _WITH_COMMAS:
@@ -187,15 +192,64 @@ def _text(node: Any, where: str) -> str:
     return node.value.encode("utf-16", "surrogatepass").decode("utf-16")  # of JSON's pairs of escapes
 
 
-def _json(node: Any) -> str:
-    yaml = _yaml()
-    if node.id == "scalar" and node.tag.endswith((":str", ":float", ":int")):
-        return node.value
-    loader = yaml.SafeLoader("")
-    try:
-        return json.dumps(loader.construct_document(node))
-    finally:
-        loader.dispose()
+def _setting(node: Any) -> str:
+    """The VALUE of NAME=VALUE: text as it is written, everything else as JSON."""
+    value = _value(node)
+    return node.value if isinstance(value, str) else json.dumps(value)
+
+
+def _value(node: Any) -> Any:
+    """A value inside another one, its plain numbers read as JSON reads them: 1e-1 is text in YAML 1.1, and 0.1 here."""
+    if node.id == "mapping":
+        return {str(key.value): _value(value) for key, value in node.value}
+    if node.id == "sequence":
+        return [_value(value) for value in node.value]
+    if node.style is None:
+        try:
+            return json.loads(node.value)
+        except ValueError:
+            if node.tag.endswith((":float", ":bool", ":null")):  # .inf, .5, yes, ~
+                return _yaml().SafeLoader("").construct_document(node)
+    return node.value
+
+
+def _repeated(parser: Parser, given: Given, where: str) -> Given:
+    """The option, a list of an option that may be repeated as one word for each: a value may begin with dashes."""
+    dashed = next((word for word in given.words if word.startswith("--")), None)
+    if dashed is None:
+        return given
+    action = parser.named(given.name)
+    if not isinstance(action, argparse._AppendAction):
+        raise UsageError(f"{where}: {given.name}: no value of its list begins with --, got {dashed!r}")
+    return _Repeated(given.name, None, given.words)
+
+
+class _Repeated(Given):
+    @property
+    def typed(self) -> list[str]:
+        return [f"--{self.name}={word}" for word in self.words]
+
+
+def _check_setting(given: Given, around: aliases.Typed, where: str) -> None:
+    """Refuse a hyperparameter of the file that the method of the command line does not have."""
+    from ..methods import METHODS
+
+    method = around.method
+    if not aliases.hyperparameters(method, "rl"):
+        return  # it is unknown, which is told later
+    name = (
+        (given.value or "").partition("=")[0].strip() if given.name == "set" else given.name.replace("-", "_")
+    )
+    known = aliases.hyperparameters(method, around.command)
+    elsewhere = {key for entry in METHODS.values() for key in entry.defaults}
+    declared = given.name != "set" and (
+        around.parser.named(given.name) is not None or name in aliases.ALIASES
+    )
+    if not declared and name in elsewhere and name not in known:
+        raise UsageError(
+            f"{where}: {name} is no hyperparameter of {method}, the method of the command line; it has "
+            f"{', '.join(known)}: take the line out, or keep the method of the file"
+        )
 
 
 def _known(given: Given, typed: aliases.Typed) -> bool:
@@ -213,7 +267,8 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
         if word.startswith("--"):
             name, sign, value = word.partition("=")
             action = parser.named(name)
-            assert action is not None, word
+            if action is None:
+                raise UsageError(f"it stands for {name}, which {parser.prog} does not have")
             if action.nargs == 0:
                 if sign:
                     raise argparse.ArgumentError(action, f"expected {TRUE[0]} or {FALSE[0]}, got {value!r}")
@@ -221,7 +276,8 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
             elif sign or action.nargs == "?":
                 words.append((_of_type(parser, action, value) if sign else word, action.dest))
         else:
-            assert action is not None, word
+            if action is None:
+                raise UsageError(f"one value is taken there, got another, {word!r}")
             if action.nargs in ("+", "*"):
                 first = (
                     []

@@ -237,7 +237,9 @@ def add_output(parser: argparse.ArgumentParser, *, folder: str, files: str, logg
     add("--save-total-limit", metavar="N", type=int, default=2, help="checkpoints to keep")
     add("--report-to", metavar="NAME", default="none", help="tensorboard, wandb, … as in transformers")
     add("--push-to-hub", metavar="NAME", nargs="?", const=True, action=_Push,
-        help="upload the model to the Hugging Face hub with every checkpoint and at the end (default NAME: that of --output-dir)")
+        help="upload --output-dir, its checkpoints left out, to the Hugging Face hub with every checkpoint and at the end: the "
+        "model, and with it config.yaml, results.json, train_log.jsonl and, of rl, samples.jsonl, which name your files and quote "
+        "your prompts (default NAME: that of --output-dir)")
     add("--hub-private", action="store_true", help="make the repository of --push-to-hub a private one")
     add_device(add, "train")
     return group

@@ -34,6 +34,13 @@ class Parser(argparse.ArgumentParser):
         """Return the action of `--name`, typed with dashes or underscores, or None."""
         return self._option_string_actions.get(f"--{name.lstrip('-').replace('_', '-')}")
 
+    def negated(self, name: str) -> argparse.Action | None:
+        """Return the action that `--no-…` turns off, or None; an option that may stand without a value is a switch, too."""
+        if self.named(name) is not None or not re.match(r"no[-_]", name):
+            return None
+        action = self.named(name[3:])
+        return action if action is not None and action.nargs in (0, "?") else None
+
     def documented(self) -> list[argparse.Action]:
         """Return the actions that have an option, --help left out."""
         return [a for a in self._actions if a.option_strings and a.dest != "help"]
@@ -95,7 +102,8 @@ def spelled(
 ) -> tuple[list[str], set[str]]:
     """Return the words as the parser declares its options, and the destinations of the switches that are turned off.
 
-    translate: the words for an option that the parser does not have; what it leaves as it is, argparse refuses.
+    Of a switch that is turned on and off the last wins. translate: the words for an option that the parser does not have;
+    what it leaves as it is, argparse refuses.
     """
     found: list[str] = []
     off: set[str] = set()
@@ -104,18 +112,21 @@ def spelled(
             found.append(given)
             continue
         action = parser.named(given.name)
-        negated = parser.named(given.name[3:]) if re.match(r"no[-_]", given.name) else None
+        negated = parser.negated(given.name)
         if action is not None:
             if _own(action, given, found):
                 off.add(action.dest)
-        elif negated is not None and negated.nargs == 0 and given.value is None:
+            else:
+                off.discard(action.dest)
+        elif negated is not None and given.value is None:
             off.add(negated.dest)
             found += given.words
         else:
             words_here = translate(given)
             if words_here != given.typed:
                 words_here, turned_off = spelled(parser, words_here, lambda other: other.typed)
-                off |= turned_off
+                on = (parser.named(word.partition("=")[0]) for word in words_here if word.startswith("--"))
+                off = off - {action.dest for action in on if action is not None} | turned_off
             found += words_here
     return found, off
 
@@ -124,7 +135,7 @@ def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
     """Append an option that the parser has; returns whether it is a switch that is turned off."""
     option, words = action.option_strings[-1], given.words
     if action.nargs == 0:
-        if given.value is None and words and words[0].lower() in ("true", "false"):
+        if given.value is None and words and words[0].lower() in (*TRUE, *FALSE):
             given, words = Given(given.name, words[0], []), words[1:]
         if given.value is None or given.switch() is True:
             found += [option, *words]
@@ -139,7 +150,7 @@ def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
         return not given.switch()
     if given.value is not None:
         found += [f"{option}={given.value}", *words]
-    elif words and _NEGATIVE.match(words[0]):
+    elif words and (action.nargs == "?" or _NEGATIVE.match(words[0])):
         found += [f"{option}={words[0]}", *words[1:]]
     else:
         found += [option, *words]
