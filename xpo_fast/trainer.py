@@ -25,6 +25,9 @@ try:
     import datasets
     from tqdm.auto import tqdm
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        TrainerCallback as TrainerCallback,
+    )  # for the other trainers: what they miss is said here
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
@@ -376,7 +379,9 @@ class UnitTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         except BaseException as error:
             # Whole, it stays: transformers uploads it, and removes older ones, once it is written.
-            if mine and not is_checkpoint(folder):
+            if mine and is_checkpoint(folder):
+                shutil.rmtree(before, ignore_errors=True)
+            elif mine:
                 shutil.rmtree(folder, ignore_errors=True)
                 if before.exists():
                     before.rename(folder)
@@ -426,7 +431,7 @@ class UnitTrainer(Trainer):
         there = {path.name for path in folder.iterdir()}
         stale = {path.name for pattern in _MODEL_FILES for path in folder.glob(pattern)}
         configs = getattr(self.model, "peft_config", {}).values()
-        bases = [Path(config.base_model_name_or_path or "") for config in configs]
+        bases = [Path(config.base_model_name_or_path) for config in configs if config.base_model_name_or_path]
         if any(base.is_dir() and base.samefile(folder) for base in bases):
             stale = {name for name in stale if name.startswith("adapter_")}
         before.mkdir()
