@@ -333,9 +333,9 @@ def test_the_option_that_a_refusal_names_reads_the_row(fault):
         ({"system": "a", "messages": [SYSTEM, user("a"), answer("b")]}, "chosen", "system and the first message are different system"),
         ({"system": "a", "system_prompt": "b", "question": "c", "answer": "d"}, "chosen", "system and system_prompt are different"),
         ({"system": "a", "question": "b c", "chosen": "b c d", "rejected": "b c e"}, "pair", "given beside text.*write the row as messages"),
-        ({"messages": [user("a"), {**answer("b"), "weight": 0}]}, "chosen", "the last message of messages has weight 0"),
-        ({"prompt": [user("a")], "chosen": [{**answer("b"), "weight": 0}], "rejected": [answer("c")]}, "pair", "of chosen has weight 0"),
-        ({"conversations": [human("a"), {**gpt("b"), "weight": 0.5}], "label": True}, "unpaired", "has weight 0.5"),
+        ({"messages": [user("a"), {**answer("b"), "weight": 0}]}, "chosen", "messages has a message to learn with weight 0"),
+        ({"prompt": [user("a")], "chosen": [{**answer("b"), "weight": 0}], "rejected": [answer("c")]}, "pair", "chosen has a message to learn with weight 0"),
+        ({"conversations": [human("a"), {**gpt("b"), "weight": 0.5}], "label": True}, "unpaired", "with weight 0.5"),
     ],
 )  # fmt: skip
 def test_what_is_not_read_says_what_it_looks_like(row, kind, message):

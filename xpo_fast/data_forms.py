@@ -176,8 +176,8 @@ def refuse_unlearned(turns: list[Any], name: str, where: str) -> None:
     for turn in turns:
         if isinstance(turn, dict) and turn.get("weight") not in (None, 1):
             raise DataError(
-                f"{where}: the last message of {name} has weight {turn['weight']}, and it is what is learned; expected weight 1, "
-                "or none; drop the row, or cut it after an answer to learn"
+                f"{where}: {name} has a message to learn with weight {turn['weight']}, which says not to learn it as it is; expected "
+                "weight 1, or none; drop the row, or cut it after an answer to learn"
             )
 
 
