@@ -121,6 +121,34 @@ READ = {
         {"problem": "what", "solution": "cat", "answer": "c", "messages": [user("what"), answer("cat")]},
         *("chosen", {"prompt": [user("what")], "chosen": [answer("cat")]}),
     ),
+    "a question of one word, or a part of one, that both sides begin with": (
+        {"question": "No", "chosen": "No way", "rejected": "Nothing"},
+        *("pair", {"prompt": "No", "chosen": "No way", "rejected": "Nothing"}),
+    ),
+    "an instruction of one word that both sides begin with": (
+        {"instruction": "Tell", "chosen": "Tell me", "rejected": "Tell you"},
+        *("pair", {"prompt": [user("Tell")], "chosen": [answer("Tell me")], "rejected": [answer("Tell you")]}),
+    ),
+    "a question of one word on a line of its own in both sides": (
+        {"question": "what", "chosen": "what\ncat", "rejected": "what\ndog"},
+        *("pair", {"prompt": "what\n", "chosen": "cat", "rejected": "dog"}),
+    ),
+    "a system prompt beside whole conversations": (
+        {"system": "be brief", "chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")]},
+        *("pair", {"prompt": [SYSTEM, user("what")], "chosen": [answer("cat")], "rejected": [answer("dog")]}),
+    ),
+    "a system prompt beside a prompt of messages": (
+        {"system_prompt": "be brief", "prompt": [user("what")], "completion": [answer("cat")], "label": True},
+        *("unpaired", {"prompt": [SYSTEM, user("what")], "completion": [answer("cat")], "label": True}),
+    ),
+    "a system prompt that the conversation begins with": (
+        {"system": "be brief ", "system_prompt": "", "messages": [SYSTEM, user("what"), answer("cat")]},
+        *("chosen", {"prompt": [SYSTEM, user("what")], "chosen": [answer("cat")]}),
+    ),
+    "weights of what is not learned": (
+        {"messages": [user("hi"), {**answer("hello"), "weight": 0}, user("what"), {**answer("cat"), "weight": 1}]},
+        *("chosen", {"prompt": TALK, "chosen": [answer("cat")]}),
+    ),
     "whole conversations beside whatever else": (
         {"chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")], "query": "a", "question": "b"},
         *("pair", {"prompt": [user("what")], "chosen": [answer("cat")], "rejected": [answer("dog")]}),
@@ -233,6 +261,14 @@ def test_columns_that_cannot_be_parsed(text, message, capsys):
 
 PAIR = {"chosen": " cat", "rejected": " dog"}
 REFUSED = {
+    "a system prompt beside text": (
+        {"system": "a", "prompt": "b", **PAIR},
+        *("pair", "system is given beside text, which has no place for a system prompt"),
+    ),
+    "a system prompt beside text with a response": (
+        {"system_prompt": "a", "prompt": "b", "response": "c"},
+        *("chosen", "system_prompt is given beside text"),
+    ),
     "two prompts": ({"question": "a", "query": "b", **PAIR}, "pair", "question and query could each be the prompt"),
     "two answers": ({"prompt": "a", "response": "b", "answer": "c"}, "chosen", "response and answer could each be the completion"),
     "two conversations": (
@@ -294,11 +330,83 @@ def test_the_option_that_a_refusal_names_reads_the_row(fault):
         ({"text": "a"}, "pair", r"looks like plain text\).*--method sft reads it"),
         ({"question": "a"}, "pair", "xpo-fast rl learns from prompts alone"),
         ({"text": " "}, "chosen", "text is empty"),
+        ({"system": "a", "messages": [SYSTEM, user("a"), answer("b")]}, "chosen", "system and the first message are different system"),
+        ({"system": "a", "system_prompt": "b", "question": "c", "answer": "d"}, "chosen", "system and system_prompt are different"),
+        ({"system": "a", "question": "b c", "chosen": "b c d", "rejected": "b c e"}, "pair", "given beside text.*write the row as messages"),
+        ({"messages": [user("a"), {**answer("b"), "weight": 0}]}, "chosen", "messages has a message to learn with weight 0"),
+        ({"prompt": [user("a")], "chosen": [{**answer("b"), "weight": 0}], "rejected": [answer("c")]}, "pair", "chosen has a message to learn with weight 0"),
+        ({"conversations": [human("a"), {**gpt("b"), "weight": 0.5}], "label": True}, "unpaired", "with weight 0.5"),
     ],
 )  # fmt: skip
 def test_what_is_not_read_says_what_it_looks_like(row, kind, message):
     with pytest.raises(DataError, match=rf"^rows\[0\]: .*{message}"):
         load([row], kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("row", "notes"),
+    [
+        ({"prompt": "a", "input": "b", "completion": "c"}, ["input is not read (the row has its prompt elsewhere)"]),
+        ({"prompt": "a: b", "input": "b", "question": "a", "completion": "c"}, []),
+        ({"instruction": "a", "input": "b", "output": "c"}, []),
+        ({"text": "a", "label": 0, "summary": "b"}, ["summary is not read beside text", "label is not read beside text"]),
+        ({"text": "a", "id": 3, "url": "b", "summary": None}, []),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_read_are_counted_in_a_note(row, notes, caplog):
+    load([row, row], kind="chosen")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(notes)
+    assert all(note in one and one.endswith("in 2 of 2 rows") for note, one in zip(notes, said))
+
+
+def test_a_system_prompt_stands_before_prompts_alone():
+    row = {"system": "be brief", "prompt": [user("what")]}
+    once = load_prompts([row])
+    assert once == [{**row, "prompt": [SYSTEM, user("what")], "where": "rows[0]"}]
+    assert load_prompts(once) == once
+    with pytest.raises(
+        DataError, match=r"^rows\[0\]: system is given beside text.*--columns question=prompt"
+    ):
+        load_prompts([{**row, "prompt": "what"}])
+
+
+# --- what was loaded and is loaded again --------------------------------------------------------------------------
+
+SEVERAL = [{"prompt": f"what {word}", "chosen": f" {word}", "rejected": " no", "prob": 0.5} for word in "abc"]
+
+
+def test_what_was_loaded_and_changed_is_checked_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path, SEVERAL)
+    rows = load(path, kind="pair")
+    assert load(rows, kind="pair") is rows
+    part = rows.shuffle(seed=1).select([0, 2])
+    assert load(part, kind="pair") is part
+    more = rows.map(lambda row: {"tag": 1})
+    assert load(more, kind="pair") is more
+    emptied = rows.map(lambda row: {"chosen": "" if row["where"].endswith(":2") else row["chosen"]})
+    with pytest.raises(DataError, match=r"^a\.jsonl:2: chosen is empty"):
+        load(emptied, kind="pair")
+    with pytest.raises(DataError, match=r"^a\.jsonl:1: prob must be a probability"):
+        load(rows.map(lambda row: {"prob": 7.0}), kind="pair")
+    whole = {name: [user("what"), answer(name)] for name in ("chosen", "rejected")}
+    talks = load(rows.map(lambda row: {"prompt": [user("what")], **whole}), kind="pair")
+    assert talks[2]["chosen"] == [answer("chosen")] and talks[2]["where"] == "a.jsonl:3"
+
+
+def test_what_was_loaded_as_another_kind_is_shaped_for_this_one():
+    rows = load(SEVERAL, kind="pair")
+    assert load(rows, kind="chosen")[:] == load(SEVERAL, kind="chosen")[:]
+    assert load(load(rows, kind="chosen"), kind="chosen").column_names == ["prompt", "chosen", "where"]
+
+
+def test_text_that_was_loaded_is_checked_again_as_text():
+    rows = load([{"text": "a cat"}, {"text": "a dog"}], kind="chosen")
+    part = rows.select([1])
+    assert load(part, kind="chosen") is part
+    with pytest.raises(DataError, match=r"^rows\[0\]: text is empty"):
+        load(rows.map(lambda row: {"chosen": " "}), kind="chosen")
 
 
 # --- text without a prompt ----------------------------------------------------------------------------------------

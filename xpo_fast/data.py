@@ -131,7 +131,8 @@ def load(
     Args:
         source: a path, a hub name, a `datasets.Dataset` or `DatasetDict`, or a list of dicts (`ACCEPTED`); or a list of
             paths and names, which are read one after another. A path or name may be followed by ``:SPLIT``, ``:WEIGHT``
-            or ``:SPLIT:WEIGHT``. What `load` has returned stays as it is.
+            or ``:SPLIT:WEIGHT``. What `load` has returned for this kind stays as it is; what was changed since is checked
+            again.
         kind: one of `COMPLETIONS`. A pair read as unpaired gives a desirable and an undesirable row; one with
             scores read as a list, a list of two; read as rejected or chosen, that half. Unpaired rows read as
             chosen are taken whatever their label.
@@ -164,18 +165,42 @@ def load(
     """
     check_kind(kind)
     check_names(columns or ())
-    if not columns and _is_loaded(source) and {"prompt", *COMPLETIONS[kind]} <= set(source.column_names):
+    again = not columns and _is_loaded(source)
+
+    def shape(row: Any, where: str) -> list[dict[str, Any]]:
+        # Text without a prompt is of this form after it was read, and of none before.
+        text = again and kind == "chosen" and isinstance(row, dict) and row.get("prompt") == ""
+        return shape_row({"text": row.get("chosen")} if text else row, kind, where)
+
+    if again and source.info.config_name == kind and _in_shape(source, shape):
         return source
-    return load_rows(
+    rows = load_rows(
         source,
-        lambda row, where: shape_row(row, kind, where),
+        shape,
         split=split,
         columns=columns,
         config=config,
         seed=seed,
         expected=FIELDS[kind],
-        notes=lambda row: notes_of(row, kind),
+        notes=lambda made, row: notes_of(made, row, kind),
     )
+    rows.info.config_name, rows.info.dataset_name = kind, rows._fingerprint
+    return rows
+
+
+def _in_shape(rows: Any, shape: Callable[[Any, str], list[dict[str, Any]]]) -> bool:
+    """Whether a data set of `load` is as it was, or its rows still are what they are read as; DataError for a faulty one."""
+    if rows.info.dataset_name == rows._fingerprint:
+        return True
+    first: dict[str, Any] = {}
+    for row in rows.with_format(None):
+        made = shape(row, row["where"])
+        for one in made:
+            first.update({} if first else one)
+            check_alike(one, first)
+        if None in row.values() or [row | one for one in made] != [row]:
+            return False
+    return bool(first)
 
 
 def load_rows(
@@ -187,12 +212,12 @@ def load_rows(
     config: str | None,
     seed: int,
     expected: str,
-    notes: Callable[[dict[str, Any]], Iterator[str]] = lambda row: iter(()),
+    notes: Callable[[dict[str, Any], dict[str, Any]], Iterator[str]] = lambda made, row: iter(()),
 ) -> datasets.Dataset:
     """Read a source as `load` does, and bring each row into shape by a function of its own.
 
     shape: makes rows of a row of the source and its place. expected: what each row should have, for errors. notes: what is
-    worth knowing about a row, counted and logged once.
+    worth knowing about a row that was made, and the one that it was made of, counted and logged once.
     """
     datasets = require("datasets", "train")
     parts = _parts(source, split, config)
@@ -203,10 +228,11 @@ def load_rows(
 
         def shaped(part: _Part = part, counts: Counter[str] = counts) -> Iterator[dict[str, Any]]:
             for where, row in part.rows():
-                for made in shape(renamed(row, columns or {}, where), where):
+                row = renamed(row, columns or {}, where)
+                for made in shape(row, where):
                     first.update({} if first else made)
                     check_alike(made, first)
-                    counts.update(notes(made))
+                    counts.update(notes(made, row))
                     yield made
 
         rows: Any = (

@@ -8,7 +8,7 @@ Nothing is guessed: of a row that could be read in two ways, the error names the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .wording import did_you_mean
@@ -48,6 +48,11 @@ _SYNONYMS = {
     "score_rejected": ("rejected_score", "rejected_rating", "rating_rejected"),
 }
 _NUMBERS = ("reward", "score_chosen", "score_rejected")
+# What may stand beside a text to say that not all of the row is in the text.
+_BESIDE_TEXT = tuple(dict.fromkeys([
+    *SYSTEMS, "labels", "summary", "highlights", "translation",
+    *(name for field, names in _SYNONYMS.items() for name in (field, *names) if name != "text"),
+]))  # fmt: skip
 
 
 class DataError(ValueError):
@@ -166,6 +171,16 @@ def is_message(value: Any) -> bool:
     )
 
 
+def refuse_unlearned(turns: list[Any], name: str, where: str) -> None:
+    """DataError for messages that would be learned, and whose weight says that they are not to be."""
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("weight") not in (None, 1):
+            raise DataError(
+                f"{where}: {name} has a message to learn with weight {turn['weight']}, which says not to learn it as it is; expected "
+                "weight 1, or none; drop the row, or cut it after an answer to learn"
+            )
+
+
 def _conversation(value: Any, name: str, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise DataError(
@@ -229,7 +244,7 @@ def _with_prompt(given: dict[str, Any], answers: tuple[str, ...], where: str) ->
             )
         turns = turns[:-1]
     _refuse_two_prompts(given, turns, plain, conversation, "prompt", where)
-    return {**given, "prompt": _after_system(given, turns)}
+    return {**given, "prompt": after_system(given, turns, where)}
 
 
 def _with_answer(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
@@ -240,6 +255,7 @@ def _with_answer(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]
     if conversation is not None:
         turns = _conversation(given[conversation], conversation, where)
         _refuse_media(given, where)
+        refuse_unlearned(given[conversation][-1:], conversation, where)
         target = "chosen" if kind == "chosen" else None
         _refuse_two_prompts(given, turns, plain, conversation, target, where)
         if turns[-1]["role"] != "assistant" or len(turns) == 1:
@@ -253,7 +269,7 @@ def _with_answer(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]
                 f"{where}: {' and '.join(named)} and the last turn of {conversation} could each be the completion; "
                 f"{_or_take_out(conversation, target, ' and '.join(named))}"
             )
-        return {**given, "prompt": _after_system(given, turns[:-1]), "completion": turns[-1:]}
+        return {**given, "prompt": after_system(given, turns[:-1], where), "completion": turns[-1:]}
     if plain is None or not named:
         return given
     if len(named) > 1 and "instruction" in given and "prompt" not in given and "output" in named:
@@ -280,7 +296,7 @@ def _prompt_alone(given: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse_media(given, where)
     _refuse_two_prompts(given, turns, _only(given, _prompts(given), where), conversation, "prompt", where)
     answered = {"chosen": turns[-1:]} if turns[-1]["role"] == "assistant" and len(turns) > 1 else {}
-    return {**given, "prompt": _after_system(given, turns[: len(turns) - len(answered)]), **answered}
+    return {**given, "prompt": after_system(given, turns[: len(turns) - len(answered)], where), **answered}
 
 
 def _prompts(given: dict[str, Any]) -> tuple[str, ...]:
@@ -347,15 +363,25 @@ def _plain_prompt(given: dict[str, Any], where: str) -> Any:
                 f"{where}: history must hold pairs of an instruction and its output; got {str(pair)[:60]}; drop the row"
             )
         turns += [{"role": role, "content": words} for role, words in zip(("user", "assistant"), pair)]
-    return _after_system(given, [*turns, {"role": "user", "content": text}])
+    return after_system(given, [*turns, {"role": "user", "content": text}], where)
 
 
-def _after_system(given: dict[str, Any], turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The turns, behind the system prompt that the row has in a column of its own."""
-    says = [given[name] for name in SYSTEMS if isinstance(given.get(name), str) and given[name].strip()]
-    if not says or (turns and turns[0]["role"] == "system"):
-        return turns
-    return [{"role": "system", "content": says[0]}, *turns]
+def systems_of(given: dict[str, Any]) -> dict[str, str]:
+    """Return the system prompts that a row has in columns of their own."""
+    return {name: given[name] for name in SYSTEMS if isinstance(given.get(name), str) and given[name].strip()}
+
+
+def after_system(given: dict[str, Any], turns: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+    """Return the turns behind the system prompt that the row has in a column of its own, once; DataError for two of them."""
+    says = systems_of(given)
+    begun = bool(turns) and turns[0]["role"] == "system"
+    said = {text.strip() for text in says.values()} | ({turns[0]["content"].strip()} if begun else set())
+    if says and len(said) > 1:
+        raise DataError(
+            f"{where}: {' and '.join([*says, *(['the first message'] if begun else [])])} are different system prompts; "
+            "expected one; take the other out of the row"
+        )
+    return turns if begun or not says else [{"role": "system", "content": next(iter(says.values()))}, *turns]
 
 
 def _refuse_media(given: dict[str, Any], where: str) -> None:
@@ -384,16 +410,43 @@ def _words(value: Any) -> str:
     return str(last.get("content", last.get("value"))) if isinstance(last, dict) else str(last)
 
 
+def _repeats(text: str, prompt: str) -> bool:
+    """Whether a text begins with the prompt, rather than with the same word or a part of it."""
+    if not (prompt and text.startswith(prompt)):
+        return False
+    rest = text[len(prompt) :]
+    # Of one word, as "Tell" before "Tell me", this may be chance.
+    return not prompt[-1].isalnum() or rest[:1] == "\n" or (rest[:1].isspace() and len(prompt.split()) > 1)
+
+
 def _tells_its_prompt(value: Any, prompt: str) -> bool:
     """Whether a completion is a whole conversation or transcript, or text that begins with the prompt."""
     if isinstance(value, str):
         opening = value.lstrip()
-        return opening.startswith(("Human:", "Assistant:")) or bool(prompt and value.startswith(prompt))
+        return opening.startswith(("Human:", "Assistant:")) or _repeats(value, prompt)
     first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else None
     if first is None:
         return True  # what this is an error of, is said by who reads it
     speaker = first.get("role", first.get("from"))
     return not isinstance(speaker, str) or _SPEAKERS.get(speaker.lower(), speaker) != "assistant"
+
+
+def unread(given: dict[str, Any], read: list[Any]) -> Iterator[str]:
+    """Yield a note for each column that looks like something to learn from, and that nothing was read from.
+
+    read: the prompt and the completions that the row was read as.
+    """
+    if is_plain_text({name: value for name, value in given.items() if value is not None}):
+        for name in _BESIDE_TEXT:
+            if given.get(name) not in (None, ""):
+                yield f"{name} is not read beside text (all of the text is learned, and nothing else)"
+        return
+    said = "".join(
+        value if isinstance(value, str) else "\n".join(turn["content"] for turn in value) for value in read
+    )
+    for name in ("instruction", *PROMPTS):
+        if isinstance(given.get(name), str) and given[name].strip() not in said:
+            yield f"{name} is not read (the row has its prompt elsewhere)"
 
 
 def is_plain_text(given: dict[str, Any]) -> bool:

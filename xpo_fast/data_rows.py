@@ -22,10 +22,14 @@ from .data_forms import (
     SYSTEMS,
     DataError,
     advice,
+    after_system,
     is_plain_text,
     looks_like,
     message,
     recognised,
+    refuse_unlearned,
+    systems_of,
+    unread,
 )
 from .wording import did_you_mean
 
@@ -114,6 +118,7 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     else:
         raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
     prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
+    prompt = _behind_system(raw_row, prompt, where)
     named = dict(zip(raw, completions))
     if kind == "unpaired" and "chosen" in named:
         shaped = [{"completion": named[name], "label": name == "chosen"} for name in named]
@@ -125,6 +130,24 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     else:
         shaped = [{**grouped(named), **_extras(given, kind, where)}]
     return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
+
+
+def _behind_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
+    """The prompt of a row behind its column of a system prompt. DataError for text, which has no place for one."""
+    if isinstance(prompt, list):
+        return after_system(row, prompt, where)
+    if systems := systems_of(row):
+        system = " and ".join(systems)
+        how = (
+            "--columns question=prompt reads both as a conversation"
+            if isinstance(row.get("prompt"), str)
+            else "write the row as messages"
+        )
+        raise DataError(
+            f"{where}: {system} is given beside text, which has no place for a system prompt; {how}, or take {system} out of "
+            "the rows"
+        )
+    return prompt
 
 
 def shape_prompt(row: Any, where: str) -> dict[str, Any]:
@@ -150,7 +173,7 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
             f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
-    return {**row, "prompt": prompt}
+    return {**row, "prompt": _behind_system(given, prompt, where)}
 
 
 def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
@@ -306,7 +329,9 @@ def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> t
             completions = [completion[len(prompt) :] for completion in completions]
     else:
         prompt, completions = _split_messages(prompt, completions, names, where)
-    for name, completion in zip(names, completions):
+    for name, completion, value in zip(names, completions, named.values()):
+        if isinstance(value, list):
+            refuse_unlearned(value[-len(completion) :] if completion else [], name, where)
         roles = [turn["role"] for turn in completion] or ["nothing"]
         if roles[0] != "assistant" or roles[-1] != "assistant":
             raise DataError(
@@ -396,8 +421,8 @@ def _split_messages(
     return completions[0][:shared], [completion[shared:] for completion in completions]
 
 
-def notes_of(row: dict[str, Any], kind: str) -> Iterator[str]:
-    """What is legal in a row and yet worth knowing about the data set."""
+def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: str) -> Iterator[str]:
+    """What is legal in a row and yet worth knowing about the data set. raw: what the row was made of."""
     completions = completions_of(row, kind).values()
     if kind == "pair" and row["chosen"] == row["rejected"]:
         yield "chosen equals rejected (the pair teaches nothing)"
@@ -409,6 +434,7 @@ def notes_of(row: dict[str, Any], kind: str) -> Iterator[str]:
             yield "an assistant turn without words (only its end is scored)"
         if any(turn["role"] != "assistant" for turn in turns):
             yield "a completion of several turns (the words of all of them are scored)"
+    yield from unread(raw, [row["prompt"], *completions])
 
 
 def _form(value: str | list) -> str:
