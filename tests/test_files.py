@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import pytest
 
-from xpo_fast.files import finite, write_atomically, write_json
+from xpo_fast.files import check_writable, finite, publish, write_atomically, write_json
 
 
 def test_finite_at_every_depth():
@@ -40,3 +40,21 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_another_machine_with_the_same_process_number_writes_is_left_alone(tmp_path):
+    for name in (f".file.{os.getpid()}", f".xpo-fast-{os.getpid()}"):
+        (tmp_path / name).mkdir()
+    there = sorted(os.listdir(tmp_path))
+    check_writable(tmp_path, "--output-dir")
+    previous = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", b"written")
+        publish(tmp_path / "published", b"first")
+        publish(tmp_path / "published", b"second")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "published").read_bytes() == b"first"
+    for name in ("file", "published"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    assert sorted(os.listdir(tmp_path)) == sorted([*there, "file", "published"])

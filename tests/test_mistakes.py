@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
-from xpo_fast import cli
+from xpo_fast import cli, recipe_loop
 from xpo_fast.cli import training
 from xpo_fast.models import load_model
+from xpo_fast.recipes import get_recipe
 from xpo_fast.resume import MADE_WITH, last_checkpoint
 from xpo_fast.trainer import XPOTrainer
 
@@ -252,7 +253,10 @@ def run(command: str, out: Path, *options: str, fresh: bool = False) -> int:
         ("--method simpo", "--method was dpo and is simpo"),
         ("--set beta=0.5", '--set was {} and is {"beta": 0.5}'),
         ("--data others.jsonl", "--data was pairs.jsonl ("),
-        ("--lr 1e-3", "--lr was not given and is 0.001"),
+        ("--lr 1e-3", "learning_rate was 5e-05 and is 0.001"),
+        ("--optim sgd", "optim was adamw_torch_fused and is sgd"),
+        ("--train adam_beta2=0.95", "adam_beta2 was 0.999 and is 0.95"),
+        ("--load-in-4bit", "--load-in-4bit was false and is true"),
         ("--seed 1", "--seed was 42 and is 1"),
     ],
 )
@@ -274,7 +278,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_the_model_is_loaded(
 def test_what_may_change_on_going_on_may_change(home, out, tmp_path):
     moved = shutil.copytree(home / "model", tmp_path / "the same model elsewhere")
     options = ("--max-steps", "3", "--logging-steps", "1", "--save-steps", "5", "--save-total-limit", "9")
-    assert run("train", out, *options, "--model", str(moved), "--scheduler", "cosine") == 0
+    assert run("train", out, *options, "--model", str(moved), "--scheduler", "cosine", "--lr", "5e-5") == 0
     assert json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
 
 
@@ -343,6 +347,14 @@ def test_two_runs_into_one_folder(out, capsys):
     (said,) = lines(capsys.readouterr().err)
     assert f"another run is writing into {out}: wait for its end, or name another --output-dir" in said
     assert contents(out) == before
+
+
+def test_a_recipe_that_is_to_overwrite_a_folder_deletes_nothing_but_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    setup = recipe_loop.Setup("model", [{"prompt": "w1"}], tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match=r"overwrite deletes a run of a recipe, and .* holds something else"):
+        recipe_loop.run(get_recipe("sdpo"), setup)
+    assert (tmp_path / "thesis.tex").is_file()
 
 
 # --- what is nobody's mistake: a full disk ------------------------------------------------------------------------

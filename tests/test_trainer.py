@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ import xpo_fast as xf
 from ranks import run_world
 from xpo_fast import reference
 from xpo_fast.models import causal_lm, install_fused_loss, load_model, remove_fused_loss
+from xpo_fast.resume import last_checkpoint
 from xpo_fast.trainer import XPOConfig, XPOTrainer
 
 # peft asks transformers under a name that transformers has deprecated.
@@ -854,3 +857,109 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     other = make_trainer(tmp_path, peft_config=lora(r=2), **options, max_steps=2)
     with pytest.raises(ValueError, match=r'is of another run, where adapter was .*"r": 4.* and is .*"r": 2'):
         other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **options).train()
+    for name, value in (("optim", "sgd"), ("adam_beta2", 0.9), ("adam_epsilon", 1e-6)):
+        with pytest.raises(ValueError, match=f"{name} was .* and is {value}"):
+            make_trainer(tmp_path, **options, max_steps=2, **{name: value}).train(resume_from_checkpoint=True)
+    (tmp_path / "out" / "checkpoint-1" / "made_with.json").unlink()
+    other = make_trainer(tmp_path, **options, max_steps=2, optim="sgd", optim_args="momentum=0.5")
+    with pytest.raises(ValueError, match=r"cannot go on from .*checkpoint-1: .*\(its optimizer has no "):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_model_alone_tells_its_run(tmp_path):
+    trainer = make_trainer(tmp_path, method="bco", save_strategy="steps", save_steps=1, save_only_model=True)
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    assert not (folder / "optimizer.pt").exists()
+    torch.testing.assert_close(torch.load(folder / "objective.pt"), trainer.objective.state_dict())
+    other = make_trainer(tmp_path, method="bco", max_steps=2, seed=4)
+    with pytest.raises(ValueError, match="seed was 3 and is 4"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_model_saved_over_one_of_another_form_is_the_one_that_is_loaded(tmp_path):
+    out, base = tmp_path / "out", tmp_path / "base"
+    make_model().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    out.mkdir()
+    for name in ("adapter_notes.txt", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (out / name).write_text("{}")
+
+    def save(**options):
+        model, _ = load_model(str(base))
+        make_trainer(tmp_path, model=model, **options).save_model()
+        return {path.name for path in out.iterdir()}
+
+    adapter, weights = {"adapter_config.json", "adapter_model.safetensors"}, {"model.safetensors"}
+    assert (names := save(peft_config=lora())) >= adapter and not any(n.startswith("model") for n in names)
+    assert (names := save()) >= weights and not names & adapter
+    load_model(str(out))
+    assert (names := save(peft_config=lora())) >= adapter and not names & weights
+    assert "adapter_notes.txt" in names and not any(n.startswith(".") for n in names)
+    model, _ = load_model(str(base))
+    make_trainer(tmp_path, model=model, peft_config=lora()).save_model(str(base))
+    assert (base / "model.safetensors").is_file()  # what the adapter is for
+
+
+@pytest.mark.parametrize("fails", range(1, 9))
+def test_a_model_that_cannot_be_saved_leaves_the_one_before_it(tmp_path, monkeypatch, fails):
+    make_trainer(tmp_path, model=make_model(seed=1), peft_config=lora()).save_model()
+    out, trainer = tmp_path / "out", make_trainer(tmp_path)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    moved, replace = 0, os.replace
+
+    def failing(source, target):
+        nonlocal moved
+        moved += 1
+        if moved == fails:
+            raise OSError("the disk is gone")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="the disk is gone"):
+            trainer.save_model()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    replace(out, tmp_path / "killed")  # half way: what was moved aside is put back first
+    shutil.copytree(tmp_path / "killed", out / ".model.before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        moved = fails - 1 - len(before)
+        with pytest.raises(OSError, match="the disk is gone"):
+            trainer.save_model()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_whole_checkpoint_stays_whatever_fails_behind_it(tmp_path, monkeypatch, error):
+    def failing(**_):
+        raise error("behind it")
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", failing)
+    with pytest.raises(error):
+        make_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
+
+
+def test_the_only_whole_copy_of_a_checkpoint_is_not_deleted(tmp_path, monkeypatch):
+    """A run that was killed while it wrote a checkpoint anew has left half of it, and the whole one aside."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, **options).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    folder.rename(folder.with_name(".checkpoint-1.before"))
+    folder.mkdir()
+    (folder / "config.json").write_text("half")
+
+    def failing(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(transformers.TrainerState, "save_to_json", failing)
+    with pytest.raises(OSError, match="no space left"):
+        make_trainer(tmp_path, **options).train()
+    assert last_checkpoint(tmp_path / "out") == str(folder) and (folder / "optimizer.pt").is_file()
+    assert not list((tmp_path / "out").glob(".*"))

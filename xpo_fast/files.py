@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,12 @@ def check_writable(folder: Path, what: str) -> None:
     if not there.is_dir():
         reason = f"{there} is a file, not a folder"
     else:
-        probe = there / f".xpo-fast-{os.getpid()}"
         try:
             # A folder and a file in it: /proc lets nobody make one, and says so only then.
-            probe.mkdir()
-            (probe / "probe").write_bytes(b"probe")
+            with _folder_in(there, ".xpo-fast-") as probe:
+                (probe / "probe").write_bytes(b"probe")
         except OSError as error:
             reason = f"{there} cannot be written ({error.strerror})"
-        finally:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(probe)
     if reason is not None:
         raise ValueError(f"{what} {folder}: {reason}; name a folder that can be written")
 
@@ -115,28 +112,27 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@contextlib.contextmanager
+def _folder_in(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder that goes afterwards, under a name that no process on any machine has; files in it are as the umask says."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Under another name first, then renamed: a reader, or a run that died here, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with saving(path):
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # its folder may have gone
-            temporary.unlink(missing_ok=True)
+    """Elsewhere first, then renamed: a reader, or a run that died here, never sees half of it."""
+    with saving(path), _folder_in(path.parent, f".{path.name}.") as folder:
+        (folder / path.name).write_bytes(content)
+        os.replace(folder / path.name, path)
 
 
 def publish(path: Path, content: bytes) -> None:
     """Write a file, its folder too, unless it is there: of several processes that write it at once, the first one's stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
+    with _folder_in(path.parent, f".{path.name}.") as folder:
+        (folder / path.name).write_bytes(content)
         with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            os.link(folder / path.name, path)
 
 
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:

@@ -77,7 +77,7 @@ class Setup:
     training: arguments of XPOConfig, RewardConfig and RLConfig, each takes what it has. peft_config: train an adapter, which
         is merged into the model after each iteration.
     rollout: (model, tokenizer) → Rollout, GenerateRollout if not given. block: prompts a file.
-    overwrite: delete what a run before this one left in the output folder, once this one can begin.
+    overwrite: delete the output folder, which must be that of a run before this one, once this one can begin.
     begin: called then, before anything else is written.
     keep_models: of every iteration; else of the best and the last. notes: what else a resumed run must have alike.
     """
@@ -137,6 +137,11 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
     ):
         raise ValueError(
             f"{', '.join(others)} holds a run of another recipe than {recipe.name}: name another folder"
+        )
+    output = Path(setup.output)
+    if setup.overwrite and not runs_in(output) and output.exists() and any(output.iterdir()):
+        raise ValueError(
+            f"overwrite deletes a run of a recipe, and {output} holds something else: name another folder"
         )
     outcome = None
     for k, (part, output) in enumerate(zip(parts, outputs, strict=True)):

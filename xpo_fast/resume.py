@@ -1,7 +1,8 @@
 """What a run was made with, kept in each checkpoint, and the comparison with the run that wants to go on from it.
 
 One file, `made_with.json`, in every checkpoint. A name in it is that of an option of the command line (`--lora-rank`) or of a
-trainer's argument (`method`). What may change between the two runs (steps, logging, saving, evaluation) is not in it.
+trainer's argument (`method`). What is not in it may change between the two runs, and acts from then on: the number of steps, the
+schedule of the learning rate and its warm-up, logging, saving, and how evaluation is done.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import datasets
 
 MADE_WITH = "made_with.json"
+OF_THE_OPTIMIZER = (  # arguments of TrainingArguments that the checkpoint's optimizer brings along, whatever is asked for
+    "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
 _STATE = "trainer_state.json"  # the last file of a checkpoint
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a file of weights
 

@@ -24,7 +24,10 @@ from torch import Tensor, nn
 try:
     import datasets
     from tqdm.auto import tqdm
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        TrainerCallback as TrainerCallback,
+    )  # for the other trainers: what they miss is said here
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
@@ -49,7 +52,7 @@ from .reference import (
     rows_fingerprint,
 )
 from .reporters import check_reporters
-from .resume import check_made_with, last_checkpoint, write_made_with
+from .resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, write_made_with
 from .types import Head
 
 _ENCODED = {  # the columns of tokens that tell an encoded data set, the first completion's behind the prompt's
@@ -63,6 +66,10 @@ STATE_FILE = "objective.pt"
 _LOSS = "loss of method "  # among the means of an evaluation
 _PROBE_TOKENS = 8
 _CHECKED_AT_ONCE = 10_000  # rows
+_MODEL_FILES = (  # of one form or the other
+    "adapter_config.json", "adapter_model.*", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json", "value_head.safetensors", "reward_model.json",
+)  # fmt: skip
 _OF_NO_MATTER_TO_AN_ADAPTER = (
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
 )  # fmt: skip
@@ -236,9 +243,7 @@ class UnitTrainer(Trainer):
                 for name, config in configs.items()
             },
             "rows per step": step,
-            # The checkpoint's optimizer brings its own along, whatever is asked for.
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
+            **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,
             **self.given,
         }
@@ -360,14 +365,23 @@ class UnitTrainer(Trainer):
         )  # a checkpoint of the same step, of an earlier run
         mine = self.args.should_save
         if mine and folder.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            folder.rename(before)
+            # A run that was killed here may have left half a checkpoint, and the whole one aside.
+            if is_checkpoint(before) and not is_checkpoint(folder):
+                shutil.rmtree(folder)
+            else:
+                shutil.rmtree(before, ignore_errors=True)
+                folder.rename(before)
         self.accelerator.wait_for_everyone()
         try:
             with saving(folder):
+                if mine:
+                    self._save_own(folder)
                 super()._save_checkpoint(model, trial)
         except BaseException as error:
-            if mine:
+            # Whole, it stays: transformers uploads it, and removes older ones, once it is written.
+            if mine and is_checkpoint(folder):
+                shutil.rmtree(before, ignore_errors=True)
+            elif mine:
                 shutil.rmtree(folder, ignore_errors=True)
                 if before.exists():
                     before.rename(folder)
@@ -377,28 +391,28 @@ class UnitTrainer(Trainer):
         if mine:
             shutil.rmtree(before, ignore_errors=True)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Here, because a checkpoint counts as whole once trainer_state.json, its last file, is there.
-        if self.args.should_save:
-            write_made_with(output_dir, self.made_with)
+    def _save_own(self, folder: Path) -> None:
+        """Begin a checkpoint with the files that transformers does not know; on one rank only."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_made_with(folder, self.made_with)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model into a folder beside what is there: all of its files, or, where one cannot be written, none."""
+        """Write the model into a folder beside what is there: all of its files, or, where one cannot be written, none.
+
+        Weights and adapters of another model that lie there go, for they might be read in its place; those that the adapter
+        is for stay.
+        """
         if _internal_call:  # into a checkpoint, which is whole or not at all itself
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
-        part = folder / ".model.part"
+        part, before = folder / ".model.part", folder / ".model.before"
         try:
             with saving(folder):
                 super().save_model(str(part), _internal_call=True)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    for path in part.iterdir():
-                        if (folder / path.name).is_dir():
-                            shutil.rmtree(folder / path.name)
-                        os.replace(path, folder / path.name)
+                    self._exchange(folder, part, before)
         except SavingError as error:
             error.checkpoint = last_checkpoint(str(self.args.output_dir))
             raise
@@ -407,6 +421,29 @@ class UnitTrainer(Trainer):
                 shutil.rmtree(part, ignore_errors=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _exchange(self, folder: Path, part: Path, before: Path) -> None:
+        """Move the files of `part` into `folder`, and those of other models out of it; all, or none."""
+        if before.exists():  # of a run that was killed here
+            _move(before, folder, [path.name for path in before.iterdir()])
+            before.rmdir()
+        new = [path.name for path in part.iterdir()]
+        there = {path.name for path in folder.iterdir()}
+        stale = {path.name for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+        configs = getattr(self.model, "peft_config", {}).values()
+        bases = [Path(config.base_model_name_or_path) for config in configs if config.base_model_name_or_path]
+        if any(base.is_dir() and base.samefile(folder) for base in bases):
+            stale = {name for name in stale if name.startswith("adapter_")}
+        before.mkdir()
+        try:
+            _move(folder, before, there & ({*new} | stale))
+            _move(part, folder, new)
+        except BaseException:
+            _move(folder, part, [name for name in new if not (part / name).exists()])
+            _move(before, folder, [path.name for path in before.iterdir()])
+            before.rmdir()
+            raise
+        shutil.rmtree(before, ignore_errors=True)
 
     def _check_room(self) -> None:
         """Refuse to train where the disk has no room for one checkpoint."""
@@ -439,6 +476,10 @@ class UnitTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
+            groups = getattr(self.optimizer, "param_groups", [])
+            for name in getattr(self.optimizer, "defaults", {}) if checkpoint else ():
+                if any(name not in group for group in groups):  # the first step would miss it
+                    raise RuntimeError(f"its optimizer has no {name}, which the one asked for has")
 
 
 class XPOTrainer(UnitTrainer):
@@ -563,10 +604,9 @@ class XPOTrainer(UnitTrainer):
             with reading(checkpoint):
                 self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            save_objective(self.objective, output_dir)
+    def _save_own(self, folder: Path) -> None:
+        super()._save_own(folder)
+        save_objective(self.objective, folder)
 
     @cached_property
     def _rows(self) -> str:
@@ -787,19 +827,6 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         )
 
 
-class SaveState(TrainerCallback):
-    """Puts what the objective remembers into every checkpoint."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            save_objective(
-                self.objective, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            )
-
-
 def save_objective(objective: Objective, folder: str | Path) -> None:
     """Write what the objective remembers into a checkpoint; nothing where it remembers nothing."""
     remembered = objective.state_dict()
@@ -814,7 +841,7 @@ def reading(folder: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+    except (OSError, RuntimeError, SafetensorError, EOFError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -822,6 +849,14 @@ def reading(folder: str) -> Iterator[None]:
             f"cannot go on from {folder}: it is broken, or of another model ({' '.join(lines[-1].split())}); name another "
             "checkpoint, or begin anew"
         ) from error
+
+
+def _move(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Move files and folders, in place of what is there under their names."""
+    for name in names:
+        if (target / name).is_dir():
+            shutil.rmtree(target / name)
+        os.replace(source / name, target / name)
 
 
 def _check_trains(model: nn.Module) -> None:

@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import recipe_loop
     from ..models import load_model
+    from ..recipes import runs_in
     from ..rollout import GenerateRollout, Sampling
 
     transformers_logging.disable_progress_bar()
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
             ),
             load=lambda name: load_model(name, dtype=args.dtype, device=training.device_of(args), **further),
             seed=args.seed,
-            overwrite=args.overwrite,
+            overwrite=args.overwrite and bool(runs_in(output)),
             begin=lambda: config_file.write(args, output, "recipe", resumed=args.resume),
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},

@@ -163,7 +163,7 @@ def run_reward(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
-    made_with = training.check_resume(args, checkpoint, train_rows)
+    made_with = training.check_resume(args, checkpoint, train_rows, lr=_learning_rate(args))
     model, tokenizer = training.load(args)
     goes_on = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if goes_on:

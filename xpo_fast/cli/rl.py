@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
             args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out
         )
         return 0
-    made_with = training.check_resume(args, checkpoint, train)
+    made_with = training.check_resume(args, checkpoint, train, lr=_learning_rate(args))
     model, tokenizer = training.load(args)
     functions += _models_that_reward(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)

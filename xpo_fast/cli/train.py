@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.preferences(args, objective, _config(args, eval_rows), train_rows, eval_rows)
         return 0
-    made_with = training.check_resume(args, checkpoint, train_rows)
+    made_with = training.check_resume(args, checkpoint, train_rows, lr=_learning_rate(args))
     trainer = _trainer(args, train_rows, eval_rows)
     trainer.given |= made_with
     say = training.say(trainer)

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import finite, saving, write_atomically
-from ..resume import check_made_with, is_checkpoint, last_checkpoint, model_identity, rows_identity
+from ..resume import (
+    OF_THE_OPTIMIZER,
+    check_made_with,
+    is_checkpoint,
+    last_checkpoint,
+    model_identity,
+    rows_identity,
+)
 from .checks import read_template
 from .options import HELD_OUT_AT_MOST, SMOLLM2, UsageError, count
 
@@ -63,13 +70,17 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
 
 # What a resumed run must have alike, and what it is compared as; the rest may change.
 _ALIKE = (
-    "method", "reference", "lr", "weight_decay", "max_grad_norm", "seed", "dtype", "max_length", "max_prompt_length", "eval_split",
-    "objectives", "objective_weights", "value_head_lr",
+    "method", "reference", "max_grad_norm", "seed", "dtype", "load_in_4bit", "load_in_8bit", "max_length", "max_prompt_length",
+    "eval_split", "objectives", "objective_weights", "value_head_lr",
 )  # fmt: skip
 
 
-def made_with(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
-    """What `resume` compares, by the names of the options. rows: to train on."""
+def made_with(args: argparse.Namespace, rows: Any, *, lr: float) -> dict[str, Any]:
+    """What `resume` compares, by the names of the options. rows: to train on; lr: where --lr is not given."""
+    from transformers import TrainingArguments
+
+    asked = training_arguments(args, lr=lr, evaluates=False)
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     trained = (
         "every weight"
         if args.full
@@ -84,15 +95,16 @@ def made_with(args: argparse.Namespace, rows: Any) -> dict[str, Any]:
         "the command": args.run.__module__.rpartition(".")[2],
         "what is trained": trained,
         **found,
+        **{name: asked.get(name, defaults[name]) for name in OF_THE_OPTIMIZER},
         "--set": dict(args.set),
         "--model": model_identity(args.model),
         "--data": {"name": ", ".join(args.data), "hash": rows_identity(rows)},
     }
 
 
-def check_resume(args: argparse.Namespace, checkpoint: str | None, rows: Any) -> dict[str, Any]:
+def check_resume(args: argparse.Namespace, checkpoint: str | None, rows: Any, *, lr: float) -> dict[str, Any]:
     """Refuse a checkpoint of another run, before the model is loaded; returns what this one is made with."""
-    made = made_with(args, rows)
+    made = made_with(args, rows, lr=lr)
     if checkpoint is not None:
         check_made_with(checkpoint, made)
     return made

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import dpo_config, dpo_trainer, utils
 
 from ..head import shift_labels, token_logps
@@ -102,9 +104,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         take_losses(self)
         if self._columns:
             self.data_collator = _WithColumns(self.data_collator, self._columns)
-        from ..trainer import SaveState
-
-        self.add_callback(SaveState(self.objective))
+        self.add_callback(_SaveState(self.objective))
 
     @property
     def ref_model(self) -> Any:
@@ -219,6 +219,20 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         path = Path(resume_from_checkpoint) / STATE_FILE
         if self.objective is not None and path.is_file():
             self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
+
+
+class _SaveState(TrainerCallback):
+    """Puts what the objective remembers into every checkpoint."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from ..trainer import save_objective
+
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_objective(self.objective, folder)
 
 
 def objective_of(args: dpo_config.DPOConfig) -> Objective:
