@@ -63,13 +63,13 @@ def example(name):
 
 def test_the_demo_does_what_fits_into_its_minutes():
     demo = example("demo")
-    assert demo.affordable(5.0, 33) == (33, 60)
+    assert demo.affordable(5.0, 33, 500.0) == (33, 60)
     for step_s in (12.0, 20.0, 35.0):
-        steps, pairs = demo.affordable(step_s, 33)
+        steps, pairs = demo.affordable(step_s, 33, 500.0)
         assert pairs == 30 and demo.LEAST_STEPS <= steps <= 33
-        assert step_s * (steps + demo.STEPS_PER_HELD_OUT_PAIR * pairs) <= demo.BUDGET_S
-    assert demo.affordable(1000.0, 33) == (demo.LEAST_STEPS, 30)
-    assert demo.affordable(1000.0, 2) == (2, 30)
+        assert step_s * (steps + demo.STEPS_PER_HELD_OUT_PAIR * pairs + 2) <= 500.0
+    assert demo.affordable(1000.0, 33, 500.0) == (demo.LEAST_STEPS, 30)
+    assert demo.affordable(1000.0, 2, -1.0) == (2, 30)
 
 
 @pytest.fixture(scope="module")
