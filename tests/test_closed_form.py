@@ -46,8 +46,8 @@ def test_optima_are_optimal():
     ("settings", "adapter"),
     [
         ({"method": "ppo", "kl_coef": closed_form.BETA, "epochs_per_rollout": 2, "per_device_train_batch_size": 128}, False),
-        ({"method": "grpo", "kl_coef": closed_form.BETA, "advantage": "group_mean"}, False),
-        ({"method": "rloo", "kl_coef": closed_form.BETA, "temperature": 2.0}, True),
+        ({"method": "grpo", "kl_coef": closed_form.BETA, "advantage": "group_mean", "max_steps": 60}, False),
+        ({"method": "rloo", "kl_coef": closed_form.BETA, "temperature": 2.0, "max_steps": 100}, True),
     ],
     ids=["ppo", "grpo", "rloo-adapter-temperature"],
 )  # fmt: skip
@@ -66,12 +66,12 @@ def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
     def reward(completion_ids, **_):
         return [float(rewards[ids[0]]) for ids in completion_ids]
 
-    settings = {"per_device_train_batch_size": 256, **settings}
+    settings = {"per_device_train_batch_size": 256, "max_steps": 120, **settings}
     trainer = RLTrainer(
         model,
         reward,
         RLConfig(
-            str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=120, learning_rate=0.03,
+            str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=0.03,
             lr_scheduler_type="linear", num_generations=8, prompts_per_rollout=32, max_new_tokens=1,
             generation_batch_size=256, logging_steps=10, seed=1, **settings,
         ),

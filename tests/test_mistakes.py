@@ -549,7 +549,16 @@ def test_a_signal_ends_training_behind_a_checkpoint(out, capsys, monkeypatch, nu
     assert last_checkpoint(out) == str(out / "checkpoint-3") and lines(said.err) == []
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C is heard, also where the tests run in the background of a shell, which has its children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     "when, kept",
     [
