@@ -95,18 +95,7 @@ def check_further(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--train {name}: it takes {', '.join(TRAINER_ARGUMENTS)}{did_you_mean(name, TRAINER_ARGUMENTS)}"
             )
-        default, number = (
-            fields[name].default,
-            isinstance(value, (int, float)) and not isinstance(value, bool),
-        )
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise UsageError(f"--train {name}: expected true or false, got {value!r}")
-        if (
-            isinstance(default, (int, float))
-            and not isinstance(default, bool)
-            and not (number and math.isfinite(value))
-        ):
-            raise UsageError(f"--train {name}: expected a number, got {value!r}")
+        options.check_like(f"--train {name}", fields[name].default, value)
         if fields[name].type in (str, str | None) and not (value is None or type(value) is str):
             raise UsageError(
                 f"--train {name}: expected text, got {value!r}; write it as an option of its own, --{name} {value}"

@@ -279,6 +279,16 @@ def came_of(args: argparse.Namespace, rows: Any) -> str:
     return ", ".join(f"{name} ({count})" for name, count in origins(rows).items()) or ", ".join(args.data)
 
 
+def check_like(option: str, default: Any, value: Any) -> None:
+    """Raise UsageError for a value that is not a switch, or not a finite number, where the default is one."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"{option}: expected true or false, got {value!r}")
+    elif isinstance(default, (int, float)) and not (number and math.isfinite(value)):
+        raise UsageError(f"{option}: expected a number, got {value!r}")
+
+
 def check_numbers(args: argparse.Namespace) -> None:
     for name in _AT_LEAST_ONE:
         value = getattr(args, name, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,15 +108,7 @@ def _objective(method: str, settings: dict[str, Any]) -> Objective:
             f"{did_you_mean(refused[0], [*defaults, *OBJECTIVE_OPTIONS])}"
         )
     for name, value in settings.items():
-        default, number = defaults.get(name), isinstance(value, (int, float)) and not isinstance(value, bool)
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise UsageError(f"--set {name}: expected true or false, got {value!r}")
-        if (
-            isinstance(default, (int, float))
-            and not isinstance(default, bool)
-            and not (number and math.isfinite(value))
-        ):
-            raise UsageError(f"--set {name}: expected a number, got {value!r}")
+        options.check_like(f"--set {name}", defaults.get(name), value)
     try:
         objective = Objective(method, **settings)
         objective.rehearse()
