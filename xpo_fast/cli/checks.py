@@ -111,8 +111,10 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")  # what packages say of themselves when they are imported
         given = TrainingArguments(**arguments)
         try:
-            layer = torch.nn.Linear(128, 128, bias=False, device=given.device)  # as many as are quantised
-            made, options = Trainer.get_optimizer_cls_and_kwargs(given, layer)  # type: ignore[arg-type]
+            layer: Any = torch.nn.Linear(
+                128, 128, bias=False, device=given.device
+            )  # as many as are quantised
+            made, options = Trainer.get_optimizer_cls_and_kwargs(given, layer)
             layer.weight.grad = torch.ones_like(layer.weight)
             made(layer.parameters(), **options).step()
         except Exception as error:  # of any package that an optimizer comes from

@@ -31,11 +31,12 @@ def run(args: argparse.Namespace) -> int:
 
     whole = build_parser()
     for name, parser in parsers(whole).items():
-        for action in parser._actions:
+        actions: list[Any] = parser._actions  # shtab reads an attribute that argparse does not declare
+        for action in actions:
             if action.dest in _FILES:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                action.complete = shtab.FILE
             elif action.dest in _FOLDERS:
-                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+                action.complete = shtab.DIRECTORY
             elif action.choices is None and (names := _names(name, action.dest)):
                 action.choices = names
     sys.stdout.write(shtab.complete(whole, shell=args.shell).rstrip("\n") + "\n")

@@ -43,8 +43,8 @@ class _Outliving:
 def outliving_readers() -> Iterator[None]:
     """Inside, nothing fails because the reader of stdout or stderr has gone."""
     own = sys.stdout, sys.stderr
-    outliving = [_Outliving(stream) for stream in own]
-    sys.stdout, sys.stderr = outliving  # type: ignore[assignment]
+    outliving: Any = [_Outliving(stream) for stream in own]
+    sys.stdout, sys.stderr = outliving
     try:
         yield
     finally:
