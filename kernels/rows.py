@@ -1,9 +1,10 @@
 """Everything that the head does to the rows of products h Wᵀ between its GEMMs, in one kernel.
 
-One program a row. The first read of the row finds, a lane at a time and joined at the end, the largest logit and
+One program per row. The first read of the row finds, a lane at a time and joined at the end, the largest logit and
 log Σ e^z (online softmax), and with them the statistics; the second read, where there is something to be made of
-probabilities, writes ∂L/∂(product) for the gradient GEMMs and adds up the divergences from a reference's row. Bias,
-scale, softcap and temperature are applied on the fly, in float32. No atomics: the same input gives the same bits.
+probabilities, writes ∂L/∂(product) for the gradient GEMMs and adds up the divergences from a reference's row. It begins
+where the first has ended: that is still in cache. Bias, scale, softcap and temperature are applied on the fly, in float32.
+No atomics: the same input gives the same bits. What needs no second read is one_read.py's.
 """
 
 from __future__ import annotations
@@ -41,12 +42,19 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constexpr):
-    """Final logits at some columns, −∞ beyond the vocabulary, and their derivatives by the products."""
+def _logits(
+    products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constexpr, MASKED: tl.constexpr = True
+):
+    """Final logits at some columns, −∞ beyond the vocabulary if it is MASKED, and their derivatives by the products."""
     inside = at < vocab
-    x = tl.load(products + at, mask=inside, other=0.0)
-    if bias is not None:
-        x += tl.load(bias + at, mask=inside, other=0.0)
+    if MASKED:
+        x = tl.load(products + at, mask=inside, other=0.0)
+        if bias is not None:
+            x += tl.load(bias + at, mask=inside, other=0.0)
+    else:
+        x = tl.load(products + at)
+        if bias is not None:
+            x += tl.load(bias + at)
     if SOFTCAP:
         t = _tanh(x * inner)
         z = t * ceiling
@@ -54,7 +62,9 @@ def _logits(products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constex
     else:
         z = x * gain
         slope = gain
-    return tl.where(inside, z, float("-inf")), slope
+    if MASKED:
+        z = tl.where(inside, z, float("-inf"))
+    return z, slope
 
 
 @triton.jit
@@ -71,7 +81,7 @@ def _joined(top, total):
     # Read or written at one element a program: how they are aligned is no reason to compile again.
     do_not_specialize=[
         "targets", "logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1",
-        "u_logp", "u_lse", "u_entropy", "u_kl", "u_reverse_kl", "v_entropy", "v_reverse_kl",
+        "u_logp", "u_lse", "u_entropy", "u_kl", "u_reverse_kl", "v_entropy", "v_reverse_kl", "vocab",
     ]
 )  # fmt: skip
 def row_pass(
@@ -116,6 +126,7 @@ def row_pass(
     row = products + n.to(tl.int64) * stride
     y = tl.load(targets + n).to(tl.int32)
     lane = tl.arange(0, BLOCK)
+    whole = vocab // BLOCK * BLOCK  # columns in full blocks, whose loads and stores are wide whatever V is
     if ref_products is not None:
         ref_row = ref_products + n.to(tl.int64) * ref_stride
 
@@ -127,28 +138,29 @@ def row_pass(
     plain = tl.zeros((BLOCK,), tl.float32)  # Σ z
     ref_top = tl.full((BLOCK,), _FLOOR, tl.float32)
     ref_total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        at = start + lane
-        z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP)
-        if mean_logit is not None:
-            plain += tl.where(at < vocab, z, 0.0)
-        z = tl.where(z < _FLOOR, _FLOOR, z)  # not maximum, which would drop a NaN
-        gap = z - top
-        rises = gap > 0
-        e = tl.exp(-tl.abs(gap))  # one exponential, whichever of the two is the larger
-        if entropy is not None:
-            weighted = tl.where(rises, e * (weighted - gap * total), weighted + e * gap)
-        if log_sum_sq_probs is not None:
-            squares = tl.where(rises, e * e * squares + 1.0, squares + e * e)
-        total = tl.where(rises, total * e + 1.0, total + e)
-        top = tl.maximum(top, z)
-        if ref_products is not None:
-            z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP)
-            z = tl.where(z < _FLOOR, _FLOOR, z)
-            gap = z - ref_top
-            e = tl.exp(-tl.abs(gap))
-            ref_total = tl.where(gap > 0, ref_total * e + 1.0, ref_total + e)
-            ref_top = tl.maximum(ref_top, z)
+    for TAIL in tl.static_range(1, -1, -1):
+        for back in range(0, vocab - whole if TAIL else whole, BLOCK):
+            at = (whole if TAIL else whole - BLOCK - back) + lane
+            z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+            if mean_logit is not None:
+                plain += tl.where(at < vocab, z, 0.0)
+            z = tl.where(z < _FLOOR, _FLOOR, z)  # not maximum, which would drop a NaN
+            gap = z - top
+            rises = gap > 0
+            e = tl.exp(-tl.abs(gap))  # one exponential, whichever of the two is the larger
+            if entropy is not None:
+                weighted = tl.where(rises, e * (weighted - gap * total), weighted + e * gap)
+            if log_sum_sq_probs is not None:
+                squares = tl.where(rises, e * e * squares + 1.0, squares + e * e)
+            total = tl.where(rises, total * e + 1.0, total + e)
+            top = tl.maximum(top, z)
+            if ref_products is not None:
+                z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                z = tl.where(z < _FLOOR, _FLOOR, z)
+                gap = z - ref_top
+                e = tl.exp(-tl.abs(gap))
+                ref_total = tl.where(gap > 0, ref_total * e + 1.0, ref_total + e)
+                ref_top = tl.maximum(ref_top, z)
 
     m, log_s, share = _joined(top, total)
     if ref_products is not None:
@@ -187,33 +199,37 @@ def row_pass(
             if u_reverse_kl is not None:
                 ur = tl.load(u_reverse_kl + n)
                 factor -= ur * tl.load(v_reverse_kl + n)
-        for start in range(0, vocab, BLOCK):
-            at = start + lane
-            z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP)
-            log_p = (z - m) - log_s
-            p = tl.exp(log_p)
-            if ref_products is not None:
-                z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP)
-                log_q = (z - ref_m) - ref_log_s
-                q = tl.exp(log_q)
-                # 0·∞ = 0 for tokens that a bias of −∞ rules out.
-                if kl is not None:
-                    sum_kl += tl.where(q == 0, 0.0, q * (log_q - log_p))
-                if reverse_kl is not None:
-                    sum_reverse += tl.where(p == 0, 0.0, p * (log_p - log_q))
-            if grad is not None:
-                dz = p * factor
-                if u_entropy is not None:
-                    dz -= tl.where(p == 0, 0.0, p * ue * log_p)
-                if u_reverse_kl is not None:
-                    dz += tl.where(p == 0, 0.0, p * ur * (log_p - log_q))
-                if u_kl is not None:
-                    dz -= q * uk
-                if u_logp is not None:
-                    # p_y − 1 before it is rounded: a confident token's gradient is that difference.
-                    dz += tl.where(at == y, ul, 0.0)
-                dz *= slope
-                tl.store(out + at, dz.to(grad.dtype.element_ty), mask=at < vocab)
+        for TAIL in tl.static_range(2):
+            for start in range(whole if TAIL else 0, vocab if TAIL else whole, BLOCK):
+                at = start + lane
+                z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                log_p = (z - m) - log_s
+                p = tl.exp(log_p)
+                if ref_products is not None:
+                    z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                    log_q = (z - ref_m) - ref_log_s
+                    q = tl.exp(log_q)
+                    # 0·∞ = 0 for tokens that a bias of −∞ rules out.
+                    if kl is not None:
+                        sum_kl += tl.where(q == 0, 0.0, q * (log_q - log_p))
+                    if reverse_kl is not None:
+                        sum_reverse += tl.where(p == 0, 0.0, p * (log_p - log_q))
+                if grad is not None:
+                    dz = p * factor
+                    if u_entropy is not None:
+                        dz -= tl.where(p == 0, 0.0, p * ue * log_p)
+                    if u_reverse_kl is not None:
+                        dz += tl.where(p == 0, 0.0, p * ur * (log_p - log_q))
+                    if u_kl is not None:
+                        dz -= q * uk
+                    if u_logp is not None:
+                        # p_y − 1 before it is rounded: a confident token's gradient is that difference.
+                        dz += tl.where(at == y, ul, 0.0)
+                    dz *= slope
+                    if TAIL:
+                        tl.store(out + at, dz.to(grad.dtype.element_ty), mask=at < vocab)
+                    else:
+                        tl.store(out + at, dz.to(grad.dtype.element_ty))
         if kl is not None:
             tl.store(kl + n, tl.sum(sum_kl, axis=0))
         if reverse_kl is not None:
@@ -336,12 +352,8 @@ def variants() -> Iterator[Variant]:
     some = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
     both = ("kl", "reverse_kl")
     cases = (  # name, statistics out, upstream, dtype of the gradient
-        ("log-probs", ("logp", "lse"), (), None),
-        ("log-probs and their gradient", ("logp", "lse"), ("logp",), "bf16"),
-        ("log-probs and their gradient, float32", ("logp", "lse"), ("logp",), "fp32"),
         ("log-probs and their gradient, float16", ("logp", "lse"), ("logp",), "fp16"),
-        ("statistics", ("logp", "lse", *some), (), None),
-        ("statistics and gradient", ("logp", "lse", *some[1:]), ("logp",), "bf16"),
+        ("statistics and gradient, float16", ("logp", "lse", *some[1:]), ("logp",), "fp16"),
         ("divergences", ("logp", "lse", *some, *both), (), None),
         ("gradient", (), ("logp", "lse"), "bf16"),
         ("gradient of entropy", (), ("logp", "lse", "entropy"), "bf16"),
@@ -365,16 +377,16 @@ def variants() -> Iterator[Variant]:
                 nothing["grad"] = None
             else:
                 signature["grad"] = f"*{dtype}"
-            sizes = ("stride", "ref_stride", "grad_stride", "vocab")
-            signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
+            sizes = ("stride", "ref_stride", "grad_stride")
+            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
             tiles = ("products", "ref_products", "bias", "ref_bias", "grad")
             yield Variant(
                 row_pass,
-                name + (", softcap and bias" if everything else "") + ("" if aligned else ", any V"),
+                name + (", softcap and bias" if everything else "") + ("" if aligned else ", any stride"),
                 signature,
                 {**nothing, "SOFTCAP": everything},
                 divisible=(*tiles, *(sizes if aligned else ())),
                 fp_fusion=False,
                 tunable=tuning.tunable(_tunable({*out, *upstream})),
-                representative=everything and name in ("log-probs and their gradient", "divergences"),
+                representative=everything and name in ("gradient", "divergences"),
             )

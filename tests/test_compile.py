@@ -117,7 +117,7 @@ def head_arguments(*, trainable: bool, outputs: str, save_grad: bool, dtype=torc
     weight = oracle.normal(VOCAB, WIDTH, seed=2, dtype=dtype).requires_grad_(trainable)
     bias = oracle.normal(VOCAB, seed=3, dtype=dtype).requires_grad_(trainable)
     ref = (hidden.detach() * 0.5, weight.detach(), None) if "kl" in outputs else (None, None, None)
-    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, 2, "torch", outputs, save_grad)
+    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, 2, 1, "torch", outputs, save_grad)
     return (hidden, weight, bias, oracle.tokens((5,), VOCAB), *ref, None, *scalars)
 
 
@@ -137,7 +137,7 @@ def test_head_operator(trainable, outputs, save_grad, dtype):
 
 
 def test_head_backward_operator():
-    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, backend, _, _ = head_arguments(
+    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, lanes, backend, _, _ = head_arguments(
         trainable=True, outputs="kl", save_grad=False
     )
     detached = [x.detach() for x in (hidden, weight, bias)]
@@ -153,6 +153,7 @@ def test_head_backward_operator():
         ignore,
         tile,
         step,
+        lanes,
         backend,
         upstream,
         "logp,kl",

@@ -95,8 +95,8 @@ def test_passes_of_the_head(learn, outputs, passes, dtype, tmp_path):
         ("simpo", "bias only", None, 1),
         # Pairs of 20 and 14 scored tokens, one a tile of 24.
         ("simpo", "trainable", 24, 3),
-        # The first is longer than a tile: of its two parts of 10 the first is made again.
-        ("simpo", "trainable", 16, 3 + 10 / 34),
+        # The first is longer than a tile: 4 of its tokens are made again.
+        ("simpo", "trainable", 16, 3 + 4 / 34),
         ("dpo", "nothing", None, 2),
         ("dpo", "trainable", None, 4),  # 1F for the reference's hidden states
         ("dpo", "frozen", None, 3),

@@ -466,7 +466,7 @@ def backend(request, host_library, monkeypatch):
     monkeypatch.setattr(native, "PATH", host_library)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
-    monkeypatch.setattr("xpo_fast.head.plan.STEP_TOKENS", 3)
+    monkeypatch.setattr("xpo_fast.head.plan._step_tokens", lambda *_: 3)
     Machine("cpu").becomes()
     return request.param
 

@@ -150,7 +150,7 @@ def unit_gradients(tiling, operations):
 
 
 CALLS = [forward, without_gradient, backward, unit_gradients]
-TILINGS = [Tiling(16, 4), Tiling(16, 16), Tiling(7, 3), Tiling(64, 5)]
+TILINGS = [Tiling(16, 4, 2), Tiling(16, 16, 2), Tiling(7, 3, 2), Tiling(64, 5, 2)]
 
 
 def run(call, tiling, monkeypatch):
@@ -177,7 +177,7 @@ def test_no_race_and_the_same_results(call, tiling, monkeypatch):
 @pytest.mark.parametrize(("call", "lost"), [*((call, "wait") for call in CALLS), (without_gradient, "join")])
 def test_the_detector_finds_a_lost_wait(call, lost, monkeypatch):
     monkeypatch.setattr(Detector, lost, lambda *_: None)
-    _, detector = run(call, Tiling(16, 4), monkeypatch)
+    _, detector = run(call, Tiling(16, 4, 2), monkeypatch)
     assert detector.races
 
 

@@ -80,23 +80,25 @@ DIFFERENTIABLE = test_head.DIFFERENTIABLE
 def as_on_a_gpu(monkeypatch):
     """Blocks so small that a short row has several, and tiles several steps; no warning of what IEEE arithmetic defines."""
     if INTERPRETED or DEVICE == "cuda":
-        monkeypatch.setattr("xpo_fast.head.plan.STEP_TOKENS", 3)
+        monkeypatch.setattr("xpo_fast.head.plan._step_tokens", lambda *_: 3)
     with np.errstate(all="ignore"), blocks(128):
         yield
 
 
 @contextlib.contextmanager
 def blocks(columns):
-    """The row kernel's, half as wide where there are statistics."""
+    """The row kernels', half as wide where there are statistics."""
     if not INTERPRETED and DEVICE != "cuda":
         yield
         return
-    from xpo_fast.kernels import rows, tuning
+    from xpo_fast.kernels import one_read, rows, tuning
 
     with contextlib.ExitStack() as stack:
         for names, n in (((), columns), (STATISTICS, columns // 2)):
             config = tuning.config(max(1, min(16, n // 128)), 2, BLOCK=n)
             stack.enter_context(tuning.override(rows._tunable(names), config))
+            for gradient in (False, True):
+                stack.enter_context(tuning.override(one_read._tunable(names, gradient), config))
         yield
 
 
@@ -404,7 +406,7 @@ def check_units(tile_tokens, dtype):
     on = [x.detach().to(DEVICE).requires_grad_() for x in operands]
     groups = pack(index.to(DEVICE), lengths, tile_tokens)
     plan = head_plan(on[0], on[1], bias=on[2], chunk_tokens=tile_tokens, backend="triton")
-    assert plan.tiling == (tile_tokens, 3)
+    assert plan.tiling == (tile_tokens, 3, 1)
     loss, logp = UnitLoss.apply(
         on[0],
         on[1],
@@ -466,10 +468,10 @@ def compare_with_dense(name, learn, backend):
 def check_objective(name, learn, monkeypatch):
     """A method by log-ratios, by mean log-probs, by rows, by a divergence, by tokens."""
     calls = []
-    from xpo_fast.kernels import rows
+    from xpo_fast.kernels import one_read
 
-    run = rows.run
-    monkeypatch.setattr("xpo_fast.kernels.rows.run", lambda *a, **k: (calls.append(k), run(*a, **k)))
+    run = one_read.run
+    monkeypatch.setattr("xpo_fast.kernels.one_read.run", lambda *a, **k: (calls.append(k), run(*a, **k)))
     compare_with_dense(name, learn, "triton")
     assert calls
 

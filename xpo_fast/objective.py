@@ -385,7 +385,7 @@ class Objective:
                 weight, bias, weight_grad, adapter = vocab_shard.tokens(
                     weight=weight, bias=bias, weight_grad=weight_grad, adapter=adapter
                 )
-            plan = self._head_plan(flat, weight, bias, batch, weight_grad, adapter, vocab_shard)
+            plan = self._head_plan(flat, weight, bias, batch, weight_grad, adapter, vocab_shard, softcap)
             outputs: list[LossOutput] = []
 
             def total(logp: Tensor) -> Tensor:
@@ -780,14 +780,15 @@ class Objective:
             weight, bias, weight_grad, adapter = vocab_shard.tokens(
                 weight=weight, bias=bias, weight_grad=weight_grad, adapter=adapter
             )
-        plan = self._head_plan(hidden, weight, bias, batch, weight_grad, adapter, vocab_shard)
+        softcap = others.get("softcap")
+        plan = self._head_plan(hidden, weight, bias, batch, weight_grad, adapter, vocab_shard, softcap)
         passes, why = plan.passes, plan.why
         tokens = int((batch.targets != ignore_index).sum())
         if self._evaluates_live(hidden, weight, bias, adapter):
             by_token = all(m.unit == "token" for m in self.methods)
             groups = batch.groups(plan.tile_tokens, vocab, by_token=by_token)
             sizes = [len(group.positions) for group in groups]
-            again = sum(n - -(-n // -(-n // plan.tile_tokens)) for n in sizes)
+            again = sum(max(n - plan.tile_tokens, 0) for n in sizes)
             passes = passes - 1 + (again / tokens if tokens else 0)
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             why += "" if vocab_shard is None else vocab_shard.why
@@ -820,6 +821,7 @@ class Objective:
         weight_grad: Tensor | None = None,
         adapter: Tensor | None = None,
         vocab_shard: VocabShard | None = None,
+        softcap: float | None = None,
     ) -> Plan:
         live = self._evaluates_live(hidden, weight, bias, adapter)
         return head_plan(
@@ -828,6 +830,7 @@ class Objective:
             bias=bias,
             outputs=() if live else self._outputs(),
             adapter=adapter,
+            softcap=softcap,
             weight_grad=weight_grad,
             vocab_shard=vocab_shard,
             tile_bytes=self.tile_bytes,

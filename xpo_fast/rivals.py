@@ -56,9 +56,9 @@ class Rivals:
             )
         generator = self._draws(hidden.device)
         vocab, backend = weight.shape[0], choose_backend(self.backend, hidden.device)
-        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes)
+        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes, dz=False)
         targets = batch.rejected_targets
-        options = (scaling, batch.ignore_index, tiling.tile, self.top_k, generator, backend)
+        options = (scaling, batch.ignore_index, tiling.step, self.top_k, generator, backend)
         tokens = sample_rivals(hidden, weight, bias, targets, *options)
         at = scored_positions(targets, batch.ignore_index, vocab, batch.device)
         rejected = (batch.rows >= batch.units) & batch.scored

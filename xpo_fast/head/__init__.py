@@ -14,6 +14,7 @@ from .autograd import token_stats as _token_stats_op
 from .gather import gather_logps
 from .gemms import release_tiles
 from .plan import Plan, Tiling, check_backend, choose_backend, fit
+from .row_operations import copies
 from .rows import packed_rows, shift_labels, sum_rows
 from .sharded import refuse_sharded, whole
 from .spec import (
@@ -147,6 +148,7 @@ def token_stats(
         bias=bias,
         outputs=outputs,
         adapter=adapter,
+        softcap=softcap,
         weight_grad=weight_grad,
         vocab_shard=vocab_shard,
         chunk_tokens=chunk_tokens,
@@ -243,6 +245,7 @@ def head_plan(
     bias: Tensor | None = None,
     outputs: Sequence[str] = (),
     adapter: Tensor | None = None,
+    softcap: float | None = None,
     weight_grad: Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     chunk_tokens: int | None = None,
@@ -295,11 +298,13 @@ def head_plan(
         chunk_tokens=chunk_tokens,
         heads=1 + has_ref,
         dz=torch.is_grad_enabled() and (hidden.requires_grad or trainable),
-        dw_bytes=vocab * weight.shape[1] * (dtype.itemsize - weight.itemsize) if learns else 0,
+        copies=copies(outputs, softcap is not None) + (0 if vocab_shard is None else 2 + 2 * has_ref),
+        learns=learns,
         unit_tokens=unit_tokens,
-        tokens=hidden.shape[:-1].numel(),
     )
-    return Plan(name, None, tiling, vocab, dtype, dz_dtype, logits, passes, why)
+    several = hidden.shape[:-1].numel() > tiling.tile
+    accumulator = vocab * weight.shape[1] * (dtype.itemsize - weight.itemsize) if learns and several else 0
+    return Plan(name, None, tiling, vocab, dtype, dz_dtype, logits, passes, why, accumulator)
 
 
 def _tiled(

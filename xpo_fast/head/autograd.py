@@ -46,6 +46,7 @@ def token_stats(
     ignore_index: int,
     tile_tokens: int,
     step_tokens: int,
+    lanes: int,
     backend: str,
     outputs: str,  # names, comma-separated
     save_grad: bool,
@@ -61,7 +62,7 @@ def token_stats(
         _scaling(temperature, softcap, logit_scale),
         ignore_index,
         _names(outputs),
-        Tiling(tile_tokens, step_tokens),
+        Tiling(tile_tokens, step_tokens, lanes),
         save_grad,
         adapter=adapter,
     )
@@ -70,7 +71,7 @@ def token_stats(
 @token_stats.register_fake
 def _(
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, weight_grad, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, step_tokens, backend, outputs, save_grad, adapter=None,
+    ignore_index, tile_tokens, step_tokens, lanes, backend, outputs, save_grad, adapter=None,
 ):  # fmt: skip
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n = targets.shape[0]
@@ -95,6 +96,7 @@ def token_stats_backward(
     ignore_index: int,
     tile_tokens: int,
     step_tokens: int,
+    lanes: int,
     backend: str,
     upstream: list[Tensor],  # (N,) each
     upstream_names: str,
@@ -115,7 +117,7 @@ def token_stats_backward(
         _reference(ref_hidden, ref_weight, ref_bias),
         _scaling(temperature, softcap, logit_scale),
         ignore_index,
-        Tiling(tile_tokens, step_tokens),
+        Tiling(tile_tokens, step_tokens, lanes),
         dict(zip(_names(upstream_names), upstream, strict=True)),
         dict(zip(_names(values_names), values, strict=True)),
         (need_hidden, need_weight, need_bias, need_adapter),
@@ -132,7 +134,7 @@ def token_stats_backward(
 @token_stats_backward.register_fake
 def _(
     hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, weight_grad, temperature, softcap, logit_scale,
-    ignore_index, tile_tokens, step_tokens, backend, upstream, upstream_names, values, values_names,
+    ignore_index, tile_tokens, step_tokens, lanes, backend, upstream, upstream_names, values, values_names,
     need_hidden, need_weight, need_bias, adapter=None, need_adapter=False,
 ):  # fmt: skip
     wanted = (
@@ -200,7 +202,7 @@ def _backward(
     else:
         operands = _backward_recompute(ctx, d_logp, d_lse, d_extra)
     *operands, d_adapter = operands
-    return (*operands, *([None] * 14), d_adapter)
+    return (*operands, *([None] * 15), d_adapter)
 
 
 def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> Tensor | None:

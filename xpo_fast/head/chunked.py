@@ -2,8 +2,9 @@
 
 A tile is what of ∂L/∂(product) is held at once, (n, V), for the gradient GEMMs. Its logits are made in steps: a GEMM of
 torch's gives products in float32 (float64 for float64 operands), and a backend's row operations turn them into
-statistics and into their part of the tile. On the CPU both are the same memory and a step is a tile. On a device the
-products of one step are made while the rows of the one before are worked on.
+statistics and into their part of the tile. On the CPU both are the same memory and a step is a tile. On a device the tile
+is in the dtype of the gradient GEMMs; with two lanes the products of one step are made while the rows of the one before are
+worked on.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class Passes:
             self.y.masked_fill_(self.ignored, 0)
         self.tiling = tiling
         self.block = 1 if device.type == "cpu" else 128  # of rows, in the GEMMs
-        self.lanes = Lanes(device, two=self.operations.own_memory and len(self) > tiling.step)
+        two = tiling.lanes == 2 and self.operations.own_memory and len(self) > tiling.step
+        self.lanes = Lanes(device, two)
         self._multiplied: Any = None  # event: dz of the last tile has been
 
     def __len__(self) -> int:
@@ -131,8 +133,9 @@ class Passes:
             for k, span in enumerate(spans)
             for a, b in cut(span.start, span.stop, self.tiling.step, self.block)
         ]
-        rows = max((at.stop - at.start for *_, at in work), default=0)
+        rows = self._room(max((at.stop - at.start for *_, at in work), default=0), self.tiling.step)
         longest = max((span.stop - span.start for span in spans if span.with_dz), default=0)
+        longest = self._room(longest, self.tiling.tile)
         gemms = [x for x in (self.gemms, self.ref_gemms) if x is not None]
         count = min(self.lanes.ahead, len(work))
         with ExitStack() as stack:
@@ -161,6 +164,13 @@ class Passes:
                     yield used
             yield from steps
 
+    def _room(self, rows: int, most: int) -> int:
+        """Of how many rows memory is asked for: on a device of few sizes, which its allocator can hand out again."""
+        if self.hidden.device.type == "cpu" or rows >= most:
+            return rows
+        part = -(-most // 8)
+        return min(most, -(-rows // part) * part)
+
     def gathered(self, at: slice) -> Tensor:
         """The hidden states (n, D) of scored positions, as the GEMMs take them."""
         return self._rows(self.gemms, self.hidden, at)
@@ -184,6 +194,12 @@ class Passes:
         self.lanes.wait(step.done)
         yield step.dz
         self._multiplied = self.lanes.mark()
+
+    def statistics(self, step: Step, outputs: Sequence[str], found: Tensor, factor: Tensor | None) -> None:
+        """A step's part of found (2 + len(outputs), n) and, where dz is wanted, of factor (n,): see `RowOperations`."""
+        at, dz = step.at, step.own_dz
+        own = None if dz is None or factor is None else factor[at]
+        self.operations.statistics(step.z, step.z_ref, self.y[at], outputs, found[:, at], dz, own)
 
     def spread(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logp and lse (N,) and the other statistics (E, N), 0 where nothing was scored, from found (2 + E, n)."""
@@ -251,17 +267,14 @@ def forward(
     dlogp = torch.zeros(
         hidden.shape if save_grad else (0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device
     )
+    factor = torch.empty_like(found[0]) if save_grad else None
     for step in passes.steps(passes.spans(save_grad)):
         with passes.rows(step):
-            factor = passes.operations.statistics(
-                step.z, step.z_ref, passes.y[step.at], outputs, found[:, step.at], step.own_dz
-            )
-        if save_grad and step.last:
+            passes.statistics(step, outputs, found, factor)
+        if factor is not None and step.last:
             with passes.gradient(step) as dz:
-                d_hidden = passes.gemms.into_hidden(dz)
-                if factor is not None:
-                    d_hidden.mul_(factor.unsqueeze(1))
-                dlogp[passes.index[step.span.slice]] = d_hidden.to(hidden.dtype)
+                d_hidden = _times(passes.gemms.into_hidden(dz), factor[step.span.slice], hidden.dtype)
+                dlogp.index_copy_(0, passes.index[step.span.slice], d_hidden)
     return *passes.spread(found), dlogp
 
 
@@ -292,14 +305,21 @@ def backward(
     v = {name: x[passes.index] for name, x in values.items()}
     spans = passes.spans(True)
     grads = Gradients(passes, spans, needs, hidden.dtype, weight_grad)
+    logp_alone = set(u) == {"logp"}
+    found = torch.empty((2, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
+    factor = torch.empty_like(found[0])
     for step in passes.steps(spans):
         with passes.rows(step):
             own_u, own_v = ({name: x[step.at] for name, x in some.items()} for some in (u, v))
             dz = step.own_dz
             assert dz is not None
-            passes.operations.gradient(step.z, step.z_ref, passes.y[step.at], own_u, own_v, dz)
+            if logp_alone:
+                passes.statistics(step, (), found, factor)
+                factor[step.at].mul_(own_u["logp"])
+            else:
+                passes.operations.gradient(step.z, step.z_ref, passes.y[step.at], own_u, own_v, dz)
         if step.last:
-            grads.add(step, None)
+            grads.add(step, factor[step.span.slice] if logp_alone else None)
     return grads.finished()
 
 
@@ -337,15 +357,14 @@ class Gradients:
         """Add the tile whose last step this is, its dz up to a factor a row (n,) if it is given."""
         with self.passes.gradient(step) as dz:
             if self.hidden is not None:
-                d_hidden = self.gemms.into_hidden(dz)
-                if factor is not None:
-                    d_hidden.mul_(factor.unsqueeze(1))
-                self.hidden[self.passes.index[step.span.slice]] = d_hidden.to(self.dtype)
+                d_hidden = _times(self.gemms.into_hidden(dz), factor, self.dtype)
+                self.hidden.index_copy_(0, self.passes.index[step.span.slice], d_hidden)
+                del d_hidden  # before what the next GEMM takes
             h, x = self.gemms.parts(step.h)
             if self.weight is not None:
-                self.gemms.into_weight(dz, _times(h, factor), self.weight, self.first)
+                self.gemms.into_weight(dz, _times(h, factor, h.dtype), self.weight, self.first)
             if self.adapter is not None:
-                self.gemms.into_weight(dz, _times(x, factor), self.adapter, first=False)
+                self.gemms.into_weight(dz, _times(x, factor, x.dtype), self.adapter, first=False)
             if self.bias is not None:
                 self.gemms.into_bias(dz, factor, self.bias)
         self.first = False
@@ -356,8 +375,13 @@ class Gradients:
         return (self.hidden, None if self.adds else self.weight, self.bias, self.adapter)[: self.count]
 
 
-def _times(h: Tensor, factor: Tensor | None) -> Tensor:
-    return h if factor is None else (h * factor.unsqueeze(1)).to(h.dtype)
+def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (n, D) times factor (n,), in a dtype: without a wider copy where the device has its products rounded."""
+    if factor is None:
+        return x.to(dtype)
+    if x.dtype == torch.promote_types(x.dtype, factor.dtype) == dtype:
+        return x * factor.unsqueeze(1)
+    return torch.mul(x, factor.unsqueeze(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def unit_gradients(
@@ -393,28 +417,27 @@ def unit_gradients(
     complete: dict[int, tuple[slice, Group]] = {}  # tile that ends a group
     for group in groups:
         whole = slice(group.start, group.start + group.positions.shape[0])
-        *before, last = passes.spans(True, whole.start, whole.stop)
+        # All but the last tile are made again, so that the last is as large as a tile can be.
+        full = max(whole.start, whole.stop - tiling.tile)
+        before, last = passes.spans(True, whole.start, full), Span(full, whole.stop, True)
         spans += (span._replace(with_dz=False) for span in before)
         complete[len(spans)] = whole, group
         spans += (last, *before)
     found = torch.empty((2, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)  # logp, lse
-    u = torch.empty_like(found[0])
+    u, factor = torch.empty_like(found[0]), torch.empty_like(found[0])
     # A loss scale comes with the backward: until then float16 would lose what is small.
     dtype = passes.gemms.dtype if hidden.dtype == torch.float16 else hidden.dtype
     grads = Gradients(passes, spans, needs, dtype, weight_grad)
 
     for step in passes.steps(spans):
         with passes.rows(step):
-            factor = passes.operations.statistics(
-                step.z, None, passes.y[step.at], (), found[:, step.at], step.own_dz
-            )
+            passes.statistics(step, (), found, factor)
             if step.last and step.tile in complete:
                 whole, group = complete[step.tile]
                 logp = passes.masked(found[0, whole], whole)
                 u[whole] = coefficients(logp, group)
                 passes.masked(u[whole], whole)
         if step.last and step.span.with_dz:
-            own_u = u[step.span.slice]
-            grads.add(step, own_u if factor is None else factor.mul_(own_u))
+            grads.add(step, factor[step.span.slice] * u[step.span.slice])
     logp = found.new_zeros(targets.shape).index_copy_(0, passes.index, passes.masked(found)[0])
     return logp, grads.finished()

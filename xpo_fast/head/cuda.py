@@ -98,10 +98,9 @@ def run(
 class CudaRowOperations(RowOperations):
     """`RowOperations` by the kernel; dz is exact, without a factor."""
 
-    own_memory = True
-
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
+        self.own_memory = True
         self.run = partial(run, bias=gemms.bias, **asdict(gemms.scaling))
         self._others: RowOperations | None = None
 
@@ -125,11 +124,14 @@ class CudaRowOperations(RowOperations):
         outputs: Sequence[str],
         rows: Tensor,
         dz: Tensor | None,
-    ) -> Tensor | None:
+        factor: Tensor | None,
+    ) -> None:
         if z_ref is not None or not set(outputs) <= set(STATISTICS):
-            return self.others.statistics(z, z_ref, y, outputs, rows, dz)
+            self.others.statistics(z, z_ref, y, outputs, rows, dz, factor)
+            return
         self.run(z, y, out=dict(zip(("logp", "lse", *outputs), rows, strict=True)), grad=dz)
-        return None
+        if factor is not None:
+            factor.fill_(1)
 
     def gradient(
         self,

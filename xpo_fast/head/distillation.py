@@ -22,6 +22,8 @@ from .units import scaled_to
 
 Function = TypeVar("Function")
 DIVERGENCES = ("jsd", "cosine")
+# Beside the logits of a step, at the most and off the CPU: what `_jsd` makes of them, of their size.
+_COPIES = 12
 _TINY = 1e-12  # the least norm of logits that a cosine divides by
 
 
@@ -146,7 +148,8 @@ class _Distillation(torch.autograd.Function):
         tile_bytes: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tiling, *_ = fit(
-            "torch", max(weight.shape[0], teacher[1].shape[0]), weight.dtype, weight.device, tile_bytes, heads=2
+            "torch", max(weight.shape[0], teacher[1].shape[0]), weight.dtype, weight.device, tile_bytes, heads=2,
+            copies=_COPIES, dz=any(needs), learns=needs[1],
         )  # fmt: skip
         ref = teacher if recipe.soft else None
         passes = Passes(hidden, weight, bias, targets, ref, Scaling(), ignore_index, tiling, RowOperations)
@@ -182,7 +185,7 @@ def _pass(
     grads = Gradients(passes, spans, needs, dtype)
     for step in passes.steps(spans):
         with passes.rows(step):
-            y, rows = passes.y[step.at], found[:, step.at]
+            y, rows, tile_dz = passes.y[step.at], found[:, step.at], step.own_dz
             for b in row_blocks(step.z):
                 z = step.z[b]
                 passes.gemms.finish(z)
@@ -198,7 +201,8 @@ def _pass(
                 if dz is not None:
                     if passes.ignored is not None:
                         dz.masked_fill_(passes.ignored[step.at][b].unsqueeze(1), 0)
-                    z.copy_(dz)
+                    assert tile_dz is not None
+                    tile_dz[b] = dz
         if step.last and with_dz:
             grads.add(step, None)
     return passes.masked(found).sum(dim=1), grads.finished()

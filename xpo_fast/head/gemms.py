@@ -67,8 +67,8 @@ class Gemms:
         self.dtype = accumulation_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.narrow = weight.dtype != self.dtype
-        # torch.mm has no float32 result for narrow operands on CPU: widen the weight there, a block at a time.
-        self.widen = self.narrow and weight.device.type != "cuda"
+        # torch.mm has a float32 result for narrow operands on CUDA alone: elsewhere widen the weight, a block at a time.
+        self.widen = self.narrow and weight.device.type not in ("cuda", "meta")
         self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
         self._wide = None
         self.adapter = None if adapter is None else adapter.to(self.gemm_dtype)
@@ -123,7 +123,6 @@ class Gemms:
     def into_hidden(self, dz: Tensor) -> Tensor:
         """dz W (n, D), 1F, or dz [W, B] (n, D + r), in the accumulation dtype."""
         if self.narrow and not self.widen:
-            dz = dz.to(self.gemm_dtype)
             out = torch.mm(dz, self.weight, out_dtype=self.dtype)
             own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
         else:
@@ -143,9 +142,9 @@ class Gemms:
         beta = 0 if first else 1
         if first and out.dtype == self.gemm_dtype:
             with self._products:
-                torch.mm(dz.to(self.gemm_dtype).T, h, out=out)
+                torch.mm(dz.T, h, out=out)
         elif self.narrow and not self.widen:
-            torch.addmm(out, dz.to(self.gemm_dtype).T, h, beta=beta, out_dtype=self.dtype, out=out)
+            torch.addmm(out, dz.T, h, beta=beta, out_dtype=self.dtype, out=out)
         else:
             with self._products:
                 torch.addmm(out, dz.T, h, beta=beta, out=out)
@@ -157,8 +156,10 @@ class Gemms:
         elif dz.dtype == out.dtype:
             out.addmv_(dz.T, factor)
         else:
-            column = factor.to(dz.dtype).unsqueeze(1)
-            out += torch.mm(dz.T, column, out_dtype=out.dtype).squeeze(1)
+            # In two parts, since one of them would round the factor of a whole row.
+            large = factor.to(dz.dtype)
+            parts = torch.stack([large, (factor - large).to(dz.dtype)], dim=1)
+            out += torch.mm(dz.T, parts, out_dtype=out.dtype).sum(dim=1)
 
     def finish(self, z: Tensor) -> None:
         """Products to final logits, in place."""

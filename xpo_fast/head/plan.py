@@ -17,25 +17,30 @@ AUTO_REASON = (
     "it makes tiles, and triton's kernels have not run on a GPU yet; dense is there to be compared with"
 )
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Bytes of scratch memory unless the caller says otherwise: the tile of logits on the CPU, which a reference's shares; on a
-# device dz, the logits of two steps and what a float32 dW takes beyond a narrower gradient.
+# Bytes of scratch memory unless the caller says otherwise. On the CPU, of the tile of logits, which a reference's shares. On
+# a device, of dz and the logits of a step: this share of the card's memory, whatever of it is free, so that the same call
+# has the same tiles; the bytes where there is no card to ask.
 DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2500 * 10**6}
-# Of the free memory of a device: the rest of a training step needs some, too.
-_SHARE_OF_FREE = 0.8
+SHARE_OF_CARD = 0.07
 
 # More tokens make the GEMMs no faster; but for a float32 dW that is read and written again for each tile.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
-# Of the products in float32: enough rows for a GEMM with a vocabulary, few enough to leave the memory to dz.
-STEP_TOKENS = 384
+# Of the float32 products that are made at once on a device: enough that a GEMM fills its processors many times over and that
+# the host is ahead, few enough to leave the memory to dz.
+STEP_BYTES = 512 * 2**20
 _ROWS = 128  # of a block of a device's GEMMs
 
 
 class Tiling(NamedTuple):
-    """tile: tokens whose ∂L/∂(product) is held at once. step: tokens whose products are made at once, of a tile."""
+    """tile: tokens whose ∂L/∂(product) is held at once. step: tokens whose products are made at once, of a tile.
+
+    lanes: 2 if the rows of a step are worked on beside the next products, on a stream of their own.
+    """
 
     tile: int
     step: int
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,10 @@ class Plan:
     vocab: int
     dtype: torch.dtype  # of logits
     dz_dtype: torch.dtype | None  # of ∂L/∂(product); None where it is not made, or takes the logits' place
-    logits: int  # tiles or steps of logits in memory at once
+    logits: int  # tiles or steps of logits in memory at once, with what is made beside them
     passes: float
     why: str
+    accumulator_bytes: int = 0  # of a float32 dW, beyond the gradient's, where it takes several tiles
 
     @property
     def tile_tokens(self) -> int:
@@ -58,7 +64,7 @@ class Plan:
 
     @property
     def tile_bytes(self) -> int:
-        tile, step = (n if self.tokens is None else min(n, self.tokens) for n in self.tiling)
+        tile, step = (n if self.tokens is None else min(n, self.tokens) for n in self.tiling[:2])
         dz = 0 if self.dz_dtype is None else tile * self.dz_dtype.itemsize
         return self.vocab * (dz + self.logits * step * self.dtype.itemsize)
 
@@ -68,9 +74,14 @@ class Plan:
         memory = f"{self.tile_tokens} tokens x {self.vocab} {name} logits"
         if self.tiling.step != self.tiling.tile or self.dz_dtype is not None:
             memory = f"{self.tile_tokens} tokens x {self.vocab}, {self.tiling.step} of them as {name} logits at once"
+        if self.tiling.lanes > 1:
+            memory += " on each of two streams"
+        more = ""
+        if self.accumulator_bytes:
+            more = f"; {self.accumulator_bytes / 2**20:.1f} MiB beside the gradient of the head, summed in float32"
         return (
             f"{self.backend} backend, {self.passes:g}F: {self.why}{tokens}; tiles of at most {memory} "
-            f"({self.tile_bytes / 2**20:.1f} MiB)"
+            f"({self.tile_bytes / 2**20:.1f} MiB){more}"
         )
 
 
@@ -150,51 +161,74 @@ def fit(
     *,
     chunk_tokens: int | None = None,
     heads: int = 1,
+    copies: int = 0,
     dz: bool = True,
-    dw_bytes: int = 0,
+    learns: bool = False,
     unit_tokens: int = 0,
-    tokens: int | None = None,
 ) -> tuple[Tiling, torch.dtype | None, int]:
     """Tokens of tiles and steps, the dtype of dz's own memory (or None), and how many logits are in memory at once.
 
     As many tokens as the GEMMs gain from and as the longest unit has, no more than the budget holds. heads: 2 with a
-    reference. dz: whether a gradient is wanted. dw_bytes: what dW's accumulation takes of the budget, unless all
-    tokens, if there are as few, are one tile.
+    reference. copies: what torch's row operations make beside a step's logits, of their size. dz: whether a gradient is
+    wanted. learns: whether dW is.
     """
     if tile_bytes is not None and tile_bytes <= 0:
         raise ValueError(f"expected a tile of at least one byte, got tile_bytes={tile_bytes}")
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    enough = max(_ENOUGH_TOKENS[kind] * (2 if dw_bytes and kind == "cuda" else 1), unit_tokens)
-    logit_bytes = vocab * accumulation_dtype(dtype).itemsize * heads
-    budget = _budget(device, kind) if tile_bytes is None else tile_bytes
-    without_dw = max(budget - dw_bytes, budget // 4) if kind == "cuda" else budget
-    if backend not in ("triton", "cuda") or dtype == torch.float64:
-        tile = chunk_tokens or max(1, min(without_dw // logit_bytes, enough))
-        return Tiling(tile, tile), None, heads
+    on_device = device.type != "cpu"
+    kernels = backend in ("triton", "cuda") and dtype != torch.float64
+    enough = _ENOUGH_TOKENS["cuda" if on_device else "cpu"] * (2 if learns and on_device else 1)
+    enough = max(enough, unit_tokens)
+    budget = scratch_bytes(device) if tile_bytes is None else tile_bytes
+    accumulated = accumulation_dtype(dtype)
+    held = heads + (copies if on_device and not kernels else 0)  # of a step's logits
+    logit_bytes = vocab * accumulated.itemsize * held
+    if not kernels and (not on_device or dtype == accumulated):
+        tile = chunk_tokens or max(1, min(budget // logit_bytes, enough))
+        return Tiling(tile, tile), None, held
+    # Of torch's operations on a device there are many a step, so that it has few, large ones.
+    step_bytes = min(budget // 4, STEP_BYTES * heads) if kernels else budget // 2
+    lanes = lanes_of(device) if kernels else 1
+    step = _step_tokens(step_bytes // lanes, logit_bytes)
+    tile = enough  # without dz a tile is the hidden states that are gathered at once
+    if dz:
+        rest = budget - lanes * step * logit_bytes
+        tile = min(max(step, _whole_blocks(rest // (vocab * dtype.itemsize))), enough)
+    tile = chunk_tokens or tile
+    return Tiling(tile, min(step, tile), lanes), dtype if dz else None, lanes * held
 
-    def tiling(budget: int) -> Tiling:
-        step = _whole_blocks(min(max(1, budget // 2 // (2 * logit_bytes)), STEP_TOKENS))
-        tile = enough  # without dz a tile is the hidden states that are gathered at once
-        if dz:
-            tile = max(step, _whole_blocks((budget - 2 * step * logit_bytes) // (vocab * dtype.itemsize)))
-        tile = chunk_tokens or min(tile, enough)
-        return Tiling(tile, min(step, tile))
 
-    found = tiling(budget)
-    if tokens is None or tokens > found.tile:
-        found = tiling(without_dw)
-    return found, dtype if dz else None, 2 * heads
+def _step_tokens(step_bytes: int, logit_bytes: int) -> int:
+    return _whole_blocks(max(1, step_bytes // logit_bytes))
 
 
 def _whole_blocks(tokens: int) -> int:
     return tokens - tokens % _ROWS if tokens > _ROWS else tokens
 
 
-def _budget(device: torch.device, kind: str) -> int:
-    """Bytes of scratch memory: the default, or less where a device has less to give."""
-    default = DEFAULT_TILE_BYTES[kind]
-    if kind == "cpu" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
-        return default
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(default, int(_SHARE_OF_FREE * (free + cached)))
+def lanes_of(device: torch.device) -> int:
+    """How many streams are worth their memory.
+
+    From sm_90 on the BLAS's GEMMs stay on all processors until they end, and what another stream has for them waits: one.
+    Before, a GEMM's last blocks leave processors to the rows of the step before.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 1
+    capability = _capability(device.index)
+    return 2 if capability is not None and capability < (9, 0) else 1
+
+
+def scratch_bytes(device: torch.device) -> int:
+    """Bytes of scratch memory by default: see DEFAULT_TILE_BYTES."""
+    total = _total_bytes(device.index) if device.type == "cuda" else None
+    return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"] if total is None else int(SHARE_OF_CARD * total)
+
+
+# Of the card, which does not change: a constant of what torch.compile traces.
+@torch.compiler.assume_constant_result
+def _total_bytes(index: int | None) -> int | None:
+    return torch.cuda.get_device_properties(index).total_memory if torch.cuda.is_available() else None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None

@@ -1,6 +1,7 @@
-"""What happens to the rows of one tile of products between its GEMMs: by torch, in place, on any device.
+"""What happens to the rows of products between the GEMMs: by torch, in place, on any device.
 
-Blocks of a few rows stay in cache between passes, so that memory is crossed once.
+On the CPU blocks of a few rows stay in cache between passes, so that memory is crossed once. A device works on all rows at
+once: there a launch for every few rows would take longer than the work.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from .gemms import BLOCK_BYTES, Gemms
 
 
 def row_blocks(tile: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_BYTES // (tile.shape[1] * tile.dtype.itemsize))
+    rows = max(1, tile.shape[0])
+    if tile.device.type == "cpu":
+        rows = max(1, BLOCK_BYTES // (tile.shape[1] * tile.dtype.itemsize))
     for start in range(0, tile.shape[0], rows):
         yield slice(start, min(start + rows, tile.shape[0]))
 
@@ -42,18 +45,27 @@ def expectation(p: Tensor, x: Tensor) -> Tensor:
     return x.masked_fill_(p == 0, 0).mul_(p).sum(dim=1)
 
 
+def copies(outputs: Sequence[str], softcap: bool) -> int:
+    """How many tensors of the size of a step's logits torch's row operations hold beside them, at the most, off the CPU."""
+    if {"kl", "reverse_kl"} & set(outputs):
+        return 7
+    if outputs:
+        return 4
+    return 2 if softcap else 0
+
+
 class RowOperations:
     """The row operations of `torch`; other backends have their own.
 
     z: (n, V) the products h Wᵀ, overwritten, and so is z_ref, the reference's. y: (n,) the targets. dz: (n, V) memory for
-    ∂L/∂(product), or None where it is not wanted; a backend says whether it is memory of its own or the products'.
+    ∂L/∂(product), or None where it is not wanted: of its own, in the dtype of the GEMMs, where that is not the one of the
+    products, else z itself.
     """
-
-    own_memory = False  # dz is written over z
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         self.gemms, self.ref_gemms = gemms, ref_gemms
         self.vocab = gemms.vocab  # tokens that a target may be
+        self.own_memory = gemms.gemm_dtype != gemms.dtype
 
     def softmax_(self, z: Tensor, rows: slice, *, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """`softmax_` of some rows of a step, the policy's or the reference's."""
@@ -71,25 +83,25 @@ class RowOperations:
         outputs: Sequence[str],
         rows: Tensor,  # (2 + len(outputs), n) written: logp, lse, outputs
         dz: Tensor | None,
-    ) -> Tensor | None:
-        """Statistics, and dz of Σ logp up to a factor a row: (n,), None for 1.
+        factor: Tensor | None,  # (n,) written, where dz is
+    ) -> None:
+        """Statistics, and ∂logp/∂(product) = factor · dz.
 
         What a row is multiplied by, the loss's ∂L/∂logp too, goes into h and dH, which are smaller than the tile.
         """
         softcap = self.gemms.scaling.softcap is not None
-        total = torch.empty_like(rows[0])
         for b in row_blocks(z):
             p = z[b]
             self.gemms.finish(p)
             keep = p.clone() if outputs or (dz is not None and softcap) else None
             z_y = p.gather(1, y[b].unsqueeze(1)).squeeze(1)
-            largest, log_total, total[b] = self.softmax_(p, b)
+            largest, log_total, total = self.softmax_(p, b)
             rows[0, b] = z_y.sub_(largest).sub_(log_total)
             rows[1, b] = largest + log_total
             if outputs:
                 assert keep is not None
-                p.div_(total[b].unsqueeze(1))
-                total[b] = 1
+                p.div_(total.unsqueeze(1))
+                total.fill_(1)
                 q = None
                 if z_ref is not None:
                     assert self.ref_gemms is not None
@@ -97,9 +109,18 @@ class RowOperations:
                     self.ref_gemms.finish(q)
                 _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
             if dz is not None:
-                self.add_at_targets(p, b, y[b], -total[b])
+                assert factor is not None
+                self.add_at_targets(p, b, y[b], -total)
                 self.gemms.times_slope(p, keep)
-        return None if dz is None else total.reciprocal_().mul_(-self.gemms.scaling.gain)
+                factor[b] = total.reciprocal_().mul_(-self.gemms.scaling.gain)
+        if dz is not None and factor is not None and self.own_memory:
+            dz.copy_(z)
+            self.repair(z, dz, y, factor)
+
+    def repair(self, z: Tensor, dz: Tensor, y: Tensor, factor: Tensor) -> None:
+        """Take the target's entry of dz, as a rule the largest, as the number that it was rounded to: the factor makes up for it."""
+        exact, rounded = (x.gather(1, y.unsqueeze(1)).squeeze(1) for x in (z, dz))
+        factor.mul_((exact / rounded).nan_to_num_(1, 1, 1))
 
     def gradient(
         self,
@@ -134,38 +155,16 @@ class RowOperations:
             self.gemms.times_slope(p, keep)
             if self.gemms.scaling.gain != 1:
                 p.mul_(self.gemms.scaling.gain)
+        if self.own_memory:
+            dz.copy_(z)
 
 
 class OutOfPlaceRowOperations(RowOperations):
-    """torch's, with dz in memory of its own and exact, without a factor: a tile may have several steps."""
+    """torch's, with dz in memory of its own whatever its dtype: a tile may have several steps."""
 
-    own_memory = True
-
-    def statistics(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        y: Tensor,
-        outputs: Sequence[str],
-        rows: Tensor,
-        dz: Tensor | None,
-    ) -> None:
-        factor = super().statistics(z, z_ref, y, outputs, rows, None if dz is None else z)
-        if dz is not None:
-            assert factor is not None
-            dz.copy_(z.mul_(factor.unsqueeze(1)))
-
-    def gradient(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        y: Tensor,
-        u: Mapping[str, Tensor],
-        v: Mapping[str, Tensor],
-        dz: Tensor,
-    ) -> None:
-        super().gradient(z, z_ref, y, u, v, z)
-        dz.copy_(z)
+    def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
+        super().__init__(gemms, ref_gemms)
+        self.own_memory = True
 
 
 def _statistics(

@@ -1,8 +1,9 @@
-"""The `triton` backend: the loops of chunked.py with cuBLAS products, and one Triton kernel for their rows.
+"""The `triton` backend: the loops of chunked.py with cuBLAS products, and Triton kernels for their rows.
 
-The kernel writes dz in the dtype of the gradient GEMMs into the memory of a tile, which takes half the bytes of its
-logits; these are there for a few hundred rows at a time, twice, since the next products are made meanwhile. Nothing in the
-loops waits for the device. float64 operands take torch's row operations.
+A kernel writes dz in the dtype of the gradient GEMMs into the memory of a tile, which takes half the bytes of its
+logits; these are there for some hundred rows at a time. Log-probs and their gradient read each product once
+(kernels/one_read.py); divergences, gradients of other statistics, and those in float16 twice (kernels/rows.py). Nothing
+in the loops waits for the device. float64 operands take torch's row operations.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels import logps  # pyright: ignore[reportMissingImports]
+from ..kernels import logps, one_read  # pyright: ignore[reportMissingImports]
 from ..kernels import rows as kernel  # pyright: ignore[reportMissingImports]
 from ..kernels.tuning import prefers_fused  # pyright: ignore[reportMissingImports]
 from . import chunked
@@ -25,12 +26,12 @@ from .spec import Scaling
 
 
 class TritonRowOperations(RowOperations):
-    """`RowOperations` by the kernel; dz is exact, without a factor."""
-
-    own_memory = True
+    """`RowOperations` by the kernels."""
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
+        self.own_memory = True
+        self.once = partial(one_read.run, bias=gemms.bias, **asdict(gemms.scaling))
         self.run = partial(
             kernel.run,
             bias=gemms.bias,
@@ -46,9 +47,13 @@ class TritonRowOperations(RowOperations):
         outputs: Sequence[str],
         rows: Tensor,
         dz: Tensor | None,
+        factor: Tensor | None,
     ) -> None:
         out = dict(zip(("logp", "lse", *outputs), rows, strict=True))
-        upstream = None if dz is None else {"logp": torch.ones_like(rows[0])}
+        if set(outputs) <= set(one_read.STATISTICS) and (dz is None or dz.dtype in one_read.GRADIENTS):
+            self.once(z, y, out=out, grad=dz, factor=factor)
+            return
+        upstream = None if factor is None else {"logp": factor.fill_(1)}
         self.run(z, y, ref_products=z_ref, out=out, upstream=upstream, grad=dz)
 
     def gradient(

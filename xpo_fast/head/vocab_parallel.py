@@ -249,13 +249,16 @@ class VocabParallelRows(RowOperations):
         outputs: Sequence[str],
         rows: Tensor,
         dz: Tensor | None,
-    ) -> Tensor | None:
+        factor: Tensor | None,
+    ) -> None:
         y, sums = self._exchange(z, z_ref, y, outputs)
         for row, name in zip(rows, ("logp", "lse", *outputs), strict=True):
             row.copy_(self._statistic(name, sums))
-        if dz is None:
-            return None
-        return super().statistics(z, None, y, (), torch.empty_like(rows[:2]), dz)
+        if dz is not None:
+            super().statistics(z, None, y, (), torch.empty_like(rows[:2]), dz, factor)
+
+    def repair(self, z: Tensor, dz: Tensor, y: Tensor, factor: Tensor) -> None:
+        """Nothing: the factor of a row is one on all ranks, and one of them has the target."""
 
     def gradient(
         self,

@@ -35,6 +35,7 @@ from ..head import token_stats
 from ..head.autograd import refuse_double_backward, scale_saved, token_stats_backward
 from ..head.autograd import token_stats as token_stats_operator
 from ..head.plan import check_backend, choose_backend, fit
+from ..head.row_operations import copies
 from ..head.sharded import is_partitioned, is_sharded, whole
 from ..head.spec import accumulation_dtype, check_operands
 from ..lm_head import ACTS_OF
@@ -166,10 +167,9 @@ class _HeadFunction(torch.autograd.Function):
         check_operands(h, w, targets, b)
         backend = choose_backend(options.backend, w.device)
         check_backend(backend, w.device)
-        fp32_bytes = w.numel() * (accumulation_dtype(dtype).itemsize - dtype.itemsize)
         tiling, *_ = fit(
             backend, w.shape[0], dtype, w.device, options.tile_bytes,
-            dz=any(needs), dw_bytes=fp32_bytes if needs[1] else 0, tokens=h.shape[0],
+            copies=copies(names, bool(scaling[1])), dz=any(needs), learns=needs[1],
         )  # fmt: skip
         ctx.rest = (*scaling, IGNORE, *tiling, backend)
         logp, _, extra, dlogp = token_stats_operator(
