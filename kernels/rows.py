@@ -335,13 +335,13 @@ def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
 
 for _name, _shapes in (
     (_tunable(()), ((4096, 16), (2048, 8), (2048, 16), (1024, 4), (2048, 4))),
-    (_tunable(STATISTICS), ((2048, 16), (1024, 8), (512, 4))),
+    (_tunable(STATISTICS), ((512, 4), (1024, 8))),
 ):
     tuning.declare(
         _name,
         tuning.Tunable(
             (row_pass,),
-            tuning.row_candidates(*_shapes, without={"sm_100": ((4096, 16), (2048, 16))}),
+            tuning.row_candidates(*_shapes, without={"sm_100": ((4096, 16), (2048, 16), (1024, 8))}),
             partial(_problems, _name),
         ),
     )

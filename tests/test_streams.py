@@ -190,5 +190,5 @@ def test_the_detector_finds_a_lost_event(lost, monkeypatch):
         return None if sys._getframe(1).f_code.co_name == recorded_in else kept(self)
 
     monkeypatch.setattr(Detector, "mark", mark)
-    _, detector = run(unit_gradients, Tiling(16, 8), monkeypatch)
+    _, detector = run(unit_gradients, Tiling(16, 8, 2), monkeypatch)
     assert detector.races

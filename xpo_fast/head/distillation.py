@@ -23,7 +23,7 @@ from .units import scaled_to
 Function = TypeVar("Function")
 DIVERGENCES = ("jsd", "cosine")
 # Beside the logits of a step, at the most and off the CPU: what `_jsd` makes of them, of their size.
-_COPIES = 12
+_COPIES = 6
 _TINY = 1e-12  # the least norm of logits that a cosine divides by
 
 
@@ -189,51 +189,60 @@ def _pass(
             for b in row_blocks(step.z):
                 z = step.z[b]
                 passes.gemms.finish(z)
-                dz = torch.zeros_like(z) if with_dz else None
+                dz = None
+                if recipe.hard:
+                    rows[1, b], dz = _cross_entropy(z, y[b], recipe.hard_weight, with_dz)
                 if step.z_ref is not None:
                     assert passes.ref_gemms is not None
                     t = step.z_ref[b]
                     passes.ref_gemms.finish(t)
+                    if with_dz and dz is None:
+                        dz = torch.zeros_like(z)
                     divergence = _jsd if recipe.divergence == "jsd" else _cosine
                     rows[0, b] = divergence(z, t, recipe, dz)
-                if recipe.hard:
-                    rows[1, b] = _cross_entropy(z, y[b], recipe.hard_weight, dz)
-                if dz is not None:
+                if with_dz:
+                    assert tile_dz is not None
+                    if dz is None:
+                        tile_dz[b] = 0
+                        continue
                     if passes.ignored is not None:
                         dz.masked_fill_(passes.ignored[step.at][b].unsqueeze(1), 0)
-                    assert tile_dz is not None
                     tile_dz[b] = dz
         if step.last and with_dz:
             grads.add(step, None)
     return passes.masked(found).sum(dim=1), grads.finished()
 
 
-def _logprobs(z: Tensor) -> Tensor:
-    """log softmax; torch's own adds a row up one by one, which is off by 2e-5 at a vocabulary of 128k."""
-    return z - z.logsumexp(dim=1, keepdim=True)
+def _logprobs_(z: Tensor) -> Tensor:
+    """log softmax in place; torch's own adds a row up one by one, which is off by 2e-5 at a vocabulary of 128k."""
+    return z.sub_(z.logsumexp(dim=1, keepdim=True))
 
 
 def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, dz: Tensor | None) -> Tensor:
-    """The divergence of each row, (r,); soft_weight · its gradient is added to dz.
+    """The divergence of each row, (r,); soft_weight · its gradient is added to dz. z and t are overwritten.
 
     With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, for the terms in log m cancel.
     """
     vocab, beta, tau = z.shape[1], recipe.beta, recipe.temperature
     if t.shape[1] > vocab:
         z = F.pad(z, (0, t.shape[1] - vocab))
-    log_p, log_q = _logprobs(z / tau), _logprobs(t / tau)
-    p, q = log_p.exp(), log_q.exp()
+    log_p, log_q = _logprobs_(z.div_(tau)), _logprobs_(t.div_(tau))
+    p = log_p.exp()
     if beta == 0:
-        soft, slope = expectation(q, log_q - log_p), p - q
+        q = log_q.exp()
+        soft = expectation(q, log_q.sub_(log_p))
+        slope = p.sub_(q)
     else:
         log_m = log_q
         if beta < 1:
-            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-        d, share = (log_p - log_m).masked_fill_(p == 0, 0), 1 - beta if beta < 1 else 1.0
+            log_m = log_p + math.log1p(-beta)
+            torch.logaddexp(log_m, log_q + math.log(beta), out=log_m)
+        d, share = log_p.sub_(log_m).masked_fill_(p == 0, 0), 1 - beta if beta < 1 else 1.0
         mean = (p * d).sum(dim=1)
-        soft, slope = share * mean, p * (share * (d - mean.unsqueeze(1)))
+        soft, slope = share * mean, p.mul_(d.sub_(mean.unsqueeze(1)).mul_(share))
         if beta < 1:
-            soft = soft + beta * expectation(q, log_q - log_m)
+            q = log_q.exp()
+            soft = soft + beta * expectation(q, log_q.sub_(log_m))
     if dz is not None:
         dz.add_(slope[:, :vocab], alpha=recipe.soft_weight / tau)
     return soft
@@ -250,9 +259,10 @@ def _cosine(z: Tensor, t: Tensor, recipe: _Recipe, dz: Tensor | None) -> Tensor:
     return recipe.beta * (1 - cosine.squeeze(1))
 
 
-def _cross_entropy(z: Tensor, y: Tensor, weight: float, dz: Tensor | None) -> Tensor:
-    """−log softmax(z)_y of each row, (r,); weight · its gradient is added to dz."""
-    log_p, y = _logprobs(z), y.unsqueeze(1)
-    if dz is not None and weight:
-        dz.add_(log_p.exp(), alpha=weight).scatter_add_(1, y, dz.new_full(y.shape, -weight))
-    return -log_p.gather(1, y).squeeze(1)
+def _cross_entropy(z: Tensor, y: Tensor, weight: float, with_dz: bool) -> tuple[Tensor, Tensor | None]:
+    """−log softmax(z)_y of each row, (r,), and weight · its gradient, (r, V), if that is wanted."""
+    log_p, y = _logprobs_(z.clone()), y.unsqueeze(1)
+    hard = -log_p.gather(1, y).squeeze(1)
+    if not with_dz:
+        return hard, None
+    return hard, log_p.exp_().mul_(weight).scatter_add_(1, y, log_p.new_full(y.shape, -weight))

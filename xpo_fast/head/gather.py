@@ -9,16 +9,25 @@ import torch
 from torch import Tensor
 
 from .autograd import refuse_double_backward
-from .plan import check_backend, choose_backend
-from .row_operations import row_blocks, softmax_
+from .gemms import BLOCK_BYTES
+from .plan import check_backend, choose_backend, scratch_bytes
+from .row_operations import softmax_
 from .spec import Scaling, accumulation_dtype, check_targets, scored_positions
 
 
 def _blocks(logits: Tensor, index: Tensor):
-    """Scored rows of the logits, a cache-sized block of them widened at a time: (positions, (r, V))."""
+    """Scored rows of the logits, a block of them widened at a time: (positions, (r, V)).
+
+    A block fits a core's cache, or on a device its scratch memory, with the rows in their own dtype beside it.
+    """
     dtype = accumulation_dtype(logits.dtype)
-    for b in row_blocks(torch.empty((index.shape[0], logits.shape[1]), dtype=dtype, device="meta")):
-        yield index[b], logits[index[b]].to(dtype)
+    most = BLOCK_BYTES
+    if logits.device.type != "cpu":
+        most = scratch_bytes(logits.device) * dtype.itemsize // (dtype.itemsize + logits.dtype.itemsize)
+    rows = max(1, most // (logits.shape[1] * dtype.itemsize))
+    for start in range(0, index.shape[0], rows):
+        at = index[start : start + rows]
+        yield at, logits.index_select(0, at).to(dtype)
 
 
 def _kernels() -> ModuleType:
@@ -94,8 +103,8 @@ def _write_gradient(
         *_, total = softmax_(z)
         scale = (u[at] / temperature).unsqueeze(1).to(z.dtype)
         z.mul_(-scale / total.unsqueeze(1)).scatter_add_(1, targets[at].unsqueeze(1), scale)
-        out[at] = z.to(out.dtype)
-    out[targets == ignore_index] = 0
+        out.index_copy_(0, at, z.to(out.dtype))
+    out.masked_fill_((targets == ignore_index).unsqueeze(1), 0)
 
 
 @torch.library.custom_op("xpo_fast::gather_logps_backward", mutates_args=())

@@ -1,0 +1,291 @@
+"""How many launches a call of the head is on a device, what they move, and the memory they take: counted, not timed.
+
+    python bench/launches.py --json bench/results/launches.json
+
+The calls run on the meta device, which has shapes and no values, with the branches of a CUDA device. Every operator that
+works on the device is a launch (a few are several, listed in SEVERAL), every kernel of ours is one. Nothing reads the
+device: that would raise. `bytes a logit`: what all but the GEMMs read and write of tensors as wide as the vocabulary, and
+what the GEMMs read and write of them, by the scored tokens times V. `peak` is what the call holds at once above its operands,
+gradients included, on a card of 80 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from head import Shape
+from measure import table, write_json
+
+META = torch.device("meta")
+GEMMS = ("mm", "addmm", "addmv_")
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias")  # no work
+SEVERAL = {"logsumexp": 7, "index_put": 2}
+OVERWRITES = ("copy_", "fill_", "zero_")  # what they write, without reading it
+ROWS = ("index_select", "index_copy_")
+PICKS = ("gather", "scatter_add_")  # single entries
+PADDING = 64  # columns that a tile may have beyond the vocabulary
+
+
+class Meter(TorchDispatchMode):
+    """Counts in a `with` block."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.vocab, self.launches, self.kernels = vocab, 0, {}
+        self.row_bytes = self.gemm_bytes = 0
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from xpo_fast.head import autograd
+
+        kwargs = kwargs or {}
+        operators = {
+            op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)
+        }
+        if func in operators:  # not the shapes that it says it has: what it does
+            with self:
+                return operators[func](*args, **kwargs)
+        self.note_freed()
+        before = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        out = func(*args, **kwargs)
+        after = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(x.device == META for x in (*before, *after)):
+            self.note(func, before, after, args, kwargs)
+        return out
+
+    def note(self, func: Any, before: list[Tensor], after: list[Tensor], args: Any, kwargs: Any) -> None:
+        known = {x.untyped_storage()._cdata for x in before}
+        for x in after:
+            storage = x.untyped_storage()
+            if storage._cdata not in known and x.device == META:
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.held.values()))
+        name = func.overloadpacket.__name__
+        if func.is_view or name in FREE:
+            return
+        self.count(name, SEVERAL.get(name, 1))
+        if name in PICKS:
+            return
+        written = [kwargs["out"]] if "out" in kwargs else [args[0]] if name.endswith("_") else after
+        read = [x for x in tree_leaves((args, {k: x for k, x in kwargs.items() if k != "out"}))]
+        if name in ROWS:  # as many as are picked, not all there are
+            read = written = [args[3] if name == "index_copy_" else after[0]]
+        elif name in OVERWRITES or (name == "addmm" and kwargs.get("beta", 1) == 0):
+            read = read[1:]
+        moved = sum(self.wide_bytes(x) for x in (*read, *written) if isinstance(x, Tensor))
+        if name in GEMMS:
+            self.gemm_bytes += moved
+        else:
+            self.row_bytes += moved
+
+    def count(self, name: str, launches: int = 1) -> None:
+        self.launches += launches
+        self.kernels[name] = self.kernels.get(name, 0) + launches
+
+    def wide_bytes(self, x: Tensor) -> int:
+        """Of a tensor of logits: not of the head, transposed for a GEMM."""
+        wide = x.dim() == 2 and self.vocab <= x.shape[1] <= self.vocab + PADDING and x.shape[0] != self.width
+        return x.numel() * x.itemsize if wide else 0
+
+    def note_freed(self) -> None:
+        for key, (storage, _) in list(self.held.items()):
+            if storage.expired():
+                del self.held[key]
+
+    # Kernels of ours, which have nothing to work on here.
+
+    def rows_run(self, products: Tensor, targets: Tensor, **options: Any) -> None:
+        self.kernel("row_pass", products, options, reads=2 if options.get("grad") is not None else 1)
+
+    def one_read_run(self, products: Tensor, targets: Tensor, **options: Any) -> None:
+        self.kernel("one_read", products, options, reads=1)
+
+    def kernel(self, name: str, products: Tensor, options: dict[str, Any], reads: int) -> None:
+        self.count(name)
+        tensors = [products, *(options[k] for k in ("ref_products",) if options.get(k) is not None)]
+        grad = options.get("grad")
+        self.row_bytes += sum(reads * self.wide_bytes(x) for x in tensors)
+        self.row_bytes += 0 if grad is None else self.wide_bytes(grad)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """In a `with` block kernels of ours are counted, and may be asked for."""
+        from xpo_fast.head import plan
+        from xpo_fast.kernels import one_read, rows
+
+        with (
+            mock.patch.object(rows, "run", self.rows_run),
+            mock.patch.object(one_read, "run", self.one_read_run),
+            mock.patch("xpo_fast.head.triton.prefers_fused", lambda *_: False),
+            mock.patch("xpo_fast.head.cuda.run", self.one_read_run),
+            mock.patch("xpo_fast.head.check_backend", lambda *_: None),
+            mock.patch.dict(plan.DEFAULT_TILE_BYTES, cuda=int(plan.SHARE_OF_CARD * CARD_BYTES)),
+            self,
+        ):
+            yield
+
+
+ROW_TOKENS = 1024
+SHAPES = [Shape(n, d, v) for n in (8192, 32768) for d, v in ((4096, 128256), (2048, 151936), (4096, 32000))]
+CARD_BYTES = 80 * 10**9  # whose share is the scratch memory
+RANKS = 8  # that a vocabulary is cut over
+
+
+class Case(NamedTuple):
+    """call: with hidden (N, D), weight (V, D) and targets (N,) on the host, and a backend."""
+
+    call: Callable[[Tensor, Tensor, Tensor, str], Any]
+    learns: bool = False  # whether the head does
+    backends: tuple[str, ...] = ("torch", "triton", "cuda")
+
+
+def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str, **options: Any) -> Tensor:
+    from xpo_fast import token_logps
+
+    return token_logps(hidden, weight, targets, backend=backend, **options)
+
+
+def _frozen(*operands: Any, **options: Any) -> None:
+    _logps(*operands, **options).sum().backward()
+
+
+def _without_gradient(*operands: Any) -> None:
+    with torch.no_grad():
+        _logps(*operands)
+
+
+def _entropy(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+    from xpo_fast import token_stats
+
+    found = token_stats(hidden, weight, targets, backend=backend, outputs=("entropy",))
+    (found.logp.sum() + found.entropy.sum()).backward()
+
+
+def _dpo(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+    from xpo_fast import Objective
+
+    rows = targets.shape[0] // ROW_TOKENS
+    batch = hidden.view(rows, ROW_TOKENS, -1)
+    ref = torch.zeros(rows, device=META)
+    objective = Objective("dpo", beta=0.1, backend=backend)
+    objective(batch, weight, targets.view(rows, -1), ref_logps=ref).loss.backward()
+
+
+def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+    from xpo_fast.head import gather
+
+    logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
+    # Which are scored is asked of the device, the one thing that a call waits for.
+    every = torch.arange(hidden.shape[0], device=META)
+    with mock.patch.object(gather, "scored_positions", lambda *_: every):
+        logp, _ = gather._forward._init_fn(logits, targets, 1.0, -100, False, False)
+        gather._write_gradient(logits, targets, logp, 1.0, -100, None, torch.empty_like(logits))
+
+
+def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+    from xpo_fast.head.distillation import distillation_loss
+
+    teacher = {"teacher_hidden": hidden.detach(), "teacher_weight": weight.detach()}
+    distillation_loss(hidden, weight, targets, **teacher).loss.backward()
+
+
+def _vocab_parallel(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from xpo_fast.head.vocab_parallel import VocabShard
+
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    try:
+        rows = weight.shape[0] // RANKS
+        shard = VocabShard(dist.group.WORLD, weight.shape[0], 0, rows, rows, True)
+        _logps(hidden, weight[:rows], targets, backend, vocab_shard=shard).sum().backward()
+    finally:
+        dist.destroy_process_group()
+
+
+CASES = {
+    "frozen": Case(_frozen),
+    "frozen, softcap": Case(partial(_frozen, softcap=30.0)),
+    "trainable": Case(_dpo, learns=True),
+    "log-probs": Case(_without_gradient),
+    "entropy with its gradient": Case(_entropy),
+    "gather_logps": Case(_gather, backends=("torch",)),
+    "vocabulary over 8 ranks": Case(_vocab_parallel, backends=("torch",)),
+    "distillation": Case(_distillation, learns=True, backends=("torch",)),
+}
+
+
+def measure(name: str, shape: Shape, backend: str) -> dict[str, Any]:
+    """One call: what it launches, moves and holds."""
+    case = CASES[name]
+    hidden = torch.empty(shape.scored, shape.width, dtype=torch.bfloat16, device=META, requires_grad=True)
+    weight = torch.empty(
+        shape.vocab, shape.width, dtype=torch.bfloat16, device=META, requires_grad=case.learns
+    )
+    targets = torch.zeros(shape.scored, dtype=torch.int64)
+    if name == "gather_logps":
+        targets = targets.to(META)
+    meter = Meter(shape.vocab // RANKS if name.startswith("vocab") else shape.vocab, shape.width)
+    with meter.installed():
+        case.call(hidden, weight, targets, backend)
+    logits = shape.scored * meter.vocab
+    return {
+        "case": name,
+        "shape": shape._asdict(),
+        "backend": backend,
+        "launches": meter.launches,
+        "kernels": dict(sorted(meter.kernels.items(), key=lambda item: -item[1])),
+        "row_bytes_a_logit": meter.row_bytes / logits,
+        "gemm_bytes_a_logit": meter.gemm_bytes / logits,
+        "peak_mb": meter.peak_bytes / 1e6,
+    }
+
+
+def main() -> int:
+    first, _, details = (__doc__ or "").partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    found = [
+        measure(name, shape, backend)
+        for name, case in CASES.items()
+        for shape in SHAPES
+        for backend in case.backends
+    ]
+    header = ["case, N×D×V", "backend", "launches", "bytes a logit: rows", "GEMMs", "peak MB"]
+    rows = [
+        [
+            f"{r['case']} {Shape(**r['shape'])}",
+            r["backend"],
+            str(r["launches"]),
+            f"{r['row_bytes_a_logit']:.1f}",
+            f"{r['gemm_bytes_a_logit']:.1f}",
+            f"{r['peak_mb']:.0f}",
+        ]
+        for r in found
+    ]
+    print(table(header, rows))
+    if args.json:
+        write_json(args.json, {"what": "counted on the meta device, not timed", "counted": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
