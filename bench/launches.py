@@ -31,7 +31,15 @@ from measure import table, write_json
 
 META = torch.device("meta")
 GEMMS = ("mm", "addmm", "addmv_")
-FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias")  # no work
+FREE = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+)  # no work
 SEVERAL = {"logsumexp": 7, "index_put": 2}
 OVERWRITES = ("copy_", "fill_", "zero_")  # what they write, without reading it
 ROWS = ("index_select", "index_copy_")
@@ -42,9 +50,9 @@ PADDING = 64  # columns that a tile may have beyond the vocabulary
 class Meter(TorchDispatchMode):
     """Counts in a `with` block."""
 
-    def __init__(self, vocab: int, width: int) -> None:
+    def __init__(self, vocab: int, weight: Tensor) -> None:
         super().__init__()
-        self.width = width
+        self.head = weight.untyped_storage()._cdata
         self.vocab, self.launches, self.kernels = vocab, 0, {}
         self.row_bytes = self.gemm_bytes = 0
         self.held: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -99,8 +107,8 @@ class Meter(TorchDispatchMode):
 
     def wide_bytes(self, x: Tensor) -> int:
         """Of a tensor of logits: not of the head, transposed for a GEMM."""
-        wide = x.dim() == 2 and self.vocab <= x.shape[1] <= self.vocab + PADDING and x.shape[0] != self.width
-        return x.numel() * x.itemsize if wide else 0
+        wide = x.dim() == 2 and self.vocab <= x.shape[1] <= self.vocab + PADDING
+        return x.numel() * x.itemsize if wide and x.untyped_storage()._cdata != self.head else 0
 
     def note_freed(self) -> None:
         for key, (storage, _) in list(self.held.items()):
@@ -241,7 +249,7 @@ def measure(name: str, shape: Shape, backend: str) -> dict[str, Any]:
     targets = torch.zeros(shape.scored, dtype=torch.int64)
     if name == "gather_logps":
         targets = targets.to(META)
-    meter = Meter(shape.vocab // RANKS if name.startswith("vocab") else shape.vocab, shape.width)
+    meter = Meter(shape.vocab // RANKS if name.startswith("vocab") else shape.vocab, weight)
     with meter.installed():
         case.call(hidden, weight, targets, backend)
     logits = shape.scored * meter.vocab

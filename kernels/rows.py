@@ -378,7 +378,9 @@ def variants() -> Iterator[Variant]:
             else:
                 signature["grad"] = f"*{dtype}"
             sizes = ("stride", "ref_stride", "grad_stride")
-            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
+            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(
+                ("gain", "inner", "ceiling"), "fp32"
+            )
             tiles = ("products", "ref_products", "bias", "ref_bias", "grad")
             yield Variant(
                 row_pass,

@@ -137,8 +137,8 @@ def test_head_operator(trainable, outputs, save_grad, dtype):
 
 
 def test_head_backward_operator():
-    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, lanes, backend, _, _ = head_arguments(
-        trainable=True, outputs="kl", save_grad=False
+    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, lanes, backend, _, _ = (
+        head_arguments(trainable=True, outputs="kl", save_grad=False)
     )
     detached = [x.detach() for x in (hidden, weight, bias)]
     upstream = [oracle.normal(5, seed=k, dtype=torch.float32) for k in range(2)]

@@ -139,10 +139,12 @@ class Passes:
         gemms = [x for x in (self.gemms, self.ref_gemms) if x is not None]
         count = min(self.lanes.ahead, len(work))
         with ExitStack() as stack:
-            buffers = [[stack.enter_context(logits_memory(rows, x)) for x in gemms] for _ in range(count)]
-            memory = None
-            if self.operations.own_memory and longest:
-                memory = aligned_rows(longest, self.gemms.vocab, self.gemms.gemm_dtype, self.hidden.device)
+            with self._saying_what_for():
+                buffers = [[stack.enter_context(logits_memory(rows, x)) for x in gemms] for _ in range(count)]
+                memory = None
+                if self.operations.own_memory and longest:
+                    dtype = self.gemms.gemm_dtype
+                    memory = aligned_rows(longest, self.gemms.vocab, dtype, self.hidden.device)
             stack.callback(self.lanes.join)  # before the memory is given back
             steps: deque[Step] = deque()
             h, of_tile, used = None, -1, None
@@ -163,6 +165,17 @@ class Passes:
                     used = steps.popleft()
                     yield used
             yield from steps
+
+    @contextmanager
+    def _saying_what_for(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"xpo_fast asked for the memory of a tile of {self.tiling.tile} tokens x {self.gemms.vocab}, of which "
+                f"{self.tiling.step} are logits at once: pass a smaller tile_bytes= or chunk_tokens="
+            )
+            raise
 
     def _room(self, rows: int, most: int) -> int:
         """Of how many rows memory is asked for: on a device of few sizes, which its allocator can hand out again."""

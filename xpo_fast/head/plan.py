@@ -185,8 +185,8 @@ def fit(
     if not kernels and (not on_device or dtype == accumulated):
         tile = chunk_tokens or max(1, min(budget // logit_bytes, enough))
         return Tiling(tile, tile), None, held
-    # Of torch's operations on a device there are many a step, so that it has few, large ones.
-    step_bytes = min(budget // 4, STEP_BYTES * heads) if kernels else budget // 2
+    # Of torch's operations on a device there are many a step: it has few, large ones.
+    step_bytes = min(budget // 4, STEP_BYTES * held) if kernels else min(budget // 2, 2 * STEP_BYTES * held)
     lanes = lanes_of(device) if kernels else 1
     step = _step_tokens(step_bytes // lanes, logit_bytes)
     tile = enough  # without dz a tile is the hidden states that are gathered at once
@@ -220,7 +220,11 @@ def lanes_of(device: torch.device) -> int:
 def scratch_bytes(device: torch.device) -> int:
     """Bytes of scratch memory by default: see DEFAULT_TILE_BYTES."""
     total = _total_bytes(device.index) if device.type == "cuda" else None
-    return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"] if total is None else int(SHARE_OF_CARD * total)
+    return (
+        DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
+        if total is None
+        else int(SHARE_OF_CARD * total)
+    )
 
 
 # Of the card, which does not change: a constant of what torch.compile traces.
