@@ -96,7 +96,7 @@ constexpr int STATIC = 512, WITHOUT_OPT_IN = 48 * 1024;  // bytes of shared memo
 inline int device = 0;                                   // another one whenever a test describes it anew
 inline int shared_bytes = 232448, clusters = 8, threads = 64;
 inline int hosted = 8;  // the most blocks of a cluster that there is a place for
-inline int asked = 0;   // how often a launch has asked for more than which device it is
+inline std::atomic<int> asked{0};  // how often a launch has asked for more than which device it is
 inline std::map<std::pair<const void*, int>, int> opted_in;
 
 }  // namespace xpo::emulate

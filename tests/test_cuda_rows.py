@@ -7,6 +7,7 @@ read: kept by one block or by a cluster, or read twice. The same checks run on a
 from __future__ import annotations
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -473,6 +474,53 @@ def test_calls_that_make_no_sense(machine, change, reason):
         native.call("xpo_rows", ctypes.byref(rows), device=x.device)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": 3, "part": 8},
+        {"ranks": 16, "part": 8},
+        {"ranks": 0},
+        {"part": 0, "shared_bytes": 0},
+        {"part": 12, "shared_bytes": 48},
+        {"part": 16, "shared_bytes": 64},  # of 17 columns
+        {"kept": 0},
+        {"kept": 0, "shared_bytes": 0, "ranks": 2, "part": 24},
+        {"shared_bytes": 92},
+        {"threads": 0},
+        {"threads": 48},
+        {"threads": 1024},
+    ],
+    ids=str,
+)
+def test_plans_that_make_no_sense(machine, change):
+    z, targets, out = torch.zeros(2, 17), torch.zeros(2, dtype=torch.long), torch.zeros(2)
+    z, targets, out = (x.to(machine.device) for x in (z, targets, out))
+    good = {"ranks": 1, "part": 24, "kept": 1, "threads": 32, "shared_bytes": 96}
+    cuda.run(z, targets, out={"logp": out}, grad=torch.empty_like(z), plan=cuda.RowPlan(**good))
+    assert_close(out.cpu(), torch.full((2,), -math.log(17.0)))
+    with pytest.raises(RuntimeError, match="xpo_rows_planned: a plan that does not hold the row"):
+        cuda.run(z, targets, out={"logp": out}, grad=z, plan=cuda.RowPlan(**good | change))
+
+
+def test_a_launch_asks_nothing_twice(host_library, monkeypatch):
+    """Whatever sizes a kernel is launched with, it is let have all the memory there is, once for each device."""
+    monkeypatch.setattr(native, "PATH", host_library)
+    machine, asked = Machine("cpu"), []
+
+    def launch(vocab):
+        z, targets = torch.zeros(1, vocab), torch.zeros(1, dtype=torch.long)
+        before = native.library().xpo_emulate_asked()
+        cuda.run(z, targets, grad=z)
+        asked.append(native.library().xpo_emulate_asked() - before)
+
+    for _ in range(2):
+        machine.becomes(H200[0])  # another one
+        for vocab in (1000, 12288, 19072, 1000, 40000, 40000, 50000):
+            launch(vocab)
+    # Three attributes of the device, the kernel's static memory, two attributes set; a cluster of each size.
+    assert asked == [6, 0, 0, 0, 1, 0, 1] * 2
+
+
 # --- the backend -----------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +638,11 @@ __global__ void beyond(float* out, bool) {
     XPO_DYNAMIC_SHARED(float, x);
     x[64] = *out;
 }
+__global__ void halves(float* out, bool whole) {
+    const float x = __shfl_xor_sync(whole ? ~0u : threadIdx.x < 16 ? 0xffffu : 0xffff0000u, 1.0f, 1);
+    out[threadIdx.x] = x;
+}
+__global__ void greedy(float* out, bool) { XPO_DYNAMIC_SHARED(float, x); out[threadIdx.x] = x[0] = 1; }
 __global__ void wide(float* out, bool aligned) { *reinterpret_cast<float4*>(out + (aligned ? 4 : 3)) = {1, 2, 3, 4}; }
 }
 extern "C" int faulty(int which, float* out, int right, int reversed) {
@@ -600,6 +653,13 @@ extern "C" int faulty(int which, float* out, int right, int reversed) {
         case 2: return xpo::launch(copies, {1, 32, 512}, nullptr, out, right);
         case 3: return xpo::launch(lonely, {1, 64}, nullptr, out, right);
         case 4: return xpo::launch(wide, {1, 32}, nullptr, out, right);
+        case 5: return xpo::launch(halves, {1, 32}, nullptr, out, right);
+        case 6: {  // 48 KiB beside static memory, which only `launch` asks for
+            xpo_emulate(101376, 1, 64, reversed);
+            if (right) return xpo::launch(greedy, {1, 32, 48 * 1024}, nullptr, out, right);
+            const cudaLaunchConfig_t config{1, 32, 48 * 1024, nullptr, nullptr, 0};
+            return cudaLaunchKernelEx(&config, greedy, out, bool(right));
+        }
         default: return xpo::launch(beyond, {1, 64, right ? 260 : 256}, nullptr, out, right);
     }
 }
@@ -610,8 +670,8 @@ extern "C" void rounded(const float* x, uint32_t* bf16, uint32_t* half, int n) {
 
 
 def test_the_emulation_finds_faults(tmp_path):
-    """A barrier left out between threads or blocks, a copy not waited for, a barrier that not all reach,
-    16 bytes at an odd place, a write too far."""
+    """A barrier left out between threads or blocks, a copy not waited for, a barrier that not all reach, 16 bytes at an odd
+    place, a shuffle of half a warp, 48 KiB beside static memory without opting in, a write too far."""
     library = library_of(FAULTY.replace("cluster_", "xpo::cluster_"), tmp_path)
 
     def launch(which, right, reversed=False):
@@ -629,7 +689,7 @@ def test_the_emulation_finds_faults(tmp_path):
             assert code == 0 and torch.equal(found[: len(want)], want)
             code, found = launch(which, False, reversed)
             assert code == 0 and not torch.equal(found[: len(want)], want)
-    for which, error in ((3, 999), (4, 716), (5, 999)):
+    for which, error in ((3, 999), (4, 716), (5, 999), (6, 1), (7, 999)):
         assert launch(which, True)[0] == 0 and launch(which, False)[0] == error
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import xpo_fast as xf
+from host_compile import compiled
 from xpo_fast import doctor, native
 from xpo_fast.head import cuda
 from xpo_fast.head.plan import check_backend
@@ -55,16 +56,18 @@ def clone(tmp_path):
     return root
 
 
-def stand_in(folder, fails=False):
-    """An nvcc that writes its arguments to the library, one more line each time it runs."""
-    script = (
-        'echo "ptxas info" >&2; while [ "$1" != -o ]; do args="$args $1"; shift; done; echo "$args" > "$2"'
-    )
-    if fails:
-        script = 'echo "error: no such architecture" >&2; exit 3'
+def stand_in(folder, fails=False, unknown="none"):
+    """An nvcc that writes its arguments to the library, one more line each time it runs, and does not know a target."""
+    work = 'while [ "$1" != -o ]; do args="$args $1"; shift; done; echo "$args" > "$2"'
+    script = f"""#!/bin/sh
+case "$*" in *{unknown}*) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
+case "$*" in *--dryrun*) exit {3 * fails};; esac
+echo run >> {folder}/runs
+{'echo "error: no such architecture" >&2; exit 3' if fails else f'echo "ptxas info" >&2; {work}'}
+"""
     (folder / "bin").mkdir(parents=True)
     nvcc = folder / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho run >> {folder}/runs\n{script}\n")
+    nvcc.write_text(script)
     nvcc.chmod(nvcc.stat().st_mode | stat.S_IEXEC)
     return str(folder)
 
@@ -114,6 +117,21 @@ def test_nvcc_that_fails(clone, tmp_path, wanted):
     assert ("xpo-fast is installed without its CUDA library" in text) == (wanted == "")
     assert (code != 0) == (wanted == "1")
     assert not (tmp_path / "lib" / LIBRARY).exists()
+
+
+@pytest.mark.parametrize(
+    ("unknown", "dropped"),
+    [("compute_100f", ["sm_100f"]), ("a,code", ["sm_90a"]), ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"])],
+)
+def test_targets_that_nvcc_does_not_know_are_left_out(clone, tmp_path, unknown, dropped):
+    """By name, whether or not the library is asked for; what it was built for is in it."""
+    home, into = stand_in(tmp_path / "cuda", unknown=unknown), tmp_path / "lib"
+    code, text = build(clone, into, CUDA_HOME=home, PATH=os.defpath, XPO_FAST_CUDA="1")
+    assert code == 0 and f"is built without {', '.join(dropped)}, which {home}/bin/nvcc does not know" in text
+    arguments = (into / LIBRARY).read_text()
+    kept = [name for name in (*TARGETS, "compute_90") if name not in dropped]
+    assert f'-DXPO_ARCHITECTURES="{" ".join(kept)}"' in arguments
+    assert all((f"code={name}" in arguments) == (name in kept) for name in (*TARGETS, "compute_90"))
 
 
 # --- the library -----------------------------------------------------------------------------------------------------
@@ -187,7 +205,7 @@ def test_loads_without_a_gpu_and_links_no_cuda(library, built):
         ["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True
     ).stdout
     names = {line.split()[-1] for line in symbols.splitlines()}
-    assert {"xpo_rows", "xpo_plan_rows", "xpo_error", "xpo_architectures"} <= names
+    assert {"xpo_rows", "xpo_rows_planned", "xpo_plan_rows", "xpo_error", "xpo_architectures", "xpo_usable"} <= names
     assert all(name.startswith("xpo_") for name in names)
 
 
@@ -210,8 +228,11 @@ def test_a_call_that_makes_no_sense_is_an_error(library):
 
 
 @needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_doctor_says_what_the_library_is_for(library, built):
-    assert doctor._library() == f"{built}, for sm_80, sm_90a, sm_100f, compute_90"
+    """And that it is of no use where there is no driver."""
+    found = doctor._library()
+    assert found.startswith(f"{built}, for sm_80, sm_90a, sm_100f, compute_90; of no use here, there is no NVIDIA GPU here")
 
 
 # --- where something is missing --------------------------------------------------------------------------------------
@@ -225,11 +246,10 @@ def missing(tmp_path, monkeypatch):
 
 def test_no_library(missing, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
     assert doctor._library().startswith("absent, xpo-fast was installed without it: install CUDA's nvcc")
     arguments = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100])
-    message = (
-        r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
-    )
+    message = r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
     with pytest.raises(ValueError, match=message):
         xf.token_logps(*arguments, backend="cuda")
     objective = xf.Objective("sft", backend="cuda")
@@ -250,7 +270,7 @@ def test_a_library_that_does_not_load(missing, content):
 
 
 def test_no_device(monkeypatch):
-    monkeypatch.setattr(native, "why_not", lambda: None)
+    monkeypatch.setattr(native, "why_not", lambda *_: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, and torch sees none: pass backend='torch'"):
@@ -262,3 +282,59 @@ def test_no_device(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(ValueError, match="this torch is for ROCm: pass backend='triton'"):
         check_backend("cuda", torch.device("cuda"))
+
+
+# A library of which each call says what the driver has just been said to be.
+STUB = """
+#include "xpo.h"
+static int code, driver, capability, asked;
+XPO_EXPORT void is(int c, int d, int k) { code = c, driver = d, capability = k; }
+XPO_EXPORT int times() { return asked; }
+XPO_EXPORT int xpo_usable(XpoUsable* found) {
+    *found = {driver, 13000, capability};
+    ++asked;
+    return code;
+}
+XPO_EXPORT const char* xpo_error(int) { return "out of memory"; }
+XPO_EXPORT const char* xpo_architectures() { return "sm_80 sm_90a compute_90"; }
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    (tmp_path / "stub.cpp").write_text(STUB)
+    monkeypatch.setattr(native, "PATH", compiled(tmp_path / "stub.cpp", tmp_path / "stub.so"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
+    return native.library()
+
+
+@pytest.mark.parametrize(
+    ("code", "driver", "capability", "reason"),
+    [
+        (35, 12090, 0, "supports CUDA 12.9, and the library was compiled with CUDA 13.0: update the driver"),
+        (35, 0, 0, "there is no NVIDIA GPU here, or no driver for it"),
+        (100, 13000, 0, "there is no NVIDIA GPU here, or no driver for it"),
+        (209, 13000, 75, r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'"),
+        (2, 13000, 90, r"CUDA refuses it, out of memory \(2\): pass backend='triton'"),
+    ],
+)
+def test_a_device_that_does_not_run_the_library(stub, code, driver, capability, reason):
+    """A sentence before anything is launched, from the head and from `doctor`; asked again, as it may pass."""
+    stub["is"](code, driver, capability)
+    assert native.why_not() is None and stub.times() == 0
+    arguments = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, 1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"the cuda backend cannot use the library of csrc/, .*{reason}"):
+            xf.token_logps(*arguments, backend="cuda")
+    assert re.search(f"for sm_80, sm_90a, compute_90; of no use here, .*{reason}", doctor._library())
+    assert stub.times() == 3
+    stub["is"](0, driver, 90)
+    for _ in range(2):
+        assert native.why_not(torch.device("cpu")) is None
+    assert stub.times() == 4 and doctor._library().endswith("for sm_80, sm_90a, compute_90")
+
+
+def test_importing_loads_no_library():
+    script = "import xpo_fast; from xpo_fast import native; assert not native._load.cache_info().misses"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -51,7 +51,7 @@ def why_not(device: torch.device | None = None) -> str | None:
     """Say why the library cannot be had, or given a device, used there, and what to do; None if it can."""
     found = _load(PATH)
     if isinstance(found, str):
-        return f"{found}: {HOW_TO_BUILD}"
+        return f"{found}: {HOW_TO_BUILD}, or pass backend='torch'"
     if device is None:
         return None
     with _on(device):
@@ -72,19 +72,19 @@ def _unusable() -> str | None:
     if code == 0:
         return None
     if code == _NO_DEVICE or (code == _INSUFFICIENT_DRIVER and found.driver == 0):
-        return "there is no NVIDIA GPU here, or no driver for it: install NVIDIA's driver, or use backend='torch'"
+        return "there is no NVIDIA GPU here, or no driver for it: install NVIDIA's driver, or pass backend='torch'"
     if code == _INSUFFICIENT_DRIVER:
         return (
             f"the driver is too old: it supports CUDA {_version(found.driver)}, and the library was compiled with CUDA "
             f"{_version(found.runtime)}: update the driver, compile the library with the nvcc of CUDA "
-            f"{found.driver // 1000}, or use backend='triton'"
+            f"{found.driver // 1000}, or pass backend='triton'"
         )
     if code == _NO_IMAGE:
         return (
             f"it has no code for the GPU, which is sm_{found.capability}: it was compiled for "
-            f"{', '.join(architectures())}; use backend='triton'"
+            f"{', '.join(architectures())}; pass backend='triton'"
         )
-    return f"CUDA refuses it, {library().xpo_error(code).decode()} ({code}): use backend='triton'"
+    return f"CUDA refuses it, {library().xpo_error(code).decode()} ({code}): pass backend='triton'"
 
 
 def _version(number: int) -> str:
