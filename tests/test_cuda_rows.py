@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import oracle
 import test_compile
 import test_head
+import test_streams
 import test_triton
 import xpo_fast as xf
 from host_compile import CSRC, compiled
@@ -579,6 +580,28 @@ def test_objective_by_the_kernel(backend, name, learn, monkeypatch):
     monkeypatch.setattr(native, "call", lambda *a, **k: (calls.append(a[0]), run(*a, **k)))
     test_triton.compare_with_dense(name, learn, backend)
     assert calls
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_streams_of_launches(backend, lost, monkeypatch):
+    """Rows are the other stream's, in order with the products of the caller's; a wait that is lost around them is found."""
+    operands, seen = test_streams.operands(), []
+    narrow = [x.float() if x.is_floating_point() else x for x in operands]
+    monkeypatch.setattr(test_streams, "operands", lambda: narrow)
+    launched = test_streams.Detector.launched
+
+    def note(detector, name, *tensors):
+        seen.append((name, detector.current))
+        launched(detector, name, *tensors)
+
+    monkeypatch.setattr(test_streams.Detector, "launched", note)
+    if lost:
+        monkeypatch.setattr(test_streams.Detector, "wait", lambda *_: None)
+    _, detector = test_streams.run(
+        test_streams.unit_gradients, Tiling(16, 4), monkeypatch, cuda.row_operations
+    )
+    assert seen and set(seen) == {("xpo_rows", test_streams.OTHER)}
+    assert bool(detector.races) == any("xpo_rows" in race for race in detector.races) == lost
 
 
 def test_compiled(backend):
