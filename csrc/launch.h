@@ -8,7 +8,6 @@
 #include <map>
 #include <mutex>
 #include <tuple>
-#include <utility>
 
 namespace xpo {
 
@@ -25,18 +24,29 @@ struct Grid {
     int ranks = 1;  // blocks of a cluster
 };
 
-// The answers to a question, by what it was about. An error is not remembered.
-template <typename Key, typename Answer>
+// What may be asked about: a device, a kernel on it, clusters of a kernel.
+struct Subject {
+    int device;
+    const void* kernel = nullptr;
+    int threads = 0, ranks = 0;
+    int64_t shared_bytes = 0;
+
+    auto all() const { return std::tie(device, kernel, threads, ranks, shared_bytes); }
+    bool operator<(const Subject& other) const { return all() < other.all(); }
+};
+
+// The answers to one question. An error is not remembered.
+template <typename Answer>
 class Asked {
 public:
     template <typename Ask>
-    cudaError_t operator()(const Key& key, Answer& answer, const Ask& ask) {
+    cudaError_t operator()(const Subject& subject, Answer& answer, const Ask& ask) {
         const std::lock_guard<std::mutex> guard(lock);
-        auto found = answers.find(key);
+        auto found = answers.find(subject);
         if (found == answers.end()) {
             Answer first{};
             if (const cudaError_t error = ask(first); error != cudaSuccess) return error;
-            found = answers.emplace(key, first).first;
+            found = answers.emplace(subject, first).first;
         }
         answer = found->second;
         return cudaSuccess;
@@ -44,14 +54,15 @@ public:
 
 private:
     std::mutex lock;
-    std::map<Key, Answer> answers;
+    std::map<Subject, Answer> answers;
 };
 
-// Those to one question, which is a type of its own. Never destroyed: a thread may still launch while the process exits.
-template <typename Key, typename Answer, typename Question>
-Asked<Key, Answer>& asked(Question) {
-    static auto& all = *new Asked<Key, Answer>;
-    return all;
+// Asks a question, which is a type of its own, unless it has an answer. Those are never destroyed: a thread may still launch
+// while the process exits.
+template <typename Answer, typename Question>
+cudaError_t ask_once(const Subject& subject, Answer& answer, const Question& question) {
+    static auto& asked = *new Asked<Answer>;
+    return asked(subject, answer, question);
 }
 
 inline cudaError_t read_limits(int device, Limits& limits) {
@@ -63,7 +74,7 @@ inline cudaError_t read_limits(int device, Limits& limits) {
         found = {shared, clusters ? 8 : 1, threads};  // 8: what every device with clusters can launch
         return error;
     };
-    return asked<int, Limits>(question)(device, limits, question);
+    return ask_once(Subject{device}, limits, question);
 }
 
 // Lets a kernel take all the dynamic shared memory that a block can have beside its static memory. The attribute is the
@@ -82,7 +93,7 @@ inline cudaError_t opt_in(const void* kernel, int device) {
         return error;
     };
     bool done = false;
-    return asked<std::pair<const void*, int>, bool>(question)({kernel, device}, done, question);
+    return ask_once(Subject{device, kernel}, done, question);
 }
 
 // cudaErrorInvalidClusterSize where the device, or the share of it that is given (MIG), has nowhere to put such a cluster.
@@ -108,10 +119,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream
         const auto question = [kernel, &config](int& hosted) {
             return cudaOccupancyMaxActiveClusters(&hosted, kernel, &config);
         };
-        using Cluster = std::tuple<const void*, int, int, int64_t, int>;
+        const Subject clusters{device, symbol, grid.threads, grid.ranks, grid.shared_bytes};
         int hosted = 0;
-        const cudaError_t error = asked<Cluster, int>(question)(
-            {symbol, device, grid.threads, grid.shared_bytes, grid.ranks}, hosted, question);
+        const cudaError_t error = ask_once(clusters, hosted, question);
         if (error != cudaSuccess) return error;
         if (hosted == 0) return cudaErrorInvalidClusterSize;
     }

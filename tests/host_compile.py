@@ -7,9 +7,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from xpo_fast import native
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPTIONS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or native.why_not(torch.device("cuda")) is not None,
+    reason="launches the CUDA library on a GPU, and one of them is missing",
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]  # emulated, and real
 
 
 def compiler() -> str:

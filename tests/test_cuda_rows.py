@@ -19,15 +19,11 @@ import test_head
 import test_streams
 import test_triton
 import xpo_fast as xf
-from host_compile import CSRC, compiled
+from host_compile import CSRC, DEVICES, compiled
 from xpo_fast import native
 from xpo_fast.head import cuda
 from xpo_fast.head.plan import Tiling, fit
 
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or native.why_not() is not None,
-    reason="launches the CUDA library on a GPU, and one of them is missing",
-)
 AUTO = 1 << 20  # bytes of shared memory: more than the rows here need
 SYSTEM, BESIDE = 1024, 1024 + 512  # bytes of a block: the system's, and with them all that is not columns
 
@@ -82,7 +78,7 @@ def plan_of(vocab, ranks):
     return cuda.RowPlan(max(ranks, 1), part, ranks > 0, threads, 4 * part if ranks else 0)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=DEVICES)
 def machine(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(native, "PATH", request.getfixturevalue("host_library"))

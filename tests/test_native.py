@@ -123,7 +123,11 @@ def test_nvcc_that_fails(clone, tmp_path, wanted):
 
 @pytest.mark.parametrize(
     ("unknown", "dropped"),
-    [("compute_100f", ["sm_100f"]), ("a,code", ["sm_90a"]), ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"])],
+    [
+        ("compute_100f", ["sm_100f"]),
+        ("a,code", ["sm_90a"]),
+        ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"]),
+    ],
 )
 def test_targets_that_nvcc_does_not_know_are_left_out(clone, tmp_path, unknown, dropped):
     """By name, whether or not the library is asked for; what it was built for is in it."""
@@ -179,7 +183,9 @@ def kernels(report):
         registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
         assert sizes and registers, part
         assert 0 < int(registers[1]) <= 255
-        found[name, target] = Taken(*map(int, sizes.groups()), int(registers[1]), int(shared[1]) if shared else 0)
+        found[name, target] = Taken(
+            *map(int, sizes.groups()), int(registers[1]), int(shared[1]) if shared else 0
+        )
     return found
 
 
@@ -234,7 +240,10 @@ def test_as_many_blocks_fit_as_plans_count_on(built):
     """By registers, and by static shared memory; one register or one byte more, and they do not."""
     found = kernels(built.with_name("ptxas.txt").read_text())
     assert not too_large(found)
-    kept, other = ({k: x for k, x in found.items() if (i := instance(k[0])) and i.kept == keeps} for keeps in (True, False))
+    kept, other = (
+        {k: x for k, x in found.items() if (i := instance(k[0])) and i.kept == keeps}
+        for keeps in (True, False)
+    )
     assert kept and len(too_large({k: x._replace(registers=41) for k, x in kept.items()})) == len(kept)
     assert other and len(too_large({k: x._replace(registers=65) for k, x in other.items()})) == len(other)
     assert len(too_large({k: x._replace(shared=513) for k, x in kept.items()})) == len(kept)
@@ -254,7 +263,9 @@ def too_long(found):
             continue
         at_once = 4 if kind.grad == "f" else 8  # logits of a vector of dz; an exponential each
         hot = [loop for loop in kernel.loops() if kernel.around(loop, 1) is not None]
-        sums = kernel.per_logit(hot[0], 5, 4)  # one more, to raise the sums; without keeping columns, of four vectors
+        sums = kernel.per_logit(
+            hot[0], 5, 4
+        )  # one more, to raise the sums; without keeping columns, of four vectors
         rates = {"sums with statistics" if kind.statistics else "sums": sums}
         if kind.grad != "v":
             last = min(kernel.per_logit(loop, at_once, at_once) for loop in hot[1:])
@@ -265,7 +276,8 @@ def too_long(found):
 
 
 needs_sass = pytest.mark.skipif(
-    nvcc is None or sass.tools() is None, reason="there is no nvcc, or neither CUDA's nor Triton's cuobjdump and nvdisasm"
+    nvcc is None or sass.tools() is None,
+    reason="there is no nvcc, or neither CUDA's nor Triton's cuobjdump and nvdisasm",
 )
 
 
@@ -282,13 +294,19 @@ def test_instructions_of_hot_loops(dump):
     assert Counter(target for target, _ in found).most_common()[-1][1] == 28 + 3
     long, count = too_long(found)
     assert not long and count == 3 * (14 + 12)  # kernels without softcap, and those of them with a gradient
-    in_float64 = {k for k, kernel in found.items() if any(sass.FLOAT64.match(x.name) for x in kernel.instructions)}
+    in_float64 = {
+        k for k, kernel in found.items() if any(sass.FLOAT64.match(x.name) for x in kernel.instructions)
+    }
     assert not in_float64
 
     one = next(k for k in found if k[0] == "sm_90a" and instance(k[1]) == ("f", True, False, False))
     worse = []
     for x in found[one].instructions:
-        worse += [x] if x.name != sass.EXPONENTIAL else [x, *(sass.Instruction(x.address + k, None, "FADD", "") for k in range(1, 5))]
+        worse += (
+            [x]
+            if x.name != sass.EXPONENTIAL
+            else [x, *(sass.Instruction(x.address + k, None, "FADD", "") for k in range(1, 5))]
+        )
     assert set(too_long({one: sass.Kernel(worse)})[0]) == {(*one, "sums"), (*one, "kept to dz")}
 
 
@@ -343,7 +361,14 @@ def test_loads_without_a_gpu_and_links_no_cuda(library, built):
         ["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True
     ).stdout
     names = {line.split()[-1] for line in symbols.splitlines()}
-    assert {"xpo_rows", "xpo_rows_planned", "xpo_plan_rows", "xpo_error", "xpo_architectures", "xpo_usable"} <= names
+    assert {
+        "xpo_rows",
+        "xpo_rows_planned",
+        "xpo_plan_rows",
+        "xpo_error",
+        "xpo_architectures",
+        "xpo_usable",
+    } <= names
     assert all(name.startswith("xpo_") for name in names)
 
 
@@ -370,7 +395,9 @@ def test_a_call_that_makes_no_sense_is_an_error(library):
 def test_doctor_says_what_the_library_is_for(library, built):
     """And that it is of no use where there is no driver."""
     found = doctor._library()
-    assert found.startswith(f"{built}, for sm_80, sm_90a, sm_100f, compute_90; of no use here, there is no NVIDIA GPU here")
+    assert found.startswith(
+        f"{built}, for sm_80, sm_90a, sm_100f, compute_90; of no use here, there is no NVIDIA GPU here"
+    )
 
 
 # --- where something is missing --------------------------------------------------------------------------------------
@@ -387,7 +414,9 @@ def test_no_library(missing, monkeypatch):
     monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
     assert doctor._library().startswith("absent, xpo-fast was installed without it: install CUDA's nvcc")
     arguments = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100])
-    message = r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
+    message = (
+        r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
+    )
     with pytest.raises(ValueError, match=message):
         xf.token_logps(*arguments, backend="cuda")
     objective = xf.Objective("sft", backend="cuda")
@@ -453,7 +482,12 @@ def stub(tmp_path, monkeypatch):
         (35, 12090, 0, "supports CUDA 12.9, and the library was compiled with CUDA 13.0: update the driver"),
         (35, 0, 0, "there is no NVIDIA GPU here, or no driver for it"),
         (100, 13000, 0, "there is no NVIDIA GPU here, or no driver for it"),
-        (209, 13000, 75, r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'"),
+        (
+            209,
+            13000,
+            75,
+            r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'",
+        ),
         (2, 13000, 90, r"CUDA refuses it, out of memory \(2\): pass backend='triton'"),
     ],
 )

@@ -99,7 +99,11 @@ int main() {
 # name → (file, what stands there once, what the mutant has in its place; a statement, unless it tells itself by its NUMBER)
 MUTANTS = {
     "rows": {
-        "a block exits before others have read its memory": ("rows.cu", "if (a.ranks > 1) cluster_wait();", ""),
+        "a block exits before others have read its memory": (
+            "rows.cu",
+            "if (a.ranks > 1) cluster_wait();",
+            "",
+        ),
         "sums are not published": (
             "rows.cu",
             "            cluster_arrive();\n        } else",
@@ -131,7 +135,11 @@ MUTANTS = {
             "__syncthreads();\n    if (!scratch.last)",
             "",
         ),
-        "sums are overwritten while they are read": ("segments.cu", "__syncthreads();  // what stood there", ""),
+        "sums are overwritten while they are read": (
+            "segments.cu",
+            "__syncthreads();  // what stood there",
+            "",
+        ),
         "a step of the tree before the one below": ("segments.cu", "__syncthreads();\n        tree_step", ""),
         "the sum is read before it is there": ("segments.cu", "    __syncthreads();\n#pragma unroll", ""),
     },
