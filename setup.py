@@ -2,8 +2,8 @@
 
 Where nvcc is (on PATH, or in CUDA_HOME or CUDA_PATH) csrc/*.cu become xpo_fast/_native/libxpo_fast_cuda.so, which links
 nothing but CUDA's static runtime and is loaded by ctypes. Beside it, ptxas.txt says what each kernel takes.
-XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning. Of the targets,
-those that this nvcc does not know are left out with a warning.
+XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning. Targets that
+this nvcc does not know are left out with a warning.
 """
 
 import os
@@ -38,18 +38,18 @@ def find_nvcc() -> str | None:
 def known_targets(nvcc: str) -> dict[str, str]:
     """Return the targets that this nvcc compiles for; all of them if it says so of none, so that the build tells why.
 
-    It is asked to go through the motions: what --list-gpu-code lists are not the targets of one family or one chip (90a, 100f).
+    It is asked for a dry run of each: --list-gpu-code lists no target of one chip or one family, as 90a and 100f are.
     """
-    rehearsal = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull, "-gencode"]
+    dry_run = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull, "-gencode"]
     known = {
         name: target
         for name, target in TARGETS.items()
-        if subprocess.run([*rehearsal, target], capture_output=True).returncode == 0
+        if subprocess.run([*dry_run, target], capture_output=True).returncode == 0
     }
     missing = ", ".join(name for name in TARGETS if name not in known)
     if missing and known:
         warnings.warn(
-            f"xpo-fast's CUDA library is built without {missing}, which {nvcc} does not know: take a newer nvcc for them",
+            f"xpo-fast's CUDA library is built without {missing}, which {nvcc} does not know: install a newer nvcc",
             stacklevel=1,
         )
     return known or TARGETS

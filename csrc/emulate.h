@@ -1,9 +1,10 @@
-// The names of CUDA that the sources use, for a host compiler: what a kernel says, and a runtime over a device that tests
-// describe. Who runs the threads of a launch is in emulate_fibers.h (one after the other, in either order: results) or,
-// with XPO_EMULATE_THREADS, in emulate_threads.h (all at once, for ThreadSanitizer: what is not ordered).
+// The names of CUDA that the sources use, for a host compiler: those of kernels, and a runtime over a device that tests
+// describe. The threads of a launch are run by emulate_fibers.h (one after the other, in either order: for results) or,
+// with XPO_EMULATE_THREADS, by emulate_threads.h (all at once, for ThreadSanitizer: for what is not ordered).
 //
-// A launch fails where threads wait for each other for ever, write past their dynamic memory, access 16 bytes that are not
-// aligned or shuffle without a part of their warp, and where it asks for more shared memory than the kernel has opted in to.
+// A launch fails where threads wait for each other for ever, write past their dynamic memory, access 16 bytes that are
+// not aligned or shuffle without a part of their warp, and where it asks for more shared memory than the kernel has
+// opted in to.
 #pragma once
 
 #include <stdint.h>
@@ -92,7 +93,7 @@ struct __half { uint16_t bits; };
 
 namespace xpo::emulate {
 
-constexpr int STATIC = 512, WITHOUT_OPT_IN = 48 * 1024;  // bytes of shared memory: what every kernel has, what any launch can
+constexpr int STATIC = 512, WITHOUT_OPT_IN = 48 * 1024;  // bytes of shared memory: of every kernel, of any launch
 inline int device = 0;                                   // another one whenever a test describes it anew
 inline int shared_bytes = 232448, clusters = 8, threads = 64;
 inline int hosted = 8;  // the most blocks of a cluster that there is a place for
@@ -175,12 +176,14 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* found, void (*)(Parameters...), 
 }
 
 template <typename... Parameters>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Parameters... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
     using namespace xpo::emulate;
     const int ranks = config->numAttrs > 0 ? int(config->attrs->val.clusterDim.x) : 1;
     const Shape shape{config->gridDim.x, int(config->blockDim.x), ranks, int64_t(config->dynamicSmemBytes)};
     const auto opted = opted_in.find({reinterpret_cast<const void*>(kernel), device});
-    if (shape.shared_bytes > (opted == opted_in.end() ? WITHOUT_OPT_IN - STATIC : opted->second)) return cudaErrorInvalidValue;
+    const int most = opted == opted_in.end() ? WITHOUT_OPT_IN - STATIC : opted->second;
+    if (shape.shared_bytes > most) return cudaErrorInvalidValue;
     if (shape.threads % 32 || shape.threads < 32 || shape.threads > threads || shape.blocks < 1 || shape.blocks % ranks)
         return cudaErrorInvalidConfiguration;
     if (ranks > clusters || ranks > hosted) return cudaErrorInvalidClusterSize;

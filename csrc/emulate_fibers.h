@@ -1,8 +1,8 @@
 // The threads of a launch as fibers, for tests of results: see emulate.h.
 //
-// A fiber runs until it has to wait for others, the blocks of a cluster together, one cluster after the other. So what one
-// thread writes another sees too early or too late wherever a barrier is missing: run in either order, such a kernel gives
-// something else. Shared memory begins as NaN, and an asynchronous copy lands when it is waited for.
+// A fiber runs until it has to wait for others, the blocks of a cluster together, one cluster after the other. So what
+// one thread writes another sees too early or too late wherever a barrier is missing: run in either order, such a kernel
+// gives something else. Shared memory begins as NaN, and an asynchronous copy lands when it is waited for.
 #pragma once
 
 #include <ucontext.h>

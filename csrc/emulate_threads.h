@@ -2,8 +2,8 @@
 //
 // Only what CUDA orders is ordered here: a block's barrier, and a cluster's between an arrival that releases and a wait.
 // Shuffles and relaxed arrivals carry values and no order. A fence orders what is around an atomic of the same thread,
-// before it or after it, and nothing else. A block's shared memory is another's as soon as its last thread is gone. What the
-// sanitizer then calls a race is one on a device: there the order that is missing here is missing, too.
+// before it or after it, and nothing else. A block's shared memory is another's as soon as its last thread is gone. What
+// the sanitizer then calls a race is one on a device: the order that is missing here is missing there, too.
 #pragma once
 
 #include <limits.h>
@@ -20,10 +20,11 @@ namespace emulate {
 
 inline bool reversed = false;  // threads take no turns
 constexpr size_t ARENA = 1 << 14;
-constexpr auto RELAXED = std::memory_order_relaxed, RELEASE = std::memory_order_release, ACQUIRE = std::memory_order_acquire;
+constexpr auto RELAXED = std::memory_order_relaxed, ACQUIRE = std::memory_order_acquire;
+constexpr auto RELEASE = std::memory_order_release;
 
-// Counts all arrivals there have been. Each is a read-modify-write, so whoever acquires the last of them has all that released
-// before it, whatever came in between. By futex: what the standard library waits with would order more.
+// Counts all arrivals there have been. Each is a read-modify-write, so whoever acquires the last of them has all that
+// released before it, whatever came in between. By futex: what the standard library waits with would order more.
 struct Barrier {
     uint32_t size = 0;
     std::atomic<uint32_t> arrived{0};

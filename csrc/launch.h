@@ -1,6 +1,7 @@
 // How kernels are launched: host code over CUDA's runtime, or over what emulate.h has in its place.
 //
-// What is asked of a device, of a kernel and of a cluster never changes: it is asked once, and a launch costs a look-up.
+// What is asked of a device, of a kernel and of a cluster never changes: it is asked once, and a launch costs a
+// look-up.
 #pragma once
 
 #include <stdint.h>
@@ -57,8 +58,8 @@ private:
     std::map<Subject, Answer> answers;
 };
 
-// Asks a question, which is a type of its own, unless it has an answer. Those are never destroyed: a thread may still launch
-// while the process exits.
+// Asks a question, which is a type of its own, unless it has an answer. Answers are never destroyed: a thread may still
+// launch while the process exits.
 template <typename Answer, typename Question>
 cudaError_t ask_once(const Subject& subject, Answer& answer, const Question& question) {
     static auto& asked = *new Asked<Answer>;
@@ -86,17 +87,19 @@ inline cudaError_t opt_in(const void* kernel, int device) {
         cudaError_t error = read_limits(device, limits);
         if (error == cudaSuccess) error = cudaFuncGetAttributes(&found, kernel);
         const int most = int(limits.shared_bytes) - int(found.sharedSizeBytes);
-        if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
         // What a multiprocessor does not give to shared memory is cache, of which these kernels read nothing twice.
         if (error == cudaSuccess)
-            error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
         return error;
     };
     bool done = false;
     return ask_once(Subject{device, kernel}, done, question);
 }
 
-// cudaErrorInvalidClusterSize where the device, or the share of it that is given (MIG), has nowhere to put such a cluster.
+// cudaErrorInvalidClusterSize where the device, or the share of it that is given (MIG), has no place for such a cluster.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments... arguments) {
     const auto symbol = reinterpret_cast<const void*>(kernel);

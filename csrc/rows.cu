@@ -15,8 +15,8 @@ namespace xpo {
 namespace {
 
 constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32;
-// Of a multiprocessor: while one waits for its cluster the others copy. So many that keep their columns, if they are short
-// enough, and so many of any others.
+// Blocks of a multiprocessor at least, so that while one waits for its cluster the others copy: MOST_BLOCKS of those that
+// keep their columns, where these are short enough; BLOCKS of the others.
 constexpr int MOST_BLOCKS = 3, BLOCKS = 2;
 constexpr int AHEAD = 8;      // vectors of 4 columns that a thread has on their way to shared memory
 constexpr int UNROLLED = 4;   // the same in registers
@@ -296,8 +296,8 @@ int launch_planned(const XpoRows& r, const XpoRowPlan& plan, void* stream) {
 }  // namespace
 }  // namespace xpo
 
-// The smallest cluster of which a multiprocessor can have three blocks; else two; else the row is read twice: a block that
-// has a multiprocessor to itself leaves it idle wherever it waits.
+// The smallest cluster of which a multiprocessor can have three blocks; else two; else the row is read twice: a block
+// that has a multiprocessor to itself leaves it idle wherever it waits.
 int xpo_plan_rows(int64_t vocab, int64_t shared_limit, int32_t clusters, int32_t threads, int32_t with_grad,
                   XpoRowPlan* plan) {
     using namespace xpo;

@@ -257,7 +257,8 @@ int check(const SegmentCall<T>& call) {
 
 template <typename T>
 cudaError_t clear(T* memory, int64_t count, void* stream) {
-    return count > 0 ? cudaMemsetAsync(memory, 0, size_t(count) * sizeof(T), static_cast<cudaStream_t>(stream)) : cudaSuccess;
+    if (count <= 0) return cudaSuccess;
+    return cudaMemsetAsync(memory, 0, size_t(count) * sizeof(T), static_cast<cudaStream_t>(stream));
 }
 
 // Without units one block writes the loss of nothing; log-probs of no unit have u = 0.

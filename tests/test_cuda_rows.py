@@ -1,7 +1,7 @@
 """The row kernel of csrc/ and the `cuda` backend against float64: its own source, run on the host by csrc/emulate.h.
 
-Threads take turns in either order there, in blocks of 64, and the shared memory that the emulated device has says how a row is
-read: kept by one block or by a cluster, or read twice. The same checks run on a GPU where there is one.
+Threads take turns in either order there, in blocks of 64, and a plan says how a row is read: kept by one block or by a
+cluster, or read twice. The same checks run on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -594,7 +594,7 @@ def test_the_streams_of_launches(backend, lost, monkeypatch):
     if lost:
         monkeypatch.setattr(test_streams.Detector, "wait", lambda *_: None)
     _, detector = test_streams.run(
-        test_streams.unit_gradients, Tiling(16, 4), monkeypatch, cuda.row_operations
+        test_streams.unit_gradients, test_streams.TILINGS[0], monkeypatch, cuda.row_operations
     )
     assert seen and set(seen) == {("xpo_rows", test_streams.OTHER)}
     assert bool(detector.races) == any("xpo_rows" in race for race in detector.races) == lost

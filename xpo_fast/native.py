@@ -1,6 +1,6 @@
 """The CUDA library of csrc/: loaded by ctypes where it was built, and otherwise the reason why it is not there.
 
-Loading needs neither a GPU nor a driver, and asks neither for anything; `why_not` of a device does, before the first launch.
+Loading needs neither a GPU nor a driver and asks neither for anything; `why_not` of a device does, before the first launch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ HOW_TO_BUILD = (
 # Of CUDA's errors: there is no driver or an old one, no GPU, no code for the GPU.
 _INSUFFICIENT_DRIVER, _NO_DEVICE, _NO_IMAGE = 35, 100, 209
 
-# Is told of each launch: its name, what it reads and what it writes. Tests hold launches against the waits between streams.
+# Called before each launch with its name, what it reads and what it writes: tests hold these against the waits between
+# streams.
 watch: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None] | None = None
 
 
