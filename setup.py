@@ -2,7 +2,8 @@
 
 Where nvcc is (on PATH, or in CUDA_HOME or CUDA_PATH) csrc/*.cu become xpo_fast/_native/libxpo_fast_cuda.so, which links
 nothing but CUDA's static runtime and is loaded by ctypes. Beside it, ptxas.txt says what each kernel takes.
-XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning.
+XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning. Targets that
+this nvcc does not know are left out with a warning.
 """
 
 import os
@@ -32,6 +33,26 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(os.path.join(h, "bin") for h in homes)) or shutil.which(
         "nvcc"
     )
+
+
+def known_targets(nvcc: str) -> dict[str, str]:
+    """Return the targets that this nvcc compiles for; all of them if it says so of none, so that the build tells why.
+
+    It is asked for a dry run of each: --list-gpu-code lists no target of one chip or one family, as 90a and 100f are.
+    """
+    dry_run = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull, "-gencode"]
+    known = {
+        name: target
+        for name, target in TARGETS.items()
+        if subprocess.run([*dry_run, target], capture_output=True).returncode == 0
+    }
+    missing = ", ".join(name for name in TARGETS if name not in known)
+    if missing and known:
+        warnings.warn(
+            f"xpo-fast's CUDA library is built without {missing}, which {nvcc} does not know: install a newer nvcc",
+            stacklevel=1,
+        )
+    return known or TARGETS
 
 
 class BuildNative(build_ext):
@@ -67,11 +88,12 @@ class BuildNative(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise RuntimeError("there is no nvcc on PATH, nor in CUDA_HOME")
+        targets = known_targets(nvcc)
         library.parent.mkdir(parents=True, exist_ok=True)
         beside = library.with_name(f".{os.getpid()}.{NAME}")  # renamed when whole: a library may be in use
         command = [nvcc, "-shared", "-O3", "-std=c++17", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        command += ["-cudart", "static", "-Xptxas", "-v", f'-DXPO_ARCHITECTURES="{" ".join(TARGETS)}"']
-        command += [word for target in TARGETS.values() for word in ("-gencode", target)]
+        command += ["-cudart", "static", "-Xptxas", "-v", f'-DXPO_ARCHITECTURES="{" ".join(targets)}"']
+        command += [word for target in targets.values() for word in ("-gencode", target)]
         command += [*map(str, ext.sources), "-o", str(beside)]
         try:
             done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)

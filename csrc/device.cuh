@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "launch.h"
+
 // An array, and the dynamic memory that the launch asked for, in shared memory; once a kernel each.
 #define XPO_SHARED(type, name, count) __shared__ type name[count]
 #define XPO_DYNAMIC_SHARED(type, name)                            \
@@ -17,56 +19,6 @@
     type* const name = reinterpret_cast<type*>(xpo_dynamic)
 
 namespace xpo {
-
-struct Limits {
-    int64_t shared_bytes;  // of a block
-    int clusters;          // the most blocks of a cluster, 1 for none
-    int threads;           // of a block
-};
-
-inline cudaError_t read_limits(Limits& limits) {
-    int device = 0, shared = 0, clusters = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
-    limits = {shared, clusters ? 8 : 1, 512};  // 8: what every device with clusters can launch
-    return error;
-}
-
-struct Grid {
-    int64_t blocks;
-    int threads;  // of a block
-    int64_t shared_bytes = 0;
-    int ranks = 1;  // blocks of a cluster
-};
-
-// cudaErrorInvalidClusterSize where the device, or the share of it that is given (MIG), has nowhere to put such a cluster.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments... arguments) {
-    if (grid.shared_bytes > 48 * 1024) {
-        const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
-        if (error != cudaSuccess) return error;
-    }
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(grid.ranks);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(grid.blocks));
-    config.blockDim = dim3(unsigned(grid.threads));
-    config.dynamicSmemBytes = size_t(grid.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &cluster;
-    config.numAttrs = grid.ranks > 1 ? 1 : 0;
-    if (grid.ranks > 1) {
-        int hosted = 0;
-        const auto error = cudaOccupancyMaxActiveClusters(&hosted, kernel, &config);
-        if (error != cudaSuccess) return error;
-        if (hosted == 0) return cudaErrorInvalidClusterSize;
-    }
-    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
 
 // Copies of a thread from device memory to shared memory that it need not wait for. `wait_for_copies<N>` waits for all
 // but the last N groups that the thread has closed, and makes them visible to the thread.
@@ -87,15 +39,15 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// A cluster's barrier in two halves, and the shared memory of another of its blocks. sm_90 and up. `cluster_leave` arrives
-// without publishing what the thread has written: it has read what it wanted of the others.
+// A cluster's barrier in two halves, and the shared memory of another of its blocks. sm_90 and up. Those who wait have
+// before them what was done before a `cluster_arrive`, but not what was before a `cluster_arrive_relaxed`.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void cluster_leave() {
+__device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif

@@ -1,19 +1,7 @@
-// The segment kernels for the host, for tests: run by emulate.h, in float and in double, and the sum of a segment by itself.
+// The segment kernels for the host, for tests: run by emulate_fibers.h, in float and in double, and the sum of a segment by itself.
 //   g++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -o libxpo_fast_host.so csrc/host.cpp
 #define XPO_EMULATE
 #include "emulate.h"
-
-// Fibers take turns only where they wait, blocks one after another.
-inline void __threadfence() {}
-inline uint32_t atomicAdd(uint32_t* at, uint32_t by) {
-    const uint32_t before = *at;
-    *at += by;
-    return before;
-}
-inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
-    std::memset(at, value, bytes);
-    return cudaSuccess;
-}
 
 #include "segments.cu"
 

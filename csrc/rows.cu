@@ -2,7 +2,7 @@
 //
 // A block, or the blocks of a cluster with a part of the row each, copies its columns to shared memory asynchronously and
 // finds the sums of online.cuh on the way; the blocks read each other's sums, and then turn what they kept into
-// ∂L/∂(product). A row that no cluster can keep is read a second time, from L2 as far as it is still there; without a
+// ∂L/∂(product). A row that no cluster can keep is read a second time, from its end, which L2 still has; without a
 // gradient one read is all there is and nothing is kept. No atomics, and every merge in a fixed order: the same input
 // gives the same bits.
 #include <type_traits>
@@ -15,11 +15,13 @@ namespace xpo {
 namespace {
 
 constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32;
-constexpr int BLOCKS = 2;     // of a multiprocessor at least: while one waits for its cluster the other copies
+// Blocks of a multiprocessor at least, so that while one waits for its cluster the others copy: MOST_BLOCKS of those that
+// keep their columns, where these are short enough; BLOCKS of the others.
+constexpr int MOST_BLOCKS = 3, BLOCKS = 2;
 constexpr int AHEAD = 8;      // vectors of 4 columns that a thread has on their way to shared memory
 constexpr int UNROLLED = 4;   // the same in registers
 constexpr int WHOLE = 8;      // columns: a vector of every dtype
-constexpr int STATIC_SHARED = 1024, SYSTEM_SHARED = 1024;  // bytes a block, beside its columns
+constexpr int STATIC_SHARED = 512, SYSTEM_SHARED = 1024;  // at most, bytes per block beside its columns
 
 struct Launch {
     XpoRows rows;
@@ -58,10 +60,14 @@ __device__ __forceinline__ Sums merged_over_row(Sums s, int ranks) {
     s = merged_over_lanes<STATISTICS>(lane < warps ? of_warp[lane] : Sums{}, MAX_WARPS);
     if (ranks > 1) {
         if (threadIdx.x == 0) *of_block = s;
-        cluster_arrive();
+        if (threadIdx.x < 32) {
+            cluster_arrive();
+        } else {
+            cluster_arrive_relaxed();  // nothing of these warps' is read by others, and a release costs a fence
+        }
         cluster_wait();
         s = merged_over_lanes<STATISTICS>(lane < ranks ? *of_rank(of_block, lane) : Sums{}, 8);
-        cluster_leave();
+        cluster_arrive();  // a block that has waited for this one may exit: the reads of its memory are done
     }
     // Lanes beyond those that were merged have the sums of others.
     s.top = __shfl_sync(~0u, s.top, 0);
@@ -139,7 +145,7 @@ __device__ __forceinline__ void write(Grad* row, int column, int end, bool wide,
 
 // Grad: the dtype of dz, or void for none. KEPT: the columns stay in shared memory in between, as final logits.
 template <typename Grad, bool KEPT, bool STATISTICS, bool SOFTCAP>
-__global__ void __launch_bounds__(MAX_THREADS, BLOCKS) row_pass(const __grid_constant__ Launch a) {
+__global__ void __launch_bounds__(MAX_THREADS, KEPT ? MOST_BLOCKS : BLOCKS) row_pass(const __grid_constant__ Launch a) {
     const int rank = int(blockIdx.x % unsigned(a.ranks)), threads = int(blockDim.x), thread = int(threadIdx.x);
     const int64_t n = blockIdx.x / unsigned(a.ranks);
     const int vocab = int(a.rows.vocab);
@@ -211,7 +217,10 @@ __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) row_pass(const __grid_con
         if (a.rows.u_lse != nullptr) factor = a.rows.u_lse[n];
         if (a.rows.u_logp == nullptr && a.rows.u_lse == nullptr) u = 1;
         factor -= u;
-        for (int column = begin + K * thread; column < end; column += K * threads) {
+        // From the last vector on where the row is read again: what was read last is what a cache still has.
+        const int last = begin + (end - begin - 1) / K * K;
+        for (int at = begin + K * thread; at < end; at += K * threads) {
+            const int column = KEPT ? at : last - (at - begin);
             float dz[K];
 #pragma unroll
             for (int k = 0; k < K; k += 4) {
@@ -257,6 +266,15 @@ cudaError_t launch_rows(const Launch& a, const Grid& grid, bool kept, void* stre
     return kept ? launch_rows<Grad, true>(a, grid, stream) : launch_rows<Grad, false>(a, grid, stream);
 }
 
+constexpr int64_t MOST_COLUMNS = 1 << 30;
+constexpr int MOST_RANKS = 8;
+
+int check(const XpoRows& r) {
+    if (r.n < 0 || r.vocab < 1 || r.vocab > MOST_COLUMNS || r.stride < 0 || r.grad_stride < 0) return XPO_BAD_SIZE;
+    if (r.grad_type < XPO_FLOAT32 || r.grad_type > XPO_FLOAT16) return XPO_BAD_TYPE;
+    return r.n > 0 && (r.products == nullptr || r.targets == nullptr) ? XPO_MISSING_POINTER : 0;
+}
+
 int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 int launch_planned(const XpoRows& r, const XpoRowPlan& plan, void* stream) {
@@ -278,19 +296,19 @@ int launch_planned(const XpoRows& r, const XpoRowPlan& plan, void* stream) {
 }  // namespace
 }  // namespace xpo
 
-// The smallest cluster of which a multiprocessor can have two blocks; else the smallest that keeps a row; else none does.
+// The smallest cluster of which a multiprocessor can have three blocks; else two; else the row is read twice: a block
+// that has a multiprocessor to itself leaves it idle wherever it waits.
 int xpo_plan_rows(int64_t vocab, int64_t shared_limit, int32_t clusters, int32_t threads, int32_t with_grad,
                   XpoRowPlan* plan) {
     using namespace xpo;
     if (plan == nullptr) return XPO_MISSING_POINTER;
-    if (vocab < 1 || vocab > (1 << 30) || clusters < 1 || threads < 32) return XPO_BAD_SIZE;
-    const int64_t alone = shared_limit - STATIC_SHARED;
-    const int64_t beside = (shared_limit + SYSTEM_SHARED) / BLOCKS - SYSTEM_SHARED - STATIC_SHARED;
+    if (vocab < 1 || vocab > MOST_COLUMNS || clusters < 1 || threads < 32) return XPO_BAD_SIZE;
     const int64_t most = threads < MAX_THREADS ? threads / 32 * 32 : MAX_THREADS;
     int64_t part = rounded_up(vocab, WHOLE), ranks = 1;
     bool kept = false;
-    for (const int64_t limit : {beside, alone}) {
-        for (int64_t r = 1; with_grad && !kept && r <= clusters && r <= 8; r *= 2) {
+    for (int blocks = MOST_BLOCKS; blocks >= BLOCKS; --blocks) {
+        const int64_t limit = (shared_limit + SYSTEM_SHARED) / blocks - SYSTEM_SHARED - STATIC_SHARED;
+        for (int64_t r = 1; with_grad && !kept && r <= clusters && r <= MOST_RANKS; r *= 2) {
             const int64_t columns = rounded_up((vocab + r - 1) / r, WHOLE);
             if (columns * int64_t(sizeof(float)) <= limit) kept = true, part = columns, ranks = r;
         }
@@ -301,26 +319,53 @@ int xpo_plan_rows(int64_t vocab, int64_t shared_limit, int32_t clusters, int32_t
     return 0;
 }
 
+int xpo_rows_planned(const XpoRows* rows, const XpoRowPlan* plan, void* stream) {
+    using namespace xpo;
+    if (rows == nullptr || plan == nullptr) return XPO_MISSING_POINTER;
+    const XpoRowPlan& p = *plan;
+    if (const int code = check(*rows)) return code;
+    const bool known = p.ranks == 1 || (p.kept && (p.ranks == 2 || p.ranks == 4 || p.ranks == MOST_RANKS));
+    const bool whole = p.part > 0 && p.part % WHOLE == 0 && int64_t(p.part) * p.ranks >= rows->vocab;
+    const bool warps = p.threads >= 32 && p.threads <= MAX_THREADS && p.threads % 32 == 0;
+    const bool memory = p.shared_bytes == (p.kept ? int64_t(sizeof(float)) * p.part : 0);
+    if (!known || !whole || !warps || !memory) return XPO_BAD_PLAN;
+    if (rows->n > INT32_MAX / p.ranks) return XPO_BAD_SIZE;
+    return rows->n == 0 ? 0 : launch_planned(*rows, p, stream);
+}
+
 int xpo_rows(const XpoRows* rows, void* stream) {
     using namespace xpo;
     if (rows == nullptr) return XPO_MISSING_POINTER;
     const XpoRows& r = *rows;
-    if (r.n < 0 || r.vocab < 1 || r.stride < 0 || r.grad_stride < 0) return XPO_BAD_SIZE;
-    if (r.grad_type < XPO_FLOAT32 || r.grad_type > XPO_FLOAT16) return XPO_BAD_TYPE;
+    if (const int code = check(r)) return code;
     if (r.n == 0) return 0;
-    if (r.products == nullptr || r.targets == nullptr) return XPO_MISSING_POINTER;
+    int device = 0;
     Limits limits{};
-    if (const cudaError_t error = read_limits(limits); error != cudaSuccess) return error;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    if (const cudaError_t error = read_limits(device, limits); error != cudaSuccess) return error;
     for (int clusters = limits.clusters;;) {
         XpoRowPlan plan{};
-        if (const int error =
-                xpo_plan_rows(r.vocab, limits.shared_bytes, clusters, limits.threads, r.grad != nullptr, &plan))
-            return error;
-        if (r.n > INT32_MAX / plan.ranks) return XPO_BAD_SIZE;
-        const int error = launch_planned(r, plan, stream);
+        int error = xpo_plan_rows(r.vocab, limits.shared_bytes, clusters, limits.threads, r.grad != nullptr, &plan);
+        if (error == 0) error = xpo_rows_planned(&r, &plan, stream);
         if (error != cudaErrorInvalidClusterSize || plan.ranks == 1) return error;
         clusters = plan.ranks / 2;  // there is no place for these
     }
+}
+
+int xpo_usable(XpoUsable* found) {
+    using namespace xpo;
+    if (found == nullptr) return XPO_MISSING_POINTER;
+    *found = {0, CUDART_VERSION, 0};
+    int driver = 0, device = 0, major = 0, minor = 0;
+    cudaFuncAttributes attributes{};
+    cudaError_t error = cudaDriverGetVersion(&driver);
+    found->driver = driver;
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    found->capability = 10 * major + minor;
+    const auto kernel = reinterpret_cast<const void*>(&row_pass<void, false, false, false>);
+    return error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernel) : error;
 }
 
 const char* xpo_error(int code) {
@@ -328,6 +373,7 @@ const char* xpo_error(int code) {
         case XPO_MISSING_POINTER: return "a pointer is missing";
         case XPO_BAD_SIZE: return "a size is negative or beyond what a launch can count";
         case XPO_BAD_TYPE: return "no such dtype or loss";
+        case XPO_BAD_PLAN: return "a plan that does not hold the row, or that no launch has";
         default: return cudaGetErrorString(cudaError_t(code));
     }
 }

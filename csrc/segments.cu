@@ -255,12 +255,18 @@ int check(const SegmentCall<T>& call) {
     return whole && of_tokens && of_units ? 0 : XPO_MISSING_POINTER;
 }
 
-// Without units one block writes the loss of nothing.
+template <typename T>
+cudaError_t clear(T* memory, int64_t count, void* stream) {
+    if (count <= 0) return cudaSuccess;
+    return cudaMemsetAsync(memory, 0, size_t(count) * sizeof(T), static_cast<cudaStream_t>(stream));
+}
+
+// Without units one block writes the loss of nothing; log-probs of no unit have u = 0.
 template <int BLOCKS, int THREADS, typename Call>
 int launch_units(void (*kernel)(Call), const Call& args, void* stream) {
     const int64_t units = args.call.units;
-    const cudaError_t error =
-        cudaMemsetAsync(args.call.ticket, 0, sizeof(*args.call.ticket), static_cast<cudaStream_t>(stream));
+    cudaError_t error = clear(args.call.ticket, 1, stream);
+    if (error == cudaSuccess) error = clear(args.call.u, args.call.tokens, stream);
     if (error != cudaSuccess) return int(error);
     return int(launch(kernel, Grid{units < 1 ? 1 : units < BLOCKS ? units : BLOCKS, THREADS}, stream, args));
 }
@@ -291,6 +297,9 @@ int launch_tokens(const SegmentTokens<T>* args, void* stream) {
     if (!known || args->sequence < BY_TOKEN || args->sequence > SUM_OF_ROW) return XPO_BAD_TYPE;
     const bool of_tokens = args->call.tokens == 0 || args->advantage;
     if (!of_tokens || (args->call.units > 0 && !args->row_counts)) return XPO_MISSING_POINTER;
+    if (const cudaError_t error = clear(args->token_losses, args->token_losses ? args->call.tokens : 0, stream);
+        error != cudaSuccess)
+        return int(error);
     return launch_units<BLOCKS, THREADS>(segment_tokens<T, THREADS>, *args, stream);
 }
 

@@ -19,7 +19,7 @@ struct SegmentCall {
     const T* weights;              // (U,) what a unit's loss is multiplied by before the sum, or null
     const T* denominator;          // () what the sum is divided by, unless it is 0, or null
     double scale;                  // what the loss and u are multiplied by
-    T* u;                          // (n,) ∂loss/∂logp
+    T* u;                          // (n,) ∂loss/∂logp, 0 for what is in no unit
     T* sums;                       // (R,) of logp
     T* values;                     // (1 + M, U) losses, 0 in units left out; metrics, NaN where there is none
     T* loss;                       // ()
@@ -65,7 +65,7 @@ struct SegmentTokens {
     const T* advantage;          // (R,), or (N,)
     const T* old;                // (N,) log-probs at sampling, or null: the policy's own
     const T* ref;                // (N,) log-probs under the reference, or null: no kl
-    T* token_losses;             // (n,), or null
+    T* token_losses;             // (n,), 0 for what is in no row, or null
     uint32_t* row_counts;        // (M, R)
     int64_t advantage_by_token;  // else by row
     int64_t sequence;            // BY_TOKEN: r by token; else r of a row, exp of its mean log r, and a mean or sum over it

@@ -17,12 +17,23 @@ enum {
     XPO_MISSING_POINTER = -1,
     XPO_BAD_SIZE = -2,  // negative, or more than a launch can count
     XPO_BAD_TYPE = -3,  // no such dtype, or no such loss
+    XPO_BAD_PLAN = -4,  // does not hold the row, or is of a shape that no launch has
 };
 
 enum { XPO_FLOAT32 = 0, XPO_BFLOAT16 = 1, XPO_FLOAT16 = 2 };
 
 XPO_EXPORT const char* xpo_error(int code);        // what a code says
 XPO_EXPORT const char* xpo_architectures(void);    // what the library was compiled for, separated by spaces
+
+// Versions as CUDA counts them, 1000 · major + 10 · minor; 0 for none.
+typedef struct {
+    int32_t driver;      // the newest CUDA that the driver supports
+    int32_t runtime;     // the CUDA that the library was compiled with
+    int32_t capability;  // of the current device, 10 · major + minor
+} XpoUsable;
+
+// 0 if the current device can run the kernels; else why a launch would fail, a cudaError_t. Makes the device's context.
+XPO_EXPORT int xpo_usable(XpoUsable* found);
 
 // --- rows: rows.cu -----------------------------------------------------------------------------------------------------
 
@@ -62,6 +73,10 @@ typedef struct {
 // Asks no device. shared_limit: bytes that a block can opt in to; clusters: the most blocks of a cluster, 1 for none.
 XPO_EXPORT int xpo_plan_rows(int64_t vocab, int64_t shared_limit, int32_t clusters, int32_t threads, int32_t with_grad,
                              XpoRowPlan* plan);
+
+// As the plan says and not as the device would have it, for checks of every way to read a row. `ranks` is 1, 2, 4 or 8, and
+// 1 where nothing is kept. cudaErrorInvalidClusterSize where the device has no place for such a cluster.
+XPO_EXPORT int xpo_rows_planned(const XpoRows* rows, const XpoRowPlan* plan, void* stream);
 
 // --- segments: segments.cu ---------------------------------------------------------------------------------------------
 

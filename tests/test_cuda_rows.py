@@ -1,12 +1,13 @@
 """The row kernel of csrc/ and the `cuda` backend against float64: its own source, run on the host by csrc/emulate.h.
 
-Threads take turns in either order there, in blocks of 64, and the shared memory that the emulated device has says how a row is
-read: kept by one block or by a cluster, or read twice. The same checks run on a GPU where there is one.
+Threads take turns in either order there, in blocks of 64, and a plan says how a row is read: kept by one block or by a
+cluster, or read twice. The same checks run on a GPU where there is one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 
 import pytest
 import torch
@@ -15,18 +16,16 @@ from torch.testing import assert_close
 import oracle
 import test_compile
 import test_head
+import test_streams
 import test_triton
 import xpo_fast as xf
-from host_compile import CSRC, compiled
+from host_compile import CSRC, DEVICES, compiled
 from xpo_fast import native
 from xpo_fast.head import cuda
 from xpo_fast.head.plan import Tiling, fit
 
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or native.why_not() is not None,
-    reason="launches the CUDA library on a GPU, and one of them is missing",
-)
 AUTO = 1 << 20  # bytes of shared memory: more than the rows here need
+SYSTEM, BESIDE = 1024, 1024 + 512  # bytes of a block: the system's, and with them all that is not columns
 
 
 def emulated(source, folder):
@@ -45,52 +44,61 @@ def host_library(tmp_path_factory):
 
 
 class Machine:
-    """A device, and the memory that its blocks share."""
+    """A device, and how it reads rows: in so many blocks each, 0 to read them twice, None as it would by itself."""
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        self.device, self.ranks = device, None
 
     def becomes(
         self, shared: int = AUTO, clusters: int = 8, threads: int = 64, reversed: bool = False
     ) -> None:
         """Only an emulated one can."""
+        self.ranks = None
         if self.device == "cpu":
             native.library().xpo_emulate(ctypes.c_int64(shared), clusters, threads, reversed)
 
-    def keeping(self, vocab: int, ranks: int, **options) -> None:
-        """So much shared memory that a row takes `ranks` blocks; 0: is read twice."""
-        part = -(-vocab // max(ranks, 1))
-        self.becomes(1024 + 4 * (-(-part // 8) * 8) if ranks else 1024, **options)
+    def keeping(self, ranks: int, **options) -> None:
+        if self.device == "cuda" and ranks > 1 and torch.cuda.get_device_capability()[0] < 9:
+            pytest.skip("clusters are of compute capability 9.0 and up")
+        self.becomes(**options)
+        self.ranks = ranks
+
+    def run(self, products, targets, **given) -> None:
+        plan = None if self.ranks is None else plan_of(products.shape[1], self.ranks)
+        cuda.run(products, targets, plan=plan, **given)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def rounded_up(x, to):
+    return x + -x % to
+
+
+def plan_of(vocab, ranks):
+    part = rounded_up(-(-vocab // max(ranks, 1)), 8)
+    threads = min(64, rounded_up(part // 4, 32))
+    return cuda.RowPlan(max(ranks, 1), part, ranks > 0, threads, 4 * part if ranks else 0)
+
+
+@pytest.fixture(params=DEVICES)
 def machine(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(native, "PATH", request.getfixturevalue("host_library"))
+    found = Machine(request.param)
+
+    def kernel_of(tensors):
+        tensors = {k: x for k, x in test_triton.on_device(tensors).items() if not k.startswith("ref")}
+        return found, tensors.pop("products"), tensors
+
     monkeypatch.setattr(test_triton, "DEVICE", request.param)
     monkeypatch.setattr(test_triton, "kernel_of", kernel_of)
-    found = Machine(request.param)
     found.becomes()
     return found
-
-
-def kernel_of(tensors):
-    tensors = {k: x for k, x in test_triton.on_device(tensors).items() if not k.startswith("ref")}
-    return cuda, tensors.pop("products"), tensors
 
 
 # --- how rows are read -----------------------------------------------------------------------------------------------
 
 
-class RowPlan(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("ranks", "part", "kept", "threads")),
-        ("shared_bytes", ctypes.c_int64),
-    )
-
-
 def row_plan(library, vocab, shared, clusters, grad=True, threads=512):
-    found = RowPlan()
+    found = cuda.RowPlan()
     code = library.xpo_plan_rows(
         ctypes.c_int64(vocab), ctypes.c_int64(shared), clusters, threads, int(grad), ctypes.byref(found)
     )
@@ -104,17 +112,20 @@ H200, A100 = (232448, 8), (166912, 1)  # bytes that a block can have, blocks of 
     ("device", "vocab", "ranks", "kept"),
     [
         (H200, 1, 1, 1),
-        (H200, 28672, 1, 1),  # the longest of which two blocks fit a multiprocessor
-        (H200, 28673, 2, 1),
+        (H200, 19072, 1, 1),  # the longest of which three blocks fit a multiprocessor
+        (H200, 19073, 2, 1),
         (H200, 32000, 2, 1),
+        (H200, 49152, 4, 1),
         (H200, 128256, 8, 1),
-        (H200, 151936, 8, 1),
-        (H200, 262144, 8, 1),  # two blocks of no cluster fit, one does
-        (H200, 8 * 57856, 8, 1),  # the longest that is read once
-        (H200, 8 * 57856 + 1, 1, 0),
-        (A100, 32000, 1, 1),
-        (A100, 41472, 1, 1),
-        (A100, 41473, 1, 0),
+        (H200, 151936, 8, 1),  # three blocks, just
+        (H200, 8 * 19072 + 1, 8, 1),  # two
+        (H200, 201088, 8, 1),
+        (H200, 8 * 28800, 8, 1),  # the longest that is read once
+        (H200, 8 * 28800 + 1, 1, 0),
+        (H200, 262144, 1, 0),
+        (A100, 13608, 1, 1),
+        (A100, 20608, 1, 1),  # two blocks
+        (A100, 20609, 1, 0),
         (A100, 151936, 1, 0),
     ],
 )
@@ -130,12 +141,12 @@ def test_how_a_row_is_read(host_library, device, vocab, ranks, kept):
 def test_every_plan_holds_the_row(host_library):
     library = ctypes.CDLL(str(host_library))
     for vocab in (*range(1, 70), 999, 1000, 4097, 50257, 65536, 201088, 1 << 30):
-        for shared in (1024, 1056, 2048, 49152, 101376, 166912, 232448):
+        for shared in (1024, 2048, 2112, 4096, 49152, 101376, 166912, 232448):
             for clusters, threads in ((1, 1024), (2, 512), (4, 64), (8, 100), (16, 512)):
                 code, found = row_plan(library, vocab, shared, clusters, threads=threads)
                 assert code == 0 and 1 <= found.ranks <= min(8, clusters) and found.part % 8 == 0
                 assert found.ranks * found.part >= vocab and (found.part - 8) * found.ranks < vocab
-                assert found.shared_bytes <= shared - 1024
+                assert not found.kept or 2 * (found.shared_bytes + BESIDE) <= shared + SYSTEM
                 assert found.threads % 32 == 0 and 32 <= found.threads <= min(threads, 512)
                 assert found.kept or found.ranks == 1
 
@@ -263,7 +274,7 @@ def check(
     whole, grad = rows_of(grad_stride, dtype)
     out = {name: torch.full((n,), float("nan"), device=machine.device) for name in cuda.STATISTICS}
     u = {name: oracle.normal(n, seed=9 + k) for k, name in enumerate(cuda.DIFFERENTIABLE)}
-    cuda.run(
+    machine.run(
         products,
         targets.to(machine.device),
         bias=None if bias is None else bias.to(machine.device),
@@ -289,14 +300,14 @@ def check(
 @pytest.mark.parametrize("reversed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(machine, shape, reversed):
-    machine.keeping(*SHAPES[shape][1:], reversed=reversed)
+    machine.keeping(SHAPES[shape][2], reversed=reversed)
     check(machine, shape)
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("shape", ["ragged, in a cluster", "ragged, twice"])
 def test_heads(machine, shape, head):
-    machine.keeping(*SHAPES[shape][1:])
+    machine.keeping(SHAPES[shape][2])
     check(machine, shape, head)
 
 
@@ -314,13 +325,15 @@ def test_heads(machine, shape, head):
 )
 def test_memory(machine, shape, dtype, memory):
     """Wide accesses where rows are aligned, single ones elsewhere: the same results, nothing beside them."""
-    machine.keeping(*SHAPES[shape][1:])
+    machine.keeping(SHAPES[shape][2])
     check(machine, shape, dtype=dtype, **memory)
 
 
-@pytest.mark.parametrize(("vocab", "n"), [(32000, 3), (128256, 2), (500003, 1)])
+# Static and dynamic shared memory beyond 48 KiB together, though the dynamic memory alone is not; a cluster of two, of
+# eight; twice.
+@pytest.mark.parametrize(("vocab", "n"), [(12288, 2), (32000, 3), (128256, 2), (500003, 1)])
 def test_real_vocabularies(machine, vocab, n):
-    """As an H200 reads them, in whole blocks: a cluster of two, of eight, and twice."""
+    """As an H200 reads them, in whole blocks."""
     machine.becomes(*H200, threads=512)
     n = 300 if machine.device == "cuda" else n
     z = oracle.normal(n, vocab, seed=1, std=3.0, dtype=torch.float32).to(machine.device)
@@ -329,7 +342,7 @@ def test_real_vocabularies(machine, vocab, n):
     for _ in range(2):
         out = {name: test_triton.poisoned(n) for name in cuda.STATISTICS}
         grad = test_triton.poisoned(n, vocab, dtype=torch.bfloat16)
-        cuda.run(z, targets, out=out, grad=grad)
+        machine.run(z, targets, out=out, grad=grad)
         found.append((*out.values(), grad))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
     log_p = z.double().log_softmax(1)
@@ -353,7 +366,8 @@ def test_a_device_without_a_place_for_a_cluster(host_library, monkeypatch, place
     machine = Machine("cpu")
     for shape, (_, vocab, ranks) in SHAPES.items():
         if ranks > 1:
-            machine.keeping(vocab, ranks)
+            part = rounded_up(-(-vocab // ranks), 8)
+            machine.becomes(2 * (4 * part + BESIDE) - SYSTEM)  # just enough for two blocks
             native.library().xpo_emulate_hosted(places)
             check(machine, shape)
 
@@ -363,7 +377,7 @@ def test_order_does_not_matter(machine):
     for shape in ("ragged, in a cluster", "ragged, twice"):
         found = []
         for reversed in (False, True, True):
-            machine.keeping(*SHAPES[shape][1:], reversed=reversed)
+            machine.keeping(SHAPES[shape][2], reversed=reversed)
             found.append(check(machine, shape, dtype=torch.bfloat16))
         for others in found[1:]:
             for x, y in zip(found[0], others, strict=True):
@@ -375,11 +389,11 @@ def test_order_does_not_matter(machine):
 def test_what_is_wanted_alone(machine, wanted, with_grad):
     """Nothing else is written, and without an upstream gradient dz is that of Σ logp."""
     tensors, targets, options = test_triton.tile((3, 300))
-    _, products, others = kernel_of(tensors)
-    machine.keeping(300, 2)
+    _, products, others = test_triton.kernel_of(tensors)
+    machine.keeping(2)
     out = {name: test_triton.poisoned(3) for name in wanted}
     grad = test_triton.poisoned(3, 300) if with_grad else None
-    cuda.run(products, targets.to(machine.device), out=out, grad=grad, **others, **options)
+    machine.run(products, targets.to(machine.device), out=out, grad=grad, **others, **options)
     want, leaf = test_triton.oracle_of(tensors, targets, options)
     for name in wanted:
         assert_close(out[name].cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5)
@@ -391,11 +405,11 @@ def test_what_is_wanted_alone(machine, wanted, with_grad):
 @pytest.mark.parametrize("name", cuda.DIFFERENTIABLE)
 def test_one_upstream_gradient(machine, name):
     tensors, targets, options = test_triton.tile((3, 300))
-    _, products, others = kernel_of(tensors)
+    _, products, others = test_triton.kernel_of(tensors)
     u = oracle.normal(3, seed=9)
     grad = test_triton.poisoned(3, 300)
     upstream = {name: u.float().to(machine.device)}
-    cuda.run(products, targets.to(machine.device), upstream=upstream, grad=grad, **others, **options)
+    machine.run(products, targets.to(machine.device), upstream=upstream, grad=grad, **others, **options)
     want, leaf = test_triton.oracle_of(tensors, targets, options)
     (want[name] * u).sum().backward()
     assert oracle.error(grad.cpu(), leaf.grad) < 1e-5
@@ -411,7 +425,7 @@ def test_one_upstream_gradient(machine, name):
     ],
 )
 def test_as_the_triton_kernel(machine, check, ranks):
-    machine.keeping(270, ranks)
+    machine.keeping(ranks)
     check()
 
 
@@ -421,7 +435,7 @@ def test_nothing_finite_and_targets_outside(machine):
     targets = torch.tensor([3, -100, 40, 2**40 + 3], device=machine.device)
     out = {name: test_triton.poisoned(4) for name in ("logp", "lse", "top1")}
     grad = test_triton.poisoned(4, 40)
-    cuda.run(products, targets, out=out, grad=grad)
+    machine.run(products, targets, out=out, grad=grad)
     assert out["logp"].isnan().all() and out["lse"][0] == -torch.inf
     assert out["top1"].tolist() == [1, 0, 0, 0]  # no token is likelier than one of −∞ among others
     assert_close(out["lse"][1:].cpu(), torch.full((3,), 40.0).log())
@@ -455,6 +469,53 @@ def test_calls_that_make_no_sense(machine, change, reason):
     rows = cuda._Rows(**{**good, "gain": 1.0, **change})
     with pytest.raises(RuntimeError, match=f"xpo_rows: {reason}"):
         native.call("xpo_rows", ctypes.byref(rows), device=x.device)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": 3, "part": 8},
+        {"ranks": 16, "part": 8},
+        {"ranks": 0},
+        {"part": 0, "shared_bytes": 0},
+        {"part": 12, "shared_bytes": 48},
+        {"part": 16, "shared_bytes": 64},  # of 17 columns
+        {"kept": 0},
+        {"kept": 0, "shared_bytes": 0, "ranks": 2, "part": 24},
+        {"shared_bytes": 92},
+        {"threads": 0},
+        {"threads": 48},
+        {"threads": 1024},
+    ],
+    ids=str,
+)
+def test_plans_that_make_no_sense(machine, change):
+    z, targets, out = torch.zeros(2, 17), torch.zeros(2, dtype=torch.long), torch.zeros(2)
+    z, targets, out = (x.to(machine.device) for x in (z, targets, out))
+    good = {"ranks": 1, "part": 24, "kept": 1, "threads": 32, "shared_bytes": 96}
+    cuda.run(z, targets, out={"logp": out}, grad=torch.empty_like(z), plan=cuda.RowPlan(**good))
+    assert_close(out.cpu(), torch.full((2,), -math.log(17.0)))
+    with pytest.raises(RuntimeError, match="xpo_rows_planned: a plan that does not hold the row"):
+        cuda.run(z, targets, out={"logp": out}, grad=z, plan=cuda.RowPlan(**good | change))
+
+
+def test_a_launch_asks_nothing_twice(host_library, monkeypatch):
+    """Whatever sizes a kernel is launched with, it is let have all the memory there is, once for each device."""
+    monkeypatch.setattr(native, "PATH", host_library)
+    machine, asked = Machine("cpu"), []
+
+    def launch(vocab):
+        z, targets = torch.zeros(1, vocab), torch.zeros(1, dtype=torch.long)
+        before = native.library().xpo_emulate_asked()
+        cuda.run(z, targets, grad=z)
+        asked.append(native.library().xpo_emulate_asked() - before)
+
+    for _ in range(2):
+        machine.becomes(H200[0])  # another one
+        for vocab in (1000, 12288, 19072, 1000, 40000, 40000, 50000):
+            launch(vocab)
+    # Three attributes of the device, the kernel's static memory, two attributes set; a cluster of each size.
+    assert asked == [6, 0, 0, 0, 1, 0, 1] * 2
 
 
 # --- the backend -----------------------------------------------------------------------------------------------------
@@ -517,6 +578,28 @@ def test_objective_by_the_kernel(backend, name, learn, monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_streams_of_launches(backend, lost, monkeypatch):
+    """Rows are the other stream's, in order with the products of the caller's; a wait that is lost around them is found."""
+    operands, seen = test_streams.operands(), []
+    narrow = [x.float() if x.is_floating_point() else x for x in operands]
+    monkeypatch.setattr(test_streams, "operands", lambda: narrow)
+    launched = test_streams.Detector.launched
+
+    def note(detector, name, *tensors):
+        seen.append((name, detector.current))
+        launched(detector, name, *tensors)
+
+    monkeypatch.setattr(test_streams.Detector, "launched", note)
+    if lost:
+        monkeypatch.setattr(test_streams.Detector, "wait", lambda *_: None)
+    _, detector = test_streams.run(
+        test_streams.unit_gradients, test_streams.TILINGS[0], monkeypatch, cuda.row_operations
+    )
+    assert seen and set(seen) == {("xpo_rows", test_streams.OTHER)}
+    assert bool(detector.races) == any("xpo_rows" in race for race in detector.races) == lost
+
+
 def test_compiled(backend):
     """In one graph: the operator holds the launches."""
     operands, targets, _ = test_head.problem("primes", True, learn="frozen")
@@ -574,6 +657,11 @@ __global__ void beyond(float* out, bool) {
     XPO_DYNAMIC_SHARED(float, x);
     x[64] = *out;
 }
+__global__ void halves(float* out, bool whole) {
+    const float x = __shfl_xor_sync(whole ? ~0u : threadIdx.x < 16 ? 0xffffu : 0xffff0000u, 1.0f, 1);
+    out[threadIdx.x] = x;
+}
+__global__ void greedy(float* out, bool) { XPO_DYNAMIC_SHARED(float, x); out[threadIdx.x] = x[0] = 1; }
 __global__ void wide(float* out, bool aligned) { *reinterpret_cast<float4*>(out + (aligned ? 4 : 3)) = {1, 2, 3, 4}; }
 }
 extern "C" int faulty(int which, float* out, int right, int reversed) {
@@ -584,6 +672,13 @@ extern "C" int faulty(int which, float* out, int right, int reversed) {
         case 2: return xpo::launch(copies, {1, 32, 512}, nullptr, out, right);
         case 3: return xpo::launch(lonely, {1, 64}, nullptr, out, right);
         case 4: return xpo::launch(wide, {1, 32}, nullptr, out, right);
+        case 5: return xpo::launch(halves, {1, 32}, nullptr, out, right);
+        case 6: {  // 48 KiB beside static memory, which only `launch` asks for
+            xpo_emulate(101376, 1, 64, reversed);
+            if (right) return xpo::launch(greedy, {1, 32, 48 * 1024}, nullptr, out, right);
+            const cudaLaunchConfig_t config{1, 32, 48 * 1024, nullptr, nullptr, 0};
+            return cudaLaunchKernelEx(&config, greedy, out, bool(right));
+        }
         default: return xpo::launch(beyond, {1, 64, right ? 260 : 256}, nullptr, out, right);
     }
 }
@@ -594,8 +689,8 @@ extern "C" void rounded(const float* x, uint32_t* bf16, uint32_t* half, int n) {
 
 
 def test_the_emulation_finds_faults(tmp_path):
-    """A barrier left out between threads or blocks, a copy not waited for, a barrier that not all reach,
-    16 bytes at an odd place, a write too far."""
+    """A barrier left out between threads or blocks, a copy not waited for, a barrier that not all reach, 16 bytes at an odd
+    place, a shuffle of half a warp, 48 KiB beside static memory without opting in, a write too far."""
     library = library_of(FAULTY.replace("cluster_", "xpo::cluster_"), tmp_path)
 
     def launch(which, right, reversed=False):
@@ -613,7 +708,7 @@ def test_the_emulation_finds_faults(tmp_path):
             assert code == 0 and torch.equal(found[: len(want)], want)
             code, found = launch(which, False, reversed)
             assert code == 0 and not torch.equal(found[: len(want)], want)
-    for which, error in ((3, 999), (4, 716), (5, 999)):
+    for which, error in ((3, 999), (4, 716), (5, 999), (6, 1), (7, 999)):
         assert launch(which, True)[0] == 0 and launch(which, False)[0] == error
 
 

@@ -1,21 +1,27 @@
-"""The segment kernels, run on the host by csrc/emulate.h, against the pure functions of methods/ and their gradients."""
+"""The segment kernels, run on the host by csrc/emulate.h, against the pure functions of methods/ and their gradients.
+
+What asks for no more than float32 runs on a GPU as well, where there is one.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 
-from host_compile import CSRC, compiled
+from host_compile import CSRC, DEVICES, compiled
+from xpo_fast import native
 from xpo_fast.head import segments
 from xpo_fast.head.rows import sum_rows
 from xpo_fast.methods import METHODS
 from xpo_fast.reduce import count_metrics, mean_metrics
 
 LANES = 64  # threads of a block in csrc/host.cpp
+DEVICE = "cpu"  # what `kernel` runs on
 
 # By method, hyperparameters: each one of a method is set in one of its cases, every choice of a name is made.
 PAIRS = [
@@ -87,6 +93,15 @@ def host(library, monkeypatch):
     yield library
     torch.use_deterministic_algorithms(False)
     library.xpo_emulate(ctypes.c_int64(232448), 8, 64, 0)
+
+
+@pytest.fixture(params=DEVICES)
+def machine(request, monkeypatch):
+    """Where `kernel` runs: emulated, or on a GPU."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", request.param)
+    if request.param == "cpu":
+        request.getfixturevalue("host")
+    return request.param
 
 
 def offsets_of(lengths):
@@ -196,12 +211,13 @@ def pure(method, options, logp, offsets, inputs, weights, denominator, scale=1.0
 def kernel(
     method, options, logp, offsets, inputs, weights, denominator, scale=1.0, dtype=torch.float64, **others
 ):
-    def narrow(x):
-        return x.to(dtype) if x.is_floating_point() else x
+    def there(x):
+        x = x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
     return segments.evaluate(
-        method, options, narrow(logp), offsets, weights=narrow(weights), denominator=denominator, scale=scale,
-        **{n: narrow(x) for n, x in inputs.items()}, **others,
+        method, options, there(logp), there(offsets), weights=there(weights), denominator=there(denominator), scale=scale,
+        **{n: there(x) for n, x in (inputs | others).items()},
     )  # fmt: skip
 
 
@@ -220,7 +236,7 @@ def flattened(found):
     single = {n: found[n].detach() for n in ("loss", "u", "sums", "losses")}
     nested = {f"{n}/{k}": x for n in ("metrics", "counts") for k, x in found[n].items()}
     units = {f"unit_metrics/{k}": x for k, x in found["unit_metrics"].items()}
-    return single | nested | units
+    return {n: x.cpu() for n, x in (single | nested | units).items()}
 
 
 def assert_same(ours, truth, rtol):
@@ -277,7 +293,7 @@ def test_far_out(host, method, options, make):
 
 
 @every
-def test_float32(host, method, options, make):
+def test_float32(machine, method, options, make):
     call = make()
     single = narrowed(call)
     wide = tuple(
@@ -323,13 +339,25 @@ def test_a_segment_has_one_sum(host):
 
 
 @every
-def test_no_order_of_threads_matters(host, method, options, make):
+def test_no_order_of_threads_matters(machine, method, options, make):
+    """The same bits in either order, and on a GPU in whatever order there is."""
     arguments = *make(), 3.0
-    first = flattened(kernel(method, options, *arguments))
-    host.xpo_emulate(ctypes.c_int64(232448), 8, 64, 1)
-    second = flattened(kernel(method, options, *arguments))
+    first = flattened(kernel(method, options, *arguments, dtype=torch.float32))
+    if machine == "cpu":
+        native.library().xpo_emulate(ctypes.c_int64(232448), 8, 64, 1)
+    second = flattened(kernel(method, options, *arguments, dtype=torch.float32))
     for name, x in first.items():
         assert torch.equal(x.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
+
+
+def test_more_units_than_blocks(machine):
+    """Each block takes several, and the last of all to finish sums them."""
+    units = 70_001 if machine == "cuda" else 12  # 65 535 blocks there, five here
+    logp = -torch.rand(2 * units * 3, generator=torch.Generator().manual_seed(0))
+    offsets = torch.arange(0, 2 * units * 3 + 1, 3)
+    ref = logp.new_full((units,), -1.5)
+    call = "dpo", {}, logp, offsets, {"ref_logp_w": ref, "ref_logp_l": ref}, torch.ones(units), float(units)
+    assert_same(kernel(*call, dtype=torch.float32), pure(*call), 2e-6)
 
 
 # --- parts of a batch ---------------------------------------------------------------------------------------------------
@@ -337,10 +365,10 @@ def test_no_order_of_threads_matters(host, method, options, make):
 
 @pytest.mark.parametrize("method", ["dpo", "simpo", "ipo", "cpo"])
 @pytest.mark.parametrize("cuts", [(0, 8), (0, 3, 8), (0, 1, 2, 5, 8)])
-def test_pairs_by_groups(host, method, cuts):
+def test_pairs_by_groups(machine, method, cuts):
     """Whole pairs, each pair's rows side by side, give the u of all at once."""
     logp, offsets, inputs, weights = pair_inputs(method, 5)
-    whole = kernel(method, {}, logp, offsets, inputs, weights, 3.0).u.split(LENGTHS)
+    whole = kernel(method, {}, logp, offsets, inputs, weights, 3.0, dtype=torch.float32).u.split(LENGTHS)
     units = len(LENGTHS) // 2
     order = torch.arange(len(LENGTHS)).view(2, units).T.flatten().tolist()
     sorted_offsets = offsets_of([LENGTHS[row] for row in order])
@@ -360,6 +388,7 @@ def test_pairs_by_groups(host, method, cuts):
             3.0,
             start=start,
             interleaved=True,
+            dtype=torch.float32,
         )
         found.append(group.u)
     assert torch.equal(torch.cat(found), torch.cat([whole[row] for row in order]))
@@ -367,17 +396,19 @@ def test_pairs_by_groups(host, method, cuts):
 
 @pytest.mark.parametrize(("method", "options"), [("grpo", {"beta": 0.2}), ("ppo", {}), ("sapo", {})])
 @pytest.mark.parametrize("size", [1, 7, 64, 499])
-def test_tokens_by_groups(host, method, options, size):
+def test_tokens_by_groups(machine, method, options, size):
     """Tokens, with rows cut anywhere, and their inputs where the batch has them, in another order."""
     logp, offsets, inputs, weights = token_inputs(method, options, 6, by_token=True)
-    whole = kernel(method, options, logp, offsets, inputs, weights, 3.0)
+    narrow = {"dtype": torch.float32}
+    whole = kernel(method, options, logp, offsets, inputs, weights, 3.0, **narrow)
     places = torch.randperm(logp.shape[0], generator=torch.Generator().manual_seed(0))
     spread = {n: torch.empty_like(x).index_put((places,), x) for n, x in inputs.items()}
     parts = list(zip(logp.split(size), places.split(size), range(0, logp.shape[0], size)))
     if size == 1:  # one in twenty: each is a launch
         parts = parts[::20]
     for part, positions, start in parts:
-        group = kernel(method, options, part, offsets, spread, weights, 3.0, start=start, positions=positions)
+        where = {"start": start, "positions": positions}
+        group = kernel(method, options, part, offsets, spread, weights, 3.0, **where, **narrow)
         assert torch.equal(group.u, whole.u[start : start + size])
         assert torch.equal(group.losses, whole.losses[start : start + size])
 
@@ -397,14 +428,26 @@ def test_lengths_and_padding(host):
     torch.testing.assert_close(wide.loss, compact.loss, rtol=1e-12, atol=0)
 
 
-def test_offsets_beyond_the_log_probs(host):
-    """Nothing is read or written outside of logp, whatever the offsets say."""
-    logp = torch.arange(1.0, 9.0, dtype=torch.float64)
-    offsets = torch.tensor([-3, 2, 100, 5, 7])
+def test_offsets_beyond_the_log_probs(machine):
+    """Nothing is read or written outside of logp, whatever the offsets say; what they leave out has u = 0, no loss."""
+    logp, offsets = torch.arange(1.0, 9.0, device=DEVICE), torch.tensor([-3, 2, 100, 5, 7], device=DEVICE)
     out = segments.evaluate("simpo", {}, logp, offsets)
     assert out.sums.tolist() == [3.0, 33.0, 0.0, 13.0]
     out = segments.evaluate("simpo", {}, logp, offsets, start=4)
     assert out.sums.tolist() == [0.0, 36.0, 0.0, 5.0]
+
+    some, ones = torch.tensor([2, 4, 4, 5], device=DEVICE), torch.ones(3, device=DEVICE)
+    for method, inputs in (
+        ("simpo", {}),
+        ("apo_zero_unpaired", {"ref_logp": ones, "desirable": ones.bool()}),
+        ("grpo", {"advantage": ones}),
+        ("gspo", {"advantage": ones}),
+    ):
+        out = segments.evaluate(method, {}, logp, some[: 3 if method == "simpo" else 4], **inputs)
+        left_out = [0, 1, 5, 6, 7] + [4] * (method == "simpo")
+        assert (out.u[left_out] == 0).all() and out.u.isfinite().all()
+        assert method == "simpo" or (out.u[[2, 3, 4]] != 0).all()
+        assert method != "grpo" or ((out.losses[left_out] == 0).all() and (out.losses[[2, 3, 4]] == -1).all())
 
 
 # --- where autograd and arithmetic could differ -------------------------------------------------------------------------
@@ -431,7 +474,7 @@ def test_at_the_kinks(host):
         assert (kernel(*call).u != 0).all()
 
 
-def test_past_the_overflow_of_float32(host):
+def test_past_the_overflow_of_float32(machine):
     """Integers, so that both have the same margins and ratios, to 1500 nats on either side.
 
     Slopes below the resolution of 1 differ: autograd has σ′ as σ(1 − σ), where 1 − σ rounds to 0.
@@ -444,16 +487,16 @@ def test_past_the_overflow_of_float32(host):
     for method, options in (("gpo", {"beta": 1.0, "f": f}) for f in ("logistic", "exponential", "savage")):
         call = (method, options, logp, single, {"ref_logp_w": ref, "ref_logp_l": ref}, ones, 1.0)
         ours, theirs = kernel(*call, dtype=torch.float32), pure(*call)
-        torch.testing.assert_close(ours.u, theirs["u"], rtol=2e-6, atol=eps)
-        torch.testing.assert_close(ours.losses, theirs["losses"], rtol=2e-6, atol=eps)
+        torch.testing.assert_close(ours.u.cpu(), theirs["u"], rtol=2e-6, atol=eps)
+        torch.testing.assert_close(ours.losses.cpu(), theirs["losses"], rtol=2e-6, atol=eps)
     for method, options in (("ppo", {}), ("ppo_penalty", {}), ("grpo", {"beta": 0.5}), ("sapo", {})):
         for advantage in (1.0, -1.0):
             inputs = {"advantage": torch.full((count,), advantage), "old_logp": ref}
             inputs |= {"ref_token_logp": ref} if method == "grpo" else {}
             call = (method, options, logp[:count], torch.arange(count + 1), inputs, ones, 1.0)
             ours, theirs = kernel(*call, dtype=torch.float32), pure(*call)
-            torch.testing.assert_close(ours.u, theirs["u"], rtol=2e-6, atol=eps)
-            torch.testing.assert_close(ours.losses, theirs["losses"], rtol=2e-6, atol=eps)
+            torch.testing.assert_close(ours.u.cpu(), theirs["u"], rtol=2e-6, atol=eps)
+            torch.testing.assert_close(ours.losses.cpu(), theirs["losses"], rtol=2e-6, atol=eps)
 
 
 # --- the edges ----------------------------------------------------------------------------------------------------------

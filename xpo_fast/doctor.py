@@ -115,11 +115,13 @@ def _dtypes() -> list[str]:
 
 
 def _library() -> str:
-    """For which GPUs the CUDA library was compiled; else why it is not there."""
-    reason = native.why_not()
-    if reason is not None:
-        return f"absent, {reason}: {native.HOW_TO_BUILD}"
-    return f"{native.PATH}, for {', '.join(native.architectures())}"
+    """For which GPUs the CUDA library was compiled, and whether it runs here; else why it is not there."""
+    absent = native.why_not()
+    if absent is not None:
+        return f"absent, {absent}"
+    unusable = native.why_not(torch.device("cuda"))
+    ending = "" if unusable is None else f"; of no use here, {unusable}"
+    return f"{native.PATH}, for {', '.join(native.architectures())}{ending}"
 
 
 def _try_backend(name: str, device: torch.device) -> str:

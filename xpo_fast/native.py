@@ -1,22 +1,36 @@
 """The CUDA library of csrc/: loaded by ctypes where it was built, and otherwise the reason why it is not there.
 
-Loading needs neither a GPU nor a driver; a launch without them is a RuntimeError that names the call.
+Loading needs neither a GPU nor a driver and asks neither for anything; `why_not` of a device does, before the first launch.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 PATH = Path(__file__).parent / "_native" / "libxpo_fast_cuda.so"
 HOW_TO_BUILD = (
-    "install CUDA's nvcc (12.9 or later) and run `XPO_FAST_CUDA=1 pip install --force-reinstall --no-deps .` in a clone "
+    "install CUDA's nvcc (12.0 or later) and run `XPO_FAST_CUDA=1 pip install --force-reinstall --no-deps .` in a clone "
     "of xpo-fast"
 )
+# Of CUDA's errors: there is no driver or an old one, no GPU, no code for the GPU.
+_INSUFFICIENT_DRIVER, _NO_DEVICE, _NO_IMAGE = 35, 100, 209
+
+# Called before each launch with its name, what it reads and what it writes: tests hold these against the waits between
+# streams.
+watch: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None] | None = None
+
+
+class Usable(ctypes.Structure):
+    """XpoUsable of csrc/xpo.h."""
+
+    _fields_ = (("driver", ctypes.c_int32), ("runtime", ctypes.c_int32), ("capability", ctypes.c_int32))
 
 
 @cache
@@ -28,15 +42,55 @@ def _load(path: Path) -> ctypes.CDLL | str:
         found = ctypes.CDLL(str(path))
         for name in ("xpo_error", "xpo_architectures"):
             getattr(found, name).restype = ctypes.c_char_p
+        found.xpo_usable.restype = ctypes.c_int
     except (OSError, AttributeError) as error:
         return f"it does not load: {error}"
     return found
 
 
-def why_not() -> str | None:
-    """Why the library cannot be had; None if it can."""
+def why_not(device: torch.device | None = None) -> str | None:
+    """Say why the library cannot be had, or given a device, used there, and what to do; None if it can."""
     found = _load(PATH)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return f"{found}: {HOW_TO_BUILD}, or pass backend='torch'"
+    if device is None:
+        return None
+    with _on(device):
+        where = PATH, torch.cuda.current_device() if _is_gpu(device) else None
+        reason = None if where in _usable else _unusable()
+    if reason is None:
+        _usable.add(where)
+    return reason
+
+
+_usable: set[tuple[Path, int | None]] = set()  # libraries, and the devices that are known to run them
+
+
+def _unusable() -> str | None:
+    """What keeps the current device from running the kernels."""
+    found = Usable()
+    code = library().xpo_usable(ctypes.byref(found))
+    if code == 0:
+        return None
+    if code == _NO_DEVICE or (code == _INSUFFICIENT_DRIVER and found.driver == 0):
+        return "there is no NVIDIA GPU here, or no driver for it: install NVIDIA's driver, or pass backend='torch'"
+    if code == _INSUFFICIENT_DRIVER:
+        return (
+            f"the driver is too old: it supports CUDA {_version(found.driver)}, and the library was compiled with CUDA "
+            f"{_version(found.runtime)}: update the driver, compile the library with the nvcc of CUDA "
+            f"{found.driver // 1000}, or pass backend='triton'"
+        )
+    if code == _NO_IMAGE:
+        return (
+            f"it has no code for the GPU, which is sm_{found.capability}: it was compiled for "
+            f"{', '.join(architectures())}; pass backend='triton'"
+        )
+    return f"CUDA refuses it, {library().xpo_error(code).decode()} ({code}): pass backend='triton'"
+
+
+def _version(number: int) -> str:
+    """As CUDA's releases are called: 12090 is 12.9."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def library() -> ctypes.CDLL:
@@ -57,9 +111,25 @@ def check(code: int, name: str) -> None:
         raise RuntimeError(f"{name}: {library().xpo_error(code).decode()} ({code})")
 
 
-def call(name: str, *arguments: object, device: torch.device) -> None:
-    """A launch of the library on a device's current stream; RuntimeError if it fails."""
-    on_gpu = device.type == "cuda"
-    with torch.cuda.device(device) if on_gpu else nullcontext():
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else None
+def call(
+    name: str,
+    *arguments: object,
+    device: torch.device,
+    reads: Sequence[Tensor | None] = (),
+    writes: Sequence[Tensor | None] = (),
+) -> None:
+    """Launch on a device's current stream; RuntimeError if that fails. reads, writes: for `watch`."""
+    if watch is not None:
+        watch(name, [x for x in reads if x is not None], [x for x in writes if x is not None])
+    with _on(device):
+        stream = torch.cuda.current_stream(device).cuda_stream if _is_gpu(device) else None
         check(getattr(library(), name)(*arguments, ctypes.c_void_p(stream)), name)
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def _on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """The device as the current one, if it is a GPU."""
+    return torch.cuda.device(device) if _is_gpu(device) else nullcontext()

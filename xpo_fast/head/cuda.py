@@ -43,6 +43,15 @@ class _Rows(ctypes.Structure):
     )
 
 
+class RowPlan(ctypes.Structure):
+    """XpoRowPlan of csrc/xpo.h: how the rows of a vocabulary are read."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("ranks", "part", "kept", "threads")),
+        ("shared_bytes", ctypes.c_int64),
+    )
+
+
 def run(
     products: Tensor,  # (n, V) float32, h Wᵀ
     targets: Tensor,  # (n,) int64
@@ -55,8 +64,9 @@ def run(
     upstream: Mapping[str, Tensor]
     | None = None,  # logp, lse → (n,) ∂L/∂statistic; the gradient of Σ logp if empty
     grad: Tensor | None = None,  # (n, V) written; float32 may be the products themselves
+    plan: RowPlan | None = None,
 ) -> None:
-    """`kernels.rows.run` without a reference, of what the kernel makes."""
+    """Run the kernel, as `kernels.rows.run` without a reference. A plan is for checks: else the device has one for itself."""
     out, upstream = dict(out or {}), dict(upstream or {})
     assert set(out) <= set(STATISTICS) and set(upstream) <= set(DIFFERENTIABLE)
     n, vocab = products.shape
@@ -92,7 +102,13 @@ def run(
         ceiling=0.0 if softcap is None else softcap / temperature,
         grad_type=0 if grad is None else _GRAD_TYPES[grad.dtype],
     )
-    native.call("xpo_rows", ctypes.byref(rows), device=products.device)
+    native.call(
+        "xpo_rows" if plan is None else "xpo_rows_planned",
+        *(ctypes.byref(x) for x in (rows, plan) if x is not None),
+        device=products.device,
+        reads=(products, targets, bias, *upstream.values()),
+        writes=(*out.values(), grad),
+    )
 
 
 class CudaRowOperations(RowOperations):

@@ -114,13 +114,11 @@ def _check_cuda(device: torch.device) -> None:
         raise ValueError(
             "the cuda backend runs on NVIDIA GPUs, and this torch is for ROCm: pass backend='triton'"
         )
-    # A library cannot be loaded by what torch.compile traces: there it is the operator that misses it.
-    reason = None if torch.compiler.is_compiling() else native.why_not()
-    if reason is not None:
-        raise ValueError(
-            f"the cuda backend needs the library of csrc/, {reason}: {native.HOW_TO_BUILD}, or pass backend='torch'"
-        )
     _check_gpu(device)
+    # A library cannot be loaded by what torch.compile traces: there it is the operator that misses it.
+    reason = None if torch.compiler.is_compiling() else native.why_not(device)
+    if reason is not None:
+        raise ValueError(f"the cuda backend cannot use the library of csrc/, {reason}")
 
 
 def _check_gpu(device: torch.device) -> None:

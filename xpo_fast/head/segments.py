@@ -323,7 +323,13 @@ def _segments(
     if verb == _TOKENS:
         own |= {"row_counts": scratch.data_ptr() + 4, "token_losses": at(token_losses) if by_token else None}
     struct = STRUCTS[verb](call, **own)
-    native.call(f"xpo_segment_{verb}{DTYPES[logp.dtype]}", ctypes.byref(struct), device=logp.device)
+    native.call(
+        f"xpo_segment_{verb}{DTYPES[logp.dtype]}",
+        ctypes.byref(struct),
+        device=logp.device,
+        reads=(logp, offsets, weights, denominator, *tensors),
+        writes=(*outputs, scratch),
+    )
     return u, sums, values, loss, means, counts, token_losses
 
 
@@ -354,8 +360,8 @@ _segments.register_autograd(_backward, setup_context=_save)
 class Evaluation:
     """What a launch gives; only the loss is differentiable, in the log-probs.
 
-    loss (); u (n,) = ∂loss/∂logp; sums (R,) of the rows' log-probs; losses (U,) of the units, of token methods (n,), 0 in
-    what is left out.
+    loss (); u (n,) = ∂loss/∂logp, 0 where no row is; sums (R,) of the rows' log-probs; losses (U,) of the units, of token
+    methods (n,), 0 in what is left out.
     """
 
     loss: Tensor
