@@ -18,8 +18,9 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from xpo_fast.head.gemms import aligned_rows
 from xpo_fast.kernels import gates, gather, logps, rows, topk, tuning
+
+from xpo_fast.head.gemms import aligned_rows
 
 WIDTH = 128  # D
 TYPES = {
@@ -148,9 +149,7 @@ def likeliest(**scaling):
 class Launch(NamedTuple):
     kernels: tuple[str, ...]  # in their order
     launch: Callable[[Shape], object]
-    aligned: tuple[
-        str, ...
-    ]  # what the first is compiled for as multiples of 16, or as True, at an odd vocabulary
+    aligned: tuple[str, ...]  # of the first kernel, at an odd vocabulary: multiples of 16, or True
     compiled: bool = False  # here, not only specialised
     most: int = 2  # variants over VOCABULARIES in the head's memory: a multiple of 16 or not
 
