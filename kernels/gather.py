@@ -1,13 +1,15 @@
 """Log-probs of logits that exist, and their gradient: each logit is read once a pass and never widened in memory.
 
 One program a row. The forward keeps a running maximum and a running sum a lane (online softmax) and joins the lanes at
-the end of the row; the backward writes ∂L/∂logits into any buffer, or over the logits.
+the end of the row; the backward writes ∂L/∂logits into any buffer, or over the logits. Under a mask that may end
+anywhere no load or store is wider than an element: where rows are aligned, full blocks go without one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -22,9 +24,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Where a maximum starts from, in place of −∞, so that no difference is ∞ − ∞.
 _LOWEST = tl.constexpr(-1e30)
+# Read or written at one element a program, or compared: how they are aligned is no reason to compile again.
+_ONCE_A_ROW = ("targets", "logp", "largest", "log_total", "upstream", "ignore_index")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ONCE_A_ROW)
 def gather_forward(
     logits,  # (N, V), rows `stride` apart
     targets,  # (N,)
@@ -35,6 +39,7 @@ def gather_forward(
     vocab,
     ignore_index,
     inverse_temperature,
+    ALIGNED: tl.constexpr,  # each row
     BLOCK: tl.constexpr,
 ):
     """logp = (x_y − max x) / T − log Σ e^((x − max x) / T); 0 in all three outputs of an ignored row."""
@@ -50,13 +55,16 @@ def gather_forward(
         lane = tl.arange(0, BLOCK)
         top = tl.full((BLOCK,), _LOWEST, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            at = start + lane
-            x = tl.load(row + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-            gap = x - top
-            e = tl.exp2(-tl.abs(gap) * gain)  # one exponential, whichever of the two is the larger
-            total = tl.where(gap > 0, total * e + 1.0, total + e)
-            top = tl.maximum(top, x)
+        full = vocab // BLOCK * BLOCK if ALIGNED else 0
+        for TAIL in tl.static_range(2):
+            for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
+                at = start + lane
+                mask = at < vocab if TAIL else None
+                x = tl.load(row + at, mask=mask, other=float("-inf") if TAIL else None).to(tl.float32)
+                gap = x - top
+                e = tl.exp2(-tl.abs(gap) * gain)  # one exponential, whichever of the two is the larger
+                total = tl.where(gap > 0, total * e + 1.0, total + e)
+                top = tl.maximum(top, x)
         highest = tl.max(top, axis=0)
         highest = tl.where(highest == _LOWEST, float("-inf"), highest)  # no finite logit: NaN, as in torch
         z = tl.log(tl.sum(total * tl.exp2((top - highest) * gain), axis=0))
@@ -67,7 +75,7 @@ def gather_forward(
         tl.store(log_total + n, z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ONCE_A_ROW)
 def gather_backward(
     logits,  # (N, V), rows `stride` apart
     targets,  # (N,)
@@ -80,6 +88,7 @@ def gather_backward(
     vocab,
     ignore_index,
     inverse_temperature,
+    ALIGNED: tl.constexpr,  # each row
     BLOCK: tl.constexpr,
 ):
     """grad = u (e_y − p) / T; an ignored row, or one with u = 0, is not read and gets zeros."""
@@ -88,22 +97,27 @@ def gather_backward(
     u = tl.load(upstream + n) * inverse_temperature
     out = grad + n.to(tl.int64) * grad_stride
     lane = tl.arange(0, BLOCK)
+    full = vocab // BLOCK * BLOCK if ALIGNED else 0
     if (y == ignore_index) | (u == 0):
-        for start in range(0, vocab, BLOCK):
-            at = start + lane
-            tl.store(out + at, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=at < vocab)
+        nothing = tl.zeros((BLOCK,), grad.dtype.element_ty)
+        for TAIL in tl.static_range(2):
+            for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
+                at = start + lane
+                tl.store(out + at, nothing, mask=at < vocab if TAIL else None)
     else:
         row = logits + n.to(tl.int64) * stride
         highest = tl.load(largest + n)
         z = tl.load(log_total + n)
         column = y.to(tl.int32)
-        for start in range(0, vocab, BLOCK):
-            at = start + lane
-            x = tl.load(row + at, mask=at < vocab, other=0.0).to(tl.float32)
-            p = tl.exp2(((x - highest) * inverse_temperature - z) * _LOG2E)
-            # p_y − 1 before it is rounded: a confident token's gradient is that difference.
-            dx = tl.where(at == column, 1.0 - p, -p) * u
-            tl.store(out + at, dx.to(grad.dtype.element_ty), mask=at < vocab)
+        for TAIL in tl.static_range(2):
+            for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
+                at = start + lane
+                mask = at < vocab if TAIL else None
+                x = tl.load(row + at, mask=mask).to(tl.float32)
+                p = tl.exp2(((x - highest) * inverse_temperature - z) * _LOG2E)
+                # p_y − 1 before it is rounded: a confident token's gradient is that difference.
+                dx = tl.where(at == column, 1.0 - p, -p) * u
+                tl.store(out + at, dx.to(grad.dtype.element_ty), mask=mask)
 
 
 def supports(logits: Tensor) -> bool:
@@ -133,6 +147,7 @@ def forward(
                 vocab,
                 ignore_index,
                 1 / temperature,
+                ALIGNED=_aligned(logits),
                 **tuning.lookup("gather_forward", logits.device, _key(logits)).options,
                 enable_fp_fusion=True,
             )
@@ -164,9 +179,15 @@ def write_gradient(
                 vocab,
                 ignore_index,
                 1 / temperature,
+                ALIGNED=_aligned(logits) and _aligned(out),
                 **tuning.lookup("gather_backward", logits.device, _key(logits)).options,
                 enable_fp_fusion=True,
             )
+
+
+def _aligned(x: Tensor) -> bool:
+    """Each row, as Triton looks at it: a pointer of 16 bytes' multiple, a stride of 16 elements'."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 
 def _key(logits: Tensor) -> tuning.Key:
@@ -198,15 +219,15 @@ def _problem(workload: tuning.Workload, backward: bool) -> Iterator[tuning.Probl
 
 _CANDIDATES = tuning.row_candidates(
     (4096, 8),
+    (4096, 16),
     (1024, 4),
     (2048, 4),
     (2048, 8),
     (4096, 4),
-    (4096, 16),
     (8192, 8),
     (8192, 16),
     (16384, 16),
-    without={"sm_100": ((8192, 16),)},
+    without={"sm_80": ((2048, 4),), "sm_100": ((4096, 8), (8192, 16))},
 )
 _TUNABLE = {
     kernel.__name__: tuning.declare(
@@ -217,33 +238,39 @@ _TUNABLE = {
 
 
 def variants() -> Iterator[Variant]:
-    """What `gates` compiles: each dtype, and a vocabulary whose rows are not aligned."""
+    """What `gates` compiles: each dtype; a vocabulary that ends anywhere, and rows that begin anywhere."""
     numbers = {"vocab": "i32", "ignore_index": "i32", "inverse_temperature": "fp32"}
+    strides = ("stride", "grad_stride")
     for dtype in ("bf16", "fp16", "fp32"):
-        for aligned in (True, False):
-            vectors = ("targets", "logp", "upstream")
-            sizes = ("stride", "grad_stride", "vocab") if aligned else ()
-            representative = dtype == "bf16" and aligned
-            name = f"{dtype}{'' if aligned else ', any V'}"
+        for case, sizes in (("", (*strides, "vocab")), (", any V", strides), (", any rows", ())):
+            aligned = bool(sizes)
+            options: dict[str, Any] = {
+                "constexprs": {"ALIGNED": aligned},
+                "representative": dtype == "bf16" and case == ", any V",
+            }
             yield Variant(
                 gather_forward,
-                name,
+                dtype + case,
                 {
                     "logits": f"*{dtype}", "targets": "*i64", "logp": "*fp32", "largest": "*fp32",
                     "log_total": "*fp32", "stride": "i32", **numbers,
                 },
-                divisible=("logits", *vectors, *sizes),
+                divisible=("logits", *sizes),
                 tunable=_TUNABLE["gather_forward"],
-                representative=representative,
+                wide_loops=int(aligned),
+                instructions=13 if aligned else 16,
+                **options,
             )  # fmt: skip
             yield Variant(
                 gather_backward,
-                name,
+                dtype + case,
                 {
                     "logits": f"*{dtype}", "targets": "*i64", "largest": "*fp32", "log_total": "*fp32",
                     "upstream": "*fp32", "grad": f"*{dtype}", "stride": "i32", "grad_stride": "i32", **numbers,
                 },
-                divisible=("logits", "grad", *vectors, *sizes),
+                divisible=("logits", "grad", *sizes),
                 tunable=_TUNABLE["gather_backward"],
-                representative=representative,
+                wide_loops=2 * aligned,
+                instructions=17 if aligned else 22,
+                **options,
             )  # fmt: skip

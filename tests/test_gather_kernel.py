@@ -115,6 +115,25 @@ def check_strided_rows(overwrite):
     assert between.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [2 * BLOCK + 999, 2 * BLOCK, 7])
+def check_aligned_rows(vocab, dtype):
+    """Where blocks are full there is no mask: one ends where the row does, another before; or there is none."""
+    rows = torch.full((5, 2 * BLOCK + 1008), float("nan"), dtype=dtype, device=DEVICE)
+    rows[:, :vocab] = oracle.normal(5, vocab, seed=1, std=4, dtype=dtype)
+    logits, targets = rows[:, :vocab].clone(), oracle.tokens((5,), vocab).to(DEVICE)
+    targets[0] = vocab - 1
+    u = oracle.normal(5, seed=2, dtype=torch.float32).to(DEVICE)
+    u[1] = 0
+    want, gradient = expected(logits, targets, u)
+    leaf = rows.requires_grad_()
+    logp = gather(leaf.view_as(leaf)[:, :vocab], targets, overwrite_logits=True)
+    assert_close(logp.double(), want, atol=2e-5, rtol=0)
+    (logp * u).sum().backward()
+    assert oracle.error(rows.detach()[:, :vocab], gradient) < bound(dtype)
+    assert rows[:, vocab:].isnan().all()
+
+
 def check_offsets_beyond_int32():
     """The last of three rows lies 2³¹ elements and more after the first; untouched memory costs nothing on a CPU."""
     stride, vocab = 2**30 + 16, 21

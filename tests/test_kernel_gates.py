@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
+import triton
+import triton.language as tl
 from triton.runtime import JITFunction
 from xpo_fast.kernels import gates
 
@@ -52,7 +54,8 @@ def variant(**changes):
 @pytest.mark.parametrize(("target", "block"), [("sm_90", 8192), ("gfx942", 16384)])
 def test_a_spill_fails(target, block):
     """256 logits a thread do not fit its registers."""
-    problems = gates.compile_variant(variant(constexprs={"BLOCK": block}, num_warps=1), target).problems
+    options = {"ALIGNED": False, "BLOCK": block}
+    problems = gates.compile_variant(variant(constexprs=options, num_warps=1), target).problems
     assert any("spills" in p for p in problems) and any("bytes of stack" in p for p in problems)
 
 
@@ -63,8 +66,118 @@ def test_a_lost_asynchronous_copy_fails():
 
 def test_an_error_of_the_compiler_fails():
     """A block must be a power of two."""
-    (problem,) = gates.compile_variant(variant(constexprs={"BLOCK": 1000}), "sm_90").problems
+    options = {"ALIGNED": True, "BLOCK": 1000}
+    (problem,) = gates.compile_variant(variant(constexprs=options), "sm_90").problems
     assert "power of 2" in problem
+
+
+@triton.jit
+def twice(x, out, total, stride, vocab, FULL_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = 2 x, and x added up, in two loops; FULL_BLOCKS: without a mask where a block is full."""
+    row = x + tl.program_id(0).to(tl.int64) * stride
+    to = out + tl.program_id(0).to(tl.int64) * stride
+    lane = tl.arange(0, BLOCK)
+    full = vocab // BLOCK * BLOCK if FULL_BLOCKS else 0
+    found = tl.zeros((BLOCK,), tl.float32)
+    for TAIL in tl.static_range(2):
+        for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
+            found += tl.load(row + start + lane, mask=start + lane < vocab if TAIL else None)
+    tl.store(total + tl.program_id(0), tl.sum(found, axis=0))
+    for TAIL in tl.static_range(2):
+        for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
+            mask = start + lane < vocab if TAIL else None
+            tl.store(to + start + lane, 2 * tl.load(row + start + lane, mask=mask), mask=mask)
+
+
+def of_twice(**changes):
+    options = {
+        "signature": {"x": "*fp32", "out": "*fp32", "total": "*fp32", "stride": "i32", "vocab": "i32"},
+        "constexprs": {"FULL_BLOCKS": True, "BLOCK": 1024},
+        "divisible": ("x", "out", "stride"),
+        "wide_loops": 2,
+        **changes,
+    }
+    return gates.Variant(twice, "any V", **options)
+
+
+MASKED = {"FULL_BLOCKS": False, "BLOCK": 1024}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_elements_one_by_one_fail(target):
+    """A mask that ends anywhere; a block that is copied to where nothing is aligned; and what passes."""
+    assert not gates.compile_variant(of_twice(), target).problems
+    (problem,) = gates.compile_variant(of_twice(constexprs=MASKED), target).problems
+    assert problem == "0 loops with wide loads and stores alone, expected 2"
+    (problem,) = gates.compile_variant(of_twice(divisible=("x", "stride")), target).problems
+    assert problem == "1 loops with wide loads and stores alone, expected 2"
+    divisible = ("x", "out", "stride", "vocab")
+    assert not gates.compile_variant(of_twice(constexprs=MASKED, divisible=divisible), target).problems
+
+
+def test_too_many_instructions_fail():
+    found = gates.compile_variant(of_twice(), "sm_90")
+    assert 1 < found.instructions < 20  # a load, a product, a store of 4, a sum, and a thread has 8 at a time
+    ceiling = found.instructions - 0.1
+    (problem,) = gates.compile_variant(of_twice(instructions=ceiling), "sm_90").problems
+    assert "instructions a logit, expected at most" in problem
+    without = of_twice(constexprs={"FULL_BLOCKS": True, "BLOCK": 32}, num_warps=1, instructions=100.0)
+    assert "no loop over a row" in str(
+        gates.compile_variant(dataclasses.replace(without, kernel=once), "sm_90")
+    )
+
+
+@triton.jit
+def once(x, out, total, stride, vocab, FULL_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Without a loop."""
+    lane = tl.arange(0, BLOCK)
+    tl.store(out + lane, tl.load(x + lane))
+
+
+PTX = """
+$L__BB0_1:
+	@%p5 ld.global.v4.b32 { %r14, %r15, %r16, %r17 }, [ %rd23 + 0 ];
+	// a remark
+	add.f32 %f1, %f1, %f2;
+	@%p5 st.global.v2.b32 [ %rd25 + 0 ], { %r23, %r24 };
+	@%p23 bra 	$L__BB0_1;
+$L__BB0_2:
+	ld.global.b16 %rs1, [ %rd1 ];
+	@%p24 bra 	$L__BB0_2;
+"""
+# The first loop twice a round, 7 instructions; the second, as it is.
+SASS = """
+.L_x_1:
+        /*0010*/              @!P1 LDG.E.128 R8, desc[UR14][R16.64] ;
+        /*0020*/                   FADD R1, R2, R3 ;
+        /*0030*/              @!P1 STG.E.64 desc[UR14][R8.64], R4 ;
+        /*0040*/              @!P1 LDG.E.128 R8, desc[UR14][R16.64] ;
+        /*0050*/                   FADD R1, R2, R3 ;
+        /*0060*/              @!P1 STG.E.64 desc[UR14][R8.64], R4 ;
+        /*0070*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0080*/                   LDG.E.U16 R8, desc[UR14][R16.64] ;
+        /*0090*/               @P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_instructions_of_a_loop_that_is_unrolled():
+    first, second = gates._loops(gates._SASS, SASS)
+    assert first == gates._Loop(instructions=7, loads=32, stores=16, wide=True)
+    assert second == gates._Loop(instructions=2, loads=2, stores=0, wide=False)
+    assert gates._loops(gates._PTX, PTX)[0] == gates._Loop(4, 16, 8, True)
+    # 2 rounds of 4 columns in the wide loop; where there is none, all of them count.
+    assert gates._instructions_a_logit(PTX, SASS, 4) == 0.88
+    assert gates._instructions_a_logit(PTX, SASS.replace("E.64", "E"), 4) == 0.5
+
+
+@pytest.mark.parametrize("module", gates.modules())
+def test_wide_loops_are_asked_for_at_any_vocabulary(module):
+    """A vocabulary that is a multiple of 16 hides a mask that is not constant over 16 bytes."""
+    wide = [v for v in gates.variants(module) if v.wide_loops]
+    assert {v.kernel for v in wide} == {v.kernel for v in wide if "vocab" not in v.divisible}
 
 
 @pytest.mark.parametrize("changes", [{"constexprs": {}}, {"signature": {"logits": "*bf16", "x": "i32"}}])

@@ -2,13 +2,15 @@
 
 A detector of races keeps a vector clock a stream (Lamport; Mattern 1989). Two accesses to one storage, one of which
 writes, must be ordered by events; so must an access and the freeing of what the other stream allocated, which its
-allocator may hand out again at once.
+allocator may hand out again at once. It watches the loops of chunked.py, and objectives with their backward.
 """
 
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import oracle
+import test_objective
+import xpo_fast as xf
 from xpo_fast import native
-from xpo_fast.head import chunked
+from xpo_fast.head import autograd, chunked, units
 from xpo_fast.head.plan import Tiling
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations, RowOperations
 from xpo_fast.head.spec import Scaling
+from xpo_fast.head.streams import Lanes
 from xpo_fast.head.units import pack
 
+OPERATORS = {op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)}
 MAIN, OTHER = "the caller's stream", "the other stream"
 
 
@@ -35,12 +41,16 @@ class Detector(TorchDispatchMode):
         super().__init__()
         self.current = MAIN
         self.clocks = {MAIN: {MAIN: 0, OTHER: 0}, OTHER: {MAIN: 0, OTHER: 0}}
-        self.storages = {}  # address of a storage → (weak reference, stream that allocated it, accesses)
+        # Address of a storage → (weak reference, stream that allocated it, (stream, whether it wrote) → last time)
+        self.storages = {}
         self.races = []
         self.seen = {MAIN: 0, OTHER: 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in OPERATORS:  # what it does, one by one
+            with self:
+                return OPERATORS[func](*args, **kwargs)
         self.note_freed()
         out = func(*args, **kwargs)
         if func.is_view:
@@ -63,13 +73,13 @@ class Detector(TorchDispatchMode):
     def access(self, tensor, writes, func):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.storages:
-            self.storages[storage._cdata] = StorageWeakRef(storage), self.current, []
+            self.storages[storage._cdata] = StorageWeakRef(storage), self.current, {}
         *_, accesses = self.storages[storage._cdata]
         now = self.clocks[self.current]
-        for stream, time, wrote in accesses:
+        for (stream, wrote), time in accesses.items():
             if (writes or wrote) and time > now[stream]:
                 self.races.append(f"{func} on {self.current} of {tuple(tensor.shape)}, used on {stream}")
-        accesses.append((self.current, now[self.current], writes))
+        accesses[self.current, writes] = now[self.current]  # after all before it on this stream
 
     def launched(self, name, reads, writes):
         """As `native.watch`: no operator stands for a launch by ctypes."""
@@ -84,7 +94,7 @@ class Detector(TorchDispatchMode):
         for key, (storage, stream, accesses) in list(self.storages.items()):
             if storage.expired():
                 del self.storages[key]
-                if any(time > self.clocks[stream][user] for user, time, _ in accesses):
+                if any(time > self.clocks[stream][user] for (user, _), time in accesses.items()):
                     self.races.append(f"memory of {stream} was freed while the other used it")
 
     # --- what streams.Lanes does
@@ -159,8 +169,13 @@ def unit_gradients(tiling, operations):
     return logp, *grads
 
 
+def two_lanes(tile, step):
+    """A tiling whose steps go over both streams."""
+    return Tiling(tile, step, lanes=2)
+
+
 CALLS = [forward, without_gradient, backward, unit_gradients]
-TILINGS = [Tiling(16, 4, 2), Tiling(16, 16, 2), Tiling(7, 3, 2), Tiling(64, 5, 2)]
+TILINGS = [two_lanes(*sizes) for sizes in ((16, 4), (16, 16), (7, 3), (64, 5))]
 
 
 def run(call, tiling, monkeypatch, operations=OutOfPlaceRowOperations):
@@ -188,12 +203,11 @@ def test_no_race_and_the_same_results(call, tiling, monkeypatch):
 @pytest.mark.parametrize(("call", "lost"), [*((call, "wait") for call in CALLS), (without_gradient, "join")])
 def test_the_detector_finds_a_lost_wait(call, lost, monkeypatch):
     monkeypatch.setattr(Detector, lost, lambda *_: None)
-    _, detector = run(call, Tiling(16, 4, 2), monkeypatch)
+    _, detector = run(call, two_lanes(16, 4), monkeypatch)
     assert detector.races
 
 
-@pytest.mark.parametrize("lost", ["made", "done", "multiplied"])
-def test_the_detector_finds_a_lost_event(lost, monkeypatch):
+def lose_event(lost, monkeypatch):
     recorded_in = {"made": "steps", "done": "rows", "multiplied": "gradient"}[lost]
     kept = Detector.mark
 
@@ -201,5 +215,176 @@ def test_the_detector_finds_a_lost_event(lost, monkeypatch):
         return None if sys._getframe(1).f_code.co_name == recorded_in else kept(self)
 
     monkeypatch.setattr(Detector, "mark", mark)
-    _, detector = run(unit_gradients, Tiling(16, 8, 2), monkeypatch)
+
+
+@pytest.mark.parametrize("lost", ["made", "done", "multiplied"])
+def test_the_detector_finds_a_lost_event(lost, monkeypatch):
+    lose_event(lost, monkeypatch)
+    _, detector = run(unit_gradients, two_lanes(16, 8), monkeypatch)
     assert detector.races
+
+
+# --- programs of a few lines, so that each thing to be found is looked for
+
+
+def reads_what_is_not_waited_for(gpu):
+    x = torch.zeros(3)
+    with gpu.other():
+        x.sum()
+
+
+def writes_what_is_being_read(gpu):
+    x = torch.zeros(3)
+    made = gpu.mark()
+    with gpu.other():
+        gpu.wait(made)
+        x.sum()
+    x.zero_()
+
+
+def frees_what_is_being_read(gpu):
+    """Its allocator gives it to the next product of its own stream."""
+    x = torch.zeros(3)
+    made = gpu.mark()
+    with gpu.other():
+        gpu.wait(made)
+        x.sum()
+    del x
+
+
+def frees_the_others_memory(gpu):
+    with gpu.other():
+        x = torch.zeros(3)
+        made = gpu.mark()
+    gpu.wait(made)
+    x.sum()
+    del x
+
+
+def waits_for_an_event_before_the_work(gpu):
+    x = torch.zeros(3)
+    early = gpu.mark()
+    x.add_(1)
+    with gpu.other():
+        gpu.wait(early)
+        x.sum()
+
+
+def writes_through_a_view(gpu):
+    x = torch.zeros(3, 2)
+    made = gpu.mark()
+    with gpu.other():
+        gpu.wait(made)
+        x[1:].mul_(2)
+    x.T.sum()
+
+
+def waits(gpu):
+    x = torch.zeros(3)
+    made = gpu.mark()
+    with gpu.other():
+        gpu.wait(made)
+        y = x + 1
+        done = gpu.mark()
+    x.sum()
+    gpu.wait(done)
+    x.add_(y)
+    ended = gpu.mark()
+    with gpu.other():
+        gpu.wait(ended)
+        del y
+        torch.zeros(3)
+    gpu.join()
+    del x
+
+
+RACES = {
+    reads_what_is_not_waited_for: "sum",
+    writes_what_is_being_read: "zero_",
+    frees_what_is_being_read: "was freed",
+    frees_the_others_memory: "was freed",
+    waits_for_an_event_before_the_work: "sum",
+    writes_through_a_view: "sum",
+    waits: None,
+}
+
+
+@pytest.mark.parametrize("program", RACES)
+def test_what_the_detector_finds(program):
+    with Detector() as detector:
+        program(detector)
+        detector.note_freed()
+    found = RACES[program]
+    assert bool(detector.races) == (found is not None)
+    assert found is None or found in detector.races[0]
+
+
+# --- objectives, forward and backward
+
+OBJECTIVES = ["dpo", "simpo", "orpo", "dpo + 0.5*sft", "kto", "grpo", "ppo"]
+
+
+@pytest.fixture
+def two_streams(monkeypatch):
+    """Objectives on the CPU as on a device: dz in memory of its own, several tiles a call, several steps a tile."""
+    detector = Detector()
+    monkeypatch.setattr(chunked, "Lanes", lambda device, two: detector if two else Lanes(device, two=False))
+    operations = {"operations": OutOfPlaceRowOperations}
+    calls = ("forward", "backward", "unit_gradients")
+    loops = SimpleNamespace(**{name: partial(getattr(chunked, name), **operations) for name in calls})
+    monkeypatch.setattr(units, "implementation", lambda backend: loops)
+    monkeypatch.setattr(autograd, "implementation", lambda backend: loops)
+    fit = sys.modules["xpo_fast.head"].fit
+
+    def small(*arguments, **options):
+        _, *rest = fit(*arguments, **options)
+        return two_lanes(12, 4), *rest
+
+    monkeypatch.setattr("xpo_fast.head.fit", small)
+    return detector
+
+
+def call_objective(name, learn):
+    """Loss and gradients; columns and reference as the methods want them."""
+    objective = xf.Objective(name)
+    method = xf.METHODS[name.partition(" ")[0]]
+    hidden, weight, bias = test_objective.operands(learn)
+    columns, ref = test_objective.given_to(method, hidden.shape[0])
+    loss = objective(hidden, weight, test_objective.targets_of(), bias=bias, **columns, **ref).loss
+    leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(name, learn, two_streams, monkeypatch):
+    with two_streams as detector:
+        found = call_objective(name, learn)
+        detector.note_freed()
+    assert not detector.races
+    assert min(detector.seen.values()) > 100
+    monkeypatch.undo()
+    for x, y in zip(found, call_objective(name, learn), strict=True):
+        assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize("lost", ["wait", "made", "done", "multiplied"])
+def test_the_detector_finds_what_objectives_lose(lost, learn, two_streams, monkeypatch):
+    if lost == "wait":
+        monkeypatch.setattr(Detector, "wait", lambda *_: None)
+    else:
+        lose_event(lost, monkeypatch)
+    with two_streams as detector:
+        call_objective("dpo", learn)
+    assert detector.races
+
+
+def test_the_detector_finds_memory_that_is_freed_before_the_end(two_streams, monkeypatch):
+    """Log-probs alone: the join is all that keeps the buffers from the next call's products."""
+    monkeypatch.setattr(Detector, "join", lambda self: None)
+    hidden, weight, bias = test_objective.operands("frozen")
+    with two_streams as detector, torch.no_grad():
+        xf.token_logps(hidden, weight, test_objective.targets_of(), bias=bias)
+        detector.note_freed()
+    assert any("was freed" in race for race in detector.races)
