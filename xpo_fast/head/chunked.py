@@ -450,7 +450,9 @@ def unit_gradients(
                 logp = passes.masked(found[0, whole], whole)
                 u[whole] = coefficients(logp, group)
                 passes.masked(u[whole], whole)
+            if step.last and step.span.with_dz:
+                factor[step.span.slice].mul_(u[step.span.slice])
         if step.last and step.span.with_dz:
-            grads.add(step, factor[step.span.slice] * u[step.span.slice])
+            grads.add(step, factor[step.span.slice])
     logp = found.new_zeros(targets.shape).index_copy_(0, passes.index, passes.masked(found)[0])
     return logp, grads.finished()
