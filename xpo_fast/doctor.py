@@ -15,7 +15,7 @@ import torch
 from . import __version__, native, precision, token_logps
 from .files import cache_dir
 from .head import verdict
-from .head.plan import BACKENDS, choice
+from .head.plan import BACKENDS, choice, why_not_triton
 from .models import SMOLLM2, smollm2_gguf
 from .wording import one_line
 
@@ -122,8 +122,14 @@ def _check() -> list[str]:
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if not devices:
         print("  torch sees no GPU: there is nothing to check")
-    problems = []
-    for device, dtype, found in verdict.repeat(devices):
+    problems, able = [], []
+    for device in devices:
+        reason = why_not_triton(device)
+        if reason is None:
+            able.append(device)
+        else:
+            print(f"  {device!s:<16} not checked: {reason}")
+    for device, dtype, found in verdict.repeat(able):
         name = f"{device} {precision.name_of(dtype)}"
         print(f"  {name:<16} {'triton is right' if found.ok else found.reason}", flush=True)
         if not found.ok:

@@ -145,7 +145,7 @@ def _remembered_choice(device: torch.device, dtype: torch.dtype) -> tuple[str, s
 
 def _choice_on(device: torch.device, dtype: torch.dtype, ask: str) -> Choice:
     """`choice` on a GPU. ask: which function of head/verdict.py knows the verdict."""
-    reason = _why_not_triton(device)
+    reason = why_not_triton(device)
     if reason is not None:
         return Choice("torch", f"auto is torch: {reason}")
     from . import verdict  # late: `python -m xpo_fast.head.verdict` imports this package first
@@ -163,8 +163,8 @@ def _choice_on(device: torch.device, dtype: torch.dtype, ask: str) -> Choice:
     return Choice("torch", f"auto is torch: triton failed its check ({found.reason})")
 
 
-def _why_not_triton(device: torch.device) -> str | None:
-    """Why the kernels cannot be launched on a GPU; None if they can, as far as can be told without doing it."""
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why triton's kernels cannot be launched on a GPU; None if they can, as far as can be told without doing it."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":

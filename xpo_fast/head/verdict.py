@@ -447,7 +447,12 @@ def repeat(devices: Iterable[torch.device]) -> Iterator[tuple[torch.device, torc
     failed: set[str] = set()
     for device in devices:
         for dtype in TRITON_DTYPES:
-            found, name = in_child(command(device, dtype)), entry(device, dtype)
+            try:
+                name = entry(device, dtype)
+            except Exception as error:  # as in `_found_out`
+                yield device, dtype, Verdict(False, one_line(error), lasting=False)
+                continue
+            found = in_child(command(device, dtype))
             if name not in failed:
                 _write(name, found)
             if not found.ok:
