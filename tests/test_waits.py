@@ -88,7 +88,9 @@ class NoWaits(TorchFunctionMode):
         by_list = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and any(
             isinstance(x, list) for x in (args[1] if isinstance(args[1], tuple) else args[1:2])
         )
-        assert not by_list or args[0].device.type == "cpu", f"{func} copies a list to the device and waits for it"
+        assert not by_list or args[0].device.type == "cpu", (
+            f"{func} copies a list to the device and waits for it"
+        )
         out = func(*args, **(kwargs or {}))
         made = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
         assert not made or out.device.type == "cpu", f"{func} copies to the device and waits for it"

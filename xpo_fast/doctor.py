@@ -153,7 +153,9 @@ def _choices() -> list[str]:
         except Exception as error:  # of $XPO_FAST_BACKEND, of importing triton
             lines.append(f"auto on {name:<8} {one_line(error)}")
         else:
-            lines.append(f"auto on {name:<8} {found.backend}: {found.why or 'the kernels of the others are for GPUs'}")
+            lines.append(
+                f"auto on {name:<8} {found.backend}: {found.why or 'the kernels of the others are for GPUs'}"
+            )
     return lines
 
 
