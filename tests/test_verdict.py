@@ -334,10 +334,10 @@ def test_triton_passes_in_the_interpreter(monkeypatch):
 
 
 def test_the_command_runs():
-    """Alone, and though warnings are errors; where there is no GPU it says so."""
-    done = subprocess.run(
-        verdict.command(CPU, F32)[:5] + ["--help"], capture_output=True, text=True, timeout=300
-    )
+    """Alone, and though warnings are errors."""
+    words = [*verdict.command(CPU, F32)[:5], "--help"]
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "python -m xpo_fast.head.verdict" in done.stdout and not done.stderr
 
 
