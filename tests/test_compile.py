@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._triton import has_triton
 
 import oracle
 import xpo_fast as xf
+from xpo_fast.head import verdict
 
 VOCAB, WIDTH = 23, 8
 
@@ -95,6 +102,118 @@ def test_compiled_objective(name, trainable):
         found = call(hidden, weight, targets)
         results.append((found.detach(), torch.autograd.grad(found, wanted)))
     assert_close(*results)
+
+
+@pytest.fixture(scope="module")
+def device_guard(tmp_path_factory):
+    """What a torch without CUDA lacks even for tensors of CUDA that have no values: to be told which device is current."""
+    if torch.cuda.is_available():
+        return
+    folder, home = tmp_path_factory.mktemp("guard"), Path(torch.__file__).parent
+    source, library = folder / "guard.cpp", folder / "guard.so"
+    source.write_text(
+        "#include <c10/core/impl/DeviceGuardImplInterface.h>\n"
+        "C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);\n"
+    )
+    words = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{home / 'include'}", source, "-o", library]
+    done = subprocess.run([*words, f"-L{home / 'lib'}", "-lc10"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def gpu(monkeypatch, device_guard):
+    """What torch.compile asks of a GPU, answered where there is none; nothing that is not to be traced is replaced."""
+    monkeypatch.setattr(verdict, "_known", {})
+    if torch.cuda.is_available():
+        return
+    torch._dynamo.reset()
+    has_triton()  # remembered: without a GPU there is no code to generate
+    answers = {
+        "is_available": True, "current_device": 0, "get_device_name": "GPU", "get_device_capability": (8, 0),
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def traced(call, *, on_host=False):
+    """The backends that a call's graph names, of operands on a GPU that have no values; one graph, else an error."""
+    torch._dynamo.reset_code_caches()  # a constant of the trace before has no guard
+    found = []
+
+    def record(graph, inputs):
+        found.extend(a for node in graph.graph.nodes for a in node.args if a in ("torch", "triton"))
+        return graph.forward
+
+    with FakeTensorMode():
+        hidden = torch.empty(4, 3, WIDTH, device="cuda:0", requires_grad=True)
+        weight = torch.empty(VOCAB, WIDTH, device="cuda:0")
+        targets = torch.empty(4, 3, dtype=torch.long, device="cpu" if on_host else "cuda:0")
+        out = torch.compile(call, fullgraph=True, backend=record)(hidden, weight, targets)
+    assert out.device == hidden.device
+    return found
+
+
+ON_GPU = {
+    "token_logps": lambda h, w, y: xf.token_logps(h, w, y),
+    "token_stats": lambda h, w, y: xf.token_stats(h, w, y, outputs=("entropy",)).entropy,
+    "simpo": lambda h, w, y: xf.Objective("simpo")(h, w, y).loss,
+    "float64": lambda h, w, y: xf.token_logps(h.double(), w.double(), y),
+}
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["targets on the device", "on the host"])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu(name, on_host, gpu, monkeypatch):
+    """One graph; it asks neither what is captured nor how much memory is free, reads no file and begins no check."""
+    for forbidden in ("_read", "_found_out", "in_child"):
+        monkeypatch.setattr(verdict, forbidden, None)
+    verdict._known[0, torch.float32] = verdict.Verdict(True)
+    assert traced(ON_GPU[name], on_host=on_host) == ["torch" if name == "float64" else "triton"]
+
+
+@pytest.mark.parametrize("known", [None, verdict.Verdict(False, "off by a mile"), "XPO_FAST_BACKEND"])
+def test_torch_on_a_gpu(known, gpu, monkeypatch):
+    """Unless triton is known to be right: the check is not run here."""
+    monkeypatch.setattr(verdict, "_found_out", None)
+    if known is not None:
+        verdict._known[0, torch.float32] = verdict.Verdict(True) if isinstance(known, str) else known
+    if isinstance(known, str):
+        monkeypatch.setenv(known, "torch")
+    assert traced(ON_GPU["token_logps"]) == ["torch"]
+
+
+@pytest.mark.parametrize("passed", [False, True])
+def test_gather_on_a_gpu(passed, gpu):
+    verdict._known[0, torch.float32] = verdict.Verdict(passed)
+
+    def loss(hidden, weight, targets):
+        return xf.gather_logps(hidden, targets, temperature=0.7).sum()
+
+    traced(loss)
+    traced(loss)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda: torch.cuda.is_available() and torch.cuda.is_current_stream_capturing(),
+        lambda: torch.cuda.memory_reserved(0) < 0,
+        lambda: torch.cuda.mem_get_info(0)[0] < 0,
+    ],
+    ids=["is_current_stream_capturing", "memory_reserved", "mem_get_info"],
+)
+def test_what_may_not_be_asked_on_a_gpu(asked, gpu, monkeypatch):
+    """The tests above see it where the question is put back into the traced path."""
+    plain = xf.head.check_backend
+    monkeypatch.setattr(xf.head, "check_backend", lambda *arguments: asked() or plain(*arguments))
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
+        traced(ON_GPU["token_logps"])
+    monkeypatch.setattr(xf.head, "check_backend", plain)
+    monkeypatch.setattr("xpo_fast.device._capturing", asked)
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
+        traced(ON_GPU["simpo"])
 
 
 def test_compiled_gather():

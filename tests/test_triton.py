@@ -40,14 +40,13 @@ def test_on_a_gpu():
 
 def test_choice(monkeypatch):
     """`auto` never interprets; where the kernels cannot run, a ValueError says what to do."""
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu = torch.device("cpu")
     for interpret in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
-        assert choose_backend("auto", cpu) == "torch"
+        assert choose_backend("auto", cpu, torch.float32) == "torch"
     monkeypatch.delenv("TRITON_INTERPRET")
     arguments = (torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100]))
     monkeypatch.setattr("xpo_fast.head.plan._HAS_TRITON", True)
-    assert choose_backend("auto", cuda) == "torch"  # until the kernels have run on a GPU
     with pytest.raises(
         ValueError, match="runs on GPUs, got operands on cpu: move them, or pass backend='torch'"
     ):

@@ -84,6 +84,13 @@ class NoWaits(TorchFunctionMode):
         self._below.__exit__(*exception)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # A list becomes a tensor below anything that could be looked at here.
+        by_list = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and any(
+            isinstance(x, list) for x in (args[1] if isinstance(args[1], tuple) else args[1:2])
+        )
+        assert not by_list or args[0].device.type == "cpu", (
+            f"{func} copies a list to the device and waits for it"
+        )
         out = func(*args, **(kwargs or {}))
         made = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
         assert not made or out.device.type == "cpu", f"{func} copies to the device and waits for it"
@@ -123,6 +130,8 @@ WAITS = {
     "to the host": lambda x: x.cpu(),
     "blocking copy": lambda x: torch.zeros(3).to(META),
     "index on the host": lambda x: x[torch.tensor([0])],
+    "index of numbers": lambda x: x[[0, 1]],
+    "put by an index of numbers": lambda x: x[None].__setitem__((0, [0, 1]), 1.0),
     "put by an index on the host": lambda x: x.index_put((torch.tensor(0),), x[0]),
     "tensor of numbers": lambda x: torch.tensor([1, 2], device=META),
     "tensor of a number": lambda x: x.new_tensor(1.0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +36,11 @@ class Known:
     def learns(self) -> bool:
         """Whether the loss has a gradient by more than the policy's log-probs."""
         return any(x.requires_grad for x in (*self.columns.values(), *self.tokens.values()))
+
+
+def _columns(sides: Collection[str]) -> slice:
+    """The sides of pairs (P, 2) that are read: no list, which would be copied to a device and waited for."""
+    return slice(int("_w" not in sides), 1 + int("_l" in sides))
 
 
 class Batch:
@@ -80,7 +85,7 @@ class Batch:
 
         of_units = lengths[index]
         sides = {side for m in methods for side in m.sides}
-        read = [k for k, side in enumerate(("_w", "_l")) if side in sides]
+        read = _columns(sides)
         if self.layout == "pairwise":
             valid = (of_units[:, read] > 0).all(dim=1)
         elif self.has_rejected:
@@ -191,7 +196,7 @@ class Batch:
         """Scored tokens of each unit that counts, in the rows that the method reads: (U,)."""
         lengths = self.lengths[self.index]
         if self.layout == "pairwise":
-            lengths = lengths[:, [k for k, side in enumerate(("_w", "_l")) if side in method.sides]]
+            lengths = lengths[:, _columns(method.sides)]
         return lengths.sum(dim=1) * self.valid
 
     def weights(self, method: Method, fixed_length: int | None, dtype: torch.dtype) -> Tensor | None:

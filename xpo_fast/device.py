@@ -21,6 +21,8 @@ def static_shapes(x: Tensor) -> bool:
 
 
 def _capturing() -> bool:
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return False
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

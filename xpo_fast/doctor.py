@@ -14,7 +14,8 @@ import torch
 
 from . import __version__, native, precision, token_logps
 from .files import cache_dir
-from .head.plan import AUTO_REASON, BACKENDS, choose_backend
+from .head import verdict
+from .head.plan import BACKENDS, choice, why_not_triton
 from .models import SMOLLM2, smollm2_gguf
 from .wording import one_line
 
@@ -27,8 +28,10 @@ EXTRAS = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what there is; exit code 1 only if the core itself does not compute."""
-    problems = []
+    """Print what there is; exit code 1 if the core itself does not compute, or a check that was asked for fails."""
+    # First: a GPU may be one that a single process can use at a time.
+    problems = _check() if args.check else []
+    passed = not problems
     print("versions")
     for name, version in versions().items():
         print(f"  {name:<16} {version}")
@@ -40,13 +43,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {line}")
     print("backends")
     best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Before the others are tried: a fault of one on a GPU would be everybody's.
+    core = _try_auto(best)
     for name in BACKENDS:
         print(f"  {name:<16} {_try_backend(name, best)}")
-    try:
-        print(f"  auto on {best.type:<8} {choose_backend('auto', best)}: {AUTO_REASON}")
-        core = _try_backend("auto", best)
-    except Exception as error:  # whatever it is, this command is there to tell
-        core = one_line(error)
+    for line in _choices():
+        print(f"  {line}")
     if core != "works":
         problems.append(f"the head does not compute on {best.type}: {core}")
     print("CUDA library")
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     print("problems" if problems else "no problems")
     for problem in problems:
         print(f"  {problem}")
-    return 0 if core == "works" else 1
+    return 0 if core == "works" and passed else 1
 
 
 def versions() -> dict[str, str]:
@@ -112,6 +114,58 @@ def _dtypes() -> list[str]:
         ] * bool(widened)
         lines.append(f"{f'{device} auto':<16} loads checkpoints in {', in '.join(what)}, in float32 as saved")
     return lines
+
+
+def _check() -> list[str]:
+    """Check triton's kernels anew on every GPU, and say what was found; the problems."""
+    print("checks")
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if not devices:
+        print("  torch sees no GPU: there is nothing to check")
+    problems, able = [], []
+    for device in devices:
+        reason = why_not_triton(device)
+        if reason is None:
+            able.append(device)
+        else:
+            print(f"  {device!s:<16} not checked: {reason}")
+    for device, dtype, found in verdict.repeat(able):
+        name = f"{device} {precision.name_of(dtype)}"
+        print(f"  {name:<16} {'triton is right' if found.ok else found.reason}", flush=True)
+        if not found.ok:
+            problems.append(f"triton failed its check on {verdict.describe(device)}, {name}: {found.reason}")
+    return problems
+
+
+def _choices() -> list[str]:
+    """What `auto` is on every device, by what is written down; nothing is run."""
+    places = [(torch.device("cpu"), torch.float32)]
+    places += [
+        (torch.device("cuda", i), dtype)
+        for i in range(torch.cuda.device_count())
+        for dtype in verdict.TRITON_DTYPES
+    ]
+    lines = []
+    for device, dtype in places:
+        name = "cpu" if device.type == "cpu" else f"{device} {precision.name_of(dtype)}"
+        try:
+            found = choice("auto", device, dtype, run=False)
+        except Exception as error:  # of $XPO_FAST_BACKEND, of importing triton
+            lines.append(f"auto on {name:<8} {one_line(error)}")
+        else:
+            lines.append(
+                f"auto on {name:<8} {found.backend}: {found.why or 'the kernels of the others are for GPUs'}"
+            )
+    return lines
+
+
+def _try_auto(device: torch.device) -> str:
+    """`_try_backend` of what `auto` is."""
+    try:
+        name = choice("auto", device, torch.float32, run=False).backend
+    except Exception as error:  # as in `_choices`
+        return one_line(error)
+    return _try_backend(name, device)
 
 
 def _library() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch import PAIRS, Batch, Known
 from .device import on_host, to_device
 from .head import VocabShard, check_reference_head, head_plan, token_logps, token_stats
-from .head.plan import Plan, choose_backend
+from .head.plan import Plan, choice, named_backend
 from .head.rows import Group, sum_rows
 from .head.sharded import refuse_sharded, unpartitioned, whole
 from .head.spec import Scaling, accumulation_dtype, cast_for_autocast, check_operands
@@ -82,7 +82,7 @@ class Objective:
         self.methods = [term.method for term in self.terms]
         if reduction not in REDUCTIONS:
             raise ValueError(f"no reduction named {reduction!r}; there are {', '.join(REDUCTIONS)}")
-        choose_backend(backend, torch.device("cpu"))
+        named_backend(backend)
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
         self.fixed_length = fixed_length
@@ -429,7 +429,7 @@ class Objective:
     ) -> Launches | None:
         """The segment kernels for this call; None where the pure functions are called for, as with a modifier."""
         modified = self.pairs or self.wpo or self.ld_alpha is not None
-        if modified or choose_backend(self.backend, batch.device) != "cuda":
+        if modified or named_backend(self.backend, batch.device) != "cuda":
             return None
         denominators = [self._of_term(denominator, k) for k in range(len(self.terms))]
         dtype = accumulation_dtype(weight.dtype)
@@ -792,6 +792,8 @@ class Objective:
             passes = passes - 1 + (again / tokens if tokens else 0)
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             why += "" if vocab_shard is None else vocab_shard.why
+            reason = choice(self.backend, hidden.device, weight.dtype, sharded=vocab_shard is not None).why
+            why += f"; {reason}" if reason else ""
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
         if ref_hidden is not None and any(term.reads_reference for term in self.terms):
@@ -848,7 +850,7 @@ class Objective:
             and self.reduction != "none"
             and all(m.unit != "batch" for m in self.methods)
             and not self._outputs()
-            and choose_backend(self.backend, hidden.device) != "dense"
+            and named_backend(self.backend, hidden.device) != "dense"
             and not torch.compiler.is_compiling()
         )
 

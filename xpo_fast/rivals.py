@@ -55,7 +55,7 @@ class Rivals:
                 "seed= cannot be captured into a CUDA graph: a replay would draw the same; leave it out"
             )
         generator = self._draws(hidden.device)
-        vocab, backend = weight.shape[0], choose_backend(self.backend, hidden.device)
+        vocab, backend = weight.shape[0], choose_backend(self.backend, hidden.device, weight.dtype)
         tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes, dz=False)
         targets = batch.rejected_targets
         options = (scaling, batch.ignore_index, tiling.step, self.top_k, generator, backend)

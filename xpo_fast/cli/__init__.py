@@ -126,6 +126,11 @@ def _add_told(commands: argparse._SubParsersAction) -> None:
     doctor = commands.add_parser(
         "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
     )
+    doctor.add_argument(
+        "--check",
+        action="store_true",
+        help="check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one fails",
+    )
     doctor.set_defaults(run=_doctor)
 
 

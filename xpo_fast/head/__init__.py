@@ -13,7 +13,7 @@ from . import dense
 from .autograd import token_stats as _token_stats_op
 from .gather import gather_logps
 from .gemms import release_tiles
-from .plan import Plan, Tiling, check_backend, choose_backend, fit
+from .plan import Plan, Tiling, check_backend, choice, fit
 from .row_operations import copies
 from .rows import packed_rows, shift_labels, sum_rows
 from .sharded import refuse_sharded, whole
@@ -258,7 +258,7 @@ def head_plan(
     weight: without the rows of padding, where there is a vocab_shard; the tiles are then the same on all of its ranks.
     unit_tokens: the scored tokens of the longest unit, where a tile should hold whole units.
     """
-    chosen = choose_backend(backend, hidden.device)
+    chosen, reason = choice(backend, hidden.device, weight.dtype, sharded=vocab_shard is not None)
     check_backend(chosen, hidden.device)
     vocab, name = weight.shape[0], chosen
     if vocab_shard is not None:
@@ -287,6 +287,8 @@ def head_plan(
         why += "; the reference's tile beside it"
     if vocab_shard is not None:
         why += vocab_shard.why
+    if reason:
+        why += f"; {reason}"
     dtype = accumulation_dtype(weight.dtype)
     learns = torch.is_grad_enabled() and weight.requires_grad and weight_grad is None
     tiling, dz_dtype, logits = fit(

@@ -41,9 +41,9 @@ def _choose_backend(backend: str, logits: Tensor) -> str:
     """ "torch" or "triton" for logits (N, V); ValueError for a backend that does not exist or cannot run on them."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"no backend named {backend!r}; there are auto, torch, triton")
-    chosen = choose_backend(backend, logits.device)
-    if chosen == "torch":
-        return chosen
+    chosen = choose_backend(backend, logits.device, logits.dtype)
+    if chosen != "triton":  # $XPO_FAST_BACKEND may name others, which have no kernels for this
+        return "torch"
     check_backend(chosen, logits.device)
     if _kernels().supports(logits):
         return chosen
@@ -182,8 +182,8 @@ def gather_logps(
     write the gradient over the logits, which nobody may read afterwards: it saves a tensor of their size, and allows
     one backward.
 
-    backend: "torch", which "auto" is, or on CUDA and ROCm "triton", one kernel each way, for float32, bfloat16 or float16
-    logits with stride 1 along V. ValueError for shapes, dtypes or a backend that do not fit and
+    backend: "torch", or on CUDA and ROCm "triton", one kernel each way, for float32, bfloat16 or float16 logits with stride 1
+    along V; "auto" is triton for those where it passed its check (see `head.verdict`), else torch. ValueError for shapes, dtypes or a backend that do not fit and
     (on CPU) a target outside the vocabulary.
     """
     if not logits.is_floating_point() or logits.dim() < 1 or targets.shape != logits.shape[:-1]:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import device as devices
 from .. import native
 from .spec import accumulation_dtype
 
 BACKENDS = ("dense", "torch", "triton", "cuda")
-AUTO_REASON = (
-    "it makes tiles, and triton's kernels have not run on a GPU yet; dense is there to be compared with"
-)
+OVERRIDE = "XPO_FAST_BACKEND"
+# What the kernels of triton have GEMMs for.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Bytes of scratch memory unless the caller says otherwise. On the CPU, of the tile of logits, which a reference's shares. On
 # a device, of dz and the logits of a step: this share of the card's memory, whatever of it is free, so that the same call
@@ -85,13 +86,107 @@ class Plan:
         )
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that `auto` stands for on a device; ValueError for one that does not exist."""
-    if backend == "auto":
-        return "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"no backend named {backend!r}; there are auto, {', '.join(BACKENDS)}")
-    return backend
+class Choice(NamedTuple):
+    """A backend, and why it is what `auto` stands for; no reason for one that was asked for, or that is the only one."""
+
+    backend: str
+    why: str = ""
+
+
+def named_backend(backend: str, device: torch.device | None = None, *, sharded: bool = False) -> str:
+    """Return the backend that was named, by an argument or for `auto` by $XPO_FAST_BACKEND; else "auto".
+
+    The variable decides among what can run: triton and cuda only of GPUs, nothing of a vocabulary that is cut over ranks.
+    Raises ValueError for a backend that does not exist.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"no backend named {backend!r}; there are auto, {', '.join(BACKENDS)}")
+        return backend
+    named = _override()
+    if named not in ("", "auto", *BACKENDS):
+        raise ValueError(f"{OVERRIDE} names no backend: {named!r}; there are auto, {', '.join(BACKENDS)}")
+    on_gpu = device is None or device.type == "cuda"
+    possible = not sharded and (on_gpu or named in ("torch", "dense"))
+    return named if named and possible else "auto"
+
+
+@torch.compiler.assume_constant_result
+def _override() -> str:
+    return os.environ.get(OVERRIDE, "")
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, *, sharded: bool = False) -> str:
+    """Return the backend to use for operands of a dtype on a device, see `choice`."""
+    return choice(backend, device, dtype, sharded=sharded).backend
+
+
+def choice(
+    backend: str, device: torch.device, dtype: torch.dtype, *, sharded: bool = False, run: bool = True
+) -> Choice:
+    """Return the backend to use: `auto` is triton on a GPU where it passed its check (head/verdict.py), else torch.
+
+    The first call for a device and dtype may run the check; without `run`, what is written down is all there is. While a
+    CUDA graph is captured or torch.compile traces, what this process has found out before holds, and no file is read.
+    sharded: the vocabulary is cut over ranks. Raises ValueError for a backend that does not exist.
+    """
+    named = named_backend(backend, device, sharded=sharded)
+    if named != "auto":
+        return Choice(named, f"{OVERRIDE} is {named}" if backend == "auto" else "")
+    if device.type != "cuda":
+        return Choice("torch")
+    if sharded:
+        return Choice("torch", "auto is torch: a vocabulary that is cut over ranks takes no other")
+    if dtype not in TRITON_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return Choice("torch", f"auto is torch: triton has no kernels for {name}")
+    if torch.compiler.is_compiling():
+        return Choice(*_remembered_choice(device, dtype))
+    return _choice_on(
+        device, dtype, "remembered" if devices._capturing() else "verdict" if run else "recorded"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _remembered_choice(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """`choice` by what this process knows; called, not traced, by torch.compile."""
+    found = _choice_on(device, dtype, "remembered")
+    return found.backend, found.why
+
+
+def _choice_on(device: torch.device, dtype: torch.dtype, ask: str) -> Choice:
+    """`choice` on a GPU. ask: which function of head/verdict.py knows the verdict."""
+    reason = why_not_triton(device)
+    if reason is not None:
+        return Choice("torch", f"auto is torch: {reason}")
+    from . import verdict  # late: `python -m xpo_fast.head.verdict` imports this package first
+
+    found = getattr(verdict, ask)(device, dtype)
+    if found is None:
+        then = (
+            f"the first call does it, and so does `{verdict.COMMAND}`"
+            if ask == "recorded"
+            else "call once before capturing or compiling"
+        )
+        return Choice("torch", f"auto is torch: triton's check has not been looked at yet; {then}")
+    if found.ok:
+        return Choice("triton", f"auto is triton, which passed its check on {verdict.device_name(device)}")
+    return Choice("torch", f"auto is torch: triton failed its check ({found.reason})")
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why triton's kernels cannot be launched on a GPU; None if they can, as far as can be told without doing it."""
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET is 1, and kernels would be interpreted"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"triton's products need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
 
 
 def check_backend(backend: str, device: torch.device) -> None:

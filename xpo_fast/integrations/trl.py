@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..head import token_stats
 from ..head.autograd import refuse_double_backward, scale_saved, token_stats_backward
 from ..head.autograd import token_stats as token_stats_operator
-from ..head.plan import check_backend, choose_backend, fit
+from ..head.plan import check_backend, choose_backend, fit, named_backend
 from ..head.row_operations import copies
 from ..head.sharded import is_partitioned, is_sharded, whole
 from ..head.spec import accumulation_dtype, check_operands
@@ -165,7 +165,7 @@ class _HeadFunction(torch.autograd.Function):
         save = needs[0] and not any(needs[1:]) and not ("entropy" in names and options.entropy_learns)
         h, w, b = _cast(dtype, hidden, weight, bias)
         check_operands(h, w, targets, b)
-        backend = choose_backend(options.backend, w.device)
+        backend = choose_backend(options.backend, w.device, w.dtype)
         check_backend(backend, w.device)
         tiling, *_ = fit(
             backend, w.shape[0], dtype, w.device, options.tile_bytes,
@@ -414,9 +414,8 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     else has replaced them.
     """
     check_version()
-    if backend == "dense":
-        raise ValueError("the dense backend makes all logits, to be compared with: pass backend='auto'")
-    choose_backend(backend, torch.device("cpu"))
+    if named_backend(backend) == "dense":
+        raise ValueError("the dense backend makes all logits, to be compared with: pass backend='torch'")
     for function, expected in _SIGNATURES:
         found = " ".join(inspect.signature(function).parameters)
         if found != expected:

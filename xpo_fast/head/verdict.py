@@ -1,0 +1,641 @@
+"""Whether triton's kernels are right on the GPU at hand: the check that stands before `auto`, and what is remembered of it.
+
+The check runs small problems against float64 on the device, twice. A combination of GPU and Triton that nobody has seen it
+pass on (`SEEN`) is tried in a process of its own first,
+
+    python -m xpo_fast.head.verdict --device cuda:0 --dtype bfloat16
+
+so that an illegal access, a hang or a crash of the compiler ends that process and no other. The verdict is kept in
+$XPO_FAST_CACHE/verdicts.json (~/.cache/xpo_fast), by device, driver, versions and the source of what was checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..device import to_device
+from ..files import cache_dir, write_json
+from ..wording import one_line
+from . import dense
+from .plan import OVERRIDE, TRITON_DTYPES, Tiling, implementation
+from .rows import Group
+from .spec import Scaling
+
+COMMAND = "xpo-fast doctor --check"
+# (compute capability, Triton's minor version) on which the check has been seen to pass: these need no process of their own.
+SEEN: frozenset[tuple[str, str]] = frozenset()
+VERSION = 1  # of the file's layout
+CHILD_S = 180.0  # some 10 s are usual: to import torch, to compile the kernels
+LOGP_ALLOWED = 5e-4  # |Δ|, nats; tensor cores add by cutting off
+GRADIENT_ALLOWED = 2.0**-7  # ‖Δ‖ / ‖g‖
+_SAYS = "verdict: "  # before the JSON that the process of its own prints
+
+logger = logging.getLogger("xpo_fast")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """lasting: not of a reason that may be gone by the next time, as a full GPU is; what is not lasting is not written down."""
+
+    ok: bool
+    reason: str = ""
+    lasting: bool = True
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+class Contender(NamedTuple):
+    """What is checked: a backend's `forward`, `backward` and `unit_gradients`, and what else `auto` launches, if there is any."""
+
+    head: Any
+    gather: Any = None  # `forward` and `write_gradient` of kernels/gather.py
+    top_k: Callable[..., tuple[Tensor, Tensor]] | None = None  # `run` of kernels/topk.py
+
+
+def triton_kernels() -> Contender:
+    """Return what `auto` would launch."""
+    from ..kernels import gather, topk  # pyright: ignore[reportMissingImports]
+
+    return Contender(implementation("triton"), gather, topk.run)
+
+
+class Measure(NamedTuple):
+    """How far something is off, (), on the device; NaN where a result has one."""
+
+    what: str
+    off: Tensor
+    allowed: float
+
+
+_EMPTY = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+
+
+class _Poisoned(TorchDispatchMode):
+    """Memory that is handed out holds NaN, so that what is not written shows; in this thread, where no flag does it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _EMPTY:
+            out.fill_(math.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
+        return out
+
+
+SCORED, IGNORED, WIDTH, IGNORE, TOP_K, TEMPERATURE = 40, 3, 64, -100, 5, 0.7
+# Rows that are not aligned, and rows that are.
+VOCABULARIES = (1031, 4160)
+# Several tiles, several steps in each and both lanes; and one tile, whose dW is made in the dtype of the operands.
+TILINGS = (Tiling(16, 4, lanes=2), Tiling(64, 4, lanes=2))
+STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
+
+
+class Problem:
+    """Hidden states, a head and targets, what is right in float64, and how far a contender is off.
+
+    Operands are bfloat16's values in any dtype, which TF32 multiplies exactly: the user's setting changes nothing.
+    """
+
+    def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(vocab)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            x = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+            return (x * std).to(torch.bfloat16).to(dtype)
+
+        count = SCORED + IGNORED
+        self.vocab, self.scaling = vocab, Scaling()
+        self.weight = normal(vocab, WIDTH, std=3 / WIDTH**0.5)
+        self.bias = normal(vocab) if vocab % 2 else None
+        self.hidden, self.u = normal(count, WIDTH), normal(count).float()
+        # On the host, where reading them waits for nothing: ignored ones first, in between and last.
+        targets = (torch.arange(count) * 97) % vocab
+        targets[[0, count // 2, count - 1]] = IGNORE
+        self.targets = targets
+        self.at = to_device((targets != IGNORE).nonzero().squeeze(1), device)
+        self.y = to_device(targets, device)[self.at]
+        self.hidden.masked_fill_(
+            to_device(targets == IGNORE, device).unsqueeze(1), math.nan
+        )  # nobody may read it
+
+    def run(self, contender: Contender) -> dict[str, Tensor]:
+        """Return what a contender computes, by name."""
+        found: dict[str, Tensor] = {}
+        operands = self.hidden, self.weight, self.bias, self.targets
+        options = self.scaling, IGNORE
+        needs = (True, True, self.bias is not None, False)
+        tiling = TILINGS[0]
+        forward = contender.head.forward
+        found["logp"], found["lse"], _, found["dlogp"] = forward(*operands, None, *options, (), tiling, True)
+        _, _, extra, _ = forward(*operands, None, *options, STATISTICS, tiling, False)
+        found.update(zip(STATISTICS, extra, strict=True))
+        grads = contender.head.backward(
+            *operands, None, *options, tiling, {"logp": self.u, "entropy": self.u},
+            {"entropy": found["entropy"]}, needs,
+        )  # fmt: skip
+        found.update(self._named("backward", grads))
+        for tiling in TILINGS:
+            # The first group is longer than the smaller tile: its tiles but the last are made again.
+            first = SCORED * 3 // 5
+            groups = [Group(self.at[:first], (0,), 0), Group(self.at[first:], (1,), first)]
+            name = f"units by {tiling.tile}"
+            logp, grads = contender.head.unit_gradients(
+                *operands, *options, groups if tiling.tile < SCORED else [Group(self.at, (0, 1), 0)], tiling,
+                lambda logp, group: self.u[group.positions] * (logp / 8).exp(), needs,
+            )  # fmt: skip
+            found[f"{name}: logp"] = logp
+            found.update(self._named(name, grads))
+        if contender.gather is not None:
+            z, y = self._logits_given(), to_device(self.targets, self.hidden.device)
+            found["gather: logp"], normaliser = contender.gather.forward(z, y, TEMPERATURE, IGNORE)
+            found["gather: dz"] = out = torch.empty_like(z)
+            contender.gather.write_gradient(z, y, normaliser, self.u, TEMPERATURE, IGNORE, out)
+        if contender.top_k is not None:
+            products = self._products().float()
+            bias = None if self.bias is None else self.bias.float()
+            values, tokens = contender.top_k(products, self.y, TOP_K, bias=bias, **asdict(self.scaling))
+            found |= {"top k: logits": values, "top k: tokens": tokens}
+        return found
+
+    def right(self, contender: Contender) -> dict[str, Tensor]:
+        """Return what is right, in float64, of the names that `run` gives."""
+        with torch.enable_grad():
+            leaves = [
+                None if x is None else x.double().requires_grad_()
+                for x in (self.hidden[self.at], self.weight, self.bias)
+            ]
+            h, weight, bias = leaves
+            assert h is not None and weight is not None
+            z = dense.logits(h, weight, bias, self.scaling)
+            logprobs = z.log_softmax(dim=1)
+            probs, logp = logprobs.exp(), logprobs.gather(1, self.y.unsqueeze(1)).squeeze(1)
+            entropy = -(probs * logprobs).sum(dim=1)
+            u = self.u[self.at].double()
+
+            def gradients(loss: Tensor) -> list[Tensor]:
+                wanted = [x for x in leaves if x is not None]
+                grads = list(torch.autograd.grad(loss, wanted, retain_graph=True))
+                return [self._spread(grads[0]), *grads[1:]]
+
+            found = {"logp": self._spread(logp), "lse": self._spread(z.logsumexp(dim=1))}
+            (found["dlogp"], *_) = gradients(logp.sum())
+            found |= {
+                "entropy": self._spread(entropy),
+                "log_sum_sq_probs": self._spread((2 * logprobs).logsumexp(dim=1)),
+                "mean_logit": self._spread(z.mean(dim=1)),
+                "top1": self._spread((z.gather(1, self.y.unsqueeze(1)).squeeze(1) >= z.amax(dim=1)).double()),
+            }
+            found |= self._named("backward", gradients((u * (logp + entropy)).sum()))
+            of_units = gradients((u * 8 * (logp / 8).exp()).sum())
+        for tiling in TILINGS:
+            name = f"units by {tiling.tile}"
+            found |= {f"{name}: logp": found["logp"], **self._named(name, of_units)}
+        if contender.gather is not None:
+            scaled = self._logits_given().double()[self.at] / TEMPERATURE
+            logprobs = scaled.log_softmax(dim=1)
+            found["gather: logp"] = self._spread(logprobs.gather(1, self.y.unsqueeze(1)).squeeze(1))
+            ones = torch.zeros_like(logprobs).scatter_(1, self.y.unsqueeze(1), 1.0)
+            found["gather: dz"] = self._spread((ones - logprobs.exp()) * (u / TEMPERATURE).unsqueeze(1))
+        if contender.top_k is not None:
+            others = z.detach().scatter(1, self.y.unsqueeze(1), -math.inf)
+            found["top k: logits"], found["top k: tokens"] = others.topk(TOP_K, dim=1)
+        return {name: x.detach() for name, x in found.items()}
+
+    def measures(self, contender: Contender) -> Iterator[Measure]:
+        """Yield how far each result is off, and in how many elements the same call differs from itself."""
+        with _Poisoned():
+            first, second = self.run(contender), self.run(contender)
+        right = self.right(contender)
+        for name, x in first.items():
+            want, where = right[name], f"{name}, V {self.vocab}"
+            off = x.double() - want
+            if "tokens" in name or name == "top1":
+                yield Measure(where, off.ne(0).sum().double(), 0)
+            elif name.rpartition(": ")[2] in ("dlogp", "dz", "hidden", "weight", "bias"):
+                yield Measure(f"∂ {where}", off.norm() / want.norm(), GRADIENT_ALLOWED)
+            else:
+                yield Measure(where, off.abs().amax(), LOGP_ALLOWED)
+            yield Measure(
+                f"elements that change from run to run of {where}", x.ne(second[name]).sum().double(), 0
+            )
+
+    @staticmethod
+    def _named(name: str, grads: Iterable[Tensor | None]) -> dict[str, Tensor]:
+        return {
+            f"{name}: {of}": g
+            for of, g in zip(("hidden", "weight", "bias"), grads, strict=False)
+            if g is not None
+        }
+
+    def _products(self) -> Tensor:
+        """h Wᵀ (n, V) of the scored positions, float64."""
+        return self.hidden[self.at].double() @ self.weight.double().T
+
+    def _logits_given(self) -> Tensor:
+        """Logits (N, V) in the dtype of the operands, for what is given logits."""
+        return self._spread(self._products()).to(self.hidden.dtype)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """x (n, …) at the scored positions of (N, …), 0 elsewhere."""
+        return x.new_zeros((self.targets.shape[0], *x.shape[1:])).index_copy(0, self.at, x)
+
+
+def check(device: torch.device, dtype: torch.dtype, contender: Contender) -> Verdict:
+    """Return whether a contender is right on a device, for operands of a dtype; an exception, whatever it is, is a failure.
+
+    In a thread of its own: there autocast, inference mode, modes that intercept operators and the current stream are
+    torch's defaults, and what the caller set stays. The device is waited for once.
+    """
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            measures = pool.submit(_measured, device, dtype, contender).result()
+    except (
+        Exception
+    ) as error:  # the compiler's, the launcher's, the device's: all of them mean that the kernels do not run
+        return Verdict(False, one_line(error), lasting=not _of_memory(error))
+    wrong = [
+        f"{what}: {'not finite' if not math.isfinite(off) else f'{off:.2g}'} (allowed {allowed:.2g})"
+        for what, off, allowed in measures
+        if not off <= allowed
+    ]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return Verdict(not wrong, f"off by {'; '.join(wrong[:3])}{more}" if wrong else "")
+
+
+@torch.no_grad()
+def _measured(
+    device: torch.device, dtype: torch.dtype, contender: Contender
+) -> list[tuple[str, float, float]]:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        measures = [m for vocab in VOCABULARIES for m in Problem(vocab, dtype, device).measures(contender)]
+        found = torch.stack([m.off for m in measures]).tolist()
+    return [(m.what, off, m.allowed) for m, off in zip(measures, found, strict=True)]
+
+
+def _of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
+
+
+# --- in a process of its own -----------------------------------------------------------------------------------------
+
+
+def command(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the command that checks triton on a device of this process, which is found again by its UUID."""
+    words = ["--device", str(device), "--dtype", _name(dtype)]
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    words += ["--uuid", str(uuid)] if uuid is not None else []
+    return [sys.executable, "-W", "ignore", "-m", "xpo_fast.head.verdict", *words]
+
+
+def in_child(words: Sequence[str], seconds: float = CHILD_S) -> Verdict:
+    """Return the verdict of a process that runs a command; what ends it, or its not ending, is one too."""
+    # It imports what this process would.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            # A session of its own, so that compilers that it started end with it.
+            child = subprocess.Popen(
+                words,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Verdict(False, f"its process could not be started: {one_line(error)}", lasting=False)
+        try:
+            status = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return Verdict(False, f"it did not end within {seconds:g} s")
+        finally:
+            _end(child)
+        said = [_lines(x) for x in (out, err)]
+    answers = [line.removeprefix(_SAYS) for line in said[0] if line.startswith(_SAYS)]
+    found = Verdict(**json.loads(answers[-1])) if answers else None
+    if found is not None and (status == 0 or not found.ok):
+        return found
+    last = f": {said[1][-1][:200]}" if said[1] else ""
+    if status >= 0:
+        return Verdict(False, f"its process ended with status {status}{last}")
+    # Of these three others make use: a scheduler, the system when memory runs out, a user.
+    lasting = -status not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    return Verdict(False, f"its process was ended by {signal.Signals(-status).name}{last}", lasting)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started. One that a GPU holds up may stay behind: it is not waited for."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(5)
+
+
+def _lines(file: Any) -> list[str]:
+    file.seek(0)
+    text = file.read().decode(errors="replace")
+    return [line for line in (line.strip() for line in text.splitlines()) if line]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m xpo_fast.head.verdict",
+        description="Check triton's kernels on a device, and print the verdict.",
+    )
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--uuid", help="of the device, if the one of that number is another here")
+    parser.add_argument("--dtype", required=True, choices=[_name(x) for x in TRITON_DTYPES])
+    args = parser.parse_args(argv)
+    try:
+        device = _device(args.device, args.uuid)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, ValueError, AssertionError) as error:  # the last where torch has no CUDA
+        found = Verdict(False, f"its process cannot use the device: {one_line(error)}", lasting=False)
+    else:
+        try:
+            found = check(device, getattr(torch, args.dtype), triton_kernels())
+        except Exception as error:  # of importing the kernels
+            found = Verdict(False, one_line(error))
+    print(f"{_SAYS}{json.dumps(asdict(found))}", flush=True)
+    return 0
+
+
+def _device(name: str, uuid: str | None) -> torch.device:
+    """The device of a UUID: this process may number devices otherwise than the one that started it."""
+    device = torch.device(name)
+    if uuid is None:
+        return device
+    at = {str(torch.cuda.get_device_properties(k).uuid): k for k in range(torch.cuda.device_count())}
+    if uuid not in at:
+        raise ValueError(f"no device has the UUID {uuid}; there are {', '.join(at) or 'none'}")
+    return torch.device("cuda", at[uuid])
+
+
+# --- what is remembered ----------------------------------------------------------------------------------------------
+
+_known: dict[tuple[int, torch.dtype], Verdict] = {}
+_lock = threading.Lock()
+
+
+def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
+    """Return whether triton is right on a GPU for operands of a dtype: remembered, written down, or found out now.
+
+    The first failure that a process learns of is a warning. Callers in other threads wait for the one that finds out.
+    """
+    key = _key(device, dtype)
+    found = _known.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        found = _known.get(key)
+        if found is not None:
+            return found
+        found = _known[key] = _found_out(torch.device(device.type, key[0]), dtype)
+    if not found.ok:
+        warnings.warn(
+            f"triton's kernels failed their check for {_name(dtype)} on {describe(device)}: {found.reason}. The torch backend "
+            f"computes instead: as right, but slower. `{COMMAND}` repeats the check, {OVERRIDE}=triton uses the kernels all the "
+            f"same, and {OVERRIDE}=torch goes without them and without this warning",
+            stacklevel=2,
+        )
+    return found
+
+
+def remembered(device: torch.device, dtype: torch.dtype) -> Verdict | None:
+    """Return what this process knows; nothing is read or run."""
+    return _known.get(_key(device, dtype))
+
+
+def recorded(device: torch.device, dtype: torch.dtype) -> Verdict | None:
+    """Return what this process knows or what is written down; nothing is run."""
+    return remembered(device, dtype) or _read(entry(device, dtype))
+
+
+def repeat(devices: Iterable[torch.device]) -> Iterator[tuple[torch.device, torch.dtype, Verdict]]:
+    """Check anew, each device and dtype in a process of its own, and write it down.
+
+    Of devices of one name the verdict is one: it is a failure if one of them failed.
+    """
+    failed: set[str] = set()
+    for device in devices:
+        for dtype in TRITON_DTYPES:
+            try:
+                name = entry(device, dtype)
+            except Exception as error:  # as in `_found_out`
+                yield device, dtype, Verdict(False, one_line(error), lasting=False)
+                continue
+            found = in_child(command(device, dtype))
+            if name not in failed:
+                _write(name, found)
+            if not found.ok:
+                failed.add(name)
+            _known[_key(device, dtype)] = found
+            yield device, dtype, found
+
+
+def forget() -> None:
+    """Forget what this process knows; what is written down stays."""
+    _known.clear()
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    index = device.index
+    return (torch.cuda.current_device() if index is None else index), dtype
+
+
+def _found_out(device: torch.device, dtype: torch.dtype) -> Verdict:
+    try:
+        name = entry(device, dtype)
+    except Exception as error:  # of importing triton, which may fail as it likes
+        return Verdict(False, one_line(error), lasting=False)
+    found = _read(name)
+    if found is not None:
+        return found
+    if (_capability(device), _minor(_triton_version())) in SEEN:
+        found = check(device, dtype, triton_kernels())
+        _write(name, found)
+        return found
+    # One process of a machine for all: the others read what it wrote. If it dies its lock goes, and another begins.
+    with _locked("verdicts.check.lock", 2 * CHILD_S):
+        found = _read(name)
+        if found is None:
+            logger.info(
+                "checking triton's kernels for %s on %s, in a process of its own, which takes some 10 s once; the verdict is "
+                "kept in %s",
+                _name(dtype),
+                describe(device),
+                file(),
+            )
+            found = in_child(command(device, dtype))
+            _write(name, found)
+    return found
+
+
+def entry(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what a verdict depends on."""
+    cuda = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{describe(device)}, {cuda} | {_name(dtype)} | {_sources()}"
+
+
+def describe(device: torch.device) -> str:
+    """Return the device with its driver, and the versions of what computes on it."""
+    return (
+        f"{device_name(device)} ({_capability(device)}), driver {_driver()}, torch {torch.__version__}, Triton "
+        f"{_triton_version()}"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _capability(device: torch.device) -> str:
+    if torch.version.hip:
+        return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", "gfx")).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _driver() -> str:
+    """The version of the kernel module where the system tells; else that of the driver's interface."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            found = re.search(r"\d+\.\d+(\.\d+)*", Path(path).read_text())
+            if found:
+                return found[0]
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return "unknown" if ask is None else str(ask())
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of the source of the kernels, of the loops around them and of the check."""
+    spec = importlib.util.find_spec("xpo_fast.kernels")
+    assert spec is not None and spec.submodule_search_locations is not None
+    kernels = sorted(p for place in spec.submodule_search_locations for p in Path(place).glob("*.py"))
+    names = ("chunked", "gemms", "row_operations", "streams", "triton", "verdict")
+    digest = hashlib.sha256()
+    for path in (*kernels, *(Path(__file__).with_name(f"{name}.py") for name in names)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The file.
+
+
+def file() -> Path:
+    return cache_dir() / "verdicts.json"
+
+
+def _entries() -> dict[str, Any]:
+    """All entries of the file; none of one that cannot be read, or of another layout: a check costs little to repeat."""
+    try:
+        content = json.loads(file().read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.info("%s cannot be read (%s): what is written there is found out again", file(), error)
+        return {}
+    known = (
+        content.get("entries") if isinstance(content, dict) and content.get("version") == VERSION else None
+    )
+    return known if isinstance(known, dict) else {}
+
+
+def _read(name: str) -> Verdict | None:
+    found = _entries().get(name)
+    if not isinstance(found, dict) or not isinstance(found.get("ok"), bool):
+        return None
+    return Verdict(found["ok"], str(found.get("reason", "")))
+
+
+def _write(name: str, found: Verdict) -> None:
+    """Add to the file what is lasting; others', written meanwhile too, stay."""
+    if not found.lasting:
+        return
+    with _locked("verdicts.lock", 10):
+        content = {
+            "version": VERSION,
+            "entries": {**_entries(), name: {"ok": found.ok, "reason": found.reason}},
+        }
+        try:
+            write_json(file(), content)
+        except OSError as error:
+            logger.info("the verdict of the check is not kept: %s", error)
+
+
+@contextlib.contextmanager
+def _locked(name: str, seconds: float) -> Iterator[None]:
+    """While no other process is inside; or, where there are no locks or another holds it too long, all the same."""
+    try:
+        import fcntl
+
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        lock = (cache_dir() / name).open("a")
+    except (ImportError, OSError):
+        yield
+        return
+    with lock:
+        until = time.monotonic() + seconds
+        held = False
+        while not held:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.05)
+            except OSError:
+                break
+        try:
+            yield
+        finally:
+            if held:  # by name: a process that was forked meanwhile has the file open, too
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
