@@ -90,7 +90,7 @@ class Meter(TorchDispatchMode):
         if name in PICKS:
             return
         written = [kwargs["out"]] if "out" in kwargs else [args[0]] if name.endswith("_") else after
-        read = [x for x in tree_leaves((args, {k: x for k, x in kwargs.items() if k != "out"}))]
+        read = tree_leaves((args, {k: x for k, x in kwargs.items() if k != "out"}))
         if name in ROWS:  # as many as are picked, not all there are
             read = written = [args[3] if name == "index_copy_" else after[0]]
         elif name in OVERWRITES or (name == "addmm" and kwargs.get("beta", 1) == 0):
@@ -133,8 +133,9 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """In a `with` block kernels of ours are counted, and may be asked for."""
-        from xpo_fast.head import plan
         from xpo_fast.kernels import one_read, rows
+
+        from xpo_fast.head import plan
 
         with (
             mock.patch.object(rows, "run", self.rows_run),
@@ -208,8 +209,9 @@ def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> No
 def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
     from xpo_fast.head.distillation import distillation_loss
 
-    teacher = {"teacher_hidden": hidden.detach(), "teacher_weight": weight.detach()}
-    distillation_loss(hidden, weight, targets, **teacher).loss.backward()
+    teacher = hidden.detach(), weight.detach()
+    found = distillation_loss(hidden, weight, targets, teacher_hidden=teacher[0], teacher_weight=teacher[1])
+    found.loss.backward()
 
 
 def _vocab_parallel(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:

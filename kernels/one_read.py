@@ -248,7 +248,7 @@ def variants() -> Iterator[Variant]:
                 **{s: s in out for s in STATISTICS},
                 "factor": dtype is not None,
             }
-            signature = {x: "*fp32" for x in ("products", *(x for x, there in wanted.items() if there))}
+            signature = dict.fromkeys(("products", *(x for x, there in wanted.items() if there)), "*fp32")
             signature |= {"targets": "*i64"} | dict.fromkeys(("stride", "grad_stride", "vocab"), "i32")
             signature |= dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
             nothing: dict[str, object] = {x: None for x, there in wanted.items() if not there}
