@@ -219,8 +219,16 @@ def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
 for _name, _shapes, _without in (
     # Few warps a row: many rows are under way, and the last of them leave few processors idle.
     ("one_read", ((1024, 4), (1024, 8), (512, 4)), {"sm_80": ((1024, 4),)}),
-    ("one_read_gradient", ((1024, 4), (2048, 16), (1024, 8), (512, 4)), {}),
-    ("one_read_statistics", ((512, 4), (1024, 8)), {"sm_100": ((1024, 8),)}),
+    ("one_read_gradient", ((1024, 4), (2048, 16), (1024, 8), (512, 4)), {"gfx942": ((512, 4),)}),
+    (
+        "one_read_statistics",
+        ((512, 4), (1024, 8), (1024, 4)),
+        {
+            **dict.fromkeys(("sm_80", "sm_90"), ((1024, 4),)),
+            "sm_100": ((1024, 8), (1024, 4)),
+            "gfx942": ((512, 4), (1024, 8)),
+        },
+    ),
 ):
     tuning.declare(
         _name,
@@ -242,7 +250,7 @@ def variants() -> Iterator[Variant]:
     )
     for name, statistics, dtype in cases:
         out = ("logp", "lse", *statistics)
-        for everything, aligned in ((True, True), (False, True), (False, False)):
+        for everything in (True, False):
             wanted = {
                 "bias": everything,
                 **{s: s in out for s in STATISTICS},
@@ -258,11 +266,13 @@ def variants() -> Iterator[Variant]:
                 signature["grad"] = f"*{dtype}"
             yield Variant(
                 one_read,
-                name + (", softcap and bias" if everything else "") + ("" if aligned else ", any stride"),
+                name + (", softcap and bias" if everything else ""),
                 signature,
                 {**nothing, "SOFTCAP": everything},
-                divisible=("products", "bias", "grad", *(("stride", "grad_stride") if aligned else ())),
+                divisible=("products", "bias", "grad", "stride", "grad_stride"),
                 fp_fusion=False,
                 tunable=tuning.tunable(_tunable(out, dtype is not None)),
+                wide_loops=1,
+                instructions=(32 if statistics else 18) + 50 * everything,
                 representative=name == "log-probs and their gradient",
             )

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from xpo_fast.kernels import gates, gather, logps, rows, topk, tuning
+from xpo_fast.kernels import gates, gather, logps, one_read, rows, topk, tuning
 
 from xpo_fast.head.gemms import aligned_rows
 
@@ -124,6 +124,17 @@ def head(out=(), upstream=(), grad=None, ref=False, **scaling):
     return launch
 
 
+def once(out, grad=None, **scaling):
+    """A call of the kernel of one_read.py as the head makes it."""
+
+    def launch(s):
+        dz = {} if grad is None else {"grad": s.tile(grad), "factor": s.vector()}
+        bias = torch.zeros(s.vocab) if scaling else None
+        one_read.run(s.tile(), s.targets(), bias=bias, out=s.vectors(out), **dz, **scaling)
+
+    return launch
+
+
 def fused(dtype=torch.bfloat16, names=("logp", "lse")):
     return lambda s: logps.run(*s.operands(dtype), s.targets(), out=s.vectors(names))
 
@@ -159,15 +170,19 @@ DZ = ("grad", "grad_stride")
 REF = ("ref_products", "ref_stride")
 EVERYTHING = {"softcap": 30.0, "temperature": 0.7, "logit_scale": 0.5}
 LAUNCHES = {
-    "log-probs": Launch(("row_pass",), head(("logp", "lse")), TILE),
+    "log-probs": Launch(("one_read",), once(("logp", "lse")), TILE, most=1),
     "log-probs and dz": Launch(
-        ("row_pass",), head(("logp", "lse"), ("logp",), torch.bfloat16), (*TILE, *DZ), compiled=True
+        ("one_read",), once(("logp", "lse"), torch.bfloat16), (*TILE, *DZ), compiled=True, most=1
     ),
-    "statistics": Launch(("row_pass",), head(rows.STATISTICS, ref=True, **EVERYTHING), (*TILE, *REF, "bias")),
+    "log-probs, statistics and dz": Launch(
+        ("one_read",), once(one_read.STATISTICS, torch.float32, **EVERYTHING), (*TILE, *DZ, "bias"), most=1
+    ),
+    "log-probs and dz in float16": Launch(("row_pass",), head(("logp", "lse"), ("logp",), torch.float16), (*TILE, *DZ), most=1),
+    "statistics": Launch(("row_pass",), head(rows.STATISTICS, ref=True, **EVERYTHING), (*TILE, *REF, "bias"), most=1),
     "gradient": Launch(
-        ("row_pass",), head((), rows.DIFFERENTIABLE, torch.float16, ref=True), (*TILE, *REF, *DZ), compiled=True
+        ("row_pass",), head((), rows.DIFFERENTIABLE, torch.float16, ref=True), (*TILE, *REF, *DZ), compiled=True, most=1
     ),
-    "gradient in float32": Launch(("row_pass",), head((), ("logp", "lse"), torch.float32), (*TILE, *DZ)),
+    "gradient in float32": Launch(("row_pass",), head((), ("logp", "lse"), torch.float32), (*TILE, *DZ), most=1),
     "fused log-probs": Launch(
         ("logps_pass", "logps_join"), fused(),
         ("hidden", "weight", "hidden_stride", "weight_stride", "width"), compiled=True, most=1,
