@@ -51,9 +51,9 @@ def variant(**changes):
     return dataclasses.replace(first, **changes)
 
 
-@pytest.mark.parametrize(("target", "block"), [("sm_90", 8192), ("gfx942", 16384)])
+@pytest.mark.parametrize(("target", "block"), [("sm_90", 4096), ("gfx942", 16384)])
 def test_a_spill_fails(target, block):
-    """256 logits a thread do not fit its registers."""
+    """128 logits a thread, 256 on AMD, and what is kept of each do not fit its registers."""
     options = {"ALIGNED": False, "BLOCK": block}
     problems = gates.compile_variant(variant(constexprs=options, num_warps=1), target).problems
     assert any("spills" in p for p in problems) and any("bytes of stack" in p for p in problems)

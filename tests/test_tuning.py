@@ -491,7 +491,7 @@ def test_gates_compile_the_defaults():
     """And with `candidates` everything, each target its own."""
     each = {t: (tuning.config(n // 2 + 1, 2, BLOCK=64), FAST) for n, t in enumerate(gates.TARGETS)}
     variant = next(v for v in gates._module("gather").variants() if v.tunable)
-    variant = gates.replace(variant, name="some", tunable=tuning.Tunable((), each, problems))
+    variant = gates.replace(variant, name="some", constexprs={}, tunable=tuning.Tunable((), each, problems))
     assert [(v.name, v.targets, v.num_warps, v.num_stages, v.constexprs) for v in variant.configured()] == [
         ("some, BLOCK 64, 1 warps, 2 stages", ("sm_80", "sm_90"), 1, 2, {"BLOCK": 64}),
         ("some, BLOCK 64, 2 warps, 2 stages", ("sm_100", "gfx942"), 2, 2, {"BLOCK": 64}),
