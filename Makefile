@@ -56,7 +56,7 @@ $(TRITON_3.6)/.installed: constraints-triton-3.6.txt | $(BIN)/python
 kernels-3.6: $(VENV)/.dev $(TRITON_3.6)/.installed ## the same with Triton 3.6, and the tests of the kernels
 	$(WITH_3.6) -c 'import triton; print(f"triton=={triton.__version__}")' | grep -xFf - constraints-triton-3.6.txt
 	$(WITH_3.6) -m xpo_fast.kernels.gates --jobs 2
-	$(WITH_3.6) -m pytest -n 2 -p no:benchmark tests/test_kernel_gates.py tests/test_triton.py tests/test_*_kernel.py
+	$(WITH_3.6) -m pytest -n 2 -p no:benchmark tests/test_kernel_gates.py tests/test_jit.py tests/test_triton.py tests/test_*_kernel.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

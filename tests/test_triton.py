@@ -277,6 +277,29 @@ def check_logits_out_of_the_ordinary():
     assert z[6].isnan().all()
 
 
+@interpreted
+def check_the_second_read_begins_where_the_first_has_ended(monkeypatch):
+    """What was read last is what a cache still holds."""
+    from triton.runtime import interpreter as triton_interpreter
+
+    seen = []
+    builder = triton_interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+
+    def noted_load(self, pointers, mask, *rest):
+        if pointers.data.size == 128:
+            seen.append(int(pointers.data.reshape(-1)[0]))
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", noted_load)
+    products = oracle.normal(1, 300, dtype=torch.float32)
+    rows, z, _ = kernel_of({"products": products})
+    u = {"lse": torch.ones(1)}
+    rows.run(z, torch.tensor([3]), upstream=u, grad=poisoned(1, 300))
+    blocks_read = [(address - z.data_ptr()) // (4 * 128) for address in seen]
+    assert blocks_read == [2, 1, 0, 0, 1, 2]
+
+
 def check_softcap_is_precise():
     """tanh without cancellation near zero, and flat far away."""
     x = torch.cat([torch.logspace(-6, 3, 60), -torch.logspace(-6, 3, 60), torch.zeros(1)])[None]
