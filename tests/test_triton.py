@@ -292,7 +292,7 @@ def check_the_second_read_begins_where_the_first_has_ended(monkeypatch):
         return load(self, pointers, mask, *rest)
 
     monkeypatch.setattr(builder, "create_masked_load", noted_load)
-    products = oracle.normal(1, 300, dtype=torch.float32)
+    products = oracle.normal(1, 300, seed=1, dtype=torch.float32)
     rows, z, _ = kernel_of({"products": products})
     u = {"lse": torch.ones(1)}
     rows.run(z, torch.tensor([3]), upstream=u, grad=poisoned(1, 300))
