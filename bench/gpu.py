@@ -41,7 +41,7 @@ from contenders import Missing
 from head import TOLERANCES, Shape, _errors
 from measure import MIB, environment, ratio, size_mib, table, time_interleaved
 from problem import BETA, IGNORE, LEANS, LOGIT_STD, LOSSES, Batch, Case, Results, float64_truth
-from xpo_fast.files import write_json
+from report import DEVICE_LOST, Report
 from xpo_fast.head.plan import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
@@ -52,9 +52,11 @@ BATCHES = 3
 FLOOR_TOKENS = 8192  # of a GEMM of the floor: more make it no faster, and need not fit
 REPEATS = (3, 20)
 SAMPLE_S = 0.4  # a contender and case
+AHEAD_MS = (
+    10.0  # an objective's call is some 200 kernels and copies beside its products: 2.5 to 4 ms of a host
+)
 FIRST_CALLS_S = 60.0  # after this long in them, compiling, a contender takes no further part
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
-DEVICE_LOST = 3  # exit status
 GATHER_TOKENS = 2048  # more logits say nothing new
 PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}  # wrong, not imprecise
 
@@ -542,26 +544,20 @@ class Bench:
         self.problems: list[str] = []
         self.first_calls_s: dict[str, float] = {}
         self.shapes_s: dict[Shape, float] = {}  # without the first calls
-        self.ended = False
-        self.doing = {"doing": "", "contender": ""}
+        self.report = Report(args.json, environment=facts)
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self.start
 
-    def begin(self, doing: str, contender: str = "") -> None:
-        """Say in the file what is to be done next: who dies of it has said so."""
-        self.doing = {"doing": doing, "contender": contender}
-        self.save()
-
     def save(self) -> None:
-        if not self.args.json:
-            return
         found = {"timing": self.records, "aims": self.aims(), "memory_aims": self.memory_aims()}
         outcome = {"missing": self.missing, "skipped": self.skipped, "problems": self.problems}
-        now = {"ended": self.ended, **self.doing, "seconds": self.elapsed_s}
-        content = {"environment": self.facts, **found, **outcome, **now}
-        write_json(self.args.json, content)
+        self.report.save(**found, **outcome)
+
+    def begin(self, doing: str, contender: str = "") -> None:
+        self.report.begin(doing, contender)
+        self.save()
 
     def run(self) -> None:
         """Measure shape after shape, as far as the time goes."""
@@ -579,8 +575,7 @@ class Bench:
             self.run_shape(shape, check=truth_s < self.args.check_s)
             self.shapes_s[shape] = self.elapsed_s - sum(self.first_calls_s.values()) - before_s
             print(f"{shape}: done after {self.elapsed_s:.0f} s", file=sys.stderr, flush=True)
-        self.ended = True
-        self.begin("")
+        self.report.end()
 
     def run_shape(self, shape: Shape, check: bool) -> None:
         self.begin(f"making the inputs and the truth of {shape}")
@@ -713,7 +708,9 @@ class Bench:
         if self.device.type == "cpu":
             measure = time_interleaved
         else:
-            from xpo_fast.kernels.tuning import sample_with_events as measure  # pyright: ignore[reportMissingImports]
+            from xpo_fast.kernels.tuning import sample_with_events  # pyright: ignore[reportMissingImports]
+
+            measure = partial(sample_with_events, ahead_ms=AHEAD_MS)
         gc.collect()
         gc.freeze()  # or every collection would go over all modules
         gc.disable()
