@@ -141,8 +141,6 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
                 logps, (grad,) = _token_logps(xf, hidden, weight, targets, backend)
             except Exception as error:  # one that fails must not hide the others
                 record["value"] = f"{type(error).__name__}: {error}"[:300]
-                if probe.device.type != "cpu" or backend in ("torch", "auto"):
-                    probe.problems.append(f"{record['what']}: {record['value']}")
                 if lost(probe.device):
                     raise
             else:
@@ -155,9 +153,10 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
                     "grad": slope,
                 }
                 bounds = TOLERANCES["bf16"]
-                if not (error <= bounds["logps"] and slope <= bounds["hidden_grad"]):
-                    probe.problems.append(f"wrong: {record['what']}: {record['value']}")
+                record["right"] = error <= bounds["logps"] and slope <= bounds["hidden_grad"]
             found.append(record)
+    if not any(record.get("right") for record in found):  # which of them are not is for the checks to say
+        probe.problems.append("none of our backends gives the log-probs of a small problem")
     return found
 
 
@@ -367,7 +366,9 @@ def cell(value: Any) -> str:
 def show(name: str, records: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for record in records for key in record))
     if "what" in columns or not records:
-        lines = [f"{record['what']}: {cell(record['value'])}" for record in records]
+        lines = [
+            f"{'WRONG: ' if r.get('right') is False else ''}{r['what']}: {cell(r['value'])}" for r in records
+        ]
         print("\n".join([f"\n{name}\n", *(lines or ["nothing"])]), flush=True)
         return
     print(
