@@ -71,7 +71,7 @@ class Stage(NamedTuple):
 def _head(name: str, limit_s: int, shapes: str, contenders: str, decides: str, cases: str = "") -> Stage:
     command = ("bench/gpu.py", "--shapes", *shapes.split(), "--only", *contenders.split(","))
     command += ("--cases", *(cases or "frozen trainable logps").split(), "--json", "{out}")
-    return Stage(name, limit_s, decides, command, ("--quick",), peers=True)
+    return Stage(name, limit_s, decides, command, ("--quick", "--shapes", "64x48x1009"), peers=True)
 
 
 def _probe(name: str, limit_s: int, sections: str, decides: str, **more: Any) -> Stage:
