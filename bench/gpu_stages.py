@@ -274,17 +274,18 @@ def run_call(
 
 @contextlib.contextmanager
 def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, str]]:
-    """The environment of the stages: this checkout, the packages of the archive, and no network."""
-    link = ROOT / "xpo_fast" / "kernels"
-    made = not link.exists()
-    if made:
-        link.unlink(missing_ok=True)
-        link.symlink_to("../kernels")  # as an installation maps it
+    """The environment of the stages: this checkout as it would be installed, the packages of the archive, and no network."""
     with tempfile.TemporaryDirectory(prefix="gpu-site-") as site:
         if archive is not None:
             with tarfile.open(archive, "r:xz") as packed:
                 packed.extractall(site, filter="data")
-        paths = [str(ROOT), site, os.environ.get("PYTHONPATH", "")]
+        package = Path(site) / "xpo_fast"
+        package.mkdir()
+        for path in (ROOT / "xpo_fast").iterdir():
+            if path.name not in ("kernels", "__pycache__"):
+                (package / path.name).symlink_to(path)
+        (package / "kernels").symlink_to(ROOT / "kernels")
+        paths = [site, os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in paths if p),
@@ -294,11 +295,7 @@ def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, s
         }
         if dry:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        try:
-            yield environment
-        finally:
-            if made:
-                link.unlink()
+        yield environment
 
 
 def pack(folder: Path, *, compiler: bool) -> Path:
