@@ -41,9 +41,7 @@ PACKAGES = ("trl==1.16.0", "liger_kernel==0.8.5", "datasets", "dill<0.4.2", "mul
 # And Liger's and QuACK's kernels for Hopper: NVIDIA's compiler of them, most of the archive.
 COMPILER = "4.8.1"
 COMPILED_PEERS = (
-    f"nvidia-cutlass-dsl=={COMPILER}",
-    f"nvidia-cutlass-dsl-libs-base=={COMPILER}",
-    f"nvidia-cutlass-dsl-libs-cu13=={COMPILER}",
+    *(f"nvidia-cutlass-dsl{part}=={COMPILER}" for part in ("", "-libs-core", "-libs-base", "-libs-cu13")),
     "apache-tvm-ffi==0.1.15.post2",
     "quack-kernels==0.6.5",
     "torch-c-dlpack-ext==0.1.5",
@@ -285,6 +283,8 @@ def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, s
             if path.name not in ("kernels", "__pycache__"):
                 (package / path.name).symlink_to(path)
         (package / "kernels").symlink_to(ROOT / "kernels")
+        # Packages come with *.pth files, which Python reads where packages are installed, and not on PYTHONPATH.
+        (Path(site) / "sitecustomize.py").write_text(f"import site\n\nsite.addsitedir({site!r})\n")
         paths = [site, os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,

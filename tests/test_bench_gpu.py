@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import gpu
 import gpu_stages
 import truncation
 from gpu_stages import CALLS, LIMITS_S, Stage
-from report import Report
+from report import DEVICE_LOST, Report
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu.py"
 
@@ -54,6 +55,65 @@ def test_quick(tmp_path):
 def test_needs_a_gpu():
     done = run()
     assert done.returncode == 2 and "no GPU" in done.stderr
+
+
+def tiny(monkeypatch, path, *names):
+    """gpu.main on the CPU: its exit status and the result file."""
+    arguments = ["--quick", "--shapes", "16x16x33", "--cases", "frozen", "--json", path, "--only", *names]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    status = gpu.main()
+    return status, json.loads(path.read_text())
+
+
+def test_peers_that_fail(tmp_path, monkeypatch):
+    """One that does not import with what is here, and one that is asked for its results: ours have theirs."""
+
+    def import_fails(task, device):
+        raise TypeError("no key for a Logger")
+
+    def call_fails(batch):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setitem(gpu.CONTENDERS, "QuACK CE", import_fails)
+    monkeypatch.setitem(gpu.CONTENDERS, "TRL", lambda task, device: gpu.Contender(call_fails, "token"))
+    status, found = tiny(monkeypatch, tmp_path / "r.json", "QuACK CE", "TRL", "torch")
+    assert status == 0 and found["ended"] and not found["problems"]
+    assert found["missing"] == {"QuACK CE": "QuACK CE: TypeError: no key for a Logger"}
+    records = {r["contender"]: r for r in found["timing"]}
+    assert "illegal" in records["TRL"]["failed"] and records["torch"]["median_ms"] > 0
+
+
+def test_a_lost_device_ends_the_process_and_names_who_lost_it(tmp_path, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    class Device:
+        type = "cuda"
+
+    def call_fails(batch):
+        raise RuntimeError("an illegal memory access")
+
+    def run_case(bench, *arguments):
+        bench.device = Device()
+        try:
+            inner(bench, *arguments)
+        finally:
+            bench.device = gpu.torch.device("cpu")
+
+    inner = gpu.Bench.run_case
+    monkeypatch.setattr(gpu.Bench, "run_case", run_case)
+    monkeypatch.setattr(gpu, "synchronize", lambda device: None)
+    monkeypatch.setattr(gpu, "lost", lambda device: True)
+    monkeypatch.setattr(gpu.os, "_exit", end)
+    monkeypatch.setitem(gpu.CONTENDERS, "TRL", lambda task, device: gpu.Contender(call_fails, "token"))
+    with pytest.raises(Ended, match=str(DEVICE_LOST)):
+        tiny(monkeypatch, tmp_path / "r.json", "TRL", "torch")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert not found["ended"] and found["contender"] == "TRL" and "is lost" in found["problems"][0]
 
 
 # --- stages ------------------------------------------------------------------------------------------------------------
@@ -188,15 +248,23 @@ def test_report_is_whole_at_every_step(tmp_path):
 
 
 def test_dry_run(tmp_path):
-    """The real stage of one section, by the command that a GPU gets, with its environment."""
+    """The real stage of one section, by the command that a GPU gets, with its environment and an archive of packages."""
+    site = tmp_path / "site"
+    (site / "inner").mkdir(parents=True)
+    (site / "inner" / "quack.py").touch()  # one of the peers that it looks for, where a *.pth file says
+    (site / "some.pth").write_text("import sys; sys.path.insert(0, " + repr(str(site / "inner")) + ")\n")
+    with tarfile.open(tmp_path / "site.tar.xz", "w:xz") as archive:
+        archive.add(site, ".")
+    command = [sys.executable, SCRIPT.parent / "gpu_stages.py", "first", "--dry", "--only", "smoke"]
     done = subprocess.run(
-        [sys.executable, SCRIPT.parent / "gpu_stages.py", "first", "--dry", "--only", "smoke", "--out", tmp_path],
+        [*command, "--archive", tmp_path / "site.tar.xz", "--out", tmp_path],
         capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smoke: ended well" in done.stdout
     smoke = json.loads((tmp_path / "results.json").read_text())["results"]["smoke"]
     assert smoke["ended"] and any(record.get("right") for record in smoke["smoke"])
+    assert "quack" in next(record["value"] for record in smoke["smoke"] if record["what"] == "peers")
 
 
 # --- poison ------------------------------------------------------------------------------------------------------------
