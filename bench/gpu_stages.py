@@ -38,13 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = "site.tar.xz"
 # What the peers need beside the torch, Triton, transformers and pandas that the machine has: TRL's trainers import datasets.
 PACKAGES = ("trl==1.16.0", "liger_kernel==0.8.5", "datasets", "dill<0.4.2", "multiprocess<0.70.20")
-# And Liger's and QuACK's kernels for Hopper: NVIDIA's compiler of them, most of the archive.
+# And for Liger's kernels on Hopper NVIDIA's compiler of them, most of the archive. QuACK 0.6.5 imports with neither 4.7.0 nor 4.8.1.
 COMPILER = "4.8.1"
 COMPILED_PEERS = (
     *(f"nvidia-cutlass-dsl{part}=={COMPILER}" for part in ("", "-libs-core", "-libs-base", "-libs-cu13")),
     "apache-tvm-ffi==0.1.15.post2",
-    "quack-kernels==0.6.5",
-    "torch-c-dlpack-ext==0.1.5",
 )
 PLATFORM = (
     *("--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"),
@@ -306,7 +304,10 @@ def pack(folder: Path, *, compiler: bool) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as site:
         subprocess.run([*pip, *PLATFORM, "--target", site, *wanted], check=True)
         # Most is machine code of x86: turned so that its jumps compress, and in one dictionary.
-        filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 256 * 2**20}]
+        filters = [
+            {"id": lzma.FILTER_X86},
+            {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * 2**20},
+        ]
         made = folder / f"{ARCHIVE}.tmp"
         with lzma.open(made, "wb", filters=filters) as file, tarfile.open(fileobj=file, mode="w|") as packed:
             packed.add(site, ".")
@@ -321,7 +322,7 @@ def plan(folder: Path) -> str:
     library = [*(ROOT / "xpo_fast" / "_native").glob("*.so")]
     lines = [
         "To carry, beside the files of this repository:",
-        f"  {shown} ({size}): TRL, Liger, QuACK and what they need; made by `python3 bench/gpu_stages.py pack {shown.parent}`",
+        f"  {shown} ({size}): TRL, Liger and what they need; made by `python3 bench/gpu_stages.py pack {shown.parent}`",
         f"  xpo_fast/_native ({'built' if library else 'missing: ' + 'XPO_FAST_CUDA=1 python setup.py build_ext --inplace'})",
     ]
     for name, stages in CALLS.items():
