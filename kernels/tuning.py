@@ -41,6 +41,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 INPUTS = 3  # sets, in turn
+CYCLES_PER_MS = 2_000_000  # of a device's clock, or a few less
 # Of a result in float32: what the order of a sum may change.
 ROUNDING = 1e-5
 LOGPS = "token_logps"  # without gradient: by tiles, or by the kernel of logps.py
@@ -335,9 +336,15 @@ class Trial:
 
 
 def sample_with_events(
-    calls: Mapping[Name, Callable[[Input], object]], inputs: Sequence[Input], repeats: int
+    calls: Mapping[Name, Callable[[Input], object]],
+    inputs: Sequence[Input],
+    repeats: int,
+    ahead_ms: float = 2.0,
 ) -> dict[Name, list[float]]:
-    """Milliseconds of device time, a sample a call and repeat, all calls in turn on inputs that rotate; warm up before."""
+    """Milliseconds of device time, a sample a call and repeat, all calls in turn on inputs that rotate; warm up before.
+
+    ahead_ms: how long the device is kept busy before each call, so that the host has launched all of it when it begins.
+    """
     names = list(calls)
     samples_ms: dict[Name, list[float]] = {name: [] for name in names}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -345,7 +352,7 @@ def sample_with_events(
         arguments = inputs[repeat % len(inputs)]
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            torch.cuda._sleep(4_000_000)  # some 2 ms, in which the host launches what follows
+            torch.cuda._sleep(round(ahead_ms * CYCLES_PER_MS))
             start.record()
             found = calls[name](arguments)
             end.record()

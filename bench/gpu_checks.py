@@ -1,0 +1,270 @@
+"""Every check of the kernels, on the GPU at hand, each with its outcome in a result file: the stage `checks` of gpu_stages.py.
+
+    python bench/gpu_checks.py --json checks.json --jobs 8
+    python bench/gpu_checks.py --quick --select gather      # interpreted on the CPU where there is no GPU
+
+The checks of the kernels' tests (their functions check_*), those of the tests of csrc/ that run on a device, and the ones below,
+which need more than one launch: the kernels of objectives, graphs replayed on new data, threads beside each other.
+
+An illegal access stays with the process that made it: a worker whose device is lost ends at once, its check counts as failed, and
+another worker takes the rest. Exit status 1: a check failed or none was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+HERE = Path(__file__).resolve()
+TESTS = HERE.parent.parent / "tests"
+PARAMETER = "XPO_FAST_CHECKS_WITH"  # of the checks to run: a parameter that they have, as a device
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+OBJECTIVES = ("dpo", "simpo", "ipo", "cpo", "kto", "grpo", "gspo", "cispo", "dapo")
+HYPER: dict[str, dict[str, Any]] = {"cispo": {"eps": 0.2}}
+
+
+# --- checks of more than one launch --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend():
+    """csrc's where it runs; on a CPU the torch backend stands in for it."""
+    from xpo_fast.head.plan import check_backend
+
+    try:
+        check_backend("cuda", torch.device(DEVICE))
+    except ValueError as error:
+        if CUDA:
+            pytest.skip(str(error))
+        return "torch"
+    return "cuda"
+
+
+@pytest.mark.parametrize("learn", ["frozen", "trainable"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def check_objective_kernels(name, learn, backend):
+    """Loss, gradients and metrics beside the dense backend's, whose losses torch evaluates: float32, rows of many lengths."""
+    import xpo_fast as xf
+
+    rows, length, width, vocab = 12, 96, 64, 4099
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, length, width, generator=generator).to(DEVICE)
+    weight = (torch.randn(vocab, width, generator=generator) / 4).to(DEVICE)
+    targets = torch.randint(vocab, (rows, length), generator=generator)
+    targets[:, :7], targets[3, 40:], targets[5] = -100, -100, -100
+    found = []
+    for which in ("dense", backend):
+        leaves = {"hidden": hidden.clone().requires_grad_()}
+        leaves["weight"] = weight.clone().requires_grad_(learn == "trainable")
+        objective = xf.Objective(name, backend=which, tile_bytes=300 * vocab * 8, **HYPER.get(name, {}))
+        more: dict[str, Any] = {}
+        if name == "kto":
+            more = {"desirable": torch.arange(rows, device=DEVICE) % 2 == 0}
+            more["kl"] = torch.tensor(0.3, device=DEVICE)
+        if objective.layout == "policy":
+            more["advantage"] = torch.linspace(-1, 1, rows, device=DEVICE)
+            more["old_logp"] = torch.full((rows, length), -8.0, device=DEVICE)
+        elif objective.needs_reference:
+            more["ref_logps"] = torch.linspace(-400, -300, rows, device=DEVICE)
+        out = objective(leaves["hidden"], leaves["weight"], targets, **more)
+        out.loss.backward()
+        gradients = {k: x.grad for k, x in leaves.items() if x.requires_grad}
+        found.append({"loss": out.loss.detach(), **gradients, **out.metrics})
+    for key, want in found[0].items():
+        # Of a metric that this call has not: a NaN each.
+        size = want.double().nan_to_num(0).abs().max().item()
+        assert_close(found[1][key], want, rtol=2e-4, atol=2e-5 * (size + 1e-9), equal_nan=True, msg=key)
+
+
+@pytest.mark.skipif(not CUDA, reason="captures a graph, and there is no GPU")
+@pytest.mark.parametrize("which", ["triton", "cuda", "torch"])
+def check_graph_on_new_data(which):
+    """A replay is what a call would be, also on data that the captured call has not seen."""
+    import xpo_fast as xf
+
+    def problem(seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        hidden = torch.randn(512, 256, device=DEVICE, generator=generator).bfloat16()
+        return [hidden, torch.randint(32003, (512,), device=DEVICE, generator=generator)]
+
+    hidden, targets = problem(0)
+    weight = torch.randn(32003, 256, device=DEVICE).mul_(0.2).bfloat16()
+    hidden.requires_grad_()
+
+    def call() -> list[torch.Tensor]:
+        logp = xf.token_logps(hidden, weight, targets, backend=which)
+        return [logp.detach(), *torch.autograd.grad(logp.sum(), hidden)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for seed in (5, 6, 5):
+        with torch.no_grad():
+            for x, new in zip((hidden, targets), problem(seed), strict=True):
+                x.copy_(new)
+            for x in found:
+                x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
+
+
+@pytest.mark.parametrize("which", ["triton", "cuda", "torch"])
+def check_threads(which):
+    """Several vocabularies at once, each on a stream of its thread: the bits of one call alone."""
+    import xpo_fast as xf
+    from xpo_fast.head.plan import check_backend
+
+    if which == "triton" and not CUDA:
+        pytest.skip("Triton's interpreter is one for all threads")
+    try:
+        check_backend(which, torch.device(DEVICE))
+    except ValueError as error:
+        pytest.skip(str(error))
+    vocabs = (128256, 151936, 128256, 227000) if CUDA else (1009, 2048, 1009, 777)
+    repeats = 100 if CUDA else 2
+    problems = {}
+    for vocab in vocabs:
+        generator = torch.Generator().manual_seed(vocab)
+        weight = torch.randn(vocab, 64, generator=generator).mul_(0.3).to(DEVICE, torch.bfloat16)
+        hidden = torch.randn(8, 64, generator=generator).to(DEVICE, torch.bfloat16)
+        problems[vocab] = hidden, weight, torch.randint(vocab, (8,), generator=generator)
+
+    def call(vocab: int) -> list[torch.Tensor]:
+        hidden, weight, targets = problems[vocab]
+        hidden = hidden.detach().requires_grad_()
+        logp = xf.token_logps(hidden, weight, targets, backend=which)
+        return [logp.detach(), *torch.autograd.grad(logp.sum(), hidden)]
+
+    want = {vocab: call(vocab) for vocab in vocabs}
+    if CUDA:
+        torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def work(vocab: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream() if CUDA else None):
+                for _ in range(repeats):
+                    if not all(torch.equal(a, b) for a, b in zip(call(vocab), want[vocab], strict=True)):
+                        wrong.append(f"V {vocab}: other bits")
+        except Exception as error:  # of a thread, which nobody else would see
+            wrong.append(f"V {vocab}: {type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=work, args=(vocab,)) for vocab in vocabs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:3]
+
+
+# --- running them --------------------------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only those with the parameter that is asked for, of tests that also run elsewhere."""
+    wanted = os.environ.get(PARAMETER)
+    if wanted:
+        left = [x for x in items if wanted in getattr(getattr(x, "callspec", None), "params", {}).values()]
+        config.hook.pytest_deselected(items=[x for x in items if x not in left])
+        items[:] = left
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """The process ends with its device, if others can go on: what is left would fail for no reason of its own."""
+    if "PYTEST_XDIST_WORKER" in os.environ and CUDA and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid} has lost the device: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)
+
+
+class Recorder:
+    """Keeps the outcome of every check, in the file at once if it is no success."""
+
+    def __init__(self, report: Any) -> None:
+        self.report, self.found, self.problems = report, report.content["checks"], report.content["problems"]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        outcome = report.outcome if report.when == "call" or report.skipped else "error"
+        record = {"check": report.nodeid, "outcome": outcome, "seconds": report.duration}
+        if not report.passed:
+            record["why"] = report.longreprtext[-3000:]
+        self.found.append(record)
+        if report.failed:
+            self.problems.append(f"{report.nodeid}: {outcome}")
+        if not report.passed or len(self.found) % 20 == 0:
+            self.report.save()
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.problems.append(f"{report.nodeid}: not collected: {report.longreprtext[-1000:]}")
+            self.report.save()
+
+
+def files_with_checks() -> list[str]:
+    """The test files that run their checks in a process of their own, and this one."""
+    return [
+        *(str(path) for path in sorted(TESTS.glob("test_*.py")) if "run_checks(__file__" in path.read_text()),
+        str(HERE),
+    ]
+
+
+def main() -> int:
+    first, _, details = (__doc__ or "").partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE, as it comes")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="processes (needs pytest-xdist); 0: this one alone"
+    )
+    parser.add_argument("--select", metavar="EXPRESSION", help="as pytest's -k")
+    parser.add_argument("--quick", action="store_true", help="without a GPU, in the interpreter")
+    args = parser.parse_args()
+    if not CUDA:
+        if not args.quick:
+            print("no GPU: --quick runs the checks in Triton's interpreter", file=sys.stderr)
+            return 2
+        os.environ["TRITON_INTERPRET"] = "1"
+    from report import Report
+
+    report = Report(args.json, checks=[])
+    recorder = Recorder(report)
+    # Warnings of versions that this project was not tested with are no errors of the kernels.
+    common = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "gpu_checks", "--tb=short"]
+    common += [*(["-n", str(args.jobs)] if args.jobs else []), *(["-k", args.select] if args.select else [])]
+    report.begin("the checks of the kernels")
+    pytest.main([*common, "-o", "python_functions=check_*", *files_with_checks()], plugins=[recorder])
+    report.begin("the tests of csrc on a device")
+    os.environ[PARAMETER] = DEVICE
+    pytest.main([*common, str(TESTS / "test_cuda_rows.py")], plugins=[recorder])
+    report.end()
+    count = {
+        outcome: sum(r["outcome"] == outcome for r in recorder.found) for outcome in ("passed", "skipped")
+    }
+    print(f"{count['passed']} passed, {len(recorder.problems)} failed, {count['skipped']} skipped")
+    for problem in recorder.problems:
+        print(problem)
+    return 1 if recorder.problems or not count["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
