@@ -2,19 +2,26 @@
 
     python bench/predict.py --json bench/results/gpu-predicted.json
 
-Nothing here was measured by this project on a GPU. From the measured rate of GEMMs on random operands, 788 TFLOP/s, and
-a rate of copies of 4.0 TB/s (83% of the card's 4.8 TB/s), and of the plan that the head makes for the shape:
+Nothing here was measured by this project on a GPU. What is known of the card stands below as constants, each with its
+source; where there are two they are the better and the worse end, and so are the two ends of a prediction. Everything
+happens one after the other, as on one stream:
 
-    floor      (2 frozen, 3 trainable, 1 log-probs alone) · F / GEMM rate, F = 2·N·V·D FLOP
-    rows       a logit: read twice and dz written, 4 + 4 + 2 bytes; log-probs alone 4. `hidden`: all but the last step's are
-               hidden behind the next product. `exposed`: none are, as on one stream
-    dW         with one tile bf16, which the backward scales (4·V·D bytes); with more a float32 accumulator, written by the
-               first (4), read and written by each further one (8), which the backward scales into bf16 (6). Taken as
-               never hidden
-    predicted  floor / (floor + rows + dW): the fraction of the floor's speed, from `exposed` to `hidden`
+    floor      (2 frozen, 3 trainable, 1 log-probs alone) · F at the rate of large GEMMs, F = 2·N·V·D FLOP
+    GEMMs      the products by the plan's steps: whole waves of 128×256 tiles over the processors, filling and draining
+               them, a float32 epilogue in each wave, clock that their traffic costs at the power limit; no less than it
+               takes to read the head once a step, which otherwise overlaps. Those of a unit longer than a tile are made
+               twice. The gradient's at the floor's rate, filling and draining beside it
+    rows       the bytes of a logit that bench/launches.py counts, none of them hidden; of csrc/ a time a logit. No row is
+               read again because its first logits were no guide to its largest
+    rest       dW: of one tile bf16, which the backward scales (4·V·D bytes); of more a float32 accumulator, written by the
+               first (4), read and written by each further one (8), scaled into bf16 (6). Rows of h and dH gathered, scaled
+               and cast, u = ∂L/∂logp. All of it exposed
+    of floor   floor / what all of that takes, or what the host takes to launch it, whichever is longer
+    peak       the plan's: the tile of dz, the logits of a step, what an accumulator takes beyond the gradient
 
-What a GEMM of these shapes loses to the rate above, both lose: it is not in the fraction. Memory above inputs and
-gradients: the plan's, and what the accumulator takes beyond the gradient.
+The trainable case is DPO on pairs of 2048 tokens, packed as the objective packs them. `one pair` is one of 16384 tokens, on a
+card of 80 GB with the rates of the H200; all else is on one of 141 GB. The shapes are some of those of bench/gpu.py, and the
+pair.
 """
 
 from __future__ import annotations
@@ -22,58 +29,183 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from gpu import SHAPES
+import launches
 from head import Shape
 from measure import table, write_json
 
-GEMM_FLOPS, COPY_BYTES = 788e12, 4.0e12  # a second
+Range = tuple[float, float]  # the better and the worse end
+
+GEMM_FLOPS = 788e12  # a second: GEMMs of 8192 rows on random operands, as others have measured on an H200
+PROCESSORS, TILE_ROWS, TILE_COLUMNS = (
+    132,
+    128,
+    256,
+)  # of the card; of cuBLAS's tiles on it, which is an assumption
+# Desk estimates, none measured. To start a GEMM and to empty the card: 1.5% of a product of 0.51 ms, 2.5% of 0.26 ms.
+FILL_S = 7e-6
+# What a float32 tile of 128 KiB takes beyond what the next one's main loop covers: 2 to 5% of 36 µs, 4 to 10% of 18 µs.
+EPILOGUE_S: Range = (0.7e-6, 1.8e-6)
+# Of the clock, for each TB/s that a GEMM moves: 2 to 4% at 2.4 TB/s.
+CLOCK: Range = (0.008, 0.016)
+HBM_BYTES: Range = (4.8e12, 4.0e12)  # a second: the card's figure, and 83% of it, a rate of copies
+COPY_BYTES: Range = (4.3e12, 4.0e12)  # a second: what a copy was seen to reach, and the same 83%
+# A second, of a kernel that reads rows: a copy's, and one load of 16 bytes at a time under way in each thread.
+ROW_BYTES: Range = (4.0e12, 3.3e12)
+# A logit, of csrc/rows.cu, which at V 128k and 152k has more instructions than time to issue them: with a gradient, without
+# one, and with one where a block leaves no room for a second on a processor. Of V 32k nobody has said.
+CUDA_S: dict[str, Range] = {
+    "gradient": (2.2e-12, 3.2e-12),
+    "none": (1.1e-12, 1.3e-12),
+    "long": (3.7e-12, 5.4e-12),
+}
+LONG_ROW = 229_377
+LAUNCH_S: Range = (6.5e-6, 17e-6)  # of the host: an operator of torch's; some 230 of an objective in 4 ms
+U_S = 0.2e-3  # of the loss of a group of units, all small kernels
+# Of (n, D) in bf16: rows gathered; dH made of float32, put in its place and set to zero before; scaled by the backward.
+HIDDEN_BYTES = {"logps": 4, "frozen": 4 + 12 + 4, "trainable": 4 + 12 + 4 + 4}
+
 PASSES = {"frozen": 2, "trainable": 3, "logps": 1}
+COUNTED = {"frozen": "frozen", "trainable": "trainable", "logps": "log-probs"}  # in bench/launches.py
+CARD_BYTES, SMALL_CARD_BYTES = 141 * 10**9, 80 * 10**9
 
 
-def predict(shape: Shape, case: str) -> dict[str, Any]:
+class Call(NamedTuple):
+    case: str
+    shape: Shape
+    pair_tokens: int = 2048  # of the trainable case
+    card_bytes: int = CARD_BYTES
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        text = f"{self.case} {self.shape}"
+        text += ", fp16" if self.dtype == torch.float16 else ""
+        return text + (
+            ", one pair" if self.case == "trainable" and self.pair_tokens == self.shape.scored else ""
+        )
+
+
+SHAPES = [Shape(8192, d, v) for d, v in ((4096, 128256), (2048, 151936), (4096, 32000))]
+MORE = [
+    Call("trainable", Shape(8192, 2304, 262144)),
+    Call("trainable", Shape(32768, 4096, 128256)),
+    Call("trainable", Shape(16384, 3584, 151936), 16384, SMALL_CARD_BYTES),
+]
+HALF = Call("frozen", SHAPES[0], dtype=torch.float16)  # read twice
+
+
+def step_gemm_s(rows: int, shape: Shape, end: int) -> float:
+    """The products of a step, float32."""
+    tiles = -(-rows // TILE_ROWS) * -(-shape.vocab // TILE_COLUMNS)
+    loop_s = 2 * TILE_ROWS * TILE_COLUMNS * shape.width * PROCESSORS / GEMM_FLOPS
+    busy_s = -(-tiles // PROCESSORS) * (loop_s + EPILOGUE_S[end]) + FILL_S
+    head_bytes = 2 * shape.vocab * shape.width
+    busy_s *= 1 + CLOCK[end] * (head_bytes + 4 * rows * shape.vocab) / busy_s / 1e12
+    return max(busy_s, head_bytes / HBM_BYTES[end])
+
+
+def rows_s(call: Call, backend: str, tokens: int, again: int, bytes_a_logit: float, end: int) -> float:
+    """What is done to the rows: of `tokens` with a gradient, if there is one, and of `again` once more without."""
+    vocab = call.shape.vocab
+    if backend != "cuda":
+        return tokens * vocab * bytes_a_logit / ROW_BYTES[end]  # those made again are counted in it
+    kind = "none" if call.case == "logps" else "long" if vocab >= LONG_ROW else "gradient"
+    return vocab * (tokens * CUDA_S[kind][end] + again * CUDA_S["none"][end])
+
+
+def tiles_of(call: Call, tiling: Any) -> tuple[int, list[tuple[int, int]], list[tuple[int, int]]]:
+    """How many groups of units there are, the tiles whose gradient is made, and those that are made before, for the loss alone."""
     from xpo_fast.head.chunked import cut
-    from xpo_fast.head.plan import fit
+    from xpo_fast.head.units import pack
 
+    n = call.shape.scored
+    if call.case != "trainable":
+        return 1, list(cut(0, n, tiling.tile, 128)), []
+    groups = pack(torch.empty(n, device="meta"), [call.pair_tokens] * (n // call.pair_tokens), tiling.tile)
+    made, again = [], []
+    for group in groups:  # all but the last tile of a group that is longer: as unit_gradients has it
+        stop = group.start + len(group.positions)
+        full = max(group.start, stop - tiling.tile)
+        before = list(cut(group.start, full, tiling.tile, 128))
+        made += [*before, (full, stop)]
+        again += before
+    return len(groups), made, again
+
+
+def predict(call: Call, backend: str) -> dict[str, Any]:
+    from xpo_fast.head.chunked import cut
+    from xpo_fast.head.plan import SHARE_OF_CARD, Plan, fit
+
+    case, shape = call.case, call.shape
     n, d, v = shape.scored, shape.width, shape.vocab
-    head_bytes = v * d
-    accumulator_bytes = 2 * head_bytes if case == "trainable" else 0
+    learns = case == "trainable"
+    # Meta: as a device whose memory and processors are not asked, which has one lane as sm_90 has.
     tiling, dz_dtype, logits = fit(
-        "triton",
+        backend,
         v,
-        torch.bfloat16,
-        torch.device("cuda"),
-        None,
+        call.dtype,
+        torch.device("meta"),
+        int(SHARE_OF_CARD * call.card_bytes),
         dz=case != "logps",
-        dw_bytes=accumulator_bytes,
-        tokens=n,
+        learns=learns,
+        unit_tokens=call.pair_tokens if learns else 0,
     )
-    tiles = len(list(cut(0, n, tiling.tile, 128)))
+    groups, made, again = tiles_of(call, tiling)
+    made_again = sum(b - a for a, b in again)
+    steps = [b - a for span in (*made, *again) for a, b in cut(*span, tiling.step, 128)]
+
+    with (
+        mock.patch.object(launches, "CARD_BYTES", call.card_bytes),
+        mock.patch.object(launches, "ROW_TOKENS", call.pair_tokens // 2),
+    ):
+        counted = launches.measure(COUNTED[case], shape, backend)
+    # float16 has not the exponents for one read: rows are read twice and dz written.
+    bytes_a_logit = 10 if call.dtype == torch.float16 else counted["row_bytes_a_logit"]
+
     floor_s = PASSES[case] * shape.gemm_flop / GEMM_FLOPS
-    row_bytes = v * (4 if case == "logps" else 10)
-    exposed_s = n * row_bytes / COPY_BYTES
-    hidden_s = min(tiling.step, n) * row_bytes / COPY_BYTES
-    dw_s = 0.0
-    if case == "trainable":
-        passes_bytes = 4 if tiles == 1 else 4 + 8 * (tiles - 1) + 6
-        dw_s = head_bytes * passes_bytes / COPY_BYTES
-        accumulator_bytes = accumulator_bytes if tiles > 1 else 0
-    held = v * (logits * min(tiling.step, n) * 4 + (min(tiling.tile, n) * 2 if dz_dtype else 0))
+    gradient_s = (PASSES[case] - 1) * (shape.gemm_flop / GEMM_FLOPS + len(made) * FILL_S)
+    dw_bytes = 0
+    if learns:
+        dw_bytes = v * d * (4 if len(made) == 1 else 4 + 8 * (len(made) - 1) + 6)
+    ends = []
+    for end in (0, 1):
+        gemms_s = sum(step_gemm_s(rows, shape, end) for rows in steps) + gradient_s
+        in_rows_s = rows_s(call, backend, n, made_again, bytes_a_logit, end)
+        rest_s = (dw_bytes + n * d * HIDDEN_BYTES[case]) / COPY_BYTES[end] + (groups * U_S if learns else 0)
+        host_s = counted["launches"] * LAUNCH_S[end]
+        all_s = max(gemms_s + in_rows_s + rest_s, host_s)
+        ends.append(
+            {
+                "gemms_ms": gemms_s * 1e3,
+                "rows_ms": in_rows_s * 1e3,
+                "rest_ms": rest_s * 1e3,
+                "host_ms": host_s * 1e3,
+                "of_floor": floor_s / all_s,
+            }
+        )
+    passes = PASSES[case] + made_again / n
+    accumulator_bytes = 2 * v * d if learns and n > tiling.tile else 0
+    plan = Plan(backend, n, tiling, v, torch.float32, dz_dtype, logits, passes, "", accumulator_bytes)
     return {
-        "shape": shape._asdict(),
+        "call": str(call),
         "case": case,
+        "shape": shape._asdict(),
+        "dtype": str(call.dtype).removeprefix("torch."),
+        "card_gb": call.card_bytes / 1e9,
+        "backend": backend,
         "tiling": tiling._asdict(),
-        "tiles": tiles,
+        "tiles": len(made),
+        "passes": passes,
+        "row_bytes_a_logit": bytes_a_logit,
+        "launches": counted["launches"],
         "floor_ms": floor_s * 1e3,
-        "dw_ms": dw_s * 1e3,
-        "rows_ms": {"exposed": exposed_s * 1e3, "hidden": hidden_s * 1e3},
-        "of_floor": {
-            name: floor_s / (floor_s + s + dw_s) for name, s in (("exposed", exposed_s), ("hidden", hidden_s))
-        },
-        "peak_mb": (held + accumulator_bytes) / 1e6,
+        "better": ends[0],
+        "worse": ends[1],
+        "peak_mb": (plan.tile_bytes + accumulator_bytes) / 1e6,
     }
 
 
@@ -83,33 +215,53 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    found = [predict(shape, case) for case in PASSES for shape in sorted(SHAPES)]
+    calls = sorted(
+        [*(Call(case, shape) for case in PASSES for shape in SHAPES), *MORE],
+        key=lambda call: list(PASSES).index(call.case),
+    )
+    found = [predict(call, backend) for call in calls for backend in ("triton", "cuda", "torch")]
+    found.append(predict(HALF, "triton"))
     header = [
-        "predicted: case, N×D×V",
-        "tile",
-        "step",
-        "floor ms",
-        "dW ms",
-        "rows ms",
-        "of the floor",
-        "peak MB",
+        *("predicted: case, N×D×V", "backend", "tile", "step", "lanes", "passes", "floor ms"),
+        *("GEMMs ms", "rows ms", "rest ms", "of the floor", "peak MB"),
     ]
+
+    def both(r: dict[str, Any], name: str, digits: int = 1) -> str:
+        low, high = sorted((r["better"][name], r["worse"][name]))
+        texts = f"{low:.{digits}f}", f"{high:.{digits}f}"
+        return texts[0] if texts[0] == texts[1] else "–".join(texts)
+
     rows = [
         [
-            f"{r['case']} {Shape(**r['shape'])}",
-            str(r["tiling"]["tile"]),
-            str(r["tiling"]["step"]),
-            f"{r['floor_ms']:.2f}",
-            f"{r['dw_ms']:.2f}",
-            f"{r['rows_ms']['hidden']:.2f}–{r['rows_ms']['exposed']:.2f}",
-            f"{r['of_floor']['exposed']:.2f}–{r['of_floor']['hidden']:.2f}",
+            r["call"],
+            r["backend"],
+            *(str(r["tiling"][name]) for name in ("tile", "step", "lanes")),
+            f"{r['passes']:.2g}F",
+            f"{r['floor_ms']:.1f}",
+            *(both(r, name) for name in ("gemms_ms", "rows_ms", "rest_ms")),
+            both(r, "of_floor", 2),
             f"{r['peak_mb']:.0f}",
         ]
         for r in found
     ]
     print(table(header, rows))
     if args.json:
-        constants = {"gemm_flops": GEMM_FLOPS, "copy_bytes_s": COPY_BYTES}
+        constants = {
+            name.lower(): globals()[name]
+            for name in (
+                *(
+                    "GEMM_FLOPS",
+                    "PROCESSORS",
+                    "TILE_ROWS",
+                    "TILE_COLUMNS",
+                    "FILL_S",
+                    "EPILOGUE_S",
+                    "CLOCK",
+                    "HBM_BYTES",
+                ),
+                *("COPY_BYTES", "ROW_BYTES", "CUDA_S", "LONG_ROW", "LAUNCH_S", "U_S", "HIDDEN_BYTES"),
+            )
+        }
         what = "predictions by arithmetic, not measurements"
         write_json(args.json, {"what": what, "constants": constants, "predicted": found})
     return 0

@@ -95,8 +95,8 @@ def blocks(columns):
     with contextlib.ExitStack() as stack:
         for names, n in (((), columns), (STATISTICS, columns // 2)):
             config = tuning.config(max(1, min(16, n // 128)), 2, BLOCK=n)
-            stack.enter_context(tuning.override(rows._tunable(names), config))
             for gradient in (False, True):
+                stack.enter_context(tuning.override(rows._tunable(names, gradient), config))
                 stack.enter_context(tuning.override(one_read._tunable(names, gradient), config))
         yield
 

@@ -26,7 +26,14 @@ KEY = (torch.bfloat16, 1024)
 SLOW, FAST, WRONG, BROKEN, PARTIAL = (tuning.config(w, 3, BLOCK=64 * w) for w in (1, 2, 4, 8, 16))
 EFFECTS = {SLOW: 3.0, FAST: 1.0, WRONG: 0.5, BROKEN: 0.1, PARTIAL: 0.2}  # ms
 
-KERNELS = ("gather_forward", "gather_backward", "row_pass", "row_pass_statistics")
+KERNELS = (
+    "gather_forward",
+    "gather_backward",
+    "row_pass",
+    "row_pass_statistics",
+    "row_pass_divergences",
+    "one_read_gradient",
+)
 
 
 @pytest.fixture(autouse=True)
