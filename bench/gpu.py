@@ -889,7 +889,7 @@ def about(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
         found["device_memory_mib"] = properties.total_memory // MIB
         found["processors"] = properties.multi_processor_count
         found["versions"]["hip" if torch.version.hip else "cuda"] = torch.version.hip or torch.version.cuda
-    found["auto"] = choose_backend("auto", device)
+    found["auto"] = choose_backend("auto", device, torch.bfloat16)
     return {**found, "seed": args.seed, "clock": "wall, CPU" if device.type == "cpu" else "device events"}
 
 

@@ -146,7 +146,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
             else:
                 error = (logps.double() - truth).abs().max().item()
                 slope = ((grad.double() - wanted).norm() / wanted.norm()).item()
-                name = choose_backend(backend, probe.device)
+                name = choose_backend(backend, probe.device, torch.bfloat16)
                 record |= {
                     "value": f"{error:.1e}, gradient {slope:.1e} ({name})",
                     "logps": error,
@@ -281,7 +281,7 @@ def steps(probe: Probe, wide: bool = False) -> Iterator[dict[str, Any]]:
     from xpo_fast.head.plan import Tiling, choose_backend
 
     available = probe.backends()
-    backend = "triton" if "triton" in available else choose_backend("auto", probe.device)
+    backend = "triton" if "triton" in available else choose_backend("auto", probe.device, torch.bfloat16)
     for width, vocab in probe.heads:
         calls = _calls(probe, width, vocab, probe.tokens, backend)
         for step in (8, 32) if probe.quick else WIDE_STEPS if wide else STEPS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,7 @@ def gpu(monkeypatch, device_guard):
     has_triton()  # remembered: without a GPU there is no code to generate
     answers = {
         "is_available": True, "current_device": 0, "get_device_name": "GPU", "get_device_capability": (8, 0),
+        "get_device_properties": SimpleNamespace(total_memory=80 * 10**9),
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
     }  # fmt: skip
     for name, answer in answers.items():

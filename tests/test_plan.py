@@ -104,7 +104,9 @@ def test_a_device_without_mixed_gemms_is_in_place(dtype):
 def test_memory_is_asked_for_in_few_sizes(rows):
     got = room(rows, 4096)
     assert min(rows, 4096) <= got <= min(max(2 * rows - 1, 1), 4096, rows + 512 if rows > 512 else 4096)
-    assert len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
+    assert (
+        len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7
+    )  # powers of two up to an eighth, and eighths
 
 
 def test_a_flat_row_in_float16(monkeypatch):
