@@ -214,11 +214,12 @@ def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> No
         gather._write_gradient(logits, targets, logp, 1.0, -100, None, torch.empty_like(logits))
 
 
-def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str, **options: Any) -> None:
     from xpo_fast.head.distillation import distillation_loss
 
     teacher = hidden.detach(), weight.detach()
-    found = distillation_loss(hidden, weight, targets, teacher_hidden=teacher[0], teacher_weight=teacher[1])
+    heads = dict(zip(("teacher_hidden", "teacher_weight"), teacher, strict=True))
+    found = distillation_loss(hidden, weight, targets, **heads, **options)
     found.loss.backward()
 
 
