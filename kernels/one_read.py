@@ -60,8 +60,9 @@ def one_read(
 ):
     """With e = e^(z − c) and s = dz/d(product): grad = e·s but at the target, −s Σ e over all others; factor = −1/Σ e.
 
-    The sum over all others is exact where p_y − 1 would cancel. As the largest entry of most rows it would also lose most
-    when it is rounded: it is taken as the number that it is rounded to, and the factor makes up for it.
+    The sum over all others is exact where p_y − 1 would cancel. What is rounded is off by up to 2⁻⁸ of itself; of the entries
+    the target's and its likeliest rival's are the largest by far in most rows: the factor is the one with which the two
+    come closest to what they were (least squares), but for a softcap, where they need not be the largest.
     """
     n = tl.program_id(0).to(tl.int64)
     row = products + n * stride
@@ -69,10 +70,14 @@ def one_read(
     lane = tl.arange(0, BLOCK)
     whole = vocab // BLOCK * BLOCK
 
-    z_y, slope_y = _logits(row, bias, y, vocab, gain, inner, ceiling, SOFTCAP)
+    # A target outside the vocabulary has no logit; the host asserts.
+    known = (y >= 0) & (y < vocab)
+    z_y, slope_y = _logits(row, bias, tl.where(known, y, 0), vocab, gain, inner, ceiling, SOFTCAP)
+    z_y = tl.where(known, z_y, float("nan"))
     some, _slope = _logits(row, bias, lane, vocab, gain, inner, ceiling, SOFTCAP)
     c = tl.maximum(tl.max(some, axis=0), z_y)
     largest = c
+    rival = c  # the largest of all but the target
     others = 0.0  # Σ e of all but the target
     gaps = 0.0  # Σ e (z − c) of all but the target, and so on
     squares = 0.0
@@ -88,10 +93,11 @@ def one_read(
             for start in range(whole if TAIL else 0, vocab if TAIL else whole, BLOCK):
                 at = start + lane
                 z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
-                top = tl.maximum(top, z)
                 if mean_logit is not None:
                     summed += tl.where(at < vocab, z, 0.0)
-                e = tl.where(at == y, 0.0, tl.exp(z - c))
+                z = tl.where(at == y, float("-inf"), z)
+                top = tl.maximum(top, z)
+                e = tl.exp(z - c)
                 total += e
                 if entropy is not None:
                     weighted += e * tl.where(z < _FLOOR, _FLOOR, z - c)
@@ -103,7 +109,8 @@ def one_read(
                         tl.store(grad + n * grad_stride + at, dz, mask=at < vocab)
                     else:
                         tl.store(grad + n * grad_stride + at, dz)
-        largest = tl.max(top, axis=0)
+        rival = tl.max(top, axis=0)
+        largest = tl.maximum(rival, z_y)
         others = tl.sum(total, axis=0)
         gaps = tl.sum(weighted, axis=0)
         squares = tl.sum(squared, axis=0)
@@ -121,7 +128,7 @@ def one_read(
         tl.store(logp + n, (z_y - c) - log_s)
     if lse is not None:
         # Without a finite logit: −∞, as in torch.
-        tl.store(lse + n, tl.where(largest == float("-inf"), largest, c + log_s))
+        tl.store(lse + n, tl.where(c == float("-inf"), c, c + log_s))
     if entropy is not None:
         gap_y = tl.where(z_y < _FLOOR, _FLOOR, z_y - c)
         tl.store(entropy + n, log_s - (gaps + e_y * gap_y) / total_y)
@@ -134,12 +141,18 @@ def one_read(
     if grad is not None:
         dz_y = -others * slope_y if SOFTCAP else -others
         rounded = dz_y.to(grad.dtype.element_ty)
-        ratio = tl.where(tl.abs(dz_y) > _TINY, dz_y / rounded.to(tl.float32), 1.0)
-        scale = -1.0 if SOFTCAP else -gain
-        tl.store(factor + n, scale * ratio / total_y)
+        if SOFTCAP:
+            tl.store(factor + n, -1.0 / total_y)
+        else:
+            e = tl.exp(rival - c)
+            e_rounded = e.to(grad.dtype.element_ty).to(tl.float32) / others
+            e = e / others
+            y_rounded = -rounded.to(tl.float32) / others
+            nearest = (y_rounded + e * e_rounded) / (y_rounded * y_rounded + e_rounded * e_rounded)
+            tl.store(factor + n, tl.where(others > _TINY, nearest, 1.0) * -gain / total_y)
         # After the zero that another thread has written there.
         tl.debug_barrier()
-        tl.store(grad + n * grad_stride + y, rounded)
+        tl.store(grad + n * grad_stride + y, rounded, mask=known)
 
 
 def _tunable(names: Iterable[str], gradient: bool) -> str:
@@ -225,7 +238,11 @@ for _name, _shapes, _without in (
         {"sm_100": ((1024, 4),), "gfx942": ((512, 4),)},
     ),
     ("one_read_statistics", ((512, 4), (1024, 8)), {"sm_100": ((1024, 8),)}),
-    ("one_read_statistics_gradient", ((1024, 4),), {}),
+    (
+        "one_read_statistics_gradient",
+        ((1024, 8), (1024, 4)),
+        {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), ((1024, 4),)), "gfx942": ((1024, 8),)},
+    ),
 ):
     tuning.declare(
         _name,

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import xpo_fast as xf
-from xpo_fast.head import head_plan, plan
-from xpo_fast.head.plan import Tiling, fit, lanes_of, scratch_bytes
+from xpo_fast.head import head_plan, plan, row_operations
+from xpo_fast.head.gemms import Gemms
+from xpo_fast.head.plan import Tiling, fit, lanes_of, room, scratch_bytes
+from xpo_fast.head.spec import Scaling
 
 META, GPU = torch.device("meta"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -45,7 +47,7 @@ def test_a_pair_of_two_rows_of_8k_is_one_tile_of_an_80_gb_card(card, width, back
     card(85 * 10**9)  # what a card of 80 GiB says that it has
     tiling, *_ = fit(backend, 151936, BF16, GPU, None, learns=True, unit_tokens=16384)
     again = max(16384 - tiling.tile, 0)
-    assert 3 + again / 16384 <= 3.1
+    assert 3 + again / 16384 <= (3.1 if backend == "torch" else 3.0)
 
 
 def test_no_cliff_beyond_a_single_tile(card):
@@ -89,6 +91,43 @@ def test_what_needs_no_cast_is_in_place(card, dtype):
         and tiling == Tiling(min(4096, 10**9 // (50257 * dtype.itemsize)), tiling.step)
     )
     assert tiling.tile == tiling.step
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_a_device_without_mixed_gemms_is_in_place(dtype):
+    """Where the weight is widened, dz is in the dtype of the products and in their place, so that a tile is one step."""
+    tiling, dz_dtype, logits = fit("torch", 152000, dtype, torch.device("mps"), None)
+    assert tiling.tile == tiling.step and dz_dtype is None and logits == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 10, 300, 511, 512, 513, 1100, 4095, 4096, 5000])
+def test_memory_is_asked_for_in_few_sizes(rows):
+    got = room(rows, 4096)
+    assert min(rows, 4096) <= got <= min(max(2 * rows - 1, 1), 4096, rows + 512 if rows > 512 else 4096)
+    assert len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
+
+
+def test_a_flat_row_in_float16(monkeypatch):
+    """Σ e^(z − largest) of a large vocabulary is beyond float16, and so would be the target's entry."""
+
+    def not_normalised(z):  # as off the CPU
+        largest = z.amax(dim=1)
+        z.sub_(largest.unsqueeze(1)).exp_()
+        total = z.sum(dim=1)
+        return largest, total.log(), total
+
+    monkeypatch.setattr(row_operations, "softmax_", not_normalised)
+    vocab = 70000
+    weight = torch.empty(vocab, 1, dtype=torch.float16, device="meta")
+    operations = row_operations.RowOperations(Gemms(weight, None, Scaling()))
+    assert operations.own_memory
+    z = torch.linspace(-0.01, 0.01, vocab).repeat(2, 1)
+    y, found, factor = torch.tensor([3, 69999]), torch.empty(2, 2), torch.empty(2)
+    want = torch.nn.functional.one_hot(y, vocab) - z.double().softmax(1)
+    dz = torch.empty(2, vocab, dtype=torch.float16)
+    operations.statistics(z, None, y, (), found, dz, factor)
+    got = dz.double() * factor[:, None].double()
+    assert (got - want).norm() < 2**-10 * want.norm()
 
 
 def test_memory_that_is_not_there_is_named(monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .gemms import Gemms, aligned_rows, logits_memory, on_huge_pages
-from .plan import Tiling
+from .plan import Tiling, room
 from .row_operations import RowOperations, row_blocks
 from .rows import Group
 from .spec import Scaling, scored_positions, static_shapes, to_device
@@ -133,9 +133,10 @@ class Passes:
             for k, span in enumerate(spans)
             for a, b in cut(span.start, span.stop, self.tiling.step, self.block)
         ]
-        rows = self._room(max((at.stop - at.start for *_, at in work), default=0), self.tiling.step)
+        rows = max((at.stop - at.start for *_, at in work), default=0)
         longest = max((span.stop - span.start for span in spans if span.with_dz), default=0)
-        longest = self._room(longest, self.tiling.tile)
+        if rows and self.hidden.device.type != "cpu":
+            rows, longest = room(rows, self.tiling.step), longest and room(longest, self.tiling.tile)
         gemms = [x for x in (self.gemms, self.ref_gemms) if x is not None]
         count = min(self.lanes.ahead, len(work))
         with ExitStack() as stack:
@@ -172,17 +173,10 @@ class Passes:
             yield
         except torch.OutOfMemoryError as error:
             error.add_note(
-                f"xpo_fast asked for the memory of a tile of {self.tiling.tile} tokens x {self.gemms.vocab}, of which "
+                f"xpo_fast was at work on a tile of {self.tiling.tile} tokens x {self.gemms.vocab}, of which "
                 f"{self.tiling.step} are logits at once: pass a smaller tile_bytes= or chunk_tokens="
             )
             raise
-
-    def _room(self, rows: int, most: int) -> int:
-        """Of how many rows memory is asked for: on a device of few sizes, which its allocator can hand out again."""
-        if self.hidden.device.type == "cpu" or rows >= most:
-            return rows
-        part = -(-most // 8)
-        return min(most, -(-rows // part) * part)
 
     def gathered(self, at: slice) -> Tensor:
         """The hidden states (n, D) of scored positions, as the GEMMs take them."""
@@ -194,7 +188,7 @@ class Passes:
     @contextmanager
     def rows(self, step: Step) -> Iterator[None]:
         """Where a step's products are to be worked on."""
-        with self.lanes.other():
+        with self.lanes.other(), self._saying_what_for():
             self.lanes.wait(step.made)
             self.lanes.wait(self._multiplied)
             yield
@@ -205,7 +199,8 @@ class Passes:
         """Where the dz of a tile, whose last step this is, is to be multiplied."""
         assert step.last and step.dz is not None
         self.lanes.wait(step.done)
-        yield step.dz
+        with self._saying_what_for():
+            yield step.dz
         self._multiplied = self.lanes.mark()
 
     def statistics(self, step: Step, outputs: Sequence[str], found: Tensor, factor: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .autograd import refuse_double_backward
 from .gemms import BLOCK_BYTES
-from .plan import check_backend, choose_backend, scratch_bytes
+from .plan import STEP_BYTES, check_backend, choose_backend, scratch_bytes
 from .row_operations import softmax_
 from .spec import Scaling, accumulation_dtype, check_targets, scored_positions
 
@@ -18,12 +18,12 @@ from .spec import Scaling, accumulation_dtype, check_targets, scored_positions
 def _blocks(logits: Tensor, index: Tensor):
     """Scored rows of the logits, a block of them widened at a time: (positions, (r, V)).
 
-    A block fits a core's cache, or on a device its scratch memory, with the rows in their own dtype beside it.
+    A block fits a core's cache; a device has few, large ones.
     """
     dtype = accumulation_dtype(logits.dtype)
     most = BLOCK_BYTES
     if logits.device.type != "cpu":
-        most = scratch_bytes(logits.device) * dtype.itemsize // (dtype.itemsize + logits.dtype.itemsize)
+        most = min(scratch_bytes(logits.device) // 2, STEP_BYTES)
     rows = max(1, most // (logits.shape[1] * dtype.itemsize))
     for start in range(0, index.shape[0], rows):
         at = index[start : start + rows]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..precision import native
-from .spec import Scaling, accumulation_dtype
+from .spec import Scaling, accumulation_dtype, has_mixed_gemms
 
 # Bytes of the blocks that row operations and weight conversions work on: small enough to stay in a core's cache.
 BLOCK_BYTES = 2 * 2**20
@@ -67,8 +67,8 @@ class Gemms:
         self.dtype = accumulation_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.narrow = weight.dtype != self.dtype
-        # torch.mm has a float32 result for narrow operands on CUDA alone: elsewhere widen the weight, a block at a time.
-        self.widen = self.narrow and weight.device.type not in ("cuda", "meta")
+        # Where there is no such GEMM: widen the weight, a block at a time.
+        self.widen = self.narrow and not has_mixed_gemms(weight.device)
         self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
         self._wide = None
         self.adapter = None if adapter is None else adapter.to(self.gemm_dtype)

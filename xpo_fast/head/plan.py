@@ -11,7 +11,7 @@ import torch
 
 from .. import device as devices
 from .. import native
-from .spec import accumulation_dtype
+from .spec import accumulation_dtype, has_mixed_gemms
 
 BACKENDS = ("dense", "torch", "triton", "cuda")
 OVERRIDE = "XPO_FAST_BACKEND"
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def tile_bytes(self) -> int:
-        tile, step = (n if self.tokens is None else min(n, self.tokens) for n in self.tiling[:2])
+        tile, step = (n if self.tokens is None else room(self.tokens, n) for n in self.tiling[:2])
         dz = 0 if self.dz_dtype is None else tile * self.dz_dtype.itemsize
         return self.vocab * (dz + self.logits * step * self.dtype.itemsize)
 
@@ -275,7 +275,7 @@ def fit(
     accumulated = accumulation_dtype(dtype)
     held = heads + (copies if on_device and not kernels else 0)  # of a step's logits
     logit_bytes = vocab * accumulated.itemsize * held
-    if not kernels and (not on_device or dtype == accumulated):
+    if not kernels and (dtype == accumulated or not has_mixed_gemms(device)):
         tile = chunk_tokens or max(1, min(budget // logit_bytes, enough))
         return Tiling(tile, tile), None, held
     # Of torch's operations on a device there are many a step: it has few, large ones.
@@ -292,6 +292,14 @@ def fit(
 
 def _step_tokens(step_bytes: int, logit_bytes: int) -> int:
     return _whole_blocks(max(1, step_bytes // logit_bytes))
+
+
+def room(rows: int, most: int) -> int:
+    """For how many rows memory is asked: of few sizes, which a device's allocator can hand out again."""
+    if rows >= most:
+        return most
+    part = -(-most // 8)
+    return min(most, -(-rows // part) * part if rows > part else 1 << max(rows - 1, 0).bit_length())
 
 
 def _whole_blocks(tokens: int) -> int:

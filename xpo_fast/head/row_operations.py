@@ -110,17 +110,14 @@ class RowOperations:
                 _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
             if dz is not None:
                 assert factor is not None
+                if dz.dtype == torch.float16:  # which has not the exponents for Σ e^z
+                    p.div_(total.unsqueeze(1))
+                    total.fill_(1)
                 self.add_at_targets(p, b, y[b], -total)
                 self.gemms.times_slope(p, keep)
                 factor[b] = total.reciprocal_().mul_(-self.gemms.scaling.gain)
-        if dz is not None and factor is not None and self.own_memory:
+        if dz is not None and self.own_memory:
             dz.copy_(z)
-            self.repair(z, dz, y, factor)
-
-    def repair(self, z: Tensor, dz: Tensor, y: Tensor, factor: Tensor) -> None:
-        """Take the target's entry of dz, as a rule the largest, as the number that it was rounded to: the factor makes up for it."""
-        exact, rounded = (x.gather(1, y.unsqueeze(1)).squeeze(1) for x in (z, dz))
-        factor.mul_((exact / rounded).nan_to_num_(1, 1, 1))
 
     def gradient(
         self,

@@ -48,6 +48,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def has_mixed_gemms(device: torch.device) -> bool:
+    """Whether torch.mm gives float32 results of narrower operands there; the meta device stands in for one that does."""
+    return device.type in ("cuda", "meta")
+
+
 def check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
     """ValueError for a target (N,) outside the vocabulary; on a device, which would have to be waited for, an assertion."""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))

@@ -257,9 +257,6 @@ class VocabParallelRows(RowOperations):
         if dz is not None:
             super().statistics(z, None, y, (), torch.empty_like(rows[:2]), dz, factor)
 
-    def repair(self, z: Tensor, dz: Tensor, y: Tensor, factor: Tensor) -> None:
-        """Nothing: the factor of a row is one on all ranks, and one of them has the target."""
-
     def gradient(
         self,
         z: Tensor,
