@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: the packages, of which kernels/ is installed as xpo_fast.kernels; and csrc/.
 
 Where nvcc is (on PATH, or in CUDA_HOME or CUDA_PATH) csrc/*.cu become xpo_fast/_native/libxpo_fast_cuda.so, which links
-nothing but CUDA's static runtime and is loaded by ctypes. Beside it, ptxas.txt says what each kernel takes.
+nothing but CUDA's static runtime and is loaded by ctypes. Beside it, ptxas.txt says by which nvcc and which command it was
+made, and what each kernel takes. It is made again where a source is newer, or nvcc or the command is another.
 XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning. Targets that
 this nvcc does not know are left out with a warning.
 """
@@ -18,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 NAME, REPORT = "libxpo_fast_cuda.so", "ptxas.txt"
-# PTX last: what it is not compiled for, the driver compiles when it loads.
+# compute_90 is PTX: what the library is not compiled for, the driver compiles from it when it loads.
 TARGETS = {
     "sm_80": "arch=compute_80,code=sm_80",
     "sm_90a": "arch=compute_90a,code=sm_90a",
@@ -66,6 +67,8 @@ class BuildNative(build_ext):
                 if WANTED == "1":
                     raise
                 warnings.warn(f"xpo-fast is installed without its CUDA library: {error}", stacklevel=1)
+                for file in self._files(ext):  # of an earlier build, of which all is installed
+                    file.unlink(missing_ok=True)
                 self.extensions.remove(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -80,29 +83,36 @@ class BuildNative(build_ext):
 
     def _build(self, ext: Extension) -> None:
         library, report = self._files(ext)
-        read = [HERE / "setup.py", *(HERE / "csrc").iterdir()]
-        if library.exists() and report.exists():
-            made = min(library.stat().st_mtime, report.stat().st_mtime)
-            if not self.force and all(f.stat().st_mtime <= made for f in read):
-                return
         nvcc = find_nvcc()
         if nvcc is None:
             raise RuntimeError("there is no nvcc on PATH, nor in CUDA_HOME")
         targets = known_targets(nvcc)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        beside = library.with_name(f".{os.getpid()}.{NAME}")  # renamed when whole: a library may be in use
         command = [nvcc, "-shared", "-O3", "-std=c++17", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         command += ["-cudart", "static", "-Xptxas", "-v", f'-DXPO_ARCHITECTURES="{" ".join(targets)}"']
         command += [word for target in targets.values() for word in ("-gencode", target)]
-        command += [*map(str, ext.sources), "-o", str(beside)]
+        command += ext.sources
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        how = f"{version}{' '.join(command)}\n"
+        if not self.force and self._is_current(library, report, how):
+            return
+        library.parent.mkdir(parents=True, exist_ok=True)
+        beside = library.with_name(f".{os.getpid()}.{NAME}")  # renamed when whole: a library may be in use
+        command += ["-o", str(beside)]
         try:
             done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-            report.write_text(done.stdout + done.stderr)
+            report.write_text(how + done.stdout + done.stderr)
             beside.replace(library)
         finally:
             beside.unlink(missing_ok=True)
+
+    @staticmethod
+    def _is_current(library: Path, report: Path, how: str) -> bool:
+        if not (library.exists() and report.exists() and report.read_text().startswith(how)):
+            return False
+        made = min(library.stat().st_mtime, report.stat().st_mtime)
+        return all(f.stat().st_mtime <= made for f in (HERE / "setup.py", *(HERE / "csrc").iterdir()))
 
 
 class Wheel(bdist_wheel):

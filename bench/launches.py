@@ -136,12 +136,20 @@ class Meter(TorchDispatchMode):
         from xpo_fast.kernels import one_read, rows
 
         from xpo_fast.head import plan
+        from xpo_fast.head.cuda import CudaRowOperations
+        from xpo_fast.head.triton import TritonRowOperations
 
         with (
             mock.patch.object(rows, "run", self.rows_run),
             mock.patch.object(one_read, "run", self.one_read_run),
             mock.patch("xpo_fast.head.triton.prefers_fused", lambda *_: False),
             mock.patch("xpo_fast.head.cuda.run", self.one_read_run),
+            # As on a GPU, which the meta device is not taken for.
+            mock.patch.object(
+                CudaRowOperations,
+                "others",
+                property(lambda own: TritonRowOperations(own.gemms, own.ref_gemms)),
+            ),
             mock.patch("xpo_fast.head.check_backend", lambda *_: None),
             mock.patch.dict(plan.DEFAULT_TILE_BYTES, cuda=int(plan.SHARE_OF_CARD * CARD_BYTES)),
             self,
@@ -206,11 +214,12 @@ def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> No
         gather._write_gradient(logits, targets, logp, 1.0, -100, None, torch.empty_like(logits))
 
 
-def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
+def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str, **options: Any) -> None:
     from xpo_fast.head.distillation import distillation_loss
 
     teacher = hidden.detach(), weight.detach()
-    found = distillation_loss(hidden, weight, targets, teacher_hidden=teacher[0], teacher_weight=teacher[1])
+    heads = dict(zip(("teacher_hidden", "teacher_weight"), teacher, strict=True))
+    found = distillation_loss(hidden, weight, targets, **heads, **options)
     found.loss.backward()
 
 

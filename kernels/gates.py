@@ -145,12 +145,16 @@ def variants(module: str, candidates: bool = False) -> list[Variant]:
     return [v for declared in _module(module).variants() for v in declared.configured(candidates)]
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
-    """Compile one variant for one target and read what it takes."""
+def _compiled(variant: Variant, target: str) -> Any:
     launch = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     options = {**launch, "enable_fp_fusion": variant.fp_fusion}
+    return triton.compile(variant.source, target=TARGETS[target], options=options)
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """Compile one variant for one target and read what it takes."""
     try:
-        compiled = triton.compile(variant.source, target=TARGETS[target], options=options)
+        compiled = _compiled(variant, target)
     except Exception as error:  # Triton's, LLVM's or the assembler's: the others are still to be compiled
         measures = (
             "registers",

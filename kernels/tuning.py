@@ -141,10 +141,10 @@ def load() -> list[str]:
     for module in gates.modules():
         importlib.import_module(f"{__package__}.{module}")
     if LOGPS not in _tunables:
-        from . import logps, rows
+        from . import logps, one_read
 
         ways = dict.fromkeys(gates.TARGETS, (False, True))
-        declare(LOGPS, Tunable((rows.row_pass, logps.logps_pass), ways, _logps_problems))
+        declare(LOGPS, Tunable((one_read.one_read, logps.logps_pass), ways, _logps_problems))
     return sorted(_tunables)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -132,6 +133,107 @@ def once(x, out, total, stride, vocab, FULL_BLOCKS: tl.constexpr, BLOCK: tl.cons
     """Without a loop."""
     lane = tl.arange(0, BLOCK)
     tl.store(out + lane, tl.load(x + lane))
+
+
+# kernels/one_read.py writes a row in a loop, then its entry at the target again: another thread's store, which must come after.
+
+# By backend: outputs of the compiler, how they are written, and what makes all threads of a program wait until what each of
+# them has stored in global memory is there for the others. PTX's bar.sync does; on AMD s_barrier with LLVM's fence before it,
+# unless that is marked as of local memory alone.
+LLVM = gates._Assembly(
+    label=r"^([\w.]+):",
+    branch=r"\blabel %([\w.]+)",
+    access=r"^\s.*?\b(load|store)\b.*(addrspace\([18]\))",
+    bytes=len,
+    instruction=r"^\s",
+)
+BARRIERS = {
+    "cuda": (("ptx", gates._PTX, r"\bbar(?:rier)?\.sync\b"),),
+    "hip": (
+        ("amdgcn", gates._AMD, r"\bs_barrier\b"),
+        (
+            "llir",
+            LLVM,
+            r'\bfence syncscope\("workgroup"\) release\b(?!.*!mmra).*\n.*@llvm\.amdgcn\.s\.barrier',
+        ),
+    ),
+}
+
+
+def last_store_is_ordered(text, assembly, barrier):
+    """Whether between all stores of loops and the last one of the kernel is a barrier that no branch goes around."""
+    lines = text.splitlines()
+    labels = {found[1]: n for n, line in enumerate(lines) if (found := re.search(assembly.label, line))}
+    jumps = [
+        (n, labels[to])
+        for n, line in enumerate(lines)
+        for to in re.findall(assembly.branch, line)
+        if to in labels
+    ]
+    stores = [
+        n for n, line in enumerate(lines) if (x := re.search(assembly.access, line)) and x[1].startswith("st")
+    ]
+    looped = [n for n in stores if any(to < n < at for at, to in jumps)]
+    assert looped and stores[-1] > looped[-1], "the last store is one of a loop"
+    between = [text.count("\n", 0, found.start()) for found in re.finditer(barrier, text)]
+    return any(looped[-1] < n < stores[-1] and not any(at < n < to for at, to in jumps) for n in between)
+
+
+def unordered(variant, target):
+    """The outputs of the compiler without such a barrier."""
+    compiled = gates._compiled(variant, target)
+    return [
+        kind
+        for kind, assembly, barrier in BARRIERS[gates.TARGETS[target].backend]
+        if not last_store_is_ordered(compiled.asm[kind], assembly, barrier)
+    ]
+
+
+@pytest.mark.parametrize(("variant", "target"), [p for p in REPRESENTATIVE if p.id.startswith("one_read:")])
+def test_the_entry_at_the_target_is_stored_last(variant, target):
+    assert "grad" in variant.signature
+    assert not unordered(variant, target)
+
+
+@triton.jit
+def stored_twice(out, n, at, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """0, and 1 in one place."""
+    for start in range(0, n, BLOCK):
+        tl.store(out + start + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32))
+    if BARRIER == "always":
+        tl.debug_barrier()
+    if BARRIER == "sometimes":  # noqa: SIM102
+        if at > 7:
+            tl.debug_barrier()
+    tl.store(out + at, 1.0)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_stores_in_any_order_are_found(target):
+    def of(barrier):
+        signature = {"out": "*fp32", "n": "i32", "at": "i32"}
+        return gates.Variant(stored_twice, barrier, signature, {"BARRIER": barrier, "BLOCK": 1024}, ("out",))
+
+    everything = [kind for kind, *_ in BARRIERS[gates.TARGETS[target].backend]]
+    assert unordered(of("never"), target) == unordered(of("sometimes"), target) == everything
+    assert not unordered(of("always"), target)
+
+
+def test_a_fence_of_local_memory_is_not_enough():
+    """As a reduction has it."""
+    text = """
+2:
+  store <4 x float> %1, ptr addrspace(1) %2, align 4
+  br i1 %3, label %2, label %4
+4:
+  fence syncscope("workgroup") release, !dbg !9
+  tail call void @llvm.amdgcn.s.barrier(), !dbg !9
+  store i16 %5, ptr addrspace(1) %6, align 2
+"""
+    *_, (_, assembly, barrier) = BARRIERS["hip"]
+    assert last_store_is_ordered(text, assembly, barrier)
+    local = text.replace("release, !dbg !9", "release, !dbg !9, !mmra !7")
+    assert not last_store_is_ordered(local, assembly, barrier)
 
 
 PTX = """

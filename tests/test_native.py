@@ -58,16 +58,16 @@ def clone(tmp_path):
     return root
 
 
-def stand_in(folder, fails=False, unknown="none"):
+def stand_in(folder, fails=False, unknown="none", version="13.0"):
     """An nvcc that writes its arguments to the library, one more line each time it runs, and does not know a target."""
     work = 'while [ "$1" != -o ]; do args="$args $1"; shift; done; echo "$args" > "$2"'
     script = f"""#!/bin/sh
 case "$*" in *{unknown}*) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
-case "$*" in *--dryrun*) exit {3 * fails};; esac
+case "$*" in *--dryrun*) exit {3 * fails};; --version) echo "release {version}"; exit 0;; esac
 echo run >> {folder}/runs
 {'echo "error: no such architecture" >&2; exit 3' if fails else f'echo "ptxas info" >&2; {work}'}
 """
-    (folder / "bin").mkdir(parents=True)
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text(script)
     nvcc.chmod(nvcc.stat().st_mode | stat.S_IEXEC)
@@ -91,12 +91,47 @@ def test_built_from_every_kernel_file_once(clone, tmp_path):
     arguments = (into / LIBRARY).read_text().split()
     assert {"csrc/one.cu", "csrc/two.cu"} <= set(arguments) and "csrc/some.cuh" not in arguments
     assert all(any(f"code={target}" in a for a in arguments) for target in (*TARGETS, "compute_90"))
-    assert (into / LIBRARY).with_name("ptxas.txt").read_text() == "ptxas info\n"
+    report = (into / LIBRARY).with_name("ptxas.txt").read_text().splitlines()
+    assert report[0] == "release 13.0" and report[2:] == ["ptxas info"]
+    assert report[1].startswith(f"{home}/bin/nvcc ") and set(arguments) <= set(report[1].split())
     assert sorted(p.name for p in (into / LIBRARY).parent.iterdir()) == [LIBRARY.name, "ptxas.txt"]
     assert build(clone, into, **environment)[0] == 0 and runs(tmp_path / "cuda") == 1
     later = (into / LIBRARY).stat().st_mtime + 10
     os.utime(clone / "csrc" / "some.cuh", (later, later))
     assert build(clone, into, **environment)[0] == 0 and runs(tmp_path / "cuda") == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "times"),
+    [
+        ({"unknown": "compute_100f", "version": "12.0"}, {"version": "12.9"}, 2),
+        ({"unknown": "compute_100f"}, {}, 2),
+        ({"version": "12.9"}, {"version": "13.0"}, 2),
+        ({}, {}, 1),
+    ],
+)
+def test_built_again_by_another_nvcc(clone, tmp_path, first, then, times):
+    """In the same place, with what was built before kept: targets that the first did not know are there again."""
+    into = tmp_path / "lib"
+    environment = {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": os.defpath}
+    stand_in(tmp_path / "cuda", **first)
+    assert build(clone, into, **environment)[0] == 0
+    stand_in(tmp_path / "cuda", **then)
+    code, text = build(clone, into, **environment)
+    assert code == 0 and "is built without" not in text and runs(tmp_path / "cuda") == times
+    arguments = (into / LIBRARY).read_text()
+    assert all(f"code={name}" in arguments for name in (*TARGETS, "compute_90"))
+
+
+def test_a_library_that_cannot_be_built_again_is_not_kept(clone, tmp_path):
+    """An install takes all that lies in build/."""
+    into, environment = tmp_path / "lib", {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": os.defpath}
+    stand_in(tmp_path / "cuda")
+    assert build(clone, into, **environment)[0] == 0
+    stand_in(tmp_path / "cuda", fails=True, version="13.1")
+    code, text = build(clone, into, **environment)
+    assert code == 0 and "installed without its CUDA library" in text
+    assert not list((into / LIBRARY).parent.iterdir())
 
 
 @pytest.mark.parametrize("wanted", ["", "0", "1"])

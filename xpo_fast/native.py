@@ -16,8 +16,8 @@ from torch import Tensor
 
 PATH = Path(__file__).parent / "_native" / "libxpo_fast_cuda.so"
 HOW_TO_BUILD = (
-    "install CUDA's nvcc (12.0 or later) and run `XPO_FAST_CUDA=1 pip install --force-reinstall --no-deps .` in a clone "
-    "of xpo-fast"
+    "install CUDA's nvcc (12.9 or later for all targets, an older one for fewer) and run `XPO_FAST_CUDA=1 pip install "
+    "--force-reinstall --no-deps .` in a clone of xpo-fast"
 )
 # Of CUDA's errors: there is no driver or an old one, no GPU, no code for the GPU.
 _INSUFFICIENT_DRIVER, _NO_DEVICE, _NO_IMAGE = 35, 100, 209
@@ -101,7 +101,7 @@ def library() -> ctypes.CDLL:
 
 
 def architectures() -> tuple[str, ...]:
-    """What the library was compiled for; the last is PTX, which the driver compiles for what is newer."""
+    """What the library was compiled for: machine code, and as compute_90 PTX, which the driver compiles for what is newer."""
     return tuple(library().xpo_architectures().decode().split())
 
 

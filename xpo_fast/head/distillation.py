@@ -22,8 +22,8 @@ from .units import scaled_to
 
 Function = TypeVar("Function")
 DIVERGENCES = ("jsd", "cosine")
-# Beside the logits of a step, at the most and off the CPU: what `_jsd` makes of them, of their size.
-_COPIES = 6
+# Beside the logits of a step, at the most and off the CPU: p, q and m, of their size.
+_COPIES = 3
 _TINY = 1e-12  # the least norm of logits that a cosine divides by
 
 
@@ -147,9 +147,12 @@ class _Distillation(torch.autograd.Function):
         needs: tuple[bool, bool, bool],
         tile_bytes: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        wider = teacher[1].shape[0] > weight.shape[0]
+        # The student's logits continued; and a softmax for each part where one does not do for both.
+        copies = _COPIES + wider + (wider or recipe.temperature != 1)
         tiling, *_ = fit(
-            "torch", max(weight.shape[0], teacher[1].shape[0]), weight.dtype, weight.device, tile_bytes, heads=2,
-            copies=_COPIES, dz=any(needs), learns=needs[1],
+            "torch", teacher[1].shape[0], weight.dtype, weight.device, tile_bytes, heads=2, copies=copies, dz=any(needs),
+            learns=needs[1],
         )  # fmt: skip
         ref = teacher if recipe.soft else None
         passes = Passes(hidden, weight, bias, targets, ref, Scaling(), ignore_index, tiling, RowOperations)
@@ -183,86 +186,107 @@ def _pass(
     # A loss scale comes with the backward: until then float16 would lose what is small.
     dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
     grads = Gradients(passes, spans, needs, dtype)
+    at_target = found.new_full((1, 1), -recipe.hard_weight)
     for step in passes.steps(spans):
         with passes.rows(step):
             y, rows, tile_dz = passes.y[step.at], found[:, step.at], step.own_dz
             for b in row_blocks(step.z):
-                z = step.z[b]
+                z, t = step.z[b], None
                 passes.gemms.finish(z)
-                dz = None
-                if recipe.hard:
-                    rows[1, b], dz = _cross_entropy(z, y[b], recipe.hard_weight, with_dz)
                 if step.z_ref is not None:
                     assert passes.ref_gemms is not None
                     t = step.z_ref[b]
                     passes.ref_gemms.finish(t)
-                    if with_dz and dz is None:
-                        dz = torch.zeros_like(z)
-                    divergence = _jsd if recipe.divergence == "jsd" else _cosine
-                    rows[0, b] = divergence(z, t, recipe, dz)
+                dz = _losses(z, t, y[b].unsqueeze(1), recipe, rows[:, b], at_target if with_dz else None)
                 if with_dz:
                     assert tile_dz is not None
-                    if dz is None:
-                        tile_dz[b] = 0
-                        continue
-                    if passes.ignored is not None:
+                    if dz is not None and passes.ignored is not None:
                         dz.masked_fill_(passes.ignored[step.at][b].unsqueeze(1), 0)
-                    tile_dz[b] = dz
+                    tile_dz[b] = 0 if dz is None else dz
+                del dz  # before the next is made
         if step.last and with_dz:
             grads.add(step, None)
     return passes.masked(found).sum(dim=1), grads.finished()
 
 
-def _logprobs_(z: Tensor) -> Tensor:
-    """log softmax in place; torch's own adds a row up one by one, which is off by 2e-5 at a vocabulary of 128k."""
-    return z.sub_(z.logsumexp(dim=1, keepdim=True))
+def _losses(
+    z: Tensor,  # (r, V), overwritten
+    t: Tensor | None,  # (r, Vt), the teacher's, overwritten; None without a divergence
+    y: Tensor,  # (r, 1)
+    recipe: _Recipe,
+    found: Tensor,  # (2, r), soft and hard, written
+    at_target: Tensor | None,  # (1, 1), −hard_weight; None where no gradient is wanted
+) -> Tensor | None:
+    """∂(weighted sum)/∂z (r, V), or None where it is 0 or not wanted."""
+    own, slope, scale = None, None, 0.0
+    if recipe.hard:
+        own = _softmax(z)
+        found[1] = (own[1] - z.gather(1, y)).squeeze(1)
+    if t is not None:
+        divergence = _jsd(z, t, recipe, own) if recipe.divergence == "jsd" else _cosine(z, t, recipe)
+        found[0], slope, scale = divergence
+        slope, scale = slope[:, : z.shape[1]], scale * recipe.soft_weight
+    if at_target is None:
+        return None
+    if own is None:
+        return None if slope is None else slope.mul_(scale)
+    dz = own[0].mul_(recipe.hard_weight)
+    if slope is not None:
+        dz.add_(slope, alpha=scale)
+    return dz.scatter_add_(1, y, at_target.expand_as(y))
 
 
-def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, dz: Tensor | None) -> Tensor:
-    """The divergence of each row, (r,); soft_weight · its gradient is added to dz. z and t are overwritten.
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax (r, V) in memory of its own, and log Σ e^z (r, 1).
+
+    torch's own adds a row up one by one, which is off by 2e-5 at a vocabulary of 128k.
+    """
+    largest = z.amax(dim=1, keepdim=True)
+    p = (z - largest).exp_()
+    total = p.sum(dim=1, keepdim=True)
+    return p.div_(total), total.log().add_(largest)
+
+
+def _jsd(
+    z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, float]:
+    """The divergence of each row, (r,), and its gradient, (r, Vt) times a number. z and t are overwritten.
+
+    own: what `_softmax` makes of z, if that is there; it is kept.
 
     With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, for the terms in log m cancel.
     """
-    vocab, beta, tau = z.shape[1], recipe.beta, recipe.temperature
-    if t.shape[1] > vocab:
-        z = F.pad(z, (0, t.shape[1] - vocab))
-    log_p, log_q = _logprobs_(z.div_(tau)), _logprobs_(t.div_(tau))
-    p = log_p.exp()
+    beta, tau, more = recipe.beta, recipe.temperature, t.shape[1] - z.shape[1]
+    if tau != 1:
+        own, z, t = None, z.div_(tau), t.div_(tau)
+    if more:
+        own, z = None, F.pad(z, (0, more))
+    p, lse = _softmax(z) if own is None else own
+    q, t_lse = _softmax(t)
+    log_p, log_q = z.sub_(lse), t.sub_(t_lse)
     if beta == 0:
-        q = log_q.exp()
-        soft = expectation(q, log_q.sub_(log_p))
-        slope = p.sub_(q)
-    else:
-        log_m = log_q
-        if beta < 1:
-            log_m = log_p + math.log1p(-beta)
-            torch.logaddexp(log_m, log_q + math.log(beta), out=log_m)
-        d, share = log_p.sub_(log_m).masked_fill_(p == 0, 0), 1 - beta if beta < 1 else 1.0
+        return expectation(q, log_q.sub_(log_p)), torch.sub(p, q, out=log_p), 1 / tau
+    if beta == 1:
+        del q
+        d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
         mean = (p * d).sum(dim=1)
-        soft, slope = share * mean, p.mul_(d.sub_(mean.unsqueeze(1)).mul_(share))
-        if beta < 1:
-            q = log_q.exp()
-            soft = soft + beta * expectation(q, log_q.sub_(log_m))
-    if dz is not None:
-        dz.add_(slope[:, :vocab], alpha=recipe.soft_weight / tau)
-    return soft
+        return mean, d.sub_(mean.unsqueeze(1)).mul_(p), 1 / tau
+    # Finite where a bias of −∞ rules a token out, so that 0 times it is 0. In logarithms, for m may be too small a number.
+    for x in (log_p, log_q):
+        x.clamp_(min=torch.finfo(x.dtype).min / 4)
+    log_m = log_q + (math.log(beta) - math.log1p(-beta))
+    torch.logaddexp(log_p, log_m, out=log_m).add_(math.log1p(-beta))
+    soft = log_q.sub_(log_m).mul_(q).sum(dim=1).mul_(beta)
+    d = log_p.sub_(log_m)
+    mean = torch.mul(p, d, out=log_m).sum(dim=1)
+    return soft.add_(mean, alpha=1 - beta), d.sub_(mean.unsqueeze(1)).mul_(p), (1 - beta) / tau
 
 
-def _cosine(z: Tensor, t: Tensor, recipe: _Recipe, dz: Tensor | None) -> Tensor:
+def _cosine(z: Tensor, t: Tensor, recipe: _Recipe) -> tuple[Tensor, Tensor, float]:
     """As `_jsd`: β (1 − c), with gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0. Both are without a temperature."""
     norm, t_norm = (x.norm(dim=1, keepdim=True) for x in (z, t))
-    unit, t_unit = z / norm.clamp(min=_TINY), t[:, : z.shape[1]] / t_norm.clamp(min=_TINY)
+    zero, norm = norm == 0, norm.clamp_(min=_TINY)
+    unit, t_unit = z.div_(norm), t.div_(t_norm.clamp_(min=_TINY))[:, : z.shape[1]]
     cosine = (unit * t_unit).sum(dim=1, keepdim=True)
-    if dz is not None:
-        slope = (unit * cosine - t_unit) / norm.clamp(min=_TINY)
-        dz.add_(slope.masked_fill_(norm == 0, 0), alpha=recipe.soft_weight * recipe.beta)
-    return recipe.beta * (1 - cosine.squeeze(1))
-
-
-def _cross_entropy(z: Tensor, y: Tensor, weight: float, with_dz: bool) -> tuple[Tensor, Tensor | None]:
-    """−log softmax(z)_y of each row, (r,), and weight · its gradient, (r, V), if that is wanted."""
-    log_p, y = _logprobs_(z.clone()), y.unsqueeze(1)
-    hard = -log_p.gather(1, y).squeeze(1)
-    if not with_dz:
-        return hard, None
-    return hard, log_p.exp_().mul_(weight).scatter_add_(1, y, log_p.new_full(y.shape, -weight))
+    slope = unit.mul_(cosine).sub_(t_unit).div_(norm).masked_fill_(zero, 0)
+    return recipe.beta * (1 - cosine.squeeze(1)), slope, recipe.beta

@@ -1,4 +1,4 @@
-"""Products on the caller's stream, what happens to their rows on another: a tile's rows hide behind the next product."""
+"""Products on the caller's stream; with two lanes, their rows on another, where they hide behind the next product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Lanes:
-    """Two streams of one device, or the caller's alone; `join` ends it.
+    """Two streams of one device, or the caller's alone, on which nothing hides; `join` ends it.
 
     Memory that both use must be freed where an event keeps the other away: the allocator knows of one stream alone.
     """
