@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 TRITON_3.6 := $(VENV)/triton-3.6
 WITH_3.6 := OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(TRITON_3.6)) $(BIN)/python
 
-.PHONY: help install demo test kernels kernels-3.6 lint check bench clean
+.PHONY: help install demo test kernels kernels-3.6 lint check bench gpu-first clean
 
 help: ## this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -67,6 +67,12 @@ check: lint kernels test kernels-3.6 ## what CI runs: lint, types, tests, and ke
 
 bench: $(VENV)/.dev ## the head against its GEMMs and its peers; writes bench/results/
 	$(BIN)/python bench/head.py --memory --json bench/results/head-cpu.json
+
+build/gpu/site.tar.xz: bench/gpu_stages.py | $(BIN)/python
+	$(BIN)/python bench/gpu_stages.py pack build/gpu
+
+gpu-first: build/gpu/site.tar.xz ## what to carry to a machine with a GPU, and the two commands to run there
+	$(BIN)/python bench/gpu_stages.py plan build/gpu
 
 clean: ## remove the virtual environment and build outputs
 	rm -rf $(VENV) build dist *.egg-info xpo_fast/_native
