@@ -133,7 +133,7 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """In a `with` block kernels of ours are counted, and may be asked for."""
-        from xpo_fast.kernels import one_read, rows
+        from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
 
         from xpo_fast.head import plan
         from xpo_fast.head.cuda import CudaRowOperations
@@ -190,6 +190,7 @@ def _entropy(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> N
     from xpo_fast import token_stats
 
     found = token_stats(hidden, weight, targets, backend=backend, outputs=("entropy",))
+    assert found.entropy is not None
     (found.logp.sum() + found.entropy.sum()).backward()
 
 

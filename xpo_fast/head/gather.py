@@ -178,13 +178,14 @@ def gather_logps(
 ) -> Tensor:
     """log softmax(logits / temperature)[target], float32, shaped like targets, 0 where ignored.
 
-    No float32 copy of the logits is made. Differentiable in logits, once. `overwrite_logits=True` lets the backward
+    No float32 copy of all logits is made: of a cache's worth at a time, on a device of half a GiB, with triton of none.
+    Differentiable in logits, once. `overwrite_logits=True` lets the backward
     write the gradient over the logits, which nobody may read afterwards: it saves a tensor of their size, and allows
     one backward.
 
     backend: "torch", or on CUDA and ROCm "triton", one kernel each way, for float32, bfloat16 or float16 logits with stride 1
-    along V; "auto" is triton for those where it passed its check (see `head.verdict`), else torch. ValueError for shapes, dtypes or a backend that do not fit and
-    (on CPU) a target outside the vocabulary.
+    along V; "auto" is triton for those where it passed its check (see `head.verdict`), else torch. ValueError for shapes,
+    dtypes or a backend that do not fit and (on CPU) a target outside the vocabulary.
     """
     if not logits.is_floating_point() or logits.dim() < 1 or targets.shape != logits.shape[:-1]:
         raise ValueError(
