@@ -230,7 +230,10 @@ def test_corrupt(gpu, cache, content):
 def test_another_layout(gpu, cache):
     """Of another version of this package: not read, without a warning, and kept aside."""
     cache.parent.mkdir()
-    content = {"version": tuning.STORE.version + 1, "entries": {tuning._entry("doubled", GPU, KEY): FAST.options}}
+    content = {
+        "version": tuning.STORE.version + 1,
+        "entries": {tuning._entry("doubled", GPU, KEY): FAST.options},
+    }
     cache.write_text(json.dumps(content))
     assert tuning.lookup("doubled", GPU, KEY) == SLOW
     store()

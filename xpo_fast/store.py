@@ -25,7 +25,7 @@ class Store:
 
     @property
     def path(self) -> Path:
-        return cache_dir() / self.name
+        return _folder() / self.name
 
     def read(self) -> dict[str, Any]:
         """Return the entries; none where there is no file, or one of another version. OSError, or ValueError for no file of ours."""
@@ -55,14 +55,21 @@ class Store:
             write_json(self.path, {"version": self.version, "entries": {**known, **entries}})
 
 
+def _folder() -> Path:
+    try:
+        return cache_dir()
+    except RuntimeError as error:  # of a user without a home
+        raise FileNotFoundError(f"no folder to keep it in, set XPO_FAST_CACHE to one: {error}") from error
+
+
 @contextlib.contextmanager
 def locked(name: str, seconds: float) -> Iterator[None]:
     """While no other process is inside; or, where there are no locks or another holds it too long, all the same."""
     try:
         import fcntl
 
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = (cache_dir() / f"{name}.lock").open("a")
+        _folder().mkdir(parents=True, exist_ok=True)
+        lock = (_folder() / f"{name}.lock").open("a")
     except (ImportError, OSError):
         yield
         return
