@@ -7,6 +7,7 @@ the tuner where interpreter.py says.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -252,6 +253,13 @@ def test_concurrent_writers(gpu, cache):
         list(pool.map(write, range(8)))
     entries = json.loads(cache.read_text())["entries"]
     assert entries == {f"{writer} {n}": n for writer in range(8) for n in range(10)}
+
+
+def test_without_locks(gpu, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    store()
+    assert tuning.lookup("doubled", GPU, KEY) == FAST and not hasattr(tuning, "fcntl")
 
 
 def test_a_writer_that_dies(gpu, cache, monkeypatch):

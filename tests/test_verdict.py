@@ -28,7 +28,7 @@ from torch._subclasses import FakeTensorMode
 import xpo_fast as xf
 from interpreter import needs_triton
 from xpo_fast import cli, doctor
-from xpo_fast.head import chunked, gather, plan, sampled, verdict
+from xpo_fast.head import VocabShard, chunked, dense, gather, plan, sampled, verdict
 from xpo_fast.head.plan import BACKENDS, Tiling, choice, choose_backend, named_backend
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations
 from xpo_fast.head.verdict import Contender, Verdict
@@ -150,6 +150,15 @@ def test_all_that_is_to_be_gone_through(monkeypatch):
     # By backward, by that of divergences, by units in two groups, by units in one; each twice.
     assert tiles == [(3, 3), (3, 3), (3, 4), (1, 1)] * 2 + [(3, 3), (3, 4), (1, 1)] * 2
     assert {v % 16 for v in verdict.VOCABULARIES} == {0, 7}
+    for vocab in verdict.VOCABULARIES:
+        p = verdict.Problem(vocab, F32, CPU)
+        bias = None if p.bias is None else p.bias.double()
+        z = dense.logits(p.hidden[p.at].double(), p.weight.double(), bias, p.scaling)
+        first = torch.maximum(
+            z[:, : vocab // 2048 * 1024 + 1024].amax(dim=1), z.gather(1, p.y[:, None])[:, 0]
+        )
+        assert ((z.amax(dim=1) - first).topk(3).values > torch.tensor([89, 41, 21])).all()
+        assert (p.scaling.softcap is None) == (p.ref is None) == (p.bias is None) == (vocab % 2 == 0)
     assert all(t.step * 2 < min(t.tile, verdict.SCORED) for t in verdict.TILINGS)
 
 
@@ -926,6 +935,23 @@ def test_gather_has_two(name, gpu, monkeypatch):
     monkeypatch.setenv("XPO_FAST_BACKEND", name)
     with FakeTensorMode():
         assert gather._choose_backend("auto", torch.empty(3, 5, device="cuda:0")) == "torch"
+
+
+def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
+    """Its loss is evaluated by live tiles, and by no kernel, as without the variable."""
+    objective = xf.Objective("simpo")
+    weight = torch.zeros(5, 4, requires_grad=True)
+    shard = VocabShard(None, 5, 0, 5, 5, True)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(VocabShard, "operator_name", lambda self, backend: backend)
+    monkeypatch.setattr(VocabShard, "why", "; cut")
+    monkeypatch.setattr("xpo_fast.objective.Launches", None)
+    batch = SimpleNamespace(device=GPU)
+    for name in ("dense", "cuda"):
+        monkeypatch.setenv("XPO_FAST_BACKEND", name)
+        targets = torch.zeros(2, 3, dtype=torch.long)
+        found = objective.plan(torch.zeros(2, 3, 4), weight, targets, vocab_shard=shard)
+        assert found.backend == "torch" and found.why.startswith("the loss of whole pairs")
+        assert objective._launches(batch, None, 1.0, weight, True) is None  # pyright: ignore[reportArgumentType]
 
 
 def test_the_plan_says_why(gpu, children, monkeypatch):

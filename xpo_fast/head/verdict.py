@@ -429,8 +429,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             os.killpg(child.pid, signal.SIGKILL)
         else:
             child.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.communicate(timeout=5)
+    if child.returncode is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
