@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import importlib
-import json
 import statistics
 import sys
 import warnings
@@ -31,11 +29,12 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from xpo_fast.files import cache_dir
+from xpo_fast.store import Store
+from xpo_fast.wording import one_line
 
 from . import gates
 
-VERSION = 1  # of the file's layout
+STORE = Store("tuning.json", version=1)
 COMMAND = "python -m xpo_fast.kernels.tuning"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -260,7 +259,7 @@ def override(name: str, choice: Any) -> Iterator[None]:
 
 
 def cache_file() -> Path:
-    return cache_dir() / "tuning.json"
+    return STORE.path
 
 
 def _entry(name: str, device: torch.device, key: Key) -> str:
@@ -272,28 +271,13 @@ def _encoded(choice: Any) -> Any:
     return choice.options if isinstance(choice, Config) else choice
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The entries of a file; None of one with another layout. ValueError if it is none of ours."""
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or not isinstance(content.get("version"), int):
-        raise ValueError("it has no version")
-    if content["version"] != VERSION:
-        return None
-    if not isinstance(content.get("entries"), dict):
-        raise ValueError("it has no entries")
-    return content["entries"]
-
-
 @functools.cache
 def _entries() -> dict[str, Any]:
-    path = cache_file()
     try:
-        return _read(path) or {}
-    except FileNotFoundError:
-        return {}
+        return STORE.read()
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"{path} cannot be used ({error}), so kernels are launched with fixed defaults: delete it, or tune "
+            f"{STORE.path} cannot be used ({error}), so kernels are launched with fixed defaults: delete it, or tune "
             f"again with `{COMMAND}`",
             stacklevel=2,
         )
@@ -302,21 +286,9 @@ def _entries() -> dict[str, Any]:
 
 def save(entries: Mapping[str, Any]) -> Path:
     """Add entries to the file, where they take the place of older ones; others', written meanwhile too, stay."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        known = None
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            known = _read(path)
-        if known is None and path.exists():
-            path.replace(path.with_suffix(".json.old"))
-        content = {"version": VERSION, "entries": {**(known or {}), **entries}}
-        written = path.with_suffix(".tmp")  # of this process, while it has the lock
-        written.write_text(json.dumps(content, indent=1) + "\n")
-        written.replace(path)
+    STORE.add(entries)
     forget()
-    return path
+    return STORE.path
 
 
 def forget() -> None:
@@ -395,7 +367,7 @@ def tune(
             try:
                 excess = difference(run(choice, inputs[0]), want)
             except Exception as error:  # the compiler's, the launcher's: the others are still to be tried
-                refused[choice] = _one_line(error)
+                refused[choice] = one_line(error)[:200]
                 continue
             if not excess <= 1:
                 refused[choice] = f"differs from the default, {excess:.3g} times what rounding explains"
@@ -440,10 +412,6 @@ def _poisoned_allocations() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _gpu() -> torch.device | None:
@@ -504,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trials = tune(name, problem, device, timer=time_with_events, repeats=args.repeats)
         except Exception as error:  # the device's memory may not hold it; the others are still to be tuned
             failed += 1
-            print(f"  not tuned, {_one_line(error)}", flush=True)
+            print(f"  not tuned, {one_line(error)[:200]}", flush=True)
             continue
         best = min((t for t in trials if t.time_ms is not None), key=lambda t: t.time_ms or 0.0)
         print(_table(trials, best), flush=True)

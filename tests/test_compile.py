@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 
 import oracle
 import xpo_fast as xf
-from xpo_fast.head import verdict
+from xpo_fast.head import plan, verdict
 
 VOCAB, WIDTH = 23, 8
 
@@ -123,9 +123,11 @@ def device_guard(tmp_path_factory):
 
 
 @pytest.fixture
-def gpu(monkeypatch, device_guard):
+def gpu(monkeypatch, device_guard, tmp_path):
     """What torch.compile asks of a GPU, answered where there is none; nothing that is not to be traced is replaced."""
     monkeypatch.setattr(verdict, "_known", {})
+    monkeypatch.setenv("XPO_FAST_CACHE", str(tmp_path))
+    plan._say.cache_clear()
     if torch.cuda.is_available():
         return
     torch._dynamo.reset()
@@ -175,6 +177,17 @@ def test_on_a_gpu(name, on_host, gpu, monkeypatch):
     assert traced(ON_GPU[name], on_host=on_host) == ["torch" if name == "float64" else "triton"]
 
 
+def test_what_is_written_down_on_a_gpu(gpu, caplog):
+    """By another process; else one line of the log says what to do."""
+    device = torch.device("cuda", 0)
+    for _ in range(2):
+        assert traced(ON_GPU["token_logps"]) == ["torch"]
+    (said,) = (r for r in caplog.records if r.name == "xpo_fast")
+    assert said.getMessage().endswith("call once before compiling or capturing")
+    verdict._write(verdict.entry(device, torch.float32), verdict.Verdict(True))
+    assert traced(ON_GPU["token_logps"]) == ["triton"]
+
+
 @pytest.mark.parametrize("known", [None, verdict.Verdict(False, "off by a mile"), "XPO_FAST_BACKEND"])
 def test_torch_on_a_gpu(known, gpu, monkeypatch):
     """Unless triton is known to be right: the check is not run here."""
@@ -213,7 +226,7 @@ def test_what_may_not_be_asked_on_a_gpu(asked, gpu, monkeypatch):
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
         traced(ON_GPU["token_logps"])
     monkeypatch.setattr(xf.head, "check_backend", plain)
-    monkeypatch.setattr("xpo_fast.device._capturing", asked)
+    monkeypatch.setattr("xpo_fast.device.capturing", asked)
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
         traced(ON_GPU["simpo"])
 

@@ -7,6 +7,7 @@ the tuner where interpreter.py says.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -230,7 +231,10 @@ def test_corrupt(gpu, cache, content):
 def test_another_layout(gpu, cache):
     """Of another version of this package: not read, without a warning, and kept aside."""
     cache.parent.mkdir()
-    content = {"version": tuning.VERSION + 1, "entries": {tuning._entry("doubled", GPU, KEY): FAST.options}}
+    content = {
+        "version": tuning.STORE.version + 1,
+        "entries": {tuning._entry("doubled", GPU, KEY): FAST.options},
+    }
     cache.write_text(json.dumps(content))
     assert tuning.lookup("doubled", GPU, KEY) == SLOW
     store()
@@ -251,12 +255,19 @@ def test_concurrent_writers(gpu, cache):
     assert entries == {f"{writer} {n}": n for writer in range(8) for n in range(10)}
 
 
+def test_without_locks(gpu, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    store()
+    assert tuning.lookup("doubled", GPU, KEY) == FAST and not hasattr(tuning, "fcntl")
+
+
 def test_a_writer_that_dies(gpu, cache, monkeypatch):
     """What is there stays whole until what replaces it is."""
     store()
     before = cache.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(type(cache), "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr("xpo_fast.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
         store(PARTIAL)
     assert cache.read_bytes() == before
     store(PARTIAL)
@@ -297,7 +308,7 @@ def test_tune(dtype):
     assert times_ms == {SLOW: 3.0, WRONG: None, FAST: 1.0, BROKEN: None, PARTIAL: None}
     assert trials[0].choice == SLOW
     refused = {t.choice: t.refused for t in trials}
-    assert refused[BROKEN] == "RuntimeError: out of resource: shared memory second line"
+    assert refused[BROKEN] == "out of resource: shared memory second line"
     assert "differs from the default, inf times" in refused[PARTIAL]
     assert dtype == torch.bfloat16 or "differs from the default" in refused[WRONG]
     assert torch.are_deterministic_algorithms_enabled() == before
@@ -344,7 +355,7 @@ def test_command(tunes_on_cpu, cache, capsys):
     assert "[1/4] doubled: torch.float32, 1024" in out and "[4/4]" in out
     assert "BLOCK 64, 1 warps, 3 stages        3.0000 ms   1.00x default" in out
     assert "BLOCK 128, 2 warps, 3 stages       1.0000 ms   3.00x fastest" in out
-    assert "BLOCK 512, 8 warps, 3 stages    refused: RuntimeError: out of resource" in out
+    assert "BLOCK 512, 8 warps, 3 stages    refused: out of resource" in out
     assert f"4 tuned, 0 failed; {cache}" in out
     assert tuning.lookup("doubled", CPU, (torch.float16, 4096)) == FAST
     assert tuning.lookup("doubled", CPU, (torch.bfloat16, 1024)) == SLOW
@@ -363,7 +374,7 @@ def test_command_goes_on(tunes_on_cpu, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "time_with_events", fails_at_1024)
     assert tuning.main(["--kernels", "doubled", "--vocab", "1000", "3000", "--dtype", "float32"]) == 1
     out = capsys.readouterr().out
-    assert "not tuned, OutOfMemoryError: no memory" in out and "1 tuned, 1 failed" in out
+    assert "not tuned, no memory" in out and "1 tuned, 1 failed" in out
     assert tuning.lookup("doubled", CPU, (torch.float32, 1024)) == SLOW
     assert tuning.lookup("doubled", CPU, (torch.float32, 4096)) == FAST
 

@@ -104,7 +104,7 @@ def there(x):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    monkeypatch.setattr("xpo_fast.device._capturing", lambda: True)
+    monkeypatch.setattr("xpo_fast.device.capturing", lambda: True)
 
 
 @pytest.fixture

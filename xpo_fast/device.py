@@ -17,10 +17,11 @@ def on_host(x: Tensor) -> bool:
 
 def static_shapes(x: Tensor) -> bool:
     """Whether no shape may depend on the values of x, nor any decision: x is on a device whose work is being captured."""
-    return not on_host(x) and _capturing()
+    return not on_host(x) and capturing()
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether the current device's work is being captured as a CUDA graph."""
     if torch.compiler.is_compiling():  # which cannot trace the question
         return False
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -34,7 +35,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
         return x.to(device)
     if torch.compiler.is_compiling():
         return x.to(device, non_blocking=True)
-    if _capturing():
+    if capturing():
         raise ValueError(
             f"a CUDA graph is being captured, and a tensor {tuple(x.shape)} of the call is on the CPU, where a replay "
             f"would not look again: move targets, columns and what the objective remembers to {device} before"

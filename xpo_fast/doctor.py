@@ -131,9 +131,9 @@ def _check() -> list[str]:
             print(f"  {device!s:<16} not checked: {reason}")
     for device, dtype, found in verdict.repeat(able):
         name = f"{device} {precision.name_of(dtype)}"
-        print(f"  {name:<16} {'triton is right' if found.ok else found.reason}", flush=True)
+        print(f"  {name:<16} triton {found}", flush=True)
         if not found.ok:
-            problems.append(f"triton failed its check on {verdict.describe(device)}, {name}: {found.reason}")
+            problems.append(f"on {verdict.describe(device)}, {name}: triton {found}")
     return problems
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch import PAIRS, Batch, Known
 from .device import on_host, to_device
 from .head import VocabShard, check_reference_head, head_plan, token_logps, token_stats
-from .head.plan import Plan, choice, named_backend
+from .head.plan import Plan, named_backend
 from .head.rows import Group, sum_rows
 from .head.sharded import refuse_sharded, unpartitioned, whole
 from .head.spec import Scaling, accumulation_dtype, cast_for_autocast, check_operands
@@ -349,7 +349,8 @@ class Objective:
             return self._reduce(batch, [losses for losses, _ in found], denominator, positions, units)
 
         by_token = all(m.unit == "token" for m in self.methods)
-        live = self._evaluates_live(flat, weight, bias, adapter)
+        sharded = vocab_shard is not None
+        live = self._evaluates_live(flat, weight, bias, adapter, sharded)
         launches: Launches | None = None
 
         def judged(logp: Tensor) -> LossOutput:
@@ -378,7 +379,7 @@ class Objective:
             if known.columns and on_host(flat):
                 with torch.no_grad():
                     evaluate(flat.new_zeros(batch.scored.shape, dtype=torch.float32))
-            launches = self._launches(batch, known, denominator, weight)
+            launches = self._launches(batch, known, denominator, weight, sharded)
             vocab = weight.shape[0]
             if vocab_shard is not None:
                 vocab, flat = vocab_shard.vocab, vocab_shard.replicated(flat)
@@ -416,7 +417,7 @@ class Objective:
             options |= {"weight_grad": weight_grad, "adapter": adapter}
             logp = self._statistics(known, batch, flat, weight, bias, self._outputs(), ref, options)
             self._update_state(batch, known, logp)
-            launches = self._launches(batch, known, denominator, weight)
+            launches = self._launches(batch, known, denominator, weight, sharded)
             out = judged(logp)
         for term in self.terms:
             if term.method.token_reward and "ref_token_logp" in known.tokens:
@@ -425,11 +426,11 @@ class Objective:
         return out
 
     def _launches(
-        self, batch: Batch, known: Known, denominator: float | Tensor, weight: Tensor
+        self, batch: Batch, known: Known, denominator: float | Tensor, weight: Tensor, sharded: bool
     ) -> Launches | None:
         """The segment kernels for this call; None where the pure functions are called for, as with a modifier."""
         modified = self.pairs or self.wpo or self.ld_alpha is not None
-        if modified or named_backend(self.backend, batch.device) != "cuda":
+        if modified or named_backend(self.backend, batch.device, sharded=sharded) != "cuda":
             return None
         denominators = [self._of_term(denominator, k) for k in range(len(self.terms))]
         dtype = accumulation_dtype(weight.dtype)
@@ -784,7 +785,7 @@ class Objective:
         plan = self._head_plan(hidden, weight, bias, batch, weight_grad, adapter, vocab_shard, softcap)
         passes, why = plan.passes, plan.why
         tokens = int((batch.targets != ignore_index).sum())
-        if self._evaluates_live(hidden, weight, bias, adapter):
+        if self._evaluates_live(hidden, weight, bias, adapter, vocab_shard is not None):
             by_token = all(m.unit == "token" for m in self.methods)
             groups = batch.groups(plan.tile_tokens, vocab, by_token=by_token)
             sizes = [len(group.positions) for group in groups]
@@ -792,8 +793,7 @@ class Objective:
             passes = passes - 1 + (again / tokens if tokens else 0)
             why = f"the loss of whole {self.method.unit}s is evaluated while their tile is live"
             why += "" if vocab_shard is None else vocab_shard.why
-            reason = choice(self.backend, hidden.device, weight.dtype, sharded=vocab_shard is not None).why
-            why += f"; {reason}" if reason else ""
+            why += f"; {plan.reason}" if plan.reason else ""
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
         if ref_hidden is not None and any(term.reads_reference for term in self.terms):
@@ -825,7 +825,7 @@ class Objective:
         vocab_shard: VocabShard | None = None,
         softcap: float | None = None,
     ) -> Plan:
-        live = self._evaluates_live(hidden, weight, bias, adapter)
+        live = self._evaluates_live(hidden, weight, bias, adapter, vocab_shard is not None)
         return head_plan(
             hidden,
             weight,
@@ -841,7 +841,7 @@ class Objective:
         )
 
     def _evaluates_live(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None, sharded: bool
     ) -> bool:
         """Whether the gradient is made at 3F, unit by unit, in the forward."""
         return (
@@ -850,7 +850,7 @@ class Objective:
             and self.reduction != "none"
             and all(m.unit != "batch" for m in self.methods)
             and not self._outputs()
-            and named_backend(self.backend, hidden.device) != "dense"
+            and named_backend(self.backend, hidden.device, sharded=sharded) != "dense"
             and not torch.compiler.is_compiling()
         )
 

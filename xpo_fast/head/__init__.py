@@ -306,7 +306,7 @@ def head_plan(
     )
     several = hidden.shape[:-1].numel() > tiling.tile
     accumulator = vocab * weight.shape[1] * (dtype.itemsize - weight.itemsize) if learns and several else 0
-    return Plan(name, None, tiling, vocab, dtype, dz_dtype, logits, passes, why, accumulator)
+    return Plan(name, None, tiling, vocab, dtype, dz_dtype, logits, passes, why, accumulator, reason)
 
 
 def _tiled(

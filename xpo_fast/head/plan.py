@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,10 +16,16 @@ from .. import device as devices
 from .. import native
 from .spec import accumulation_dtype, has_mixed_gemms
 
+if TYPE_CHECKING:
+    from .verdict import Verdict
+
 BACKENDS = ("dense", "torch", "triton", "cuda")
 OVERRIDE = "XPO_FAST_BACKEND"
+CHECK = "xpo-fast doctor --check"
+_UNKNOWN = f"triton has not been checked here yet; the first call does it, and so does `{CHECK}`"
 # What the kernels of triton have GEMMs for.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+logger = logging.getLogger("xpo_fast")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Bytes of scratch memory unless the caller says otherwise. On the CPU, of the tile of logits, which a reference's shares. On
 # a device, of dz and the logits of a step: this share of the card's memory, whatever of it is free, so that the same call
@@ -58,6 +67,7 @@ class Plan:
     passes: float
     why: str
     accumulator_bytes: int = 0  # of a float32 dW, beyond the gradient's, where it takes several tiles
+    reason: str = ""  # of `Choice`, which `why` has too
 
     @property
     def tile_tokens(self) -> int:
@@ -126,9 +136,9 @@ def choice(
 ) -> Choice:
     """Return the backend to use: `auto` is triton on a GPU where it passed its check (head/verdict.py), else torch.
 
-    The first call for a device and dtype may run the check; without `run`, what is written down is all there is. While a
-    CUDA graph is captured or torch.compile traces, what this process has found out before holds, and no file is read.
-    sharded: the vocabulary is cut over ranks. Raises ValueError for a backend that does not exist.
+    The first call for a device and dtype may run the check; without `run`, while a CUDA graph is captured and while
+    torch.compile traces, what is written down is all there is. sharded: the vocabulary is cut over ranks. Raises ValueError
+    for a backend that does not exist.
     """
     named = named_backend(backend, device, sharded=sharded)
     if named != "auto":
@@ -140,38 +150,45 @@ def choice(
     if dtype not in TRITON_DTYPES:
         name = str(dtype).removeprefix("torch.")
         return Choice("torch", f"auto is torch: triton has no kernels for {name}")
-    if torch.compiler.is_compiling():
-        return Choice(*_remembered_choice(device, dtype))
-    return _choice_on(
-        device, dtype, "remembered" if devices._capturing() else "verdict" if run else "recorded"
-    )
+    if torch.compiler.is_compiling() or devices.capturing():
+        return Choice(*_recorded_choice(device, dtype))
+    from . import verdict  # late: it imports this file
+
+    return _choice_on(device, dtype, verdict.verdict if run else verdict.recorded)
 
 
 @torch.compiler.assume_constant_result
-def _remembered_choice(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """`choice` by what this process knows; called, not traced, by torch.compile."""
-    found = _choice_on(device, dtype, "remembered")
+def _recorded_choice(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """`choice` by what is known or written down; called, not traced, by torch.compile."""
+    from . import verdict
+
+    found = _choice_on(device, dtype, verdict.recorded)
+    if found.why.endswith(_UNKNOWN):
+        _say(f"{found.why}; call once before compiling or capturing")
     return found.backend, found.why
 
 
-def _choice_on(device: torch.device, dtype: torch.dtype, ask: str) -> Choice:
-    """`choice` on a GPU. ask: which function of head/verdict.py knows the verdict."""
+@functools.cache
+def _say(text: str) -> None:
+    """A line of the log, once a process: not a warning, which is an error to some."""
+    logger.warning(text)
+
+
+def _choice_on(
+    device: torch.device, dtype: torch.dtype, ask: Callable[[torch.device, torch.dtype], Verdict | None]
+) -> Choice:
+    """`choice` on a GPU by who knows the verdict."""
     reason = why_not_triton(device)
     if reason is not None:
         return Choice("torch", f"auto is torch: {reason}")
-    from . import verdict  # late: `python -m xpo_fast.head.verdict` imports this package first
-
-    found = getattr(verdict, ask)(device, dtype)
+    found = ask(device, dtype)
     if found is None:
-        then = (
-            f"the first call does it, and so does `{verdict.COMMAND}`"
-            if ask == "recorded"
-            else "call once before capturing or compiling"
-        )
-        return Choice("torch", f"auto is torch: triton's check has not been looked at yet; {then}")
+        return Choice("torch", f"auto is torch: {_UNKNOWN}")
     if found.ok:
-        return Choice("triton", f"auto is triton, which passed its check on {verdict.device_name(device)}")
-    return Choice("torch", f"auto is torch: triton failed its check ({found.reason})")
+        return Choice(
+            "triton", f"auto is triton, which passed its check on {torch.cuda.get_device_name(device)}"
+        )
+    return Choice("torch", f"auto is torch: triton {found}")
 
 
 def why_not_triton(device: torch.device) -> str | None:

@@ -1,12 +1,10 @@
 """Whether triton's kernels are right on the GPU at hand: the check that stands before `auto`, and what is remembered of it.
 
 The check runs small problems against float64 on the device, twice. A combination of GPU and Triton that nobody has seen it
-pass on (`SEEN`) is tried in a process of its own first,
-
-    python -m xpo_fast.head.verdict --device cuda:0 --dtype bfloat16
-
-so that an illegal access, a hang or a crash of the compiler ends that process and no other. The verdict is kept in
-$XPO_FAST_CACHE/verdicts.json (~/.cache/xpo_fast), by device, driver, versions and the source of what was checked.
+pass on (`SEEN`) is tried in a process of its own first, `main`, so that an illegal access, a hang or a crash of the compiler
+ends that process and no other. The verdict is kept in $XPO_FAST_CACHE/verdicts.json (~/.cache/xpo_fast), by device, driver,
+versions, the source of what was checked and what tuning has chosen for the device. To look for one never raises: whatever goes
+wrong on the way is a verdict too, one that says that triton could not be checked.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -24,11 +23,10 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,32 +37,46 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..device import to_device
-from ..files import cache_dir, write_json
+from ..store import Store, locked
 from ..wording import one_line
 from . import dense
-from .plan import OVERRIDE, TRITON_DTYPES, Tiling, implementation
+from .plan import CHECK, OVERRIDE, TRITON_DTYPES, Tiling, implementation
 from .rows import Group
 from .spec import Scaling
 
-COMMAND = "xpo-fast doctor --check"
 # (compute capability, Triton's minor version) on which the check has been seen to pass: these need no process of their own.
 SEEN: frozenset[tuple[str, str]] = frozenset()
-VERSION = 1  # of the file's layout
-CHILD_S = 180.0  # some 10 s are usual: to import torch, to compile the kernels
+CHECKING = "XPO_FAST_CHECKING"  # in the environment of the process of the check's own, which starts no other
+STORE = Store("verdicts.json", version=2)
+TUNING = Store("tuning.json", version=1)  # kernels/tuning.py's, which imports triton
+CHILD_S = 180.0  # to import torch, to compile the kernels
+ADOPTED_S = 300.0  # for how long what is not lasting holds for other processes: the ranks of a run
 LOGP_ALLOWED = 5e-4  # |Δ|, nats; tensor cores add by cutting off
 GRADIENT_ALLOWED = 2.0**-7  # ‖Δ‖ / ‖g‖
 _SAYS = "verdict: "  # before the JSON that the process of its own prints
+# What only the kernels themselves can be to blame for: what the device reports of them, and how a process ends.
+_FAULTS = ("illegal memory access", "launch failure", "misaligned address")
+_FAULT_SIGNALS = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
 
 logger = logging.getLogger("xpo_fast")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """lasting: not of a reason that may be gone by the next time, as a full GPU is; what is not lasting is not written down."""
+    """lasting: of the kernels themselves, wrong results or a fault; not of a reason that may be gone by the next time, such as
+    a GPU that others fill, no compiler or a full disk, which says nothing of the kernels.
+    """
 
     ok: bool
     reason: str = ""
     lasting: bool = True
+
+    def __str__(self) -> str:
+        if self.ok:
+            return "passed its check"
+        return (
+            f"failed its check ({self.reason})" if self.lasting else f"could not be checked ({self.reason})"
+        )
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -115,6 +127,10 @@ VOCABULARIES = (1031, 4160)
 # Several tiles, several steps in each and both lanes; and one tile, whose dW is made in the dtype of the operands.
 TILINGS = (Tiling(16, 4, lanes=2), Tiling(64, 4, lanes=2))
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
+DIVERGENCES = ("kl", "reverse_kl")
+# Rows in which the last token stands out by some 20, 60 and 100 above all others, the target too: a kernel that reads a row
+# once, and that took a first block for the whole, has to read it again. More than 88 is more than float32 has exponents for.
+STANDING_OUT = {1: 4.0, 2: 9.5, 3: 14.0}
 
 
 class Problem:
@@ -131,10 +147,21 @@ class Problem:
             return (x * std).to(torch.bfloat16).to(dtype)
 
         count = SCORED + IGNORED
-        self.vocab, self.scaling = vocab, Scaling()
+        # With everything that can be done to logits, and with nothing.
+        everything = vocab % 2 == 1
+        self.vocab = vocab
+        self.scaling = Scaling(temperature=0.25, softcap=40.0, logit_scale=1.25) if everything else Scaling()
         self.weight = normal(vocab, WIDTH, std=3 / WIDTH**0.5)
-        self.bias = normal(vocab) if vocab % 2 else None
+        self.bias = normal(vocab) if everything else None
         self.hidden, self.u = normal(count, WIDTH), normal(count).float()
+        self.ref = (
+            (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
+        )
+        # One column has nothing but who stands out.
+        self.weight[:, 0], self.hidden[:, 0] = 0, 0
+        self.weight[-1, 0] = 8
+        for row, x in STANDING_OUT.items():
+            self.hidden[row, 0] = x
         # On the host, where reading them waits for nothing: ignored ones first, in between and last.
         targets = (torch.arange(count) * 97) % vocab
         targets[[0, count // 2, count - 1]] = IGNORE
@@ -161,6 +188,14 @@ class Problem:
             {"entropy": found["entropy"]}, needs,
         )  # fmt: skip
         found.update(self._named("backward", grads))
+        if self.ref is not None:
+            _, _, extra, _ = forward(*operands, self.ref, *options, DIVERGENCES, tiling, False)
+            found.update(zip(DIVERGENCES, extra, strict=True))
+            grads = contender.head.backward(
+                *operands, self.ref, *options, tiling, dict.fromkeys(DIVERGENCES, self.u),
+                {"reverse_kl": found["reverse_kl"]}, needs,
+            )  # fmt: skip
+            found.update(self._named("divergences", grads))
         for tiling in TILINGS:
             # The first group is longer than the smaller tile: its tiles but the last are made again.
             first = SCORED * 3 // 5
@@ -213,6 +248,13 @@ class Problem:
                 "top1": self._spread((z.gather(1, self.y.unsqueeze(1)).squeeze(1) >= z.amax(dim=1)).double()),
             }
             found |= self._named("backward", gradients((u * (logp + entropy)).sum()))
+            if self.ref is not None:
+                ref_hidden, ref_weight, _ = self.ref
+                z_ref = dense.logits(ref_hidden[self.at].double(), ref_weight.double(), None, self.scaling)
+                log_ratio = z_ref.log_softmax(dim=1) - logprobs
+                kl, reverse = (z_ref.softmax(dim=1) * log_ratio).sum(dim=1), -(probs * log_ratio).sum(dim=1)
+                found |= {"kl": self._spread(kl), "reverse_kl": self._spread(reverse)}
+                found |= self._named("divergences", gradients((u * (kl + reverse)).sum()))
             of_units = gradients((u * 8 * (logp / 8).exp()).sum())
         for tiling in TILINGS:
             name = f"units by {tiling.tile}"
@@ -229,22 +271,27 @@ class Problem:
         return {name: x.detach() for name, x in found.items()}
 
     def measures(self, contender: Contender) -> Iterator[Measure]:
-        """Yield how far each result is off, and in how many elements the same call differs from itself."""
+        """Yield how far each result of two runs is off, and in how many elements they differ where kernels alone made it.
+
+        What a GEMM has made may differ: its library may split a sum as it likes.
+        """
         with _Poisoned():
             first, second = self.run(contender), self.run(contender)
         right = self.right(contender)
         for name, x in first.items():
             want, where = right[name], f"{name}, V {self.vocab}"
-            off = x.double() - want
+            of_gemm = name.rpartition(": ")[2] in ("dlogp", "hidden", "weight", "bias")
+            off = torch.stack([x, second[name]] if of_gemm else [x]).double() - want
             if "tokens" in name or name == "top1":
                 yield Measure(where, off.ne(0).sum().double(), 0)
-            elif name.rpartition(": ")[2] in ("dlogp", "dz", "hidden", "weight", "bias"):
-                yield Measure(f"∂ {where}", off.norm() / want.norm(), GRADIENT_ALLOWED)
+            elif of_gemm or name.endswith("dz"):
+                yield Measure(f"∂ {where}", off.flatten(1).norm(dim=1).amax() / want.norm(), GRADIENT_ALLOWED)
             else:
                 yield Measure(where, off.abs().amax(), LOGP_ALLOWED)
-            yield Measure(
-                f"elements that change from run to run of {where}", x.ne(second[name]).sum().double(), 0
-            )
+            if not of_gemm:
+                yield Measure(
+                    f"elements that change from run to run of {where}", x.ne(second[name]).sum().double(), 0
+                )
 
     @staticmethod
     def _named(name: str, grads: Iterable[Tensor | None]) -> dict[str, Tensor]:
@@ -276,10 +323,9 @@ def check(device: torch.device, dtype: torch.dtype, contender: Contender) -> Ver
     try:
         with ThreadPoolExecutor(1) as pool:
             measures = pool.submit(_measured, device, dtype, contender).result()
-    except (
-        Exception
-    ) as error:  # the compiler's, the launcher's, the device's: all of them mean that the kernels do not run
-        return Verdict(False, one_line(error), lasting=not _of_memory(error))
+    # The compiler's, the launcher's, the device's: all of them mean that the kernels do not run.
+    except Exception as error:
+        return Verdict(False, one_line(error), lasting=any(x in str(error).lower() for x in _FAULTS))
     wrong = [
         f"{what}: {'not finite' if not math.isfinite(off) else f'{off:.2g}'} (allowed {allowed:.2g})"
         for what, off, allowed in measures
@@ -299,12 +345,10 @@ def _measured(
     return [(m.what, off, m.allowed) for m, off in zip(measures, found, strict=True)]
 
 
-def _of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
-
-
 # --- in a process of its own -----------------------------------------------------------------------------------------
+
+# It imports what this process would, from PYTHONPATH: not what lies in the folder that it happens to be started in.
+_CODE = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from xpo_fast.head.verdict import main; sys.exit(main())"
 
 
 def command(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -312,68 +356,95 @@ def command(device: torch.device, dtype: torch.dtype) -> list[str]:
     words = ["--device", str(device), "--dtype", _name(dtype)]
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
     words += ["--uuid", str(uuid)] if uuid is not None else []
-    return [sys.executable, "-W", "ignore", "-m", "xpo_fast.head.verdict", *words]
+    return [sys.executable, "-W", "ignore", "-c", _CODE, *words]
+
+
+def tried(device: torch.device, dtype: torch.dtype) -> Verdict:
+    """Return the verdict of a process of its own; RuntimeError where this one cannot have one."""
+    if os.environ.get(CHECKING):
+        raise RuntimeError("this process is a check itself")
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise RuntimeError(
+            "a program without a Python of its own cannot start a process for it: set "
+            f"{OVERRIDE}=triton to use the kernels all the same, or run `{CHECK}` where xpo_fast is installed"
+        )
+    return in_child(command(device, dtype))
 
 
 def in_child(words: Sequence[str], seconds: float = CHILD_S) -> Verdict:
     """Return the verdict of a process that runs a command; what ends it, or its not ending, is one too."""
-    # It imports what this process would.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
-            # A session of its own, so that compilers that it started end with it.
-            child = subprocess.Popen(
-                words,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return Verdict(False, f"its process could not be started: {one_line(error)}", lasting=False)
-        try:
-            status = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return Verdict(False, f"it did not end within {seconds:g} s")
-        finally:
-            _end(child)
-        said = [_lines(x) for x in (out, err)]
-    answers = [line.removeprefix(_SAYS) for line in said[0] if line.startswith(_SAYS)]
-    found = Verdict(**json.loads(answers[-1])) if answers else None
+    environment = {**os.environ, CHECKING: "1", "PYTHONPATH": os.pathsep.join(_import_path())}
+    try:
+        # A session of its own, so that compilers that it started end with it.
+        child = subprocess.Popen(
+            words,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Verdict(False, f"its process could not be started: {one_line(error)}", lasting=False)
+    try:
+        out, err = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Verdict(False, f"it did not end within {seconds:g} s", lasting=False)
+    finally:
+        _end(child)
+    said = [line.strip() for line in err.decode(errors="replace").splitlines() if line.strip()]
+    found, status = _answer(out.decode(errors="replace")), child.returncode
     if found is not None and (status == 0 or not found.ok):
         return found
-    last = f": {said[1][-1][:200]}" if said[1] else ""
+    last = f": {said[-1][:200]}" if said else ""
     if status >= 0:
-        return Verdict(False, f"its process ended with status {status}{last}")
-    # Of these three others make use: a scheduler, the system when memory runs out, a user.
-    lasting = -status not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-    return Verdict(False, f"its process was ended by {signal.Signals(-status).name}{last}", lasting)
+        return Verdict(False, f"its process ended with status {status}{last}", lasting=False)
+    name = {x.value: x.name for x in signal.Signals}.get(-status, f"signal {-status}")
+    return Verdict(False, f"its process was ended by {name}{last}", lasting=name in _FAULT_SIGNALS)
+
+
+def _import_path() -> Iterator[str]:
+    """sys.path, of which a process of its own can take text alone; "" is the current folder, if there is one."""
+    for place in sys.path:
+        if isinstance(place, str) and place:
+            yield place
+        elif place == "":
+            with contextlib.suppress(OSError):
+                yield os.getcwd()
+
+
+def _answer(said: str) -> Verdict | None:
+    """What a process printed last; None of one that died before it was done with that."""
+    lines = [line.removeprefix(_SAYS) for line in said.splitlines() if line.startswith(_SAYS)]
+    try:
+        return Verdict(**json.loads(lines[-1]))
+    except (IndexError, ValueError, TypeError):
+        return None
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End a process and what it started. One that a GPU holds up may stay behind: it is not waited for."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(5)
-
-
-def _lines(file: Any) -> list[str]:
-    file.seek(0)
-    text = file.read().decode(errors="replace")
-    return [line for line in (line.strip() for line in text.splitlines()) if line]
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+    if child.returncode is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m xpo_fast.head.verdict",
+        prog="the process of the check",
         description="Check triton's kernels on a device, and print the verdict.",
     )
     parser.add_argument("--device", required=True)
     parser.add_argument("--uuid", help="of the device, if the one of that number is another here")
     parser.add_argument("--dtype", required=True, choices=[_name(x) for x in TRITON_DTYPES])
     args = parser.parse_args(argv)
+    if os.environ.get(CHECKING) and hasattr(signal, "alarm"):
+        signal.alarm(int(CHILD_S) + 10)  # who started this process may be gone by then
     try:
         device = _device(args.device, args.uuid)
         torch.zeros(1, device=device).cpu()
@@ -383,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             found = check(device, getattr(torch, args.dtype), triton_kernels())
         except Exception as error:  # of importing the kernels
-            found = Verdict(False, one_line(error))
+            found = Verdict(False, one_line(error), lasting=False)
     print(f"{_SAYS}{json.dumps(asdict(found))}", flush=True)
     return 0
 
@@ -420,43 +491,46 @@ def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
             return found
         found = _known[key] = _found_out(torch.device(device.type, key[0]), dtype)
     if not found.ok:
+        again = (
+            "" if found.lasting else f", and so does a process that starts {ADOPTED_S / 60:g} minutes later"
+        )
         warnings.warn(
-            f"triton's kernels failed their check for {_name(dtype)} on {describe(device)}: {found.reason}. The torch backend "
-            f"computes instead: as right, but slower. `{COMMAND}` repeats the check, {OVERRIDE}=triton uses the kernels all the "
-            f"same, and {OVERRIDE}=torch goes without them and without this warning",
+            f"triton {found}: its kernels for {_name(dtype)} on {describe(device)}. The torch backend computes instead: as "
+            f"right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels all the same, and "
+            f"{OVERRIDE}=torch goes without them and without this warning",
             stacklevel=2,
         )
     return found
 
 
-def remembered(device: torch.device, dtype: torch.dtype) -> Verdict | None:
-    """Return what this process knows; nothing is read or run."""
-    return _known.get(_key(device, dtype))
-
-
 def recorded(device: torch.device, dtype: torch.dtype) -> Verdict | None:
     """Return what this process knows or what is written down; nothing is run."""
-    return remembered(device, dtype) or _read(entry(device, dtype))
+    found = _known.get(_key(device, dtype))
+    if found is not None:
+        return found
+    try:
+        return _read(entry(device, dtype))
+    except Exception as error:
+        return Verdict(False, one_line(error), lasting=False)
 
 
 def repeat(devices: Iterable[torch.device]) -> Iterator[tuple[torch.device, torch.dtype, Verdict]]:
     """Check anew, each device and dtype in a process of its own, and write it down.
 
-    Of devices of one name the verdict is one: it is a failure if one of them failed.
+    Of devices of one name the verdict is one: it is a failure if one of them failed, and one that could not be checked
+    changes nothing.
     """
     failed: set[str] = set()
     for device in devices:
         for dtype in TRITON_DTYPES:
             try:
-                name = entry(device, dtype)
+                found, name = tried(device, dtype), entry(device, dtype)
+                if name not in failed:
+                    _write(name, found)
+                if not found.ok and found.lasting:
+                    failed.add(name)
             except Exception as error:  # as in `_found_out`
-                yield device, dtype, Verdict(False, one_line(error), lasting=False)
-                continue
-            found = in_child(command(device, dtype))
-            if name not in failed:
-                _write(name, found)
-            if not found.ok:
-                failed.add(name)
+                found = Verdict(False, one_line(error), lasting=False)
             _known[_key(device, dtype)] = found
             yield device, dtype, found
 
@@ -472,29 +546,32 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[int, torch.dtype]:
 
 
 def _found_out(device: torch.device, dtype: torch.dtype) -> Verdict:
+    """A verdict in any case: of an exception, whatever it is, that triton could not be checked."""
     try:
-        name = entry(device, dtype)
-    except Exception as error:  # of importing triton, which may fail as it likes
+        return _read_or_checked(device, dtype)
+    except Exception as error:
         return Verdict(False, one_line(error), lasting=False)
+
+
+def _read_or_checked(device: torch.device, dtype: torch.dtype) -> Verdict:
+    name = entry(device, dtype)
     found = _read(name)
     if found is not None:
         return found
-    if (_capability(device), _minor(_triton_version())) in SEEN:
+    if (_capability(device), _minor(triton_version())) in SEEN:
         found = check(device, dtype, triton_kernels())
         _write(name, found)
         return found
     # One process of a machine for all: the others read what it wrote. If it dies its lock goes, and another begins.
-    with _locked("verdicts.check.lock", 2 * CHILD_S):
+    with locked("verdicts.check", 2 * CHILD_S):
         found = _read(name)
         if found is None:
-            logger.info(
-                "checking triton's kernels for %s on %s, in a process of its own, which takes some 10 s once; the verdict is "
-                "kept in %s",
+            logger.warning(
+                "checking triton's kernels for %s on %s, in a process of its own, which takes up to a minute, once",
                 _name(dtype),
                 describe(device),
-                file(),
             )
-            found = in_child(command(device, dtype))
+            found = tried(device, dtype)
             _write(name, found)
     return found
 
@@ -502,14 +579,14 @@ def _found_out(device: torch.device, dtype: torch.dtype) -> Verdict:
 def entry(device: torch.device, dtype: torch.dtype) -> str:
     """Return what a verdict depends on."""
     cuda = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return f"{describe(device)}, {cuda} | {_name(dtype)} | {_sources()}"
+    return f"{describe(device)}, {cuda} | {_name(dtype)} | {_sources()} | {_tuned(device)}"
 
 
 def describe(device: torch.device) -> str:
     """Return the device with its driver, and the versions of what computes on it."""
     return (
         f"{device_name(device)} ({_capability(device)}), driver {_driver()}, torch {torch.__version__}, Triton "
-        f"{_triton_version()}"
+        f"{triton_version()}"
     )
 
 
@@ -535,10 +612,12 @@ def _driver() -> str:
     return "unknown" if ask is None else str(ask())
 
 
-def _triton_version() -> str:
-    import triton
-
-    return triton.__version__
+def triton_version() -> str:
+    """Return the version that is installed, of a triton that may not import; "?" if it does not say."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "?"
 
 
 def _minor(version: str) -> str:
@@ -551,91 +630,60 @@ def _sources() -> str:
     spec = importlib.util.find_spec("xpo_fast.kernels")
     assert spec is not None and spec.submodule_search_locations is not None
     kernels = sorted(p for place in spec.submodule_search_locations for p in Path(place).glob("*.py"))
-    names = ("chunked", "gemms", "row_operations", "streams", "triton", "verdict")
+    names = (
+        "chunked", "dense", "gemms", "row_operations", "rows", "spec", "streams", "triton", "verdict",
+    )  # fmt: skip
     digest = hashlib.sha256()
     for path in (*kernels, *(Path(__file__).with_name(f"{name}.py") for name in names)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+def _tuned(device: torch.device) -> str:
+    """A hash of what tuning has chosen for a device, whatever for; "" where it has chosen nothing."""
+    try:
+        entries = TUNING.read()
+    except (OSError, ValueError):  # the launchers do without, too
+        entries = {}
+    own = sorted((k, v) for k, v in entries.items() if k.startswith(f"{device_name(device)} | "))
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16] if own else ""
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The file.
+# The file. Of what is not lasting it has when that was, too.
 
 
-def file() -> Path:
-    return cache_dir() / "verdicts.json"
-
-
-def _entries() -> dict[str, Any]:
-    """All entries of the file; none of one that cannot be read, or of another layout: a check costs little to repeat."""
+def _entries() -> Mapping[str, Any]:
+    """All entries; none of a file that cannot be read: a check costs little to repeat."""
     try:
-        content = json.loads(file().read_bytes())
-    except FileNotFoundError:
-        return {}
+        return STORE.read()
     except (OSError, ValueError) as error:
-        logger.info("%s cannot be read (%s): what is written there is found out again", file(), error)
+        logger.info("%s cannot be read (%s): what is written there is found out again", STORE.name, error)
         return {}
-    known = (
-        content.get("entries") if isinstance(content, dict) and content.get("version") == VERSION else None
-    )
-    return known if isinstance(known, dict) else {}
 
 
 def _read(name: str) -> Verdict | None:
     found = _entries().get(name)
     if not isinstance(found, dict) or not isinstance(found.get("ok"), bool):
         return None
-    return Verdict(found["ok"], str(found.get("reason", "")))
+    lasting, at = "at" not in found, found.get("at")
+    if not lasting and not (isinstance(at, (int, float)) and 0 <= time.time() - at < ADOPTED_S):
+        return None
+    return Verdict(found["ok"], str(found.get("reason", "")), lasting)
 
 
 def _write(name: str, found: Verdict) -> None:
-    """Add to the file what is lasting; others', written meanwhile too, stay."""
+    """Add a verdict to the file; but what is not lasting never in the place of what is."""
+    value = {"ok": found.ok, "reason": found.reason}
     if not found.lasting:
-        return
-    with _locked("verdicts.lock", 10):
-        content = {
-            "version": VERSION,
-            "entries": {**_entries(), name: {"ok": found.ok, "reason": found.reason}},
-        }
-        try:
-            write_json(file(), content)
-        except OSError as error:
-            logger.info("the verdict of the check is not kept: %s", error)
-
-
-@contextlib.contextmanager
-def _locked(name: str, seconds: float) -> Iterator[None]:
-    """While no other process is inside; or, where there are no locks or another holds it too long, all the same."""
+        before = _read(name)
+        if before is not None and before.lasting:
+            return
+        value["at"] = time.time()
     try:
-        import fcntl
-
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = (cache_dir() / name).open("a")
-    except (ImportError, OSError):
-        yield
-        return
-    with lock:
-        until = time.monotonic() + seconds
-        held = False
-        while not held:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    break
-                time.sleep(0.05)
-            except OSError:
-                break
-        try:
-            yield
-        finally:
-            if held:  # by name: a process that was forked meanwhile has the file open, too
-                fcntl.flock(lock, fcntl.LOCK_UN)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        STORE.add({name: value})
+    except OSError as error:
+        logger.info("the verdict of the check is not kept: %s", error)
