@@ -150,18 +150,18 @@ class Problem:
         # With everything that can be done to logits, and with nothing.
         everything = vocab % 2 == 1
         self.vocab = vocab
-        self.scaling = Scaling(temperature=0.25, softcap=40.0, logit_scale=1.25) if everything else Scaling()
+        self.scaling = Scaling(temperature=0.5, softcap=80.0, logit_scale=1.25) if everything else Scaling()
         self.weight = normal(vocab, WIDTH, std=3 / WIDTH**0.5)
         self.bias = normal(vocab) if everything else None
         self.hidden, self.u = normal(count, WIDTH), normal(count).float()
         self.ref = (
             (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
         )
-        # One column has nothing but who stands out.
-        self.weight[:, 0], self.hidden[:, 0] = 0, 0
-        self.weight[-1, 0] = 8
+        # One column has nothing but what stands out: the last, before which sums, and what is cut off of them, are small.
+        self.weight[:, -1], self.hidden[:, -1] = 0, 0
+        self.weight[-1, -1] = 8
         for row, x in STANDING_OUT.items():
-            self.hidden[row, 0] = x
+            self.hidden[row, -1] = x
         # On the host, where reading them waits for nothing: ignored ones first, in between and last.
         targets = (torch.arange(count) * 97) % vocab
         targets[[0, count // 2, count - 1]] = IGNORE
