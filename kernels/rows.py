@@ -364,7 +364,7 @@ def variants() -> Iterator[Variant]:
     cases = (  # name, statistics out, upstream, dtype of the gradient, instructions a logit at the most
         ("log-probs and their gradient, float16", ("logp", "lse"), ("logp",), "fp16", 18),
         ("statistics and gradient, float16", ("logp", "lse", *some[1:]), ("logp",), "fp16", 28),
-        ("divergences", ("logp", "lse", *some, *both), (), None, 50),
+        ("divergences", ("logp", "lse", *some, *both), (), None, 52),
         ("gradient", (), ("logp", "lse"), "bf16", 18),
         ("gradient of entropy", (), ("logp", "lse", "entropy"), "bf16", 28),
         ("gradient of divergences", (), DIFFERENTIABLE, "bf16", 44),
