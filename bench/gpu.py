@@ -616,9 +616,8 @@ class Bench:
                 if contender in OURS and self.device.type != "cpu":
                     self.problems.append(f"missing: {error}")
                 continue
-            except (
-                Exception
-            ) as error:  # a peer may not go with the versions that are here, and say so as it likes
+            except Exception as error:
+                # A peer may not go with the versions that are here, and say so as it likes.
                 if contender in OURS:
                     raise
                 self.missing.setdefault(contender, f"{contender}: {type(error).__name__}: {error}"[:300])

@@ -107,9 +107,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(plan, "_HAS_TRITON", True)
     monkeypatch.setattr(verdict, "triton_version", lambda: "3.6.0")
-    monkeypatch.setattr(
-        "xpo_fast.native.why_not", lambda *_: "none is looked for"
-    )  # it would be asked about the GPU
+    # It would be asked about the GPU.
+    monkeypatch.setattr("xpo_fast.native.why_not", lambda *_: "none is looked for")
 
 
 @pytest.fixture

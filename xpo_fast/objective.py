@@ -51,7 +51,7 @@ class Objective:
     fixed_length: the tokens of a row that `dr_grpo` divides by, the longest completion that may be sampled. Give it: if not
         given it is the width of the batch, which changes with the rows that are in it.
     top_k, seed: of the rival tokens that `cringe` draws.
-    tile_bytes: the budget of the tile of logits, 256 MiB on CPU if not given.
+    tile_bytes: the budget of the tile of logits; if not given, 256 MiB on the CPU and 7% of a GPU's memory.
     Further keyword arguments are hyperparameters; among several methods, of all that have them.
 
     What `beta_dpo` and `bco` remember of earlier batches is in `state`, see `state_dict`; it changes in calls with

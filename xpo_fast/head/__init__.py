@@ -98,8 +98,8 @@ def token_stats(
     Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position
     makes its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
 
-    chunk_tokens: tokens a tile, if you want to say; else as many as are useful within tile_bytes, 256 MiB on CPU,
-    where the tile is kept for the next call: `release_tiles()` gives it back.
+    chunk_tokens: tokens a tile, if you want to say; else as many as are useful within tile_bytes: 7% of a GPU's
+    memory, or 256 MiB on CPU, where the tile is kept for the next call: `release_tiles()` gives it back.
     Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
     output or backend, and (on CPU) a target outside the vocabulary.
     """

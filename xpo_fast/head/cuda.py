@@ -1,9 +1,10 @@
 """The `cuda` backend: the loops of chunked.py with cuBLAS products, and for their rows the kernel of csrc/rows.cu.
 
-That kernel reads each logit from device memory once. It makes log-probs, the statistics that need no reference, and the
-gradient of log-probs and log-sum-exps; divergences and the gradient of entropy are left to Triton's kernel, or to torch
-where there is no Triton. float64 operands take torch's row operations. The launch needs no operator of its own: it is part of
-`xpo_fast::token_stats` and the others of autograd.py, which torch.compile does not look into.
+That kernel reads each logit from device memory once where a row fits a cluster's shared memory, else twice. It makes
+log-probs, the statistics that need no reference, and the gradient of log-probs and log-sum-exps; divergences and the gradient
+of entropy are left to Triton's kernel, or to torch where there is no Triton. float64 operands take torch's row operations. The
+launch needs no operator of its own: it is part of `xpo_fast::token_stats` and the others of autograd.py, which torch.compile
+does not look into.
 """
 
 from __future__ import annotations

@@ -318,9 +318,8 @@ def _check_logits(model: Any, own: Any, head: Head, softcap: float | None, logit
             ids = torch.arange(1, 3, device=model.get_input_embeddings().weight.device)[None]
             try:
                 want = own(input_ids=ids).logits.float()
-            except (
-                Exception
-            ) as error:  # it asks for more than tokens, or for another device than it will be on
+            except Exception as error:
+                # It asks for more than tokens, or for another device than it will be on.
                 logger.warning(
                     "TRL's log-probs of %s are not compared with its own: its forward does not run on two tokens here "
                     "(%s: %s)", name, type(error).__name__, error,
