@@ -391,7 +391,11 @@ def main() -> int:
             print("no GPU: --quick tries this script on a CPU", file=sys.stderr)
             return 2
         if set(args.sections) & set(INTERPRETED):
-            os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is declared
+            if (
+                os.environ.get("TRITON_INTERPRET") != "1"
+            ):  # read when Triton is imported, which it is: begin again
+                os.environ["TRITON_INTERPRET"] = "1"
+                os.execv(sys.executable, [sys.executable, *sys.argv])
             np.seterr(all="ignore")  # the interpreter's arithmetic is IEEE's
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.json)
