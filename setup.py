@@ -31,9 +31,7 @@ WANTED = os.environ.get("XPO_FAST_CUDA", "")
 
 def find_nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return shutil.which("nvcc", path=os.pathsep.join(os.path.join(h, "bin") for h in homes)) or shutil.which(
-        "nvcc"
-    )
+    return shutil.which("nvcc", path=os.pathsep.join(os.path.join(h, "bin") for h in homes)) or shutil.which("nvcc")
 
 
 def known_targets(nvcc: str) -> dict[str, str]:

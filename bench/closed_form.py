@@ -69,11 +69,7 @@ class Policy:
 
     def sample(self) -> Tensor:
         """(GROUPS·GROUP, 1) actions."""
-        return (
-            self.log_probs()
-            .exp()
-            .multinomial(GROUPS * GROUP, replacement=True, generator=self.random)[:, None]
-        )
+        return self.log_probs().exp().multinomial(GROUPS * GROUP, replacement=True, generator=self.random)[:, None]
 
     def learn(self, objective: Objective, actions: Tensor, more: Tensor | float = 0.0, **given: Any) -> None:
         hidden = torch.ones(*actions.shape, 1, dtype=torch.float64)
@@ -120,9 +116,7 @@ def grpo_k3(bandit: Bandit, policy: Policy) -> None:
     advantage = group_normalised(bandit.reward[actions].view(GROUPS, GROUP), scale=False).flatten()
     # A group's mean has its own reward in it, which makes of the gradient (K − 1)/K of what it is: the KL term is not so.
     advantage = advantage * GROUP / (GROUP - 1)
-    policy.learn(
-        Objective("grpo", beta=BETA), actions, advantage=advantage, ref_logps=bandit.log_ref[actions]
-    )
+    policy.learn(Objective("grpo", beta=BETA), actions, advantage=advantage, ref_logps=bandit.log_ref[actions])
 
 
 def dpo(bandit: Bandit, policy: Policy) -> None:
@@ -184,9 +178,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -52,9 +52,7 @@ BATCHES = 3
 FLOOR_TOKENS = 8192  # of a GEMM of the floor: more make it no faster, and need not fit
 REPEATS = (3, 20)
 SAMPLE_S = 0.4  # a contender and case
-AHEAD_MS = (
-    10.0  # an objective's call is some 200 kernels and copies beside its products: 2.5 to 4 ms of a host
-)
+AHEAD_MS = 10.0  # an objective's call is some 200 kernels and copies beside its products: 2.5 to 4 ms of a host
 FIRST_CALLS_S = 60.0  # after this long in them, compiling, a contender takes no further part
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
 GATHER_TOKENS = 2048  # more logits say nothing new
@@ -277,14 +275,10 @@ def make_cce(task: Task, device: torch.device) -> Contender | None:
     try:
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise Missing(
-            f"Cut Cross-Entropy does not import ({error}): pip install cut-cross-entropy"
-        ) from error
+        raise Missing(f"Cut Cross-Entropy does not import ({error}): pip install cut-cross-entropy") from error
 
     def call(batch: Batch) -> Results:
-        return _finish(
-            batch, task, lambda h, w: (None, -linear_cross_entropy(h, w, batch.targets, reduction="none"))
-        )
+        return _finish(batch, task, lambda h, w: (None, -linear_cross_entropy(h, w, batch.targets, reduction="none")))
 
     return Contender(call, task.loss)
 
@@ -406,9 +400,7 @@ def poison_sizes(free: int, segments: Sequence[dict[str, Any]]) -> list[int]:
             sizes = [min(SMALL, size - at) for size in sizes for at in range(0, size, SMALL)]
         spare += sizes
     large = min(LARGE, free // 2)
-    return (
-        sorted([*spare, *[large] * min(4, free // 2 // large if large else 0)], reverse=True) + [SMALL] * 64
-    )
+    return sorted([*spare, *[large] * min(4, free // 2 // large if large else 0)], reverse=True) + [SMALL] * 64
 
 
 def poison(device: torch.device) -> None:
@@ -595,9 +587,7 @@ class Bench:
         if self.device.type != "cpu":
             torch.cuda.empty_cache()
 
-    def run_case(
-        self, shape: Shape, name: str, batches: list[Batch], truths: dict[str, Results] | None
-    ) -> None:
+    def run_case(self, shape: Shape, name: str, batches: list[Batch], truths: dict[str, Results] | None) -> None:
         task = TASKS[name]
         where = f"{name}, {shape}"
         floor = make_floor(batches[0], task)
@@ -688,22 +678,16 @@ class Bench:
                 errors["logps_rms"] = excess.square().mean().sqrt().item()
             record["errors"] = errors
 
-    def check_capture(
-        self, backend: str, record: dict[str, Any], task: Task, batch: Batch, where: str
-    ) -> None:
+    def check_capture(self, backend: str, record: dict[str, Any], task: Task, batch: Batch, where: str) -> None:
         """Once a case, at the fewest tokens; with labels on the device, as a graph must have them."""
-        if self.device.type == "cpu" or batch.targets.numel() > min(
-            shape.scored for shape in self.args.shapes
-        ):
+        if self.device.type == "cpu" or batch.targets.numel() > min(shape.scored for shape in self.args.shapes):
             return
         made = make_ours(task, self.device, backend, labels_on_host=False)
         record["not_captured"] = capture_problem(partial(made.call, batch), self.device)
         if record["not_captured"]:
             self.problems.append(f"not captured: {backend}, {where}: {record['not_captured']}")
 
-    def time(
-        self, calls: dict[str, Callable[[Batch], Results]], records: dict[str, Any], batches: list[Batch]
-    ) -> None:
+    def time(self, calls: dict[str, Callable[[Batch], Results]], records: dict[str, Any], batches: list[Batch]) -> None:
         start = time.perf_counter()
         for call in calls.values():
             call(batches[-1])
@@ -930,9 +914,7 @@ def main() -> int:
         bench.problems.append(f"ended early: {type(error).__name__}: {error}")
     bench.save()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(
-        f"{facts['device']}, commit {facts['commit']}, {versions}, seed {args.seed}, {bench.elapsed_s:.0f} s"
-    )
+    print(f"{facts['device']}, commit {facts['commit']}, {versions}, seed {args.seed}, {bench.elapsed_s:.0f} s")
     memory = summary(bench.records, memory_cell, list(CONTENDERS))
     print(f"\npeak MiB above inputs and gradients\n\n{memory}")
     times = summary(bench.records, time_cell, ["floor", *CONTENDERS])

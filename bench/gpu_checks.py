@@ -233,9 +233,7 @@ def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE, as it comes")
-    parser.add_argument(
-        "--jobs", type=int, default=0, help="processes (needs pytest-xdist); 0: this one alone"
-    )
+    parser.add_argument("--jobs", type=int, default=0, help="processes (needs pytest-xdist); 0: this one alone")
     parser.add_argument("--select", metavar="EXPRESSION", help="as pytest's -k")
     parser.add_argument("--quick", action="store_true", help="without a GPU, in the interpreter")
     args = parser.parse_args()
@@ -257,9 +255,7 @@ def main() -> int:
     os.environ[PARAMETER] = DEVICE
     pytest.main([*common, str(TESTS / "test_cuda_rows.py")], plugins=[recorder])
     report.end()
-    count = {
-        outcome: sum(r["outcome"] == outcome for r in recorder.found) for outcome in ("passed", "skipped")
-    }
+    count = {outcome: sum(r["outcome"] == outcome for r in recorder.found) for outcome in ("passed", "skipped")}
     print(f"{count['passed']} passed, {len(recorder.problems)} failed, {count['skipped']} skipped")
     for problem in recorder.problems:
         print(problem)

@@ -68,9 +68,7 @@ class Probe:
             return (time.perf_counter() - start) * 1e3
         from xpo_fast.kernels.tuning import sample_with_events  # pyright: ignore[reportMissingImports]
 
-        return statistics.median(
-            sample_with_events({"": lambda _: call()}, [None], repeats, ahead_ms=AHEAD_MS)[""]
-        )
+        return statistics.median(sample_with_events({"": lambda _: call()}, [None], repeats, ahead_ms=AHEAD_MS)[""])
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -109,9 +107,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
     from xpo_fast.head.plan import check_backend, choose_backend
 
     found: list[dict[str, Any]] = []
-    driver = _first_line(
-        "nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"
-    )
+    driver = _first_line("nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader")
     peers = [name for name in PEERS if importlib.util.find_spec(name) is not None]
     tools = [name for name in ("nvcc", "compute-sanitizer", "ncu") if shutil.which(name)]
     for what, value in (
@@ -232,7 +228,7 @@ def rows(probe: Probe) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def tiled(step: int, lanes: int) -> Iterator[None]:
     """Plans with so many tokens a step, of the tile that they have, and so many lanes."""
-    from xpo_fast import head
+    from xpo_fast.head import statistics as head
 
     fit = head.fit
 
@@ -250,9 +246,7 @@ def tiled(step: int, lanes: int) -> Iterator[None]:
         head.fit = fit
 
 
-def _calls(
-    probe: Probe, width: int, vocab: int, tokens: int, backend: str
-) -> dict[str, Callable[[], object]]:
+def _calls(probe: Probe, width: int, vocab: int, tokens: int, backend: str) -> dict[str, Callable[[], object]]:
     """A call of each case that makes its logits, by name."""
     import xpo_fast as xf
 
@@ -366,14 +360,10 @@ def cell(value: Any) -> str:
 def show(name: str, records: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for record in records for key in record))
     if "what" in columns or not records:
-        lines = [
-            f"{'WRONG: ' if r.get('right') is False else ''}{r['what']}: {cell(r['value'])}" for r in records
-        ]
+        lines = [f"{'WRONG: ' if r.get('right') is False else ''}{r['what']}: {cell(r['value'])}" for r in records]
         print("\n".join([f"\n{name}\n", *(lines or ["nothing"])]), flush=True)
         return
-    print(
-        f"\n{name}\n\n{table(columns, [[cell(r.get(c, '')) for c in columns] for r in records])}", flush=True
-    )
+    print(f"\n{name}\n\n{table(columns, [[cell(r.get(c, '')) for c in columns] for r in records])}", flush=True)
 
 
 def main() -> int:
@@ -391,9 +381,7 @@ def main() -> int:
             print("no GPU: --quick tries this script on a CPU", file=sys.stderr)
             return 2
         if set(args.sections) & set(INTERPRETED):
-            if (
-                os.environ.get("TRITON_INTERPRET") != "1"
-            ):  # read when Triton is imported, which it is: begin again
+            if os.environ.get("TRITON_INTERPRET") != "1":  # read when Triton is imported, which it is: begin again
                 os.environ["TRITON_INTERPRET"] = "1"
                 os.execv(sys.executable, [sys.executable, *sys.argv])
             np.seterr(all="ignore")  # the interpreter's arithmetic is IEEE's
@@ -410,9 +398,7 @@ def main() -> int:
                 records.append(record)
                 report.save(**{name: records})
         except Exception as error:  # the other sections are worth having
-            probe.problems.append(
-                f"{name}, after {len(records)} records: {type(error).__name__}: {error}"[:500]
-            )
+            probe.problems.append(f"{name}, after {len(records)} records: {type(error).__name__}: {error}"[:500])
             if lost(device):
                 report.save()
                 print("\n".join(probe.problems), flush=True)

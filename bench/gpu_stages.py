@@ -95,9 +95,7 @@ CALLS: dict[str, tuple[Stage, ...]] = {
             "the aims at D 4096: shares of the floor, TRL, Liger, log-probs alone, precision, graphs, waits",
         ),
         _head("head-2048", 65, "8192x2048x151936", CONTENDERS, "the aims at D 2048, and peak memory"),
-        _probe(
-            "probes", 65, "gemms rows steps host", "tokens a step and lanes; which term of the time is over"
-        ),
+        _probe("probes", 65, "gemms rows steps host", "tokens a step and lanes; which term of the time is over"),
     ),
     "second": (
         _probe("memcheck", 60, "tiny", "no access outside of what is ours", under=(*SANITIZER, "memcheck")),
@@ -163,9 +161,7 @@ def run_stage(
     """Run it in a process group of its own, all of which has ended when this returns; its output goes to the log."""
     result = out / f"{stage.name}.json"
     result.unlink(missing_ok=True)
-    arguments = [
-        argument.replace("{out}", str(result)) for argument in (*stage.command, *(stage.dry if dry else ()))
-    ]
+    arguments = [argument.replace("{out}", str(result)) for argument in (*stage.command, *(stage.dry if dry else ()))]
     arguments += ["--without", *without] if without else []
     if stage.under and not dry and shutil.which(stage.under[0]) is None:
         return Ended(stage.name, f"not run: no {stage.under[0]} here", False, 0.0, "none")
@@ -206,9 +202,7 @@ def run_stage(
     if well is False and how == "ended well":
         how = "ended without all results"
     seconds = time.monotonic() - start
-    return Ended(
-        stage.name, how, well, seconds, results, doing, content.get("contender", "") if doing else ""
-    )
+    return Ended(stage.name, how, well, seconds, results, doing, content.get("contender", "") if doing else "")
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -260,9 +254,7 @@ def run_call(
             with_peers[f"{stage.name}, ended at {peer}"] = read_results(out / f"{stage.name}.json")[1]
             without.append(peer)
         if stage.gate and not found[-1].well:
-            found.append(
-                Ended(stage.name, "nothing more is run: everything needs what failed", False, 0.0, "none")
-            )
+            found.append(Ended(stage.name, "nothing more is run: everything needs what failed", False, 0.0, "none"))
             break
     save()
     return found
@@ -341,9 +333,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, stages in CALLS.items():
         call = commands.add_parser(name, help=", ".join(stage.name for stage in stages))
         call.add_argument("--out", type=Path, required=True, help="the folder of the results")
-        call.add_argument(
-            "--archive", type=Path, help="packages that the machine lacks, as `pack` makes them"
-        )
+        call.add_argument("--archive", type=Path, help="packages that the machine lacks, as `pack` makes them")
         call.add_argument("--limit-s", type=float, default=LIMITS_S[name], help="of the call: %(default)s")
         call.add_argument("--only", nargs="+", choices=[s.name for s in stages], help="of the stages")
         call.add_argument("--dry", action="store_true", help="tiny, on a CPU; longer limits")
@@ -351,9 +341,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         other = commands.add_parser(name)
         other.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "gpu")
         if name == "pack":
-            other.add_argument(
-                "--small", action="store_true", help="without the compiler of Hopper's kernels"
-            )
+            other.add_argument("--small", action="store_true", help="without the compiler of Hopper's kernels")
     return parser.parse_args(arguments)
 
 

@@ -62,9 +62,7 @@ class Meter(TorchDispatchMode):
         from xpo_fast.head import autograd
 
         kwargs = kwargs or {}
-        operators = {
-            op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)
-        }
+        operators = {op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)}
         if func in operators:  # not the shapes that it says it has: what it does
             with self:
                 return operators[func](*args, **kwargs)
@@ -150,7 +148,7 @@ class Meter(TorchDispatchMode):
                 "others",
                 property(lambda own: TritonRowOperations(own.gemms, own.ref_gemms)),
             ),
-            mock.patch("xpo_fast.head.check_backend", lambda *_: None),
+            mock.patch("xpo_fast.head.statistics.check_backend", lambda *_: None),
             mock.patch.dict(plan.DEFAULT_TILE_BYTES, cuda=int(plan.SHARE_OF_CARD * CARD_BYTES)),
             self,
         ):
@@ -255,9 +253,7 @@ def measure(name: str, shape: Shape, backend: str) -> dict[str, Any]:
     """One call: what it launches, moves and holds."""
     case = CASES[name]
     hidden = torch.empty(shape.scored, shape.width, dtype=torch.bfloat16, device=META, requires_grad=True)
-    weight = torch.empty(
-        shape.vocab, shape.width, dtype=torch.bfloat16, device=META, requires_grad=case.learns
-    )
+    weight = torch.empty(shape.vocab, shape.width, dtype=torch.bfloat16, device=META, requires_grad=case.learns)
     targets = torch.zeros(shape.scored, dtype=torch.int64)
     if name == "gather_logps":
         targets = targets.to(META)
@@ -284,10 +280,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     found = [
-        measure(name, shape, backend)
-        for name, case in CASES.items()
-        for shape in SHAPES
-        for backend in case.backends
+        measure(name, shape, backend) for name, case in CASES.items() for shape in SHAPES for backend in case.backends
     ]
     header = ["case, N×D×V", "backend", "launches", "bytes a logit: rows", "GEMMs", "peak MB"]
     rows = [

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from measure import environment, table, write_json
 from xpo_fast import METHODS, Head, Objective, data
-from xpo_fast.models import SMOLLM2, causal_lm, install_fused_loss, load_model
+from xpo_fast.models import SMOLLM2, install_fused_loss, load_model
+from xpo_fast.models.fused_loss import causal_lm
 
 # What has no default, or would leave a part of the method out.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -175,16 +176,12 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
             out = objective(hidden, head.weight, batch["targets"], **head.kwargs(), **more)
             return {"loss": out.loss}
 
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)[
-            "loss"
-        ]
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)["loss"]
 
     return loss
 
 
-def reward_loss(
-    name: str, batch: dict[str, Tensor], hyper: dict[str, Any]
-) -> Callable[[Any, nn.Module], Tensor]:
+def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> Callable[[Any, nn.Module], Tensor]:
     """The loss of a reward model: a value head over each row's last token; token log-probs where the method has them."""
     method = METHODS[name]
     rows = batch["input_ids"].shape[0] // 2
@@ -222,9 +219,7 @@ def reward_loss(
             losses = method(**given, **hyper)[0]
             return {"loss": losses.sum() / (scored.sum() if losses.dim() == 2 else len(losses))}
 
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)[
-            "loss"
-        ]
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)["loss"]
 
     return loss
 
@@ -305,9 +300,7 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
             "loss_after": after, "fell": after < before and math.isfinite(after),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
-        print(
-            f"{name:<20} {before:10.5f} {after:10.5f} {record['seconds']:6.1f} s", file=sys.stderr, flush=True
-        )
+        print(f"{name:<20} {before:10.5f} {after:10.5f} {record['seconds']:6.1f} s", file=sys.stderr, flush=True)
         records.append(record)
         if args.json:
             kept = {**earlier(args.json), name: record}
@@ -324,9 +317,7 @@ def main() -> int:
     summary, _, details = (__doc__ or "").partition("\n\n")
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=style)
-    parser.add_argument(
-        "--data", required=True, metavar="FILE", help="preference pairs, as data.load reads them"
-    )
+    parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs, as data.load reads them")
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--methods", metavar="NAME,…", help="these alone (default: all)")
     parser.add_argument("--pairs", type=int, default=2)
@@ -334,9 +325,7 @@ def main() -> int:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="records of other methods that are in it are kept"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="records of other methods that are in it are kept")
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -47,9 +47,7 @@ def parts() -> dict[str, Call]:
     models: dict[torch.dtype, Any] = {}
     for dtype in DTYPES:
         model, _ = load_model("smollm2-135m", dtype=dtype)
-        models[dtype] = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
-        )
+        models[dtype] = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
     config = models[torch.float32].config
     width, vocab = config.hidden_size, config.vocab_size
     ids = torch.randint(vocab, (ROWS, LENGTH))
@@ -112,9 +110,7 @@ def measured(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -133,10 +129,7 @@ def main() -> None:
     rows = [
         [
             part,
-            *(
-                f"{found[s]['times'][part]['float32_ms']:.1f}, {found[s]['times'][part]['ratio']:.2f}"
-                for s in found
-            ),
+            *(f"{found[s]['times'][part]['float32_ms']:.1f}, {found[s]['times'][part]['ratio']:.2f}" for s in found),
         ]
         for part in names
     ]

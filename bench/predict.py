@@ -84,9 +84,7 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         text = f"{self.case} {self.shape}"
         text += ", fp16" if self.dtype == torch.float16 else ""
-        return text + (
-            ", one pair" if self.case == "trainable" and self.pair_tokens == self.shape.scored else ""
-        )
+        return text + (", one pair" if self.case == "trainable" and self.pair_tokens == self.shape.scored else "")
 
 
 SHAPES = [Shape(8192, d, v) for d, v in ((4096, 128256), (2048, 151936), (4096, 32000))]

@@ -26,14 +26,12 @@ from transformers import logging as transformers_logging
 from measure import environment, table, write_json
 from xpo_fast import data
 from xpo_fast.models import load_model
-from xpo_fast.reward_report import compare, plot, score_pairs, summary
-from xpo_fast.reward_trainer import RewardConfig, RewardTrainer
+from xpo_fast.rewards.report import compare, plot, score_pairs, summary
+from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="pairs of chosen and rejected transcripts")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -70,9 +70,7 @@ def smollm2() -> dict[str, Any]:
 
     from xpo_fast.models import SMOLLM2, load_model
 
-    example = runpy.run_path(
-        str(Path(__file__).resolve().parent.parent / "examples" / "verifiable_reward.py")
-    )
+    example = runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples" / "verifiable_reward.py"))
     model, tokenizer = load_model(SMOLLM2, dtype="bfloat16")
     return {
         "model": model,
@@ -91,7 +89,7 @@ def train(folder: Path, steps: int, method: str, task: str) -> None:
     import transformers
 
     from xpo_fast.rl import RLTrainer, last_checkpoint
-    from xpo_fast.rl_config import RLConfig
+    from xpo_fast.rl.config import RLConfig
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
@@ -145,9 +143,7 @@ def train(folder: Path, steps: int, method: str, task: str) -> None:
 TASKS = {"tiny": tiny, "smollm2": smollm2}
 
 
-def run(
-    folder: Path, args: argparse.Namespace, kills: int, chance: random.Random
-) -> tuple[dict[str, Any], list[int]]:
+def run(folder: Path, args: argparse.Namespace, kills: int, chance: random.Random) -> tuple[dict[str, Any], list[int]]:
     """The result of a run that is killed so many times, and after which steps that was."""
     steps = args.steps
     command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps)]
@@ -155,9 +151,7 @@ def run(
     killed: list[int] = []
     targets = sorted(chance.sample(range(1, steps * 3 // 4), kills))  # the run must not end before the last
     while True:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert child.stdout is not None
         target = targets[len(killed)] if len(killed) < kills else steps + 1
         for line in child.stdout:
@@ -180,9 +174,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--method", default="ppo")

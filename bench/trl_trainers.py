@@ -250,9 +250,7 @@ class PlainAttention:
         **__: Any,
     ) -> torch.Tensor:
         rows = []
-        ends = zip(
-            itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True
-        )
+        ends = zip(itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True)
         for (a, b), (c, d) in ends:
             q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
             mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
@@ -319,9 +317,7 @@ def make_trainer(
         model.save_pretrained(Path(folder) / "policy")
         model = str(Path(folder) / "policy")  # it takes no other
     args = config(**{**options, **case.arguments, **arguments})
-    made = trainer(
-        model=model, args=args, train_dataset=dataset(pairs, case.kind), processing_class=tokenizer, **extra
-    )
+    made = trainer(model=model, args=args, train_dataset=dataset(pairs, case.kind), processing_class=tokenizer, **extra)
     made.remove_callback(transformers.PrinterCallback)
     return made
 
@@ -475,9 +471,7 @@ def measure_case(case: Case, whole: bool, steps: int) -> dict[str, Any]:
 
 
 def equal_table(records: list[dict[str, Any]]) -> str:
-    rows = [
-        [r["case"], str(r["steps"]), str(r["numbers"]), f"{r['difference']:.1e}", r["where"]] for r in records
-    ]
+    rows = [[r["case"], str(r["steps"]), str(r["numbers"]), f"{r['difference']:.1e}", r["where"]] for r in records]
     return table(["trainer and loss", "steps", "numbers", "largest difference", "where"], rows)
 
 
@@ -497,15 +491,11 @@ def time_table(records: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("equal", "time"))
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="cases whose name begins so")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--whole", action="store_true", help="time: train the whole model, not its last layers"
-    )
+    parser.add_argument("--whole", action="store_true", help="time: train the whole model, not its last layers")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     quiet()

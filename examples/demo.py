@@ -23,7 +23,8 @@ import xpo_fast as xf
 from xpo_fast import data, precision
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.files import cache_dir
-from xpo_fast.models import causal_lm, load_model
+from xpo_fast.models import load_model
+from xpo_fast.models.fused_loss import causal_lm
 from xpo_fast.trainer import XPOConfig, XPOTrainer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -49,15 +50,11 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
     return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def fused(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ref: torch.Tensor
-) -> torch.Tensor:
+def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
     return xf.Objective("dpo")(hidden, weight, targets, ref_logps=ref).loss
 
 
-def materialised(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ref: torch.Tensor
-) -> torch.Tensor:
+def materialised(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
     logprobs = (hidden @ weight.T).float().log_softmax(-1)
     logp = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     ratio = (logp * (targets != -100)).sum(-1) - ref
@@ -86,14 +83,10 @@ def compare_losses(trainer: XPOTrainer) -> None:
     peaks_mib = {name: peak_allocated_mib(lambda run=run: run(None)) for name, run in runs.items()}
     times_ms = time_interleaved(runs, [None], repeats=3)
     scored, all_ = int((batch["targets"] != -100).sum()), batch["targets"].numel()
-    print(
-        f"the DPO loss and its gradient on one batch ({all_} positions, {scored} of them scored, V {len(weight)}):"
-    )
+    print(f"the DPO loss and its gradient on one batch ({all_} positions, {scored} of them scored, V {len(weight)}):")
     for name in runs:
         print(f"  {name:<14}{sorted(times_ms[name])[1]:>8.0f} ms{peaks_mib[name][0]:>8.0f} MiB at the peak")
-    difference = (peaks_mib["fused"][1] - peaks_mib["materialised"][1]).norm() / peaks_mib["materialised"][
-        1
-    ].norm()
+    difference = (peaks_mib["fused"][1] - peaks_mib["materialised"][1]).norm() / peaks_mib["materialised"][1].norm()
     print(f"  their gradients differ by {difference:.0e}\n")
 
 
@@ -118,9 +111,7 @@ def affordable(step_s: float, steps: int, left_s: float) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="training steps (default: all pairs once, if time allows)")
     parser.add_argument("--output-dir", default="runs/demo")
     args = parser.parse_args()
@@ -167,9 +158,7 @@ def main() -> int:
     config.max_steps = steps
     trainer.eval_dataset = trainer.eval_dataset.select(range(held_out))
     minutes = step_s * (steps + STEPS_PER_HELD_OUT_PAIR * held_out) / 60
-    print(
-        f"a step takes {step_s:.1f} s here: {steps} steps and {held_out} pairs held out, about {minutes:.0f} min"
-    )
+    print(f"a step takes {step_s:.1f} s here: {steps} steps and {held_out} pairs held out, about {minutes:.0f} min")
     if steps < (args.steps or every):
         print(f"({every} steps would go once over all pairs: --steps {every} takes them, however long it is)")
     print("\nheld out, before training", flush=True)

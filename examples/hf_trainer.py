@@ -19,9 +19,7 @@ from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 
 
-def main(
-    model: Any, tokenizer: Any, steps: int = 5, micro_batches: int = 2, folder: str = "runs/hf_trainer"
-) -> list:
+def main(model: Any, tokenizer: Any, steps: int = 5, micro_batches: int = 2, folder: str = "runs/hf_trainer") -> list:
     """The losses of the steps."""
     pairs, collate = 4, Collator(tokenizer.pad_token_id, "pair")
     objective = xf.Objective("simpo", beta=2.0, gamma=1.0)

@@ -44,9 +44,7 @@ def main(model: Any, tokenizer: Any, pairs: int = 4) -> dict[str, tuple[float, A
 
         found["Liger"] = run("Liger", chunked_loss.LigerFusedLinearORPOLoss(compiled=False))
         for what, ours, theirs in zip(("hidden states", "head"), found["xpo_fast"][1:], found["Liger"][1:]):
-            print(
-                f"gradients of the {what} differ by {(ours - theirs).norm() / theirs.norm():.0e} of their norm"
-            )
+            print(f"gradients of the {what} differ by {(ours - theirs).norm() / theirs.norm():.0e} of their norm")
     return found
 
 

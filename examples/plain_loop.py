@@ -42,9 +42,7 @@ def main(model: Any, tokenizer: Any, steps: int = 8, pairs: int = 2, lr: float =
         optimizer.zero_grad()
         losses.append(out.loss.item())
         margin, accuracy = out.metrics["rewards/margins"], out.metrics["rewards/accuracies"]
-        print(
-            f"{len(losses)}  loss {out.loss:.4f}  margin {margin:+.3f}  accuracy {accuracy:.2f}", flush=True
-        )
+        print(f"{len(losses)}  loss {out.loss:.4f}  margin {margin:+.3f}  accuracy {accuracy:.2f}", flush=True)
     return losses
 
 

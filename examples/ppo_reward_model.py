@@ -21,10 +21,10 @@ from xpo_fast.data import load, load_prompts
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.precision import fastest
-from xpo_fast.reward_model import RewardModel
-from xpo_fast.reward_trainer import RewardConfig, RewardTrainer
+from xpo_fast.rewards.model import RewardModel
+from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 from xpo_fast.rl import RLTrainer
-from xpo_fast.rl_config import RLConfig
+from xpo_fast.rl.config import RLConfig
 
 HELD_OUT = 32
 KL_TARGET = 4.0

@@ -22,10 +22,10 @@ from peft import LoraConfig
 
 from xpo_fast.data import load_prompts
 from xpo_fast.demo_data import PAIRS
-from xpo_fast.judge import LLMJudge, TokenChoice
 from xpo_fast.models import SMOLLM2, load_model
-from xpo_fast.recipe_loop import Outcome, Setup, run
 from xpo_fast.recipes import RECIPES, StoppingRule, override
+from xpo_fast.recipes.loop import Outcome, Setup, run
+from xpo_fast.rewards.llm_judges import LLMJudge, TokenChoice
 from xpo_fast.rollout import Sampling
 
 RULE = StoppingRule(patience=1, z=0.5)  # better: by more than half a standard error

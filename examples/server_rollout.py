@@ -26,8 +26,9 @@ from xpo_fast.data import load_prompts
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rl import RLTrainer
-from xpo_fast.rl_config import RLConfig
-from xpo_fast.rollout import RolloutError, ServerRollout
+from xpo_fast.rl.config import RLConfig
+from xpo_fast.rollout import RolloutError
+from xpo_fast.rollout.generate import ServerRollout
 
 
 def novelty(completions: list[Any], **_: Any) -> list[float]:
@@ -47,9 +48,7 @@ class Forgetful(PolicyServer):
         return super().answer(path, body)
 
 
-def main(
-    model: Any, tokenizer: Any, url: str | None = None, *, steps: int = 5, tokens: int = 32
-) -> dict[str, Any]:
+def main(model: Any, tokenizer: Any, url: str | None = None, *, steps: int = 5, tokens: int = 32) -> dict[str, Any]:
     """The log of the steps, and what stopped the run on the way."""
     folder = tempfile.mkdtemp(prefix="server_rollout-")
     args = RLConfig(

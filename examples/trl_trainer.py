@@ -20,9 +20,7 @@ from xpo_fast.integrations import trl as engine
 from xpo_fast.models import SMOLLM2, load_model
 
 
-def main(
-    model: Any, tokenizer: Any, steps: int = 3, folder: str = "runs/trl_trainer"
-) -> dict[str, list[float]]:
+def main(model: Any, tokenizer: Any, steps: int = 3, folder: str = "runs/trl_trainer") -> dict[str, list[float]]:
     """The losses of the steps of each run."""
     data = load(PAIRS, kind="pair").remove_columns("where")
 

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.precision import fastest
 from xpo_fast.rl import RLTrainer
-from xpo_fast.rl_config import RLConfig
+from xpo_fast.rl.config import RLConfig
 
 FORM = re.compile(r"\s*\[\s*(\d+)\s*\]\s*")
 SHOWN = [("system", "Add."),

@@ -99,9 +99,7 @@ class Variant:
         unknown = set(self.signature) | set(self.constexprs)
         unknown -= set(arguments)
         if unknown or {n for n, t in signature.items() if t == "constexpr"} != set(self.constexprs):
-            raise ValueError(
-                f"{self.kernel.__name__} takes {arguments}, got {self.signature} and {self.constexprs}"
-            )
+            raise ValueError(f"{self.kernel.__name__} takes {arguments}, got {self.signature} and {self.constexprs}")
         divisible = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(arguments)
@@ -124,9 +122,7 @@ class Resources:
     shared_bytes: int  # a program
     async_copies: int  # instructions
     wide_loops: int  # innermost ones whose every access to global memory moves 8 bytes or more
-    instructions: (
-        float  # a logit, in the loop over a row that takes the most; 0 without such a loop, and on AMD
-    )
+    instructions: float  # a logit, in the loop over a row that takes the most; 0 without such a loop, and on AMD
     warps: int
     problems: tuple[str, ...] = ()
 

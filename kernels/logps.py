@@ -190,11 +190,7 @@ def logps_join(
 
 def supports(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes hidden (n, D) and weight (V, D): one dtype, not float64, no stride along D."""
-    return (
-        hidden.dtype == weight.dtype
-        and weight.dtype in DTYPES
-        and all(map(_rows_are_whole, (hidden, weight)))
-    )
+    return hidden.dtype == weight.dtype and weight.dtype in DTYPES and all(map(_rows_are_whole, (hidden, weight)))
 
 
 def _rows_are_whole(x: Tensor) -> bool:

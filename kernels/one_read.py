@@ -246,9 +246,7 @@ for _name, _shapes, _without in (
 ):
     tuning.declare(
         _name,
-        tuning.Tunable(
-            (one_read,), tuning.row_candidates(*_shapes, without=_without), partial(_problems, _name)
-        ),
+        tuning.Tunable((one_read,), tuning.row_candidates(*_shapes, without=_without), partial(_problems, _name)),
     )
 
 

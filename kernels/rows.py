@@ -31,20 +31,14 @@ DIFFERENTIABLE = ("logp", "lse", "entropy", "kl", "reverse_kl")
 def _tanh(x):
     # A Padé approximant, right to a rounding below 1, where 1 − e^(−2|x|) would cancel.
     s = x * x
-    near = (
-        x
-        * (135135.0 + s * (17325.0 + s * (378.0 + s)))
-        / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
-    )
+    near = x * (135135.0 + s * (17325.0 + s * (378.0 + s))) / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
-def _logits(
-    products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constexpr, MASKED: tl.constexpr = True
-):
+def _logits(products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constexpr, MASKED: tl.constexpr = True):
     """Final logits at some columns, −∞ beyond the vocabulary if it is MASKED, and their derivatives by the products."""
     inside = at < vocab
     if MASKED:
@@ -309,9 +303,7 @@ def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
         )
         return products, ref[0] if ref else None, tuning.tokens(w, seed)
 
-    def launch(
-        dtype: torch.dtype | None, products: Tensor, ref: Tensor | None, targets: Tensor
-    ) -> list[Tensor]:
+    def launch(dtype: torch.dtype | None, products: Tensor, ref: Tensor | None, targets: Tensor) -> list[Tensor]:
         names = ("logp", "lse") if alone else tuple(s for s in STATISTICS if ref is not None or "kl" not in s)
         made = {s: products.new_empty(w.tokens) for s in names}
         if dtype is None:
@@ -351,9 +343,7 @@ for _name, _shapes, _without in (
 ):
     tuning.declare(
         _name,
-        tuning.Tunable(
-            (row_pass,), tuning.row_candidates(*_shapes, without=_without), partial(_problems, _name)
-        ),
+        tuning.Tunable((row_pass,), tuning.row_candidates(*_shapes, without=_without), partial(_problems, _name)),
     )
 
 
@@ -388,9 +378,7 @@ def variants() -> Iterator[Variant]:
             else:
                 signature["grad"] = f"*{dtype}"
             sizes = ("stride", "ref_stride", "grad_stride")
-            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(
-                ("gain", "inner", "ceiling"), "fp32"
-            )
+            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
             tiles = ("products", "ref_products", "bias", "ref_bias", "grad")
             yield Variant(
                 row_pass,

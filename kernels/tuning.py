@@ -36,9 +36,7 @@ from . import gates
 
 STORE = Store("tuning.json", version=1)
 COMMAND = "python -m xpo_fast.kernels.tuning"
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 INPUTS = 3  # sets, in turn
 CYCLES_PER_MS = 2_000_000  # of a device's clock, or a few less
 # Of a result in float32: what the order of a sum may change.
@@ -49,9 +47,7 @@ ENOUGH_TOKENS = 16384  # more change nothing about which is faster
 Name = TypeVar("Name")
 Input = TypeVar("Input")
 Key: TypeAlias = tuple[object, ...]  # what a problem's best depends on: dtypes, `bucket`s of sizes
-Timer: TypeAlias = Callable[
-    [Mapping[Any, Callable[[tuple], object]], Sequence[tuple], int], dict[Any, list[float]]
-]
+Timer: TypeAlias = Callable[[Mapping[Any, Callable[[tuple], object]], Sequence[tuple], int], dict[Any, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -431,9 +427,7 @@ def _table(trials: Sequence[Trial], best: Trial) -> str:
             lines.append(f"  {name:<{width}}  refused: {trial.refused}")
         else:
             note = " default" * (trial is trials[0]) + " fastest" * (trial is best)
-            lines.append(
-                f"  {name:<{width}}  {trial.time_ms:9.4f} ms  {default_ms / trial.time_ms:5.2f}x{note}"
-            )
+            lines.append(f"  {name:<{width}}  {trial.time_ms:9.4f} ms  {default_ms / trial.time_ms:5.2f}x{note}")
     return "\n".join(lines)
 
 
@@ -448,9 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tokens", nargs="+", type=int, default=[4096, 1024, ENOUGH_TOKENS], metavar="N",
         help="rows; all but the first only for what depends on how many there are (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--width", type=int, default=4096, metavar="D", help="of a hidden state (%(default)s)"
-    )
+    parser.add_argument("--width", type=int, default=4096, metavar="D", help="of a hidden state (%(default)s)")
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args(arguments)
     device = _gpu()

@@ -34,9 +34,7 @@ def compiler() -> str:
 def compiled(source: Path, library: Path, *options: str) -> Path:
     """The library of one file of C++ or CUDA."""
     command = [compiler(), *OPTIONS, "-fPIC", "-shared", f"-I{CSRC}", *options]
-    done = subprocess.run(
-        [*command, "-x", "c++", str(source), "-o", str(library)], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "-x", "c++", str(source), "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
 

@@ -160,10 +160,7 @@ VARIANTS = {
     "kto": [{"lambda_d": 1.5, "lambda_u": 2.0}],
     "dro": [{"variant": "square"}, {"beta": 0.5}],
     "apo_zero_unpaired": [{"lambda_d": 1.5, "lambda_u": 2.0}],
-    "lipo": [
-        {"kind": k}
-        for k in ("pair_logistic", "pair_hinge", "point_mse", "point_sigmoid", "softmax", "list_mle")
-    ],
+    "lipo": [{"kind": k} for k in ("pair_logistic", "pair_hinge", "point_mse", "point_sigmoid", "softmax", "list_mle")],
     "pro": [{"variant": "survey"}, {"temperature": False}],
     "rrhf": [{"lam_sft": 0.0}],
     "ppo": [{"dual_clip": 3.0}],
@@ -176,9 +173,7 @@ VARIANTS = {
     "grm": [{"regulariser": "dpo"}],
 }
 WITHOUT_DEFAULT = {"cispo": [{"cap": 2.0}, {"eps": 0.2}]}  # methods whose defaults alone are an error
-EVERY_PATH = [
-    (name, hyper) for name in METHODS for hyper in WITHOUT_DEFAULT.get(name, [{}, *VARIANTS.get(name, [])])
-]
+EVERY_PATH = [(name, hyper) for name in METHODS for hyper in WITHOUT_DEFAULT.get(name, [{}, *VARIANTS.get(name, [])])]
 
 
 def draw(name, axes, size, generator):
@@ -201,9 +196,7 @@ def draw(name, axes, size, generator):
         return (5 * normal - 20).clamp(max=-0.5)
     if name in ("kl", "kl_w", "kl_l", "entropy", "s"):
         return normal.abs() + 0.1
-    return {"score_w": 1 + uniform, "score_l": uniform - 0.1, "prob_w": uniform, "scores": uniform}.get(
-        name, normal
-    )
+    return {"score_w": 1 + uniform, "score_l": uniform - 0.1, "prob_w": uniform, "scores": uniform}.get(name, normal)
 
 
 def tensor(values, dtype=torch.float64):

@@ -15,12 +15,8 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone"
-)
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="launches the kernels on a GPU, and there is none")
 # NumPy's, in the interpreter; the last of Triton 3.6, which needs NumPy < 2.4 there.
 numpy_warnings = [
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),

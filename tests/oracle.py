@@ -96,9 +96,7 @@ def tokens(shape: tuple[int, ...], vocab: int, ignored: float = 0.3, seed: int =
 
 
 def normal(*shape: int, seed: int, std: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std).to(
-        dtype
-    )
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std).to(dtype)
 
 
 def error(found: Tensor, expected: Tensor) -> float:

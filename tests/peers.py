@@ -17,9 +17,7 @@ def peer(module, distribution, series):
     found = pytest.importorskip(module, reason="peers are an optional extra: pip install xpo_fast[bench]")
     version = importlib.metadata.version(distribution)
     if not version.startswith(series):
-        pytest.fail(
-            f"calls the internals of {distribution} {series}*, found {version}: install by constraints.txt"
-        )
+        pytest.fail(f"calls the internals of {distribution} {series}*, found {version}: install by constraints.txt")
     return found
 
 

@@ -46,9 +46,7 @@ def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool) -> N
         port = free.getsockname()[1]
     context = mp.get_context("forkserver")  # which imports once for all
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
-    processes = [
-        context.Process(target=_worker, args=(r, port, str(folder), world, run, join)) for r in range(world)
-    ]
+    processes = [context.Process(target=_worker, args=(r, port, str(folder), world, run, join)) for r in range(world)]
     for process in processes:
         process.start()
     for process in processes:

@@ -47,9 +47,7 @@ class Kernel:
     def loops(self) -> list[Loop]:
         """By where they begin."""
         back = [(to, place) for place, after in enumerate(self.after) for to in after if to < place]
-        return [
-            Loop(first, max(p for to, p in back if to == first)) for first in sorted({to for to, _ in back})
-        ]
+        return [Loop(first, max(p for to, p in back if to == first)) for first in sorted({to for to, _ in back})]
 
     def around(self, loop: Loop, exponentials: int) -> int | None:
         """The fewest instructions once around a loop on a way with so many exponentials; None if there is none."""
@@ -110,6 +108,4 @@ def dump(library: Path) -> str:
     folder = tools()
     assert folder is not None
     command = [str(folder / "cuobjdump"), "-sass", str(library)]
-    return subprocess.run(
-        command, env={"PATH": str(folder)}, capture_output=True, text=True, check=True
-    ).stdout
+    return subprocess.run(command, env={"PATH": str(folder)}, capture_output=True, text=True, check=True).stdout

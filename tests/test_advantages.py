@@ -44,9 +44,7 @@ GAE = [
 def test_gae_literal(hyper, expected, dtype):
     value = torch.tensor(VALUE, dtype=dtype)
     advantage, returns = gae(torch.tensor(REWARD, dtype=dtype), value, MASK, **hyper)
-    wanted = torch.zeros(2, 4, dtype=dtype).masked_scatter(
-        MASK, tensor(*expected[0], *expected[1], dtype=dtype)
-    )
+    wanted = torch.zeros(2, 4, dtype=dtype).masked_scatter(MASK, tensor(*expected[0], *expected[1], dtype=dtype))
     assert_close(advantage, wanted)
     assert_close(returns, torch.where(MASK, wanted + value, 0.0))
 
@@ -152,9 +150,7 @@ def test_group_normalised_has_mean_0_and_deviation_1():
     found = group_normalised(5 + 3 * normal(6, 8, seed=1), eps=0.0)
     assert_close(found.mean(1), torch.zeros(6, dtype=F64), rtol=0, atol=1e-12)
     assert_close(found.std(1), torch.ones(6, dtype=F64))
-    assert_close(
-        group_normalised(10 * normal(6, 8, seed=1), eps=0.0), group_normalised(normal(6, 8, seed=1), eps=0.0)
-    )
+    assert_close(group_normalised(10 * normal(6, 8, seed=1), eps=0.0), group_normalised(normal(6, 8, seed=1), eps=0.0))
 
 
 @DTYPES
@@ -287,9 +283,7 @@ def test_k_literal_and_slope(d, one, two, three, dtype):
 
 @pytest.mark.parametrize("function", [k1, k2, k3])
 def test_k_gradcheck(function):
-    assert torch.autograd.gradcheck(
-        function, (normal(6, seed=1).requires_grad_(), normal(6, seed=2).requires_grad_())
-    )
+    assert torch.autograd.gradcheck(function, (normal(6, seed=1).requires_grad_(), normal(6, seed=2).requires_grad_()))
 
 
 def test_k1_and_k3_are_unbiased_and_k2_is_nearly():

@@ -122,7 +122,9 @@ def test_a_lost_device_ends_the_process_and_names_who_lost_it(tmp_path, monkeypa
 
 def stub(name, body, limit_s=20, **more):
     """A stage whose program is `body`; it has its result file as `path`, and what was given beside it as `more`."""
-    head = "import json, os, signal, sys, time\nfrom pathlib import Path\npath = Path(sys.argv[1]); more = sys.argv[2:]\n"
+    head = (
+        "import json, os, signal, sys, time\nfrom pathlib import Path\npath = Path(sys.argv[1]); more = sys.argv[2:]\n"
+    )
     whole = 'def whole(**content): path.write_text(json.dumps({"ended": True, **content}))\n'
     part = 'def part(**content): path.write_text(json.dumps({"ended": False, **content}))\n'
     program = head + whole + part + textwrap.dedent(body)

@@ -32,9 +32,7 @@ def shape(launches, scored=8192, width=4096, vocab=128256):
     return launches.Shape(scored, width, vocab)
 
 
-@pytest.mark.parametrize(
-    ("backend", "most", "row_bytes"), [("torch", 120, 30), ("triton", 40, 6), ("cuda", 50, 6)]
-)
+@pytest.mark.parametrize(("backend", "most", "row_bytes"), [("torch", 120, 30), ("triton", 40, 6), ("cuda", 50, 6)])
 def test_frozen(launches, backend, most, row_bytes):
     """Per step and tile, not per token: four times the tokens have at most four times the launches, and no more a step."""
     found = launches.measure("frozen", shape(launches), backend)
@@ -92,8 +90,7 @@ def test_blocks_of_a_cache_are_too_many(launches, case, monkeypatch):
 def test_cuda_leaves_the_rest_to_triton(launches):
     """As on a GPU: what is not made by its kernel is made by Triton's, and by nothing of torch's as wide as the vocabulary."""
     cuda, triton = (
-        launches.measure("entropy with its gradient", shape(launches), backend)
-        for backend in ("cuda", "triton")
+        launches.measure("entropy with its gradient", shape(launches), backend) for backend in ("cuda", "triton")
     )
     assert cuda["kernels"]["row_pass"] == triton["kernels"]["row_pass"]
     assert cuda["row_bytes_a_logit"] == triton["row_bytes_a_logit"] and cuda["peak_mb"] == triton["peak_mb"]
@@ -131,7 +128,7 @@ def planned(launches, n, backend, options):
     _, width, vocab = shape(launches)
     hidden = torch.empty(n, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta")
-    with mock.patch("xpo_fast.head.check_backend"):
+    with mock.patch("xpo_fast.head.statistics.check_backend"):
         budget = int(SHARE * launches.CARD_BYTES)
         plan = head_plan(hidden, weight, backend=backend, tile_bytes=budget, **options)
     return dataclasses.replace(plan, tokens=n)
@@ -178,10 +175,5 @@ def test_memory_of_distillation(launches, options, copies, monkeypatch):
     n, width, vocab = shape(launches)
     found = launches.measure("distillation", shape(launches), "torch")["peak_mb"] * 1e6
     budget, device = int(SHARE * launches.CARD_BYTES), torch.device("meta")
-    tiling, *_ = fit(
-        "torch", vocab, torch.bfloat16, device, budget, heads=2, copies=copies, dz=True, learns=True
-    )
-    assert (
-        found
-        <= vocab * (2 * tiling.tile + 4 * (2 + copies) * tiling.step) + 2 * vocab * width + 8 * n * width
-    )
+    tiling, *_ = fit("torch", vocab, torch.bfloat16, device, budget, heads=2, copies=copies, dz=True, learns=True)
+    assert found <= vocab * (2 * tiling.tile + 4 * (2 + copies) * tiling.step) + 2 * vocab * width + 8 * n * width

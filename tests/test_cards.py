@@ -10,7 +10,8 @@ import pytest
 
 import xpo_fast as xf
 from inputs import WITHOUT_DEFAULT, columns
-from xpo_fast import catalogue, cli
+from xpo_fast import cli
+from xpo_fast.cli import methods as catalogue
 from xpo_fast.methods import registry
 
 METHODS = sorted(xf.METHODS)
@@ -119,9 +120,7 @@ def test_an_unknown_value_is_told_the_known_ones(capsys):
         cli.main(["methods", "--policy", "maybe"])
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert (
-        "--policy" in err and "maybe" in err and all(word in err for word in ("on", "off", "hybrid", "none"))
-    )
+    assert "--policy" in err and "maybe" in err and all(word in err for word in ("on", "off", "hybrid", "none"))
 
 
 @pytest.mark.parametrize("other", [["--card", "dpo"], ["--markdown"]])

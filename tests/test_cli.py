@@ -20,10 +20,10 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
-from xpo_fast import cli, doctor, models
-from xpo_fast.cli import aliases, checks, manual, options, rl, training
+from xpo_fast import cli, models
+from xpo_fast.cli import aliases, checks, doctor, manual, options, rl, training
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl import RLConfig
+from xpo_fast.rl.trainer import RLConfig
 from xpo_fast.rollout import RolloutError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -59,18 +59,12 @@ def log_of(output) -> list[dict]:
 
 def test_train_with_an_adapter(home, tmp_path, capsys):
     out = tmp_path / "out"
-    assert (
-        train(home, out, "--max-steps", "12", "--lr", "0.02", "--eval-split", "4", "--set", "beta=0.5") == 0
-    )
+    assert train(home, out, "--max-steps", "12", "--lr", "0.02", "--eval-split", "4", "--set", "beta=0.5") == 0
     text = capsys.readouterr().out
     assert "LoRA of rank 16" in text and "16 pairs to train on, 4 held out" in text
     assert "dpo(beta=0.5, label_smoothing=0.0), lr 0.02, 4 pairs a step" in text
     assert "reference  adapter: the model with its adapter switched off" in text
-    assert (
-        "the head is frozen" in text
-        and "held out: 4 pairs" in text
-        and "chosen is likelier per token" in text
-    )
+    assert "the head is frozen" in text and "held out: 4 pairs" in text and "chosen is likelier per token" in text
     losses = [entry["loss"] for entry in log_of(out) if "loss" in entry]  # three times over the pairs
     assert len(losses) == 12 and losses[0] == pytest.approx(0.6931, abs=1e-4) and losses[-1] < 0.6
     results = json.loads((out / "results.json").read_text())
@@ -508,9 +502,7 @@ def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
             *options.TRAINER_ARGUMENTS,
         ):
             return True
-        methods = {"train": ("dpo", "kto"), "rl": ("grpo", "sapo", "vespo"), "reward": ("bradley_terry",)}[
-            command
-        ]
+        methods = {"train": ("dpo", "kto"), "rl": ("grpo", "sapo", "vespo"), "reward": ("bradley_terry",)}[command]
         return any(name in aliases.hyperparameters(method, command) for method in methods)
 
     shared = (trl.ModelConfig, trl.ScriptArguments)
@@ -529,8 +521,7 @@ def test_loss_types_are_those_of_the_table_of_conversions():
     from xpo_fast.methods import METHODS
 
     rows = [
-        line.split("|")
-        for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()
+        line.split("|") for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()
     ]
     for theirs, ours in aliases.loss_types().items():
         assert ours in METHODS
@@ -769,10 +760,7 @@ def test_a_dry_run_says_what_a_run_does_and_writes_nothing(home, tmp_path, capsy
         in said
     )
     # Of 20 pairs the lengths and the first row by hand: its prompt is no target, EOS is one.
-    tokens = [
-        [len(r["prompt"].split()) + len(r[k].split()) + 1 for k in ("chosen", "rejected")]
-        for r in make_rows(20)
-    ]
+    tokens = [[len(r["prompt"].split()) + len(r[k].split()) + 1 for k in ("chosen", "rejected")] for r in make_rows(20)]
     assert f"{max(map(max, tokens))}\n" in said and "completions at the end, to --max-length 8" in said
     first = make_rows(20)[0]
     assert f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
@@ -803,8 +791,7 @@ def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
     said = capsys.readouterr().out
     first = make_rows(20)[0]
     assert (
-        "The reward is read at the last token" in said
-        and f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
+        "The reward is read at the last token" in said and f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
     )
 
     conversation = [{"role": "user", "content": "w1 w2"}]
@@ -857,17 +844,13 @@ def test_completion(shell, capsys, tmp_path):
     if program is None:
         return
     (tmp_path / "script").write_text(script)
-    done = subprocess.run(
-        [program, "-n", str(tmp_path / "script")], timeout=300, capture_output=True, text=True
-    )
+    done = subprocess.run([program, "-n", str(tmp_path / "script")], timeout=300, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     if shell == "bash":  # what a shell would offer behind `xpo-fast train --method simp` and `--opt`
         ask = "source {script}; COMP_WORDS=(xpo-fast train {words}); COMP_CWORD={last}; {function}; echo ${{COMPREPLY[@]}}"
         function = re.search(r"complete .*-F (\S+) xpo-fast", script)[1]
         for words, offered in (("--method simp", "simpo"), ("--opti", "--optim")):
-            code = ask.format(
-                script=tmp_path / "script", words=words, last=1 + len(words.split()), function=function
-            )
+            code = ask.format(script=tmp_path / "script", words=words, last=1 + len(words.split()), function=function)
             done = subprocess.run([program, "-c", code], timeout=300, capture_output=True, text=True)
             assert offered in done.stdout.split(), (words, done)
 

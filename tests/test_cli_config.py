@@ -82,15 +82,15 @@ def test_names_of_trl_are_read_from_a_file(parsed):
 
 
 def test_json_is_read_too(parsed):
-    text = json.dumps(
-        {"data": "p.jsonl", "lr": 1e-05, "set": {"beta": 0.5}, "stop": ["\n", "😀"]}, indent="\t"
-    )
+    text = json.dumps({"data": "p.jsonl", "lr": 1e-05, "set": {"beta": 0.5}, "stop": ["\n", "😀"]}, indent="\t")
     words = ["--data", "p.jsonl", "--lr", "1e-05", "--set", "beta=0.5", "--stop", "\n", "--stop", "😀"]
     assert parsed(text, command="rl", name="run.json") == typed(*words, command="rl")
 
 
 def test_the_command_line_wins(parsed):
-    text = "data: a.jsonl\nlr: 1\nlora: true\neval-split: 5\nset: {beta: 1, label_smoothing: 0.1}\ngroup-by-length: true\n"
+    text = (
+        "data: a.jsonl\nlr: 1\nlora: true\neval-split: 5\nset: {beta: 1, label_smoothing: 0.1}\ngroup-by-length: true\n"
+    )
     words = [
         "--data",
         "b.jsonl",

@@ -7,7 +7,7 @@ import closed_form
 from test_rl import PEFT_WARNING
 from test_trainer import lora, make_model, make_tokenizer
 from xpo_fast.rl import RLTrainer
-from xpo_fast.rl_config import RLConfig
+from xpo_fast.rl.config import RLConfig
 
 
 @pytest.mark.parametrize("name", closed_form.ALGORITHMS)

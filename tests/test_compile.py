@@ -36,9 +36,7 @@ class TinyModel(torch.nn.Module):
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.body(self.embed(ids)))
         if not self.outputs:
-            logp = xf.token_logps(
-                hidden, self.head.weight, targets, bias=self.head.bias, softcap=3.0, temperature=0.8
-            )
+            logp = xf.token_logps(hidden, self.head.weight, targets, bias=self.head.bias, softcap=3.0, temperature=0.8)
             return (logp * logp.detach()).sum()
         found = xf.token_stats(
             hidden,
@@ -271,8 +269,8 @@ def test_head_operator(trainable, outputs, save_grad, dtype):
 
 
 def test_head_backward_operator():
-    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, lanes, backend, _, _ = (
-        head_arguments(trainable=True, outputs="kl", save_grad=False)
+    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, lanes, backend, _, _ = head_arguments(
+        trainable=True, outputs="kl", save_grad=False
     )
     detached = [x.detach() for x in (hidden, weight, bias)]
     upstream = [oracle.normal(5, seed=k, dtype=torch.float32) for k in range(2)]
@@ -306,6 +304,4 @@ def test_gather_operators():
     targets, u = oracle.tokens((5,), VOCAB), oracle.normal(5, seed=2, dtype=torch.float32)
     arguments = (logits.clone().requires_grad_(), targets, 0.8, oracle.IGNORE, False)
     torch.library.opcheck(torch.ops.xpo_fast.gather_logps.default, arguments)
-    torch.library.opcheck(
-        torch.ops.xpo_fast.gather_logps_backward.default, (logits, targets, u, 0.8, oracle.IGNORE)
-    )
+    torch.library.opcheck(torch.ops.xpo_fast.gather_logps_backward.default, (logits, targets, u, 0.8, oracle.IGNORE))

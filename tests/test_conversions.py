@@ -54,10 +54,7 @@ def batch(lengths: tuple[int, ...]) -> SimpleNamespace:
     targets = torch.randint(0, VOCAB, (rows, longest), generator=generator)
     targets[torch.arange(longest) >= torch.tensor(lengths)[:, None]] = -100
     logp, ref_logp = (
-        (h @ weight.T)
-        .log_softmax(-1)
-        .gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        .masked_fill(targets < 0, 0)
+        (h @ weight.T).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0)
         for h in (hidden, ref_hidden)
     )
     given = {}
@@ -85,9 +82,7 @@ def ours(name: str, given: dict = RAGGED.given, **hyper) -> Tensor:
     """A method's mean over these pairs or rows."""
     method = xf.METHODS[name]
     losses, _ = method(**{k: v for k, v in given.items() if k in method.inputs}, **hyper)
-    tokens = (
-        {"units": len(losses), "tokens": given["len_w"].sum()} if "len_w" in given else {"units": len(losses)}
-    )
+    tokens = {"units": len(losses), "tokens": given["len_w"].sum()} if "len_w" in given else {"units": len(losses)}
     return losses.sum() / tokens[method.denominator]
 
 
@@ -328,9 +323,7 @@ def _():
     ratio = ours("orpo", lam=0.4) + mean.mean()
     prompts = 2 * PAIRS  # two tokens a prompt are predicted, by a model whose logits there are all 0
     nll = prompts * torch.log(torch.tensor(float(VOCAB))) - RAGGED.given["logp_w"].sum()
-    same(
-        ratio + nll / (prompts + RAGGED.given["len_w"].sum()), trl_whole("orpo", RAGGED, prompts=3, beta=0.4)
-    )
+    same(ratio + nll / (prompts + RAGGED.given["len_w"].sum()), trl_whole("orpo", RAGGED, prompts=3, beta=0.4))
 
 
 # --- Unpaired ---
@@ -407,9 +400,7 @@ def _():
 SAMPLES = {  # ratios from 0.5 to 7 under advantages of either sign
     "old_logp": torch.tensor([[-2.0, -1.0, -3.0, -0.5], [-1.5, -2.5, -1.0, 0.0], [-0.7, -4.0, -2.5, 0.0]]),
     "token_logp": torch.tensor([[-1.6, -1.7, -2.9, -0.5], [-1.1, -3.2, -0.9, 0.0], [-0.4, -3.8, -0.55, 0.0]]),
-    "ref_token_logp": torch.tensor(
-        [[-1.3, -1.9, -2.4, -0.9], [-1.0, -3.8, -0.7, 0.0], [-0.7, -3.7, -1.0, 0.0]]
-    ),
+    "ref_token_logp": torch.tensor([[-1.3, -1.9, -2.4, -0.9], [-1.0, -3.8, -0.7, 0.0], [-0.7, -3.7, -1.0, 0.0]]),
     "advantage": torch.tensor([1.5, -0.5, -2.0]),
     "mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]]).bool(),
 }
@@ -437,9 +428,7 @@ def policy_peers(
     trl()
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    stub, inputs = grpo_like(
-        SAMPLES, GRPOTrainer, loss_type=loss_type, max_completion_length=LONGEST, **fields
-    )
+    stub, inputs = grpo_like(SAMPLES, GRPOTrainer, loss_type=loss_type, max_completion_length=LONGEST, **fields)
     names = dict(zip(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), vespo))
     names |= dict(zip(("sapo_temperature_pos", "sapo_temperature_neg"), sapo))
     vars(stub.args).update(delta=delta, **names)
@@ -560,10 +549,6 @@ def test_row(name):
 
 
 def test_every_row_is_computed():
-    cells = [
-        line.split("|")[1].strip()
-        for line in DOCS.read_text(encoding="utf-8").splitlines()
-        if line[:2] == "| "
-    ]
+    cells = [line.split("|")[1].strip() for line in DOCS.read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
     named = [cell for cell in cells if cell not in ("---", "quantity")]
     assert named == list(ROWS), "docs/conversions.md and the rows computed here differ"

@@ -49,9 +49,7 @@ class Machine:
     def __init__(self, device: str) -> None:
         self.device, self.ranks = device, None
 
-    def becomes(
-        self, shared: int = AUTO, clusters: int = 8, threads: int = 64, reversed: bool = False
-    ) -> None:
+    def becomes(self, shared: int = AUTO, clusters: int = 8, threads: int = 64, reversed: bool = False) -> None:
         """Only an emulated one can."""
         self.ranks = None
         if self.device == "cpu":
@@ -224,9 +222,7 @@ def test_sums_of_nothing_and_of_nan(tmp_path):
     def lse(*z):
         out = torch.full((5,), 7.0)
         x, cuts = torch.tensor(z), torch.tensor([0, len(z) // 2, len(z)], dtype=torch.int32)
-        library.online(
-            *(ctypes.c_void_p(t.data_ptr()) for t in (x, cuts)), 2, 1, ctypes.c_void_p(out.data_ptr())
-        )
+        library.online(*(ctypes.c_void_p(t.data_ptr()) for t in (x, cuts)), 2, 1, ctypes.c_void_p(out.data_ptr()))
         return float(out[0])
 
     inf, nan = torch.inf, torch.nan
@@ -256,9 +252,7 @@ HEADS = test_head.HEADS
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def check(
-    machine, shape, head="everything", dtype=torch.float32, products_offset=0, stride=None, grad_stride=None
-):
+def check(machine, shape, head="everything", dtype=torch.float32, products_offset=0, stride=None, grad_stride=None):
     """All statistics, and dz of a random upstream, in memory that is poisoned, to the last element and no further."""
     n, vocab, _ = SHAPES[shape]
     tensors, targets, options = test_triton.tile((n, vocab), head)
@@ -285,9 +279,7 @@ def check(
     )
     want, leaf = test_triton.oracle_of(tensors, targets, options)
     for name, x in out.items():
-        assert_close(
-            x.cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_close(x.cpu().double(), want[name].double(), atol=2e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     sum((want[name] * u[name]).sum() for name in u).backward()
     assert n == 0 or oracle.error(grad.cpu(), leaf.grad) < TOLERANCE[dtype]
     written = torch.zeros(whole.shape, dtype=torch.bool)
@@ -551,9 +543,7 @@ def test_gradient_of_detached_statistics(backend, learn):
     operands, targets, chunk = test_head.problem("primes", True, learn=learn)
     hidden, weight, bias = operands
     names = ("log_sum_sq_probs", "mean_logit", "top1")
-    found = xf.token_stats(
-        hidden, weight, targets, bias=bias, outputs=names, chunk_tokens=chunk, backend=backend
-    )
+    found = xf.token_stats(hidden, weight, targets, bias=bias, outputs=names, chunk_tokens=chunk, backend=backend)
     want, wide = test_head.expected(operands, targets, {})
     for name in ("logp", "lse", *names):
         assert_close(getattr(found, name).double(), want[name].double(), atol=2e-5, rtol=1e-5)
@@ -728,12 +718,8 @@ def test_the_emulation_rounds_as_torch(tmp_path):
         2**-25,
         3e38,
     ]
-    ties = torch.tensor(
-        [1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 1.5 * 2**-24, 2.5 * 2**-24, 2047.5]
-    )
-    x = torch.cat(
-        [torch.tensor(special), ties, -ties, torch.logspace(-9, 6, 999), oracle.normal(999, seed=1).float()]
-    )
+    ties = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 1.5 * 2**-24, 2.5 * 2**-24, 2047.5])
+    x = torch.cat([torch.tensor(special), ties, -ties, torch.logspace(-9, 6, 999), oracle.normal(999, seed=1).float()])
     bf16, half = (torch.zeros(len(x), dtype=torch.int32) for _ in range(2))
     library.rounded(*(ctypes.c_void_p(t.data_ptr()) for t in (x, bf16, half)), len(x))
     for found, dtype in ((bf16, torch.bfloat16), (half, torch.float16)):

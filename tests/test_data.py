@@ -676,9 +676,7 @@ def test_the_first_row_that_lacks_what_others_have_is_named(kind, without, extra
         ([without, without, with_it], 1, 3),
     ):
         path = write(tmp_path / "p.jsonl", rows)
-        expected = (
-            rf"^p\.jsonl:{lacks}: {names} missing or null, which p\.jsonl:{has} has; give it in every row"
-        )
+        expected = rf"^p\.jsonl:{lacks}: {names} missing or null, which p\.jsonl:{has} has; give it in every row"
         with pytest.raises(DataError, match=expected):
             load(path, kind=kind)
 
@@ -916,9 +914,7 @@ def test_rows_without_a_label_have_no_mismatched_completion():
         }
     ]
     labelled = [{**rows[0], "label": True}, {**rows[0], "label": False}]
-    assert all(
-        {"label", "reward", "kl_completion_ids"} <= set(r) for r in encoded(labelled, tokenizer(), "unpaired")
-    )
+    assert all({"label", "reward", "kl_completion_ids"} <= set(r) for r in encoded(labelled, tokenizer(), "unpaired"))
 
 
 def test_numbers_of_a_pair_outlast_encoding():
@@ -1078,9 +1074,7 @@ def test_number_of_processes_changes_nothing(warnings_logged):
 
 def test_encoding_faults():
     chat, text, one = load([CHAT], kind="pair"), load([PAIR], kind="pair"), load([UNPAIRED], kind="unpaired")
-    with pytest.raises(
-        DataError, match=r"^rows\[0\]: a conversation.*no chat template.*--chat-template FILE"
-    ):
+    with pytest.raises(DataError, match=r"^rows\[0\]: a conversation.*no chat template.*--chat-template FILE"):
         encode(chat, tokenizer(), kind="pair")
     refusing = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"^rows\[0\]: the chat template refuses.*roles must alternate"):
@@ -1089,9 +1083,7 @@ def test_encoding_faults():
         encode(one, tokenizer(), kind="unpaired")
     with pytest.raises(ValueError, match=r"takes what load.*'unpaired'.*completion.*got prompt, chosen"):
         encode(text, tokenizer(), kind="unpaired")
-    with pytest.raises(
-        ValueError, match=r"completions, prompt, scores, where or completions, prompt, rejected"
-    ):
+    with pytest.raises(ValueError, match=r"completions, prompt, scores, where or completions, prompt, rejected"):
         encode(text, tokenizer(), kind="list")
     with pytest.raises(ValueError, match=r"max_length must be at least 2.*got 1"):
         encode(text, tokenizer(), kind="pair", max_length=1)
@@ -1125,9 +1117,7 @@ def test_prompts_come_in_every_form():
     talk = [{"role": "user", "content": "w1"}]
     (row,) = load_prompts([pair])
     assert row == {"prompt": "w1 w2", "chosen": " w3", "rejected": " w4", "answer": 5, "where": "rows[0]"}
-    assert load_prompts([{"prompt": talk, "answer": None}]) == [
-        {"prompt": talk, "answer": None, "where": "rows[0]"}
-    ]
+    assert load_prompts([{"prompt": talk, "answer": None}]) == [{"prompt": talk, "answer": None, "where": "rows[0]"}]
     (row,) = load_prompts([{"prompt": "w1", "completion": " w2"}])
     assert row == {"prompt": "w1", "completion": " w2", "chosen": " w2", "where": "rows[0]"}
     for bad, message in (
@@ -1165,9 +1155,7 @@ def test_prompts_with_columns_for_functions(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "w1", "answer": 1}\n{"prompt": "w2"}\n')
     assert [row.get("answer") for row in load_prompts(file)] == [1, None]
-    with pytest.raises(
-        DataError, match=r"prompts\.jsonl:2: answer missing or null, which prompts\.jsonl:1 has"
-    ):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: answer missing or null, which prompts\.jsonl:1 has"):
         load_prompts(file, alike=True)
     file.write_text('{"prompt": "w1", "answer": 1}\n{"prompt": "w2", "answer": null}\n')
     assert [row["answer"] for row in load_prompts(file, alike=True)] == [1, None]
@@ -1177,9 +1165,7 @@ def test_prompts_with_columns_for_functions(tmp_path):
 
 EOS = 2  # also the padding, the case in which masking by id goes wrong
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=7)
-PAIRS = st.lists(
-    st.fixed_dictionaries(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)), min_size=1
-)
+PAIRS = st.lists(st.fixed_dictionaries(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), IDS)), min_size=1)
 LABELLED = st.fixed_dictionaries(
     {**dict.fromkeys(("prompt_ids", "completion_ids", "kl_completion_ids"), IDS), "label": st.booleans()}
 )
@@ -1250,9 +1236,7 @@ def test_lists_side_by_side(rows, last, multiple):
     missing = [r for r, row in enumerate(layout) if not row]
     assert len(layout) == len(batch["targets"])
     assert (batch["targets"][missing] == -100).all() and (batch["input_ids"][missing] == EOS).all()
-    assert (batch["attention_mask"].sum(dim=1) > 0).all() and (
-        batch["attention_mask"][missing, 1:] == 0
-    ).all()
+    assert (batch["attention_mask"].sum(dim=1) > 0).all() and (batch["attention_mask"][missing, 1:] == 0).all()
     assert scores.dtype == torch.float32 and scores.shape == (len(rows), longest)
     for row, got in zip(rows, scores):
         assert got[: len(row["scores"])].tolist() == row["scores"] and got[len(row["scores"]) :].isnan().all()
@@ -1370,9 +1354,7 @@ def test_reference_log_probs_of_lists(place):
 
 def test_too_few_reference_log_probs_are_named():
     row = {"prompt_ids": [5], "completions_ids": [[6], [7]], "ref_logp": [-1.0], "where": "p.jsonl:7"}
-    with pytest.raises(
-        DataError, match=r"^p\.jsonl:7: expected a ref_logp for each of 2 completions; got 1; comp"
-    ):
+    with pytest.raises(DataError, match=r"^p\.jsonl:7: expected a ref_logp for each of 2 completions; got 1; comp"):
         Collator(0, "list")([row])
 
 
@@ -1390,8 +1372,6 @@ def test_lists_from_file_to_batch(tmp_path):
     ]
     batch = Collator(EOS, "list")(encoded(write(tmp_path / "p.jsonl.gz", rows), tokenizer(TEMPLATE), "list"))
     scored = [row[row != -100].tolist() for row in batch["targets"]]
-    assert scored == [
-        words(text) for text in ("a cat </s>", "hi </s>", "", "dog </s>", "hello </s>", "cat </s>")
-    ]
+    assert scored == [words(text) for text in ("a cat </s>", "hi </s>", "", "dog </s>", "hello </s>", "cat </s>")]
     scores = torch.tensor([[1 / 3, 2, float("nan")], [0, -1, 0.1]])
     torch.testing.assert_close(batch["scores"], scores, rtol=0, atol=0, equal_nan=True)

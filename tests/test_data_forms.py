@@ -18,8 +18,8 @@ from test_data import answer, tokenizer, user, words, write
 from xpo_fast import Objective, data
 from xpo_fast.cli import build_parser, options, training
 from xpo_fast.data import DataError, encode, load, load_prompts, origins
-from xpo_fast.data_forms import parse_columns, renamed
-from xpo_fast.reward_trainer import RewardConfig, load_ratings
+from xpo_fast.data.forms import parse_columns, renamed
+from xpo_fast.rewards.trainer import RewardConfig, load_ratings
 
 datasets = pytest.importorskip("datasets")
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
@@ -365,9 +365,7 @@ def test_a_system_prompt_stands_before_prompts_alone():
     once = load_prompts([row])
     assert once == [{**row, "prompt": [SYSTEM, user("what")], "where": "rows[0]"}]
     assert load_prompts(once) == once
-    with pytest.raises(
-        DataError, match=r"^rows\[0\]: system is given beside text.*--columns question=prompt"
-    ):
+    with pytest.raises(DataError, match=r"^rows\[0\]: system is given beside text.*--columns question=prompt"):
         load_prompts([{**row, "prompt": "what"}])
 
 
@@ -468,9 +466,9 @@ def test_weights_are_shares_of_the_rows(tmp_path):
     for path, count in ((one, 20), (two, 20)):
         write(Path(path), [{"prompt": f"w {i}"} for i in range(count)])
     prompts = load_prompts([f"{one}:0.5", f"{two}:0.5"], seed=3)
-    assert max(origins(prompts).values()) == 20 == len(
-        {row["where"] for row in prompts if "a.js" in row["where"]}
-    ) or (origins(prompts)["b.jsonl"] == 20)
+    assert max(origins(prompts).values()) == 20 == len({row["where"] for row in prompts if "a.js" in row["where"]}) or (
+        origins(prompts)["b.jsonl"] == 20
+    )
 
 
 @pytest.mark.parametrize(
@@ -648,9 +646,7 @@ def test_the_examples_of_the_page_are_read_by_their_commands(row, command, tmp_p
     else:
         reward = command.startswith("reward")
         kind = (
-            RewardConfig(method=args.method, output_dir="o").spec().kind
-            if reward
-            else Objective(args.method).data_kind
+            RewardConfig(method=args.method, output_dir="o").spec().kind if reward else Objective(args.method).data_kind
         )
         loaded = load(args.data, kind=kind, **how)
         if not reward:

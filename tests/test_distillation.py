@@ -34,9 +34,7 @@ def draw(tokens, vocab, width, teacher_vocab, teacher_width, ignored, dtype=torc
     return drawn[:3], drawn[3:], oracle.tokens((tokens,), vocab, ignored)
 
 
-def textbook(
-    student, teacher, targets, divergence="jsd", beta=0.5, temperature=1.0, soft_weight=0.5, hard_weight=0.5
-):
+def textbook(student, teacher, targets, divergence="jsd", beta=0.5, temperature=1.0, soft_weight=0.5, hard_weight=0.5):
     """loss, soft and hard, all logits at once and every gradient by autograd."""
     scored = targets != oracle.IGNORE
     h, w, b = student
@@ -166,9 +164,7 @@ def test_memory_is_that_of_the_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr("xpo_fast.head.gemms._used_tiles", [])
     student, teacher, targets = draw(400, 2003, 4, 2003, 4, 0.0, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in student]
-    meter = oracle.Meter(
-        lambda: call(leaves, teacher, targets, tile_bytes=2 * 16 * 2003 * 4).loss.backward(), tmp_path
-    )
+    meter = oracle.Meter(lambda: call(leaves, teacher, targets, tile_bytes=2 * 16 * 2003 * 4).loss.backward(), tmp_path)
     assert meter.largest_bytes <= 16 * 2003 * 4
 
 

@@ -72,9 +72,7 @@ def test_packed_rows_errors(cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
         xf.sequence_logps(GOOD["hidden"], GOOD["weight"], GOOD["targets"], cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match=r"packed targets \(N,\)"):
-        xf.sequence_logps(
-            torch.zeros(1, 3, 4), GOOD["weight"], GOOD["targets"][None], cu_seqlens=torch.tensor([0, 3])
-        )
+        xf.sequence_logps(torch.zeros(1, 3, 4), GOOD["weight"], GOOD["targets"][None], cu_seqlens=torch.tensor([0, 3]))
 
 
 def call(method="dpo", *, objective=None, **change):
@@ -152,9 +150,7 @@ def test_setup_errors(args, kwargs, message):
         xf.Objective(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [({"beta": -1.0}, "beta > 0"), ({"tile_bytes": 0}, "tile_bytes=0")]
-)
+@pytest.mark.parametrize(("change", "message"), [({"beta": -1.0}, "beta > 0"), ({"tile_bytes": 0}, "tile_bytes=0")])
 def test_out_of_range_options(change, message):
     with pytest.raises(ValueError, match=message):
         call(objective=change)

@@ -27,11 +27,12 @@ from torch.testing import assert_close
 from peers import peer
 from xpo_fast import data
 from xpo_fast.demo_data import PAIRS
-from xpo_fast.judge import GRADE, PAIRWISE, text_of
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.recipes import StoppingRule
-from xpo_fast.reward_report import summary
-from xpo_fast.rollout import Sampling, ServerRollout
+from xpo_fast.rewards.llm_judges import GRADE, PAIRWISE, text_of
+from xpo_fast.rewards.report import summary
+from xpo_fast.rollout import Sampling
+from xpo_fast.rollout.generate import ServerRollout
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo")
@@ -43,9 +44,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> '
 
 pytestmark = [
     # TRL sets what transformers has renamed; peft asks transformers under a name that it has deprecated.
-    pytest.mark.filterwarnings(
-        "ignore:`gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
-    ),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 
@@ -424,9 +423,7 @@ def test_recipe_ai_feedback(model, tokenizer, tmp_path):
     stopped, summaries = run("stopped", rule=StoppingRule(min_gain=2.0))
     assert len(stopped.history) == 2 and stopped.best == 0 and stopped.model == str(tmp_path / "tiny")
     assert (
-        "no better" in stopped.reason
-        and len(summaries) == 1
-        and not (tmp_path / "stopped" / "iteration-001").exists()
+        "no better" in stopped.reason and len(summaries) == 1 and not (tmp_path / "stopped" / "iteration-001").exists()
     )
     # Any is: it goes on to the end.
     whole, summaries = run("whole", rule=StoppingRule(min_gain=-2.0), iterations=2)
@@ -455,9 +452,7 @@ def test_recipe_ai_feedback(model, tokenizer, tmp_path):
             expected = (p[0] + 1 - p[1]) / 2
             assert judged["wins"][i][j] == pytest.approx(expected, abs=1e-5)
             firsts.append(p)
-    assert len(summaries) == 2 and summaries[0]["first_place"] == pytest.approx(
-        sum(map(sum, firsts)) / 18, abs=1e-5
-    )
+    assert len(summaries) == 2 and summaries[0]["first_place"] == pytest.approx(sum(map(sum, firsts)) / 18, abs=1e-5)
     assert summaries[0]["flipped"] == sum((a > 0.5) == (b > 0.5) for a, b in firsts) / 9
 
 

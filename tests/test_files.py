@@ -13,18 +13,14 @@ from xpo_fast.files import check_writable, finite, publish, write_atomically, wr
 
 
 def test_finite_at_every_depth():
-    value = MappingProxyType(
-        {"a": math.nan, "b": (1.5, [math.inf, -math.inf, 0]), "c": {"d": "nan", "e": True}}
-    )
+    value = MappingProxyType({"a": math.nan, "b": (1.5, [math.inf, -math.inf, 0]), "c": {"d": "nan", "e": True}})
     assert finite(value) == {"a": None, "b": [1.5, [None, None, 0]], "c": {"d": "nan", "e": True}}
 
 
 def test_json_makes_its_folder_and_is_strict(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_json(path, {"λ": math.nan})
-    assert path.read_bytes().isascii() and json.loads(path.read_text(), parse_constant=pytest.fail) == {
-        "λ": None
-    }
+    assert path.read_bytes().isascii() and json.loads(path.read_text(), parse_constant=pytest.fail) == {"λ": None}
     write_json(path, {"λ": 1}, ensure_ascii=False)
     assert path.read_text(encoding="utf-8") == '{\n "λ": 1\n}\n'
 

@@ -131,9 +131,7 @@ def test_logps(shape, head, learn, backend):
     check_gradients(operands, wide, 1e-5)
 
     with torch.no_grad():
-        again = xf.token_logps(
-            hidden, weight, targets, bias=bias, chunk_tokens=chunk, backend=backend, **options
-        )
+        again = xf.token_logps(hidden, weight, targets, bias=bias, chunk_tokens=chunk, backend=backend, **options)
     assert not again.requires_grad
     assert_close(again, logp.detach(), atol=0, rtol=0)
 
@@ -309,9 +307,7 @@ def test_padded_vocabulary(backend, learn):
     found = xf.token_stats(
         hidden, weight, targets, bias=bias, outputs=STATS, chunk_tokens=chunk, backend=backend, **options
     )
-    want, wide = expected(
-        operands, targets, {**options, "ref_weight": weight.detach(), "ref_bias": bias.detach()}
-    )
+    want, wide = expected(operands, targets, {**options, "ref_weight": weight.detach(), "ref_bias": bias.detach()})
     for name in ("logp", "lse", "entropy", "log_sum_sq_probs", "kl", "reverse_kl"):
         assert_close(getattr(found, name).double(), want[name], atol=2e-5, rtol=1e-5)
     for name in DIFFERENTIABLE:
@@ -382,8 +378,7 @@ def test_a_scored_nan_stays_with_its_token(backend, learn):
 def test_no_scored_token(shape, learn, backend):
     """Zero rows, zero positions or nothing scored: zeros with a graph, and zero gradients (or DDP hangs)."""
     operands = [
-        torch.randn(x, requires_grad=wants)
-        for x, wants in zip(((*shape, 5), (7, 5), (7,)), LEARN[learn], strict=True)
+        torch.randn(x, requires_grad=wants) for x, wants in zip(((*shape, 5), (7, 5), (7,)), LEARN[learn], strict=True)
     ]
     targets = torch.full(shape, oracle.IGNORE)
     found = xf.token_stats(

@@ -214,9 +214,7 @@ def specialised(gpu, monkeypatch):
         arguments = fn.jit_function.arg_names
         (attributes,) = compile["configs"]
         found[fn.jit_function.__name__, str(compile["key"])] = {
-            arguments[position]
-            for (position,), given in attributes.items()
-            if ["tt.divisibility", 16] in given
+            arguments[position] for (position,), given in attributes.items() if ["tt.divisibility", 16] in given
         } | {arguments[position] for (position,), value in compile["constants"].items() if value is True}
         return True  # not to be compiled, nor launched
 

@@ -10,7 +10,10 @@ import torch
 
 from test_trainer import WORDS, make_model, make_tokenizer
 from xpo_fast import METHODS
-from xpo_fast.judge import (
+from xpo_fast.recipes.mixture import AgainstMixture, MixtureRollout
+from xpo_fast.recipes.selection import SELECTORS, accepted, win_rates
+from xpo_fast.rewards import Rewards
+from xpo_fast.rewards.llm_judges import (
     FIVE_POINTS,
     FunctionJudge,
     Judge,
@@ -25,10 +28,7 @@ from xpo_fast.judge import (
     revised,
     text_of,
 )
-from xpo_fast.mixture import AgainstMixture, MixtureRollout
-from xpo_fast.rewards import Rewards
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
-from xpo_fast.selection import SELECTORS, accepted, win_rates
 
 NAN = math.nan
 
@@ -187,8 +187,7 @@ def count_w1(completions, **_):
 def test_a_function_judges_by_order_and_sees_the_columns():
     def right(completions, answer, completion_ids, **_):
         return [
-            None if a is None else float(c == a) + len(ids)
-            for c, a, ids in zip(completions, answer, completion_ids)
+            None if a is None else float(c == a) + len(ids) for c, a, ids in zip(completions, answer, completion_ids)
         ]
 
     judge = FunctionJudge(right)
@@ -238,9 +237,7 @@ class Comparer(Judge):
     def compare(self, prompts, first, second, **columns):
         self.asked += zip(prompts, first, second)
         beats = {"rs", "sp", "pr"}
-        return torch.tensor(
-            [0.8 if a + b in beats else 0.5 if a == b else 0.2 for a, b in zip(first, second)]
-        )
+        return torch.tensor([0.8 if a + b in beats else 0.5 if a == b else 0.2 for a, b in zip(first, second)])
 
 
 def test_a_judge_that_only_compares_scores_by_win_rates_in_the_group():
@@ -249,9 +246,7 @@ def test_a_judge_that_only_compares_scores_by_win_rates_in_the_group():
     (wins,) = group_wins(judge, ["x"], [["r", "s", "p"]])
     torch.testing.assert_close(wins, torch.tensor([[0.5, 0.8, 0.2], [0.2, 0.5, 0.8], [0.8, 0.2, 0.5]]))
     assert judge.asked == [("x", "r", "s"), ("x", "r", "p"), ("x", "s", "p")]
-    torch.testing.assert_close(
-        group_scores(judge, ["x"], [["r", "s", "s"]])[0], torch.tensor([0.8, 0.35, 0.35])
-    )
+    torch.testing.assert_close(group_scores(judge, ["x"], [["r", "s", "s"]])[0], torch.tensor([0.8, 0.35, 0.35]))
     with pytest.raises(ValueError, match="Comparer compares and does not score"):
         judge.score(["x"], ["r"])
 
@@ -267,8 +262,7 @@ class Biased:
     def __call__(self, questions, words):
         self.questions += questions
         first, second = (
-            torch.tensor([len(q.split(f"[Answer {x}]\n")[1].split("\n")[0]) for q in questions]).float()
-            for x in "AB"
+            torch.tensor([len(q.split(f"[Answer {x}]\n")[1].split("\n")[0]) for q in questions]).float() for x in "AB"
         )
         p = 0.5 + 0.05 * (first - second) + self.bias
         return torch.stack([p, 1 - p], dim=1)
@@ -284,9 +278,7 @@ def test_both_orders_cancel_a_preference_for_a_place():
     once = LLMJudge(Biased(0.3), both_orders=False).compare(prompts, first, second)
     torch.testing.assert_close(once, fair + 0.3)
     assert len(biased.questions) == 6
-    assert (
-        "q {first}" in biased.questions[1] and "a{second}" in biased.questions[2]
-    )  # put in once, not filled again
+    assert "q {first}" in biased.questions[1] and "a{second}" in biased.questions[2]  # put in once, not filled again
     swapped = LLMJudge(Biased(0.3)).compare(prompts, second, first)
     torch.testing.assert_close(found + swapped, torch.ones(3))
 
@@ -346,9 +338,7 @@ class Says:
         self.asked += list(prompts)
         rows = [p for p in prompts for _ in range(n)]
         said = [self.replies[i % len(self.replies)] for i in range(len(rows))]
-        said = [
-            s if isinstance(p, str) else [{"role": "assistant", "content": s}] for s, p in zip(said, rows)
-        ]
+        said = [s if isinstance(p, str) else [{"role": "assistant", "content": s}] for s, p in zip(said, rows)]
         return Samples(rows, [[1]] * len(rows), [[1]] * len(rows), said, ["stop"] * len(rows))
 
     def update(self, model):
@@ -439,9 +429,7 @@ def test_the_mixture_lies_between_its_two_policies():
         return rollout.generate(prompts, 3, sampling=sampling, seed=5)
 
     for share, model in ((0.0, policy), (1.0, reference)):
-        alone = GenerateRollout(model, tokenizer, continuous=False).generate(
-            prompts, 3, sampling=sampling, seed=5
-        )
+        alone = GenerateRollout(model, tokenizer, continuous=False).generate(prompts, 3, sampling=sampling, seed=5)
         assert sample(share).completion_ids == alone.completion_ids
     mixed = sample(0.25)
     assert mixed.completion_ids not in (sample(0.0).completion_ids, sample(1.0).completion_ids)

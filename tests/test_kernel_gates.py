@@ -123,9 +123,7 @@ def test_too_many_instructions_fail():
     (problem,) = gates.compile_variant(of_twice(instructions=ceiling), "sm_90").problems
     assert "instructions a logit, expected at most" in problem
     without = of_twice(constexprs={"FULL_BLOCKS": True, "BLOCK": 32}, num_warps=1, instructions=100.0)
-    assert "no loop over a row" in str(
-        gates.compile_variant(dataclasses.replace(without, kernel=once), "sm_90")
-    )
+    assert "no loop over a row" in str(gates.compile_variant(dataclasses.replace(without, kernel=once), "sm_90"))
 
 
 @triton.jit
@@ -165,14 +163,9 @@ def last_store_is_ordered(text, assembly, barrier):
     lines = text.splitlines()
     labels = {found[1]: n for n, line in enumerate(lines) if (found := re.search(assembly.label, line))}
     jumps = [
-        (n, labels[to])
-        for n, line in enumerate(lines)
-        for to in re.findall(assembly.branch, line)
-        if to in labels
+        (n, labels[to]) for n, line in enumerate(lines) for to in re.findall(assembly.branch, line) if to in labels
     ]
-    stores = [
-        n for n, line in enumerate(lines) if (x := re.search(assembly.access, line)) and x[1].startswith("st")
-    ]
+    stores = [n for n, line in enumerate(lines) if (x := re.search(assembly.access, line)) and x[1].startswith("st")]
     looped = [n for n in stores if any(to < n < at for at, to in jumps)]
     assert looped and stores[-1] > looped[-1], "the last store is one of a loop"
     between = [text.count("\n", 0, found.start()) for found in re.finditer(barrier, text)]

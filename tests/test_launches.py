@@ -30,7 +30,7 @@ from test_objective import (
 from test_segments import host, library  # noqa: F401
 from test_waits import UNCAPTURED, static  # noqa: F401
 from xpo_fast import native
-from xpo_fast.head import segments
+from xpo_fast.objective import segments
 
 ROWS = len(test_objective.LENGTHS)
 with_entropy = test_objective.hyper_of
@@ -41,9 +41,7 @@ def hyper_of(method):
     return {k: v for k, v in with_entropy(method).items() if k != "entropy_coef"}
 
 
-WITH_KERNELS = [
-    n for n in test_objective.THROUGH_HEAD if segments.supports(n, hyper_of(xf.METHODS[n])) is None
-]
+WITH_KERNELS = [n for n in test_objective.THROUGH_HEAD if segments.supports(n, hyper_of(xf.METHODS[n])) is None]
 every = pytest.mark.parametrize("name", WITH_KERNELS)
 
 

@@ -133,9 +133,7 @@ def assert_same(name, case, options, extra=(), skip=(), bias=True, scale=1.0, wa
     assert found[2].keys() == expected[2].keys()
     for leaf, grad in found[2].items():
         assert (grad.dtype, grad.shape) == (expected[2][leaf].dtype, expected[2][leaf].shape)
-        assert_close(
-            grad, expected[2][leaf], **tolerance, msg=lambda m, leaf=leaf: f"gradient of {leaf}: {m}"
-        )
+        assert_close(grad, expected[2][leaf], **tolerance, msg=lambda m, leaf=leaf: f"gradient of {leaf}: {m}")
 
 
 FP32 = {"rtol": 1e-4, "atol": 2e-5}
@@ -366,9 +364,7 @@ def test_grpo_sampling_ratio(loss_type, ratio):
 @pytest.mark.parametrize("options", GRPO_OPTIONS.values(), ids=GRPO_OPTIONS)
 def test_grpo_luspo_without_padding(options, level):
     case, extra = grpo_case(ignored=0.0)
-    assert_same(
-        "GRPO", case, {"loss_type": "luspo", "importance_sampling_level": level, **options}, extra, **FP32
-    )
+    assert_same("GRPO", case, {"loss_type": "luspo", "importance_sampling_level": level, **options}, extra, **FP32)
 
 
 @pytest.mark.parametrize("items", [40, 40.0, torch.tensor(40), 0.3])
@@ -383,17 +379,13 @@ def test_grpo_on_two_ranks(items, monkeypatch):
     """As if another rank had the same rows: tokens of all ranks, over the ranks' number."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda x, **_: x.mul_(3)
-    )  # the other has twice as many
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **_: x.mul_(3))  # the other has twice as many
     case, extra = grpo_case()
     extra |= {"num_items_in_batch": items}
     one = run(of_ours("GRPO"), {**case.operands("GRPO"), **extra})[0]
     assert_same("GRPO", case, {}, extra, **FP32)
     monkeypatch.undo()
-    assert_close(
-        one, run(of_ours("GRPO"), {**case.operands("GRPO"), **extra})[0] * (2 / 3 if items is None else 2)
-    )
+    assert_close(one, run(of_ours("GRPO"), {**case.operands("GRPO"), **extra})[0] * (2 / 3 if items is None else 2))
 
 
 @pytest.mark.parametrize("name", ["JSD", "CosineSimilarity"])
@@ -522,9 +514,7 @@ def test_readme_example(replaced, monkeypatch):
     assert type(names["orpo_loss"]).__module__.startswith("xpo_fast" if replaced else "liger_kernel")
     loss, aux = names["y"]
     loss.backward()
-    expected = run(
-        of_liger("ORPO"), {"lin_weight": case.weight, "_input": case.hidden, "target": case.target}
-    )
+    expected = run(of_liger("ORPO"), {"lin_weight": case.weight, "_input": case.hidden, "target": case.target})
     assert_close(loss.detach(), expected[0], **FP32)
     assert_close(aux[0], expected[1][0], **FP32)
     assert_close(lm_head.weight.grad, expected[2]["lin_weight"], **FP32)
@@ -580,15 +570,11 @@ def test_orpo_trainer_of_liger(monkeypatch):
     for replaced in (False, True):
         names = {"__name__": "orpo_trainer"}
         exec(as_documented(path.read_text(), monkeypatch, replaced), names)
-        assert names["LigerFusedLinearORPOLoss"].__module__.startswith(
-            "xpo_fast" if replaced else "liger_kernel"
-        )
+        assert names["LigerFusedLinearORPOLoss"].__module__.startswith("xpo_fast" if replaced else "liger_kernel")
         model = ModelOfTrainer(case)
         loss, metrics = names["LigerORPOTrainer"]().get_batch_loss_metrics(model, batch)
         loss.backward()
-        kept = {
-            k: x for k, x in metrics.items() if not k.startswith("logits/")
-        }  # the means over padding, too
+        kept = {k: x for k, x in metrics.items() if not k.startswith("logits/")}  # the means over padding, too
         assert len(metrics) - len(kept) == 2 and all(math.isfinite(x) for x in metrics.values())
         grads = model.hidden.grad, model.lm_head.weight.grad, model.lm_head.bias.grad
         found.append((loss.detach(), kept, grads))
@@ -646,16 +632,12 @@ def without_reference(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize(
-    ("learn", "passes"), [("no_grad", 1), ("nothing", 1), ("frozen", 2), ("trainable", 3)]
-)
+@pytest.mark.parametrize(("learn", "passes"), [("no_grad", 1), ("nothing", 1), ("frozen", 2), ("trainable", 3)])
 def test_no_gradient_is_made_that_nobody_wants(name, learn, passes, tmp_path):
     """Liger multiplies gradients under no_grad, too. Ours: F = 2·N·V·D, N the scored tokens."""
     case = Case(4, 30, 501, 8, ignored=0.3)
     operands = case.operands(name)
-    leaves = {"no_grad": LEAVES, "nothing": (), "frozen": ("_input", "student_input"), "trainable": LEAVES}[
-        learn
-    ]
+    leaves = {"no_grad": LEAVES, "nothing": (), "frozen": ("_input", "student_input"), "trainable": LEAVES}[learn]
     operands |= {k: operands[k].clone().requires_grad_() for k in leaves if k in operands}
 
     def call(make=of_ours):
@@ -688,9 +670,7 @@ def test_a_loss_scale_acts_once(name):
 def test_what_comes_beside_the_loss_is_detached(name):
     case = Case(4, 5, 23, 6)
     operands = {k: x.clone().requires_grad_() if k in LEAVES else x for k, x in case.operands(name).items()}
-    options = (
-        {"return_soft_hard_loss": True} if name in ("JSD", "CosineSimilarity") else without_reference(name)
-    )
+    options = {"return_soft_hard_loss": True} if name in ("JSD", "CosineSimilarity") else without_reference(name)
     loss, *aux = of_ours(name, **options)(**operands)
     aux = aux[0] if isinstance(aux[0], tuple) else aux
     assert loss.requires_grad
@@ -780,9 +760,7 @@ def test_odd_batch(name):
 def test_ids_outside_the_vocabulary(name, learns, token):
     case = Case(4, 5, 23, 6)
     operands = case.operands(name)
-    key = {"GRPO": "selected_token_ids", "JSD": "true_labels", "CosineSimilarity": "true_labels"}.get(
-        name, "target"
-    )
+    key = {"GRPO": "selected_token_ids", "JSD": "true_labels", "CosineSimilarity": "true_labels"}.get(name, "target")
     operands[key] = operands[key].clone()
     operands[key].view(-1)[3] = token
     with pytest.raises(ValueError, match=f"target {token} at position 3 is outside the vocabulary of 23"):
@@ -936,11 +914,7 @@ def test_the_objective_is_the_same(name, options, method, hyper):
     extra = case.ref if options.get("use_ref_model") else {}
     loss, aux, grads = run(of_ours(name, **options), {**case.operands(name), **extra})
     weight = case.weight.clone().requires_grad_()
-    ref = (
-        {"ref_hidden": case.ref_hidden, "ref_weight": case.ref_weight, "ref_bias": case.ref_bias}
-        if extra
-        else {}
-    )
+    ref = {"ref_hidden": case.ref_hidden, "ref_weight": case.ref_weight, "ref_bias": case.ref_bias} if extra else {}
     out = xf.Objective(method, **hyper)(case.hidden, weight, case.target, bias=case.bias, **ref)
     out.loss.backward()
     assert_close(loss, out.loss.detach())

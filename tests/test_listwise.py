@@ -115,9 +115,7 @@ def paths(which):
     return pytest.mark.parametrize(("name", "hyper", "other"), which, ids=ids)
 
 
-@pytest.mark.parametrize(
-    ("name", "hyper", "other", "expected"), LITERALS, ids=[f"{p[0]}-{p[1]}" for p in LITERALS]
-)
+@pytest.mark.parametrize(("name", "hyper", "other", "expected"), LITERALS, ids=[f"{p[0]}-{p[1]}" for p in LITERALS])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-6), (F64, 1e-10)], ids=str)
 def test_literal(name, hyper, other, expected, dtype, rtol):
     given = columns(name, dtype, **other)
@@ -301,10 +299,7 @@ def test_gradcheck(name, hyper):
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 0.0], ids=str)
 def test_what_stands_outside_the_mask_is_nothing(name, hyper, junk):
     clean = random_columns(name)
-    dirty = {
-        k: v.masked_fill(~clean["mask"], junk) if v.dim() == 2 and k != "mask" else v
-        for k, v in clean.items()
-    }
+    dirty = {k: v.masked_fill(~clean["mask"], junk) if v.dim() == 2 and k != "mask" else v for k, v in clean.items()}
     losses, found = run(name, dirty, **hyper)
     expected, expected_gradients = run(name, clean, **hyper)
     assert_close(losses, expected)
@@ -415,9 +410,7 @@ def test_lambda_trains_at_the_reference(dtype):
     for row, loss in zip(scores.tolist(), losses.tolist()):
         possible = [
             sum(
-                abs(2 ** row[i] - 2 ** row[j])
-                * abs(1 / math.log(1 + t[i]) - 1 / math.log(1 + t[j]))
-                * math.log(2)
+                abs(2 ** row[i] - 2 ** row[j]) * abs(1 / math.log(1 + t[i]) - 1 / math.log(1 + t[j])) * math.log(2)
                 for i, j in better(row)
             )
             for t in itertools.permutations((1, 2, 3))
@@ -535,9 +528,7 @@ def test_scores_that_all_tie_are_finite(name, hyper, dtype):
     assert losses.isfinite().all() and found["logps"].isfinite().all()
     if hyper.get("kind") in ("lambda", "pair_logistic", "pair_hinge"):
         assert not losses.any() and not found["logps"].any()
-    if name == "pro" and hyper.get(
-        "temperature"
-    ):  # infinitely warm: what is left is a constant and the likelihood
+    if name == "pro" and hyper.get("temperature"):  # infinitely warm: what is left is a constant and the likelihood
         _, plain = run(name, given, **{**hyper, "alpha": 0.0})
         assert (plain["logps"].ne(0).sum(1) <= (hyper["variant"] == "survey")).all()
 

@@ -23,8 +23,8 @@ from xpo_fast.head import head_plan
 from xpo_fast.head.sharded import is_sharded
 from xpo_fast.head.spec import Scaling
 from xpo_fast.head.units import UnitLoss, pack
-from xpo_fast.lm_head import causal_lm
 from xpo_fast.models import hidden_states, install_fused_loss, remove_fused_loss
+from xpo_fast.models.lm_head import causal_lm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT asks for it
@@ -95,9 +95,7 @@ def test_values_and_gradients_are_those_of_the_effective_weight(backend, head, l
     logp, lse, entropy = (oracle.normal(37, seed=k) for k in (5, 6, 7))
     # With log-probs alone, the gradient of a frozen head is made in the forward; entropy's never is.
     for upstream in ({"logp": logp, "lse": lse}, {"logp": logp, "entropy": entropy}):
-        found = xf.token_stats(
-            hidden, weight, targets, outputs=("entropy",) * ("entropy" in upstream), **options
-        )
+        found = xf.token_stats(hidden, weight, targets, outputs=("entropy",) * ("entropy" in upstream), **options)
         for x in (*operands, *wide):
             x.grad = None
         sum((getattr(found, n) * u).sum() for n, u in upstream.items()).backward(retain_graph=True)
@@ -121,9 +119,7 @@ def run_units(backend, learn, dtype, tile_tokens):
     lengths = [5, 3, len(index) - 8]
 
     def total(logp):
-        return torch.stack(
-            [torch.tanh(x.sum() / 50) for x in logp[index.to(logp.device)].split(lengths)]
-        ).sum()
+        return torch.stack([torch.tanh(x.sum() / 50) for x in logp[index.to(logp.device)].split(lengths)]).sum()
 
     def coefficients(logp, group):
         with torch.enable_grad():
@@ -227,9 +223,7 @@ def lora(**options):
 
 def adapted(model=None, kind=peft.LoraConfig, **options):
     config = lora(**options) if kind is peft.LoraConfig else kind(**options)
-    return peft.get_peft_model(
-        make_model() if model is None else model, config, autocast_adapter_dtype=False
-    ).double()
+    return peft.get_peft_model(make_model() if model is None else model, config, autocast_adapter_dtype=False).double()
 
 
 BATCH = {"input_ids": torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))}
@@ -404,9 +398,7 @@ def test_other_adapters_are_refused_with_the_reason(name):
     elif kind is not peft.LoraConfig:
         options = {**options, "target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}
     model = adapted(kind=kind, **options)
-    with pytest.raises(
-        ValueError, match=f"the LM head of LlamaForCausalLM carries .*{why}.*merge the adapter first"
-    ):
+    with pytest.raises(ValueError, match=f"the LM head of LlamaForCausalLM carries .*{why}.*merge the adapter first"):
         xf.Head.from_model(model)
     with pytest.raises(ValueError, match=why):
         install_fused_loss(model)
@@ -480,9 +472,7 @@ def test_hooks_and_forwards_that_may_change_the_logits_are_refused(make, change)
     CHANGES[change](getattr(layer, "base_layer", layer))
     what = "forward of its own" if "forward" in change else "forward hook"
     for read in (xf.Head.from_model, install_fused_loss):
-        with pytest.raises(
-            ValueError, match=f"the LM head of Llama.* has a {what}, which may change.*remove it"
-        ):
+        with pytest.raises(ValueError, match=f"the LM head of Llama.* has a {what}, which may change.*remove it"):
             read(model)
 
 
@@ -503,9 +493,7 @@ def test_the_references_head_is_the_base_models_which_has_to_be_given(make):
     with model.disable_adapter():
         base, ref = xf.Head.from_model(model), {"ref_hidden": hidden_states(model, BATCH)}
         want = theirs(model)
-    with pytest.raises(
-        ValueError, match=r"DoRA scales the rows.*lora_bias adds.*pass ref_weight=, and ref_bias="
-    ):
+    with pytest.raises(ValueError, match=r"DoRA scales the rows.*lora_bias adds.*pass ref_weight=, and ref_bias="):
         xf.token_stats(hidden, head.weight, TARGETS, outputs=("kl",), **head.kwargs(), **ref)
     with pytest.raises(ValueError, match="pass ref_weight=, and ref_bias="):
         xf.Objective("dpo")(hidden, head.weight, TARGETS, **head.kwargs(), **ref)

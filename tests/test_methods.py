@@ -225,8 +225,7 @@ REQUIRED_WHEN = [
 
 @pytest.mark.parametrize(
     ("name", "key", "hyper"),
-    [(n, k, WITHOUT_DEFAULT.get(n, [{}])[0]) for n, k in REQUIRED]
-    + [c for c in REQUIRED_WHEN if c[0] in METHODS],
+    [(n, k, WITHOUT_DEFAULT.get(n, [{}])[0]) for n, k in REQUIRED] + [c for c in REQUIRED_WHEN if c[0] in METHODS],
 )
 def test_missing_column_is_named(name, key, hyper):
     given = {k: v for k, v in columns(name).items() if k != key}

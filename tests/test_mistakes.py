@@ -24,12 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
-from xpo_fast import cli, recipe_loop
+from xpo_fast import cli
 from xpo_fast.cli import training
 from xpo_fast.models import load_model
 from xpo_fast.recipes import get_recipe
-from xpo_fast.resume import MADE_WITH, last_checkpoint
+from xpo_fast.recipes import loop as recipe_loop
 from xpo_fast.trainer import XPOTrainer
+from xpo_fast.trainer.resume import MADE_WITH, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -260,9 +261,7 @@ def run(command: str, out: Path, *options: str, fresh: bool = False) -> int:
         ("--seed 1", "--seed was 42 and is 1"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_before_the_model_is_loaded(
-    out, capsys, monkeypatch, options, message
-):
+def test_a_checkpoint_of_another_run_is_refused_before_the_model_is_loaded(out, capsys, monkeypatch, options, message):
     def load(args):
         raise AssertionError("loaded a model")
 
@@ -432,10 +431,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(out, capsys, monkeypatch, wri
         assert run("train", out, *NEXT) == 2
     said = lines(capsys.readouterr().err)
     assert len(said) == 2 and f"cannot write {out}/checkpoint-3" in said[0] and "free there" in said[0]
-    assert (
-        f"the last whole checkpoint is {out}/checkpoint-2: make room, then go on with the same command"
-        in said[1]
-    )
+    assert f"the last whole checkpoint is {out}/checkpoint-2: make room, then go on with the same command" in said[1]
     assert contents(out / "checkpoint-2") == before
     assert {p.name for p in out.iterdir() if "checkpoint" in p.name} == {"checkpoint-1", "checkpoint-2"}
     if writer == "files":
@@ -461,9 +457,7 @@ def test_a_full_disk_while_something_else_is_written(out, capsys, monkeypatch, w
     assert len(said) in (1, 2) and f"cannot write {out}{named}: " in said[0]
     after = contents(out)
     changed = {name for name in before if "checkpoint" not in name and after[name] != before[name]}
-    assert changed <= (
-        {"train_log.jsonl"} if writer != "files" else {name for name in before if fragment not in name}
-    )
+    assert changed <= ({"train_log.jsonl"} if writer != "files" else {name for name in before if fragment not in name})
     assert not [name for name in after if name.startswith(".")] and last_checkpoint(out) is not None
     load_model(str(out))
 
@@ -516,10 +510,7 @@ def test_a_limit_on_the_size_of_files(home, out):
     )  # fmt: skip
     said = lines(done.stderr)
     assert done.returncode == 2 and len(said) == 2, done.stderr
-    assert (
-        "a quota, or a limit on the size of files (ulimit -f)?" in said[0]
-        and "/checkpoint-2: make room" in said[1]
-    )
+    assert "a quota, or a limit on the size of files (ulimit -f)?" in said[0] and "/checkpoint-2: make room" in said[1]
     assert contents(out / "checkpoint-2") == before and not (out / "checkpoint-3").exists()
 
 
@@ -626,9 +617,7 @@ def test_a_reader_that_has_enough_ends_nothing(home, out):
 
 def test_an_adapter_is_merged_and_every_weight_learns(home, tmp_path):
     out = tmp_path / "out"
-    assert (
-        run("train", out, "--model", "run", "--full", "--lr", "1e-2", "--warmup-ratio", "0", fresh=True) == 0
-    )
+    assert run("train", out, "--model", "run", "--full", "--lr", "1e-2", "--warmup-ratio", "0", fresh=True) == 0
     before, after = (load_model(str(x))[0].state_dict() for x in (home / "run", out))
     assert all(not torch.equal(before[name], after[name]) for name in before if "layers" in name)
 

@@ -238,9 +238,7 @@ def test_the_list_is_current():
     assert set(REASONS) <= {name for *_, name in CLASSES}
     assert len({family for _, family, name in CLASSES if name not in REASONS}) >= 200
     docs = Path(__file__).parents[1] / "docs" / "models.md"
-    assert docs.read_text() == markdown(), (
-        f"run python tests/{Path(__file__).name} --markdown > docs/models.md"
-    )
+    assert docs.read_text() == markdown(), f"run python tests/{Path(__file__).name} --markdown > docs/models.md"
 
 
 @torch.no_grad()
@@ -305,9 +303,7 @@ def test_a_forward_that_calls_its_parents_does_what_they_do():
 def test_encoder_decoders_are_refused(name):
     model = build(name)
     for read in (Head.from_model, install_fused_loss):
-        with pytest.raises(
-            ValueError, match=f"expected a decoder-only causal LM, got {name}.*final_logits_bias"
-        ):
+        with pytest.raises(ValueError, match=f"expected a decoder-only causal LM, got {name}.*final_logits_bias"):
             read(model)
 
 

@@ -152,10 +152,7 @@ def test_wpo_of_pairs_out_of_lists(learn):
     losses = []
     for k, score in enumerate(scores):
         couples = [(i, j) for i in range(LISTS) for j in range(LISTS) if score[i] > score[j]]
-        each = [
-            -logsigmoid(2 * (mean[k, i] - mean[k, j]) - 1) * (w[k, i] * w[k, j]).clamp(max=1)
-            for i, j in couples
-        ]
+        each = [-logsigmoid(2 * (mean[k, i] - mean[k, j]) - 1) * (w[k, i] * w[k, j]).clamp(max=1) for i, j in couples]
         losses.append(torch.stack(each).mean())
     check(out, torch.stack(losses).mean(), xs, wide)
 
@@ -253,9 +250,7 @@ def test_bco_remembers_the_mean_reward():
     other = xf.Objective("bco", beta=0.1)
     other.load_state_dict(saved)
     with torch.no_grad():
-        losses = [
-            o(xs[0], xs[1], targets, bias=xs[2], ref_logps=ref, **columns).loss for o in (objective, other)
-        ]
+        losses = [o(xs[0], xs[1], targets, bias=xs[2], ref_logps=ref, **columns).loss for o in (objective, other)]
     assert losses[0] == losses[1]
     assert_close(objective.state, saved)
 

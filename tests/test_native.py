@@ -23,7 +23,8 @@ import torch
 import sass
 import xpo_fast as xf
 from host_compile import compiled
-from xpo_fast import doctor, native
+from xpo_fast import native
+from xpo_fast.cli import doctor
 from xpo_fast.head import cuda
 from xpo_fast.head.plan import check_backend
 
@@ -218,9 +219,7 @@ def kernels(report):
         registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
         assert sizes and registers, part
         assert 0 < int(registers[1]) <= 255
-        found[name, target] = Taken(
-            *map(int, sizes.groups()), int(registers[1]), int(shared[1]) if shared else 0
-        )
+        found[name, target] = Taken(*map(int, sizes.groups()), int(registers[1]), int(shared[1]) if shared else 0)
     return found
 
 
@@ -247,8 +246,7 @@ def too_large(found):
     """Row kernels of which a multiprocessor does not have as many blocks as the plans count on."""
     source = (ROOT / "csrc" / "rows.cu").read_text()
     threads, most, least, shared = (
-        int(re.search(rf"\b{n} = (\d+)", source)[1])
-        for n in ("MAX_THREADS", "MOST_BLOCKS", "BLOCKS", "STATIC_SHARED")
+        int(re.search(rf"\b{n} = (\d+)", source)[1]) for n in ("MAX_THREADS", "MOST_BLOCKS", "BLOCKS", "STATIC_SHARED")
     )
     large = {}
     for (name, target), x in found.items():
@@ -276,8 +274,7 @@ def test_as_many_blocks_fit_as_plans_count_on(built):
     found = kernels(built.with_name("ptxas.txt").read_text())
     assert not too_large(found)
     kept, other = (
-        {k: x for k, x in found.items() if (i := instance(k[0])) and i.kept == keeps}
-        for keeps in (True, False)
+        {k: x for k, x in found.items() if (i := instance(k[0])) and i.kept == keeps} for keeps in (True, False)
     )
     assert kept and len(too_large({k: x._replace(registers=41) for k, x in kept.items()})) == len(kept)
     assert other and len(too_large({k: x._replace(registers=65) for k, x in other.items()})) == len(other)
@@ -298,9 +295,7 @@ def too_long(found):
             continue
         at_once = 4 if kind.grad == "f" else 8  # logits of a vector of dz; an exponential each
         hot = [loop for loop in kernel.loops() if kernel.around(loop, 1) is not None]
-        sums = kernel.per_logit(
-            hot[0], 5, 4
-        )  # one more, to raise the sums; without keeping columns, of four vectors
+        sums = kernel.per_logit(hot[0], 5, 4)  # one more, to raise the sums; without keeping columns, of four vectors
         rates = {"sums with statistics" if kind.statistics else "sums": sums}
         if kind.grad != "v":
             last = min(kernel.per_logit(loop, at_once, at_once) for loop in hot[1:])
@@ -329,9 +324,7 @@ def test_instructions_of_hot_loops(dump):
     assert Counter(target for target, _ in found).most_common()[-1][1] == 28 + 3
     long, count = too_long(found)
     assert not long and count == 3 * (14 + 12)  # kernels without softcap, and those of them with a gradient
-    in_float64 = {
-        k for k, kernel in found.items() if any(sass.FLOAT64.match(x.name) for x in kernel.instructions)
-    }
+    in_float64 = {k for k, kernel in found.items() if any(sass.FLOAT64.match(x.name) for x in kernel.instructions)}
     assert not in_float64
 
     one = next(k for k in found if k[0] == "sm_90a" and instance(k[1]) == ("f", True, False, False))
@@ -392,9 +385,7 @@ def test_loads_without_a_gpu_and_links_no_cuda(library, built):
     assert native.why_not() is None and native.architectures() == (*TARGETS, "compute_90")
     linked = subprocess.run(["ldd", str(built)], capture_output=True, text=True, check=True).stdout
     assert not re.search("cuda|torch|c10", linked.replace(str(built), ""))
-    symbols = subprocess.run(
-        ["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True
-    ).stdout
+    symbols = subprocess.run(["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True).stdout
     names = {line.split()[-1] for line in symbols.splitlines()}
     assert {
         "xpo_rows",
@@ -449,9 +440,7 @@ def test_no_library(missing, monkeypatch):
     monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
     assert doctor._library().startswith("absent, xpo-fast was installed without it: install CUDA's nvcc")
     arguments = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100])
-    message = (
-        r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
-    )
+    message = r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
     with pytest.raises(ValueError, match=message):
         xf.token_logps(*arguments, backend="cuda")
     objective = xf.Objective("sft", backend="cuda")

@@ -45,18 +45,13 @@ COLUMNS = {
     "old_logp": lambda shape: -oracle.normal(*shape, seed=14).abs() - 3,
     "ptx_logp": lambda shape: -oracle.normal(3, 4, seed=15).abs(),
     "ptx_mask": lambda shape: torch.ones(3, 4, dtype=torch.bool).tril(),
-    **{
-        name: lambda shape: oracle.normal(*shape, seed=13)
-        for name in ("reward", "reward_w", "reward_l", "value")
-    },
+    **{name: lambda shape: oracle.normal(*shape, seed=13) for name in ("reward", "reward_w", "reward_l", "value")},
     "advantage": lambda shape: oracle.normal(*shape, seed=13),
 }
 # Settings that bring a method's optional inputs into play, or leave chance out.
 HYPER = {"beta_dpo": {"keep": 1.0}, "cispo": {"eps": 0.2}}
 SAMPLED = {"cringe"}  # draws tokens: test_cringe
-THROUGH_HEAD = [
-    n for n, m in sorted(xf.METHODS.items()) if m.layout != "reward" and "returns" not in m.inputs
-]
+THROUGH_HEAD = [n for n, m in sorted(xf.METHODS.items()) if m.layout != "reward" and "returns" not in m.inputs]
 THROUGH_HEAD = [n for n in THROUGH_HEAD if n not in SAMPLED]
 
 
@@ -199,9 +194,7 @@ def gradients_match(xs, wide, rtol=1e-9):
 @every_method
 @layouts
 @learns
-@pytest.mark.parametrize(
-    ("backend", "tile"), [("torch", t) for t in TILES] + [("dense", "one tile")], ids=lambda x: x
-)
+@pytest.mark.parametrize(("backend", "tile"), [("torch", t) for t in TILES] + [("dense", "one tile")], ids=lambda x: x)
 def test_loss_and_gradients(name, packed, learn, backend, tile):
     method, hyper = xf.METHODS[name], hyper_of(xf.METHODS[name])
     xs, targets = operands(learn), targets_of()
@@ -317,9 +310,7 @@ def test_ways_to_give_a_reference(name, learn):
     assert_close(implied.loss, objective(xs[0], xs[1], targets, bias=xs[2], **same, **columns).loss)
 
 
-OF_ONE_BATCH = [
-    n for n in THROUGH_HEAD if xf.METHODS[n].unit == "batch"
-]  # whose losses depend on one another
+OF_ONE_BATCH = [n for n in THROUGH_HEAD if xf.METHODS[n].unit == "batch"]  # whose losses depend on one another
 
 
 @pytest.mark.parametrize("name", [n for n in THROUGH_HEAD if n not in [*OF_ONE_BATCH, "bnpo"]])
@@ -497,9 +488,7 @@ def test_nothing_to_learn(name, kind, packed, learn):
     assert out.loss == 0 and out.loss.requires_grad
     assert objective.count_items(y, **cu) == 0
     assert all(x.isnan() for x in out.metrics.values())  # the mean of nothing
-    counted = objective(
-        h, xs[1], y, bias=xs[2], denominator=objective.count_items(y, **cu), **cu, **ref, **columns
-    )
+    counted = objective(h, xs[1], y, bias=xs[2], denominator=objective.count_items(y, **cu), **cu, **ref, **columns)
     assert counted.loss == 0  # every micro-batch of a step may be like this one: 0 of 0 items
     out.loss.backward()
     for x in xs:

@@ -216,9 +216,7 @@ NN = {
     ],
 )
 def test_literal_nn(hyper, expected):
-    assert_close(
-        losses_of("nn", {k: tensor(v) for k, v in NN.items()}, **hyper), f64(*expected), rtol=1e-10, atol=0
-    )
+    assert_close(losses_of("nn", {k: tensor(v) for k, v in NN.items()}, **hyper), f64(*expected), rtol=1e-10, atol=0)
 
 
 def test_every_method_has_a_literal():
@@ -388,16 +386,11 @@ PLAIN = {
     "dno": dpo,
     "token_dpo": dpo,
     "robust_dpo": lambda c, p: (
-        (
-            (1 - p.label_smoothing) * softplus(-p.beta * margin(c))
-            - p.label_smoothing * softplus(p.beta * margin(c))
-        )
+        ((1 - p.label_smoothing) * softplus(-p.beta * margin(c)) - p.label_smoothing * softplus(p.beta * margin(c)))
         / (1 - 2 * p.label_smoothing)
     ),
     "slic": lambda c, p: (p.delta - c.logp_w + c.logp_l).clamp(min=0) - p.lam * c.logp_w,
-    "rso": lambda c, p: (
-        softplus(-p.beta * margin(c)) if p.loss == "sigmoid" else (1 - p.beta * margin(c)).clamp(min=0)
-    ),
+    "rso": lambda c, p: softplus(-p.beta * margin(c)) if p.loss == "sigmoid" else (1 - p.beta * margin(c)).clamp(min=0),
     "dpop": dpop,
     "beta_dpo": beta_dpo,
     "ipo": ipo,
@@ -571,9 +564,7 @@ def test_beta_dpo_gradient_holds_beta_fixed():
 def test_beta_dpo_raises_beta_with_the_batchs_gap():
     # S14: a batch whose margins are larger than usual gets a larger beta
     given, at = columns("beta_dpo"), torch.tensor
-    losses = [
-        losses_of("beta_dpo", given | {"m0": at(m).double()}, keep=1.0)[0] for m in (9.0, 4.0, 0.0, -9.0)
-    ]
+    losses = [losses_of("beta_dpo", given | {"m0": at(m).double()}, keep=1.0)[0] for m in (9.0, 4.0, 0.0, -9.0)]
     assert losses == sorted(losses, reverse=True)  # the first pair is won: a larger beta lowers its loss
 
 
@@ -718,9 +709,7 @@ def test_slic_beyond_the_margin_is_its_regulariser():
     assert_close(losses, -0.3 * given["logp_sft"])
     assert not gradients["logp_w"].any() and not gradients["logp_l"].any()
     assert_close(gradients["logp_sft"], f64(-0.3, -0.3, -0.3))
-    _, gradients = losses_and_gradients(
-        "slic", columns("slic"), delta=1.0, lam=0.3
-    )  # by default of the chosen
+    _, gradients = losses_and_gradients("slic", columns("slic"), delta=1.0, lam=0.3)  # by default of the chosen
     assert_close(gradients["logp_w"], f64(-0.3, -0.3, -0.3))
 
 
@@ -898,9 +887,7 @@ def test_tdpo2_stops_the_chosen_gradient():
     # with z = (0.25, -0.1, 1.025): beta s(-z) to each term of S28
     weight = 0.1 * sigmoid(-f64(0.25, -0.1, 1.025))
     _, gradients = losses_and_gradients("tdpo", columns("tdpo"), version=1)
-    assert_close(
-        gradients, {"logp_w": -weight, "logp_l": weight, "kl_w": -weight, "kl_l": weight}, check_dtype=False
-    )
+    assert_close(gradients, {"logp_w": -weight, "logp_l": weight, "kl_w": -weight, "kl_l": weight}, check_dtype=False)
     _, gradients = losses_and_gradients("tdpo", columns("tdpo"), version=2, alpha=1.0)
     zero = torch.zeros_like(weight)
     assert_close(gradients, {"logp_w": -weight, "logp_l": weight, "kl_w": zero, "kl_l": weight})
@@ -1200,9 +1187,7 @@ NEARLY_CERTAIN = [
 @pytest.mark.parametrize(("logp_w", "logp_l", "expected"), NEARLY_CERTAIN)
 def test_orpo_near_certainty(logp_w, logp_l, expected):
     given = {"logp_w": torch.tensor([logp_w]), "logp_l": torch.tensor([logp_l])}
-    losses, gradients = losses_and_gradients(
-        "orpo", given | {k: torch.tensor([1]) for k in ("len_w", "len_l")}
-    )
+    losses, gradients = losses_and_gradients("orpo", given | {k: torch.tensor([1]) for k in ("len_w", "len_l")})
     assert_close(losses, torch.tensor([expected]), rtol=1e-6, atol=1e-11)
     assert all(g.isfinite().all() for g in gradients.values()), gradients
 
@@ -1238,9 +1223,7 @@ def test_f_dpo_beyond_the_range_of_exp(hyper, dtype):
     expected = softplus(-0.1 * (reward(ratio_w[fits].double()) - reward(ratio_l[fits].double())))
     assert_close(losses[fits].double(), expected, rtol=1e-4 if dtype is torch.float32 else 1e-9, atol=1e-6)
     # the worse the chosen completion, the higher the loss
-    assert (losses.view(10, 10).diff(dim=0) <= 1e-6).all() and (
-        losses.view(10, 10).diff(dim=1) >= -1e-6
-    ).all()
+    assert (losses.view(10, 10).diff(dim=0) <= 1e-6).all() and (losses.view(10, 10).diff(dim=1) >= -1e-6).all()
 
 
 @BOTH
@@ -1276,9 +1259,7 @@ def test_exo_of_decided_pairs(dtype):
     h = torch.tensor([-2000.0, 2000.0], dtype=dtype)
     given = {"logp_w": h / 0.1} | dict.fromkeys(("logp_l", "ref_logp_w", "ref_logp_l"), h * 0)
     losses, gradients = losses_and_gradients("exo", given)
-    assert_close(
-        losses, torch.tensor([-math.log(0.001), -math.log(0.999)], dtype=dtype), rtol=1e-5, atol=1e-8
-    )
+    assert_close(losses, torch.tensor([-math.log(0.001), -math.log(0.999)], dtype=dtype), rtol=1e-5, atol=1e-8)
     assert not gradients["logp_w"].any() and not gradients["logp_l"].any()
 
 

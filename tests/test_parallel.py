@@ -45,9 +45,7 @@ class Cut(NamedTuple):
 CUTS = {
     "two": Cut((70, 61)),
     "three, one of a single token": Cut((1, 100, 30)),
-    "four, padded": Cut(
-        (36, 36, 36, 36), VOCAB
-    ),  # Megatron's: equal rows, the last rank's beyond the vocabulary
+    "four, padded": Cut((36, 36, 36, 36), VOCAB),  # Megatron's: equal rows, the last rank's beyond the vocabulary
     "against the ranks' order": Cut((70, 61), None, (61, 0)),
     "row blocks": Cut((4000, 99)),  # of another length on each rank
 }
@@ -276,9 +274,7 @@ def run_costs(rank: int, group) -> dict:
     options = {"vocab_shard": shard, "tile_bytes": 200 * 4 * n // tiles}  # of the largest shard
     found = {}
     for name, learn in (("nothing", ""), ("frozen", "hidden"), ("trainable", "hidden weight")):
-        h, w = (
-            x.clone().requires_grad_(which in learn) for which, x in (("hidden", hidden), ("weight", weight))
-        )
+        h, w = (x.clone().requires_grad_(which in learn) for which, x in (("hidden", hidden), ("weight", weight)))
 
         def call(h=h, w=w, learns=bool(learn)):
             with torch.set_grad_enabled(learns):
@@ -360,9 +356,7 @@ def run_objective_on_dtensors(rank: int) -> dict:
         with CommDebugMode() as mode:
             own = run_objective(name, weight, bias)
         counts = {str(op).rsplit(".", 1)[-1]: k for op, k in mode.get_comm_counts().items()}
-        assert counts["all_gather_into_tensor"] == 2, (
-            counts
-        )  # weight and bias, for policy and reference together
+        assert counts["all_gather_into_tensor"] == 2, counts  # weight and bias, for policy and reference together
         found[name] = {k: x.full_tensor() if k in ("d_weight", "d_bias") else x for k, x in own.items()}
     return found
 
@@ -723,9 +717,7 @@ def run_zero_calls(rank: int) -> dict:
     with torch.autocast("cpu", torch.bfloat16):
         half = xf.token_logps(hidden, layer.weight, targets, bias=layer.bias)
         want = xf.token_logps(hidden, weight, targets, bias=bias)
-    with pytest.raises(
-        ValueError, match="weight_grad is for a weight that this rank has whole, and weight is kept in"
-    ):
+    with pytest.raises(ValueError, match="weight_grad is for a weight that this rank has whole, and weight is kept in"):
         xf.token_logps(hidden, layer.weight, targets, weight_grad=torch.zeros_like(weight))
     assert layer.weight.shape == layer.bias.shape == (0,)
     return {
@@ -778,9 +770,7 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
 
 def joined(cut: Cut, parts: list[torch.Tensor], vocab: int) -> torch.Tensor:
     """The shards of (V, …) as one; what is in the rows of padding must be 0."""
-    order = (
-        range(len(parts)) if cut.starts is None else sorted(range(len(parts)), key=lambda r: cut.starts[r])
-    )
+    order = range(len(parts)) if cut.starts is None else sorted(range(len(parts)), key=lambda r: cut.starts[r])
     together = torch.cat([parts[r] for r in order])
     assert not together[vocab:].any()
     return together[:vocab]
@@ -803,9 +793,7 @@ def test_a_cut_vocabulary_is_the_whole(ranks, name):
         for own in found[1:]:
             assert torch.equal(own[stat], found[0][stat]), stat
         same = {"check_dtype": False} if stat == "top1" else {}
-        torch.testing.assert_close(
-            found[0][stat].double(), want[stat].double(), rtol=bound, atol=bound, **same
-        )
+        torch.testing.assert_close(found[0][stat].double(), want[stat].double(), rtol=bound, atol=bound, **same)
     for leaf in case.learn.split():
         if leaf == "hidden":
             for own in found:
@@ -1018,10 +1006,7 @@ def test_zero_3_equals_one_process(zero_ranks, name):
             assert own["external"] == 0
         if "tied" not in made:  # whose embeddings may still be there
             assert own["gathers"] == MICRO
-            assert (
-                own["heads"]
-                == [(None if {"bias", "dora"} & set(made.split()) else "NOT_AVAILABLE",) * 2] * MICRO
-            )
+            assert own["heads"] == [(None if {"bias", "dora"} & set(made.split()) else "NOT_AVAILABLE",) * 2] * MICRO
 
 
 def test_a_head_that_zero_3_gathers_ahead_is_waited_for(zero_ranks):

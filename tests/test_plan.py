@@ -86,9 +86,7 @@ def test_what_needs_no_cast_is_in_place(card, dtype):
     card(85 * 10**9)
     tiling, dz_dtype, logits = fit("torch", 50257, dtype, GPU, 10**9)
     assert (
-        dz_dtype is None
-        and logits == 1
-        and tiling == Tiling(min(4096, 10**9 // (50257 * dtype.itemsize)), tiling.step)
+        dz_dtype is None and logits == 1 and tiling == Tiling(min(4096, 10**9 // (50257 * dtype.itemsize)), tiling.step)
     )
     assert tiling.tile == tiling.step
 
@@ -104,9 +102,7 @@ def test_a_device_without_mixed_gemms_is_in_place(dtype):
 def test_memory_is_asked_for_in_few_sizes(rows):
     got = room(rows, 4096)
     assert min(rows, 4096) <= got <= min(max(2 * rows - 1, 1), 4096, rows + 512 if rows > 512 else 4096)
-    assert (
-        len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7
-    )  # powers of two up to an eighth, and eighths
+    assert len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
 
 
 def test_a_flat_row_in_float16(monkeypatch):
@@ -139,6 +135,4 @@ def test_memory_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("xpo_fast.head.chunked.logits_memory", nothing)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         xf.token_logps(torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, 2]), chunk_tokens=2)
-    assert (
-        "a tile of 2 tokens x 5" in caught.value.__notes__[0] and "tile_bytes=" in caught.value.__notes__[0]
-    )
+    assert "a tile of 2 tokens x 5" in caught.value.__notes__[0] and "tile_bytes=" in caught.value.__notes__[0]

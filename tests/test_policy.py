@@ -192,10 +192,7 @@ CASES: list[tuple[str, dict, object]] = [
     *((n, {}, token_clip(0.2, 0.2)) for n in ("grpo", "dr_grpo", "bnpo")),
     *((n, {"eps": 0.1}, token_clip(0.1, 0.1)) for n in ("grpo", "dr_grpo", "bnpo")),
     *((n, {"beta": 0.04}, with_kl(token_clip(0.2, 0.2), 0.04)) for n in ("grpo", "dr_grpo", "bnpo")),
-    *(
-        (n, {"entropy_coef": 0.01}, with_entropy(token_clip(0.2, 0.2), 0.01))
-        for n in ("grpo", "dr_grpo", "bnpo")
-    ),
+    *((n, {"entropy_coef": 0.01}, with_entropy(token_clip(0.2, 0.2), 0.01)) for n in ("grpo", "dr_grpo", "bnpo")),
     ("grpo", {"beta": 0.5, "entropy_coef": 0.3}, with_entropy(with_kl(token_clip(0.2, 0.2), 0.5), 0.3)),
     ("dapo", {}, token_clip(0.2, 0.28)),
     ("dapo", {"eps_low": 0.6, "eps_high": 0.05}, token_clip(0.6, 0.05)),
@@ -516,9 +513,7 @@ def test_rows_without_a_token_are_nothing(name, hyper, junk):
 @every_path
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)], ids=str)
 def test_no_rows_and_no_tokens_are_legal(name, hyper, shape):
-    given = {
-        k: v[: shape[0], : shape[1]] if k in ROWS or k == "mask" else v for k, v in columns(name).items()
-    }
+    given = {k: v[: shape[0], : shape[1]] if k in ROWS or k == "mask" else v for k, v in columns(name).items()}
     given = {k: v[: shape[0]] if k in ("advantage", "prob_w") else v for k, v in given.items()}
     losses, _ = run(name, given, **hyper)
     assert losses.shape == (shape[:1] if name in ROW_LOSSES else shape) and not losses.any()
@@ -691,11 +686,7 @@ def test_gspo_has_one_ratio_a_completion():
 
 
 def test_luspo_is_gspo_times_length():
-    given = {
-        k: v
-        for k, v in random_columns("luspo").items()
-        if k in ("token_logp", "old_logp", "advantage", "mask")
-    }
+    given = {k: v for k, v in random_columns("luspo").items() if k in ("token_logp", "old_logp", "advantage", "mask")}
     gspo, _ = run("gspo", given, eps_low=0.1, eps_high=0.1)
     luspo, _ = run("luspo", given, **clip_names("luspo", 0.1, 0.1))
     assert_close(luspo, gspo * given["mask"].sum(1))
@@ -882,9 +873,7 @@ def test_agrees_with_liger(peers, name, hyper, theirs):
     logp = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     given |= {"token_logp": logp, "old_logp": logp.detach() + normal(7, 5, seed=4, std=0.3).float()}
     beta = theirs.get("beta", 0.0)
-    loss = peers.liger(
-        **{"beta": beta, **theirs}, compiled=False, use_ref_model=beta > 0, max_completion_length=9
-    )
+    loss = peers.liger(**{"beta": beta, **theirs}, compiled=False, use_ref_model=beta > 0, max_completion_length=9)
     expected, _ = loss(
         *leaves, targets, given["mask"].float(), given["advantage"],
         ref_per_token_logps=given.get("ref_token_logp"), old_per_token_logps=given["old_logp"],
@@ -1070,9 +1059,7 @@ def test_nash_md_takes_a_probability(prob):
         xf.METHODS["nash_md"](**given)
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [(n, k) for n in NAMES for k in xf.METHODS[n].inputs if "ptx" not in k]
-)
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n in NAMES for k in xf.METHODS[n].inputs if "ptx" not in k])
 def test_shapes_that_do_not_match(name, key):
     given = columns(name)
     with pytest.raises(ValueError, match=key):

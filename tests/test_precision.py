@@ -15,11 +15,12 @@ from torch.testing import assert_close
 
 import xpo_fast as xf
 from test_trainer import make_model, make_tokenizer
-from xpo_fast import doctor, precision
+from xpo_fast import precision
+from xpo_fast.cli import doctor
 from xpo_fast.head.gemms import Gemms
 from xpo_fast.head.spec import Scaling
 from xpo_fast.models import load_model
-from xpo_fast.reward_model import RewardModel
+from xpo_fast.rewards.model import RewardModel
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -63,9 +64,7 @@ def test_an_explicit_wish_is_kept_with_one_warning_that_tells_the_factor(native,
     assert found == [BF16, BF16, torch.float32]
     assert [str(w.message) for w in said] == [] if native else len(said) == 1
     if not native:
-        assert "does not multiply bfloat16 natively: its products take 12 times as long" in str(
-            said[0].message
-        )
+        assert "does not multiply bfloat16 natively: its products take 12 times as long" in str(said[0].message)
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,7 @@ def test_adapter_on_backbone_and_head(bits, folder):
     """QLoRA with the head among its targets: every adapter's gradient is that of the logits."""
     model = quantised(folder, bits)
     torch.manual_seed(0)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False
-    )
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), config).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     found = [torch.autograd.grad(f(model).sum(), trained) for f in (of_hidden_states, of_logits)]

@@ -11,12 +11,13 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_tokenizer
-from xpo_fast import cli, recipe_loop, recipes
+from xpo_fast import cli, recipes
 from xpo_fast.data import load_prompts
-from xpo_fast.judge import FunctionJudge, Judge, LLMJudge, text_of
 from xpo_fast.models import load_model
-from xpo_fast.recipe_loop import _L1, Setup, _Loop, run
 from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table
+from xpo_fast.recipes import loop as recipe_loop
+from xpo_fast.recipes.loop import _L1, Setup, _Loop, run
+from xpo_fast.rewards.llm_judges import FunctionJudge, Judge, LLMJudge, text_of
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 
 pytestmark = [
@@ -307,13 +308,9 @@ def test_negating_negatives_has_two_references(home, tmp_path):
     loop = _Loop(RECIPES["nn"], setup(home, tmp_path / "out", judge=None))
     rows = {"prompt_ids": [5, 6], "completions_ids": [[7, 8], [9]], "rejected_ids": [10, 11, 12]}
     dataset = datasets.Dataset.from_list([rows, {**rows, "prompt_ids": [20]}])
-    found = loop._with_reference(dataset, RECIPES["nn"].train[0], [str(home), str(tmp_path / "other")])[
-        "ref_logp"
-    ]
+    found = loop._with_reference(dataset, RECIPES["nn"].train[0], [str(home), str(tmp_path / "other")])["ref_logp"]
     for prompt, logps in zip(([5, 6], [20]), found, strict=True):
-        for ids, logp, model in zip(
-            ([7, 8], [9], [10, 11, 12]), logps, (home, home, tmp_path / "other"), strict=True
-        ):
+        for ids, logp, model in zip(([7, 8], [9], [10, 11, 12]), logps, (home, home, tmp_path / "other"), strict=True):
             with torch.no_grad():
                 table = load_model(str(model))[0](torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
             expected = sum(table[len(prompt) - 1 + t, token].item() for t, token in enumerate(ids))
@@ -359,10 +356,8 @@ def test_paft_killed_as_an_adapter_appears(home, tmp_path, monkeypatch):
 def test_soft_labels_reach_the_reward_model(home, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "xpo_fast.reward_trainer.RewardTrainer.__init__",
-        lambda self, model, args, *, train_dataset, **_: (
-            seen.extend(train_dataset) or (_ for _ in ()).throw(Killed)
-        ),
+        "xpo_fast.rewards.trainer.RewardTrainer.__init__",
+        lambda self, model, args, *, train_dataset, **_: seen.extend(train_dataset) or (_ for _ in ()).throw(Killed),
     )
     loop = recipe_loop._Loop(small("rlaif"), setup(home, tmp_path))
     row = {
@@ -570,9 +565,7 @@ def killing(at: int):
 @pytest.mark.parametrize("name", ["iterative-dpo", "grpo"])
 def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     """Killed again and again, each time a word later than the last: the same files and the same weights."""
-    recipe = override(
-        small(name), {"iterations": 2 if name == "iterative-dpo" else 1, "reference": "previous"}
-    )
+    recipe = override(small(name), {"iterations": 2 if name == "iterative-dpo" else 1, "reference": "previous"})
     options = {
         "held_out": load_prompts(make_rows(2, seed=5)), "stopping": StoppingRule(patience=2),
         "peft_config": lora(lora_dropout=0.2),
@@ -598,9 +591,7 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     if name == "iterative-dpo":
         assert kept(tmp_path / "part") == kept(tmp_path / "whole") and len(kept(tmp_path / "whole")) >= 12
     last = f"iteration-00{recipe.iterations - 1}/model"
-    torch.testing.assert_close(
-        weights(tmp_path / "part" / last), weights(tmp_path / "whole" / last), rtol=0, atol=0
-    )
+    torch.testing.assert_close(weights(tmp_path / "part" / last), weights(tmp_path / "whole" / last), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("held_out", [0, 2])
@@ -619,16 +610,12 @@ def test_killed_in_a_later_iteration_it_goes_on_with_the_models_it_has(home, tmp
 
     with pytest.raises(Killed):
         run(recipe, setup(home, tmp_path / "part", **options, say=say))
-    left = (
-        tmp_path / "part" / "iteration-001" / "train"
-    )  # as of a run that died before it removed its checkpoints
+    left = tmp_path / "part" / "iteration-001" / "train"  # as of a run that died before it removed its checkpoints
     left.mkdir()
     found = run(recipe, setup(home, tmp_path / "part", **options))
     assert (found.history, found.best) == (expected.history, expected.best) and not left.exists()
     last = "iteration-002/model"
-    torch.testing.assert_close(
-        weights(tmp_path / "part" / last), weights(tmp_path / "whole" / last), rtol=0, atol=0
-    )
+    torch.testing.assert_close(weights(tmp_path / "part" / last), weights(tmp_path / "whole" / last), rtol=0, atol=0)
 
 
 def test_what_a_run_is_says_the_same_in_every_process(home, tmp_path):
@@ -696,9 +683,7 @@ def test_a_later_iteration_without_a_preference_ends_the_run(home, tmp_path):
     recipe = override(small("iterative-dpo"), {"iterations": 3})
     outcome = run(recipe, setup(home, tmp_path, judge=FunctionJudge(once)))
     assert outcome.best == 1 and outcome.reason.startswith("iteration 2 found nothing to train on")
-    torch.testing.assert_close(
-        weights(outcome.model), weights(tmp_path / "iteration-000/model"), rtol=0, atol=0
-    )
+    torch.testing.assert_close(weights(outcome.model), weights(tmp_path / "iteration-000/model"), rtol=0, atol=0)
 
 
 def test_one_process_alone_runs_a_recipe(home, tmp_path, monkeypatch):
@@ -732,10 +717,7 @@ def test_what_is_seen_of_the_judge_is_in_the_summary(home, tmp_path):
     """A comparison without an answer counts once; lengths of what won and lost; how much the place decided."""
     run(small("sppo"), setup(home, tmp_path / "half", judge=HalfSilent()))
     summary = json.loads((tmp_path / "half" / "iteration-000" / "summary.json").read_text())
-    assert (
-        summary["completions"] == 16
-        and summary["unjudged"] + summary["selected"] + summary["identical"] == 24
-    )
+    assert summary["completions"] == 16 and summary["unjudged"] + summary["selected"] + summary["identical"] == 24
     assert summary["unjudged"] == 12  # 6 pairs of each of 4 prompts in blocks of 3 and 1: 9 of 18 and 3 of 6
     rows = lines(tmp_path / "half" / "iteration-000" / "selected.jsonl")
     for side in ("chosen", "rejected"):
@@ -799,10 +781,7 @@ def test_overwrite_deletes_nothing_but_a_run(tmp_path, capsys):
     (tmp_path / "all" / "runs").mkdir(parents=True)
     (tmp_path / "all" / "runs" / "run.json").write_text("{}")
     (tmp_path / "all" / "thesis.tex").write_text("mine")
-    assert (
-        command("sdpo", "--data", str(data), "--output-dir", str(tmp_path / "all"), "--overwrite", "--cpu")
-        == 2
-    )
+    assert command("sdpo", "--data", str(data), "--output-dir", str(tmp_path / "all"), "--overwrite", "--cpu") == 2
     assert "is not empty and holds no run of a recipe" in capsys.readouterr().err
     assert (tmp_path / "all" / "thesis.tex").is_file()
 

@@ -314,9 +314,7 @@ def test_grm_mixes_and_haf_adds():
     assert_close(run("grm", given, alpha=1.0, regulariser="dpo", beta=0.3)[0], dpo)
     assert_close(run("grm", given, alpha=0.2, regulariser="dpo", beta=0.3)[0], 0.8 * bt + 0.2 * dpo)
     assert_close(run("haf", given, alpha=0.2, beta=0.3)[0], bt + 0.2 * dpo)
-    _, found = run(
-        "grm", given, alpha=0.2
-    )  # sft: -(1 - s(beta logp_w)) * beta * alpha, nothing on the rejected
+    _, found = run("grm", given, alpha=0.2)  # sft: -(1 - s(beta logp_w)) * beta * alpha, nothing on the rejected
     assert_close(found["logp_w"], -0.2 * 0.1 * torch.sigmoid(-0.1 * given["logp_w"]))
     assert not found["logp_l"].any()
 
@@ -502,9 +500,7 @@ def test_lengths():
     # 6 / (50 + 10), -3 / (50 + 50)
     assert_close(length_normalised(reward, length, alpha=50.0), torch.tensor([0.1, -0.03]))
     # 0.1 |10 - 30|, 0.1 |50 - 30|, nothing at the target
-    assert_close(
-        length_penalty(torch.tensor([10, 50, 30]), target=30.0, lam=0.1), torch.tensor([2.0, 2.0, 0.0])
-    )
+    assert_close(length_penalty(torch.tensor([10, 50, 30]), target=30.0, lam=0.1), torch.tensor([2.0, 2.0, 0.0]))
 
 
 def odin_columns(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

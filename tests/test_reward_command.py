@@ -11,8 +11,8 @@ import pytest
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
-from xpo_fast.reward_model import RewardModel
-from xpo_fast.reward_report import (
+from xpo_fast.rewards.model import RewardModel
+from xpo_fast.rewards.report import (
     PairScores,
     best_scale,
     by_length_gap,
@@ -33,10 +33,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     make_model().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    rated = [
-        {**row, "helpful": i / 8, "safe": None if i % 3 else 1}
-        for i, row in enumerate(make_rows(16, "unpaired"))
-    ]
+    rated = [{**row, "helpful": i / 8, "safe": None if i % 3 else 1} for i, row in enumerate(make_rows(16, "unpaired"))]
     lists = [{**row, "scores": [2.0, 1.0, 2.0]} for row in make_lists(6)]
     for name, rows in (("pairs", make_rows(16)), ("rated", rated), ("lists", lists)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,9 +80,7 @@ def test_train_resume_and_measure(home, tmp_path, capsys):
     assert run("eval-reward", "--data", home / "pairs.jsonl", "--model", out, "--model", out, "--ensemble", "worst", "--policy",
                out, "--beta", 0.5, "--output-dir", measured, "--cpu") == 0  # fmt: skip
     text = capsys.readouterr().out
-    assert (
-        "ensemble (worst)" in text and "the longer completion" in text and "the same choice in 100.0%" in text
-    )
+    assert "ensemble (worst)" in text and "the longer completion" in text and "the same choice in 100.0%" in text
     report = json.loads((measured / "report.json").read_text())
     assert [row["name"] for row in report["scorers"]] == [
         "reward 1",

@@ -19,13 +19,10 @@ from safetensors.torch import load_file
 import xpo_fast as xf
 from ranks import run_world
 from test_trainer import PEFT_WARNING, Gradients, lora, make_model, make_rows, make_tokenizer, words
-from xpo_fast.data_rows import DataError
+from xpo_fast.data.rows import DataError
 from xpo_fast.methods.reward import odin
-from xpo_fast.models import install_fused_loss, load_model
-from xpo_fast.reward_model import USES, ImplicitReward, RewardEnsemble, RewardModel, RewardSpec
-from xpo_fast.reward_trainer import RewardConfig, RewardTrainer
-from xpo_fast.types import Head
-from xpo_fast.value_head import (
+from xpo_fast.models import Head, install_fused_loss, load_model
+from xpo_fast.models.value_head import (
     ValueHead,
     attach_value_head,
     detach_value_head,
@@ -33,6 +30,8 @@ from xpo_fast.value_head import (
     save_value_head,
     value_head,
 )
+from xpo_fast.rewards.model import USES, ImplicitReward, RewardEnsemble, RewardModel, RewardSpec
+from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -67,9 +66,7 @@ def rows_for(method: str, count: int = 8, seed: int = 0) -> list[dict]:
     return [{**row, "prob": 0.8} for row in rows] if method == "preference_model" else rows
 
 
-def make_trainer(
-    tmp_path, method="bradley_terry", *, model=None, rows=None, peft_config=None, eval_rows=None, **args
-):
+def make_trainer(tmp_path, method="bradley_terry", *, model=None, rows=None, peft_config=None, eval_rows=None, **args):
     defaults = {
         "output_dir": str(tmp_path / "out"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "learning_rate": 1e-2,
@@ -160,9 +157,7 @@ def test_values_and_log_probs_of_one_forward():
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
 
     def fused(hidden, lm_head: Head):
-        return head(hidden)[..., 0], xf.token_logps(
-            hidden[:, :-1], lm_head.weight, ids[:, 1:], **lm_head.kwargs()
-        )
+        return head(hidden)[..., 0], xf.token_logps(hidden[:, :-1], lm_head.weight, ids[:, 1:], **lm_head.kwargs())
 
     values, logps = model(input_ids=ids, attention_mask=torch.ones_like(ids), fused_loss=fused)
     assert len(calls) == 1
@@ -258,15 +253,9 @@ def test_every_method_learns_its_rows_and_is_saved(tmp_path, home, method, adapt
     assert after["eval_loss"] < 0.85 * before["eval_loss"] or method == "odin"
     trainer.save_model()
     here, there = trainer.reward_model(), RewardModel.load(tmp_path / "out")
-    assert (
-        there.spec
-        == here.spec
-        == RewardSpec(method=method, objectives=trainer.spec.objectives, max_length=64)
-    )
+    assert there.spec == here.spec == RewardSpec(method=method, objectives=trainer.spec.objectives, max_length=64)
     prompts, a, b = ["w1 w2", "w3"], [" w4 w5", " w6"], [" w7", " w8 w9 w10"]
-    torch.testing.assert_close(
-        here.compare(prompts, a, b), there.compare(prompts, a, b), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(here.compare(prompts, a, b), there.compare(prompts, a, b), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(there.compare(prompts, a, b), 1 - there.compare(prompts, b, a))
     if method == "preference_model":
         with pytest.raises(ValueError, match=r"use compare\(\)"):
@@ -275,10 +264,7 @@ def test_every_method_learns_its_rows_and_is_saved(tmp_path, home, method, adapt
 
 def test_two_ranked_completions_are_a_pair(tmp_path):
     rows = make_rows(4)
-    lists = [
-        {"prompt": r["prompt"], "completions": [r["rejected"], r["chosen"]], "scores": [0.0, 5.0]}
-        for r in rows
-    ]
+    lists = [{"prompt": r["prompt"], "completions": [r["rejected"], r["chosen"]], "scores": [0.0, 5.0]} for r in rows]
     pair = make_trainer(tmp_path, rows=rows)
     ranked = make_trainer(tmp_path, "k_wise", rows=lists)
     pair.train()
@@ -296,9 +282,7 @@ def test_the_gate_alone_is_learned_for_rewards_that_are_there(tmp_path):
     gate = value_head(model).weight[2:]
     assert value_head(model).outputs == 4 and not gate.any()  # it weighs them alike
     start = second.reward_model().score(["w1 w2"], [" w3"])
-    mean = (
-        before["value_head.weight"] @ model.model(text_ids("w1 w2", " w3")).last_hidden_state[0, -1]
-    ).mean()
+    mean = (before["value_head.weight"] @ model.model(text_ids("w1 w2", " w3")).last_hidden_state[0, -1]).mean()
     assert float(start) == pytest.approx(float(mean + before["value_head.bias"].mean()), rel=1e-4)
     second.train()
     after = model.state_dict()
@@ -370,9 +354,7 @@ ON_TWO_RANKS = ("bradley_terry", "k_wise", "haf")
 
 
 def one_step(folder, method: str, batch: int, **args) -> tuple[float, float, dict]:
-    rows = rows_for(
-        method, 5
-    )  # in batches of 3 on two ranks, the last is filled up with a row that must not count
+    rows = rows_for(method, 5)  # in batches of 3 on two ranks, the last is filled up with a row that must not count
     trainer = make_trainer(folder, method, rows=rows, eval_rows=rows_for(method, 5, 1), per_device_train_batch_size=batch,
                            **args)  # fmt: skip
     kept = Gradients()
@@ -436,9 +418,7 @@ def test_scores_do_not_depend_on_the_batch_and_obey_the_length_rule(tmp_path):
     for size in (1, 3, 7):
         torch.testing.assert_close(RewardModel(*args, batch_size=size).score(prompts, completions), expected)
     reward = RewardModel(*args)
-    assert reward(prompts=prompts, completions=completions, label=[0] * 7) == pytest.approx(
-        expected.tolist(), rel=1e-5
-    )
+    assert reward(prompts=prompts, completions=completions, label=[0] * 7) == pytest.approx(expected.tolist(), rel=1e-5)
     lengths = torch.tensor([len(c.split()) + 1.0 for c in completions])
     normalised = RewardModel(*args, RewardSpec(length_alpha=3)).score(prompts, completions)
     torch.testing.assert_close(normalised, expected / (3 + lengths))
@@ -492,9 +472,7 @@ def test_soft_labels(tmp_path):
     """−p log σ(h) − (1−p) log σ(−h), h the difference of rewards."""
     rows = [{**row, "prob": 0.3} for row in rows_for("bradley_terry", 4)]
     trainer = make_trainer(tmp_path, rows=rows)
-    rewards = [
-        plain_outputs(trainer.model, value_head(trainer.model), rows, n)[:, 0] for n in ("chosen", "rejected")
-    ]
+    rewards = [plain_outputs(trainer.model, value_head(trainer.model), rows, n)[:, 0] for n in ("chosen", "rejected")]
     h = rewards[0] - rewards[1]
     expected = -(0.3 * h.sigmoid().log() + 0.7 * (-h).sigmoid().log()).mean()
     trainer.train()
@@ -510,7 +488,9 @@ def test_which_scores_are_logits():
 def test_conversations(tmp_path):
     trainer = make_trainer(tmp_path)
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    )
     reward = RewardModel(trainer.model, tokenizer)
     prompt = [{"role": "user", "content": "w1 w2"}]
     as_messages = reward.score([prompt], [[{"role": "assistant", "content": "w3"}]])

@@ -64,10 +64,7 @@ def test_trl_signature_and_columns():
 
 
 def test_without_var_keywords_a_function_gets_what_it_names():
-    assert (
-        Rewards(lambda completions: [1.0] * len(completions))(make_samples(), {"a": [1] * 3}).rewards.sum()
-        == 3
-    )
+    assert Rewards(lambda completions: [1.0] * len(completions))(make_samples(), {"a": [1] * 3}).rewards.sum() == 3
 
 
 def test_none_does_not_apply_and_nan_has_no_reward(caplog):

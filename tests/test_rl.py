@@ -15,13 +15,13 @@ import transformers
 
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
-from xpo_fast.experience import advantages
-from xpo_fast.judge import Judge, win_rate
 from xpo_fast.rewards import RewardError
+from xpo_fast.rewards.llm_judges import Judge, win_rate
 from xpo_fast.rl import RLTrainer, last_checkpoint
-from xpo_fast.rl_config import RLConfig
+from xpo_fast.rl.config import RLConfig
+from xpo_fast.rl.experience import advantages
+from xpo_fast.rl.sample_log import table
 from xpo_fast.rollout import GenerateRollout
-from xpo_fast.samples import table
 from xpo_fast.trainer import Means
 
 PEFT_WARNING = ".is_gradient_checkpointing. is deprecated"
@@ -137,9 +137,7 @@ def test_first_step_is_the_textbook_gradient(tmp_path, method, how):
     log, got = step(trainer)
     (samples,) = trainer.rollout.samples
     each = group_advantages(with_holes(samples.completion_ids), how)
-    rows = [
-        (a, logp) for a, (logp, _) in zip(each, token_logps(reference, samples), strict=True) if a is not None
-    ]
+    rows = [(a, logp) for a, (logp, _) in zip(each, token_logps(reference, samples), strict=True) if a is not None]
     tokens = sum(len(logp) for _, logp in rows)
     assert any(a == 0 for a, _ in rows) or method == "reinforce"
     divide = {
@@ -191,9 +189,7 @@ def test_ppo_is_the_surrogate_and_the_critics_loss_from_one_forward(tmp_path):
         for p in trainer.model.parameters():
             p *= 0.9
     policy = make_model()
-    policy.load_state_dict(
-        {n: x.clone() for n, x in trainer.model.state_dict().items() if "value_head" not in n}
-    )
+    policy.load_state_dict({n: x.clone() for n, x in trainer.model.state_dict().items() if "value_head" not in n})
     critic = [p.detach().clone().requires_grad_() for p in (trainer.critic.weight, trainer.critic.bias)]
     log, got = step(trainer)
     (samples,) = trainer.rollout.samples
@@ -299,9 +295,7 @@ def test_dynamic_sampling_draws_until_the_groups_tell(tmp_path):
     assert log["draws"] > 1 and log["groups/dropped"] == 0 and log["frac_reward_zero_std"] > 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == log["draws"] * 8 and sum(line["trained"] for line in lines) >= 4
-    dull = make_trainer(
-        tmp_path, lambda completions, **_: [0.5] * len(completions), **{**args, "max_draws": 3}
-    )
+    dull = make_trainer(tmp_path, lambda completions, **_: [0.5] * len(completions), **{**args, "max_draws": 3})
     log, _ = step(dull)
     assert log["draws"] == 3 and log["groups/dropped"] == 1  # and the run goes on
 
@@ -319,9 +313,7 @@ def test_truncated_completions(tmp_path):
     plain = trained(make_trainer(tmp_path, max_new_tokens=12))
     assert {line["truncated"] for line in plain} == {True, False}
     punished = trained(
-        make_trainer(
-            tmp_path, max_new_tokens=12, overlong="penalty", overlong_buffer=8, missing_eos_penalty=0.5
-        )
+        make_trainer(tmp_path, max_new_tokens=12, overlong="penalty", overlong_buffer=8, missing_eos_penalty=0.5)
     )
     for a, b in zip(plain, punished, strict=True):
         soft = 1.0 if a["truncated"] else max(0.0, (a["tokens"] - 4) / 8)
@@ -393,12 +385,8 @@ def test_kl_is_steered(tmp_path):
         return trainer
 
     rows = 8
-    assert coefficient(kl_coef=0.1, kl_target=1e-6).progress.kl_coef == pytest.approx(
-        0.1 * (1 + 0.2 * rows / 16)
-    )
-    assert coefficient(kl_coef=0.1, kl_target=1e6).progress.kl_coef == pytest.approx(
-        0.1 * (1 - 0.2 * rows / 16)
-    )
+    assert coefficient(kl_coef=0.1, kl_target=1e-6).progress.kl_coef == pytest.approx(0.1 * (1 + 0.2 * rows / 16))
+    assert coefficient(kl_coef=0.1, kl_target=1e6).progress.kl_coef == pytest.approx(0.1 * (1 - 0.2 * rows / 16))
     beta = coefficient(method_args={"beta": 0.1}, kl_target=1e-6).objective.hyperparameters["beta"]
     assert beta == pytest.approx(0.1 * (1 + 0.2 * rows / 16))
     args = {"method": "ppo_penalty", "epochs_per_rollout": 2, "max_steps": 2}
@@ -482,9 +470,7 @@ def test_a_critic_may_have_a_learning_rate_of_its_own(tmp_path, peft_config):
         trained = {id(p) for p in one.model.parameters() if p.requires_grad}
         assert found.keys() == trained and head < trained
         assert {found[p] for p in head} == {2e-2} and {found[p] for p in trained - head} == {1e-3}
-    for (name, a), b in zip(
-        trainer.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(trainer.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     slow = make_trainer(tmp_path / "slow", **{**args, "value_head_learning_rate": None, "max_steps": 1})
     fast = make_trainer(tmp_path / "fast", **{**args, "lr_scheduler_type": "constant", "max_steps": 1})
@@ -544,9 +530,7 @@ def test_dapo_is_more_than_its_loss(tmp_path):
     def reward(completion_ids, dull, **_):
         return [0.5 if d else share_of_even([ids])[0] for d, ids in zip(dull, completion_ids, strict=True)]
 
-    log, _ = step(
-        make_trainer(tmp_path, reward, prompts=dull, method="dapo", prompts_per_rollout=2, overlong="keep")
-    )
+    log, _ = step(make_trainer(tmp_path, reward, prompts=dull, method="dapo", prompts_per_rollout=2, overlong="keep"))
     assert log["draws"] > 1 and log["groups/dropped"] == 0
 
 
@@ -559,9 +543,7 @@ def test_samples_are_a_data_set(tmp_path):
     with_nothing = make_trainer(tmp_path, with_holes, prompts_per_rollout=4, gradient_accumulation_steps=4)
     with_nothing.train()
     path = tmp_path / "out" / "samples.jsonl"
-    rows = datasets.load_dataset(
-        "json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
-    )
+    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     (samples,) = with_nothing.rollout.samples
     assert rows["completion"][:] == samples.completions and rows["prompt"][:] == samples.prompts
     assert rows["tokens"][:] == [len(ids) for ids in samples.completion_ids]
@@ -672,12 +654,8 @@ def test_the_rewards_divergence_is_the_one_whose_gradient_is_the_divergences():
 
 def test_a_long_prompt_is_found_before_the_run(tmp_path):
     rows = [{"prompt": "w1"}, {"prompt": "w1 " * 200}, {"prompt": "w2 " * 300}]
-    args = RLConfig(
-        str(tmp_path), use_cpu=True, num_generations=2, per_device_train_batch_size=2, max_steps=1
-    )
-    with pytest.raises(
-        ValueError, match=r"2 of 3 prompts leave no room .* 128 positions; the first is rows\[1\], of"
-    ):
+    args = RLConfig(str(tmp_path), use_cpu=True, num_generations=2, per_device_train_batch_size=2, max_steps=1)
+    with pytest.raises(ValueError, match=r"2 of 3 prompts leave no room .* 128 positions; the first is rows\[1\], of"):
         RLTrainer(make_model(), share_of_even, args, train_dataset=rows, processing_class=make_tokenizer())
 
 
@@ -690,9 +668,7 @@ def test_continuous_batching_is_a_choice(tmp_path, asked):
         per_device_train_batch_size=2,
         continuous_batching=asked,
     )
-    trainer = RLTrainer(
-        make_model(), share_of_even, args, train_dataset=PROMPTS, processing_class=make_tokenizer()
-    )
+    trainer = RLTrainer(make_model(), share_of_even, args, train_dataset=PROMPTS, processing_class=make_tokenizer())
     assert trainer.rollout.continuous is (None if asked else False)
 
 

@@ -14,8 +14,8 @@ from test_trainer import PEFT_WARNING, make_model, make_tokenizer
 from xpo_fast import cli, models
 from xpo_fast.cli import rl as rl_command
 from xpo_fast.cli import training as common
-from xpo_fast.reward_model import RewardModel
-from xpo_fast.value_head import attach_value_head
+from xpo_fast.models.value_head import attach_value_head
+from xpo_fast.rewards.model import RewardModel
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -94,10 +94,7 @@ def test_every_weight_with_a_critic(home, tmp_path):
 def test_what_comes_with_dapo_is_said(home, tmp_path, capsys):
     assert run(home, tmp_path / "dapo", "--method", "dapo", "--max-steps", "1") == 0
     said = capsys.readouterr().out
-    assert (
-        "replaced, in 10 draws at most (--max-draws); the last 1 of 5 tokens cost up to 1 (--overlong)"
-        in said
-    )
+    assert "replaced, in 10 draws at most (--max-draws); the last 1 of 5 tokens cost up to 1 (--overlong)" in said
     options = "--max-draws", "1", "--overlong", "mask", "--show-samples", "0"
     assert run(home, tmp_path / "less", "--method", "dapo", "--max-steps", "1", *options) == 0
     less = capsys.readouterr().out
@@ -140,7 +137,7 @@ def test_an_ensemble_is_measured_once(home, tmp_path, capsys, monkeypatch):
     assert [row["reward"] for row in rows[:8]] == pytest.approx([2 * x for x in first])
 
     assert go("parts", "--max-steps", "2") == 0
-    monkeypatch.setattr("xpo_fast.reward_model.RewardEnsemble.standardise", pytest.fail)
+    monkeypatch.setattr("xpo_fast.rewards.model.RewardEnsemble.standardise", pytest.fail)
     assert go("parts", "--max-steps", "3", "--resume") == 0
     weights = [models.load_model(str(tmp_path / x))[0].state_dict() for x in ("whole", "parts")]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))

@@ -21,7 +21,8 @@ from test_rollout import StandIn
 from test_trainer import PEFT_WARNING, lora
 from xpo_fast.rewards import RewardError, Rewards
 from xpo_fast.rl import last_checkpoint
-from xpo_fast.rollout import RolloutError, ServerRollout
+from xpo_fast.rollout import RolloutError
+from xpo_fast.rollout.generate import ServerRollout
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -73,9 +74,7 @@ def run(folder: Path, function=reward, *, resume=None, **args):
 
 
 def assert_same_run(trainer, whole) -> None:
-    for (name, a), b in zip(
-        whole.model.state_dict().items(), trainer.model.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(whole.model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert [timeless(x) for x in trainer.state.log_history] == [timeless(x) for x in whole.state.log_history]
     assert trainer.progress == whole.progress
@@ -218,9 +217,7 @@ def test_a_server_that_dies_within_a_rollout(tmp_path):
     server.stop()
 
     server, model = started(dies_after=2 * 8 + 3)  # three of the third rollout's eight
-    with pytest.raises(
-        RolloutError, match=r"gave no answer in 2 attempts.* 3 of 8 completions were finished"
-    ):
+    with pytest.raises(RolloutError, match=r"gave no answer in 2 attempts.* 3 of 8 completions were finished"):
         served(tmp_path, server, model).train()
     server.stop()
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
@@ -262,9 +259,7 @@ def test_completions_without_a_reward_are_left_out_and_the_run_goes_on(tmp_path)
     some = make_trainer(tmp_path / "some", half, **ARGS)
     some.train()
     logs = [log for log in some.state.log_history if "loss" in log]
-    assert len(logs) == 2 and all(
-        log["unrewarded"] == 0.5 and math.isfinite(log["grad_norm"]) for log in logs
-    )
+    assert len(logs) == 2 and all(log["unrewarded"] == 0.5 and math.isfinite(log["grad_norm"]) for log in logs)
     lines = (tmp_path / "some" / "out" / "samples.jsonl").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     assert len(told) == 32 and all((x["reward"] is None) == (i % 2 == 1) for i, x in enumerate(told))
@@ -375,9 +370,7 @@ def _fails_and_goes_on(folder: Path, rank: int) -> tuple[str, dict, dict]:
 
 
 def test_where_one_process_fails_all_do_with_a_checkpoint(tmp_path):
-    (first, resumed, whole), (second, *_) = run_world(
-        tmp_path / "world", 2, partial(_fails_and_goes_on, tmp_path)
-    )
+    (first, resumed, whole), (second, *_) = run_world(tmp_path / "world", 2, partial(_fails_and_goes_on, tmp_path))
     assert second.startswith("RewardError: reward function 'fails_on' raised RuntimeError")
     assert first.startswith("RolloutError: process 1 failed: RewardError: reward function 'fails_on'")
     assert all(torch.equal(a, b) for a, b in zip(whole.values(), resumed.values(), strict=True))

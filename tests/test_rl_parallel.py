@@ -56,9 +56,7 @@ def fixed_run(folder: Path, method: str, ranks: int) -> tuple[list[dict], dict[s
 
 
 def with_holes_by_id(completion_ids, **_):
-    return [
-        math.nan if ids[0] % 5 == 0 else sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids
-    ]
+    return [math.nan if ids[0] % 5 == 0 else sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def _on_two_ranks(folder: Path, rank: int) -> dict:

@@ -24,9 +24,7 @@ ARGS = {
 
 def timeless(log):
     return {
-        k: v
-        for k, v in log.items()
-        if "time" not in k and "_second" not in k and k not in ("train_loss", "total_flos")
+        k: v for k, v in log.items() if "time" not in k and "_second" not in k and k not in ("train_loss", "total_flos")
     }
 
 
@@ -50,17 +48,13 @@ def test_resumed_is_the_same(tmp_path, whole, after):
     assert last_checkpoint(folder) == str(folder / f"checkpoint-{after}")
     trainer = make_trainer(tmp_path, **ARGS)
     trainer.train(resume_from_checkpoint=True)
-    for (name, a), b in zip(
-        whole.model.state_dict().items(), trainer.model.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(whole.model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert [timeless(x) for x in trainer.state.log_history] == [timeless(x) for x in whole.state.log_history]
     assert trainer.progress == whole.progress
     for a, b in zip(whole._live.copy.parameters(), trainer._live.copy.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert (folder / "samples.jsonl").read_bytes() == (
-        Path(whole.args.output_dir) / "samples.jsonl"
-    ).read_bytes()
+    assert (folder / "samples.jsonl").read_bytes() == (Path(whole.args.output_dir) / "samples.jsonl").read_bytes()
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["rollout"] for row in rows] == [0] * 16 + [1] * 16
 

@@ -19,17 +19,9 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_tokenizer
-from xpo_fast.models import causal_lm
-from xpo_fast.rollout import (
-    GenerateRollout,
-    RolloutError,
-    Samples,
-    Sampling,
-    ServerRollout,
-    encode_prompts,
-    pad_rows,
-    sample_logps,
-)
+from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.rollout import GenerateRollout, RolloutError, Samples, Sampling, encode_prompts, pad_rows, sample_logps
+from xpo_fast.rollout.generate import ServerRollout
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -166,10 +158,7 @@ def test_the_same_seed_draws_the_same_whatever_the_batch(model, batch_size):
 def test_a_draw_depends_on_its_place_alone(model):
     with_ends(model, MANY_ENDS)
     three = generate(model, n=3, seed=5)
-    assert (
-        generate(model, n=2, seed=5).completion_ids
-        == three.take(i for i in range(15) if i % 3 < 2).completion_ids
-    )
+    assert generate(model, n=2, seed=5).completion_ids == three.take(i for i in range(15) if i % 3 < 2).completion_ids
     assert generate(model, PROMPTS[:2], n=3, seed=5).completion_ids == three.completion_ids[:6]
     assert generate(model, n=3, seed=6).completion_ids != three.completion_ids
     assert len(set(map(tuple, three.completion_ids[:3]))) == 3  # copies of one prompt differ
@@ -436,9 +425,7 @@ def test_continuous_batching_that_fails(monkeypatch, caplog):
     rollout = GenerateRollout(
         model, make_tokenizer(), continuous=None
     )  # where it goes: batches in its place, and said so once
-    monkeypatch.setattr(
-        rollout, "_continuous", lambda *_: small_cache() if rollout.continuous is None else None
-    )
+    monkeypatch.setattr(rollout, "_continuous", lambda *_: small_cache() if rollout.continuous is None else None)
     with caplog.at_level(logging.WARNING):
         samples = rollout.generate(PROMPTS, sampling=sampling, seed=0)
         rollout.generate(PROMPTS, sampling=sampling, seed=0)
@@ -568,9 +555,7 @@ def server(model):
 
 
 def client(server, **options) -> ServerRollout:
-    return ServerRollout(
-        server.url, make_tokenizer(), **{"backoff_s": 0.01, "concurrency": 4, "retries": 3, **options}
-    )
+    return ServerRollout(server.url, make_tokenizer(), **{"backoff_s": 0.01, "concurrency": 4, "retries": 3, **options})
 
 
 SAMPLING = Sampling(max_new_tokens=8, temperature=0.8)

@@ -15,9 +15,9 @@ import torch
 
 from host_compile import CSRC, DEVICES, compiled
 from xpo_fast import native
-from xpo_fast.head import segments
 from xpo_fast.head.rows import sum_rows
 from xpo_fast.methods import METHODS
+from xpo_fast.objective import segments
 from xpo_fast.reduce import count_metrics, mean_metrics
 
 LANES = 64  # threads of a block in csrc/host.cpp
@@ -208,9 +208,7 @@ def pure(method, options, logp, offsets, inputs, weights, denominator, scale=1.0
     }  # fmt: skip
 
 
-def kernel(
-    method, options, logp, offsets, inputs, weights, denominator, scale=1.0, dtype=torch.float64, **others
-):
+def kernel(method, options, logp, offsets, inputs, weights, denominator, scale=1.0, dtype=torch.float64, **others):
     def there(x):
         x = x.to(DEVICE) if isinstance(x, torch.Tensor) else x
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -255,9 +253,7 @@ def assert_three_way(ours, theirs, truth):
         exact, known = truth[name], ~truth[name].isnan()
         assert torch.equal(~x.isnan(), known), name
         size = exact[known].abs().max() if known.any() else 0.0
-        errors = [
-            (y[known].double() - exact[known]).abs().max() if known.any() else 0.0 for y in (x, theirs[name])
-        ]
+        errors = [(y[known].double() - exact[known]).abs().max() if known.any() else 0.0 for y in (x, theirs[name])]
         assert errors[0] <= 2 * errors[1] + 1e-6 * size, (name, errors, size)
 
 
@@ -556,9 +552,7 @@ def test_the_operator(host, monkeypatch, method, make):
         inputs = {n: x.nan_to_num(-1.0) for n, x in inputs.items()}
     kernel(method, {}, logp.requires_grad_(), offsets, inputs, weights, 3.0)
     (arguments,) = seen
-    torch.library.opcheck(
-        op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-    )
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
 def test_structs_are_those_of_the_header(library):
@@ -614,9 +608,7 @@ def test_inputs_that_do_not_fit(host):
         with pytest.raises(ValueError, match="has no kernel"):
             segments.evaluate(method, {}, logp, offsets)
     with pytest.raises(ValueError, match="missing ref_token_logp"):
-        segments.evaluate(
-            "grpo", {"beta": 0.1}, logp, offsets, advantage=torch.zeros(16, dtype=torch.float64)
-        )
+        segments.evaluate("grpo", {"beta": 0.1}, logp, offsets, advantage=torch.zeros(16, dtype=torch.float64))
     with pytest.raises(ValueError, match="desirable must be"):
         _, _, of_rows, _ = row_inputs("kto", 1)
         segments.evaluate("kto", {}, logp, offsets, **(of_rows | {"desirable": of_rows["desirable"].long()}))

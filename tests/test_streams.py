@@ -163,9 +163,7 @@ def unit_gradients(tiling, operations):
             return torch.autograd.grad(loss, leaf)[0]
 
     arguments = hidden, weight, bias, targets, Scaling(), oracle.IGNORE, groups
-    logp, grads = chunked.unit_gradients(
-        *arguments, tiling, coefficients, (True, True, True), operations=operations
-    )
+    logp, grads = chunked.unit_gradients(*arguments, tiling, coefficients, (True, True, True), operations=operations)
     return logp, *grads
 
 
@@ -334,13 +332,13 @@ def two_streams(monkeypatch):
     loops = SimpleNamespace(**{name: partial(getattr(chunked, name), **operations) for name in calls})
     monkeypatch.setattr(units, "implementation", lambda backend: loops)
     monkeypatch.setattr(autograd, "implementation", lambda backend: loops)
-    fit = sys.modules["xpo_fast.head"].fit
+    fit = sys.modules["xpo_fast.head.statistics"].fit
 
     def small(*arguments, **options):
         _, *rest = fit(*arguments, **options)
         return two_lanes(12, 4), *rest
 
-    monkeypatch.setattr("xpo_fast.head.fit", small)
+    monkeypatch.setattr("xpo_fast.head.statistics.fit", small)
     return detector
 
 

@@ -201,8 +201,7 @@ def rivals(hidden, weight, bias, targets, *, tile=7, k=5, seed=0, backend="torch
 
 @pytest.mark.parametrize(
     ("head", "dtype"),
-    [(h, torch.float32) for h in test_head.HEADS]
-    + [("everything", d) for d in (torch.bfloat16, torch.float64)],
+    [(h, torch.float32) for h in test_head.HEADS] + [("everything", d) for d in (torch.bfloat16, torch.float64)],
     ids=str,
 )
 def check_the_same_draws(head, dtype):

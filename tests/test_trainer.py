@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import xpo_fast as xf
 from ranks import run_world
-from xpo_fast import reference
-from xpo_fast.models import causal_lm, install_fused_loss, load_model, remove_fused_loss
-from xpo_fast.resume import last_checkpoint
-from xpo_fast.trainer import XPOConfig, XPOTrainer
+from xpo_fast.models import install_fused_loss, load_model, remove_fused_loss
+from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.trainer import XPOConfig, XPOTrainer, reference
+from xpo_fast.trainer.resume import last_checkpoint
 
 # peft asks transformers under a name that transformers has deprecated.
 PEFT_WARNING = ".is_gradient_checkpointing. is deprecated"
@@ -34,9 +34,7 @@ VOCAB = 97  # odd, and no multiple of anything
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
 
 
-def make_tokenizer(
-    pad: str | None = "<pad>", vocabulary: list[str] = WORDS
-) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(pad: str | None = "<pad>", vocabulary: list[str] = WORDS) -> transformers.PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", *vocabulary])}
     raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -94,9 +92,7 @@ def make_trainer(
 
 
 def lora(**options) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        **{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options}
-    )
+    return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options})
 
 
 class Gradients(transformers.TrainerCallback):
@@ -140,9 +136,7 @@ SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 
 
 def one_batch(tmp_path: Path, method: str, **args) -> tuple[dict, dict[str, torch.Tensor]]:
-    trainer = make_trainer(
-        tmp_path, method=method, rows=ROWS, per_device_train_batch_size=ROWS, **SEQUENTIAL, **args
-    )
+    trainer = make_trainer(tmp_path, method=method, rows=ROWS, per_device_train_batch_size=ROWS, **SEQUENTIAL, **args)
     return first_step(trainer, shrink=SHRINK)
 
 
@@ -281,9 +275,7 @@ def test_softcap_and_scale_of_a_model_are_applied(tmp_path, dtype):
 def test_every_reference_starts_dpo_at_ln_2_and_stays_where_it_was(tmp_path, strategy, adapted):
     # Dropout, which a reference must not have; the adapter's only acts from the second step on, as B starts at 0.
     peft_config = lora(lora_dropout=0.5) if adapted else None
-    trainer = make_trainer(
-        tmp_path, reference=strategy, peft_config=peft_config, max_steps=6, learning_rate=3e-2
-    )
+    trainer = make_trainer(tmp_path, reference=strategy, peft_config=peft_config, max_steps=6, learning_rate=3e-2)
     before = trainer.completion_logps(trainer.train_dataset)[..., 0]
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
@@ -409,9 +401,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, method):
             per_device_eval_batch_size=size,
         )  # fmt: skip
         trainer.train()
-        found.append(
-            {k: v for k, v in trainer.evaluate().items() if "loss" in k or "/" in k or k.endswith("kl")}
-        )
+        found.append({k: v for k, v in trainer.evaluate().items() if "loss" in k or "/" in k or k.endswith("kl")})
     assert {"dpo": "eval_a_rewards/accuracies", "sft": "eval_a_loss", "kto": "eval_a_kl"}[method] in found[0]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4, abs=1e-6)
@@ -516,9 +506,7 @@ def test_rows_that_are_encoded_already_are_taken_as_they_are(tmp_path):
 
 
 def test_kto_keeps_its_estimate_for_a_single_row_at_the_end_of_an_epoch(tmp_path):
-    trainer = make_trainer(
-        tmp_path, method="kto", rows=5, per_device_train_batch_size=4, max_steps=2, **SEQUENTIAL
-    )
+    trainer = make_trainer(tmp_path, method="kto", rows=5, per_device_train_batch_size=4, max_steps=2, **SEQUENTIAL)
     trainer.prepare()
     with torch.no_grad():
         for p in trainer.model.parameters():
@@ -547,9 +535,7 @@ def test_an_adapter_on_the_lm_head_is_trained_and_is_not_the_references(tmp_path
     trainer = make_trainer(tmp_path, model=model, peft_config=config, max_steps=6, logging_steps=1)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] != pytest.approx(
-        losses[0], abs=1e-4
-    )
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] != pytest.approx(losses[0], abs=1e-4)
     b = [x for n, x in trainer.model.named_parameters() if "lm_head.lora_B" in n]
     assert b and all(x.abs().max() > 0 for x in b)
 
@@ -574,9 +560,7 @@ def test_a_trained_copy_of_the_lm_head_is_used_and_its_original_is_the_reference
 
 def test_prompt_tuning_and_second_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match="adds positions of its own"):
-        make_trainer(
-            tmp_path, peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        )
+        make_trainer(tmp_path, peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="carries an adapter already"):
         make_trainer(tmp_path, model=peft.get_peft_model(make_model(), lora()), peft_config=lora())
 
@@ -621,9 +605,7 @@ def rows_of(kind: str, count: int = 8, seed: int = 0) -> list[dict]:
         texts = [" " + words(g, 1, 9) for _ in range(size)]
         if kind == "list":
             scores = [float(k * (-1) ** k) for k in range(size)]
-            rows.append(
-                {"prompt": prompt, "completions": texts, "scores": scores, "rejected": " " + words(g, 1, 5)}
-            )
+            rows.append({"prompt": prompt, "completions": texts, "scores": scores, "rejected": " " + words(g, 1, 5)})
         elif kind == "unpaired":
             rows.append({"prompt": prompt, "completion": texts[0], "label": i % 3 != 0, "reward": i / 4 - 1})
         else:
@@ -721,9 +703,7 @@ def test_what_the_objective_remembers_is_in_the_checkpoints(tmp_path):
     first.train()
     second = trainer("b", 6)
     second.train(resume_from_checkpoint=True)
-    assert (
-        len(rows) == 8 and whole.objective.state["delta_count"] == second.objective.state["delta_count"] > 12
-    )
+    assert len(rows) == 8 and whole.objective.state["delta_count"] == second.objective.state["delta_count"] > 12
     torch.testing.assert_close(second.objective.state, whole.objective.state, rtol=0, atol=0)
 
 
@@ -826,14 +806,10 @@ def test_a_model_of_which_nothing_would_learn_is_refused(tmp_path):
 
 
 def test_ids_without_an_embedding_are_refused_and_embeddings_without_a_token_are_not(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"rows\[0\]: token id \d+ .* the model has 20 embeddings, for ids 0 to 19"
-    ):
+    with pytest.raises(ValueError, match=r"rows\[0\]: token id \d+ .* the model has 20 embeddings, for ids 0 to 19"):
         trainer = make_trainer(tmp_path)
         encoded = trainer.train_dataset
-        XPOTrainer(
-            make_model(vocab_size=20), trainer.args, train_dataset=encoded, processing_class=make_tokenizer()
-        )
+        XPOTrainer(make_model(vocab_size=20), trainer.args, train_dataset=encoded, processing_class=make_tokenizer())
     with pytest.raises(ValueError, match=r"the padding token: token id 97 .* 97 embeddings"):
         tokenizer = make_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "<filler>"})

@@ -47,9 +47,7 @@ def test_choice(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     arguments = (torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100]))
     monkeypatch.setattr("xpo_fast.head.plan._HAS_TRITON", True)
-    with pytest.raises(
-        ValueError, match="runs on GPUs, got operands on cpu: move them, or pass backend='torch'"
-    ):
+    with pytest.raises(ValueError, match="runs on GPUs, got operands on cpu: move them, or pass backend='torch'"):
         xf.token_logps(*arguments, backend="triton")
     objective = xf.Objective("sft", backend="triton")  # which does not know the device yet
     with pytest.raises(ValueError, match="runs on GPUs"):
@@ -162,9 +160,7 @@ def check_each_statistic(wanted):
     assert_close(products.cpu(), tensors["products"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("shape", "head"), [(s, "everything") for s in TILES] + [("ragged blocks", h) for h in HEADS]
-)
+@pytest.mark.parametrize(("shape", "head"), [(s, "everything") for s in TILES] + [("ragged blocks", h) for h in HEADS])
 def check_tile(shape, head):
     """All statistics, then the gradient of all that have one, in place, to the last element."""
     n, vocab = TILES[shape]
@@ -179,9 +175,7 @@ def check_tile(shape, head):
     sum((want[name] * u[name]).sum() for name in DIFFERENTIABLE).backward()
     upstream = on_device({name: x.float() for name, x in u.items()})
     values = {name: out[name] for name in ("entropy", "reverse_kl")}
-    rows.run(
-        products, targets.to(DEVICE), upstream=upstream, values=values, grad=products, **others, **options
-    )
+    rows.run(products, targets.to(DEVICE), upstream=upstream, values=values, grad=products, **others, **options)
     assert n == 0 or oracle.error(products.cpu(), leaf.grad) < 1e-5
 
 
@@ -221,9 +215,7 @@ def check_gradient_in_the_dtype_of_the_gemms(dtype):
     (want["logp"] * u).sum().backward()
     for name, x in out.items():
         assert_close(x.cpu().double(), want[name], atol=2e-5, rtol=1e-5)
-    assert oracle.error(grad.float().cpu(), leaf.grad) < {torch.float32: 1e-5}.get(
-        dtype, torch.finfo(dtype).eps
-    )
+    assert oracle.error(grad.float().cpu(), leaf.grad) < {torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
     assert memory[:, vocab:].isnan().all() and not memory[:, :vocab].isnan().any()
     assert_close(apart[:, :vocab], products, rtol=0, atol=0)
 
@@ -390,9 +382,7 @@ def check_on_the_device(dtype, learn):
     options = {"softcap": 5.0, "temperature": 0.7}
     want, wide = test_head.expected(operands, targets, options)
     on = [x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in operands]
-    logp = xf.token_logps(
-        on[0], on[1], targets.to(DEVICE), bias=on[2], chunk_tokens=chunk, backend="triton", **options
-    )
+    logp = xf.token_logps(on[0], on[1], targets.to(DEVICE), bias=on[2], chunk_tokens=chunk, backend="triton", **options)
     assert_close(logp.cpu().double(), want["logp"], atol=2e-5 if dtype == torch.float32 else 1e-3, rtol=0)
     if learn == "nothing":
         return
@@ -411,9 +401,7 @@ def check_units(tile_tokens, dtype):
     operands, targets, _ = test_head.problem("primes", True, dtype)
     index = (targets != oracle.IGNORE).nonzero()[:, 0]
     lengths = [5, 0, 3, len(index) - 8]
-    unit = torch.full(targets.shape, 4).index_put(
-        (index,), torch.arange(4).repeat_interleave(torch.tensor(lengths))
-    )
+    unit = torch.full(targets.shape, 4).index_put((index,), torch.arange(4).repeat_interleave(torch.tensor(lengths)))
     options = {"softcap": 5.0, "temperature": 0.7}
 
     def total(logp, some=range(4), at=slice(None)):
@@ -513,9 +501,7 @@ def check_without_a_tile(outputs, monkeypatch):
     want, _ = test_head.expected(operands, targets, options)
     with torch.no_grad():
         hidden, weight, bias = operands
-        found = xf.token_stats(
-            hidden, weight, targets, bias=bias, outputs=outputs, backend="triton", **options
-        )
+        found = xf.token_stats(hidden, weight, targets, bias=bias, outputs=outputs, backend="triton", **options)
     assert len(calls) == 1
     for name in ("logp", "lse", *outputs):
         assert_close(getattr(found, name).double(), want[name].detach(), atol=2e-5, rtol=1e-5)

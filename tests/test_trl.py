@@ -39,15 +39,13 @@ with warnings.catch_warnings():
 
     import trl_trainers as runs
     from xpo_fast.integrations import trl as engine
-    from xpo_fast.integrations import trl_experimental
+    from xpo_fast.integrations.trl import experimental as trl_experimental
 
 pytestmark = [
     # peft asks transformers under a name that transformers has deprecated.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     # TRL sets what transformers has renamed.
-    pytest.mark.filterwarnings(
-        "ignore:`gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
-    ),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning"),
 ]
 TOLERANCE = 1e-4
@@ -187,9 +185,7 @@ COLUMNS = {"score_w": 2.0, "score_l": 0.5, "prob_w": 0.9, "reward_w": 1.5, "rewa
 PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwise"]
 
 
-def own(
-    loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True, peft_config=None, **arguments
-):
+def own(loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True, peft_config=None, **arguments):
     """The DPOTrainer of this project, on the tiny model."""
     options = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": [], "max_steps": STEPS,
@@ -254,9 +250,7 @@ def test_own_method_without_reference_loads_none(tmp_path):
     """The tiny model has no name that one could be loaded by; and `simpo` is a plain name."""
     trainer = own("simpo", tmp_path, ref_model=False, hyperparameters={"gamma": 0.5}, beta=1.5)
     assert trainer.ref_model is None
-    assert (
-        not trainer.accelerator._models
-    )  # nor is a stand-in prepared, in which DeepSpeed would find no parameter
+    assert not trainer.accelerator._models  # nor is a stand-in prepared, in which DeepSpeed would find no parameter
     assert str(trainer.objective) == "simpo(beta=1.5, gamma=0.5, gamma_beta_ratio=None, label_smoothing=0.0)"
     assert len(logged(trainer)) == STEPS
 
@@ -299,9 +293,7 @@ def passes(run, tmp_path, tokens, vocab, width):
 
 
 def lora(**options):
-    return peft.LoraConfig(
-        **{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options}
-    )
+    return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options})
 
 
 ALL = [
@@ -375,9 +367,7 @@ def test_precomputed_reference(loss, tmp_path):
     worst, where, _ = runs.difference(*[[without_times(e) for e in log] for log in logs])
     assert worst < TOLERANCE, where
     first = logs[1][0]
-    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards/margins"] == pytest.approx(
-        0, abs=1e-5
-    )
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert any("eval_rewards/margins" in entry for entry in logs[1])
 
 
@@ -387,9 +377,7 @@ def test_precomputed_reference_of_kto(tmp_path):
 
 def without_times(entry):
     """Nor accuracies: whether a reward that is 0 but for rounding is above another."""
-    return {
-        k: x for k, x in entry.items() if not k.endswith(("_runtime", "_per_second", "accuracies", "_time"))
-    }
+    return {k: x for k, x in entry.items() if not k.endswith(("_runtime", "_per_second", "accuracies", "_time"))}
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -445,14 +433,10 @@ def test_resume_with_an_adapter_on_the_head(tmp_path):
         assert logs[1][-1][name] == pytest.approx(logs[0][-1][name], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [("DPO sigmoid", "bf16"), ("CPO simpo", "bf16"), ("DPO sigmoid", "fp16")]
-)
+@pytest.mark.parametrize(("case", "dtype"), [("DPO sigmoid", "bf16"), ("CPO simpo", "bf16"), ("DPO sigmoid", "fp16")])
 def test_half_precision(case, dtype, tmp_path):
     """Under autocast logits stay float32 here, and TRL rounds them: losses agree to bfloat16's 2⁻⁸, float16's 2⁻¹¹."""
-    check_equal(
-        case, tmp_path, tolerance={"bf16": 0.05, "fp16": 0.006}[dtype], **{"bf16": False, dtype: True}
-    )
+    check_equal(case, tmp_path, tolerance={"bf16": 0.05, "fp16": 0.006}[dtype], **{"bf16": False, dtype: True})
 
 
 @pytest.mark.parametrize("case", ["SFT nll", "DPO ipo", "KTO kto", "TPO ipo"])
@@ -541,9 +525,7 @@ def test_function_against_the_textbook():
     assert top1.equal(z.argmax(1) == targets)
 
 
-@pytest.mark.parametrize(
-    "outputs", [("log_probs",), ("log_probs", "is_top1"), ("mean_logits", "entropy")], ids=str
-)
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "is_top1"), ("mean_logits", "entropy")], ids=str)
 def test_only_what_is_asked_for(outputs):
     found = call(engine.HeadFunction(), operands(), torch.zeros(37, dtype=torch.long), outputs)
     assert [name for name, x in zip(OUTPUTS, found[1:], strict=True) if x is not None] == [
@@ -581,9 +563,7 @@ def test_entropy_bonus_takes_three_passes_from_the_second_call_on(tmp_path):
 
     run()
     assert passes(run, tmp_path, 37, VOCAB, WIDTH) == 3
-    call(function, operands((True, False, False)), targets)[
-        0
-    ].sum().backward()  # another trainer, without the bonus
+    call(function, operands((True, False, False)), targets)[0].sum().backward()  # another trainer, without the bonus
     assert not function.entropy_learns
 
 
@@ -985,9 +965,7 @@ def test_install_after_the_trainer(tmp_path):
 def test_another_version(version, monkeypatch, tmp_path):
     monkeypatch.setattr(trl, "__version__", version)
     for start in (engine.install, lambda: own("simpo", tmp_path), lambda: trl_experimental.CPOTrainer()):
-        with pytest.raises(
-            ValueError, match=rf"expected TRL 1.16, got {version}.*pip install 'trl==1.16.\*'"
-        ):
+        with pytest.raises(ValueError, match=rf"expected TRL 1.16, got {version}.*pip install 'trl==1.16.\*'"):
             start()
 
 
@@ -996,9 +974,7 @@ def test_another_signature(monkeypatch):
         pass
 
     monkeypatch.setattr(engine, "_SIGNATURES", ((apply, engine._SIGNATURES[0][1]),))
-    with pytest.raises(
-        ValueError, match=r"takes \(ctx hidden weight targets\), expected \(ctx hidden weight bias"
-    ):
+    with pytest.raises(ValueError, match=r"takes \(ctx hidden weight targets\), expected \(ctx hidden weight bias"):
         engine.install()
 
 
@@ -1008,9 +984,7 @@ def test_somebody_else_was_there(place, monkeypatch):
     monkeypatch.setattr(*place, object())
     with pytest.raises(ValueError, match=f"{place[1]} has been replaced by <object"):
         engine.install()
-    assert {k: x for k, x in replaced().items() if k != place} == {
-        k: x for k, x in before.items() if k != place
-    }
+    assert {k: x for k, x in replaced().items() if k != place} == {k: x for k, x in before.items() if k != place}
 
 
 @pytest.mark.parametrize("backend", ["dense", "tpu"])
@@ -1085,9 +1059,7 @@ def test_refused_losses_of_the_experimental(trainer, tmp_path):
     case = runs.Case(trainer, "a typo", {"loss_type": "sigmiod"})
     with pytest.raises(ValueError, match="no loss type named 'sigmiod'; there are sigmoid, "):
         make(case, True, tmp_path)
-    with pytest.raises(
-        ValueError, match=f"{trainer}Trainer takes its hidden states out of the model's forward"
-    ):
+    with pytest.raises(ValueError, match=f"{trainer}Trainer takes its hidden states out of the model's forward"):
         make(f"{trainer} sigmoid", True, tmp_path, torch_compile=True, torch_compile_backend="eager")
 
 
@@ -1113,9 +1085,7 @@ def parts_model(made):
     model = runs.tiny_model(tie_word_embeddings="tied" in made)
     if "LoRA" in made:
         model = peft.get_peft_model(model, on_head())
-    utils.add_fused_lm_head(
-        model.get_base_model() if "LoRA" in made else model, outputs=("log_probs", "entropy")
-    )
+    utils.add_fused_lm_head(model.get_base_model() if "LoRA" in made else model, outputs=("log_probs", "entropy"))
     return model
 
 

@@ -217,9 +217,7 @@ def test_corrupt(gpu, cache, content):
     """One warning, that says what to do; defaults; and the next save makes it whole, and keeps what was there."""
     cache.parent.mkdir()
     cache.write_bytes(content)
-    with pytest.warns(
-        UserWarning, match=r"tuning\.json cannot be used .* delete it, or tune again"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"tuning\.json cannot be used .* delete it, or tune again") as caught:
         assert tuning.lookup("doubled", GPU, KEY) == SLOW
     assert len(caught) == 1
     assert tuning.lookup("doubled", GPU, (torch.float16, 1024)) == SLOW
@@ -413,9 +411,7 @@ def check_problems(name, monkeypatch):
     tunable = tuning.tunable(name)
     device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else CPU
     if INTERPRETED:
-        monkeypatch.setattr(
-            tuning, "time_with_events", lambda calls, inputs, repeats: {c: [1.0] for c in calls}
-        )
+        monkeypatch.setattr(tuning, "time_with_events", lambda calls, inputs, repeats: {c: [1.0] for c in calls})
     for problem in tunable.problems(tuning.Workload(300, torch.bfloat16, 3, 8, device)):
         trials = tuning.tune(name, problem, device, timer=tuning.time_with_events, repeats=3)
         assert [t.choice for t in trials] == list(tunable.candidates[tuning.target(device)])
@@ -516,6 +512,4 @@ def test_gates_compile_the_defaults():
     ]
     made = list(variant.configured(candidates=True))
     assert len(made) == 3
-    assert {v.targets for v in made if v.num_warps == FAST.num_warps and v.num_stages == 3} == {
-        tuple(gates.TARGETS)
-    }
+    assert {v.targets for v in made if v.num_warps == FAST.num_warps and v.num_stages == 3} == {tuple(gates.TARGETS)}

@@ -262,9 +262,7 @@ def test_agrees_with_trl(trl, name, hyper):
     assert_close(torch.autograd.grad(ours, given["logp"]), torch.autograd.grad(expected, given["logp"]))
 
 
-@pytest.mark.parametrize(
-    "name", ["kto", "apo_zero_unpaired"]
-)  # the latter is its KTO without a reference point
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])  # the latter is its KTO without a reference point
 def test_agrees_with_liger(name):
     module = pytest.importorskip("liger_kernel.chunked_loss.kto_loss", reason="peers are an optional extra")
     given = columns(name)

@@ -27,7 +27,8 @@ from torch._subclasses import FakeTensorMode
 
 import xpo_fast as xf
 from interpreter import needs_triton
-from xpo_fast import cli, doctor
+from xpo_fast import cli
+from xpo_fast.cli import doctor
 from xpo_fast.head import VocabShard, chunked, dense, gather, plan, sampled, verdict
 from xpo_fast.head.plan import BACKENDS, Tiling, choice, choose_backend, named_backend
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations
@@ -41,9 +42,7 @@ GOOD, BAD = Verdict(True), Verdict(False, "off by a mile")
 
 
 class Gather:
-    forward = staticmethod(
-        lambda z, y, temperature, ignore: gather._forward(z, y, temperature, ignore, False)
-    )
+    forward = staticmethod(lambda z, y, temperature, ignore: gather._forward(z, y, temperature, ignore, False))
 
     @staticmethod
     def write_gradient(z, y, normaliser, u, temperature, ignore, out):
@@ -156,9 +155,7 @@ def test_all_that_is_to_be_gone_through(monkeypatch):
         p = verdict.Problem(vocab, F32, CPU)
         bias = None if p.bias is None else p.bias.double()
         z = dense.logits(p.hidden[p.at].double(), p.weight.double(), bias, p.scaling)
-        first = torch.maximum(
-            z[:, : vocab // 2048 * 1024 + 1024].amax(dim=1), z.gather(1, p.y[:, None])[:, 0]
-        )
+        first = torch.maximum(z[:, : vocab // 2048 * 1024 + 1024].amax(dim=1), z.gather(1, p.y[:, None])[:, 0])
         assert ((z.amax(dim=1) - first).topk(3).values > torch.tensor([89, 41, 21])).all()
         assert (p.scaling.softcap is None) == (p.ref is None) == (p.bias is None) == (vocab % 2 == 0)
     assert all(t.step * 2 < min(t.tile, verdict.SCORED) for t in verdict.TILINGS)
@@ -287,10 +284,7 @@ def python(code: str) -> list[str]:
 
 
 SAYS = "print('verdict: ' + {!r}, flush=True)".format
-YES, NO = (
-    SAYS(json.dumps({"ok": ok, "reason": reason, "lasting": True}))
-    for ok, reason in ((True, ""), (False, "x"))
-)
+YES, NO = (SAYS(json.dumps({"ok": ok, "reason": reason, "lasting": True})) for ok, reason in ((True, ""), (False, "x")))
 ENDS = {
     "green": (f"print('noise'); {YES}", True, "", True),
     "wrong": (NO, False, "x", True),
@@ -613,9 +607,7 @@ def test_a_user_without_a_home(gpu, children, monkeypatch, caplog):
     with caplog.at_level("INFO", logger="xpo_fast"):
         assert verdict.recorded(GPU, BF16) is None
         assert verdict.verdict(GPU, BF16) == verdict.verdict(GPU, BF16) == GOOD
-    assert (
-        "is not kept: no folder to keep it in, set XPO_FAST_CACHE" in caplog.text and len(children.words) == 1
-    )
+    assert "is not kept: no folder to keep it in, set XPO_FAST_CACHE" in caplog.text and len(children.words) == 1
 
 
 def test_the_process_of_the_check_starts_no_other():
@@ -628,9 +620,7 @@ def test_no_triton_to_import(gpu, children, monkeypatch, capsys, quick_doctor):
     monkeypatch.setattr(verdict, "triton_version", TRITON_VERSION)
     monkeypatch.setitem(sys.modules, "triton", None)
     children.answer = Verdict(False, "libtriton.so: undefined symbol", lasting=False)
-    with pytest.warns(
-        UserWarning, match=r"could not be checked \(libtriton.so: undefined symbol\).* Triton [\d?]"
-    ):
+    with pytest.warns(UserWarning, match=r"could not be checked \(libtriton.so: undefined symbol\).* Triton [\d?]"):
         assert not verdict.verdict(GPU, BF16).ok
     assert cli.main(["doctor", "--check"]) == 1
     assert "triton could not be checked (libtriton.so: undefined symbol)" in capsys.readouterr().out
@@ -707,9 +697,7 @@ def test_sources(tmp_path, monkeypatch):
     """A change to a kernel, to a loop around it or to the check is another verdict."""
     (places,) = set(verdict.importlib.util.find_spec("xpo_fast.kernels").submodule_search_locations)
     shutil.copytree(places, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(
-        Path(verdict.__file__).parent, tmp_path / "head", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(Path(verdict.__file__).parent, tmp_path / "head", ignore=shutil.ignore_patterns("__pycache__"))
     before = verdict._sources()
     assert before == verdict._sources() and len(before) == 16
     spec = SimpleNamespace(submodule_search_locations=[tmp_path / "kernels"])

@@ -28,11 +28,11 @@ from test_objective import (
     operands,
     targets_of,
 )  # fmt: skip
-from xpo_fast.batch import Batch
 from xpo_fast.head import autograd
 from xpo_fast.head.spec import scored_positions
 from xpo_fast.methods.math import check_rows
 from xpo_fast.methods.unpaired import kto_kl
+from xpo_fast.objective.batch import Batch
 
 META = torch.device("meta")
 METHODS = [*THROUGH_HEAD, "cringe"]
@@ -88,9 +88,7 @@ class NoWaits(TorchFunctionMode):
         by_list = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and any(
             isinstance(x, list) for x in (args[1] if isinstance(args[1], tuple) else args[1:2])
         )
-        assert not by_list or args[0].device.type == "cpu", (
-            f"{func} copies a list to the device and waits for it"
-        )
+        assert not by_list or args[0].device.type == "cpu", f"{func} copies a list to the device and waits for it"
         out = func(*args, **(kwargs or {}))
         made = func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
         assert not made or out.device.type == "cpu", f"{func} copies to the device and waits for it"
@@ -171,9 +169,7 @@ def arguments(name, learn, packed):
 def objective_of(name, **options):
     method = xf.METHODS[name]
     fixed = {"fixed_length": T} if method.denominator == "fixed_length" else {}
-    return xf.Objective(
-        name, tile_bytes=4 * VOCAB * 8, backend="torch", **fixed, **options, **hyper_of(method)
-    )
+    return xf.Objective(name, tile_bytes=4 * VOCAB * 8, backend="torch", **fixed, **options, **hyper_of(method))
 
 
 def step(objective, xs, targets, **given):
@@ -244,7 +240,7 @@ def test_targets_on_the_device_are_waited_for_once(learn, packed, monkeypatch):
         waits.append(x)
         return y if x is on_device else x.cpu()
 
-    monkeypatch.setattr("xpo_fast.batch.to_host", to_host)
+    monkeypatch.setattr("xpo_fast.objective.batch.to_host", to_host)
     xs, on_device, columns = [there(x) for x in xs], there(y), {n: there(x) for n, x in columns.items()}
     with NoWaits():
         step(objective_of("reinforce"), xs, on_device, **cu, **columns)
@@ -367,9 +363,7 @@ def test_positions(static):
 def test_data_is_checked_on_the_device(monkeypatch):
     """By its own assertion, which the host does not wait for; it says what the host's error does but for the row."""
     seen = []
-    monkeypatch.setattr(
-        torch, "_assert_async", lambda ok, message: seen.append((ok.device, ok.shape, message))
-    )
+    monkeypatch.setattr(torch, "_assert_async", lambda ok, message: seen.append((ok.device, ok.shape, message)))
     xs, y, _, columns, ref = arguments("odpo", "frozen", False)
     xs, ref = [there(x) for x in xs], {n: there(x) for n, x in ref.items()}
     with NoWaits():
@@ -396,7 +390,7 @@ def test_a_column_is_where_the_call_computes_or_with_targets_on_the_host():
     columns["score_l"] = there(columns["score_l"])  # the one may be here, the other there
     step(objective_of("odpo"), xs, y, **columns, **ref)
     with pytest.raises(ValueError, match=message), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("xpo_fast.batch.to_host", lambda x: y)
+        patch.setattr("xpo_fast.objective.batch.to_host", lambda x: y)
         step(objective_of("odpo"), xs, there(y), **columns, **ref)
     with pytest.raises(ValueError, match="hidden is on cpu and targets on meta"):
         step(objective_of("simpo"), operands("frozen"), there(y))

@@ -23,9 +23,7 @@ def operands(dtype=torch.float64):
 
 def buffer(weight):
     """Something is there already: another micro-batch's gradient."""
-    return oracle.normal(*weight.shape, seed=9).to(
-        torch.float64 if weight.dtype == torch.float64 else torch.float32
-    )
+    return oracle.normal(*weight.shape, seed=9).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
 def stats_loss(hidden, weight, bias, targets, **options):
@@ -104,9 +102,7 @@ def test_scaled_loss(name):
 def test_another_scale_than_was_said():
     hidden, weight, bias, targets = operands()
     loss = LOSSES["dpo"](hidden, weight, bias, targets, weight_grad=torch.zeros_like(weight))
-    with pytest.raises(
-        RuntimeError, match=r"1 times the loss.*pass what the loss is multiplied by as grad_scale= 0.5"
-    ):
+    with pytest.raises(RuntimeError, match=r"1 times the loss.*pass what the loss is multiplied by as grad_scale= 0.5"):
         (0.5 * loss).backward()
 
 

@@ -10,8 +10,9 @@ from .version import __version__
 if _TYPE_CHECKING:
     from .head import VocabShard, gather_logps, sequence_logps, shift_labels, token_logps, token_stats
     from .methods import METHODS
+    from .models import Head
     from .objective import Objective
-    from .types import Head, LossOutput, TokenStats
+    from .types import LossOutput, TokenStats
 
 __all__ = [
     "METHODS",
@@ -35,7 +36,8 @@ _HOMES = {
     ),
     "METHODS": "methods",
     "Objective": "objective",
-    **dict.fromkeys(("Head", "LossOutput", "TokenStats"), "types"),
+    **dict.fromkeys(("LossOutput", "TokenStats"), "types"),
+    "Head": "models",
 }
 
 

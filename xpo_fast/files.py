@@ -63,9 +63,7 @@ def _why_not_written(error: Exception) -> str | None:
     else:
         return None
     limited = ("too large", "ended before")
-    hint = (
-        "; a quota, or a limit on the size of files (ulimit -f)?" if any(x in reason for x in limited) else ""
-    )
+    hint = "; a quota, or a limit on the size of files (ulimit -f)?" if any(x in reason for x in limited) else ""
     return reason + hint
 
 

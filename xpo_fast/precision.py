@@ -190,11 +190,7 @@ def _by_instructions(dtype: torch.dtype) -> Support | None:
     if not torch.backends.mkldnn.is_available():
         return None
     of_onednn: Any = torch.ops.mkldnn
-    has = (
-        of_onednn._is_mkldnn_bf16_supported
-        if dtype == torch.bfloat16
-        else of_onednn._is_mkldnn_fp16_supported
-    )
+    has = of_onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else of_onednn._is_mkldnn_fp16_supported
     if not has():
         held = "".join(f", held to {value} by {name}" for name, value in settings().items())
         return Support(dtype, False, f"oneDNN has no {name_of(dtype)} products for {instructions()}{held}")

@@ -120,12 +120,10 @@ def _dest(parser: Parser, word: str) -> str | None:
 
 def _add_told(commands: argparse._SubParsersAction) -> None:
     """Add the commands that print what there is."""
-    from .. import catalogue
+    from . import methods as catalogue
 
     catalogue.add_parser(commands)
-    doctor = commands.add_parser(
-        "doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False
-    )
+    doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False)
     doctor.add_argument(
         "--check",
         action="store_true",
@@ -135,7 +133,7 @@ def _add_told(commands: argparse._SubParsersAction) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from ..doctor import run
+    from .doctor import run
 
     return run(args)
 
@@ -156,13 +154,9 @@ def _told(error: BaseException, args: argparse.Namespace) -> str:
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return one_line(error)
     name = str(error.filename)
-    values = [
-        (o, v) for o, given in vars(args).items() for v in (given if isinstance(given, list) else [given])
-    ]
+    values = [(o, v) for o, given in vars(args).items() for v in (given if isinstance(given, list) else [given])]
     given = [(option, value) for option, value in values if isinstance(value, str) and value]
-    option = next(
-        (o for o, value in given if name == value or name.startswith(value.rstrip("/") + "/")), None
-    )
+    option = next((o for o, value in given if name == value or name.startswith(value.rstrip("/") + "/")), None)
     said = f"{name}: {error.strerror}"
     return said if option is None else f"--{option.replace('_', '-')} {said}"
 
@@ -173,9 +167,7 @@ def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
         return [line for line in [_less_memory(args)] if line]
     checkpoint = getattr(error, "checkpoint", None)
     if checkpoint is not None and "resume" in args:
-        return [
-            f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"
-        ]
+        return [f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"]
     return []
 
 

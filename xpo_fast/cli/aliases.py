@@ -110,9 +110,7 @@ def hyperparameters(method: str, command: str) -> tuple[str, ...]:
 def _renamed(option: str) -> Alias:
     def words(given: Given, typed: Typed) -> list[str]:
         if typed.parser.named(option) is None:
-            raise UsageError(
-                f"--{given.name} is --{option} of other commands; xpo-fast {typed.command} has none"
-            )
+            raise UsageError(f"--{given.name} is --{option} of other commands; xpo-fast {typed.command} has none")
         return Given(option, given.value, given.words).typed
 
     return Alias(f"`--{option}`", words)
@@ -130,9 +128,7 @@ def _choices(what: str, **words_by_value: list[str] | str) -> Alias:
 
     def words(given: Given, typed: Typed) -> list[str]:
         value = (given.values[0] if given.values else "true").lower()
-        value = (
-            "true" if value in TRUE else "false" if value in FALSE and "no" not in words_by_value else value
-        )
+        value = "true" if value in TRUE else "false" if value in FALSE and "no" not in words_by_value else value
         found = words_by_value.get(value, f"it is not known here; expected {', '.join(words_by_value)}")
         if isinstance(found, str):
             raise UsageError(f"--{given.name} {value}: {found}")
@@ -156,11 +152,7 @@ def _hyperparameter(*names: str) -> Alias:
 
 
 def _set(given: Given, name: str) -> list[str]:
-    value = (
-        given.values[0]
-        if len(given.values) == 1
-        else json.dumps([setting(f"x={v}")[1] for v in given.values])
-    )
+    value = given.values[0] if len(given.values) == 1 else json.dumps([setting(f"x={v}")[1] for v in given.values])
     if not given.values:
         value = "true"
     return [f"--set={name}={value}"]
@@ -296,9 +288,7 @@ def _reward_funcs(given: Given, typed: Typed) -> list[str]:
 def _hub_model_id(given: Given, typed: Typed) -> list[str]:
     push = typed.options.get("push-to-hub")
     if push is None:
-        raise UsageError(
-            f"--{given.name} is where --push-to-hub pushes: give that, too, or --push-to-hub NAME alone"
-        )
+        raise UsageError(f"--{given.name} is where --push-to-hub pushes: give that, too, or --push-to-hub NAME alone")
     return [] if push.switch() is False else [f"--push-to-hub={value}" for value in given.values]
 
 
@@ -312,7 +302,9 @@ def _use_weighting(given: Given, typed: Typed) -> list[str]:
     return [] if given.switch() is False else ["--set=wpo=true", "--set=clamp=false"]
 
 
-_NO_LAYOUTS = "packed layouts do not exist yet: --group-by-length makes batches of rows of like length, with less padding"
+_NO_LAYOUTS = (
+    "packed layouts do not exist yet: --group-by-length makes batches of rows of like length, with less padding"
+)
 _SAVES = "checkpoints are written every --save-steps steps, and --save-total-limit of them are kept"
 _MODEL = "load it in Python (xpo_fast.models.load_model) and save it, then name the folder as --model"
 

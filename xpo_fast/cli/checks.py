@@ -34,7 +34,7 @@ def check(args: argparse.Namespace) -> None:
             if given.get(option) is not None:
                 check_writable(Path(given[option]), f"--{option.replace('_', '-')}")
     if given.get("report_to", "none") != "none":
-        from ..reporters import check_reporters
+        from ..trainer.reporters import check_reporters
 
         check_reporters(args.report_to)
 
@@ -64,9 +64,7 @@ def read_template(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(
-            f"--chat-template {name}: {reason}; expected the file of a Jinja template"
-        ) from error
+        raise UsageError(f"--chat-template {name}: {reason}; expected the file of a Jinja template") from error
 
 
 def check_names(args: argparse.Namespace) -> None:
@@ -111,9 +109,7 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")  # what packages say of themselves when they are imported
         given = TrainingArguments(**arguments)
         try:
-            layer: Any = torch.nn.Linear(
-                128, 128, bias=False, device=given.device
-            )  # as many as are quantised
+            layer: Any = torch.nn.Linear(128, 128, bias=False, device=given.device)  # as many as are quantised
             made, options = Trainer.get_optimizer_cls_and_kwargs(given, layer)
             layer.weight.grad = torch.ones_like(layer.weight)
             made(layer.parameters(), **options).step()
@@ -150,9 +146,7 @@ def check_hub() -> None:
             "--push-to-hub: the hub is switched off by HF_HUB_OFFLINE; unset it, or leave --push-to-hub out"
         )
     if huggingface_hub.get_token() is None:
-        raise UsageError(
-            "--push-to-hub: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write"
-        )
+        raise UsageError("--push-to-hub: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write")
     try:
         huggingface_hub.HfApi().whoami()
     except Exception as error:  # whichever client the hub's package uses has errors of its own

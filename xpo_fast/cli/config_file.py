@@ -90,9 +90,7 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         options[name] = value
     folder, positional = str(output), [str(args.name)] if command == "recipe" else []
     again = ["xpo-fast", command, *positional, "--config", f"{folder}/{FILE}", "--output-dir", f"{folder}-2"]
-    comment = (
-        f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
-    )
+    comment = f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
     with saving(output / FILE):
         output.mkdir(parents=True, exist_ok=True)
     write_atomically(
@@ -130,9 +128,7 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except OSError as error:
-        raise UsageError(
-            f"--config {path}: cannot be read ({error.strerror}); expected a YAML or JSON file"
-        ) from error
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}); expected a YAML or JSON file") from error
     if path.suffix.lower() == ".json":
         try:
             json.loads(text)
@@ -144,9 +140,7 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(
-            f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})"
-        ) from error
+        raise UsageError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
     if document is None:
         return
     if not isinstance(document, yaml.MappingNode):
@@ -237,14 +231,10 @@ def _check_setting(given: Given, around: aliases.Typed, where: str) -> None:
     method = around.method
     if not aliases.hyperparameters(method, "rl"):
         return  # it is unknown, which is told later
-    name = (
-        (given.value or "").partition("=")[0].strip() if given.name == "set" else given.name.replace("-", "_")
-    )
+    name = (given.value or "").partition("=")[0].strip() if given.name == "set" else given.name.replace("-", "_")
     known = aliases.hyperparameters(method, around.command)
     elsewhere = {key for entry in METHODS.values() for key in entry.defaults}
-    declared = given.name != "set" and (
-        around.parser.named(given.name) is not None or name in aliases.ALIASES
-    )
+    declared = given.name != "set" and (around.parser.named(given.name) is not None or name in aliases.ALIASES)
     if not declared and name in elsewhere and name not in known:
         raise UsageError(
             f"{where}: {name} is no hyperparameter of {method}, the method of the command line; it has "
@@ -280,9 +270,7 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
                 raise UsageError(f"one value is taken there, got another, {word!r}")
             if action.nargs in ("+", "*"):
                 first = (
-                    []
-                    if any(dest == action.dest for _, dest in words)
-                    else [(action.option_strings[-1], action.dest)]
+                    [] if any(dest == action.dest for _, dest in words) else [(action.option_strings[-1], action.dest)]
                 )
                 _of_type(parser, action, word)
                 words += [*first, (word, action.dest)]

@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "⟦", "⟧"
 
 
-def preferences(
-    args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any
-) -> None:
+def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
     """Print what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
-    from ..reference import choose
     from ..trainer import layout
+    from ..trainer.reference import choose
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     encoded = _encoded(rows, tokenizer, objective.data_kind, config)
@@ -41,7 +39,7 @@ def preferences(
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
     """Print what `xpo-fast reward` would do. config: its RewardConfig."""
-    from ..reward_trainer import RewardCollator
+    from ..rewards.trainer import RewardCollator
 
     spec = config.spec()
     model, tokenizer = _without_weights(args, adapter=not (args.full or args.head_only))
@@ -54,9 +52,7 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     _rendered(_batch(encoded, RewardCollator(tokenizer.pad_token_id, spec, tokenizer), config), tokenizer)
 
 
-def prompts(
-    args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any
-) -> None:
+def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Print what `xpo-fast rl` would do. config: its RLConfig; names: of the rewards."""
     from ..rollout import encode_prompts
 
@@ -83,9 +79,7 @@ def prompts(
         f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {_name(config.lr_scheduler_type)}"
     )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
-        print(
-            f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}"
-        )
+        print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
     _end()
 
 
@@ -150,9 +144,7 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     _table({"prompt": prompt, "completion": [len(ids) for row in completions for ids in row], "both": both})
     cut_prompts = sum(a < b for a, b in zip(kept, prompt, strict=True))
     cut = sum(
-        a < len(b)
-        for short, row in zip(shortened, completions, strict=True)
-        for a, b in zip(short, row, strict=True)
+        a < len(b) for short, row in zip(shortened, completions, strict=True) for a, b in zip(short, row, strict=True)
     )
     read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
     scored = sum(map(sum, shortened))
@@ -197,17 +189,13 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
     """The head's plan for a batch; of its operands the shapes count, and no memory is taken for them."""
     import torch
 
-    from ..models import causal_lm
-    from ..types import Head
+    from ..models import Head
+    from ..models.fused_loss import causal_lm
 
     def shape_of(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return (
-            torch.empty((), dtype=x.dtype, device=config.device)
-            .expand(x.shape)
-            .requires_grad_(x.requires_grad)
-        )
+        return torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
 
     head = Head.from_model(causal_lm(model))
     weight = shape_of(head.weight)
@@ -219,9 +207,7 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:
     """Each sequence of a batch as text, what is scored between ⟦ and ⟧."""
     targets, ids, mask = batch["targets"], batch["input_ids"], batch["attention_mask"]
-    print(
-        f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):"
-    )
+    print(f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):")
     for r in range(len(ids)):
         scored = [False, *(targets[r, :-1] != -100).tolist()]
         tokens = [(int(t), s) for t, s, m in zip(ids[r], scored, mask[r], strict=True) if m]

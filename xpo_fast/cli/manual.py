@@ -121,11 +121,7 @@ def _usage(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action) -> str:
     about = action.help or ""
-    shown = (
-        action.default not in (None, False, argparse.SUPPRESS)
-        and action.default != []
-        and "(default" not in about
-    )
+    shown = action.default not in (None, False, argparse.SUPPRESS) and action.default != [] and "(default" not in about
     return _text(about + (f" (default: {action.default})" if shown else "")) + "."
 
 

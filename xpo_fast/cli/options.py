@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from ..data_forms import parse_columns
+from ..data.forms import parse_columns
 
 # Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for --help and
 # for tab completion, and importing those takes seconds.
@@ -15,9 +15,7 @@ BACKENDS = ("dense", "torch", "triton", "cuda")
 SMOLLM2 = "smollm2-135m"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-AUTO_DTYPE = (
-    "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
-)
+AUTO_DTYPE = "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
 HELD_OUT_AT_MOST = 200
 OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
 # Further arguments of transformers.TrainingArguments that --train takes: what every trainer here honours.
@@ -76,9 +74,7 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not math.isfinite(value) or value < 0 or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(
-            f"expected a count of rows, or a share of them below 1, got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"expected a count of rows, or a share of them below 1, got {text!r}")
     return value
 
 

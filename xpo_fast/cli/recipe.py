@@ -10,7 +10,7 @@ from . import checks, config_file, options, training
 from .options import SMOLLM2, UsageError
 
 if TYPE_CHECKING:
-    from ..judge import Judge
+    from ..rewards.llm_judges import Judge
 
 JUDGE_SPECS = (
     "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), llm (that "
@@ -94,9 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data is None:
         raise UsageError("--data is needed: rows with a prompt")
     if recipe.judge == "self" and args.judge:
-        raise UsageError(
-            f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge"
-        )
+        raise UsageError(f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge")
     holds_out = args.held_out or args.held_out_data
     unasked = (recipe.judge == "none" and recipe.then is None and args.judge) or args.held_out_judge
     if unasked and not holds_out:
@@ -111,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers import logging as transformers_logging
 
-    from .. import recipe_loop
     from ..models import load_model
+    from ..recipes import loop as recipe_loop
     from ..recipes import runs_in
     from ..rollout import GenerateRollout, Sampling
 
@@ -147,9 +145,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=Sampling(max_new_tokens=args.max_new_tokens, stop=tuple(args.stop)),
             training=dict(args.train) | own,
             peft_config=None if args.full else training.lora(args),
-            rollout=lambda model, tokenizer: GenerateRollout(
-                model, tokenizer, batch_size=args.generation_batch_size
-            ),
+            rollout=lambda model, tokenizer: GenerateRollout(model, tokenizer, batch_size=args.generation_batch_size),
             load=lambda name: load_model(name, dtype=args.dtype, device=training.device_of(args), **further),
             seed=args.seed,
             overwrite=args.overwrite and bool(runs_in(output)),
@@ -220,7 +216,7 @@ def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     """The judge that specs (`JUDGE_SPECS`) name; None for none."""
-    from ..judge import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
+    from ..rewards.llm_judges import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
 
     if not specs:
         return None
@@ -235,7 +231,7 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if len(specs) > 1:
         raise UsageError(f"one judge, or several functions; got {', '.join(specs)}")
     if kind == "reward" and rest:
-        from ..reward_model import RewardModel
+        from ..rewards.model import RewardModel
 
         model = RewardModel.load(rest, device=training.device_of(args))
         _place(args, model.model)
@@ -250,7 +246,7 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if kind == "server" and rest:
         from transformers import AutoTokenizer
 
-        from ..rollout import ServerRollout
+        from ..rollout.generate import ServerRollout
 
         if not args.judge_tokenizer:
             raise UsageError("server: needs --judge-tokenizer, that of the model behind it")

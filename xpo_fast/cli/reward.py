@@ -16,8 +16,8 @@ from . import checks, config_file, dry_run, options, training
 from .options import SMOLLM2, UsageError
 
 if TYPE_CHECKING:
-    from ..reward_report import PairScores
-    from ..reward_trainer import RewardConfig
+    from ..rewards.report import PairScores
+    from ..rewards.trainer import RewardConfig
 
 _METHODS = (
     "bradley_terry",
@@ -150,9 +150,9 @@ def run_reward(args: argparse.Namespace) -> int:
     output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args)
     training.quiet(args)
 
-    from ..reward_model import SPEC_FILE, load_spec
-    from ..reward_trainer import RewardTrainer, checked_settings
-    from ..value_head import load_value_head
+    from ..models.value_head import load_value_head
+    from ..rewards.model import SPEC_FILE, load_spec
+    from ..rewards.trainer import RewardTrainer, checked_settings
 
     if args.method == "gated" and not args.objectives and (Path(args.model) / SPEC_FILE).is_file():
         args.objectives = list(load_spec(args.model).objectives)
@@ -203,7 +203,7 @@ def run_reward(args: argparse.Namespace) -> int:
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
     say(f"\nsaved in {output}: the reward model, train_log.jsonl, results.json"
-        f"\nuse it: from xpo_fast.reward_model import RewardModel; reward = RewardModel.load({str(output)!r})")  # fmt: skip
+        f"\nuse it: from xpo_fast.rewards.model import RewardModel; reward = RewardModel.load({str(output)!r})")  # fmt: skip
     return 0
 
 
@@ -212,7 +212,7 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _config(args: argparse.Namespace) -> RewardConfig:
-    from ..reward_trainer import RewardConfig
+    from ..rewards.trainer import RewardConfig
 
     return RewardConfig(
         method=args.method,
@@ -233,7 +233,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
 def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     """Rows to train on, and rows held out or None, in the form that `RewardTrainer` reads."""
     from .. import data
-    from ..reward_trainer import load_ratings
+    from ..rewards.trainer import load_ratings
 
     how = options.reading(args)
 
@@ -243,9 +243,7 @@ def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
         rows, ratings = load_ratings(source, spec.objectives, **how)
         for k, name in enumerate(spec.objectives):
             column = [None if math.isnan(row[k]) else row[k] for row in ratings]
-            rows = data.with_column(
-                rows.remove_columns([n for n in [name] if n in rows.column_names]), name, column
-            )
+            rows = data.with_column(rows.remove_columns([n for n in [name] if n in rows.column_names]), name, column)
         return rows
 
     rows = read(args.data)
@@ -254,7 +252,7 @@ def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
 
 def _held_out(trainer: Any, rows: Any, picture: Path | None) -> dict[str, Any]:
     """What `evaluate` says, and of pairs the figures of reward_report.py."""
-    from ..reward_report import plot, score_pairs, summary
+    from ..rewards.report import plot, score_pairs, summary
 
     metrics = trainer.evaluate()
     found = {
@@ -275,15 +273,13 @@ def _held_out(trainer: Any, rows: Any, picture: Path | None) -> dict[str, Any]:
 
 def run_eval(args: argparse.Namespace) -> int:
     if not args.model and not args.policy:
-        raise UsageError(
-            "nothing to measure: give --model (a reward model) or --policy (a causal LM), or both"
-        )
+        raise UsageError("nothing to measure: give --model (a reward model) or --policy (a causal LM), or both")
     if args.ensemble and len(args.model) < 2:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
     checks.check(args)
     training.quiet(args)
 
-    from ..reward_report import compare, plot, plot_comparison, summary
+    from ..rewards.report import compare, plot, plot_comparison, summary
 
     pairs = _pairs(args)
     output = Path(args.output_dir)
@@ -338,8 +334,8 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     """The scores of every scorer; one at a time in memory, but for an ensemble."""
-    from ..reward_model import RewardEnsemble, RewardModel
-    from ..reward_report import score_pairs
+    from ..rewards.model import RewardEnsemble, RewardModel
+    from ..rewards.report import score_pairs
 
     given: dict[str, Any] = {name: value for name, value in _length_rule(args).items() if value}
     if args.max_length is not None:
@@ -347,9 +343,7 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     members = []
     names = _distinct([*args.model, *args.policy])
     for folder, name in zip(args.model, names, strict=False):
-        model = RewardModel.load(
-            folder, dtype=args.dtype, device=training.device_of(args), batch_size=args.batch_size
-        )
+        model = RewardModel.load(folder, dtype=args.dtype, device=training.device_of(args), batch_size=args.batch_size)
         model.spec = dataclasses.replace(model.spec, **given)
         model.model.to(_device(args))
         yield score_pairs(name, model, pairs)
@@ -373,7 +367,7 @@ def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
 
 
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
-    from ..reward_model import ImplicitReward
+    from ..rewards.model import ImplicitReward
 
     name = args.reference
     if name is None:
@@ -406,10 +400,7 @@ def _device(args: argparse.Namespace) -> str:
 def _distinct(folders: list[str]) -> list[str]:
     """The last part of each path, with a number where two are alike."""
     names = [Path(folder).name or folder for folder in folders]
-    return [
-        f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
-    ]
+    return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _file_name(name: str) -> str:

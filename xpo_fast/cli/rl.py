@@ -15,8 +15,9 @@ from .options import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ..reward_model import RewardEnsemble
-    from ..rl import RLConfig, RLTrainer
+    from ..rewards.model import RewardEnsemble
+    from ..rl import RLTrainer
+    from ..rl.trainer import RLConfig
 
 # Options that are fields of RLConfig by the same name: (placeholder, type, help). Not read off RLConfig: the parser is built
 # for every command, and importing that takes seconds.
@@ -173,10 +174,10 @@ def run(args: argparse.Namespace) -> int:
         )
     training.quiet(args)
 
-    from ..reward_model import RewardEnsemble
     from ..rewards import Rewards
+    from ..rewards.model import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
-    from ..rollout import ServerRollout
+    from ..rollout.generate import ServerRollout
 
     output, checkpoint = (
         Path(args.output_dir),
@@ -185,9 +186,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     train, held_out = _prompts(args)
     if args.dry_run:
-        dry_run.prompts(
-            args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out
-        )
+        dry_run.prompts(args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out)
         return 0
     made_with = training.check_resume(args, checkpoint, train, lr=_learning_rate(args))
     model, tokenizer = training.load(args)
@@ -275,9 +274,7 @@ def _reward_functions(args: argparse.Namespace) -> tuple[list[Any], list[float]]
         if len(models) < 2:
             raise UsageError(f"--ensemble takes two or more --reward-model, got {len(models)}")
         if any("=" in name for name in models):
-            raise UsageError(
-                "the members of an ensemble weigh alike: give the weight of all, --ensemble HOW=WEIGHT"
-            )
+            raise UsageError("the members of an ensemble weigh alike: give the weight of all, --ensemble HOW=WEIGHT")
         models = [args.ensemble]
     named = [*args.reward, *models, *([args.judge] if args.judge else [])]
     weights = [weight for _, weight in map(_weighted, named)]
@@ -288,17 +285,17 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
     """The reward models and the judge, on the device that is trained on."""
     found: list[Any] = []
     for name, _ in map(_weighted, args.reward_model):
-        from ..reward_model import RewardModel
+        from ..rewards.model import RewardModel
 
         found.append(RewardModel.load(name, device=device))
         found[-1].model.to(device)
     if args.ensemble:
-        from ..reward_model import RewardEnsemble
+        from ..rewards.model import RewardEnsemble
 
         found = [RewardEnsemble(found, _weighted(args.ensemble)[0], args.ensemble_coef)]
     if args.judge:
-        from ..judge import LLMJudge, TokenChoice, win_rate
         from ..models import load_model
+        from ..rewards.llm_judges import LLMJudge, TokenChoice, win_rate
 
         model: Any
         model, tokenizer = load_model(_weighted(args.judge)[0], device=device)
@@ -326,7 +323,7 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _config(args: argparse.Namespace) -> RLConfig:
-    from ..rl import RLConfig
+    from ..rl.trainer import RLConfig
 
     return RLConfig(
         method=args.method,
@@ -339,9 +336,7 @@ def _config(args: argparse.Namespace) -> RLConfig:
         show_samples=args.show_samples,
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
-        **training.training_arguments(
-            args, lr=_learning_rate(args), evaluates=bool(args.eval_data or args.eval_split)
-        ),
+        **training.training_arguments(args, lr=_learning_rate(args), evaluates=bool(args.eval_data or args.eval_split)),
     )
 
 
@@ -366,13 +361,9 @@ def _sampled(config: RLConfig) -> dict[str, str]:
     """Lines about what is done to a rollout, where something is."""
     lines = []
     if config.draws > 1:
-        lines.append(
-            f"prompts whose rewards are all equal are replaced, in {config.draws} draws at most (--max-draws)"
-        )
+        lines.append(f"prompts whose rewards are all equal are replaced, in {config.draws} draws at most (--max-draws)")
     if config.overlong_handling == "penalty":
-        lines.append(
-            f"the last {config.penalised_tokens} of {config.max_new_tokens} tokens cost up to 1 (--overlong)"
-        )
+        lines.append(f"the last {config.penalised_tokens} of {config.max_new_tokens} tokens cost up to 1 (--overlong)")
     elif config.overlong_handling == "mask":
         lines.append("truncated completions are not trained on (--overlong)")
     return {"sampling": "; ".join(lines)} if lines else {}
@@ -393,9 +384,7 @@ def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[s
     for name, text in {
         "model": f"{args.model}: {how}, {trained / 1e6:.2f}M trained",
         "data": f"{options.came_of(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, {len(held) if held else 'none'} held out",
-        "rewards": ", ".join(
-            f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)
-        ),
+        "rewards": ", ".join(f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)),
         "method": f"{trainer.objective}, advantages: {config.estimator}, lr {config.learning_rate:g}",
         "rollout": rollout,
         "reference": f"{trainer.reference}, kl_coef {config.reward_kl:g}",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import finite, saving, write_atomically
-from ..resume import (
+from ..trainer.resume import (
     OF_THE_OPTIMIZER,
     check_made_with,
     is_checkpoint,
@@ -81,13 +81,7 @@ def made_with(args: argparse.Namespace, rows: Any, *, lr: float) -> dict[str, An
 
     asked = training_arguments(args, lr=lr, evaluates=False)
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    trained = (
-        "every weight"
-        if args.full
-        else "the value head"
-        if getattr(args, "head_only", False)
-        else "an adapter"
-    )
+    trained = "every weight" if args.full else "the value head" if getattr(args, "head_only", False) else "an adapter"
     found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _ALIKE if name in args}
     if trained == "an adapter":
         found |= {f"--{name.replace('_', '-')}": vars(lora(args))[field] for name, field in _LORA.items()}
@@ -121,9 +115,7 @@ def kept(args: argparse.Namespace, began: float) -> str:
     if (state := output / "trainer_state.json").is_file() and state.stat().st_mtime >= began:
         said.append(f"the trained model is in {output}")
     if (last := last_checkpoint(output)) is not None:
-        said.append(
-            f"the last whole checkpoint is {last}, and the same command with --resume goes on from it"
-        )
+        said.append(f"the last whole checkpoint is {last}, and the same command with --resume goes on from it")
     return "; ".join(said) or f"no checkpoint had been written into {output}"
 
 
@@ -135,21 +127,15 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
     last: finds the last whole checkpoint in a folder, where that takes more than transformers' own files.
     """
     output, resume = Path(args.output_dir), args.resume
-    steps = {
-        int(m[1]): p for p in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    }
+    steps = {int(m[1]): p for p in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
     if resume == "last":
         found = (last or last_checkpoint)(output)
         if found is None:
-            raise UsageError(
-                f"--resume: no checkpoint in {output}; start without --resume, or name the checkpoint"
-            )
+            raise UsageError(f"--resume: no checkpoint in {output}; start without --resume, or name the checkpoint")
         return found
     if resume is not None:
         if not is_checkpoint(resume):
-            raise UsageError(
-                f"--resume {resume}: no checkpoint there, expected a folder with trainer_state.json"
-            )
+            raise UsageError(f"--resume {resume}: no checkpoint there, expected a folder with trainer_state.json")
         return resume
     if steps and not args.overwrite:
         raise UsageError(
@@ -159,17 +145,11 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
     return None
 
 
-def hold_out(
-    args: argparse.Namespace, rows: datasets.Dataset
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def hold_out(args: argparse.Namespace, rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Rows to train on, and the rows of --eval-split or None: those of one prompt together."""
     import numpy as np
 
-    wanted = (
-        min(len(rows) // 10, HELD_OUT_AT_MOST)
-        if args.eval_split is None
-        else count(args.eval_split, len(rows))
-    )
+    wanted = min(len(rows) // 10, HELD_OUT_AT_MOST) if args.eval_split is None else count(args.eval_split, len(rows))
     if wanted == 0:
         return rows, None
     from ..data import prompt_keys
@@ -244,9 +224,7 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
     from ..models import smollm2_path
 
     path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
-    saved: Any = (
-        AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).get_text_config().dtype
-    )
+    saved: Any = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).get_text_config().dtype
     compute = precision.resolve(
         args.dtype, saved or torch.float32, torch.device(device_of(args) or precision.default_device())
     )
@@ -307,9 +285,7 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
     from transformers import TrainingArguments
 
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
-    checkpointing = (
-        "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    )
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     found = {
         "output_dir": args.output_dir,
         "learning_rate": args.lr or lr,
@@ -405,7 +381,7 @@ def say(trainer: Trainer) -> Callable[[str], None]:
 
 def begun(args: argparse.Namespace) -> dict[str, Any]:
     """What results.json and report.json begin with: the options and the versions."""
-    from ..doctor import versions
+    from .doctor import versions
 
     return {
         "options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")},

@@ -193,9 +193,7 @@ def refuse_double_backward(what: str) -> None:
         raise RuntimeError(f"{what} has no second derivative; call backward without create_graph=True")
 
 
-def _backward(
-    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None, _: None
-) -> tuple:
+def _backward(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None, _: None) -> tuple:
     refuse_double_backward("token_stats")
     if ctx.save_grad:
         operands = _backward_frozen(ctx, d_logp, d_lse), None, None, None
@@ -230,9 +228,7 @@ def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> T
     return (others + own).to(dlogp.dtype)
 
 
-def _backward_recompute(
-    ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None
-) -> tuple:
+def _backward_recompute(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None) -> tuple:
     hidden, weight, bias, adapter, targets, ref_hidden, ref_weight, ref_bias, extra = ctx.saved_tensors
     upstream = {"logp": d_logp, "lse": d_lse}
     values = {}

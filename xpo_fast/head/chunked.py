@@ -268,13 +268,9 @@ def forward(
 
     1F, one more to save the gradient, one more for a reference. top1 comes as 0 and 1.
     """
-    passes = Passes(
-        hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter
-    )
+    passes = Passes(hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter)
     found = torch.empty((2 + len(outputs), len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
-    dlogp = torch.zeros(
-        hidden.shape if save_grad else (0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device
-    )
+    dlogp = torch.zeros(hidden.shape if save_grad else (0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     factor = torch.empty_like(found[0]) if save_grad else None
     for step in passes.steps(passes.spans(save_grad)):
         with passes.rows(step):
@@ -306,9 +302,7 @@ def backward(
 
     One for each of `needs`; but that of hidden, they may come in the accumulation dtype, here and in `unit_gradients`.
     """
-    passes = Passes(
-        hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter
-    )
+    passes = Passes(hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter)
     u = {name: passes.masked(x[passes.index].to(passes.gemms.dtype)) for name, x in upstream.items()}
     v = {name: x[passes.index] for name, x in values.items()}
     spans = passes.spans(True)
@@ -413,14 +407,8 @@ def unit_gradients(
     u = ∂L/∂logp (n,), which factors out of dz's rows. A group of one tile costs 3F; of a longer one, all tiles but the last
     are made again: 4F.
     """
-    order = (
-        torch.cat([group.positions for group in groups])
-        if groups
-        else targets.new_empty(0, device=hidden.device)
-    )
-    passes = Passes(
-        hidden, weight, bias, targets, None, scaling, ignore_index, tiling, operations, order, adapter
-    )
+    order = torch.cat([group.positions for group in groups]) if groups else targets.new_empty(0, device=hidden.device)
+    passes = Passes(hidden, weight, bias, targets, None, scaling, ignore_index, tiling, operations, order, adapter)
     spans: list[Span] = []
     complete: dict[int, tuple[slice, Group]] = {}  # tile that ends a group
     for group in groups:

@@ -62,8 +62,7 @@ def run(
     softcap: float | None = None,
     temperature: float = 1.0,
     out: Mapping[str, Tensor] | None = None,  # statistic → (n,) float32, written
-    upstream: Mapping[str, Tensor]
-    | None = None,  # logp, lse → (n,) ∂L/∂statistic; the gradient of Σ logp if empty
+    upstream: Mapping[str, Tensor] | None = None,  # logp, lse → (n,) ∂L/∂statistic; the gradient of Σ logp if empty
     grad: Tensor | None = None,  # (n, V) written; float32 may be the products themselves
     plan: RowPlan | None = None,
 ) -> None:
@@ -78,11 +77,7 @@ def run(
         assert x.dtype == torch.float32 and (x.stride(-1) == 1 or x.numel() <= 1), (x.dtype, x.stride())
     assert targets.stride(-1) == 1 or n <= 1
     if grad is not None:
-        assert (
-            grad.shape == products.shape
-            and grad.dtype in _GRAD_TYPES
-            and (grad.stride(-1) == 1 or vocab == 1)
-        )
+        assert grad.shape == products.shape and grad.dtype in _GRAD_TYPES and (grad.stride(-1) == 1 or vocab == 1)
         same = (products.dtype, products.stride()) == (grad.dtype, grad.stride())
         assert n == 0 or same or grad.data_ptr() != products.data_ptr()
     everything = (products, targets, bias, grad, *vectors)

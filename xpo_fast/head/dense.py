@@ -28,8 +28,7 @@ def token_stats(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,) int64
-    ref: tuple[Tensor, Tensor, Tensor | None]
-    | None,  # hidden (N, D), weight (V, Dr), bias (V,) of the reference
+    ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden (N, D), weight (V, Dr), bias (V,) of the reference
     scaling: Scaling,
     ignore_index: int,
     outputs: Sequence[str],

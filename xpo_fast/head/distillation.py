@@ -128,9 +128,7 @@ def distillation_loss(
     )
     student = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
-    return Distilled(
-        *_Distillation.apply(*student, flat_targets, teacher, ignore_index, recipe, needs, tile_bytes)
-    )
+    return Distilled(*_Distillation.apply(*student, flat_targets, teacher, ignore_index, recipe, needs, tile_bytes))
 
 
 class _Distillation(torch.autograd.Function):
@@ -176,9 +174,7 @@ class _Distillation(torch.autograd.Function):
         return (*grads, *([None] * 6))
 
 
-def _pass(
-    passes: Passes, recipe: _Recipe, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, bool, bool]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Σ soft and Σ hard over the scored tokens, (2,), and the gradients of their weighted sum."""
     with_dz = any(needs)
     spans = passes.spans(with_dz)
@@ -247,9 +243,7 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return p.div_(total), total.log().add_(largest)
 
 
-def _jsd(
-    z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, float]:
+def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, float]:
     """The divergence of each row, (r,), and its gradient, (r, Vt) times a number. z and t are overwritten.
 
     own: what `_softmax` makes of z, if that is there; it is kept.

@@ -73,11 +73,7 @@ class Gemms:
         self._wide = None
         self.adapter = None if adapter is None else adapter.to(self.gemm_dtype)
         # Where the CPU has no bf16 products the widened operands are multiplied as the float32 that they are.
-        as_bf16 = (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.bfloat16
-            and native(weight.dtype, weight.device)
-        )
+        as_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and native(weight.dtype, weight.device)
         self._products = _bf16_products if as_bf16 else nullcontext()
 
     def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:

@@ -185,9 +185,7 @@ def _choice_on(
     if found is None:
         return Choice("torch", f"auto is torch: {_UNKNOWN}")
     if found.ok:
-        return Choice(
-            "triton", f"auto is triton, which passed its check on {torch.cuda.get_device_name(device)}"
-        )
+        return Choice("triton", f"auto is triton, which passed its check on {torch.cuda.get_device_name(device)}")
     return Choice("torch", f"auto is torch: triton {found}")
 
 
@@ -223,9 +221,7 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 def _check_cuda(device: torch.device) -> None:
     if torch.version.hip is not None:
-        raise ValueError(
-            "the cuda backend runs on NVIDIA GPUs, and this torch is for ROCm: pass backend='triton'"
-        )
+        raise ValueError("the cuda backend runs on NVIDIA GPUs, and this torch is for ROCm: pass backend='triton'")
     _check_gpu(device)
     # A library cannot be loaded by what torch.compile traces: there it is the operator that misses it.
     reason = None if torch.compiler.is_compiling() else native.why_not(device)
@@ -339,9 +335,7 @@ def scratch_bytes(device: torch.device) -> int:
     """Bytes of scratch memory by default: see DEFAULT_TILE_BYTES."""
     total = _total_bytes(device.index) if device.type == "cuda" else None
     return (
-        DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
-        if total is None
-        else int(SHARE_OF_CARD * total)
+        DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"] if total is None else int(SHARE_OF_CARD * total)
     )
 
 

@@ -55,9 +55,7 @@ def packed_rows(
     lengths, size, count = cu_seqlens.diff(), targets.shape[0], cu_seqlens.shape[0] - 1
     readable = on_host(cu_seqlens) and not torch.compiler.is_compiling()
     if readable and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != size or bool((lengths < 0).any())):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of positions, {size}, got {cu_seqlens.tolist()}"
-        )
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of positions, {size}, got {cu_seqlens.tolist()}")
     if readable and static_shapes(targets):  # no copy from the host can be captured
         rows = torch.empty(size, dtype=torch.int64, device=device)
         for row, part in enumerate(rows.split(lengths.tolist())):

@@ -87,9 +87,7 @@ def _await(parameters: Iterable[Any]) -> None:
         FWD_MODULE_STACK,
     )
 
-    under_way = [
-        m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")
-    ]
+    under_way = [m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")]
     for x in parameters:
         for handles in under_way:
             if x in handles:

@@ -131,9 +131,7 @@ def check_operands(
         if x is not None and x.device != hidden.device and not (x is targets and on_host(x)):
             raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(
-            f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}"
-        )
+        raise ValueError(f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
 
 
 def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:

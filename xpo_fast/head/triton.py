@@ -88,12 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`chunked.forward`; or, without a gradient and where that was measured to be faster, no tile at all."""
     arguments = hidden, weight, bias, targets, ref, scaling, ignore_index
-    fused = (
-        not save_grad
-        and ref is None
-        and adapter is None
-        and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
-    )
+    fused = not save_grad and ref is None and adapter is None and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
     if fused and logps.supports(hidden, weight):
         passes = chunked.Passes(*arguments, tiling, row_operations)
         if prefers_fused(hidden.device, weight.dtype, *weight.shape, len(passes)):

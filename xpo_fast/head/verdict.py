@@ -74,9 +74,7 @@ class Verdict:
     def __str__(self) -> str:
         if self.ok:
             return "passed its check"
-        return (
-            f"failed its check ({self.reason})" if self.lasting else f"could not be checked ({self.reason})"
-        )
+        return f"failed its check ({self.reason})" if self.lasting else f"could not be checked ({self.reason})"
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -106,8 +104,7 @@ class Measure(NamedTuple):
 
 
 _EMPTY = {
-    getattr(torch.ops.aten, name)
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 }
 
 
@@ -154,9 +151,7 @@ class Problem:
         self.weight = normal(vocab, WIDTH, std=3 / WIDTH**0.5)
         self.bias = normal(vocab) if everything else None
         self.hidden, self.u = normal(count, WIDTH), normal(count).float()
-        self.ref = (
-            (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
-        )
+        self.ref = (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
         # One column has nothing but what stands out: the last, before which sums, and what is cut off of them, are small.
         self.weight[:, -1], self.hidden[:, -1] = 0, 0
         self.weight[-1, -1] = 8
@@ -168,9 +163,7 @@ class Problem:
         self.targets = targets
         self.at = to_device((targets != IGNORE).nonzero().squeeze(1), device)
         self.y = to_device(targets, device)[self.at]
-        self.hidden.masked_fill_(
-            to_device(targets == IGNORE, device).unsqueeze(1), math.nan
-        )  # nobody may read it
+        self.hidden.masked_fill_(to_device(targets == IGNORE, device).unsqueeze(1), math.nan)  # nobody may read it
 
     def run(self, contender: Contender) -> dict[str, Tensor]:
         """Return what a contender computes, by name."""
@@ -289,17 +282,11 @@ class Problem:
             else:
                 yield Measure(where, off.abs().amax(), LOGP_ALLOWED)
             if not of_gemm:
-                yield Measure(
-                    f"elements that change from run to run of {where}", x.ne(second[name]).sum().double(), 0
-                )
+                yield Measure(f"elements that change from run to run of {where}", x.ne(second[name]).sum().double(), 0)
 
     @staticmethod
     def _named(name: str, grads: Iterable[Tensor | None]) -> dict[str, Tensor]:
-        return {
-            f"{name}: {of}": g
-            for of, g in zip(("hidden", "weight", "bias"), grads, strict=False)
-            if g is not None
-        }
+        return {f"{name}: {of}": g for of, g in zip(("hidden", "weight", "bias"), grads, strict=False) if g is not None}
 
     def _products(self) -> Tensor:
         """h Wᵀ (n, V) of the scored positions, float64."""
@@ -336,9 +323,7 @@ def check(device: torch.device, dtype: torch.dtype, contender: Contender) -> Ver
 
 
 @torch.no_grad()
-def _measured(
-    device: torch.device, dtype: torch.dtype, contender: Contender
-) -> list[tuple[str, float, float]]:
+def _measured(device: torch.device, dtype: torch.dtype, contender: Contender) -> list[tuple[str, float, float]]:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         measures = [m for vocab in VOCABULARIES for m in Problem(vocab, dtype, device).measures(contender)]
         found = torch.stack([m.off for m in measures]).tolist()
@@ -491,9 +476,7 @@ def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
             return found
         found = _known[key] = _found_out(torch.device(device.type, key[0]), dtype)
     if not found.ok:
-        again = (
-            "" if found.lasting else f", and so does a process that starts {ADOPTED_S / 60:g} minutes later"
-        )
+        again = "" if found.lasting else f", and so does a process that starts {ADOPTED_S / 60:g} minutes later"
         warnings.warn(
             f"triton {found}: its kernels for {_name(dtype)} on {describe(device)}. The torch backend computes instead: as "
             f"right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels all the same, and "

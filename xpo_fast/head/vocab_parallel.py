@@ -70,9 +70,7 @@ class VocabShard:
         do not agree on `vocab` or `sum_hidden_grad`.
         """
         if not dist.is_available() or not dist.is_initialized():
-            raise ValueError(
-                "a vocabulary is cut over the ranks of a process group: call init_process_group() first"
-            )
+            raise ValueError("a vocabulary is cut over the ranks of a process group: call init_process_group() first")
         group = dist.group.WORLD if group is None else group
         table: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(table, (start, rows, vocab, sum_hidden_grad), group)
@@ -153,9 +151,7 @@ def _check(table: Sequence[tuple[int | None, int, int | None, bool]]) -> tuple[l
             raise ValueError(f"the ranks of a vocabulary must give the same {name}, got {list(values)}")
     if None in starts:
         if set(starts) != {None}:
-            raise ValueError(
-                f"start= must be given on all ranks of a vocabulary, or on none, got {list(starts)}"
-            )
+            raise ValueError(f"start= must be given on all ranks of a vocabulary, or on none, got {list(starts)}")
         starts = [sum(rows[:rank]) for rank in range(len(rows))]
     vocab = sum(rows) if vocabs[0] is None else vocabs[0]
     shards = [(start, min(start + count, vocab)) for start, count in zip(starts, rows, strict=True)]

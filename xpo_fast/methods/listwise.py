@@ -172,8 +172,7 @@ _KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @register(
     paper="LiPO: Listwise Preference Optimization through Learning-to-Rank (arXiv 2402.01878)",
-    equation="Σ_{ψi>ψj} Δij log(1 + e^{−(si−sj)}), Δij = |2^ψi − 2^ψj|·|1/log(1+τi) − 1/log(1+τj)|, "
-    "τ = rank of s",
+    equation="Σ_{ψi>ψj} Δij log(1 + e^{−(si−sj)}), Δij = |2^ψi − 2^ψj|·|1/log(1+τi) − 1/log(1+τj)|, τ = rank of s",
     survey="S49",
     attributes="Implicit Point Response Positive Preference Human List Uncontrol KL Off Offline Separate",
     unit="list",

@@ -116,8 +116,7 @@ def slic(
     *,
     logp_w: Tensor,  # (P,)
     logp_l: Tensor,  # (P,)
-    logp_sft: Tensor
-    | None = None,  # (P,) log-prob of the completion to stay close to; the chosen one if not given
+    logp_sft: Tensor | None = None,  # (P,) log-prob of the completion to stay close to; the chosen one if not given
     delta: float = 1.0,
     lam: float = 0.1,
 ) -> Losses:
@@ -277,9 +276,7 @@ def beta_dpo(
     ).unbind()
     beta_batch = (beta * (1 + alpha * (total / count.clamp(min=1) - m0))).clamp(min=1e-3)
     losses = torch.where(kept, -logsigmoid(beta_batch * margin), 0.0)
-    metrics = _metrics(
-        beta * ratio_w, beta * ratio_l, logp_w, logp_l, beta=beta_batch.expand_as(known).to(known.dtype)
-    )
+    metrics = _metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l, beta=beta_batch.expand_as(known).to(known.dtype))
     return losses, {name: torch.where(kept, x, float("nan")) for name, x in metrics.items()}
 
 

@@ -99,9 +99,7 @@ def _regularised(
     check(beta >= 0, "beta >= 0", beta)
     check(entropy_coef >= 0, "entropy_coef >= 0", entropy_coef)
     if beta and ref_token_logp is None:
-        raise ValueError(
-            f"missing ref_token_logp: the KL term of beta={beta} needs the reference's log-probs"
-        )
+        raise ValueError(f"missing ref_token_logp: the KL term of beta={beta} needs the reference's log-probs")
     if entropy_coef and entropy is None:
         raise ValueError(f"missing entropy: entropy_coef={entropy_coef} needs the entropy at every token")
     metrics = dict(metrics)
@@ -277,9 +275,7 @@ def ppo_ptx(
     divergence from the reference off the rewards, hence β = 0 here; with `beta` it is a term of the loss.
     """
     check(gamma >= 0, "gamma >= 0", gamma)
-    losses, metrics = _surrogate(
-        token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, None, 0.0)
-    )
+    losses, metrics = _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, None, 0.0))
     mask, ptx_mask = mask.bool(), ptx_mask.bool()
     likelihood = _inside(ptx_logp, ptx_mask).sum() / ptx_mask.sum().clamp(min=1)
     nll = {"nll_loss": -likelihood.expand_as(losses)}
@@ -370,9 +366,7 @@ def grpo(
 
     L = C(ε, ε) + β·k3; the mean over rows of each row's mean over its tokens.
     """
-    return _surrogate(
-        token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef)
-    )
+    return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
 
 @register(
@@ -401,9 +395,7 @@ def dr_grpo(
     L = C(ε, ε) + β·k3; the sum over rows × a fixed number of tokens. Advantages: group_normalised(…,
     scale=False).
     """
-    return _surrogate(
-        token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef)
-    )
+    return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
 
 @register(
@@ -431,9 +423,7 @@ def bnpo(
     L = C(ε, ε) + β·k3; the mean over micro-batches of each one's mean over its tokens. The paper's own
     subject, a Beta normalisation of rewards, is a matter of the advantages.
     """
-    return _surrogate(
-        token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef)
-    )
+    return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
 
 @register(
@@ -619,9 +609,7 @@ def sapo(
     ratio = _ratio(log_ratio)
     up, down = (4 / tau * torch.sigmoid(tau * (ratio - 1)) for tau in (tau_pos, tau_neg))
     losses = -torch.where(advantage > 0, up, down) * advantage
-    losses, metrics = _regularised(
-        losses, {"ratio": ratio}, mask, logp, (ref_token_logp, beta, entropy, entropy_coef)
-    )
+    losses, metrics = _regularised(losses, {"ratio": ratio}, mask, logp, (ref_token_logp, beta, entropy, entropy_coef))
     return losses, _by_token(metrics, mask, losses.dtype)
 
 

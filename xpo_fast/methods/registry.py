@@ -29,9 +29,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("ptx_logp", "ptx_mask"), ("II",)),
     "mask": ("UT", "UK"),
     **dict.fromkeys(("reward_w", "reward_l", "margin", "logit"), ("U",)),
-    **dict.fromkeys(
-        ("rewards", "ranks", "targets", "rewards_w", "rewards_l", "gate", "gate_w", "gate_l"), ("UK",)
-    ),
+    **dict.fromkeys(("rewards", "ranks", "targets", "rewards_w", "rewards_l", "gate", "gate_w", "gate_l"), ("UK",)),
 }
 
 # What a method's rows are, by the input that tells; and the inputs that the objective makes itself from hidden states,
@@ -94,12 +92,8 @@ class Method:
         self._parameters = dict(inspect.signature(fn).parameters)
         hints = typing.get_type_hints(fn)
         # The names of the tensors it takes, optional ones included; those that it cannot do without.
-        self.inputs = tuple(
-            n for n in self._parameters if hints[n] is Tensor or Tensor in typing.get_args(hints[n])
-        )
-        self.required = tuple(
-            n for n in self.inputs if self._parameters[n].default is inspect.Parameter.empty
-        )
+        self.inputs = tuple(n for n in self._parameters if hints[n] is Tensor or Tensor in typing.get_args(hints[n]))
+        self.required = tuple(n for n in self.inputs if self._parameters[n].default is inspect.Parameter.empty)
         # Hyperparameters and their defaults.
         self.defaults = {n: p.default for n, p in self._parameters.items() if n not in self.inputs}
         # How rows are laid out: "pairwise" (chosen rows, then rejected rows), "listwise" (the K rows of a prompt side by
@@ -118,8 +112,7 @@ class Method:
     def reads_reference(self, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether the method compares with a reference policy that must be given."""
         return any(
-            n.startswith("ref_")
-            and (n in self.required or (n in self.uses and self.wants(n, hyperparameters)))
+            n.startswith("ref_") and (n in self.required or (n in self.uses and self.wants(n, hyperparameters)))
             for n in self.inputs
         )
 
@@ -212,9 +205,7 @@ def register(
     def decorate(fn: Callable) -> Callable:
         name = fn.__name__
         if name in _METHODS:
-            raise ValueError(
-                f"a method named {name!r} is registered already, by {_METHODS[name].fn.__module__}"
-            )
+            raise ValueError(f"a method named {name!r} is registered already, by {_METHODS[name].fn.__module__}")
         parameters = inspect.signature(fn).parameters
         unheard = [n for n, p in parameters.items() if "Tensor" in str(p.annotation) and n not in AXES]
         assert not unheard, f"{name}: {', '.join(unheard)} not in AXES: say there what it is"

@@ -35,9 +35,7 @@ class Loss(torch.nn.Module):
 
         def signature(names: str) -> inspect.Signature:
             found = [own[renamed.get(n, n)].replace(name=n) for n in names.split()]
-            return inspect.Signature(
-                [_SELF, *(p.replace(default=defaults.get(p.name, p.default)) for p in found)]
-            )
+            return inspect.Signature([_SELF, *(p.replace(default=defaults.get(p.name, p.default)) for p in found)])
 
         def arguments(given: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
             try:

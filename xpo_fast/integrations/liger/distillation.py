@@ -50,9 +50,7 @@ def _form(divergence: str, name: str, doc: str) -> Callable[..., Distilled]:
         return (found.loss, found.soft, found.hard) if return_soft_hard_loss else found.loss
 
     distil.__name__ = distil.__qualname__ = name
-    distil.__doc__ = (
-        doc + "\n\nReturns the loss (), or with `return_soft_hard_loss` (loss, soft, hard), () each."
-    )
+    distil.__doc__ = doc + "\n\nReturns the loss (), or with `return_soft_hard_loss` (loss, soft, hard), () each."
     return distil
 
 
@@ -71,9 +69,7 @@ def _check(temperature: float) -> None:
     check(temperature > 0, "temperature > 0", temperature)
 
 
-class LigerFusedLinearJSDLoss(
-    Loss, of=liger_fused_linear_jsd, options=_OPTIONS, operands=_OPERANDS, check=_check
-):
+class LigerFusedLinearJSDLoss(Loss, of=liger_fused_linear_jsd, options=_OPTIONS, operands=_OPERANDS, check=_check):
     """`liger_fused_linear_jsd`."""
 
 

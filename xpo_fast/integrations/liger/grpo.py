@@ -32,13 +32,9 @@ def _check(
     check_choice("loss_type", loss_type, LOSS_TYPES)
     check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
     if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
-        raise ValueError(
-            f"loss_type={loss_type!r} has no importance_sampling_level='sequence': pass 'token' instead"
-        )
+        raise ValueError(f"loss_type={loss_type!r} has no importance_sampling_level='sequence': pass 'token' instead")
     if loss_type == "dr_grpo" and (max_completion_length or 0) < 1:
-        raise ValueError(
-            f"loss_type='dr_grpo' divides by max_completion_length: pass it, got {max_completion_length}"
-        )
+        raise ValueError(f"loss_type='dr_grpo' divides by max_completion_length: pass it, got {max_completion_length}")
     check(beta >= 0, "beta >= 0", beta)
     check(delta is None or delta > 0, "delta > 0", delta)
     check(sapo_temperature_pos > 0, "sapo_temperature_pos > 0", sapo_temperature_pos)

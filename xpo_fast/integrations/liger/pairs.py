@@ -76,9 +76,7 @@ def _paired(
         if average_log_prob:
             sums, reference, length = sums / length, reference / length, torch.ones_like(length)
         given = {"logp": sums, "ref_logp": reference, "len": length}
-        inputs = {
-            name + side: x for name, both in given.items() for side, x in zip(("_w", "_l"), split(both))
-        }
+        inputs = {name + side: x for name, both in given.items() for side, x in zip(("_w", "_l"), split(both))}
         losses, metrics = method(**inputs)
 
         def mean(x: Tensor) -> Tensor:

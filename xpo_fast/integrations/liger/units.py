@@ -102,9 +102,7 @@ def unit_loss(
                 part, _ = evaluate(grid[rows], lambda x: x[rows])
             else:
                 rows = at // width
-                part, _ = evaluate(
-                    leaf[:, None], lambda x: x[rows] if x.dim() == 1 else x.flatten()[at, None]
-                )
+                part, _ = evaluate(leaf[:, None], lambda x: x[rows] if x.dim() == 1 else x.flatten()[at, None])
             (u,) = torch.autograd.grad(part, leaf)
         return u
 

@@ -1,0 +1,510 @@
+"""What a row of preference data must be, and the `DataError` that names one which is not.
+
+`shape_row` brings a row, recognised by `data_forms`, into the form of its kind; `check_columns` holds the numbers
+of a data set against the methods that are to learn from it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..wording import did_you_mean
+from .forms import (
+    ANSWERS,
+    CONVERSATIONS,
+    PROMPTS,
+    SYSTEMS,
+    DataError,
+    advice,
+    after_system,
+    is_plain_text,
+    looks_like,
+    message,
+    recognised,
+    refuse_unlearned,
+    systems_of,
+    unread,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ..objective import Objective
+
+COMPLETIONS = {
+    "pair": ("chosen", "rejected"),
+    "unpaired": ("completion",),
+    "list": ("completions",),
+    "rejected": ("rejected",),
+    "chosen": ("chosen",),
+}
+# The numbers that a row may carry, and the methods' names for them, which are the batch's.
+NUMBERS = {
+    "pair": {"score_chosen": "score_w", "score_rejected": "score_l", "prob": "prob_w", "margin": "margin"},
+    "unpaired": {"reward": "reward", "value": "value"},
+}
+_ALIASES = {"prob": "prob_chosen"}
+FIELDS = {
+    "pair": "chosen and rejected, and prompt unless the two begin with it",
+    "unpaired": "prompt, completion and label (or reward), or chosen and rejected",
+    "list": "prompt, completions and scores (or rejected), or chosen, rejected, score_chosen and score_rejected",
+    "rejected": "rejected, and prompt unless rejected is a conversation, or chosen and rejected share one",
+    "chosen": "chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one; or messages; or text",
+}
+# The fields that a row of each kind must have: all those of one entry.
+FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "pair": (("chosen", "rejected"),),
+    "unpaired": (
+        ("prompt", "completion", "label"),
+        ("prompt", "completion", "reward"),
+        ("chosen", "rejected"),
+    ),
+    "list": (
+        ("prompt", "completions", "scores"),
+        ("prompt", "completions", "rejected"),
+        ("chosen", "rejected", "score_chosen", "score_rejected"),
+    ),
+    "rejected": (("rejected",),),
+    "chosen": (("chosen",), ("completion",)),
+}
+# Every field that some kind of row is read from.
+_READ = (
+    "prompt", "chosen", "rejected", "completion", "completions", "scores", "label", "text", "instruction", "history", "kto_tag",
+    *CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, "prob_chosen", *NUMBERS["pair"], *NUMBERS["unpaired"],
+)  # fmt: skip
+
+
+def check_kind(kind: str) -> None:
+    if kind not in COMPLETIONS:
+        raise ValueError(f"kind must be one of {', '.join(COMPLETIONS)}; got {kind!r}")
+
+
+def check_names(names: Iterable[str], also: Sequence[str] = ()) -> None:
+    """ValueError for a name that a column is to be read under and no row is read by. also: names beside the usual ones."""
+    for name in names:
+        if name not in (*_READ, *also):
+            raise ValueError(
+                f"--columns {name}=…: rows have no field {name}; there are {', '.join((*_READ, *also))}{did_you_mean(name, (*_READ, *also))}"
+            )
+
+
+# --- a raw row -----------------------------------------------------------------------------------
+
+
+def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
+    """A raw row in the one shape; two rows where a pair is read as unpaired."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
+    raw_row = {name: value for name, value in row.items() if value is not None}
+    given = recognised(raw_row, kind, where)
+    if kind == "chosen" and is_plain_text(given):
+        return [{"prompt": "", "chosen": _text(given["text"], "text", where), "where": where}]
+    form = next((form for form in FORMS[kind] if given.keys() >= set(form)), None)
+    if form is None:
+        raise _without_form(raw_row, given, kind, where)
+    pair = {"chosen", "rejected"}
+    if "completions" in form:
+        _check_list(given["completions"], where)
+        raw = completions_of(given, kind)
+    elif pair <= given.keys() and (pair <= set(form) or "prompt" not in given):
+        raw = {name: given[name] for name in ("chosen", "rejected")}
+    else:
+        raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
+    prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
+    prompt = _behind_system(raw_row, prompt, where)
+    named = dict(zip(raw, completions))
+    if kind == "unpaired" and "chosen" in named:
+        shaped = [{"completion": named[name], "label": name == "chosen"} for name in named]
+    elif kind == "list" and "chosen" in named:
+        scores = [_number(given[f"score_{name}"], f"score_{name}", where) for name in named]
+        shaped = [{"completions": completions, "scores": scores}]
+    elif kind in ("chosen", "rejected"):
+        shaped = [{kind: named[kind if kind in named else "completion"]}]
+    else:
+        shaped = [{**grouped(named), **_extras(given, kind, where)}]
+    return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
+
+
+def _behind_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
+    """The prompt of a row behind its column of a system prompt. DataError for text, which has no place for one."""
+    if isinstance(prompt, list):
+        return after_system(row, prompt, where)
+    if systems := systems_of(row):
+        system = " and ".join(systems)
+        how = (
+            "--columns question=prompt reads both as a conversation"
+            if isinstance(row.get("prompt"), str)
+            else "write the row as messages"
+        )
+        raise DataError(
+            f"{where}: {system} is given beside text, which has no place for a system prompt; {how}, or take {system} out of "
+            "the rows"
+        )
+    return prompt
+
+
+def shape_prompt(row: Any, where: str) -> dict[str, Any]:
+    """A raw row with its prompt in the one shape, and its chosen and rejected, where it has them; the rest as it is.
+
+    where: its place, for errors.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with prompt; got {type(row).__name__}")
+    given = {name: value for name, value in row.items() if value is not None}
+    if not given.keys() & {"chosen", "completion"}:
+        given = recognised(given, "prompt", where)
+    if given.keys() & {"chosen", "completion"}:
+        shaped = shape_row(given, "pair" if {"chosen", "rejected"} <= given.keys() else "chosen", where)[0]
+        return row | {name: x for name, x in shaped.items() if name != "where"}
+    prompt = given.get("prompt")
+    if isinstance(prompt, list) and prompt:
+        prompt = _messages(prompt, "prompt", "user", where)
+    elif isinstance(prompt, str) and prompt.strip():
+        prompt = _encodable(prompt, "prompt", where)
+    else:
+        raise DataError(
+            f"{where}: prompt missing or empty; expected text or a list of messages; got "
+            f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
+        )
+    return {**row, "prompt": _behind_system(given, prompt, where)}
+
+
+def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
+    """What to do about a row, as the end of its error. lacks: what it lacks, for each form that it could have."""
+    option = next(filter(None, (advice(given, missing) for missing in lacks)), "")
+    return f"{option} reads it so, if that is what it is" if option else "rename the fields or drop the row"
+
+
+def _without_form(row: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> DataError:
+    """The error of a row of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
+    if kind == "pair" and {"completion", "label"} <= row.keys():
+        return DataError(
+            f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
+            "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
+        )
+    # The nearest first; of forms as near as each other, the first.
+    forms = sorted(FORMS[kind], key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
+    lacks = [[name for name in form if name not in given] for form in forms]
+    seen = looks_like(row)
+    what_to_do = _advice(row, lacks)
+    if "--columns" not in what_to_do:
+        what_to_do = _reader(row, kind, where) or what_to_do
+    return DataError(
+        f"{where}: {', '.join(lacks[0])} missing or null; expected {FIELDS[kind]}; "
+        f"got {', '.join(sorted(row)) or 'no fields'}{f' (this looks like {seen})' if seen else ''}; {what_to_do}"
+    )
+
+
+def _reader(row: dict[str, Any], kind: str, where: str) -> str:
+    """Who does read a row that a method for pairs or lists cannot be given, where somebody does."""
+    if kind not in ("pair", "list") or row.keys() & {"chosen", "rejected", "completions"}:
+        return ""
+    try:
+        read = recognised(row, "chosen", where)
+        prompts = recognised(row, "prompt", where)
+    except DataError:
+        return ""
+    if is_plain_text(row) or "completion" in read:
+        return "there is nothing to compare: --method sft reads it, or give it another completion"
+    return "xpo-fast rl learns from prompts alone; or give it completions" if "prompt" in prompts else ""
+
+
+def _check_list(completions: Any, where: str) -> None:
+    if not isinstance(completions, list):
+        raise DataError(
+            f"{where}: completions must be a list of texts or of conversations; "
+            f"got {type(completions).__name__}; drop the row, or give a list"
+        )
+    if len(completions) < 2:
+        raise DataError(
+            f"{where}: completions must be two or more, to be compared; got {len(completions)}; drop the row"
+        )
+
+
+def completions_of(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A row's completions by name, those of a list as ``completions[i]``, in the order of the batch's rows."""
+    if kind != "list":
+        return {name: row[name] for name in COMPLETIONS[kind]}
+    named = {f"completions[{i}]": completion for i, completion in enumerate(row["completions"])}
+    return {**named, "rejected": row["rejected"]} if "rejected" in row else named
+
+
+def grouped(named: dict[str, Any]) -> dict[str, Any]:
+    """What `completions_of` was made of."""
+    listed = [value for name, value in named.items() if name.startswith("completions[")]
+    others = {name: value for name, value in named.items() if not name.startswith("completions[")}
+    return {"completions": listed, **others} if listed else others
+
+
+def _extras(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """What a row carries beside its text: label, scores, numbers."""
+    extras: dict[str, Any] = {}
+    if kind == "unpaired" and "label" in given:
+        extras["label"] = _label(given["label"], where)
+    if kind == "list" and "scores" in given:
+        extras["scores"] = _scores(given["scores"], len(given["completions"]), where)
+    if kind == "pair":
+        scores = [name for name in ("score_chosen", "score_rejected") if name in given]
+        if len(scores) == 1:
+            raise DataError(
+                f"{where}: {scores[0]} is the only score; expected both score_chosen and score_rejected, or "
+                "neither; give the other, or drop the row"
+            )
+    for name in NUMBERS.get(kind, ()):
+        aliases = [alias for alias in (name, _ALIASES.get(name)) if alias in given]
+        if len(aliases) > 1:
+            raise DataError(f"{where}: {' and '.join(aliases)} are two names of one number; remove either field")
+        for alias in aliases:
+            read = _probability if name == "prob" else _number
+            extras[name] = read(given[alias], alias, where)
+    return extras
+
+
+def _scores(value: Any, count: int, where: str) -> list[float]:
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: scores must be a list of numbers, one a completion; got {type(value).__name__}; "
+            "drop the row, or give a list"
+        )
+    if len(value) != count:
+        raise DataError(
+            f"{where}: expected one score a completion; got {len(value)} scores for {count} completions; "
+            "give the others, or drop the row"
+        )
+    return [_number(score, f"scores[{i}]", where) for i, score in enumerate(value)]
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    # Batches hold float32. A NaN is not within its range either, and an int may be beyond any float.
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise DataError(
+            f"{where}: {name} must be a finite number; got {str(value)[:50]} ({type(value).__name__}); "
+            "write it as a number within float32's range, or drop the row"
+        )
+    return float(value)
+
+
+def _probability(value: Any, name: str, where: str) -> float:
+    number = _number(value, name, where)
+    if not 0 <= number <= 1:
+        raise DataError(
+            f"{where}: {name} must be a probability in [0, 1], that chosen beats rejected; got {number:g}; "
+            "rescale it, or drop the row"
+        )
+    return number
+
+
+def _label(value: Any, where: str) -> bool:
+    if value not in (0, 1):
+        raise DataError(f"{where}: label must be true (desirable) or false; got {value!r}")
+    return bool(value)
+
+
+def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
+    """The prompt and the completions after it, all text or all lists of messages."""
+    names = list(named)
+    values: list[Any] = list(named.values())
+    if prompt is None and all(isinstance(v, str) and re.match(r"\s*(Human|Assistant):", v) for v in values):
+        values = [_transcript(value) for value in values]
+    if all(isinstance(value, str) for value in (values if prompt is None else [prompt, *values])):
+        if prompt is None:
+            prompt, values = _split_text(values, where)
+        return _text(prompt, "prompt", where), [_text(v, n, where) for n, v in zip(names, values)]
+    completions = [_messages(v, n, "assistant", where) for n, v in zip(names, values)]
+    # Beside a prompt of text, "completion" is its answer; the others may be whole conversations that repeat it.
+    answer = names == ["completion"] and prompt is not None
+    if answer or not (prompt is None or isinstance(prompt, str)):
+        prompt = _messages(prompt, "prompt", "user", where)
+        if all(completion[: len(prompt)] == prompt for completion in completions):
+            completions = [completion[len(prompt) :] for completion in completions]
+    else:
+        prompt, completions = _split_messages(prompt, completions, names, where)
+    for name, completion, value in zip(names, completions, named.values()):
+        if isinstance(value, list):
+            refuse_unlearned(value[-len(completion) :] if completion else [], name, where)
+        roles = [turn["role"] for turn in completion] or ["nothing"]
+        if roles[0] != "assistant" or roles[-1] != "assistant":
+            raise DataError(
+                f"{where}: what follows the prompt in {name} must begin and end with an assistant turn; it "
+                f"begins with {roles[0]}, ends with {roles[-1]}; drop the row, or cut it after an answer"
+            )
+    return prompt, completions
+
+
+def _text(value: str, name: str, where: str) -> str:
+    if not value.strip():
+        raise DataError(f"{where}: {name} is empty; expected text; drop the row")
+    return _encodable(value, name, where)
+
+
+def _encodable(value: str, name: str, where: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name} holds half a surrogate pair ({error.reason}); repair or drop the row"
+        ) from error
+    return value
+
+
+def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, str]]:
+    """Messages with role and content only; a bare string is one message of `role`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": _text(value, name, where)}]
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {name} must be text or a list of messages; got {type(value).__name__}")
+    if not value:
+        raise DataError(f"{where}: {name} is empty; expected at least one message; drop the row")
+    found = [message(one, name, where) for one in value]
+    return [{"role": m["role"], "content": _encodable(m["content"], name, where)} for m in found]
+
+
+def _transcript(text: str) -> list[dict[str, str]]:
+    """Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …" as messages.
+
+    Neighbouring turns of one speaker, which the data has, become one: many chat templates refuse them.
+    """
+    _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + text.lstrip())
+    messages: list[dict[str, str]] = []
+    for speaker, words in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{words.strip()}".strip()
+        else:
+            messages.append({"role": role, "content": words.strip()})
+    return messages
+
+
+def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
+    """The prompt that two texts begin with: up to a line's end, or the space before the words that differ."""
+    if len(values) == 1:
+        raise DataError(
+            f"{where}: no prompt: the row has no prompt field, and one text does not tell where its prompt ends; "
+            "add a prompt field"
+        )
+    shared = os.path.commonprefix(values)  # noqa: RUF071 (of texts, which is what it compares)
+    cut = len(shared.rstrip(" ")) if shared.endswith(" ") else max(shared.rfind(" "), shared.rfind("\n") + 1)
+    if not shared[:cut].strip():
+        raise DataError(
+            f"{where}: no prompt: the row has no prompt field, and chosen and rejected do not begin with a "
+            "shared one; add a prompt field"
+        )
+    return shared[:cut], [value[cut:] for value in values]
+
+
+def _split_messages(
+    prompt: str | None, completions: list[list], names: list[str], where: str
+) -> tuple[list, list[list]]:
+    """The prompt that conversations begin with; each keeps at least its last message as completion."""
+    opens_with_answer = completions[0][0]["role"] == "assistant"
+    if isinstance(prompt, str) and opens_with_answer:
+        return _messages(prompt, "prompt", "user", where), completions
+    shortest = min(map(len, completions))
+    shared = 0
+    while shared < shortest - 1 and all(c[shared] == completions[0][shared] for c in completions):
+        shared += 1
+    if not shared:
+        raise DataError(
+            f"{where}: no prompt: expected the same messages at the beginning of {' and '.join(names)}; "
+            "add a prompt field, or begin with the conversation that is answered"
+        )
+    return completions[0][:shared], [completion[shared:] for completion in completions]
+
+
+def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: str) -> Iterator[str]:
+    """What is legal in a row and yet worth knowing about the data set. raw: what the row was made of."""
+    completions = completions_of(row, kind).values()
+    if kind == "pair" and row["chosen"] == row["rejected"]:
+        yield "chosen equals rejected (the pair teaches nothing)"
+    if len(set(row.get("scores", ()))) == 1:
+        yield "the scores of a list are all equal (its order teaches nothing)"
+    if isinstance(row["prompt"], list):
+        turns = [turn for completion in completions for turn in completion]
+        if not all(turn["content"].strip() for turn in turns):
+            yield "an assistant turn without words (only its end is scored)"
+        if any(turn["role"] != "assistant" for turn in turns):
+            yield "a completion of several turns (the words of all of them are scored)"
+    yield from unread(raw, [row["prompt"], *completions])
+
+
+def _form(value: str | list) -> str:
+    return "text" if isinstance(value, str) else "a conversation"
+
+
+def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
+    """DataError for a shaped row that is text where the first is a conversation, or has other fields."""
+    forms = [_form(row["prompt"]), _form(first["prompt"])]
+    if forms[0] != forms[1]:
+        raise DataError(
+            f"{row['where']}: this row is {forms[0]} where {first['where']} is {forms[1]}; "
+            "give all rows of a data set in one form"
+        )
+    for has, lacks in ((first, row), (row, first)):
+        if missing := [name for name in has if name not in lacks]:
+            raise DataError(
+                f"{lacks['where']}: {', '.join(missing)} missing or null, which {has['where']} has; "
+                "give it in every row, or in none"
+            )
+
+
+# --- a data set ----------------------------------------------------------------------------------
+
+_CHECKED_AT_ONCE = 1000  # pairs of lists are made of them
+
+
+def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
+    """DataError for a data set, loaded or encoded, whose numbers are not what the methods need.
+
+    It names what is missing, or the first row that a method refuses.
+    """
+    kind, has = objective.data_kind, set(dataset.column_names)
+    fields = {
+        **NUMBERS.get(kind, {}),
+        **({"list": {"scores": "scores"}, "unpaired": {"label": "desirable"}}.get(kind, {})),
+    }
+    # The trainer estimates KTO's kl, and has a value for data without.
+    given: dict[str, Any] = {"kl": None, **({"value": None} if "reward" in has else {})}
+    try:
+        objective.rehearse(given | {column: None for field, column in fields.items() if field in has})
+        if objective.pairs and "scores" not in has:
+            raise ValueError("missing scores")
+        if objective.has_rejected and not {"rejected", "rejected_ids"} & has:
+            raise ValueError(f"{objective.method.name}: missing rejected, the completion to move away from")
+    except ValueError as error:
+        raise DataError(
+            f"{error}. The data set has {', '.join(sorted(has - {'where'}))}; beside the completions its rows may "
+            f"have {', '.join(fields) or 'nothing'}"
+        ) from None
+    for start in range(0, len(dataset), _CHECKED_AT_ONCE):
+        rows = dataset[start : start + _CHECKED_AT_ONCE]
+        numbers = {column: _numbers(rows[field]) for field, column in fields.items() if field in has}
+        try:
+            objective.rehearse(given | numbers)
+        except ValueError:
+            for i in range(min(_CHECKED_AT_ONCE, len(dataset) - start)):
+                try:
+                    objective.rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
+                except ValueError as error:
+                    where = rows["where"][i] if "where" in has else f"row {start + i}"
+                    raise DataError(f"{where}: {error}") from None
+            raise
+
+
+def _numbers(values: list[Any]) -> torch.Tensor:
+    """(U,), or of lists (U, K) with the last number of a shorter one repeated."""
+    if values and isinstance(values[0], list):
+        longest = max(map(len, values))
+        values = [filled(row, longest, row[-1]) for row in values]
+    return torch.tensor(values)
+
+
+def filled(values: list[Any], length: int, fill: Any) -> list[Any]:
+    return [*values, *[fill] * (length - len(values))]

@@ -1,0 +1,306 @@
+"""TRL's DPOTrainer with the pairwise methods of this project as loss types; `integrations/trl.py` hands it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer import dpo_config, dpo_trainer, utils
+
+from ...head import shift_labels, token_logps
+from ...methods import METHODS
+from ...models import Head
+from ...objective import Objective
+from .install import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
+
+# Loss types of TRL's own, whose meaning is TRL's where a method of this project has the same name.
+DPO_LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+_PREFIX = "xpo:"
+
+
+@dataclass
+class DPOConfig(dpo_config.DPOConfig):
+    """TRL's DPOConfig, whose `loss_type` may also name pairwise methods of `xpo_fast.METHODS`.
+
+    A name that TRL has, too, is TRL's ("ipo"); with "xpo:" before it, it is this project's ("xpo:ipo"). Loss types of both
+    do not go together. `loss_weights`, `ld_alpha` and `use_weighting` (WPO) act on these methods as on TRL's losses.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*dpo_config.DPOConfig._VALID_DICT_FIELDS, "hyperparameters"]
+
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "β; by default the method's own, 0.1 for TRL's losses."},
+    )
+    hyperparameters: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Hyperparameters of this project's methods, as `xpo_fast.Objective` takes them."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta is None and not _own_methods(self.loss_type):
+            self.beta = dpo_config.DPOConfig.beta
+
+
+class DPOTrainer(dpo_trainer.DPOTrainer):
+    """TRL's DPOTrainer, with the pairwise methods of this project as loss types, see `DPOConfig`.
+
+    Such a loss is computed by `xpo_fast.Objective` inside the model's forward: 3F with a trainable head, where log-probs
+    first and the loss then take 4F. Its reference is TRL's: a reference model, the adapter switched off or kept as "ref",
+    or `precompute_ref_log_probs`. A method that needs none loads none. Columns of the data set that a method takes by name
+    (`score_w`, `score_l`, `prob_w`, …) reach it. Logged: the method's metrics, `num_tokens`; not `entropy`, `logits/*` and
+    `mean_token_accuracy`, which would cost another pass. What `beta_dpo` remembers is in the checkpoints.
+
+    Raises ValueError at the start for what does not go together: a name that neither knows, hyperparameters out of range, a
+    missing column, a mixture-of-experts loss, images, a reference that is precomputed where single tokens are compared.
+    """
+
+    model: Any
+    accelerator: Any
+    args: Any
+    objective: Objective | None = None
+    _columns: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: dpo_config.DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_version()
+        if args is not None and _own_methods(args.loss_type):
+            self.objective = objective_of(args)
+            self.objective.rehearse()
+            self._columns = _columns(self.objective, train_dataset, eval_dataset)
+            if ref_model is None and not self.objective.needs_reference:
+                ref_model = _NoModel()
+        fused = self.objective is None or (args is not None and args.precompute_ref_log_probs)
+        token = NOT_FUSED.set(not fused)
+        try:
+            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        finally:
+            NOT_FUSED.reset(token)
+        if self.objective is None:
+            return
+        self._check_objective(self.objective)
+        take_losses(self)
+        if self._columns:
+            self.data_collator = _WithColumns(self.data_collator, self._columns)
+        self.add_callback(_SaveState(self.objective))
+
+    @property
+    def ref_model(self) -> Any:
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        self._ref_model = None if isinstance(model, _NoModel) else model
+
+    def _check_objective(self, objective: Objective) -> None:
+        refused = {
+            "mixtures of experts: set router_aux_loss_coef=0.0": self.aux_loss_enabled,
+            "data with images": self._is_vision_dataset,
+            "precompute_ref_log_probs, for it compares single tokens": (
+                self.precompute_ref_logps and objective.needs_reference_tokens
+            ),
+            "sync_ref_model, for it has no reference": self.args.sync_ref_model and not objective.needs_reference,
+            "a sharded reference, for it compares whole distributions": (
+                objective.needs_reference_hidden and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            ),
+        }
+        for what, found in refused.items():
+            if found:
+                raise ValueError(f"{objective} does not go with {what}")
+        if objective.needs_reference_hidden and self._reference_head().adapter is not None:
+            raise ValueError(
+                f"{objective} compares whole distributions, and the reference's lm_head carries an adapter: merge that one "
+                "first, or take lm_head out of its target_modules"
+            )
+
+    @torch.no_grad()
+    def _reference_head(self) -> Head:
+        """As `compute_ref_log_probs` has it at each step."""
+        unwrap = self.accelerator.unwrap_model
+        if self.ref_model is not None or not is_peft_model(unwrap(self.model)):
+            return Head.from_model(unwrap(self.ref_model or self.model))
+        model = unwrap(self.model)
+        with utils.use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return Head.from_model(model)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._columns]))
+
+    def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k not in self._columns})
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        objective = self.objective
+        if objective is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        mode = "train" if self.model.training else "eval"
+        own = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *self._columns}
+        arguments = {k: x for k, x in inputs.items() if k not in own}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
+        targets = shift_labels(labels)  # (2P, T)
+        known = {name: inputs[name] for name in self._columns} | self._reference(inputs, targets)
+
+        def loss_of(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            out = objective(without_virtual(hidden, targets), head.weight, targets, **head.kwargs(), **known)
+            return out.loss, out.metrics
+
+        loss, metrics = model(**arguments, fused_loss=loss_of)
+        found = self.accelerator.gather(torch.stack(list(metrics.values()))[None]).nanmean(0)
+        for name, x in zip(metrics, found.tolist(), strict=True):
+            if x == x:
+                self._metrics[mode][name].append(x)
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**arguments)
+
+    def _reference(self, inputs: dict[str, Any], targets: Tensor) -> dict[str, Any]:
+        """What the objective is told of the reference, by `compute_ref_log_probs`' way to it."""
+        objective = self.objective
+        assert objective is not None
+        if not objective.needs_reference:
+            return {}
+        if self.precompute_ref_logps:
+            return {"ref_logps": torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])}
+        model = self.model if self.ref_model is None else self.ref_model
+        found: dict[str, Any] = {}
+
+        def reference_of(hidden: Tensor, head: Head) -> Tensor:
+            hidden = without_virtual(hidden, targets)
+            if objective.needs_reference_hidden:
+                found.update(ref_hidden=hidden, ref_weight=head.weight, ref_bias=head.bias)
+                return hidden
+            found["ref_logps"] = token_logps(hidden, head.weight, targets, **head.kwargs())
+            return found["ref_logps"]
+
+        def run(*, labels: Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
+            model(**arguments, fused_loss=reference_of)
+            return utils.FusedCausalLMOutput(log_probs=labels.new_zeros(labels[:, 1:].shape, dtype=torch.float32))
+
+        self.compute_ref_log_probs(run, inputs)
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        from ...trainer import STATE_FILE
+
+        path = Path(resume_from_checkpoint) / STATE_FILE
+        if self.objective is not None and path.is_file():
+            self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
+
+
+class _SaveState(TrainerCallback):
+    """Puts what the objective remembers into every checkpoint."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from ...trainer import save_objective
+
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_objective(self.objective, folder)
+
+
+def objective_of(args: dpo_config.DPOConfig) -> Objective:
+    """The objective that a DPOConfig whose loss types are this project's describes."""
+    options: dict[str, Any] = {"weights": args.loss_weights, "ld_alpha": args.ld_alpha}
+    if args.use_weighting:
+        options |= {"wpo": True, "clamp": False}
+    tau = None if args.discopop_tau == dpo_config.DPOConfig.discopop_tau else args.discopop_tau
+    given = {"beta": args.beta, "label_smoothing": args.label_smoothing or None, "tau": tau}
+    options |= {name: x for name, x in given.items() if x is not None}
+    own = getattr(args, "hyperparameters", None) or {}
+    if not isinstance(own, Mapping):
+        raise ValueError(f"expected hyperparameters as a dict, or as JSON that begins with {{, got {own!r}")
+    return Objective(list(_own_methods(args.loss_type)), **{**options, **own})
+
+
+def _own_methods(loss_types: Sequence[str]) -> tuple[str, ...]:
+    """The methods of this project that loss types name; none if they are TRL's. ValueError for unknown and mixed ones."""
+    pairwise = [name for name, method in METHODS.items() if method.layout == "pairwise"]
+    if not loss_types:
+        raise ValueError("expected at least one loss type, got none")
+    theirs = [name for name in loss_types if name in DPO_LOSS_TYPES]
+    own = [name.removeprefix(_PREFIX) for name in loss_types if name not in DPO_LOSS_TYPES]
+    for name in own:
+        if name not in pairwise:
+            raise ValueError(
+                f"no loss type named {name!r}; there are {', '.join(DPO_LOSS_TYPES)} of TRL's and "
+                f"{', '.join(pairwise)} of xpo_fast's"
+            )
+    if theirs and own:
+        raise ValueError(
+            f"{', '.join(theirs)} of TRL's and {', '.join(own)} of xpo_fast's do not go into one loss"
+            + "".join(f"; {_PREFIX}{name} is xpo_fast's {name}" for name in theirs if name in pairwise)
+        )
+    return tuple(own)
+
+
+def _columns(objective: Objective, train: Any, evaluation: Any) -> tuple[str, ...]:
+    """The columns of the training data that the methods take; ValueError for one that they, or the evaluation, miss."""
+    present = set() if train is None else set(next(iter(train)))
+    found = []
+    for term in objective.terms:
+        method = term.method
+        remembered = {n for n in method.columns if method.state and method.axes(n) == ("",)}
+        for name in method.columns:
+            if name in remembered or not method.wants(name, term.hyperparameters):
+                continue
+            if name in present:
+                found.append(name)
+            elif name in method.required:
+                raise ValueError(
+                    f"{method.name} needs the column {name!r}, a number a pair: the data has {sorted(present)}"
+                )
+    found = tuple(dict.fromkeys(found))
+    for dataset in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
+        missing = [] if dataset is None else [name for name in found if name not in next(iter(dataset))]
+        if missing:
+            raise ValueError(
+                f"the evaluation's data has no column {', '.join(missing)}, which the training's has: add it, or take it "
+                "out of both"
+            )
+    return found
+
+
+@dataclass
+class _WithColumns:
+    """A collator that puts columns of numbers into the batch, (P,) each."""
+
+    collate: Any
+    columns: Sequence[str]
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        columns = {n: torch.tensor([float(e[n]) for e in examples]) for n in self.columns}
+        return {**self.collate(examples), **columns}
+
+
+class _NoModel:
+    """Said to TRL in the place of a reference model that no loss looks at, lest it loads one; to be asked for, it is None."""

@@ -1,0 +1,197 @@
+"""A value head on a causal LM: a linear map of the hidden states that its LM head reads, for rewards and for critics.
+
+It is a submodule `value_head` of the causal LM, so that wrappers (PEFT, DDP, FSDP) and optimizers see it. The model's own
+forward is as before; with `install_fused_loss`, values and token log-probs come from one forward:
+
+    head = attach_value_head(model)
+    model(input_ids=…, attention_mask=…, fused_loss=lambda hidden, lm_head: head(hidden))    # (R, T, K)
+
+It is saved beside the model, never in it: the folder stays a plain causal LM, or a plain adapter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lm_head import causal_lm, head_layer
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+_NAME = "value_head"
+
+
+class ValueHead(nn.Module):
+    """values (…, K) = hidden (…, D) Wᵀ + b, in float32 whatever the dtype of hidden and the autocast in force.
+
+    std: of the normal distribution that W (K, D) is drawn from; b (K,) begins at 0. With the default, 0, every value
+    begins at 0, which is what a critic should say of a policy that it knows nothing of; but then columns with one loss
+    stay alike, and the trunk has no gradient at the first step.
+    """
+
+    def __init__(self, width: int, outputs: int = 1, dtype: torch.dtype = torch.float32, *, std: float = 0.0) -> None:
+        super().__init__()
+        if width < 1 or outputs < 1 or std < 0:
+            raise ValueError(
+                f"expected width >= 1, outputs >= 1, std >= 0; got width={width}, outputs={outputs}, std={std}"
+            )
+        # Parameters of its own, no nn.Linear: PEFT's target_modules="all-linear" is not to put an adapter on it.
+        self.weight = nn.Parameter(torch.zeros(outputs, width, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
+        if std:
+            nn.init.normal_(self.weight, std=std)
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(
+        self,
+        hidden: Tensor,  # (…, D), or (…, D + r), `Head.inputs` with LoRA on the LM head: the last r are not read
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden[..., : self.weight.shape[1]].float()
+            return nn.functional.linear(hidden, self.weight.float(), self.bias.float())
+
+    def extra_repr(self) -> str:
+        return f"width={self.weight.shape[1]}, outputs={self.outputs}"
+
+
+def attach_value_head(model: nn.Module, outputs: int = 1, *, std: float = 0.0) -> ValueHead:
+    """The value head of a causal LM of `transformers`, PEFT-wrapped or not: made, or the one that it has.
+
+    It is trainable after this call, on the LM head's device, and in float32. Call it after `get_peft_model`, which
+    freezes whatever it finds. std: see `ValueHead`. ValueError if the model has one with another number of outputs.
+    """
+    lm = causal_lm(model)
+    present = value_head(model)
+    if present is not None:
+        if present.outputs != outputs:
+            raise ValueError(
+                f"expected a value head with {outputs} outputs, the model has one with {present.outputs}: "
+                "detach_value_head(model) first"
+            )
+        present.requires_grad_(True)
+        return present
+    weight: Any = head_layer(lm).weight
+    shape = getattr(weight, "ds_shape", weight.shape)
+    made = ValueHead(shape[1], outputs, std=std).to(weight.device)
+    made.train(lm.training)
+    setattr(lm, _NAME, made)
+    lm._keys_to_ignore_on_save = {*(lm._keys_to_ignore_on_save or ()), *_keys(made)}
+    return made
+
+
+def value_head(model: nn.Module) -> ValueHead | None:
+    """The value head of a model, or None."""
+    return getattr(causal_lm(model), _NAME, None)
+
+
+def detach_value_head(model: nn.Module) -> None:
+    """Undo `attach_value_head`."""
+    lm, present = causal_lm(model), value_head(model)
+    if present is not None:
+        lm._keys_to_ignore_on_save = set(lm._keys_to_ignore_on_save) - set(_keys(present))
+        delattr(lm, _NAME)
+
+
+def _keys(head: ValueHead) -> list[str]:
+    return [f"{_NAME}.{name}" for name, _ in head.named_parameters()]
+
+
+def save_value_head(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write the value head into folder/value_head.safetensors; the file appears whole. Nothing for a model without.
+
+    state_dict: of the whole model, where its parameters are in parts (FSDP, ZeRO-3).
+    """
+    from safetensors.torch import save
+
+    present = value_head(model)
+    if present is None:
+        return
+    if state_dict is None:
+        found = present.state_dict()
+    else:
+        names = {key: name for name in _keys(present) for key in state_dict if key.endswith(name)}
+        found = {name.removeprefix(f"{_NAME}."): state_dict[key] for key, name in names.items()}
+    path = Path(folder) / VALUE_HEAD_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(save({name: x.detach().cpu().contiguous() for name, x in found.items()}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_value_head(model: nn.Module, folder: str | Path) -> ValueHead:
+    """Read folder/value_head.safetensors into the model's value head, which is attached if there is none.
+
+    ValueError where there is no such file, or its shapes are not those of the model.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder) / VALUE_HEAD_FILE
+    if not path.is_file():
+        raise ValueError(f"no value head in {folder}: expected the file {VALUE_HEAD_FILE} of save_value_head")
+    found = load_file(path)
+    present = attach_value_head(model, found["weight"].shape[0])
+    expected, got = ({n: tuple(x.shape) for n, x in s.items()} for s in (present.state_dict(), found))
+    if expected != got:
+        raise ValueError(f"{path}: expected {expected}, got {got}; it is the value head of another model")
+    present.load_state_dict(found)
+    return present
+
+
+def _own_rate(optimizer: torch.optim.Optimizer, head: ValueHead | None, rate: float) -> None:
+    """Groups of their own for the parameters of the value head, with this learning rate."""
+    own = set() if head is None else {id(p) for p in head.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in own]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({**group, "params": mine, "lr": rate})
+            own -= {id(p) for p in mine}
+    if head is None or own:
+        raise ValueError(
+            "value_head_learning_rate needs a value head whose parameters are the optimizer's own; "
+            + ("the model has none" if head is None else "those of this model are not: leave it out")
+        )
+
+
+class SavesValueHead:
+    """Mixin, to stand before `transformers.Trainer`: checkpoints and saved models have the value head beside them.
+
+    A model without a value head is saved and loaded as ever. args.value_head_learning_rate, where there is one, is the
+    value head's own learning rate; the schedule is the same for all.
+    """
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        rate = self.args.value_head_learning_rate
+        if fresh and rate is not None:
+            _own_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
+        return optimizer
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        folder = self.args.output_dir if output_dir is None else output_dir
+        save_value_head(self.accelerator.unwrap_model(self.model), folder, state_dict)
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self._load_value_head(resume_from_checkpoint)
+
+    def _load_best_model(self: Any) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_value_head(self.state.best_model_checkpoint)
+
+    def _load_value_head(self: Any, folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if value_head(model) is not None:
+            load_value_head(model, folder)

@@ -1,0 +1,107 @@
+"""The geometric mixture of policy and reference that Nash mirror descent plays against (arXiv 2312.00886, survey S58)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.lm_head import causal_lm
+from ..rewards.llm_judges import Completion, Judge
+from ..rollout import GenerateRollout, Prompt, Samples, Sampling
+from ..trainer.reference import evaluating, without_adapter
+
+
+class MixtureRollout(GenerateRollout):
+    """Completions of π^{1−c}·ref^{c}, the mixture of the next-token distributions, normalised at every token.
+
+    model: the policy; reference: another causal LM with the same vocabulary, or None for the policy with its adapter
+    switched off. share: c in [0, 1]; 0 is the policy and 1 the reference. Temperature and cuts come on top.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        reference: nn.Module | None,
+        share: float,
+        batch_size: int = 64,
+    ) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"expected a share of the reference in [0, 1], got {share!r}")
+        if reference is None and not hasattr(model, "disable_adapter"):
+            raise ValueError("without a reference the policy must carry an adapter that can be switched off")
+        super().__init__(model, tokenizer, batch_size=batch_size, continuous=False)
+        self.reference, self.share = reference, share
+
+    def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
+        """n completions of each prompt, those of a prompt side by side."""
+        with self._mixed():
+            return super().generate(prompts, n, sampling=sampling, seed=seed)
+
+    @contextlib.contextmanager
+    def _mixed(self) -> Iterator[None]:
+        """The policy's forward gives the mixture's logits for a while."""
+        lm: Any = causal_lm(self.model)
+        own, forward = lm.__dict__.get("forward"), lm.forward
+        other: Any = forward if self.reference is None else self.reference
+        caches: Any = weakref.WeakKeyDictionary()  # the reference's key-value cache, by the policy's
+
+        @functools.wraps(forward)
+        def mixed(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            theirs = dict(kwargs)
+            if cache is not None:
+                theirs["past_key_values"] = caches.setdefault(cache, type(cache)())
+            out = forward(*args, **kwargs)
+            with without_adapter(self.model) if self.reference is None else contextlib.nullcontext():
+                logits = other(*args, **theirs).logits
+            out.logits = self._mix(out.logits, logits)
+            return out
+
+        with evaluating(self.reference if self.reference is not None else nn.Identity()):
+            lm.forward = mixed
+            try:
+                yield
+            finally:
+                if own is None:
+                    del lm.forward
+                else:
+                    lm.forward = own
+
+    def _mix(self, policy: Tensor, reference: Tensor) -> Tensor:
+        """(…, V) logits each → (…, V) log-probs of the mixture, up to a constant."""
+        logps = (x.float().log_softmax(dim=-1) for x in (policy, reference))
+        pi, ref = logps
+        return (1 - self.share) * pi + self.share * ref
+
+
+class AgainstMixture:
+    """A reward function: P(the completion beats one of the mixture's), which is what `nash_md` takes for a reward.
+
+    The rival of a completion follows from the seed and from the call's prompts and completions. `rollout` is to be set
+    before the first call.
+    """
+
+    def __init__(self, judge: Judge, sampling: Sampling, seed: int) -> None:
+        self.judge, self.sampling, self.seed = judge, sampling, seed
+        self.rollout: MixtureRollout | None = None
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        completion_ids: Any = None,
+        **columns: Any,
+    ) -> list[float]:
+        assert self.rollout is not None
+        about = repr((self.seed, list(prompts), list(completions))).encode()
+        seed = int.from_bytes(hashlib.sha256(about).digest()[:4], "big") >> 1
+        rivals = self.rollout.generate(prompts, 1, sampling=self.sampling, seed=seed)
+        return self.judge.compare(prompts, completions, rivals.completions, **columns).tolist()

@@ -1,0 +1,165 @@
+"""Selectors: from K judged completions of a prompt to what is trained on.
+
+A selector is a pure function of what the judge said: it takes the scores (K,) or the win probabilities (K, K), and returns
+picks, dicts of indices into the completions with the numbers that the method is to be told:
+
+    {"chosen": i}    {"chosen": i, "rejected": j, "prob": P(i beats j), "score_chosen": …}    {"completions": [i, …]}
+
+A completion whose score is no finite number is never picked, and nothing is picked where nothing is better than anything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pick = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """function: of scores or wins, as `needs` says ("scores", "wins", or "nothing", then of how many there are), a
+    generator, and keyword arguments; kind: of data, as `data.load` names it."""
+
+    function: Callable[..., list[Pick]]
+    needs: str
+    kind: str
+
+    def __call__(self, judged: Tensor, generator: torch.Generator, arguments: Mapping[str, Any]) -> list[Pick]:
+        return self.function(judged, generator, **arguments)
+
+
+def best(scores: Tensor, generator: torch.Generator) -> list[Pick]:  # (K,)
+    """The completion of the highest score (RAFT, arXiv 2304.06767), the first of several."""
+    known = _known(scores)
+    return [{"chosen": max(known, key=scores.tolist().__getitem__)}] if known else []
+
+
+def best_worst(scores: Tensor, generator: torch.Generator, *, min_gap: float = 0.0) -> list[Pick]:  # (K,)
+    """The highest score against the lowest, the first of several, if they differ by more than min_gap.
+
+    The best-of-n enhancer: the best is the enhancer's completion and the worst the policy's (survey 3.1.4).
+    """
+    known, value = _known(scores), scores.tolist().__getitem__
+    return _pairs(scores, [(max(known, key=value), min(known, key=value))] if known else [], min_gap)
+
+
+def all_pairs(wins: Tensor, generator: torch.Generator) -> list[Pick]:  # (K, K)
+    """All K(K−1)/2 pairs with the probability that the first wins; a draw is a pair, too.
+
+    With `sppo` the sum over them regresses each log-ratio Δ_i to (p_i − ½)/β, p_i the mean of P(i beats j) over the
+    others j: the win rates of survey S61 (there the mean has i itself in it, which multiplies 1/β by (K−1)/K).
+    """
+    picks = []
+    for i in range(len(wins)):
+        for j in range(i + 1, len(wins)):
+            p = wins[i, j].item()
+            if not math.isnan(p):
+                a, b, p = (i, j, p) if p >= 0.5 else (j, i, 1 - p)
+                picks.append({"chosen": a, "rejected": b, "prob": p})
+    return picks
+
+
+def pair(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.0) -> list[Pick]:  # (K, K)
+    """The pairs of which one is likelier to win: |P − ½| > min_gap/2."""
+    return [pick for pick in all_pairs(wins, generator) if 2 * pick["prob"] - 1 > min_gap]
+
+
+def large_margin(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.2) -> list[Pick]:  # (K, K)
+    """All pairs whose win rates differ by min_gap or more, up to a rounding (DNO, arXiv 2404.03715, survey 3.11.3)."""
+    rates = win_rates(wins)
+    known = sorted(_known(rates), key=lambda i: -rates[i].item())
+    picks = _pairs(rates, [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]], 0.0)
+    # Five verdicts make rates of whole fifths: 0.6 − 0.4 is a gap of 0.2, and less in binary.
+    return [pick for pick in picks if pick["score_chosen"] - pick["score_rejected"] >= min_gap - 1e-6]
+
+
+def rejection(
+    scores: Tensor,  # (K,) rewards
+    generator: torch.Generator,
+    *,
+    n: int = 8,
+    beta: float = 0.5,
+    rank: str = "first-round",
+) -> list[Pick]:
+    """Pairs of n completions that statistical rejection sampling accepts (RSO, arXiv 2309.06657; survey S4).
+
+    rank: "first-round" makes n/2 pairs of neighbours in the order of acceptance; "tournament" goes on with the winners
+    until one is left, n − 1 pairs. The higher score of a pair is chosen; of equal ones there is none.
+    """
+    if rank not in ("first-round", "tournament"):
+        raise ValueError(f"rank must be first-round or tournament, got {rank!r}")
+    standing = accepted(scores, generator, n=n, beta=beta)
+    pairs: list[tuple[int, int]] = []
+    while len(standing) > 1:
+        met = [sorted(two, key=lambda i: -scores[i].item()) for two in zip(standing[::2], standing[1::2])]
+        pairs += [(a, b) for a, b in met]
+        bye = standing[len(standing) - len(standing) % 2 :]
+        standing = [a for a, _ in met] + bye if rank == "tournament" else []
+    return _pairs(scores, pairs, 0.0)
+
+
+def accepted(scores: Tensor, generator: torch.Generator, *, n: int, beta: float) -> list[int]:
+    """Indices of n of K candidates, in the order of acceptance (RSO's algorithm 1).
+
+    A candidate is accepted where u < exp((r − r_max)/β), u uniform, r_max the highest reward of those that are left; the
+    passes go on over the rest until n are accepted (or none is left). Accepted candidates are distributed
+    as π·exp(r/β) where the candidates are π's and many. β → ∞ accepts all, β → 0 those of the highest reward.
+    """
+    if not (beta > 0 and n >= 1):
+        raise ValueError(f"expected beta > 0 and n >= 1, got beta={beta}, n={n}")
+    rewards, left, taken = scores.tolist(), _known(scores), []
+    while left and len(taken) < n:
+        r_max = max(rewards[i] for i in left)
+        u = torch.rand(len(left), generator=generator, dtype=torch.float64).tolist()
+        won = [i for i, x in zip(left, u) if x < math.exp((rewards[i] - r_max) / beta)]
+        taken += won[: n - len(taken)]
+        left = [i for i in left if i not in won]
+    return taken
+
+
+def against_rejected(count: Tensor, generator: torch.Generator) -> list[Pick]:  # ()
+    """All completions, against the data's rejected one (NN)."""
+    return [{"completions": list(range(int(count)))}] if count else []
+
+
+def only(count: Tensor, generator: torch.Generator) -> list[Pick]:  # ()
+    """Every completion, unjudged."""
+    return [{"chosen": i} for i in range(int(count))]
+
+
+SELECTORS: Mapping[str, Selector] = {
+    "only": Selector(only, "nothing", "chosen"),
+    "best": Selector(best, "scores", "chosen"),
+    "best-worst": Selector(best_worst, "scores", "pair"),
+    "rejection": Selector(rejection, "scores", "pair"),
+    "all-pairs": Selector(all_pairs, "wins", "pair"),
+    "pair": Selector(pair, "wins", "pair"),
+    "large-margin": Selector(large_margin, "wins", "pair"),
+    "against-rejected": Selector(against_rejected, "nothing", "list"),
+}
+
+
+def win_rates(wins: Tensor) -> Tensor:  # (K, K) → (K,)
+    """The mean probability of each to beat the others, NaN where none is known; a lone one has ½."""
+    if len(wins) == 1:
+        return torch.full((1,), 0.5)
+    return wins.masked_fill(torch.eye(len(wins), dtype=torch.bool), math.nan).nanmean(dim=1)
+
+
+def _known(scores: Tensor) -> list[int]:
+    return [i for i, x in enumerate(scores.tolist()) if math.isfinite(x)]
+
+
+def _pairs(scores: Tensor, pairs: list[tuple[int, int]], min_gap: float) -> list[Pick]:
+    value = scores.tolist()
+    return [
+        {"chosen": a, "rejected": b, "score_chosen": value[a], "score_rejected": value[b]}
+        for a, b in pairs
+        if value[a] - value[b] > min_gap
+    ]

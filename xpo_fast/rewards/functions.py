@@ -1,0 +1,269 @@
+"""Reward functions: TRL's signature, several of them weighted, and every fault named or left out, never averaged in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rollout import Samples
+
+logger = logging.getLogger("xpo_fast")
+
+RewardFunction = Callable[..., Any]
+
+PROMPT_INDEX = "prompt_index"  # a column of online runs: a number that the completions of one prompt share
+OWN_COLUMNS = ("prompts", "completions", "completion_ids")  # what a function is given of the samples
+
+
+class RewardError(RuntimeError):
+    """A reward function failed as a whole: it raised, took too long, or returned no list of R numbers."""
+
+
+@dataclass
+class Scored:
+    """What reward functions say of R samples."""
+
+    rewards: Tensor  # (R,) float32, the weighted sum; NaN where it could not be had
+    each: Tensor  # (R, F) float32; NaN where a function returned None
+    names: list[str]  # of the F functions
+
+    @property
+    def valued(self) -> Tensor:
+        """(R,) bool: the rows that have a reward."""
+        return ~self.rewards.isnan()
+
+
+class Rewards:
+    """Several reward functions as one: a weighted sum for every sample.
+
+        rewards = Rewards([accuracy, brevity], weights=[1.0, 0.2], timeout_s=60)
+        scored = rewards(samples, {"answer": answers})
+
+    functions: one or more, each called as f(prompts=, completions=, completion_ids=, **columns) and returning R entries,
+        numbers or None (TRL's signature, without its trainer_state and loggers; a function without **kwargs is given
+        only what it names). It may be `async`. A reward model is such a function.
+    weights: one a function, 1 each if not given.
+    timeout_s: the longest that one call of one function may take. A function with a limit runs in a thread of its own,
+        for nothing else can be given up waiting for; what blocks stays behind in that thread until the process
+        ends. Without a limit it runs in the caller's thread, where signals work, too.
+
+    None: the function does not apply to the row, and the others' sum is its reward. NaN or an infinity: the row has
+    no reward, and a warning says so; likewise for a sum beyond float32. No function applies: no reward either. Such rows
+    are NaN in `Scored.rewards`. Raises RewardError, naming the function, if one raises (SystemExit too, which code under
+    test likes to raise; KeyboardInterrupt goes through), needs a column that the data have not, returns something other
+    than R numbers, or takes longer than `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.functions = [functions] if callable(functions) else list(functions)
+        if not self.functions or not all(map(callable, self.functions)):
+            raise ValueError(f"expected one reward function or more, got {functions!r}")
+        self.weights = [1.0] * len(self.functions) if weights is None else [float(w) for w in weights]
+        if len(self.weights) != len(self.functions) or not all(map(math.isfinite, self.weights)):
+            raise ValueError(
+                f"expected a finite weight for each of {len(self.functions)} reward functions, got {weights!r}"
+            )
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"expected timeout_s of more than 0 seconds, or None, got {timeout_s!r}")
+        self.timeout_s = timeout_s
+        self.names = _names(self.functions)
+
+    def __call__(self, samples: Samples, columns: Mapping[str, Sequence[Any]] | None = None) -> Scored:
+        """Score every sample. columns: further columns of the data by name, each with R entries, one a sample."""
+        rows = len(samples)
+        columns = columns or {}
+        for name, column in columns.items():
+            if name in OWN_COLUMNS:
+                raise ValueError(f"a column named {name!r} would hide the samples' own: rename it")
+            if len(column) != rows:
+                raise ValueError(
+                    f"expected column {name!r} to have an entry for each of {rows} samples, got {len(column)}"
+                )
+        table = torch.full((rows, len(self.functions)), math.nan)
+        lost = torch.zeros(rows, dtype=torch.bool)
+        for i, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
+            # Lists of its own: a function that sorts or empties them must not change what is trained on.
+            given = {
+                "prompts": list(samples.prompts),
+                "completions": list(samples.completions),
+                "completion_ids": [list(ids) for ids in samples.completion_ids],
+                **{key: list(column) for key, column in columns.items()},
+            }
+            values = _checked(self._call(name, function, given) if rows else [], rows, name)
+            table[:, i] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float32)
+            applies = torch.tensor([v is not None for v in values], dtype=torch.bool)
+            faulty = applies & ~table[:, i].isfinite()
+            if faulty.any():
+                logger.warning(
+                    "reward function %r returned NaN or an infinity for %d of %d completions (the first is row %d): "
+                    "they have no reward and are left out",
+                    *(name, int(faulty.sum()), rows, int(faulty.nonzero()[0])),
+                )
+            lost |= faulty
+        total = (table * torch.tensor(self.weights)).nansum(dim=1)
+        beyond = ~lost & ~total.isfinite()
+        if beyond.any():
+            logger.warning(
+                "the weighted rewards of %d of %d completions sum up to more than float32 holds: they have no reward and are "
+                "left out",
+                *(int(beyond.sum()), rows),
+            )
+        lost |= beyond | table.isnan().all(dim=1)
+        return Scored(total.masked_fill(lost, math.nan), table, list(self.names))
+
+    def _call(self, name: str, function: RewardFunction, given: dict[str, Any]) -> Any:
+        arguments = _accepted(function, given, name)
+
+        def run() -> Any:
+            result = function(**arguments)
+            return asyncio.run(_wait_for(result)) if inspect.isawaitable(result) else result
+
+        try:
+            with torch.no_grad():
+                if self.timeout_s is None and not inspect.iscoroutinefunction(function):
+                    return run()
+                return _in_thread(run, self.timeout_s)
+        except _TookTooLong:
+            raise RewardError(
+                f"reward function {name!r} did not return within {self.timeout_s:g} s for {len(given['prompts'])} "
+                "completions: raise the limit, or give up earlier inside of it"
+            ) from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise RewardError(
+                f"reward function {name!r} raised {type(error).__name__} on {len(given['prompts'])} completions: "
+                f"{error}. Catch it there and return None for a completion that cannot be scored"
+            ) from error
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The reward function that "file.py:function" or "package.module:function" names; ValueError if there is none."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"expected a reward function as file.py:function or package.module:function, got {spec!r}")
+    path = Path(place).expanduser()
+    if place.endswith(".py") and not path.is_file():
+        raise ValueError(f"no file {place!r} to take the reward function {name!r} from")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            assert found is not None and found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except Exception as error:  # the user's own code raises what it likes as it is run
+        raise ValueError(
+            f"cannot import {place!r} to take the reward function {name!r} from: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+        raise ValueError(f"no function {name!r} in {place}; there are {', '.join(there) or 'none'}")
+    return function
+
+
+def _names(functions: Sequence[RewardFunction]) -> list[str]:
+    names: list[str] = []
+    for function in functions:
+        inner = function
+        while hasattr(inner, "func"):  # functools.partial
+            inner = inner.func  # type: ignore[attr-defined]
+        name = getattr(inner, "__name__", type(inner).__name__)
+        twins = sum(n == name or (n.startswith(f"{name}_") and n[len(name) + 1 :].isdigit()) for n in names)
+        names.append(f"{name}_{twins + 1}" if twins else name)
+    return names
+
+
+def _accepted(function: RewardFunction, given: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of what is given that which the function takes; RewardError if it needs more."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
+        return given
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given
+    ]
+    if missing:
+        raise RewardError(
+            f"reward function {name!r} needs {', '.join(missing)}, which the data have not: they have {', '.join(given)}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return given
+    return {p.name: given[p.name] for p in parameters if p.name in given}
+
+
+def _checked(values: Any, rows: int, name: str) -> list[float | None]:
+    """R numbers or None; RewardError for anything else."""
+    expected = f"reward function {name!r}: expected a list of {rows} numbers or None, one a completion"
+    if hasattr(values, "tolist"):  # a tensor or an array
+        try:
+            values = values.tolist()
+        except Exception as error:  # sparse ones, or without data
+            raise RewardError(f"{expected}; got {type(values).__name__}, of which none can be made: {error}") from error
+    if not isinstance(values, (list, tuple)):
+        raise RewardError(f"{expected}; got {type(values).__name__} {values!r:.80}")
+    if len(values) != rows:
+        raise RewardError(f"{expected}; got {len(values)}")
+    checked: list[float | None] = []
+    for row, value in enumerate(values):
+        scalar = value.tolist() if hasattr(value, "tolist") else value  # of torch or numpy
+        if scalar is not None and not isinstance(scalar, (bool, int, float)):
+            raise RewardError(f"{expected}; entry {row} is {type(value).__name__} {value!r:.80}")
+        try:
+            checked.append(None if scalar is None else float(scalar))
+        except OverflowError:  # an integer beyond float's range
+            checked.append(math.inf)
+    return checked
+
+
+class _TookTooLong(Exception):
+    pass
+
+
+def _in_thread(run: Callable[[], Any], timeout_s: float | None) -> Any:
+    """What `run` returns or raises; _TookTooLong if that takes longer, and it is left to itself."""
+    outcome: dict[str, Any] = {}
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                outcome["value"] = context.run(run)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True, name="reward function")
+    thread.start()
+    thread.join(timeout_s)
+    if not outcome:
+        raise _TookTooLong
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+async def _wait_for(result: Awaitable[Any]) -> Any:
+    return await result

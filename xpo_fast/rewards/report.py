@@ -1,0 +1,362 @@
+"""What a scorer of pairs is worth: accuracy, calibration, dependence on length, and the plots of them.
+
+A scorer is a reward model, or a policy by its implicit reward β(log π − log ref); all are measured on the same pairs, so
+that they can be compared. For a pair, margin m = score of the chosen completion − score of the rejected one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import require
+from ..files import write_atomically
+from .model import encode_rows
+
+CALIBRATION_BINS = 10
+LENGTH_BINS = 5
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """The scores of one scorer, and the lengths, of P pairs."""
+
+    name: str
+    chosen: np.ndarray  # (P,)
+    rejected: np.ndarray  # (P,)
+    chosen_tokens: np.ndarray  # (P,)
+    rejected_tokens: np.ndarray  # (P,)
+    is_logit: bool = True  # σ(margin) is P(chosen beats rejected)
+    prompts: np.ndarray | None = None  # (P,) int: pairs with the same number are of one prompt; None: each of its own
+
+    def __post_init__(self) -> None:
+        shapes = {x.shape for x in (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)}
+        if len(shapes) > 1 or self.chosen.ndim != 1 or not len(self.chosen):
+            raise ValueError(f"{self.name}: expected scores and lengths (P,) of P ≥ 1 pairs, got {shapes}")
+        wrong = ~(np.isfinite(self.chosen) & np.isfinite(self.rejected))
+        if wrong.any():
+            raise ValueError(
+                f"{self.name}: {wrong.sum()} of {len(wrong)} pairs have a score that is not finite, the first is pair "
+                f"{int(wrong.argmax())}"
+            )
+
+    @property
+    def margin(self) -> np.ndarray:
+        return self.chosen - self.rejected
+
+    @property
+    def right(self) -> np.ndarray:
+        """1 where the chosen completion has the higher score, ½ for equal ones, else 0."""
+        return (np.sign(self.margin) + 1) / 2
+
+    @property
+    def gap(self) -> np.ndarray:
+        """By how many tokens the chosen completion is longer."""
+        return self.chosen_tokens - self.rejected_tokens
+
+
+def summary(scores: PairScores) -> dict[str, Any]:
+    """The figures of one scorer, for JSON.
+
+    accuracy counts a tie ½; standard_error is its own, the pairs of a prompt taken together as one observation, and
+    accuracy_95 Wilson's interval of as many independent pairs as have that standard error. log_loss, brier and calibration are
+    of σ(margin) as P(chosen beats rejected); scale is the factor on the margins with the least log-loss on these very
+    pairs, 1 where they are calibrated (None: no finite one, where all margins are of one sign). length_correlation
+    is Pearson's of score and tokens over all completions; longer_wins the accuracy of preferring the longer one.
+    """
+    n, right, margin = len(scores.margin), scores.right, scores.margin
+    accuracy = float(right.mean())
+    both = np.concatenate([scores.chosen, scores.rejected])
+    tokens = np.concatenate([scores.chosen_tokens, scores.rejected_tokens])
+    return {
+        "name": scores.name,
+        "pairs": n,
+        "accuracy": accuracy,
+        "prompts": n if scores.prompts is None else len(np.unique(scores.prompts)),
+        "standard_error": standard_error(right, scores.prompts),
+        "accuracy_95": wilson(accuracy, _independent(right, scores.prompts)),
+        "ties": int((margin == 0).sum()),
+        "score_mean": float(both.mean()),
+        "score_std": float(both.std()),
+        "chosen_mean": float(scores.chosen.mean()),
+        "chosen_std": float(scores.chosen.std()),
+        "rejected_mean": float(scores.rejected.mean()),
+        "rejected_std": float(scores.rejected.std()),
+        "margin_mean": float(margin.mean()),
+        "margin_std": float(margin.std()),
+        **(_probabilities(margin) if scores.is_logit else {}),
+        "by_length_gap": by_length_gap(scores),
+        "length_correlation": _correlation(both, tokens),
+        "longer_wins": float(((np.sign(scores.gap) + 1) / 2).mean()),
+        "chosen_tokens_mean": float(scores.chosen_tokens.mean()),
+        "rejected_tokens_mean": float(scores.rejected_tokens.mean()),
+    }
+
+
+def _probabilities(margin: np.ndarray) -> dict[str, Any]:
+    bins = calibration(margin)
+    weights = np.array([row["pairs"] for row in bins])
+    errors = np.array([abs(row["accuracy"] - row["confidence"]) for row in bins])
+    return {
+        "log_loss": float(np.logaddexp(0, -margin).mean()),
+        "brier": float((_sigmoid(-margin) ** 2).mean()),
+        "calibration_error": float((weights * errors).sum() / weights.sum()),
+        "scale": best_scale(margin),
+        "calibration": bins,
+    }
+
+
+def standard_error(x: np.ndarray, cluster: np.ndarray | None) -> float:
+    """Of the mean of x (n,): √Σ_g(Σ_{i∈g}(x_i − x̄))²/n, the sums over clusters (n,); over the entries where there are none."""
+    off = x - x.mean()
+    if cluster is not None:
+        off = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=off)
+    return math.sqrt(float((off**2).sum())) / len(x)
+
+
+def _independent(x: np.ndarray, cluster: np.ndarray | None) -> float:
+    """As how many independent entries x (n,) counts."""
+    if cluster is None:
+        return len(x)
+    clusters, error = len(np.unique(cluster)), standard_error(x, cluster)
+    return min(len(x), float(x.var()) / error**2) if error and x.var() else clusters
+
+
+def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share p of n."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+def calibration(margin: np.ndarray, bins: int = CALIBRATION_BINS) -> list[dict[str, float]]:
+    """For confidences σ(|m|) in equal bins over [½, 1]: their mean, how often the scorer was right, how many pairs.
+
+    The prediction is the completion that scores higher; a tie is right half the time. Empty bins are left out.
+    """
+    confidence, right = _sigmoid(np.abs(margin)), (np.sign(margin) + 1) / 2
+    at = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return [
+        {
+            "from": 0.5 + b / (2 * bins),
+            "to": 0.5 + (b + 1) / (2 * bins),
+            "confidence": float(confidence[at == b].mean()),
+            "accuracy": float(right[at == b].mean()),
+            "pairs": int((at == b).sum()),
+        }
+        for b in range(bins)
+        if (at == b).any()
+    ]
+
+
+def best_scale(margin: np.ndarray) -> float | None:
+    """The s with the least mean log(1 + e^{−s·m}); None if there is none, where every margin is of one sign or 0."""
+    if not ((margin > 0).any() and (margin < 0).any()):
+        return None
+
+    def slope(s: float) -> float:  # of the loss in s; rises with s
+        return float(-(margin * _sigmoid(-s * margin)).mean())
+
+    low, high = -1.0, 1.0
+    while slope(low) > 0:
+        low *= 2
+    while slope(high) < 0:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str, float]]:
+    """Accuracy in quantiles of `gap`: the shortest chosen completions against theirs first."""
+    edges = np.quantile(scores.gap, np.linspace(0, 1, bins + 1))
+    at = np.searchsorted(edges[1:-1], scores.gap, side="left")
+    rows = []
+    for b in np.unique(at):
+        within = at == b
+        count = int(within.sum())
+        share = float(scores.right[within].mean())
+        rows.append(
+            {
+                "from": float(scores.gap[within].min()),
+                "to": float(scores.gap[within].max()),
+                "accuracy": share,
+                "standard_error": standard_error(
+                    scores.right[within], None if scores.prompts is None else scores.prompts[within]
+                ),
+                "pairs": count,
+            }
+        )
+    return rows
+
+
+def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
+    """Two scorers on the same pairs: accuracy of a − that of b with its paired standard error, and how they agree."""
+    if len(a.margin) != len(b.margin):
+        raise ValueError(f"expected the same pairs, {a.name} has {len(a.margin)} and {b.name} {len(b.margin)}")
+    difference = a.right - b.right
+    return {
+        "first": a.name,
+        "second": b.name,
+        "accuracy_difference": float(difference.mean()),
+        "standard_error": standard_error(difference, a.prompts),
+        "same_choice": float((np.sign(a.margin) == np.sign(b.margin)).mean()),
+        "margin_correlation": _correlation(a.margin, b.margin),
+        "margin_rank_correlation": _correlation(_ranks(a.margin), _ranks(b.margin)),
+    }
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    if x.std() == 0 or y.std() == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values the mean of theirs."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+
+_COLOURS = {"chosen": "#1b7837", "rejected": "#c2502f", "line": "#2b4a78"}
+
+
+def plot(scores: PairScores, path: str | Path) -> None:
+    """One picture of a scorer: scores, margins, calibration, accuracy by length gap, lengths, score against length."""
+    figure, axes = _figure(2, 3, f"{scores.name}, {len(scores.margin)} pairs")
+    figures = summary(scores)
+    _distributions(axes[0][0], scores.chosen, scores.rejected, "score")
+    axes[0][0].set_title("scores")
+    low, high = figures["accuracy_95"]
+    axes[0][1].hist(scores.margin, bins=40, color=_COLOURS["line"])
+    axes[0][1].axvline(0, color="black", linewidth=1)
+    axes[0][1].set(title=f"accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}]")
+    axes[0][1].set(xlabel="score of chosen − score of rejected", ylabel="pairs")
+    _plot_calibration(axes[0][2], scores, figures)
+    rows = figures["by_length_gap"]
+    at = np.arange(len(rows))
+    errors = [1.96 * row["standard_error"] for row in rows]
+    axes[1][0].bar(at, [row["accuracy"] for row in rows], yerr=errors, color=_COLOURS["line"], capsize=3)
+    axes[1][0].axhline(0.5, color="black", linewidth=1, linestyle="--")
+    axes[1][0].set_xticks(at, [f"{row['from']:.0f}…{row['to']:.0f}\nn={row['pairs']}" for row in rows])
+    axes[1][0].set(title="accuracy by length gap, ±1.96 SE", ylim=(0, 1))
+    axes[1][0].set(xlabel="tokens of chosen − tokens of rejected", ylabel="accuracy")
+    _distributions(axes[1][1], scores.chosen_tokens, scores.rejected_tokens, "tokens of the completion")
+    axes[1][1].set_title("lengths")
+    for name, tokens, values in (
+        ("chosen", scores.chosen_tokens, scores.chosen),
+        ("rejected", scores.rejected_tokens, scores.rejected),
+    ):
+        axes[1][2].scatter(tokens, values, s=5, alpha=0.5, color=_COLOURS[name], label=name)
+    correlation = figures["length_correlation"]
+    said = "none" if correlation is None else f"{correlation:.2f}"
+    axes[1][2].set(title=f"score and length, correlation {said}")
+    axes[1][2].set(xlabel="tokens of the completion", ylabel="score")
+    axes[1][2].legend()
+    _save(figure, path)
+
+
+def plot_comparison(a: PairScores, b: PairScores, path: str | Path) -> None:
+    """The margins of two scorers on the same pairs against each other, and their accuracies by length gap."""
+    found = compare(a, b)
+    figure, (left, right) = _figure(1, 2, f"{a.name} and {b.name}, {len(a.margin)} pairs")
+    left.scatter(a.margin, b.margin, s=6, alpha=0.5, color=_COLOURS["line"])
+    left.axhline(0, color="black", linewidth=1)
+    left.axvline(0, color="black", linewidth=1)
+    left.set(title=f"same choice in {found['same_choice']:.1%} of pairs")
+    left.set(xlabel=f"margin of {a.name}", ylabel=f"margin of {b.name}")
+    for scores, colour in ((a, _COLOURS["line"]), (b, _COLOURS["rejected"])):
+        rows = by_length_gap(scores)
+        errors = [1.96 * row["standard_error"] for row in rows]
+        at = [(row["from"] + row["to"]) / 2 for row in rows]
+        right.errorbar(at, [row["accuracy"] for row in rows], errors, marker="o", capsize=3, color=colour)
+        right.plot([], [], marker="o", color=colour, label=scores.name)
+    right.axhline(0.5, color="black", linewidth=1, linestyle="--")
+    right.set(title="accuracy by length gap, ±1.96 SE", ylim=(0, 1))
+    right.set(xlabel="tokens of chosen − tokens of rejected", ylabel="accuracy")
+    right.legend()
+    _save(figure, path)
+
+
+def _plot_calibration(axis: Any, scores: PairScores, figures: dict[str, Any]) -> None:
+    if not scores.is_logit:
+        axis.axis("off")
+        return
+    rows = figures["calibration"]
+    axis.plot([0.5, 1], [0.5, 1], color="black", linewidth=1, linestyle="--")
+    errors = [1.96 * math.sqrt(r["accuracy"] * (1 - r["accuracy"]) / r["pairs"]) for r in rows]
+    x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
+    axis.errorbar(x, y, errors, marker="o", capsize=3, color=_COLOURS["line"])
+    for row in rows:
+        axis.annotate(str(row["pairs"]), (row["confidence"], 0.02), xycoords=("data", "axes fraction"), fontsize=7)
+    axis.set(title=f"calibration, error {figures['calibration_error']:.3f}", ylim=(0, 1))
+    axis.set(xlabel="σ(|margin|), pairs below", ylabel="how often right")
+
+
+def _distributions(axis: Any, chosen: np.ndarray, rejected: np.ndarray, label: str) -> None:
+    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=40)
+    for name, values in (("chosen", chosen), ("rejected", rejected)):
+        axis.hist(values, bins=edges, alpha=0.55, color=_COLOURS[name], label=f"{name}, mean {values.mean():.2f}")
+    axis.set(xlabel=label, ylabel="completions")
+    axis.legend()
+
+
+def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
+    require("matplotlib", "train")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(Path(path), picture.getvalue())
+
+
+def score_pairs(
+    name: str,
+    scorer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    is_logit: bool | None = None,
+) -> PairScores:
+    """A scorer's scores of loaded pairs (`data.load(…, kind="pair")`).
+
+    scorer: has score(prompts, completions) → (R,), and a tokenizer. One that has only compare(), a preference model, gives the
+    logit of P(chosen beats rejected) to the chosen and 0 to the rejected completion. is_logit: None for what the scorer, or
+    its `spec`, says; without its being one there is no calibration.
+    """
+    if is_logit is None:
+        is_logit = bool(getattr(scorer, "is_logit", scorer.spec.is_logit))
+    prompts, chosen, rejected = ([row[n] for row in rows] for n in ("prompt", "chosen", "rejected"))
+    features = encode_rows(scorer.tokenizer, scorer.spec, prompts, {"chosen": chosen, "rejected": rejected})
+    tokens = [np.array([float(len(row[f"{n}_ids"])) for row in features]) for n in ("chosen", "rejected")]
+    if scorer.spec.form == "preference":
+        logit = torch.logit(scorer.compare(prompts, chosen, rejected).double(), eps=1e-12)
+        values = [logit.numpy(), np.zeros(len(rows))]
+    else:
+        found = scorer.score([*prompts, *prompts], [*chosen, *rejected]).double()
+        values = [x.numpy() for x in found.chunk(2)]
+    numbers: dict[str, int] = {}
+    which = np.array([numbers.setdefault(json.dumps(p, sort_keys=True), len(numbers)) for p in prompts])
+    return PairScores(name, *values, *tokens, is_logit=is_logit, prompts=which)

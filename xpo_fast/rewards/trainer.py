@@ -1,0 +1,485 @@
+"""Training a reward model: a value head's outputs of whole batches into the methods of methods/reward.py.
+
+Checkpoints, resume and the rest are the Trainer's, as in trainer.py; the reward and the token log-probs of GRM and HAF
+come from one forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import data
+from ..data.rows import DataError, check_names, shape_row
+from ..head import sequence_logps
+from ..methods.math import check_choice
+from ..methods.registry import get_method
+from ..methods.reward import odin
+from ..models import Head, install_fused_loss, load_model
+from ..models.fused_loss import causal_lm
+from ..models.value_head import SavesValueHead, ValueHead, attach_value_head, load_value_head, value_head
+from ..reduce import count_metrics, mean_metrics
+from ..trainer import (
+    UnitTrainer,
+    XPOConfig,
+    check_head,
+    check_rows,
+    each,
+    warn_of_lost_updates,
+    warn_of_trained_adapter,
+    with_adapter,
+    with_lengths,
+)
+from ..trainer.preference import PreTrainedTokenizerBase, set_seed
+from ..trainer.reference import LiveReference, rows_fingerprint
+from .model import (
+    SPEC_FILE,
+    USES,
+    RewardModel,
+    RewardSpec,
+    _pad_id,
+    extend_with_gate,
+    joined,
+    save_spec,
+    separators,
+    width_of,
+)
+
+_READS_LOGPS = ("grm", "haf")
+
+
+@dataclass
+class RewardConfig(XPOConfig):
+    """`XPOConfig` for a reward model: `method` is one of `reward_model.USES`. What is said of length is for scoring alone."""
+
+    method: str = field(default="bradley_terry", metadata={"help": "What trains the reward model: " + ", ".join(USES)})
+    objectives: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the rewards of regression, columns of numbers in the data, and of gated. "
+            "None: the column reward alone."
+        },
+    )
+    objective_weights: list[float] | None = field(
+        default=None, metadata={"help": "Of the objectives in the reward of regression. None: their mean."}
+    )
+    length_alpha: float | None = field(
+        default=None,
+        metadata={"help": "The reward is divided by this number of tokens + those of the completion."},
+    )
+    length_target: float = field(default=0.0, metadata={"help": "Tokens that cost nothing, with length_lam."})
+    length_lam: float = field(
+        default=0.0, metadata={"help": "What a token more or less than length_target costs of the reward."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of AdamW."})
+    value_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the value head, which begins at nothing. None: learning_rate."}
+    )
+
+    def spec(self) -> RewardSpec:
+        """What is kept of the reward model that these arguments describe. ValueError for what does not fit together."""
+        check_choice("method", self.method, tuple(USES))
+        if self.tile_mib is not None:
+            raise ValueError("tile_mib has no effect on a reward model: leave it out")
+        if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
+            raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
+        return RewardSpec(
+            method=self.method,
+            objectives=tuple(self.objectives or ("reward",)),
+            weights=None if self.objective_weights is None else tuple(self.objective_weights),
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            length_alpha=self.length_alpha,
+            length_target=self.length_target,
+            length_lam=self.length_lam,
+        )
+
+
+class RewardTrainer(SavesValueHead, UnitTrainer):
+    """Train a reward model.
+
+    model: a causal LM of transformers, a PEFT model, or a name for `load_model`; with a value head (also that of a
+        reward model's folder) training goes on from it. `gated` on a model that `regression` has trained learns the gate
+        alone, as ArmoRM does.
+    train_dataset, eval_dataset: anything `data.load` reads, of the method's kind. For `regression` rows of prompt,
+        completion and the numbers named in args.objectives; one that is null is left out of the loss.
+    processing_class, peft_config: as in `XPOTrainer`.
+
+    Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from it, and
+    bradley_terry by −p log σ(h) − (1−p) log σ(−h), for which the data have no margin.
+
+    The value head begins with weights of variance 1/(D + 1) and bias 0 (Stiennon et al., arXiv 2009.01325). The rewards
+    are read at the last token, EOS unless the completion was cut. ODIN's correlations are those of a micro-batch.
+    """
+
+    args: RewardConfig
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: RewardConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = RewardConfig() if args is None else args
+        self.spec = args.spec()
+        if self.spec.method == "haf" and args.reference == "none":
+            raise ValueError('haf compares the policy with a reference: use reference="auto", "copy" or "adapter"')
+        self.kind = self.spec.kind
+        self.settings = checked_settings(args)
+        if isinstance(model, str):
+            folder = Path(model)
+            model, tokenizer = load_model(model)
+            processing_class = processing_class or tokenizer
+            # Without its description a value head there is that of something else, of a critic perhaps.
+            if (folder / SPEC_FILE).is_file():
+                load_value_head(model, folder)
+        if processing_class is None:
+            raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
+        warn_of_lost_updates(model, args)
+        set_seed(args.seed)  # adapter and head begin at random, before Trainer would see to that
+        gate_alone = self._has_rewards(model)
+        if peft_config is not None:
+            model = with_adapter(model, peft_config)
+        install_fused_loss(model)
+        if gate_alone:
+            if args.weight_decay:
+                raise ValueError("weight_decay would shrink the rewards that a gate is learned for: set it to 0")
+            model.requires_grad_(False)
+            if value_head(model).outputs < self.spec.outputs:  # type: ignore[union-attr]
+                extend_with_gate(model)
+        if self.spec.method != "haf":
+            _freeze_lm_head(model)
+        # Narrow enough for the loss to begin at ln 2: what a wider one says of length has to be unlearned (docs/log.md).
+        attach_value_head(model, self.spec.outputs, std=1 / (width_of(model) + 1))
+        self.gate_alone = gate_alone
+        self.args, self._tokenizer, self._embedded = args, processing_class, model
+        pad = _pad_id(processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or RewardCollator(pad, self.spec, processing_class),
+            train_dataset=self._encode(train_dataset),
+            eval_dataset=each(eval_dataset, self._encode),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.spec.method in _READS_LOGPS and self.train_dataset is not None:
+            row = self.train_dataset[0]
+            check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
+        self._reference: LiveReference | None = None
+        if self._compares_with_reference:
+            strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
+            if args.reference != "auto":
+                check_choice("reference", args.reference, ("adapter", "copy"))
+                strategy = args.reference
+            warn_of_trained_adapter(model, strategy)
+            self._reference = LiveReference(strategy, model, self.accelerator, args.backend)
+
+    @property
+    def _compares_with_reference(self) -> bool:
+        wanted = self.spec.method == "haf" or self.settings.get("regulariser") == "dpo"
+        return wanted and self.args.reference != "none"
+
+    def _has_rewards(self, model: Any) -> bool:
+        """Whether this is a gate's training on rewards that are there."""
+        present = value_head(model)
+        return self.spec.form == "gated" and present is not None
+
+    def _encode(self, dataset: Any) -> Any:
+        if dataset is None:
+            return None
+        ratings, given = None, dataset
+        if self.spec.form == "objectives":
+            dataset, ratings = load_ratings(dataset, self.spec.objectives)
+        else:
+            dataset = data.load(dataset, kind=self.kind)
+        if self.kind == "list" and "scores" not in dataset.column_names:
+            raise DataError("k_wise ranks the completions of a prompt by their scores; got lists without scores")
+        if self.spec.method == "discriminator" and "label" not in dataset.column_names:
+            raise DataError("discriminator learns from the label of each row; got rows without label")
+        encoded = data.encode(
+            dataset,
+            self._tokenizer,
+            kind=self.kind,
+            max_length=self.args.max_length,
+            max_prompt_length=self.args.max_prompt_length,
+            num_proc=self.args.dataset_num_proc,
+        )
+        unread = [name for name in ("kl_completion_ids", "rejected_ids") if name in encoded.column_names]
+        encoded = encoded.remove_columns(unread if self.kind != "pair" else [])
+        check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
+        if ratings is not None:
+            encoded = data.with_column(encoded, "ratings", ratings)
+        return with_lengths(encoded, self.args)
+
+    def reward_model(self) -> RewardModel:
+        """The model in training as a reward model, the same weights."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size)
+
+    @cached_property
+    def _rows(self) -> str:
+        return rows_fingerprint(self.train_dataset)[:16]
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
+        return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_spec(self.spec, output_dir or str(self.args.output_dir))
+
+    # --- the loss -------------------------------------------------------------------------------------------------
+
+    def _items(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._valid(batch).sum()
+
+    def _valid(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which units count, (U,) bool."""
+        scored = (batch["targets"] != data.IGNORE_INDEX).any(dim=1)
+        if self.kind == "unpaired":
+            return scored
+        if self.kind == "pair":
+            return scored.view(2, -1).all(dim=0)
+        return scored.view(batch["list_lengths"].shape[0], -1).any(dim=1)
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
+        rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        head = value_head(unwrapped)
+        assert head is not None
+        valid = self._valid(inputs)
+        divisor = valid.sum().clamp(min=1) if denominator is None else denominator
+        reference = None if self._reference is None else self._reference.logps(model, *rows)
+
+        def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
+            outputs = self.spec.read(head, hidden, *rows[1:])
+            logps = self._logps(hidden, lm_head, rows[2]) if self.spec.method in _READS_LOGPS else None
+            losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
+            loss = torch.where(valid, losses, 0.0).sum() / divisor
+            return {
+                "loss": loss,
+                "metrics": mean_metrics(metrics, valid),
+                "counts": count_metrics(metrics, valid),
+            }
+
+        out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
+        return out["loss"], (out["loss"].detach(),), out["metrics"], out["counts"]
+
+    def _logps(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        """Summed log-probs of the rows (R,); GRM's language model head is frozen."""
+        weight = head.weight
+        options: dict[str, Any] = head.kwargs()
+        if self.spec.method == "grm":
+            weight = weight.detach()
+            options = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
+        options["backend"] = self.args.backend
+        return sequence_logps(hidden, weight, targets, **options)[0]
+
+    def _losses(
+        self,
+        inputs: dict[str, Tensor],
+        head: ValueHead,
+        outputs: Tensor,  # (R, K)
+        logps: Tensor | None,  # (R,)
+        ref_logps: Tensor | None,  # (R,)
+        valid: Tensor,  # (U,)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's losses (U,), whatever where not valid, and metrics."""
+        name, form = self.spec.method, self.spec.form
+        if form == "odin":
+            return self._odin(inputs, head, outputs, valid)
+        method = get_method(name)
+        given: dict[str, Any] = dict(self.settings)
+        if form == "preference":
+            # Both orders of every pair, with the probability of the one that comes first.
+            z, z_swapped = outputs[:, 0].chunk(2)
+            p = inputs.get("prob_w", torch.ones_like(z))
+            losses, _ = method(logit=outputs[:, 0], prob_w=torch.cat([p, 1 - p]), **given)
+            _, metrics = method(logit=(z - z_swapped).detach() / 2, prob_w=p, **given)
+            return losses.view(2, -1).mean(dim=0), metrics
+        if form == "gated":
+            count = len(self.spec.objectives)
+            rewards, gate = outputs.split(count, dim=1)
+            rewards = rewards.detach() if self.gate_alone else rewards
+            w, l = rewards.chunk(2)  # noqa: E741
+            gate = gate[: len(w)]  # of the prompt, which the two share
+            return method(rewards_w=w, rewards_l=l, gate_w=gate, gate_l=gate, **given)
+        if form == "objectives":
+            ratings = inputs["ratings"]
+            return method(rewards=outputs, targets=ratings, mask=ratings.isfinite(), **given)
+        reward = outputs[:, 0]
+        if name == "discriminator":
+            return method(logit=reward, desirable=inputs["desirable"], **given)
+        if name == "k_wise":
+            scores = inputs["scores"]
+            mask = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1).view(scores.shape)
+            ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(dim=-1)
+            return method(rewards=reward.view(scores.shape), ranks=ranks, mask=mask, **given)
+        given |= _sides("reward", reward)
+        if "margin" in method.inputs and "margin" in inputs:
+            if name == "bradley_terry" and "prob_w" in inputs:
+                raise ValueError("bradley_terry takes prob or a margin of a pair, the data have both: drop one")
+            given["margin"] = inputs["margin"]
+        if logps is not None:
+            given |= _sides("logp", logps) | ({} if ref_logps is None else _sides("ref_logp", ref_logps))
+        losses, metrics = method(**given)
+        if name == "bradley_terry" and "prob_w" in inputs:
+            # A soft label: the cross-entropy of p, the two orders weighted by their probabilities.
+            p = inputs["prob_w"]
+            given |= {"reward_w": given["reward_l"], "reward_l": given["reward_w"]}
+            losses = p * losses + (1 - p) * method(**given)[0]
+        return losses, metrics
+
+    def _odin(
+        self, inputs: dict[str, Tensor], head: ValueHead, outputs: Tensor, valid: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ODIN's loss of the batch, given to each of its pairs."""
+        lengths = (inputs["targets"] != data.IGNORE_INDEX).sum(dim=1)
+        quality, length = outputs.unbind(dim=1)
+        sides = _sides("quality", quality) | _sides("length", length) | _sides("len", lengths)
+        sides = {name: x[valid] for name, x in sides.items()}
+        q_w, q_l = (quality.view(2, -1).detach()).unbind(0)
+        metrics = {
+            "rewards/chosen": q_w,
+            "rewards/rejected": q_l,
+            "rewards/accuracies": (q_w > q_l).float(),
+            "rewards/margins": q_w - q_l,
+        }
+        if not valid.any():
+            return outputs.sum() * valid, metrics
+        weights = {"weight_quality": head.weight[0].float(), "weight_length": head.weight[1].float()}
+        return odin(**sides, **weights, **self.settings).expand(len(valid)), metrics
+
+
+def _freeze_lm_head(model: nn.Module) -> None:
+    """A weight that no loss reads has no gradient, which wrappers for several processes take for a mistake."""
+    lm: Any = causal_lm(model)
+    weight = lm.get_output_embeddings().weight
+    if weight is not lm.get_input_embeddings().weight:
+        lm.get_output_embeddings().requires_grad_(False)
+
+
+def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
+    """The halves of (2P,), chosen and rejected."""
+    w, l = x.chunk(2)  # noqa: E741
+    return {f"{name}_w": w, f"{name}_l": l}
+
+
+def checked_settings(args: RewardConfig) -> dict[str, Any]:
+    """The method's hyperparameters in args.method_args; ValueError for one that it has not."""
+    given: Any = args.method_args or {}
+    settings: dict[str, Any] = dict(given)
+    of = odin if args.method == "odin" else get_method(args.method).fn
+    parameters = inspect.signature(of).parameters
+    for name, value in settings.items():
+        default = parameters[name].default if name in parameters else None
+        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if numeric and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{args.method}: expected a number for {name}, got {value!r}")
+    if args.method == "odin":
+        known = [n for n, p in parameters.items() if p.default is not p.empty]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"odin has no hyperparameter {', '.join(unknown)}; it has {', '.join(known)}")
+    else:
+        get_method(args.method).check_hyperparameters(settings)
+    return settings
+
+
+@dataclass
+class RewardCollator:
+    """`data.Collator`, and what reward models have beside: ratings (B, K), and the two orders of a preference model."""
+
+    pad_token_id: int
+    spec: RewardSpec
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        self._collate = data.Collator(self.pad_token_id, self.spec.kind)
+        if self.spec.form == "preference":
+            self._between, self._after = separators(self.tokenizer)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if self.spec.form == "preference":
+            pairs = [joined(row, self._between, self._after) for row in features]
+            features = [
+                {**row, "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
+                for row, (a, b) in zip(features, pairs, strict=True)
+            ]
+        batch = self._collate(features)
+        if "ratings" in features[0]:
+            batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
+        return batch
+
+
+def load_ratings(
+    source: Any,
+    objectives: Sequence[str],
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    seed: int = 42,
+) -> tuple[Any, list[list[float]]]:
+    """Rows of prompt and completion as `data.load` gives them, and their numbers of the objectives, NaN where null.
+
+    The other arguments are those of `data.load`. DataError for a row without one of the objectives, with something else than
+    a number, or with none that is not null.
+    """
+
+    def shape(row: Any, where: str) -> list[dict[str, Any]]:
+        ratings = _ratings(row, objectives, where) if isinstance(row, dict) else []
+        # The reward is there for the form's sake: the ratings are kept beside the rows.
+        read = {**row, "label": None, "reward": 0.0, "value": None} if isinstance(row, dict) else row
+        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, "unpaired", where)]
+
+    check_names(columns or (), also=objectives)
+    rows = data.load_rows(
+        source,
+        shape,
+        split=split,
+        columns=columns,
+        config=config,
+        seed=seed,
+        expected=f"prompt, completion and {', '.join(objectives)}",
+    )
+    return rows.remove_columns("ratings"), list(rows["ratings"])
+
+
+def _ratings(row: Mapping[Any, Any], objectives: Sequence[str], where: str) -> list[float]:
+    missing = [name for name in objectives if name not in row]
+    if missing:
+        raise DataError(
+            f"{where}: {', '.join(missing)} missing; expected prompt, completion and the numbers "
+            f"{', '.join(objectives)}; got {', '.join(map(str, row))}"
+        )
+    found = [_rating(row[name], name, where) for name in objectives]
+    if all(map(math.isnan, found)):
+        raise DataError(f"{where}: {', '.join(objectives)} are null; rate the completion, or drop the row")
+    return found
+
+
+def _rating(value: Any, name: str, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{where}: {name} must be a finite number or null; got {value!r}")
+    return float(value)

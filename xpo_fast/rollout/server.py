@@ -1,0 +1,325 @@
+"""Rollouts from a server that speaks OpenAI's /v1/completions, and what it is told of the policy."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import logging
+import shutil
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import data
+from .generate import (
+    FINISHES,
+    Made,
+    Prompt,
+    RolloutError,
+    Row,
+    Samples,
+    Sampling,
+    as_samples,
+    eos_ids,
+    rows_of,
+    unwrapped,
+)
+
+logger = logging.getLogger("xpo_fast")
+
+# Of HTTP statuses those that may be otherwise a moment later.
+_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+_LONGEST_WAIT_S = 30.0
+_TOKEN = "token_id:"  # how vLLM writes a token with --return-tokens-as-token-ids
+
+
+class _GivenUp(threading.Event):
+    """Set when one request of a call has failed for good: the others neither start nor are tried again."""
+
+    why: RolloutError | None = None
+
+
+class ServerRollout:
+    """Completions from a server that speaks OpenAI's /v1/completions: vLLM, SGLang, llama.cpp and others.
+
+        rollout = ServerRollout("http://localhost:8000", tokenizer, push="lora", folder="/tmp/policy")
+
+    url: of the server, without /v1. model: the name that it serves it by; asked for if not given.
+    vllm: it knows vLLM's fields: the token ids of a completion, and cuts and penalties off unless asked for (by itself it
+        takes those of the model's generation config). False for a server that refuses fields it does not know.
+    extra: further fields of every request. api_key: sent as a bearer token.
+    concurrency: requests at a time, one a completion: each has a seed of its own, from (seed, prompt, copy).
+    retries: how often a request is sent again that got no answer, a broken one, or a status that may pass (429, 500,
+        503, …), after backoff_s, twice that, and so on up to 30 s: by default for three and a half minutes, in which a
+        server can be started again; what it serves is asked at most 6 times. timeout_s: for one answer.
+    push: what `update` does. "lora": the adapter of the PEFT model is saved into `folder`, which the server must
+        see as well, and loaded under a name that no other run and no earlier update has had (vLLM with --enable-lora and
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True); of several processes the first does it, and what a run before this one
+        left in the folder, which belongs to one run at a time, is unloaded. A function: called with the model and this rollout, on every process. None: `update` is an error, for a server that nobody tells
+        keeps sampling from old weights.
+
+    Prompts go as token ids, by our tokenizer and its chat template, so that both sides see the same. Token ids come back
+    where the server says them; else the text is tokenized again, which can give other ids than were sampled (a
+    warning says so once). `Samples.logps` are what the server says they are: vLLM's are those of the untempered,
+    uncut distribution unless it runs with --logprobs-mode processed_logprobs. None if a completion comes without them.
+
+    Raises ValueError for a prompt without room for an answer (where the server says its limit), and RolloutError, with the
+    server's reason, for a refused request, an unusable answer, or a server that is still gone after the last retry. Completions
+    that were finished by then are kept in memory, for who makes the same call of this object again: it asks only for the
+    others. Another call, or `update`, drops them; so does `RLTrainer`, which goes on from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: Any,
+        *,
+        model: str | None = None,
+        vllm: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        retries: int = 12,
+        backoff_s: float = 0.5,
+        timeout_s: float = 600.0,
+        push: str | Callable[[Any, ServerRollout], None] | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"expected the server's address, http://host:port, got {url!r}")
+        for name, number, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
+            if not (isinstance(number, int) and number >= least):
+                raise ValueError(f"expected {name} of at least {least}, got {number!r}")
+        if not (backoff_s >= 0 and timeout_s > 0):
+            raise ValueError(
+                f"expected backoff_s of 0 s or more and timeout_s of more, got {backoff_s!r}, {timeout_s!r}"
+            )
+        if not (push is None or push == "lora" or callable(push)):
+            raise ValueError(f"expected push to be 'lora', a function or None, got {push!r}")
+        if push == "lora" and folder is None:
+            raise ValueError("push='lora' needs folder=, a place for adapters that the server can read, too")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.tokenizer, self.vllm, self.extra, self.api_key = tokenizer, vllm, dict(extra or {}), api_key
+        self.concurrency, self.retries = concurrency, retries
+        self.backoff_s, self.timeout_s = backoff_s, timeout_s
+        self.push, self.folder = push, None if folder is None else Path(folder).absolute()
+        self.model, self.positions = model, None
+        self._asked = self._warned = False
+        self._kept: tuple[Any, dict[int, Made]] = (None, {})
+
+    def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
+        """n completions of each prompt, those of a prompt side by side."""
+        self._ask()
+        eos = eos_ids(self.tokenizer)
+        rows = rows_of(prompts, n, seed, self.tokenizer, sampling, self.positions)
+        call = (seed, sampling, [(row.place, row.ids) for row in rows])
+        made = dict(self._kept[1]) if self._kept[0] == call else {}
+        self._kept = (call, made)
+        given_up = _GivenUp()
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="rollout") as pool:
+            asked: dict[Future, int] = {
+                pool.submit(self._complete, row, sampling, seed, eos, given_up): i
+                for i, row in enumerate(rows)
+                if i not in made
+            }
+            try:
+                for future in as_completed(asked):
+                    made[asked[future]] = future.result()
+            except BaseException as error:
+                given_up.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                for future, i in asked.items():
+                    if not future.cancelled() and future.exception() is None:
+                        made[i] = future.result()
+                if not isinstance(error, RolloutError):
+                    raise
+                raise RolloutError(
+                    f"{given_up.why or error}. {len(made)} of {len(rows)} completions were finished and are kept: the same call "
+                    "again asks only for the others"
+                ) from error
+        self._kept = (None, {})
+        return as_samples(rows, [made[i] for i in range(len(rows))], self.tokenizer, sampling, eos)
+
+    def update(self, model: Any) -> None:
+        """Give the server the policy's weights, see `push`."""
+        self._kept = (None, {})
+        if self.push is None:
+            raise ValueError(
+                f"the policy has changed, and {self.url} goes on sampling from the weights it has: pass push='lora' or a "
+                "function that gives it the new ones"
+            )
+        if callable(self.push):
+            self.push(model, self)
+            return
+        policy = unwrapped(model)
+        if not hasattr(policy, "get_base_model"):
+            raise ValueError(f"push='lora' is for a model with a LoRA adapter, got {type(policy).__name__}")
+        self._ask()
+        self.model = _on_first_process(lambda: self._push(policy))
+
+    def _push(self, policy: Any) -> str:
+        """Save, load and name the adapter, and take the one before away."""
+        assert self.folder is not None
+        ours = f"policy-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}-"
+        name = ours + uuid.uuid4().hex[:12]
+        policy.save_pretrained(self.folder / name)
+        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder / name)})
+        # What it says it has: a server that was started again since has forgotten the one before.
+        stale = {m["id"] for m in self._served() if m["id"].startswith(ours)}
+        for old in sorted(stale - {name}):
+            self._request("/v1/unload_lora_adapter", {"lora_name": old})
+        for path in self.folder.glob(f"{ours}*"):
+            if path.name != name:
+                shutil.rmtree(path, ignore_errors=True)
+        return name
+
+    def _served(self) -> list[dict[str, Any]]:
+        try:
+            answer = self._request("/v1/models", retries=min(self.retries, 5))
+            return [m for m in json.loads(answer)["data"] if isinstance(m["id"], str)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RolloutError(f"{self.url}/v1/models: expected a list of models ({error})") from error
+
+    def _ask(self) -> None:
+        """What the server serves, and how many positions that has, where it says."""
+        if self._asked:
+            return
+        listed = self._served()
+        names = [m["id"] for m in listed]
+        if self.model is None:  # adapters, which have a parent, are somebody's
+            listed = [m for m in listed if not m.get("parent")]
+            bases = [m["id"] for m in listed]
+            if len(bases) != 1:
+                raise ValueError(f"{self.url} serves {', '.join(bases) or 'nothing'}: say which, model=NAME")
+        if self.model is not None and self.model not in names:
+            raise ValueError(f"{self.url} does not serve {self.model!r}; it serves {', '.join(names) or 'nothing'}")
+        served = next(m for m in listed if self.model in (None, m["id"]))
+        self.model, self.positions = served["id"], served.get("max_model_len")
+        self._asked = True
+
+    def _complete(self, row: Row, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp) -> Made:
+        if given_up.is_set():
+            raise RolloutError("given up")
+        try:
+            return self._completed(row, sampling, seed, eos, given_up)
+        except RolloutError as error:
+            given_up.why = given_up.why or error
+            given_up.set()
+            raise
+
+    def _completed(self, row: Row, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp) -> Made:
+        request: dict[str, Any] = {
+            "model": self.model,
+            "prompt": row.ids,
+            "max_tokens": row.room,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": int(np.random.SeedSequence([seed, *row.place]).generate_state(1)[0]) >> 1,
+            "logprobs": 1,
+        }
+        if self.vllm:
+            request |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
+            request["top_k"] = -1 if sampling.top_k is None else sampling.top_k
+        elif sampling.top_k is not None:
+            request["top_k"] = sampling.top_k
+        if sampling.stop:
+            request["stop"] = list(sampling.stop)
+        answer = self._request("/v1/completions", request | self.extra, given_up)
+        try:
+            choice = json.loads(answer)["choices"][0]
+            return self._read(choice, sampling, eos)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RolloutError(
+                f"{self.url}/v1/completions: expected a completion as OpenAI's API has them ({error!r}), "
+                f"got {answer[:200]}"
+            ) from error
+
+    def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> Made:
+        text, finish = choice["text"], choice["finish_reason"]
+        if not isinstance(text, str) or finish not in FINISHES:
+            raise ValueError(f"text {text!r:.40}, finish_reason {finish!r}")
+        said = choice.get("logprobs") or {}
+        tokens, ids = said.get("tokens") or [], choice.get("token_ids")
+        if ids is None and tokens and all(token.startswith(_TOKEN) for token in tokens):
+            ids = [int(token.removeprefix(_TOKEN)) for token in tokens]
+        logps = said.get("token_logprobs")
+        if ids is None:
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "%s says no token ids: its texts are tokenized again, which can give other ids than were sampled. "
+                    "vLLM says them (return_token_ids, or --return-tokens-as-token-ids)",
+                    self.url,
+                )
+            ids, logps = data.tokenize(self.tokenizer, [text])[0], None
+        ids = [int(i) for i in ids]
+        # With stop strings and no reason given, either may have ended it: then no EOS is made up.
+        reason = choice.get("stop_reason")
+        by_eos = finish == "stop" and not sampling.stop and not isinstance(reason, str)
+        if by_eos and not (ids and (ids[-1] in eos or ids[-1] == reason)):
+            ids += [i for i in (self.tokenizer.eos_token_id,) if i is not None]
+        if logps is not None:
+            logps = [float(x) for x in logps if x is not None]
+            logps = logps if len(logps) == len(ids) else None
+        return Made(ids, finish, logps, text)
+
+    def _request(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        given_up: threading.Event | None = None,
+        retries: int | None = None,
+    ) -> str:
+        """The answer's text; RolloutError when the server refuses, or is gone for good."""
+        given_up = given_up or threading.Event()
+        retries = self.retries if retries is None else retries
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        content = None if body is None else json.dumps(body).encode()
+        for attempt in range(1, retries + 2):
+            request = urllib.request.Request(self.url + path, data=content, headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    answer = response.read().decode()
+                if path == "/v1/completions":
+                    json.loads(answer)  # a broken one may come whole another time
+                return answer
+            except urllib.error.HTTPError as error:
+                reason = error.read().decode(errors="replace")[:500]
+                if error.code not in _AGAIN:
+                    raise RolloutError(f"{self.url}{path} refuses the request: {error.code} {reason}") from error
+                problem = f"{error.code} {reason}"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            wait_s = min(self.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
+            if attempt > retries or given_up.wait(wait_s):
+                raise RolloutError(f"{self.url}{path} gave no answer in {attempt} attempts, at the last: {problem}")
+        raise AssertionError
+
+
+def _on_first_process(work: Callable[[], str]) -> str:
+    """What `work` returns or raises on the first process of a distributed run, on all of them; the others wait."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = work()
+        except RolloutError as error:
+            told[1] = str(error)
+    name, problem = broadcast_object_list(told)
+    if problem is not None:
+        raise RolloutError(problem)
+    return name

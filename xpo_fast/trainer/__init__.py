@@ -1,0 +1,43 @@
+"""A thin preference trainer on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs."""
+
+from .preference import (
+    STATE_FILE,
+    Means,
+    MethodConfig,
+    UnitTrainer,
+    XPOConfig,
+    XPOTrainer,
+    check_head,
+    check_rows,
+    each,
+    layout,
+    reading,
+    ready,
+    save_objective,
+    warn_of_lost_updates,
+    warn_of_trained_adapter,
+    with_adapter,
+    with_lengths,
+    with_tokenizer,
+)
+
+__all__ = [
+    "STATE_FILE",
+    "Means",
+    "MethodConfig",
+    "UnitTrainer",
+    "XPOConfig",
+    "XPOTrainer",
+    "check_head",
+    "check_rows",
+    "each",
+    "layout",
+    "reading",
+    "ready",
+    "save_objective",
+    "warn_of_lost_updates",
+    "warn_of_trained_adapter",
+    "with_adapter",
+    "with_lengths",
+    "with_tokenizer",
+]

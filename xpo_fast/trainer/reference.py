@@ -1,0 +1,392 @@
+"""The reference policy's log-probs: from a frozen copy, from the adapter switched off, or from disk.
+
+A reference is what the model is when it is handed to the trainer, of a PEFT model its base. Its log-probs are taken in eval mode (no dropout) and
+without gradient, by the same head as the policy's, so that policy − reference is exactly 0 until something is learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import with_column
+from ..files import saving, write_atomically
+from ..head import sequence_logps, token_logps
+from ..models import Head
+from ..models.fused_loss import causal_lm
+from ..objective import Objective
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+STRATEGIES = ("auto", "copy", "adapter", "cached", "none")
+SHARD_ROWS = 512
+_FORMAT = 2  # of the cache; in every key
+
+# Where the cached log-probs of a row are kept, in the order of `batch_logps`' columns. The collator knows these names.
+# A list has one column with a log-prob for each of its completions.
+COLUMNS = {
+    "pair": ("ref_logp_chosen", "ref_logp_rejected"),
+    "unpaired": ("ref_logp", "kl_ref_logp"),
+    "chosen": ("ref_logp_chosen",),
+    "rejected": ("ref_logp_rejected",),
+    "list": ("ref_logp",),
+}
+
+
+def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str, str]:
+    """The strategy for this objective and model, and why; ValueError if `requested` cannot serve.
+
+    Returns one of "none", "adapter", "copy", "cached", and a phrase for the user.
+    """
+    name = " + ".join(m.name for m in objective.methods)
+    if requested not in STRATEGIES:
+        raise ValueError(f"reference must be one of {', '.join(STRATEGIES)}, got {requested!r}")
+    if not objective.needs_reference:
+        if requested in ("auto", "none"):
+            return "none", f"{name} has no reference"
+        raise ValueError(f'{name} has no reference policy: use reference="none" or "auto", got {requested!r}')
+    if requested == "none":
+        raise ValueError(
+            f'{name} compares the policy with a reference; reference="none" is for methods without one. '
+            'Use "auto", "copy", "adapter" or "cached"'
+        )
+    has_adapter = hasattr(model, "disable_adapter")
+    if requested == "adapter" and not has_adapter:
+        raise ValueError(
+            'reference="adapter" is the model with its adapter switched off: train with a peft_config (--lora)'
+        )
+    if requested == "cached" and objective.needs_reference_tokens:
+        raise ValueError(
+            f'{name}, set as it is, looks at the reference token by token, and reference="cached" keeps sums over '
+            'completions: use "adapter" or "copy"'
+        )
+    if requested != "auto":
+        return requested, "as asked"
+    if has_adapter:
+        return "adapter", "the model with its adapter switched off, no second copy in memory"
+    if objective.needs_reference_tokens:
+        return "copy", f"a frozen copy, because {name} looks at the reference token by token"
+    return "cached", "log-probs computed once and kept on disk, no second copy in memory"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (dropout off), no gradient; every module's mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def row_logps(
+    model: nn.Module,
+    input_ids: Tensor,  # (R, T)
+    attention_mask: Tensor,  # (R, T)
+    targets: Tensor,  # (R, T) aligned, −100 where not scored
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Summed log-prob and number of scored tokens of every row, (R, 2) float32, in eval mode and without gradient.
+
+    `model` carries `install_fused_loss`; it may be wrapped (DDP, PEFT).
+    """
+
+    def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        sums, lengths = sequence_logps(hidden, head.weight, targets, **head.kwargs(), backend=backend)
+        return {"rows": torch.stack([sums.float(), lengths.to(torch.float32)], dim=1)}
+
+    with evaluating(model):
+        return model(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["rows"]
+
+
+def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str, *, backend: str = "auto") -> Tensor:
+    """Log-prob and length of the completions of every unit of a collated batch: (U, S, 2).
+
+    Axis 1, of S completions: chosen and rejected ("pair"); the completion, and the mismatched one that KTO's reference
+    point is estimated from if the batch has it ("unpaired"); those of a list, and the rejected one behind them if
+    there is one ("list"); else the only one. Axis 2: summed log-prob, number of tokens.
+    """
+    rows = row_logps(model, batch["input_ids"], batch["attention_mask"], batch["targets"], backend=backend)
+    if kind == "pair":
+        return torch.stack(rows.chunk(2), dim=1)
+    if kind == "list":
+        return rows.view(batch["list_lengths"].shape[0], -1, 2)
+    if "kl_input_ids" not in batch:
+        return rows.unsqueeze(1)
+    names = ("kl_input_ids", "kl_attention_mask", "kl_targets")
+    return torch.stack([rows, row_logps(model, *(batch[name] for name in names), backend=backend)], dim=1)
+
+
+class LiveReference:
+    """A reference whose log-probs are computed along with every batch: a frozen copy, or the adapter switched off."""
+
+    def __init__(self, strategy: str, model: nn.Module, accelerator: Accelerator, backend: str) -> None:
+        self.accelerator, self.backend = accelerator, backend
+        self.copy: nn.Module | None = None
+        if strategy == "copy":
+            self.copy = _frozen_copy(model).to(accelerator.device)
+
+    def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+        """Summed reference log-prob of every row (R,), float32. `model` is the policy, as wrapped for training."""
+        with self._scoring(model) as scored:
+            return row_logps(scored, input_ids, attention_mask, targets, backend=self.backend)[:, 0]
+
+    def token_logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+        """Reference log-prob of every target (R, T), 0 where there is none."""
+
+        def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+            options = {**head.kwargs(), "backend": self.backend}
+            return {"logps": token_logps(hidden, head.weight, targets, **options)}
+
+        with self._scoring(model) as scored:
+            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
+
+    def hidden_states(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """What `Objective` wants to compare whole distributions: ref_hidden (R, T, D), ref_weight, ref_bias."""
+
+        def take(hidden: Tensor, head: Head) -> dict[str, Any]:
+            return {"ref_hidden": hidden, "ref_weight": head.weight.detach(), "ref_bias": head.bias}
+
+        with self._scoring(model) as scored:
+            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=take)
+
+    @contextlib.contextmanager
+    def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference model, in eval mode and without gradient."""
+        scored = model if self.copy is None else self.copy
+        with (
+            self.accelerator.autocast(),
+            without_adapter(self.accelerator.unwrap_model(scored)),
+            evaluating(scored),
+        ):
+            yield scored
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """A deep copy without gradient; of a PEFT model the base model alone, as the adapter is what is being trained."""
+    frozen: Any = copy.deepcopy(model)
+    if hasattr(frozen, "disable_adapter"):
+        frozen = frozen.unload()
+    return frozen.requires_grad_(False).eval()
+
+
+def without_adapter(model: Any) -> contextlib.AbstractContextManager:
+    """The context in which a PEFT model is its base model; nothing for other models."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+
+
+class CachedReference:
+    """Reference log-probs kept on disk, one file for every `SHARD_ROWS` rows.
+
+    A file's name is the hash of everything its numbers follow from: the weights, the model's config, dtype and
+    autocast dtype, and the rows' token ids. The ids are what tokenizer, chat template and truncation amount to, so a
+    change of any of these, or of the data, is another name and nothing stale can be read. Files appear whole or not at
+    all; an interrupted computation goes on with the first shard that is missing.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: str) -> None:
+        self.kind = kind
+        self.weights = weights_fingerprint(model)
+        config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_IN_KEY}
+        about = {
+            "format": _FORMAT,
+            "kind": kind,
+            "weights": self.weights,
+            "compute_dtype": dtype,
+            "config": config,
+        }
+        self.context = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        self.folder = folder / self.context[:16]
+        self.about = about
+
+    def attach(
+        self,
+        dataset: datasets.Dataset,
+        model: nn.Module,
+        accelerator: Accelerator,
+        collate: Callable[[Sequence[dict]], dict[str, Tensor]],
+        *,
+        batch_size: int,
+        backend: str = "auto",
+        label: str = "",
+        progress: bool = True,
+    ) -> datasets.Dataset:
+        """The dataset with the reference log-probs of every row in the columns `COLUMNS[kind]`.
+
+        `model` is not wrapped, and must have the weights this reference was made from; ValueError if it has not and
+        something has to be computed.
+        """
+        from tqdm.auto import tqdm
+
+        starts = range(0, len(dataset), SHARD_ROWS)
+        shards = [dataset.select(range(start, min(start + SHARD_ROWS, len(dataset)))) for start in starts]
+        paths = [self.folder / f"{self._key(shard)}.safetensors" for shard in shards]
+        values = _from_main_process(accelerator, lambda: [_read(p, len(s)) for p, s in zip(paths, shards, strict=True)])
+        missing = [i for i, value in enumerate(values) if value is None]
+        if missing:
+            self._check_weights(model)
+            if accelerator.is_main_process:
+                with saving(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode())
+        rows = sum(len(shards[i]) for i in missing)
+        bar = tqdm(total=rows, unit="row", desc=f"reference log-probs{label}", disable=not (progress and missing))
+        size: Any = {"batch_size": batch_size, "backend": backend, "advance": bar.update}
+        with bar, without_adapter(model):
+            for i in missing:
+                logps = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)
+                values[i] = logps[..., 0].numpy()
+                if accelerator.is_main_process:
+                    _write(paths[i], values[i])
+        tables = [v for v in values if v is not None]
+        if self.kind == "list":
+            rows: Any = dataset
+            widths = (row_completions(row) for row in rows)
+            lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
+            return with_column(dataset, COLUMNS["list"][0], lists)
+        table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)
+        for name, column in zip(COLUMNS[self.kind], table.T, strict=False):
+            dataset = with_column(dataset, name, column)
+        return dataset
+
+    def _key(self, shard: datasets.Dataset) -> str:
+        return hashlib.sha256((self.context + rows_fingerprint(shard)).encode()).hexdigest()[:32]
+
+    def _check_weights(self, model: nn.Module) -> None:
+        if weights_fingerprint(model) != self.weights:
+            raise ValueError(
+                "the reference log-probs of this dataset are not cached, and the model has been trained since it was "
+                "handed to the trainer, so they cannot be computed any more. Give the dataset to the trainer as "
+                'eval_dataset before training, or use reference="copy"'
+            )
+
+
+# Of a model's config: what says nothing about its output, or is changed by merely training or saving the model.
+_NOT_IN_KEY = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype")
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of every weight's name, dtype, shape and bytes; of a PEFT model the base model's alone."""
+    digest = hashlib.sha256()
+    prefix = getattr(model.base_model, "prefix", None) if hasattr(model, "disable_adapter") else None
+    for name, tensor in sorted(model.state_dict().items()):
+        if prefix is not None and any(p.startswith(prefix) or p == "modules_to_save" for p in name.split(".")):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def rows_fingerprint(dataset: datasets.Dataset) -> str:
+    """A hash of the token ids of every row, column by column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digest = hashlib.sha256()
+    table = dataset.with_format("arrow")[:]
+    for name in sorted(n for n in dataset.column_names if n.endswith("_ids")):
+        column = table[name].combine_chunks()
+        digest.update(name.encode())
+        while isinstance(column.type, (pa.ListType, pa.LargeListType)):
+            # pyarrow makes its compute functions at import, where no type checker sees them.
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+            digest.update(f" {len(lengths)};".encode() + lengths.astype(np.int64).tobytes())
+            column = column.flatten()
+        digest.update(column.to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def dataset_logps(
+    dataset: datasets.Dataset,
+    model: nn.Module,
+    accelerator: Accelerator,
+    collate: Callable[[Sequence[dict]], dict[str, Tensor]],
+    kind: str,
+    *,
+    batch_size: int,
+    backend: str = "auto",
+    advance: Callable[[int], Any] = lambda rows: None,
+) -> Tensor:
+    """`batch_logps` of every row of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
+
+    A list that is shorter than the longest is filled up with NaN behind its own completions.
+    Rows are shared out over the processes, and every process has all results. `advance` is told of rows done.
+    """
+    from accelerate.utils import gather_object
+
+    rows: list[Any] = list(dataset)
+    lengths = [row_tokens(row) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # rows of one length in a batch: little padding
+    mine = order[accelerator.process_index :: accelerator.num_processes]
+    done: list[tuple[int, list]] = []
+    for start in range(0, len(mine), batch_size):
+        at = mine[start : start + batch_size]
+        batch = {k: v.to(accelerator.device) for k, v in collate([rows[i] for i in at]).items()}
+        with accelerator.autocast():
+            found = batch_logps(model, batch, kind, backend=backend).tolist()
+        for i, values in zip(at, found, strict=True):
+            last = values[-1:] if "rejected_ids" in rows[i] and kind == "list" else []
+            done.append((i, values if kind != "list" else values[: len(rows[i]["completions_ids"])] + last))
+        advance(len(at) * accelerator.num_processes)
+    found = gather_object(done)
+    table = torch.full((len(rows), max((len(v) for _, v in found), default=1), 2), float("nan"))
+    for i, values in found:
+        table[i, : len(values)] = torch.tensor(values)
+    return table
+
+
+def row_completions(row: Mapping[str, Any]) -> int:
+    """The completions of an encoded list, the rejected one included."""
+    return len(row["completions_ids"]) + ("rejected_ids" in row)
+
+
+def row_tokens(row: Mapping[str, Any]) -> int:
+    """The tokens of an encoded row, its prompt counted once."""
+    return sum(
+        sum(map(len, v)) if v and isinstance(v[0], list) else len(v) for k, v in row.items() if k.endswith("_ids")
+    )
+
+
+def _from_main_process(accelerator: Accelerator, read: Callable[[], list]) -> list:
+    from accelerate.utils import broadcast_object_list
+
+    held = [read() if accelerator.is_main_process else None]
+    return broadcast_object_list(held)[0] if accelerator.num_processes > 1 else held[0]  # type: ignore[return-value]
+
+
+def _read(path: Path, rows: int) -> np.ndarray | None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        return None
+    try:
+        table = load_file(path)["logps"]
+    except (OSError, SafetensorError, KeyError) as error:
+        warnings.warn(f"{path} cannot be read ({error}); its rows are computed again", stacklevel=2)
+        return None
+    return table if table.ndim == 2 and table.shape[0] == rows else None
+
+
+def _write(path: Path, table: np.ndarray) -> None:
+    from safetensors.numpy import save
+
+    write_atomically(path, save({"logps": np.ascontiguousarray(table)}))

@@ -1,0 +1,141 @@
+"""What a run was made with, kept in each checkpoint, and the comparison with the run that wants to go on from it.
+
+One file, `made_with.json`, in every checkpoint. A name in it is that of an option of the command line (`--lora-rank`) or of a
+trainer's argument (`method`). What is not in it may change between the two runs, and acts from then on: the number of steps, the
+schedule of the learning rate and its warm-up, logging, saving, and how evaluation is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomically
+
+if TYPE_CHECKING:
+    import datasets
+
+MADE_WITH = "made_with.json"
+OF_THE_OPTIMIZER = (  # arguments of TrainingArguments that the checkpoint's optimizer brings along, whatever is asked for
+    "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+_STATE = "trainer_state.json"  # the last file of a checkpoint
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a file of weights
+
+
+def checkpoints(output_dir: str | Path, *files: str) -> dict[int, str]:
+    """Return the whole checkpoints of a run by their steps, the last one last.
+
+    One that was being written when the run died is passed over. files: what it must hold beside trainer_state.json.
+    """
+    found = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if step.isdigit() and is_checkpoint(folder) and all((folder / name).is_file() for name in files):
+            found[int(step)] = str(folder)
+    return dict(sorted(found.items()))
+
+
+def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
+    """Return the last of `checkpoints`, or None."""
+    return next(reversed(checkpoints(output_dir, *files).values()), None)
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Return whether the folder holds a checkpoint that was written to its end."""
+    try:
+        json.loads((Path(folder) / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def as_json(value: Any) -> Any:
+    """Return the value as a file gives it back: sets sorted, everything else that JSON has not as text."""
+    return json.loads(json.dumps(value, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+
+
+def write_made_with(folder: str | Path, made_with: Mapping[str, Any]) -> None:
+    write_atomically(Path(folder) / MADE_WITH, (json.dumps(as_json(made_with), indent=1) + "\n").encode())
+
+
+def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming both values, where the checkpoint was made with something else than `now`.
+
+    Only names that both have are compared; a checkpoint without the file, which other versions wrote, is let through.
+    """
+    path = Path(folder) / MADE_WITH
+    if not path.is_file():
+        return
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): go on from another checkpoint") from error
+    now = as_json(now)
+    changed = [name for name in now if name in was and not _same(was[name], now[name])]
+    if not changed:
+        return
+    said = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(now[name])}" for name in changed)
+    raise ValueError(
+        f"{folder} is of another run, where {said}: go on with the same options and data, or begin a new run in another "
+        f"output folder, with the model {folder} if it is to begin with these weights"
+    )
+
+
+def model_identity(name: str) -> Any:
+    """Return what tells a model from another: its name, and of a folder a hash of its configuration and of samples of its weights.
+
+    Two folders with the same hash are the same model, wherever they lie.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", "adapter_config.json"):
+            digest.update(path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin", ".gguf"):
+            length = path.stat().st_size
+            digest.update(f"{path.name} {length};".encode())
+            with path.open("rb") as file:
+                for k in range(_SAMPLES):
+                    file.seek(length * k // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    return {"name": name, "hash": digest.hexdigest()[:16]}
+
+
+def rows_identity(dataset: datasets.Dataset | list[dict[str, Any]]) -> str:
+    """Return a hash of a data set's rows, but for where each stands in its file."""
+    import pyarrow as pa
+
+    digest = hashlib.sha256()
+    if isinstance(dataset, list):
+        for row in dataset:
+            about = {name: value for name, value in row.items() if name != "where"}
+            digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+    names = sorted(name for name in dataset.column_names if name != "where")
+    tables: Any = dataset.select_columns(names).with_format("arrow").iter(batch_size=4096)
+    for table in tables:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+            writer.write_table(table.replace_schema_metadata().combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()[:16]
+
+
+def _same(was: Any, now: Any) -> bool:
+    if isinstance(was, dict) and isinstance(now, dict) and "hash" in was and "hash" in now:
+        return was["hash"] == now["hash"]
+    return was == now
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and "hash" in value:
+        return f"{value['name']} ({value['hash']})"
+    if value is None:
+        return "not given"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
