@@ -42,6 +42,8 @@ from ..models.fused_loss import causal_lm
 from ..objective import Objective
 from ..precision import warn_if_slow
 from ..reduce import sum_over_ranks
+from ..reporters import check_reporters
+from ..resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, write_made_with
 from .reference import (
     CachedReference,
     LiveReference,
@@ -52,8 +54,6 @@ from .reference import (
     row_tokens,
     rows_fingerprint,
 )
-from .reporters import check_reporters
-from .resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, write_made_with
 
 STATE_FILE = "objective.pt"
 _LOSS = "loss of method "  # among the means of an evaluation
