@@ -99,8 +99,8 @@ def pad_rows(
 ) -> dict[str, Tensor]:
     """Right-pads prompts with their completions: input_ids, attention_mask, targets, (R, T) int64 each.
 
-    rows: (prompt ids, completion ids). pad: the id of padding. multiple: T is rounded up to a multiple of it. last: keep
-        the last token of each row, which predicts nothing.
+    rows: (prompt ids, completion ids). pad: the id of padding. multiple: T is rounded up to a multiple of it. last:
+        keep the last token of each row, which predicts nothing.
 
     Targets are the tokens of the completions, each at the position that predicts it, and −100 elsewhere. An empty row
     has one position to attend to: attention over none is NaN in some kernels.

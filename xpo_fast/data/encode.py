@@ -32,9 +32,10 @@ def encode(
 ) -> datasets.Dataset:
     """Tokenizes a data set of `load`, and cuts its rows to a length.
 
-    Text is prompt + completion + EOS, with the tokenizer's leading special tokens (BOS) once in front. A conversation is
-    written by the chat template: the prompt with the generation prompt, then what follows it. Text with an empty prompt
-    has the leading special tokens for its prompt; where the tokenizer has none, the first token, which nothing predicts.
+    Text is prompt + completion + EOS, with the tokenizer's leading special tokens (BOS) once in front. A conversation
+    is written by the chat template: the prompt with the generation prompt, then what follows it. The prompt of a text
+    with an empty prompt is the leading special tokens; where the tokenizer has none, the first token of the text, which
+    nothing predicts.
 
     Rows longer than `max_length` are cut: first the prompt, from the left (its BOS stays), but not below half of
     `max_length`; then the completions, from the right, EOS first. `max_prompt_length` caps the prompt in any case. All

@@ -138,7 +138,7 @@ def load_rows(
 ) -> datasets.Dataset:
     """Reads a source as `load` does, and brings each row into shape with a function of the caller's.
 
-    shape: makes rows from a row of the source and its place. expected: the fields that each row should have, for errors.
+    shape: makes rows from a row of the source and its place. expected: the fields that a row should have, for errors.
     notes: makes warnings from a row of `shape` and the row it was made from; each is counted and logged once.
     """
     datasets = require("datasets", "train")
@@ -179,7 +179,7 @@ def load_prompts(
     config: str | None = None,
     seed: int = 42,
 ) -> list[dict[str, Any]]:
-    """Reads rows with a prompt, text or messages, and their other columns: the rows that `load` reads, and prompts alone.
+    """Reads rows with a prompt, text or messages, and their other columns: those that `load` reads, and prompts alone.
 
     Rows without a column `where` of their own get one, of type `Place`. In rows with chosen and rejected, chosen, or
     completion, these and the prompt are brought into the form that `load` gives.

@@ -155,9 +155,9 @@ def _weight(text: str) -> float | None:
 
 
 def mixture(weights: list[float | None], counts: list[int], seed: int) -> np.ndarray | None:
-    """Draws the order of rows of several sources by their weights; None without weights: all rows, one source after another.
+    """Draws rows of several sources by their weights: indices into the sources one after another.
 
-    weights, counts: one per source. Returns indices into the concatenated sources.
+    weights, counts: one per source. Returns None without weights, for all rows in their order.
     """
     shares = [weight for weight in weights if weight is not None]
     if not shares:
