@@ -94,7 +94,7 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
 
 
 def _after_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
-    """Returns the prompt after the row's system prompt, if any; DataError for a prompt of text, which has no place for it."""
+    """Returns the prompt after the row's system prompt, if any; DataError for text, which cannot have one."""
     if isinstance(prompt, list):
         return after_system(row, prompt, where)
     if systems := systems_of(row):
