@@ -47,12 +47,12 @@ COMMANDS = {
     "reward": ["--data", "pairs.jsonl", "--model", "model", "--max-steps", "1", "--overwrite", *TINY],
     "eval-reward": ["--data", "pairs.jsonl", "--cpu"],
     "rl": [
-        *"--data prompts.jsonl --model model --max-steps 1 --overwrite --num-generations 2 --max-new-tokens 4".split(),
-        *TINY,
+        *("--data", "prompts.jsonl", "--model", "model", "--max-steps", "1", "--overwrite"),
+        *("--num-generations", "2", "--max-new-tokens", "4", *TINY),
     ],
     "recipe": [
-        *"--data prompts.jsonl --model model --max-steps 1 --overwrite --max-new-tokens 4".split(),
-        *TINY,
+        *("--data", "prompts.jsonl", "--model", "model", "--max-steps", "1", "--overwrite"),
+        *("--max-new-tokens", "4", *TINY),
     ],
 }
 REWARDED = ["--reward", "reward.py:length"]
