@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.lm_head import causal_lm
+from ..models.modes import evaluating, without_adapter
 from ..rewards.llm_judges import Completion, Judge
 from ..rollout import GenerateRollout, Prompt, Samples, Sampling
-from ..trainer.reference import evaluating, without_adapter
 
 
 class MixtureRollout(GenerateRollout):

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .. import data
 from ..head import token_logps
 from ..models import Head, install_fused_loss
+from ..models.modes import evaluating
 from ..recipes.selection import win_rates
 from ..rollout import Prompt, Rollout, Samples, Sampling
-from ..trainer.reference import evaluating
 from .functions import PROMPT_INDEX, RewardFunction, Rewards
 
 Completion = str | list[dict[str, str]]

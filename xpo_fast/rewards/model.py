@@ -23,6 +23,7 @@ from ..files import write_atomically, write_json
 from ..methods.reward import ensemble, length_normalised, length_penalty
 from ..models import check_ids, hub_arguments, install_fused_loss, load_model, load_weights
 from ..models.fused_loss import causal_lm
+from ..models.modes import evaluating
 from ..models.value_head import (
     VALUE_HEAD_FILE,
     ValueHead,
@@ -31,7 +32,7 @@ from ..models.value_head import (
     save_value_head,
     value_head,
 )
-from ..trainer.reference import evaluating, row_logps
+from ..trainer.reference import row_logps
 
 SPEC_FILE = "reward_model.json"
 

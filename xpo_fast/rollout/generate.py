@@ -26,8 +26,8 @@ from .. import data
 from ..head import token_logps
 from ..models import Head, check_ids, install_fused_loss
 from ..models.lm_head import causal_lm
+from ..models.modes import evaluating
 from ..precision import warn_if_slow
-from ..trainer.reference import evaluating
 
 logger = logging.getLogger("xpo_fast")
 

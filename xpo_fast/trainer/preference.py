@@ -37,7 +37,8 @@ from ..files import SavingError, cache_dir, existing_part, saving, size
 from ..head import Plan, token_logps
 from ..methods.unpaired import kto_kl
 from ..models import Head, check_ids, embeddings, install_fused_loss, load_model
-from ..models.fused_loss import causal_lm
+from ..models.lm_head import causal_lm
+from ..models.modes import evaluating
 from ..objective import Objective
 from ..precision import warn_if_slow
 from ..reduce import sum_over_ranks
@@ -47,7 +48,6 @@ from .reference import (
     LiveReference,
     choose,
     dataset_logps,
-    evaluating,
     row_logps,
     row_tokens,
     rows_fingerprint,

@@ -24,7 +24,8 @@ from ..data import with_column
 from ..files import saving, write_atomically
 from ..head import sequence_logps, token_logps
 from ..models import Head
-from ..models.fused_loss import causal_lm
+from ..models.lm_head import causal_lm
+from ..models.modes import evaluating, without_adapter
 from ..objective import Objective
 
 if TYPE_CHECKING:
@@ -80,19 +81,6 @@ def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str,
     if objective.needs_reference_tokens:
         return "copy", f"a frozen copy, because {name} looks at the reference token by token"
     return "cached", "log-probs computed once and kept on disk, no second copy in memory"
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode (dropout off), no gradient; every module's mode is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def row_logps(
@@ -185,11 +173,6 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     if hasattr(frozen, "disable_adapter"):
         frozen = frozen.unload()
     return frozen.requires_grad_(False).eval()
-
-
-def without_adapter(model: Any) -> contextlib.AbstractContextManager:
-    """The context in which a PEFT model is its base model; nothing for other models."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
 class CachedReference:
