@@ -108,3 +108,13 @@ def k3(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
     """ref/π − 1 − log(ref/π) ≥ 0, an unbiased estimate of KL(π ‖ ref) of low variance: the KL term of GRPO."""
     log_ratio = ref_token_logp - token_logp
     return past_overflow(torch.expm1, log_ratio) - log_ratio
+
+
+def win_rates(wins: Tensor) -> Tensor:  # (K, K) → (K,)
+    """Returns the mean P(i beats j) over the others j, NaN where none is known; ½ for a single candidate.
+
+    wins: P(i beats j), NaN where unknown; the diagonal is not read.
+    """
+    if len(wins) == 1:
+        return torch.full((1,), 0.5)
+    return wins.masked_fill(torch.eye(len(wins), dtype=torch.bool), math.nan).nanmean(dim=1)
