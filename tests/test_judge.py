@@ -10,23 +10,19 @@ import torch
 
 from test_trainer import WORDS, make_model, make_tokenizer
 from xpo_fast import METHODS
+from xpo_fast.methods.math import win_rates
 from xpo_fast.recipes.mixture import AgainstMixture, MixtureRollout
-from xpo_fast.recipes.selection import SELECTORS, accepted, win_rates
+from xpo_fast.recipes.revision import revised
+from xpo_fast.recipes.selection import SELECTORS, accepted
 from xpo_fast.rewards import Rewards
+from xpo_fast.rewards.judges import FunctionJudge, Judge, RewardJudge, group_scores, group_wins, text_of
 from xpo_fast.rewards.llm_judges import (
     FIVE_POINTS,
-    FunctionJudge,
-    Judge,
     LLMJudge,
-    RewardJudge,
     SampledChoice,
     SelfRewardJudge,
     TokenChoice,
-    group_scores,
-    group_wins,
     points_of,
-    revised,
-    text_of,
 )
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 

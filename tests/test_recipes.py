@@ -17,7 +17,8 @@ from xpo_fast.models import load_model
 from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table
 from xpo_fast.recipes import loop as recipe_loop
 from xpo_fast.recipes.loop import _L1, Setup, _Loop, run
-from xpo_fast.rewards.llm_judges import FunctionJudge, Judge, LLMJudge, text_of
+from xpo_fast.rewards.judges import FunctionJudge, Judge, text_of
+from xpo_fast.rewards.llm_judges import LLMJudge
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 
 pytestmark = [

@@ -30,7 +30,10 @@ from xpo_fast.models.value_head import (
     save_value_head,
     value_head,
 )
-from xpo_fast.rewards.model import USES, ImplicitReward, RewardEnsemble, RewardModel, RewardSpec
+from xpo_fast.rewards.ensemble import RewardEnsemble
+from xpo_fast.rewards.implicit import ImplicitReward
+from xpo_fast.rewards.model import RewardModel
+from xpo_fast.rewards.spec import USES, RewardSpec
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")

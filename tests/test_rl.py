@@ -16,7 +16,7 @@ import transformers
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
 from xpo_fast.rewards import RewardError
-from xpo_fast.rewards.llm_judges import Judge, win_rate
+from xpo_fast.rewards.judges import Judge, win_rate
 from xpo_fast.rl import RLTrainer, last_checkpoint
 from xpo_fast.rl.config import RLConfig
 from xpo_fast.rl.experience import advantages

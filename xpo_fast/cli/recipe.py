@@ -10,7 +10,7 @@ from . import checks, config_file, options, training
 from .options import SMOLLM2, UsageError
 
 if TYPE_CHECKING:
-    from ..rewards.llm_judges import Judge
+    from ..rewards.judges import Judge
 
 JUDGE_SPECS = (
     "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), llm (that "
@@ -216,7 +216,8 @@ def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     """The judge that specs (`JUDGE_SPECS`) name; None for none."""
-    from ..rewards.llm_judges import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
+    from ..rewards.judges import FunctionJudge, RewardJudge
+    from ..rewards.llm_judges import LLMJudge, SampledChoice, TokenChoice
 
     if not specs:
         return None

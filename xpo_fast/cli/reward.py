@@ -151,7 +151,7 @@ def run_reward(args: argparse.Namespace) -> int:
     training.quiet(args)
 
     from ..models.value_head import load_value_head
-    from ..rewards.model import SPEC_FILE, load_spec
+    from ..rewards.spec import SPEC_FILE, load_spec
     from ..rewards.trainer import RewardTrainer, checked_settings
 
     if args.method == "gated" and not args.objectives and (Path(args.model) / SPEC_FILE).is_file():
@@ -233,7 +233,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
 def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     """Rows to train on, and rows held out or None, in the form that `RewardTrainer` reads."""
     from .. import data
-    from ..rewards.trainer import load_ratings
+    from ..rewards.ratings import load_ratings
 
     how = options.reading(args)
 
@@ -334,7 +334,8 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     """The scores of every scorer; one at a time in memory, but for an ensemble."""
-    from ..rewards.model import RewardEnsemble, RewardModel
+    from ..rewards.ensemble import RewardEnsemble
+    from ..rewards.model import RewardModel
     from ..rewards.report import score_pairs
 
     given: dict[str, Any] = {name: value for name, value in _length_rule(args).items() if value}
@@ -367,7 +368,7 @@ def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
 
 
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
-    from ..rewards.model import ImplicitReward
+    from ..rewards.implicit import ImplicitReward
 
     name = args.reference
     if name is None:

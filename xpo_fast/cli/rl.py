@@ -15,7 +15,7 @@ from .options import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ..rewards.model import RewardEnsemble
+    from ..rewards.ensemble import RewardEnsemble
     from ..rl import RLTrainer
     from ..rl.trainer import RLConfig
 
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     training.quiet(args)
 
     from ..rewards import Rewards
-    from ..rewards.model import RewardEnsemble
+    from ..rewards.ensemble import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
     from ..rollout.generate import ServerRollout
 
@@ -290,12 +290,13 @@ def _models_that_reward(args: argparse.Namespace, device: torch.device) -> list[
         found.append(RewardModel.load(name, device=device))
         found[-1].model.to(device)
     if args.ensemble:
-        from ..rewards.model import RewardEnsemble
+        from ..rewards.ensemble import RewardEnsemble
 
         found = [RewardEnsemble(found, _weighted(args.ensemble)[0], args.ensemble_coef)]
     if args.judge:
         from ..models import load_model
-        from ..rewards.llm_judges import LLMJudge, TokenChoice, win_rate
+        from ..rewards.judges import win_rate
+        from ..rewards.llm_judges import LLMJudge, TokenChoice
 
         model: Any
         model, tokenizer = load_model(_weighted(args.judge)[0], device=device)

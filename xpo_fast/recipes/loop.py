@@ -44,23 +44,15 @@ from .. import data
 from ..data.rows import NUMBERS, DataError
 from ..files import finite, saving, write_atomically, write_json
 from ..models import load_model, remove_fused_loss
-from ..rewards.llm_judges import (
-    FunctionJudge,
-    Judge,
-    RewardJudge,
-    SelfRewardJudge,
-    group_scores,
-    group_wins,
-    revised,
-    text_of,
-    win_rate,
-)
+from ..resume import last_checkpoint
+from ..rewards.judges import FunctionJudge, Judge, RewardJudge, group_scores, group_wins, text_of, win_rate
+from ..rewards.llm_judges import SelfRewardJudge
 from ..rl.sample_log import SAMPLES_FILE
 from ..rollout import Rollout, Sampling
 from ..trainer import XPOConfig, XPOTrainer
 from ..trainer.reference import COLUMNS
-from ..trainer.resume import last_checkpoint
 from .recipe import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
+from .revision import revised
 from .selection import SELECTORS
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating, without_adapter
-from ..rewards.llm_judges import Completion, Judge
+from ..rewards.judges import Completion, Judge
 from ..rollout import GenerateRollout, Prompt, Samples, Sampling
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.math import win_rates
+
 Pick = dict[str, Any]
 
 
@@ -143,13 +145,6 @@ SELECTORS: Mapping[str, Selector] = {
     "large-margin": Selector(large_margin, "wins", "pair"),
     "against-rejected": Selector(against_rejected, "nothing", "list"),
 }
-
-
-def win_rates(wins: Tensor) -> Tensor:  # (K, K) → (K,)
-    """The mean probability of each to beat the others, NaN where none is known; a lone one has ½."""
-    if len(wins) == 1:
-        return torch.full((1,), 0.5)
-    return wins.masked_fill(torch.eye(len(wins), dtype=torch.bool), math.nan).nanmean(dim=1)
 
 
 def _known(scores: Tensor) -> list[int]:

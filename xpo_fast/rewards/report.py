@@ -19,7 +19,7 @@ import torch
 
 from ..data import require
 from ..files import write_atomically
-from .model import encode_rows
+from .encoding import encode_rows
 
 CALIBRATION_BINS = 10
 LENGTH_BINS = 5
