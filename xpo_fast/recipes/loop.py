@@ -44,6 +44,7 @@ from .. import data
 from ..data.rows import NUMBERS, DataError
 from ..files import appearing, finite, write_atomically, write_json
 from ..models import load_model, remove_fused_loss
+from ..resume import last_checkpoint
 from ..rewards.llm_judges import (
     FunctionJudge,
     Judge,
@@ -60,7 +61,6 @@ from ..rollout import Rollout, Sampling
 from ..seeds import seed_of_repr
 from ..trainer import XPOConfig, XPOTrainer
 from ..trainer.reference import COLUMNS
-from ..trainer.resume import last_checkpoint
 from .recipe import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .selection import SELECTORS
 
