@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import data
-from ..data.rows import DataError, check_names, shape_row
+from ..data import KINDS, DataError
+from ..data.rows import check_names, shape_row
 
 
 def load_ratings(
@@ -29,7 +30,7 @@ def load_ratings(
         ratings = _ratings(row, objectives, where) if isinstance(row, dict) else []
         # A row of this kind must have a number, hence the reward; the ratings are kept beside the rows.
         read = {**row, "label": None, "reward": 0.0, "value": None} if isinstance(row, dict) else row
-        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, "unpaired", where)]
+        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, KINDS["unpaired"], where)]
 
     check_names(columns or (), also=objectives)
     rows = data.load_rows(

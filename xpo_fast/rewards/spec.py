@@ -18,7 +18,7 @@ from ..models.value_head import ValueHead
 
 SPEC_FILE = "reward_model.json"
 
-# For each method that trains a reward model: the kind of data it learns from (`data.COMPLETIONS`), and what the value
+# For each method that trains a reward model: the kind of data it learns from (`data.KINDS`), and what the value
 # head's outputs are: one reward ("reward"); one per objective; one per objective and the gate's logits ("gated"); a head
 # for quality and one for length ("odin"); the logit of P(one completion beats another) ("preference").
 USES = {
@@ -62,7 +62,7 @@ class RewardSpec:
 
     @property
     def kind(self) -> str:
-        """The kind of data to train on, a key of `data.COMPLETIONS`."""
+        """The kind of data to train on, a key of `data.KINDS`."""
         return USES[self.method][0]
 
     @property

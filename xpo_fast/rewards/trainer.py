@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..data.rows import DataError
+from ..data.kinds import KINDS, DataError, Kind
 from ..head import sequence_logps
 from ..methods.math import check_choice
 from ..methods.registry import get_method
@@ -120,6 +120,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     """
 
     args: RewardConfig
+    kind: Kind
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         self.spec = args.spec()
         if self.spec.method == "haf" and args.reference == "none":
             raise ValueError('haf compares the policy with a reference: use reference="auto", "copy" or "adapter"')
-        self.kind = self.spec.kind
+        self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
         if isinstance(model, str):
             folder = Path(model)
@@ -204,21 +205,21 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         if self.spec.form == "objectives":
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
-            dataset = data.load(dataset, kind=self.kind)
-        if self.kind == "list" and "scores" not in dataset.column_names:
+            dataset = data.load(dataset, kind=self.kind.name)
+        if self.kind.listed and "scores" not in dataset.column_names:
             raise DataError("k_wise ranks the completions of a prompt by their scores; got lists without scores")
         if self.spec.method == "discriminator" and "label" not in dataset.column_names:
             raise DataError("discriminator learns from the label of each row; got rows without label")
         encoded = data.encode(
             dataset,
             self._tokenizer,
-            kind=self.kind,
+            kind=self.kind.name,
             max_length=self.args.max_length,
             max_prompt_length=self.args.max_prompt_length,
             num_proc=self.args.dataset_num_proc,
         )
-        unread = [name for name in ("kl_completion_ids", "rejected_ids") if name in encoded.column_names]
-        encoded = encoded.remove_columns(unread if self.kind != "pair" else [])
+        unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
+        encoded = encoded.remove_columns(sorted(unread))
         check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
@@ -251,11 +252,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _valid(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the units that count, (U,) bool."""
         scored = (batch["targets"] != data.IGNORE_INDEX).any(dim=1)
-        if self.kind == "unpaired":
-            return scored
-        if self.kind == "pair":
-            return scored.view(2, -1).all(dim=0)
-        return scored.view(batch["list_lengths"].shape[0], -1).any(dim=1)
+        if self.kind.listed:
+            return scored.view(batch["list_lengths"].shape[0], -1).any(dim=1)
+        return scored.view(len(self.kind.completions), -1).all(dim=0)
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
