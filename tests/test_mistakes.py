@@ -28,7 +28,8 @@ from xpo_fast import cli
 from xpo_fast.cli import training
 from xpo_fast.models import load_model
 from xpo_fast.recipes import get_recipe
-from xpo_fast.recipes import loop as recipe_loop
+from xpo_fast.recipes.loop import run as run_recipe
+from xpo_fast.recipes.setup import Setup
 from xpo_fast.resume import MADE_WITH, last_checkpoint
 from xpo_fast.trainer import XPOTrainer
 
@@ -350,9 +351,9 @@ def test_two_runs_into_one_folder(out, capsys):
 
 def test_a_recipe_that_is_to_overwrite_a_folder_deletes_nothing_but_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    setup = recipe_loop.Setup("model", [{"prompt": "w1"}], tmp_path, overwrite=True)
+    setup = Setup("model", [{"prompt": "w1"}], tmp_path, overwrite=True)
     with pytest.raises(ValueError, match=r"overwrite deletes a run of a recipe, and .* holds something else"):
-        recipe_loop.run(get_recipe("sdpo"), setup)
+        run_recipe(get_recipe("sdpo"), setup)
     assert (tmp_path / "thesis.tex").is_file()
 
 

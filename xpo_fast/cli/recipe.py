@@ -110,8 +110,9 @@ def run(args: argparse.Namespace) -> int:
     from transformers import logging as transformers_logging
 
     from ..models import load_model
-    from ..recipes import loop as recipe_loop
     from ..recipes import runs_in
+    from ..recipes.loop import run as run_recipe
+    from ..recipes.setup import Setup
     from ..rollout import GenerateRollout, Sampling
 
     transformers_logging.disable_progress_bar()
@@ -132,9 +133,9 @@ def run(args: argparse.Namespace) -> int:
     }
     if twice := sorted(set(own) & set(dict(args.train))):
         raise UsageError(f"--train {twice[0]}: there is an option for it, see `xpo-fast recipe --help`")
-    outcome = recipe_loop.run(
+    outcome = run_recipe(
         recipe,
-        recipe_loop.Setup(
+        Setup(
             model=args.model,
             rows=rows,
             output=output,

@@ -10,8 +10,8 @@ from ..rewards.llm_judges import continued
 from ..rollout import Prompt, Rollout, Sampling
 
 CRITIQUE = (
-    "Name the specific ways in which your last answer is harmful, unethical, dishonest, or otherwise not as it should be. "
-    "{principle}"
+    "Name the specific ways in which your last answer is harmful, unethical, dishonest, or otherwise not as it should "
+    "be. {principle}"
 )
 REVISE = "Now write the answer again so that none of this is left. Reply with the answer and nothing else."
 PRINCIPLES = (

@@ -1,4 +1,4 @@
-"""Rewards: reward functions here; judges, reward models, their training and their reports in the files of this folder."""
+"""Rewards: reward functions; judges, reward models, their training and reports in the files of this folder."""
 
 from .functions import OWN_COLUMNS, PROMPT_INDEX, RewardError, RewardFunction, Rewards, Scored, load_reward
 

@@ -85,7 +85,7 @@ def separators(tokenizer: Any) -> tuple[list[int], list[int]]:
 def both_orders(
     row: Mapping[str, Any], between: list[int], after: list[int]
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """Returns the two rows that a preference model reads of an encoded pair: chosen before rejected, and the reverse."""
+    """Returns the two rows by which a preference model reads an encoded pair: chosen before rejected, and reversed."""
     w, l = row["chosen_ids"], row["rejected_ids"]  # noqa: E741
     orders = (w, l), (l, w)
     first, second = ({"prompt_ids": row["prompt_ids"], "chosen_ids": [*a, *between, *b, *after]} for a, b in orders)

@@ -1,4 +1,4 @@
-"""Reward functions with TRL's signature, weighted and summed; a fault raises an error or leaves its row out of the sum."""
+"""Reward functions with TRL's signature, weighted and summed; a fault raises an error or leaves its row out."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ class Rewards:
         rewards = Rewards([accuracy, brevity], weights=[1.0, 0.2], timeout_s=60)
         scored = rewards(samples, {"answer": answers})
 
-    functions: one or more, each called as f(prompts=, completions=, completion_ids=, **columns) and returning R entries,
-        numbers or None (TRL's signature, without its trainer_state and loggers; a function without **kwargs receives
-        only the arguments that it names). It may be `async`. A reward model is such a function.
+    functions: one or more, each called as f(prompts=, completions=, completion_ids=, **columns) and returning R
+        entries, numbers or None (TRL's signature, without its trainer_state and loggers; a function without **kwargs
+        receives only the arguments that it names). It may be `async`. A reward model is such a function.
     weights: one per function; default 1.
     timeout_s: the limit in seconds for one call of one function. A function with a limit runs in a thread of its own,
         since only a thread can be abandoned; a blocked call remains in that thread until the process ends. Without a
         limit the function runs in the caller's thread, where signals work, too.
 
-    An entry None means that the function does not apply to the row: the reward is the sum of the others. NaN, an infinity
-    or a sum beyond float32 leaves the row without a reward, with a warning; so does a row to which no function applies,
-    without one. Such rows are NaN in `Scored.rewards`. Raises RewardError, naming the function, if a function raises
-    (SystemExit too, which code under test may raise; KeyboardInterrupt goes through), needs a column that the data lack,
-    returns something other than R numbers, or takes longer than `timeout_s`.
+    An entry None means that the function does not apply to the row, whose reward is the sum of the others. A row has no
+    reward if no function applies, or, with a warning, if an entry is NaN or infinite or the sum is beyond float32. Such
+    rows are NaN in `Scored.rewards`. Raises RewardError, naming the function, if one raises (SystemExit too, which code
+    under test may raise; KeyboardInterrupt goes through), needs a column that the data lack, returns something other
+    than R numbers, or takes longer than `timeout_s`.
     """
 
     def __init__(
@@ -160,7 +160,10 @@ class Rewards:
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """Returns the reward function named by "file.py:function" or "package.module:function"; ValueError if there is none."""
+    """Returns the reward function that "file.py:function" or "package.module:function" names.
+
+    Raises ValueError if there is none.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(f"expected a reward function as file.py:function or package.module:function, got {spec!r}")

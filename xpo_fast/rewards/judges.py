@@ -1,4 +1,4 @@
-"""Judges: how good a completion is, or which of two is better, by reward functions, a reward model, or a subclass's own rule.
+"""Judges: how good a completion is, or which of two is better; by reward functions, a reward model, or a subclass.
 
     score(prompts, completions)        (R,) numbers, higher is better; NaN where the judge has no score
     compare(prompts, first, second)    (R,) P(first beats second); NaN where the judge has no verdict
@@ -53,9 +53,9 @@ class Judge:
     def places(self) -> dict[str, float]:
         """Returns, and resets, sums over the comparisons made in both orders; {} for a judge that makes none.
 
-        compared: comparisons answered in both orders. first_place: P(the answer shown first wins), averaged over the two
-        orders, ½ without a preference for a position. flipped: 1 where the position alone decides: the same position
-        wins in both orders.
+        compared: comparisons answered in both orders. first_place: P(the answer shown first wins), averaged over the
+        two orders, ½ without a preference for a position. flipped: 1 if the position alone decides, that is, if the same
+        position wins in both orders.
         """
         return {}
 
@@ -194,9 +194,9 @@ def group_wins(
 def win_rate(judge: Judge) -> RewardFunction:
     """Returns a judge that compares as a reward function: a completion's win rate among those of its prompt.
 
-    The completions of a prompt stand side by side: rows with one `prompt_index`, or, without that column, adjacent equal
-    prompts. Rates are in [0, 1], as `nash_md` takes them, and the rivals are the policy's own samples;
-    `mixture.AgainstMixture` draws the rivals from the mixture of policy and reference, as the paper does.
+    The completions of a prompt stand side by side: rows with one `prompt_index`, or, without that column, adjacent
+    equal prompts. Rates are in [0, 1], as `nash_md` takes them, and the rivals are the policy's own samples; recipes
+    draw them from the mixture of policy and reference, as the paper does (`recipes.mixture.AgainstMixture`).
     """
 
     def win_rate(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:

@@ -130,7 +130,7 @@ class TokenChoice:
 
 
 class SampledChoice:
-    """A `Choice` by sampled replies of a rollout (a server, for example): the first of the words in each of n replies."""
+    """A `Choice` by n sampled replies of a rollout (a server, for example): the first of the words in each reply."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class RewardModel:
         model: Any = self.model
         if model.config.pad_token_id is not None:
             return model(input_ids=ids, attention_mask=mask).logits
-        # transformers takes the last token that is not the pad token as a row's last: any token that ends no row will do.
+        # transformers takes the last token that is not the pad token: any token that ends no row will do as one.
         last = set(ids[torch.arange(len(ids)), mask.sum(dim=1) - 1].tolist())
         pad = next(i for i in range(len(last) + 1) if i not in last)
         model.config.pad_token_id = pad
@@ -129,7 +129,7 @@ class RewardModel:
     ) -> RewardModel:
         """Loads a folder of `save` or of `xpo-fast reward`, or a sequence classifier of transformers by folder or name.
 
-        An adapter is not merged: in weights of 16 bits it would be rounded, and the scores would differ from training's.
+        An adapter is not merged: weights of 16 bits would round it, and the scores would differ from training's.
         dtype, device: as for `load_model`; the model is on the CPU. options: passed to `from_pretrained`. Raises
         ValueError if the source is neither.
         """

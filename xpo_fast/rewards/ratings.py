@@ -22,8 +22,8 @@ def load_ratings(
 ) -> tuple[Any, list[list[float]]]:
     """Returns rows of prompt and completion as `data.load` does, and the ratings (N, K) of each row, NaN where null.
 
-    objectives: the K names of the ratings. The other arguments are those of `data.load`. Raises DataError for a row that
-    lacks an objective, has a value that is neither a finite number nor null, or has only nulls.
+    objectives: the K names of the ratings. The other arguments are those of `data.load`. Raises DataError for a row
+    that lacks an objective, has a value that is neither a finite number nor null, or has only nulls.
     """
 
     def shape(row: Any, where: str) -> list[dict[str, Any]]:

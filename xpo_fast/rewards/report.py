@@ -1,7 +1,7 @@
 """Evaluation of scorers on pairs: accuracy, calibration, dependence on length, and plots of these.
 
-A scorer is a reward model, or a policy by its implicit reward β(log π − log ref); all are measured on the same pairs, so
-that they can be compared. The margin m of a pair is the score of its chosen completion − that of its rejected one.
+A scorer is a reward model, or a policy by its implicit reward β(log π − log ref); all are measured on the same pairs,
+so that they can be compared. The margin m of a pair is the score of its chosen completion − that of its rejected one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class PairScores:
     chosen_tokens: np.ndarray  # (P,)
     rejected_tokens: np.ndarray  # (P,)
     is_logit: bool = True  # σ(margin) is P(chosen beats rejected)
-    prompts: np.ndarray | None = None  # (P,) int: pairs of one prompt share a number; None: every pair has its own prompt
+    prompts: np.ndarray | None = (
+        None  # (P,) int: pairs of one prompt share a number; None: every pair has its own prompt
+    )
 
     def __post_init__(self) -> None:
         shapes = {x.shape for x in (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)}
@@ -205,7 +207,7 @@ def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str,
 
 
 def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
-    """Returns the difference of two scorers' accuracies on the same pairs, its paired standard error, and their agreement.
+    """Returns the difference of two scorers' accuracies on the same pairs, its standard error, and their agreement.
 
     Raises ValueError for different numbers of pairs.
     """

@@ -1,4 +1,4 @@
-"""What describes a reward model beside its weights: its method, the value head's outputs, and the reward they combine to."""
+"""The spec of a reward model: its method, the value head's outputs, and how they combine to a reward."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RewardSpec:
 
     @property
     def is_logit(self) -> bool:
-        """Whether σ(difference of rewards) is the probability that the method fits: not of ratings, nor with a length rule."""
+        """Whether σ(difference of rewards) is a probability that the method fits: not for ratings or a length rule."""
         return self.form != "objectives" and self.length_alpha is None and not self.length_lam
 
     def read(
@@ -88,7 +88,7 @@ class RewardSpec:
         attention_mask: Tensor,  # (R, T), padding on the right
         targets: Tensor,  # (R, T) aligned; the first that is not −100 is the completion's first token
     ) -> Tensor:
-        """Returns the outputs (R, K) at the last token; the gate's at the last token of the prompt, which is all it sees."""
+        """Returns the outputs (R, K) at the last token; the gate, which sees the prompt alone, at the prompt's last."""
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         found = head(hidden[rows, attention_mask.sum(dim=1) - 1])
         if self.form == "gated":
@@ -102,7 +102,7 @@ class RewardSpec:
         outputs: Tensor,  # (R, K)
         lengths: Tensor,  # (R,) tokens of the completions
     ) -> Tensor:
-        """Returns the rewards (R,), the length rule applied. Raises ValueError for a preference model, which has none."""
+        """Returns the rewards (R,), length rule applied. Raises ValueError for a preference model, which has none."""
         if self.form == "preference":
             raise ValueError("a preference model compares two completions and has no reward of one: use compare()")
         if self.form == "gated":

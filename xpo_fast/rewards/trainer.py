@@ -1,7 +1,7 @@
 """Training of a reward model: the methods of methods/reward.py on a value head's outputs for a whole batch.
 
-Checkpoints, resume and the rest are transformers' Trainer's, as in trainer/; the rewards, and the log-probs that GRM and
-HAF need, come from one forward.
+Checkpoints, resume and the rest are transformers' Trainer's, as in trainer/; the rewards, and the log-probs that GRM
+and HAF need, come from one forward.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ _READS_LOGPS = ("grm", "haf")
 
 @dataclass
 class RewardConfig(XPOConfig):
-    """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring, not to training."""
+    """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring only."""
 
-    method: str = field(default="bradley_terry", metadata={"help": "The method that trains the reward model: " + ", ".join(USES)})
+    method: str = field(
+        default="bradley_terry", metadata={"help": "The method that trains the reward model: " + ", ".join(USES)}
+    )
     objectives: list[str] | None = field(
         default=None,
         metadata={
@@ -73,17 +75,20 @@ class RewardConfig(XPOConfig):
         default=None,
         metadata={"help": "Divides the reward by this number + the tokens of the completion."},
     )
-    length_target: float = field(default=0.0, metadata={"help": "Length in tokens that costs nothing, with length_lam."})
+    length_target: float = field(
+        default=0.0, metadata={"help": "Length in tokens that costs nothing, with length_lam."}
+    )
     length_lam: float = field(
         default=0.0, metadata={"help": "Reward subtracted per token more or fewer than length_target."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of AdamW."})
     value_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value head, whose weights begin near 0. None: learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the value head, whose weights begin near 0. None: learning_rate."},
     )
 
     def spec(self) -> RewardSpec:
-        """Returns the spec of the reward model that is trained. Raises ValueError if the arguments contradict each other."""
+        """Returns the spec of the reward model. Raises ValueError if the arguments contradict each other."""
         check_choice("method", self.method, tuple(USES))
         if self.tile_mib is not None:
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
@@ -104,15 +109,15 @@ class RewardConfig(XPOConfig):
 class RewardTrainer(SavesValueHead, UnitTrainer):
     """Trainer of a reward model.
 
-    model: a causal LM of transformers, a PEFT model, or a name for `load_model`. If it has a value head (a folder's own
-        included), training continues from it. `gated` on a model that `regression` has trained learns the gate alone, as
-        ArmoRM does.
+    model: a causal LM of transformers, a PEFT model, or a name for `load_model`. If it has a value head (a reward
+        model's folder has one), training continues from it. `gated` on a model that `regression` has trained learns the
+        gate alone, as ArmoRM does.
     train_dataset, eval_dataset: anything `data.load` reads, of the method's kind. For `regression` rows of prompt,
         completion and the numbers named in args.objectives; a number that is null is left out of the loss.
     processing_class, peft_config: as in `XPOTrainer`.
 
-    Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from it,
-    and bradley_terry by −p log σ(h) − (1−p) log σ(−h), where the data have no margin.
+    Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from
+    it, and bradley_terry by −p log σ(h) − (1−p) log σ(−h), if the data have no margin.
 
     The weights of a new value head are drawn with standard deviation 1/(D + 1), its bias is 0. (Stiennon et al., arXiv
     2009.01325, draw them with variance 1/(D + 1), which is wider by √(D + 1).) The rewards are read at the last token,
@@ -376,7 +381,7 @@ def _freeze_lm_head(model: nn.Module) -> None:
 
 
 def _extend_with_gate(model: nn.Module) -> None:
-    """Replaces a value head of K rewards by one with the same K rewards and K logits of a gate that weighs them equally."""
+    """Replaces a value head of K rewards by one of the same K rewards and K gate logits, which weigh them equally."""
     present = value_head(model)
     assert present is not None
     count = present.outputs
@@ -394,13 +399,13 @@ def _width_of(model: nn.Module) -> int:
 
 
 def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
-    """Returns the halves of x (2P,), of the chosen and of the rejected completions, under the names of a method's inputs."""
+    """Returns the chosen and the rejected half of x (2P,), under the names of a method's inputs."""
     w, l = x.chunk(2)  # noqa: E741
     return {f"{name}_w": w, f"{name}_l": l}
 
 
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
-    """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown one, or one that is no number."""
+    """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown one or one that is no number."""
     given: Any = args.method_args or {}
     settings: dict[str, Any] = dict(given)
     of = odin if args.method == "odin" else get_method(args.method).fn
@@ -422,7 +427,7 @@ def checked_settings(args: RewardConfig) -> dict[str, Any]:
 
 @dataclass
 class RewardCollator:
-    """`data.Collator` for reward models: with the ratings (B, K), and with pairs in both orders for a preference model."""
+    """`data.Collator` for reward models: adds the ratings (B, K), and both orders of pairs for a preference model."""
 
     pad_token_id: int
     spec: RewardSpec
