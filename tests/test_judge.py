@@ -156,7 +156,7 @@ def test_accepted_candidates_are_distributed_as_the_reweighted_reference(beta):
 
 
 def test_all_pairs_make_sppo_regress_to_win_rates():
-    """Σ over pairs of sppo has the gradient of Σ_i (K − 1)(Δ_i − (p_i − ½)/β)², p_i the win rate against the others."""
+    """Σ over pairs of sppo has the gradient of Σ_i (K − 1)(Δ_i − (p_i − ½)/β)², p_i the win rate against others."""
     g = generator(2)
     upper = torch.rand(4, 4, generator=g, dtype=torch.float64).triu(1)
     wins = upper + (1 - upper.T).tril(-1) + 0.5 * torch.eye(4, dtype=torch.float64)
@@ -388,9 +388,15 @@ def test_the_model_judges_itself_by_the_mean_of_what_it_says():
 def test_critique_and_revision_go_round():
     rollout, kept = Says("too curt", "better"), []
     out = revised(
-        rollout, ["p", "q"], ["a", "b"], sampling=Sampling(), seed=0, rounds=2, principles=("kind?", "true?"),
+        rollout,
+        ["p", "q"],
+        ["a", "b"],
+        sampling=Sampling(),
+        seed=0,
+        rounds=2,
+        principles=("kind?", "true?"),
         say=lambda r, critiques, revisions: kept.append((r, critiques, revisions)),
-    )  # fmt: skip
+    )
     assert out == ["too curt", "better"] and [r for r, _, _ in kept] == [0, 1]
     first, second = rollout.asked[:2], rollout.asked[2:4]
     assert first[0].startswith("pa\n\n") and "kind?" in first[0] and "true?" in first[1]

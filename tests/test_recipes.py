@@ -15,8 +15,7 @@ from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_
 from xpo_fast import cli, recipes
 from xpo_fast.data import load_prompts
 from xpo_fast.models import load_model
-from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table
-from xpo_fast.recipes import training
+from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table, training
 from xpo_fast.recipes.loop import Loop, run
 from xpo_fast.recipes.setup import Policies, Setup
 from xpo_fast.recipes.training import L1, Iteration, train_reward, with_reference
@@ -85,13 +84,21 @@ def small(name: str, **settings):
 
 def setup(home: Path, output: Path, *, said: list | None = None, **options) -> Setup:
     training = {
-        "use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1,
-        "save_strategy": "no", **options.pop("training", {}),
-    }  # fmt: skip
+        "use_cpu": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        **options.pop("training", {}),
+    }
     defaults = {
-        "rows": load_prompts(make_rows(4)), "judge": FunctionJudge(letters), "sampling": Sampling(max_new_tokens=5),
-        "block": 3, "say": (said if said is not None else []).append,
-    }  # fmt: skip
+        "rows": load_prompts(make_rows(4)),
+        "judge": FunctionJudge(letters),
+        "sampling": Sampling(max_new_tokens=5),
+        "block": 3,
+        "say": (said if said is not None else []).append,
+    }
     return Setup(model=str(home), output=output, training=training, **{**defaults, **options})
 
 
@@ -408,7 +415,7 @@ def test_a_judge_that_compares_rewards_by_win_rates(home, tmp_path):
 
 
 def test_iterations_raise_what_the_judge_likes(home, tmp_path):
-    """Samples with more of w1 … w9 are preferred; after three iterations of RAFT held-out answers have more of them."""
+    """Samples with more of w1 … w9 are preferred; held-out answers have more of them after three iterations of RAFT."""
 
     def low(completions, **_):
         return [float(sum(len(word) == 2 for word in c.split())) for c in completions]
@@ -417,10 +424,16 @@ def test_iterations_raise_what_the_judge_likes(home, tmp_path):
     outcome = run(
         override(RECIPES["raft"], {"iterations": 3}),
         setup(
-            home, tmp_path, rows=prompts[:16], held_out=prompts[8:], judge=FunctionJudge(low), block=16,
-            training={"max_steps": 20, "learning_rate": 1e-2}, stopping=StoppingRule(patience=3),
+            home,
+            tmp_path,
+            rows=prompts[:16],
+            held_out=prompts[8:],
+            judge=FunctionJudge(low),
+            block=16,
+            training={"max_steps": 20, "learning_rate": 1e-2},
+            stopping=StoppingRule(patience=3),
         ),
-    )  # fmt: skip
+    )
     start, *after = outcome.history
     assert len(after) == 3 and max(after) == after[outcome.best - 1] > start + 0.5
 
@@ -509,9 +522,10 @@ def test_the_loop_stops_and_gives_back_the_best(home, tmp_path):
 
     said: list[str] = []
     options = {
-        "held_out": load_prompts(make_rows(3, seed=5)), "held_out_judge": FunctionJudge(fading),
+        "held_out": load_prompts(make_rows(3, seed=5)),
+        "held_out_judge": FunctionJudge(fading),
         "stopping": StoppingRule(patience=2),
-    }  # fmt: skip
+    }
     recipe = override(small("iterative-dpo"), {"iterations": 6})
     outcome = run(recipe, setup(home, tmp_path, said=said, **options))
     assert outcome.history == [0.0, 1.0, 0.5, 0.75] and outcome.best == 1
@@ -545,10 +559,14 @@ def test_the_policy_judges_its_samples_and_the_start_what_is_held_out(home, tmp_
     outcome = run(
         override(small("self-rewarding"), {"iterations": 2}),
         setup(
-            home, tmp_path, judge=None, rollout=Watched, held_out=load_prompts(make_rows(2, seed=5)),
+            home,
+            tmp_path,
+            judge=None,
+            rollout=Watched,
+            held_out=load_prompts(make_rows(2, seed=5)),
             stopping=StoppingRule(patience=2),
         ),
-    )  # fmt: skip
+    )
     start = weights(home)["model.embed_tokens.weight"].sum().item()
     samples, held_out = ([x for count, x in asked if (count == 2) == of_two] for of_two in (False, True))
     assert len(samples) == 4 and samples[:2] == [start] * 2 and start not in samples[2:]
@@ -579,10 +597,11 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     """Killed again and again, each time a word later than the last: the same files and the same weights."""
     recipe = override(small(name), {"iterations": 2 if name == "iterative-dpo" else 1, "reference": "previous"})
     options = {
-        "held_out": load_prompts(make_rows(2, seed=5)), "stopping": StoppingRule(patience=2),
+        "held_out": load_prompts(make_rows(2, seed=5)),
+        "stopping": StoppingRule(patience=2),
         "peft_config": lora(lora_dropout=0.2),
         "training": {"max_steps": 3, "save_strategy": "steps", "save_steps": 1},
-    }  # fmt: skip
+    }
     whole: list[str] = []
     expected = run(recipe, setup(home, tmp_path / "whole", said=whole, **options))
     deaths = []
@@ -770,10 +789,32 @@ def test_the_command_lists_and_runs(home, tmp_path, capsys, monkeypatch):
         "def length(completions, **_):\n    return [float(len(c)) for c in completions]\n"
     )
     base = (
-        "raft", "--data", str(data), "--model", str(home), "--cpu", "--full", "--max-steps", "1", "--max-new-tokens", "4",
-        "--output-dir", str(tmp_path / "out"), "--held-out", "2", "--patience", "2", "--train", "max_grad_norm=0.5",
-        "--judge", f"function:{tmp_path / 'reward.py'}:length", "--set", "draws.n=3", "--set", "iterations=1",
-    )  # fmt: skip
+        "raft",
+        "--data",
+        str(data),
+        "--model",
+        str(home),
+        "--cpu",
+        "--full",
+        "--max-steps",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--held-out",
+        "2",
+        "--patience",
+        "2",
+        "--train",
+        "max_grad_norm=0.5",
+        "--judge",
+        f"function:{tmp_path / 'reward.py'}:length",
+        "--set",
+        "draws.n=3",
+        "--set",
+        "iterations=1",
+    )
     assert command(*base) == 0
     told = capsys.readouterr().out
     assert "iteration 1, sft: step 1 of 1" in told and "held-out score at the start:" in told
@@ -829,10 +870,28 @@ def test_an_llm_judge_by_the_command(home, tmp_path):
     load_model(str(home))[0].save_pretrained(tmp_path / "judge")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(4)))
-    assert command(
-        "online-rlhf", "--data", str(data), "--model", str(tmp_path / "judge"), "--judge", "llm", "--cpu", "--full",
-        "--max-steps", "1", "--max-new-tokens", "4", "--output-dir", str(tmp_path / "out"), "--set", "iterations=1",
-    ) == 0  # fmt: skip
+    assert (
+        command(
+            "online-rlhf",
+            "--data",
+            str(data),
+            "--model",
+            str(tmp_path / "judge"),
+            "--judge",
+            "llm",
+            "--cpu",
+            "--full",
+            "--max-steps",
+            "1",
+            "--max-new-tokens",
+            "4",
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--set",
+            "iterations=1",
+        )
+        == 0
+    )
     for row in lines(tmp_path / "out" / "iteration-000" / "judged-00000.jsonl"):
         (a, b), (c, d) = row["wins"]
         assert a == d == 0.5 and b + c == pytest.approx(1) and b != 0.5

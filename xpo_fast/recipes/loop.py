@@ -84,8 +84,8 @@ class Loop:
         history = [held_out_scores(recipe, setup, self.policies, setup.output / "start", setup.model)]
         if history[0] and all(map(math.isnan, history[0])):
             raise ValueError(
-                f"the judge scored none of the answers to the {len(history[0])} held-out prompts, so no iteration can be "
-                f"better: see {setup.output / 'start'}"
+                f"the judge scored none of the answers to the {len(history[0])} held-out prompts, so no iteration can "
+                f"be better: see {setup.output / 'start'}"
             )
         for i in range(recipe.iterations):
             folder = setup.output / f"iteration-{i:03d}"

@@ -21,7 +21,7 @@ class MixtureRollout(GenerateRollout):
     """Rollout of π^{1−c}·ref^{c}, the mixture of the next-token distributions, normalised at every token.
 
     model: the policy. reference: another causal LM with the same vocabulary, or None for the policy with its adapter
-    switched off. share: c in [0, 1]; 0 is the policy, 1 the reference. Temperature, top_p and top_k apply to the mixture.
+    switched off. share: c in [0, 1]; 0 is the policy, 1 the reference. Temperature, top_p and top_k act on the mixture.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ Pick = dict[str, Any]
 class Selector:
     """A selector and what it reads and returns.
 
-    function: (judged, generator, **arguments) → picks. needs: what `judged` is: "scores", "wins", or "nothing", for which
-    it is the number of completions. kind: the kind of data that the picks are, as `data.load` names it.
+    function: (judged, generator, **arguments) → picks. needs: what `judged` is: "scores", "wins", or "nothing", when it
+    is the number of completions. kind: the kind of data of the picks, as `data.load` names it.
     """
 
     function: Callable[..., list[Pick]]
@@ -57,8 +57,8 @@ def best_worst(scores: Tensor, generator: torch.Generator, *, min_gap: float = 0
 def all_pairs(wins: Tensor, generator: torch.Generator) -> list[Pick]:  # (K, K)
     """Picks all K(K−1)/2 pairs, with the probability that the first wins; a draw is a pair, too.
 
-    With `sppo` the sum over the pairs regresses each log-ratio Δ_i to (p_i − ½)/β, where p_i is the mean of P(i beats j)
-    over the others j: the win rates of survey S61 (whose mean includes i itself, which multiplies 1/β by (K−1)/K).
+    With `sppo` the sum over the pairs regresses each log-ratio Δ_i to (p_i − ½)/β, where p_i is the mean of P(i beats
+    j) over the others j: the win rates of survey S61 (whose mean includes i itself, which multiplies 1/β by (K−1)/K).
     """
     picks = []
     for i in range(len(wins)):
@@ -76,7 +76,7 @@ def pair(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.0) -> l
 
 
 def large_margin(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.2) -> list[Pick]:  # (K, K)
-    """Picks all pairs whose win rates differ by min_gap or more, up to rounding (DNO, arXiv 2404.03715, survey 3.11.3)."""
+    """Picks pairs whose win rates differ by min_gap or more, up to rounding (DNO, arXiv 2404.03715, survey 3.11.3)."""
     rates = win_rates(wins)
     known = sorted(_known(rates), key=lambda i: -rates[i].item())
     picks = _pairs(rates, [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]], 0.0)
@@ -94,8 +94,8 @@ def rejection(
 ) -> list[Pick]:
     """Picks pairs of n completions that statistical rejection sampling accepts (RSO, arXiv 2309.06657; survey S4).
 
-    rank: "first-round" makes n/2 pairs of neighbours in the order of acceptance; "tournament" continues with the winners
-    until one is left, n − 1 pairs. The higher score of a pair is chosen; a pair of equal scores is left out.
+    rank: "first-round" makes n/2 pairs of neighbours in the order of acceptance; "tournament" continues with the
+    winners until one is left, n − 1 pairs. The higher score of a pair is chosen; a pair of equal scores is left out.
     """
     if rank not in ("first-round", "tournament"):
         raise ValueError(f"rank must be first-round or tournament, got {rank!r}")
@@ -112,9 +112,9 @@ def rejection(
 def accepted(scores: Tensor, generator: torch.Generator, *, n: int, beta: float) -> list[int]:
     """Returns the indices of n of K candidates, in the order of acceptance (RSO's algorithm 1).
 
-    A candidate is accepted if u < exp((r − r_max)/β), with u uniform and r_max the highest reward of the candidates left;
-    passes over those left are repeated until n are accepted, or none is left. The accepted are distributed as π·exp(r/β)
-    if the candidates are many and drawn from π. β → ∞ accepts all, β → 0 those with the highest reward.
+    A candidate is accepted if u < exp((r − r_max)/β), with u uniform and r_max the highest reward of the candidates
+    left; passes over those left are repeated until n are accepted, or none is left. The accepted are distributed as
+    π·exp(r/β) if the candidates are many and drawn from π. β → ∞ accepts all, β → 0 those with the highest reward.
     """
     if not (beta > 0 and n >= 1):
         raise ValueError(f"expected beta > 0 and n >= 1, got beta={beta}, n={n}")

@@ -54,7 +54,7 @@ class RewardEnsemble:
         write_json(Path(path), {**self._about(names), "mean": mean, "std": std})
 
     def load_moments(self, path: str | Path, names: Sequence[str]) -> None:
-        """Loads the moments that this ensemble saved. Raises ValueError if the file is missing or another ensemble's."""
+        """Loads the moments that this ensemble saved. Raises ValueError for no file, or another ensemble's."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(

@@ -126,8 +126,8 @@ class Rewards:
         beyond = ~lost & ~total.isfinite()
         if beyond.any():
             logger.warning(
-                "the weighted rewards of %d of %d completions sum up to more than float32 holds: they have no reward and "
-                "are left out",
+                "the weighted rewards of %d of %d completions sum up to more than float32 holds: they have no reward "
+                "and are left out",
                 *(int(beyond.sum()), rows),
             )
         lost |= beyond | table.isnan().all(dim=1)

@@ -54,8 +54,8 @@ class Judge:
         """Returns, and resets, sums over the comparisons made in both orders; {} for a judge that makes none.
 
         compared: comparisons answered in both orders. first_place: P(the answer shown first wins), averaged over the
-        two orders, ½ without a preference for a position. flipped: 1 if the position alone decides, that is, if the same
-        position wins in both orders.
+        two orders, ½ without a preference for a position. flipped: 1 if the position alone decides, which it does if
+        the same position wins in both orders.
         """
         return {}
 

@@ -71,8 +71,8 @@ def summary(scores: PairScores) -> dict[str, Any]:
 
     accuracy counts a tie as ½. standard_error is that of the accuracy, with the pairs of a prompt as one observation;
     accuracy_95 is Wilson's interval for the number of independent pairs with that standard error. log_loss, brier and
-    calibration take σ(margin) as P(chosen beats rejected). scale is the factor on the margins with the least log-loss on
-    these pairs: 1 for calibrated margins, None if all margins have one sign, where no finite factor is best.
+    calibration take σ(margin) as P(chosen beats rejected). scale is the factor on the margins with the least log-loss
+    on these pairs: 1 for calibrated margins, None if all margins have one sign, where no finite factor is best.
     length_correlation is Pearson's, of score and tokens over all completions; longer_wins is the accuracy of preferring
     the longer completion.
     """
@@ -248,7 +248,7 @@ _COLOURS = {"chosen": "#1b7837", "rejected": "#c2502f", "line": "#2b4a78"}
 
 
 def plot(scores: PairScores, path: str | Path) -> None:
-    """Writes a PNG of one scorer: scores, margins, calibration, accuracy by length gap, lengths, score against length."""
+    """Writes a PNG of one scorer: scores, margins, calibration, accuracy by length gap, lengths, score by length."""
     figure, axes = _figure(2, 3, f"{scores.name}, {len(scores.margin)} pairs")
     figures = summary(scores)
     _distributions(axes[0][0], scores.chosen, scores.rejected, "score")

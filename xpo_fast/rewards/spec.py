@@ -19,7 +19,7 @@ from ..models.value_head import ValueHead
 SPEC_FILE = "reward_model.json"
 
 # For each method that trains a reward model: the kind of data it learns from (`data.KINDS`), and what the value
-# head's outputs are: one reward ("reward"); one per objective; one per objective and the gate's logits ("gated"); a head
+# head's outputs are: one reward ("reward"); one per objective ("objectives"); those and gate logits ("gated"); one
 # for quality and one for length ("odin"); the logit of P(one completion beats another) ("preference").
 USES = {
     "bradley_terry": ("pair", "reward"),

@@ -405,7 +405,7 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
-    """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown one or one that is no number."""
+    """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown name or no number."""
     given: Any = args.method_args or {}
     settings: dict[str, Any] = dict(given)
     of = odin if args.method == "odin" else get_method(args.method).fn
