@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .. import data
 from ..files import finite, write_json
+from ..rewards.encoding import encode_rows
 from ..rewards.judges import group_scores, group_wins
+from ..rewards.spec import RewardSpec
 from ..seeds import seed_of_repr
 from .recipe import Recipe
 from .revision import revised
@@ -38,7 +40,7 @@ def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: S
     if recipe.revise:
         _revise(recipe, setup, policy, lines, seed_of_repr(setup.seed, i, "revise", b))
     if recipe.gold:
-        gold = _encoded(setup, policy, [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in rows])
+        gold = _encoded(setup, policy, prompts, [row["chosen"] for row in rows])
         for line, row, ids in zip(lines, rows, gold, strict=True):
             _append(line, row["chosen"], ids["chosen_ids"], "stop", -1)
     return lines
@@ -60,18 +62,19 @@ def _revise(recipe: Recipe, setup: Setup, policy: Policy, lines: list[Row], seed
             for (line, _), value in zip(at, values, strict=True):
                 line[name].append(value)
 
+    prompts = [line["prompt"] for line, _ in at]
     found = revised(
         policy.rollout,
-        [line["prompt"] for line, _ in at],
+        prompts,
         [line["completions"][k] for line, k in at],
         sampling=dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature),
         seed=seed,
         rounds=recipe.revise,
         say=keep,
     )
-    ids = _encoded(setup, policy, [{"prompt": line["prompt"], "chosen": y} for (line, _), y in zip(at, found)])
-    for (line, k), completion, row in zip(at, found, ids, strict=True):
-        line["completions"][k], line["completions_ids"][k] = completion, row["chosen_ids"]
+    encoded = _encoded(setup, policy, prompts, found)
+    for (line, k), completion, ids in zip(at, found, encoded, strict=True):
+        line["completions"][k], line["completions_ids"][k] = completion, ids["chosen_ids"]
 
 
 def judge(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, part: Sequence[tuple[Row, Row]]) -> list[Row]:
@@ -107,7 +110,7 @@ def select(
     rejected = _rejected(setup, policy) if recipe.select == "against-rejected" else {}
     for g, (line, verdict) in enumerate(zip(samples, judged, strict=True)):
         count = torch.tensor(len(line["completions"]))
-        table = count if selector.needs == "nothing" else _tensor(verdict[selector.needs])
+        table = count if selector.needs == "nothing" else torch.from_numpy(_array(verdict[selector.needs]))
         generator = torch.Generator().manual_seed(seed_of_repr(setup.seed, i, "select", g))
         for pick in selector(table, generator, recipe.select_args):
             row = {"prompt": line["prompt"], "prompt_ids": line["prompt_ids"], **_picked(line, pick)}
@@ -126,7 +129,7 @@ def select(
 
 def _summary(needs: str, samples: list[Row], judged: list[Row], rows: list[Row], identical: int) -> dict[str, Any]:
     """Returns counts and means of an iteration's samples, verdicts and selected rows."""
-    values = [x for verdict in judged for x in _flat(verdict.get(needs, []))]
+    values = [x for verdict in judged for x in _array(verdict.get(needs, [])).flat]
     places = [verdict["places"] for verdict in judged if "places" in verdict]
     compared = sum(x["compared"] for x in places)
     sides = [side for side in ("chosen", "rejected") if rows and f"{side}_ids" in rows[0]]
@@ -135,8 +138,8 @@ def _summary(needs: str, samples: list[Row], judged: list[Row], rows: list[Row],
         "completions": sum(len(line["completions"]) for line in samples),
         "truncated": sum(line["finish"].count("length") for line in samples),
         # Of a comparison P(i beats j) and P(j beats i) are missing together.
-        "unjudged": sum(x is None for x in values) // (2 if needs == "wins" else 1),
-        "mean_score": mean([x for x in values if x is not None]) if needs == "scores" else None,
+        "unjudged": sum(map(math.isnan, values)) // (2 if needs == "wins" else 1),
+        "mean_score": mean(values) if needs == "scores" else None,
         "identical": identical,
         "selected": len(rows),
         # Many judges prefer longer answers: the mean lengths of the chosen and the rejected completions.
@@ -161,24 +164,21 @@ def _picked(line: Row, pick: Row) -> Row:
 
 def _rejected(setup: Setup, policy: Policy) -> dict[int, Row]:
     """Returns the data's rejected completion of each prompt, with its token ids."""
-    rows = [{"prompt": row["prompt"], "rejected": row["rejected"]} for row in setup.rows]
-    encoded = _encoded(setup, policy, rows, "rejected")
+    prompts, completions = ([row[name] for row in setup.rows] for name in ("prompt", "rejected"))
+    encoded = _encoded(setup, policy, prompts, completions, "rejected")
     return {
-        g: {"rejected": row["rejected"], "rejected_ids": ids["rejected_ids"]}
-        for g, (row, ids) in enumerate(zip(rows, encoded, strict=True))
+        g: {"rejected": completion, "rejected_ids": ids["rejected_ids"]}
+        for g, (completion, ids) in enumerate(zip(completions, encoded, strict=True))
     }
 
 
-def _encoded(setup: Setup, policy: Policy, rows: Sequence[Row], kind: str = "chosen") -> list[Row]:
-    """Returns the token ids of rows of a prompt and one completion, whose column is `kind`."""
-    if not rows:
-        return []
-    tokenizer, config = policy.loaded[1], xpo_config(setup)
-    named = {name: [row[name] for row in rows] for name in ("prompt", kind)}
-    named["where"] = [f"row {g}" for g in range(len(rows))]
-    opening = data.opening(tokenizer, rows[0]["prompt"])
-    encoded = data.encode_rows(named, tokenizer, kind, opening, config.max_length, config.max_prompt_length)
-    return [dict(zip(encoded, values)) for values in zip(*encoded.values())]
+def _encoded(
+    setup: Setup, policy: Policy, prompts: Sequence[Any], completions: Sequence[Any], name: str = "chosen"
+) -> list[Row]:
+    """Returns the token ids of prompts and completions, named as `data.encode` does for the column `name`."""
+    config = xpo_config(setup)
+    limits = RewardSpec(max_length=config.max_length, max_prompt_length=config.max_prompt_length)
+    return encode_rows(policy.loaded[1], limits, prompts, {name: completions})
 
 
 def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Path, model: str) -> list[float]:
@@ -217,16 +217,6 @@ def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Pa
     return [math.nan if line["score"] is None else line["score"] for line in lines]
 
 
-def _tensor(table: list[Any]) -> torch.Tensor:
-    """Returns nested lists of numbers as float64, NaN for None."""
-
-    def number(x: Any) -> Any:
-        return [number(y) for y in x] if isinstance(x, list) else math.nan if x is None else x
-
-    return torch.tensor(number(table), dtype=torch.float64)
-
-
-def _flat(table: list[Any]) -> Iterator[Any]:
-    """Yields the numbers of nested lists."""
-    for x in table:
-        yield from _flat(x) if isinstance(x, list) else [x]
+def _array(table: list[Any]) -> np.ndarray:
+    """Returns lists of numbers, nested or not, as float64, NaN for None."""
+    return np.array(table, dtype=np.float64)

@@ -199,15 +199,12 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
         rewards = against
     elif isinstance(judge, FunctionJudge):
         rewards = judge.rewards
-    further = columns(it.rows)
+    names = ("prompt", *columns(it.rows))
     trainer = RLTrainer(
         model,
         rewards,
         config,
-        train_dataset=[
-            {"prompt": row["prompt"], **{name: column[k] for name, column in further.items()}}
-            for k, row in enumerate(it.rows)
-        ],
+        train_dataset=[{name: row.get(name) for name in names} for row in it.rows],
         processing_class=tokenizer,
         peft_config=copy.deepcopy(it.setup.peft_config),
     )

@@ -21,10 +21,10 @@ _BETWEEN, _AFTER = "\n\nSecond answer:\n", "\n\nThe better answer:"
 def encode_rows(
     tokenizer: Any, spec: RewardSpec, prompts: Sequence[Prompt], named: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Returns token ids as `data.encode` makes them: prompt_ids, chosen_ids and, if `named` has rejected, rejected_ids.
+    """Returns token ids as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both.
 
-    named: the completions under the names chosen, or chosen and rejected, one per prompt. Raises ValueError for another
-    number of completions than of prompts.
+    spec: gives max_length and max_prompt_length. named: the completions under the names chosen, rejected or both, one
+    per prompt. Raises ValueError for another number of completions than of prompts.
     """
     if any(len(completions) != len(prompts) for completions in named.values()):
         raise ValueError(
@@ -38,7 +38,7 @@ def encode_rows(
         **{name: list(map(_as_messages, prompts, completions)) for name, completions in named.items()},
         "where": [f"row {i}" for i in range(len(prompts))],
     }
-    kind = "pair" if len(named) > 1 else "chosen"
+    kind = "pair" if len(named) > 1 else next(iter(named))
     opening = data.opening(tokenizer, prompts[0])
     encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]

@@ -155,11 +155,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
         warn_of_lost_updates(model, args)
         set_seed(args.seed)  # adapter and head are drawn at random here, before Trainer sets the seed
-        gate_alone = self._has_rewards(model)
+        # A gate is trained alone on rewards that the model already has.
+        self.gate_alone = self.spec.form == "gated" and value_head(model) is not None
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         install_fused_loss(model)
-        if gate_alone:
+        if self.gate_alone:
             if args.weight_decay:
                 raise ValueError("weight_decay would shrink the rewards that a gate is learned for: set it to 0")
             model.requires_grad_(False)
@@ -169,13 +170,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             _freeze_lm_head(model)
         # Narrow enough for the loss to begin at ln 2: the length bias of wider ones has to be unlearned (docs/log.md).
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
-        self.gate_alone = gate_alone
         self.args, self._tokenizer, self._embedded = args, processing_class, model
-        pad = pad_id(processing_class)
+        collator = RewardCollator(pad_id(processing_class), self.spec, processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or RewardCollator(pad, self.spec, processing_class),
+            data_collator=kwargs.pop("data_collator", None) or collator,
             train_dataset=self._encode(train_dataset),
             eval_dataset=each(eval_dataset, self._encode),
             processing_class=processing_class,
@@ -197,11 +197,6 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _compares_with_reference(self) -> bool:
         wanted = self.spec.method == "haf" or self.settings.get("regulariser") == "dpo"
         return wanted and self.args.reference != "none"
-
-    def _has_rewards(self, model: Any) -> bool:
-        """Whether a gate is trained on rewards that the model already has."""
-        present = value_head(model)
-        return self.spec.form == "gated" and present is not None
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
