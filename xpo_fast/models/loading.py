@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import precision
-from ..files import cache_dir
+from ..files import appearing, cache_dir
 from ..wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -203,18 +201,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():  # incomplete, else it would have been used
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not all((folder / name).is_file() for name in _FILES):  # another process was faster otherwise
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with appearing(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    except OSError:
+        if not all((folder / name).is_file() for name in _FILES):  # no other process has written it meanwhile
+            raise
