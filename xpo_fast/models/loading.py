@@ -69,7 +69,7 @@ def load_weights(
     device: str | torch.device | None,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Returns `auto_class.from_pretrained(path, **kwargs)` in the dtype that `precision.resolve` chooses for the device."""
+    """Returns `auto_class.from_pretrained(path, **kwargs)` in the dtype that `precision.resolve` chooses."""
     from transformers import AutoConfig
 
     where = precision.default_device() if device is None else torch.device(device)
@@ -88,7 +88,7 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _loading_errors(message: str) -> Iterator[None]:
-    """Raises ValueError with `message` and the reason in place of what transformers, torch and safetensors raise about files."""
+    """Raises ValueError with `message` and the reason in place of the errors of transformers, torch and safetensors."""
     from safetensors import SafetensorError
 
     try:

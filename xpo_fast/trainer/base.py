@@ -55,7 +55,7 @@ class Means:
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def pop(self) -> dict[str, float]:
-        """Returns the means over all ranks since the last call; NaN where no weight was added. Every rank must call it."""
+        """Returns the means over all ranks since the last call, NaN without weight. Every rank must call it."""
         names, sums = list(self._sums), self._over_ranks()
         self._sums = {}
         return {} if sums is None else dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
