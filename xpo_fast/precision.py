@@ -99,7 +99,7 @@ def resolve(
 
 
 def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Converts a model to float32, in place, if the device does not multiply its dtype natively; not a quantised one."""
+    """Converts a model, unless quantised, to float32 in place if the device does not multiply its dtype natively."""
     device = default_device() if device is None else device
     if getattr(model, "is_quantized", False):
         return model
@@ -108,7 +108,7 @@ def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    """Warns, once per dtype and device, that a device does not multiply a dtype natively, with the factor it is slower."""
+    """Warns, once per dtype and device, if a device does not multiply a dtype natively, and how much slower it is."""
     if dtype in HALVES and (dtype, device) not in _warned and not native(dtype, device):
         _warned.add((dtype, device))
         warnings.warn(
@@ -155,11 +155,11 @@ def instructions() -> str:
 
 
 def settings() -> dict[str, str]:
-    """Returns the environment variables that hold torch to other instructions than the CPU's best, with their values."""
+    """Returns the environment variables, with values, that hold torch to other instructions than the CPU's best."""
     return {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
 
 
-# --- instructions and measurements ----------------------------------------------------------------------------------------------
+# --- instructions and measurements ----------------------------------------------------------------------------------
 
 
 def _flag(name: str) -> Callable[[], bool]:

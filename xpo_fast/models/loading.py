@@ -36,7 +36,7 @@ def load_model(
         a name on the hub. From a folder with a PEFT adapter the base model is loaded and the adapter merged into it.
     dtype: "auto" (the checkpoint's, or float32 where the device does not multiply that natively), "float32",
         "bfloat16", "float16" or a torch dtype.
-    device: the device the model will run on, for which "auto" chooses. Default: the accelerator, or the CPU without one.
+    device: the device the model will run on, for which "auto" chooses. Default: the accelerator, if any, else the CPU.
     kwargs: passed to `from_pretrained` (attn_implementation, trust_remote_code, …).
     Raises ValueError if there is no such model, or if its files or its tokenizer's are missing or broken.
     """

@@ -160,7 +160,7 @@ class UnitTrainer(Trainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the batch's sum of losses over `denominator`, with a graph; each loss of it; metrics; their counts."""
+        """Returns the sum of losses over `denominator`, with a graph; each loss of it; metrics; their counts."""
         raise NotImplementedError
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -247,7 +247,7 @@ class XPOTrainer(UnitTrainer):
         return self.objective.count_items(targets, **layout)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Returns the micro-batches of the next step and their items, after estimating KTO's reference point on them."""
+        """Returns the micro-batches of the next step and their items; KTO's reference point is estimated on them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._estimates_kl and batches:
             # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.

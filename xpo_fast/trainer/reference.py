@@ -157,7 +157,7 @@ class LiveReference:
             return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
 
     def hidden_states(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """Computes ref_hidden (R, T, D), ref_weight and ref_bias, with which `Objective` compares whole distributions."""
+        """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
             return {"ref_hidden": hidden, "ref_weight": head.weight.detach(), "ref_bias": head.bias}
@@ -357,7 +357,8 @@ def _from_main_process(accelerator: Accelerator, read: Callable[[], list]) -> li
     from accelerate.utils import broadcast_object_list
 
     result = [read() if accelerator.is_main_process else None]
-    return broadcast_object_list(result)[0] if accelerator.num_processes > 1 else result[0]  # type: ignore[return-value]
+    result = broadcast_object_list(result) if accelerator.num_processes > 1 else result
+    return result[0]  # type: ignore[return-value]
 
 
 def _read(path: Path, rows: int) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""What a trainer does with its model, tokenizer and data sets before the first step: preparation, checks and warnings."""
+"""Prepares and checks a trainer's model, tokenizer and data sets, and warns, before the first step."""
 
 from __future__ import annotations
 
