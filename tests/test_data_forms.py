@@ -653,7 +653,7 @@ def test_the_examples_of_the_page_are_read_by_their_commands(row, command, tmp_p
         )
         loaded = load(args.data, kind=kind, **how)
         if not reward:
-            data.check_columns(loaded, Objective(args.method))
+            data.check_columns(loaded, kind, Objective(args.method).rehearse)
         found = loaded[0]
     said = str(found["prompt"]) or found["chosen"]
     assert "rain" in said or "6 times 7" in said

@@ -2,12 +2,8 @@
 
 from .encode import (
     ACCEPTED,
-    COMPLETIONS,
-    FIELDS,
     IGNORE_INDEX,
-    NUMBERS,
     Collator,
-    DataError,
     Place,
     check_columns,
     encode,
@@ -26,15 +22,15 @@ from .encode import (
     tokenize,
     with_column,
 )
+from .kinds import KINDS, DataError, Kind
 
 __all__ = [
     "ACCEPTED",
-    "COMPLETIONS",
-    "FIELDS",
     "IGNORE_INDEX",
-    "NUMBERS",
+    "KINDS",
     "Collator",
     "DataError",
+    "Kind",
     "Place",
     "check_columns",
     "encode",

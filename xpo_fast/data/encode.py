@@ -37,7 +37,7 @@ import tempfile
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -47,15 +47,10 @@ import numpy as np
 import torch
 
 from .forms import renamed
+from .kinds import KINDS, DataError, get_kind
 from .rows import (
-    COMPLETIONS,
-    FIELDS,
-    FORMS,
-    NUMBERS,
-    DataError,
     check_alike,
     check_columns,
-    check_kind,
     check_names,
     completions_of,
     filled,
@@ -70,10 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCEPTED",
-    "COMPLETIONS",
-    "FIELDS",
     "IGNORE_INDEX",
-    "NUMBERS",
     "Collator",
     "DataError",
     "check_columns",
@@ -102,8 +94,6 @@ ACCEPTED = (
 )
 _AT_ONCE = 1000  # rows
 _BLOCK = 2**20  # bytes
-# What `encode` leaves as it is.
-_KEPT = ("label", "scores", *NUMBERS["pair"], *NUMBERS["unpaired"])
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -133,7 +123,7 @@ def load(
             paths and names, which are read one after another. A path or name may be followed by ``:SPLIT``, ``:WEIGHT``
             or ``:SPLIT:WEIGHT``. What `load` has returned for this kind stays as it is; what was changed since is checked
             again.
-        kind: one of `COMPLETIONS`. A pair read as unpaired gives a desirable and an undesirable row; one with
+        kind: a key of `KINDS`. A pair read as unpaired gives a desirable and an undesirable row; one with
             scores read as a list, a list of two; read as rejected or chosen, that half. Unpaired rows read as
             chosen are taken whatever their label.
         split: which split of a hub name, folder or `DatasetDict`, where the name does not say it; a single file is one
@@ -153,7 +143,7 @@ def load(
     read as chosen, with an empty prompt.
 
     Returns:
-        prompt, the columns of `COMPLETIONS`, where; and those of these that the data has, as floats:
+        prompt, the kind's columns of completions, where; and those of these that the data has, as floats:
         score_chosen, score_rejected, prob (P(chosen beats rejected), also read from prob_chosen), margin of
         pairs; reward, value of unpaired rows, and their label as a bool; scores (K numbers) of lists, and their
         rejected. Prompts and completions are all strings, or all lists of messages.
@@ -163,14 +153,14 @@ def load(
             one that lacks what other rows have.
         ValueError: columns under a name that no row is read by.
     """
-    check_kind(kind)
+    about = get_kind(kind)
     check_names(columns or ())
     again = not columns and _is_loaded(source)
 
     def shape(row: Any, where: str) -> list[dict[str, Any]]:
         # Text without a prompt is of this form after it was read, and of none before.
-        text = again and kind == "chosen" and isinstance(row, dict) and row.get("prompt") == ""
-        return shape_row({"text": row.get("chosen")} if text else row, kind, where)
+        text = again and about.reads_text and isinstance(row, dict) and row.get("prompt") == ""
+        return shape_row({"text": row.get(kind)} if text else row, about, where)
 
     if again and source.info.config_name == kind and _in_shape(source, shape):
         return source
@@ -181,8 +171,8 @@ def load(
         columns=columns,
         config=config,
         seed=seed,
-        expected=FIELDS[kind],
-        notes=lambda made, row: notes_of(made, row, kind),
+        expected=about.expected,
+        notes=lambda made, row: notes_of(made, row, about),
     )
     rows.info.config_name, rows.info.dataset_name = kind, rows._fingerprint
     return rows
@@ -631,12 +621,12 @@ def encode(
             token, or labelled unpaired data of one row.
         ValueError: a length too small, or columns that are not those of `load`.
     """
-    check_kind(kind)
+    about = get_kind(kind)
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 (a prompt token and a completion token); got {max_length}")
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(f"max_prompt_length must be at least 1 or None; got {max_prompt_length}")
-    loaded = [{"prompt", "where", *form} for form in FORMS[kind] if set(form) >= set(COMPLETIONS[kind])]
+    loaded = [{"prompt", "where", *form} for form in about.forms if set(form) >= set(about.completions)]
     if not any(columns <= set(dataset.column_names) for columns in loaded):
         raise ValueError(
             f"encode takes what load(…, kind={kind!r}) gives, with columns "
@@ -651,7 +641,7 @@ def encode(
             f"{first['where']}: a conversation, and the tokenizer has no chat template to write it with; "
             "pass one (--chat-template FILE), or give prompt and completions as text"
         )
-    labelled = kind == "unpaired" and "label" in dataset.column_names
+    labelled = "label" in about.numbers and "label" in dataset.column_names
     if labelled and len(dataset) == 1:
         raise DataError(
             f"{first['where']}: the only row; labelled data needs two or more, because the KL estimate sets "
@@ -666,7 +656,7 @@ def encode(
         fn_kwargs={
             "tokenizer": tokenizer,
             "kind": kind,
-            "opening": opening(tokenizer, first["prompt"] or next(iter(completions_of(first, kind).values()))),
+            "opening": opening(tokenizer, first["prompt"] or next(iter(completions_of(first, about).values()))),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
         },
@@ -702,7 +692,8 @@ def encode_rows(
     max_prompt_length: int | None,
 ) -> dict[str, list]:
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    named = [completions_of(row, kind) for row in rows]
+    about = KINDS[kind]
+    named = [completions_of(row, about) for row in rows]
     texts = [render(tokenizer, row["prompt"], [*by.values()], row["where"]) for row, by in zip(rows, named)]
     ids = iter(tokenize(tokenizer, [text for group in texts for text in group]))
     encoded = []
@@ -725,7 +716,7 @@ def encode_rows(
             {
                 "prompt_ids": short,
                 **{f"{name}_ids": value for name, value in grouped(dict(zip(names, fitted))).items()},
-                **{name: row[name] for name in _KEPT if name in row},
+                **{name: row[name] for name in about.numbers if name in row},
                 "where": row["where"],
                 "prompt_cut": len(short) < len(prompt),
                 "completions_cut": sum(len(f) < len(c) for f, c in zip(fitted, completions)),
@@ -887,23 +878,20 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        check_kind(self.kind)
+        get_kind(self.kind)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        names = COMPLETIONS[self.kind]
-        if self.kind == "list":
+        kind = KINDS[self.kind]
+        if kind.listed:
             return self._lists(features)
-        batch = self._pad([(row["prompt_ids"], row[f"{name}_ids"]) for name in names for row in features])
-        ref_names = ["ref_logp" if name == "completion" else f"ref_logp_{name}" for name in names]
-        batch |= _column(features, ref_names, "ref_logps", torch.float32)
-        for name, key in NUMBERS.get(self.kind, {}).items():
-            batch |= _column(features, [name], key, torch.float32)
-        if self.kind == "unpaired":
-            batch |= _column(features, ["label"], "desirable", torch.bool)
-            if "kl_completion_ids" in features[0]:
-                mismatched = self._pad([(row["prompt_ids"], row["kl_completion_ids"]) for row in features])
-                batch |= {f"kl_{name}": value for name, value in mismatched.items()}
-                batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
+        batch = self._pad([(row["prompt_ids"], row[f"{name}_ids"]) for name in kind.completions for row in features])
+        batch |= _column(features, kind.reference[: len(kind.completions)], "ref_logps", torch.float32)
+        for name, key in kind.numbers.items():
+            batch |= _column(features, [name], key, torch.bool if name == "label" else torch.float32)
+        if "kl_completion_ids" in features[0]:
+            mismatched = self._pad([(row["prompt_ids"], row["kl_completion_ids"]) for row in features])
+            batch |= {f"kl_{name}": value for name, value in mismatched.items()}
+            batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
         return batch
 
     def _lists(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -947,7 +935,9 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets}
 
 
-def _column(features: list[dict[str, Any]], names: list[str], key: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _column(
+    features: list[dict[str, Any]], names: Sequence[str], key: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """``{key: (len(names) · B,)}``, or nothing where the rows carry none of `names`."""
     if not any(name in row for row in features for name in names):
         return {}

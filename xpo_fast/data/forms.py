@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..wording import did_you_mean
+from .kinds import DataError, Kind
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("question", "query", "problem", "input")
@@ -25,15 +26,6 @@ _SPEAKERS = {
     "system": "system",
 }  # fmt: skip
 _TOOL_SPEAKERS = ("function_call", "function", "observation", "tool", "tool_call", "tool_response")
-# The fields that hold what a row of each kind learns from; of two sides either may share its prompt with the other.
-_LEARNED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "pair": (("chosen", "rejected"),),
-    "unpaired": (("completion",), ("chosen", "rejected")),
-    "list": (("completions",), ("chosen", "rejected")),
-    "rejected": (("chosen", "rejected"), ("rejected",)),
-    "chosen": (("chosen", "rejected"), ("chosen",), ("completion",)),
-    "prompt": (),
-}
 # Names that people give to what is missing, likeliest first: for the advice of an error, not for reading.
 _SYNONYMS = {
     "prompt": ("instruction", *PROMPTS, "user", "source"),
@@ -53,10 +45,6 @@ _BESIDE_TEXT = tuple(dict.fromkeys([
     *SYSTEMS, "labels", "summary", "highlights", "translation",
     *(name for field, names in _SYNONYMS.items() for name in (field, *names) if name != "text"),
 ]))  # fmt: skip
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the row, what was expected, what came and what to do."""
 
 
 # --- columns by other names -----------------------------------------------------------------------
@@ -187,10 +175,10 @@ def _conversation(value: Any, name: str, where: str) -> list[dict[str, str]]:
 # --- forms ----------------------------------------------------------------------------------------
 
 
-def recognised(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+def recognised(given: dict[str, Any], kind: Kind | None, where: str) -> dict[str, Any]:
     """Return the row with the fields that `data_rows` reads for its kind; as it is where it has them, or has nothing like it.
 
-    given: the fields that are not null. kind: as for `load`, or "prompt" of rows whose prompt is all that is asked for.
+    given: the fields that are not null. kind: None for rows whose prompt is all that is asked for.
 
     A prompt is a conversation where it comes of one (`CONVERSATIONS`), of Alpaca's instruction, or beside a system prompt;
     else (`PROMPTS`) the text that it is.
@@ -202,16 +190,14 @@ def recognised(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     two = given.get("output") if "instruction" in given and "prompt" not in given else None
     if isinstance(two, list) and len(two) == 2 and not {"chosen", "rejected"} & given.keys():
         given["chosen"], given["rejected"] = two
-    if kind == "unpaired" and "kto_tag" in given:
+    if kind is None:
+        return given if "prompt" in given else _prompt_alone(given, where)
+    if "label" in kind.numbers and "kto_tag" in given:
         given.setdefault("label", given["kto_tag"])
-    answers = next((names for names in _LEARNED[kind] if given.keys() >= set(names)), ())
+    answers = next((names for names in kind.answers if given.keys() >= set(names)), ())
     if answers:
         return given if "prompt" in given else _with_prompt(given, answers, where)
-    if kind in ("chosen", "unpaired"):
-        return _with_answer(given, kind, where)
-    if kind == "prompt" and "prompt" not in given:
-        return _prompt_alone(given, where)
-    return given
+    return _with_answer(given, kind, where) if ("completion",) in kind.answers else given
 
 
 def _with_prompt(given: dict[str, Any], answers: tuple[str, ...], where: str) -> dict[str, Any]:
@@ -242,7 +228,7 @@ def _with_prompt(given: dict[str, Any], answers: tuple[str, ...], where: str) ->
     return {**given, "prompt": after_system(given, turns, where)}
 
 
-def _with_answer(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+def _with_answer(given: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     """The row with a prompt and one completion, of whichever columns say them."""
     conversation = _only(given, CONVERSATIONS, where)
     named = [column for column in ANSWERS if _is_text(given.get(column))]
@@ -251,7 +237,7 @@ def _with_answer(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]
         turns = _conversation(given[conversation], conversation, where)
         _refuse_media(given, where)
         refuse_unlearned(given[conversation][-1:], conversation, where)
-        target = "chosen" if kind == "chosen" else None
+        target = "chosen" if "chosen" in kind.completions else None
         _refuse_two_prompts(given, turns, plain, conversation, target, where)
         if turns[-1]["role"] != "assistant" or len(turns) == 1:
             wrong = "is one turn" if len(turns) == 1 else f"ends with a turn of {turns[-1]['role']}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from .forms import (
     CONVERSATIONS,
     PROMPTS,
     SYSTEMS,
-    DataError,
     advice,
     after_system,
     is_plain_text,
@@ -32,81 +31,45 @@ from .forms import (
     systems_of,
     unread,
 )
+from .kinds import KINDS, DataError, Kind, get_kind
 
 if TYPE_CHECKING:
     import datasets
 
-    from ..objective import Objective
-
-COMPLETIONS = {
-    "pair": ("chosen", "rejected"),
-    "unpaired": ("completion",),
-    "list": ("completions",),
-    "rejected": ("rejected",),
-    "chosen": ("chosen",),
-}
-# The numbers that a row may carry, and the methods' names for them, which are the batch's.
-NUMBERS = {
-    "pair": {"score_chosen": "score_w", "score_rejected": "score_l", "prob": "prob_w", "margin": "margin"},
-    "unpaired": {"reward": "reward", "value": "value"},
-}
 _ALIASES = {"prob": "prob_chosen"}
-FIELDS = {
-    "pair": "chosen and rejected, and prompt unless the two begin with it",
-    "unpaired": "prompt, completion and label (or reward), or chosen and rejected",
-    "list": "prompt, completions and scores (or rejected), or chosen, rejected, score_chosen and score_rejected",
-    "rejected": "rejected, and prompt unless rejected is a conversation, or chosen and rejected share one",
-    "chosen": "chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one; or messages; or text",
-}
-# The fields that a row of each kind must have: all those of one entry.
-FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "pair": (("chosen", "rejected"),),
-    "unpaired": (
-        ("prompt", "completion", "label"),
-        ("prompt", "completion", "reward"),
-        ("chosen", "rejected"),
-    ),
-    "list": (
-        ("prompt", "completions", "scores"),
-        ("prompt", "completions", "rejected"),
-        ("chosen", "rejected", "score_chosen", "score_rejected"),
-    ),
-    "rejected": (("rejected",),),
-    "chosen": (("chosen",), ("completion",)),
-}
 # Every field that some kind of row is read from.
-_READ = (
-    "prompt", "chosen", "rejected", "completion", "completions", "scores", "label", "text", "instruction", "history", "kto_tag",
-    *CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, "prob_chosen", *NUMBERS["pair"], *NUMBERS["unpaired"],
-)  # fmt: skip
-
-
-def check_kind(kind: str) -> None:
-    if kind not in COMPLETIONS:
-        raise ValueError(f"kind must be one of {', '.join(COMPLETIONS)}; got {kind!r}")
+_FIELDS = tuple(
+    dict.fromkeys(
+        (
+            *("prompt", "chosen", "rejected", "completion", "completions", "scores", "label", "text", "instruction"),
+            *("history", "kto_tag", *CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, *_ALIASES.values()),
+            *(name for kind in KINDS.values() for name in kind.numbers),
+        )
+    )
+)
 
 
 def check_names(names: Iterable[str], also: Sequence[str] = ()) -> None:
     """ValueError for a name that a column is to be read under and no row is read by. also: names beside the usual ones."""
     for name in names:
-        if name not in (*_READ, *also):
+        if name not in (fields := (*_FIELDS, *also)):
             raise ValueError(
-                f"--columns {name}=…: rows have no field {name}; there are {', '.join((*_READ, *also))}{did_you_mean(name, (*_READ, *also))}"
+                f"--columns {name}=…: rows have no field {name}; there are {', '.join(fields)}{did_you_mean(name, fields)}"
             )
 
 
 # --- a raw row -----------------------------------------------------------------------------------
 
 
-def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
+def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
     """A raw row in the one shape; two rows where a pair is read as unpaired."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
+        raise DataError(f"{where}: expected an object with {kind.expected}; got {type(row).__name__}")
     raw_row = {name: value for name, value in row.items() if value is not None}
     given = recognised(raw_row, kind, where)
-    if kind == "chosen" and is_plain_text(given):
-        return [{"prompt": "", "chosen": _text(given["text"], "text", where), "where": where}]
-    form = next((form for form in FORMS[kind] if given.keys() >= set(form)), None)
+    if kind.reads_text and is_plain_text(given):
+        return [{"prompt": "", kind.name: _text(given["text"], "text", where), "where": where}]
+    form = next((form for form in kind.forms if given.keys() >= set(form)), None)
     if form is None:
         raise _without_form(raw_row, given, kind, where)
     pair = {"chosen", "rejected"}
@@ -120,13 +83,13 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
     prompt = _behind_system(raw_row, prompt, where)
     named = dict(zip(raw, completions))
-    if kind == "unpaired" and "chosen" in named:
+    if "label" in kind.numbers and "chosen" in named:
         shaped = [{"completion": named[name], "label": name == "chosen"} for name in named]
-    elif kind == "list" and "chosen" in named:
+    elif kind.listed and "chosen" in named:
         scores = [_number(given[f"score_{name}"], f"score_{name}", where) for name in named]
         shaped = [{"completions": completions, "scores": scores}]
-    elif kind in ("chosen", "rejected"):
-        shaped = [{kind: named[kind if kind in named else "completion"]}]
+    elif kind.half is not None:
+        shaped = [{kind.name: named[kind.name if kind.name in named else "completion"]}]
     else:
         shaped = [{**grouped(named), **_extras(given, kind, where)}]
     return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
@@ -159,9 +122,10 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: expected an object with prompt; got {type(row).__name__}")
     given = {name: value for name, value in row.items() if value is not None}
     if not given.keys() & {"chosen", "completion"}:
-        given = recognised(given, "prompt", where)
+        given = recognised(given, None, where)
     if given.keys() & {"chosen", "completion"}:
-        shaped = shape_row(given, "pair" if {"chosen", "rejected"} <= given.keys() else "chosen", where)[0]
+        kind = KINDS["pair" if {"chosen", "rejected"} <= given.keys() else "chosen"]
+        shaped = shape_row(given, kind, where)[0]
         return row | {name: x for name, x in shaped.items() if name != "where"}
     prompt = given.get("prompt")
     if isinstance(prompt, list) and prompt:
@@ -182,33 +146,33 @@ def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
     return f"{option} reads it so, if that is what it is" if option else "rename the fields or drop the row"
 
 
-def _without_form(row: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> DataError:
+def _without_form(row: dict[str, Any], given: dict[str, Any], kind: Kind, where: str) -> DataError:
     """The error of a row of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
-    if kind == "pair" and {"completion", "label"} <= row.keys():
+    if len(kind.completions) == 2 and {"completion", "label"} <= row.keys():
         return DataError(
-            f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
+            f"{where}: expected a pair ({kind.expected}); got unpaired data (completion, label); "
             "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
         )
     # The nearest first; of forms as near as each other, the first.
-    forms = sorted(FORMS[kind], key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
+    forms = sorted(kind.forms, key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
     lacks = [[name for name in form if name not in given] for form in forms]
     seen = looks_like(row)
     what_to_do = _advice(row, lacks)
     if "--columns" not in what_to_do:
         what_to_do = _reader(row, kind, where) or what_to_do
     return DataError(
-        f"{where}: {', '.join(lacks[0])} missing or null; expected {FIELDS[kind]}; "
+        f"{where}: {', '.join(lacks[0])} missing or null; expected {kind.expected}; "
         f"got {', '.join(sorted(row)) or 'no fields'}{f' (this looks like {seen})' if seen else ''}; {what_to_do}"
     )
 
 
-def _reader(row: dict[str, Any], kind: str, where: str) -> str:
+def _reader(row: dict[str, Any], kind: Kind, where: str) -> str:
     """Who does read a row that a method for pairs or lists cannot be given, where somebody does."""
-    if kind not in ("pair", "list") or row.keys() & {"chosen", "rejected", "completions"}:
+    if not kind.compares or row.keys() & {"chosen", "rejected", "completions"}:
         return ""
     try:
-        read = recognised(row, "chosen", where)
-        prompts = recognised(row, "prompt", where)
+        read = recognised(row, KINDS["chosen"], where)
+        prompts = recognised(row, None, where)
     except DataError:
         return ""
     if is_plain_text(row) or "completion" in read:
@@ -228,10 +192,10 @@ def _check_list(completions: Any, where: str) -> None:
         )
 
 
-def completions_of(row: dict[str, Any], kind: str) -> dict[str, Any]:
+def completions_of(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """A row's completions by name, those of a list as ``completions[i]``, in the order of the batch's rows."""
-    if kind != "list":
-        return {name: row[name] for name in COMPLETIONS[kind]}
+    if not kind.listed:
+        return {name: row[name] for name in kind.completions}
     named = {f"completions[{i}]": completion for i, completion in enumerate(row["completions"])}
     return {**named, "rejected": row["rejected"]} if "rejected" in row else named
 
@@ -243,27 +207,24 @@ def grouped(named: dict[str, Any]) -> dict[str, Any]:
     return {"completions": listed, **others} if listed else others
 
 
-def _extras(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+def _extras(given: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     """What a row carries beside its text: label, scores, numbers."""
     extras: dict[str, Any] = {}
-    if kind == "unpaired" and "label" in given:
-        extras["label"] = _label(given["label"], where)
-    if kind == "list" and "scores" in given:
-        extras["scores"] = _scores(given["scores"], len(given["completions"]), where)
-    if kind == "pair":
-        scores = [name for name in ("score_chosen", "score_rejected") if name in given]
-        if len(scores) == 1:
-            raise DataError(
-                f"{where}: {scores[0]} is the only score; expected both score_chosen and score_rejected, or "
-                "neither; give the other, or drop the row"
-            )
-    for name in NUMBERS.get(kind, ()):
+    scores = [name for name in ("score_chosen", "score_rejected") if name in given]
+    if len(scores) == 1 and scores[0] in kind.numbers:
+        raise DataError(
+            f"{where}: {scores[0]} is the only score; expected both score_chosen and score_rejected, or "
+            "neither; give the other, or drop the row"
+        )
+    for name in kind.numbers:
         aliases = [alias for alias in (name, _ALIASES.get(name)) if alias in given]
         if len(aliases) > 1:
             raise DataError(f"{where}: {' and '.join(aliases)} are two names of one number; remove either field")
         for alias in aliases:
-            read = _probability if name == "prob" else _number
-            extras[name] = read(given[alias], alias, where)
+            if name == "scores":
+                extras[name] = _scores(given[alias], len(given["completions"]), where)
+            else:
+                extras[name] = _READERS.get(name, _number)(given[alias], alias, where)
     return extras
 
 
@@ -302,10 +263,13 @@ def _probability(value: Any, name: str, where: str) -> float:
     return number
 
 
-def _label(value: Any, where: str) -> bool:
+def _label(value: Any, name: str, where: str) -> bool:
     if value not in (0, 1):
-        raise DataError(f"{where}: label must be true (desirable) or false; got {value!r}")
+        raise DataError(f"{where}: {name} must be true (desirable) or false; got {value!r}")
     return bool(value)
+
+
+_READERS: dict[str, Callable[[Any, str, str], Any]] = {"prob": _probability, "label": _label}
 
 
 def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
@@ -419,10 +383,10 @@ def _split_messages(
     return completions[0][:shared], [completion[shared:] for completion in completions]
 
 
-def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: str) -> Iterator[str]:
+def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[str]:
     """What is legal in a row and yet worth knowing about the data set. raw: what the row was made of."""
     completions = completions_of(row, kind).values()
-    if kind == "pair" and row["chosen"] == row["rejected"]:
+    if "chosen" in row and row["chosen"] == row.get("rejected"):
         yield "chosen equals rejected (the pair teaches nothing)"
     if len(set(row.get("scores", ()))) == 1:
         yield "the scores of a list are all equal (its order teaches nothing)"
@@ -460,24 +424,22 @@ def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
 _CHECKED_AT_ONCE = 1000  # pairs of lists are made of them
 
 
-def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
-    """DataError for a data set, loaded or encoded, whose numbers are not what the methods need.
+def check_columns(
+    dataset: datasets.Dataset, kind: str, rehearse: Callable[[Mapping[str, torch.Tensor | None]], None]
+) -> None:
+    """Raises DataError for a data set, loaded or encoded, whose numbers are not those that the methods need.
 
-    It names what is missing, or the first row that a method refuses.
+    The error names the column that is missing, or the first row that a method refuses.
+
+    kind: of the data set, as for `load`. rehearse: raises ValueError for columns that the methods cannot do with, given by
+        the methods' names, each with the numbers of some rows, or None for all that is known: `Objective.rehearse`.
     """
-    kind, has = objective.data_kind, set(dataset.column_names)
-    fields = {
-        **NUMBERS.get(kind, {}),
-        **({"list": {"scores": "scores"}, "unpaired": {"label": "desirable"}}.get(kind, {})),
-    }
+    has, fields = set(dataset.column_names), get_kind(kind).numbers
     # The trainer estimates KTO's kl, and has a value for data without.
     given: dict[str, Any] = {"kl": None, **({"value": None} if "reward" in has else {})}
+    given |= {"rejected": None} if {"rejected", "rejected_ids"} & has else {}
     try:
-        objective.rehearse(given | {column: None for field, column in fields.items() if field in has})
-        if objective.pairs and "scores" not in has:
-            raise ValueError("missing scores")
-        if objective.has_rejected and not {"rejected", "rejected_ids"} & has:
-            raise ValueError(f"{objective.method.name}: missing rejected, the completion to move away from")
+        rehearse(given | {column: None for field, column in fields.items() if field in has})
     except ValueError as error:
         raise DataError(
             f"{error}. The data set has {', '.join(sorted(has - {'where'}))}; beside the completions its rows may "
@@ -487,11 +449,11 @@ def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
         rows = dataset[start : start + _CHECKED_AT_ONCE]
         numbers = {column: _numbers(rows[field]) for field, column in fields.items() if field in has}
         try:
-            objective.rehearse(given | numbers)
+            rehearse(given | numbers)
         except ValueError:
             for i in range(min(_CHECKED_AT_ONCE, len(dataset) - start)):
                 try:
-                    objective.rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
+                    rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
                 except ValueError as error:
                     where = rows["where"][i] if "where" in has else f"row {start + i}"
                     raise DataError(f"{where}: {error}") from None

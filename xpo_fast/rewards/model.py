@@ -36,7 +36,7 @@ from ..trainer.reference import row_logps
 
 SPEC_FILE = "reward_model.json"
 
-# For each method that trains a reward model, the kind of data that it learns from (`data.COMPLETIONS`) and what the
+# For each method that trains a reward model, the kind of data that it learns from (`data.KINDS`) and what the
 # value head's outputs are: one reward; one an objective; those and a gate's logits; a head for quality and one for length;
 # the logit of one completion beating another.
 USES = {

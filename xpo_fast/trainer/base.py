@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
 
-from ..data import IGNORE_INDEX
+from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
@@ -85,14 +85,14 @@ class Means:
 class UnitTrainer(Trainer):
     """Trainer whose loss is a sum over units, divided by the items of the whole optimizer step; so are its metrics.
 
-    Subclasses define `kind` (a key of data.COMPLETIONS, or any other name if each row is a unit), `_items` (the loss's
-    denominator for a batch) and `_loss`. Batches have `targets`; a row without a target does not count.
+    Subclasses define `kind` (of their data set; None if each row is a unit), `_items` (the loss's denominator for a
+    batch) and `_loss`. Batches have `targets`; a row without a target does not count.
     """
 
     # compute_loss divides by the items of the whole step, so Trainer must not divide by the micro-batches again.
     loss_is_scaled_for_ga = True
 
-    kind: str
+    kind: Kind | None = None
     loss_weights: Sequence[float] = (1.0,)  # of the losses that `_loss` returns one by one
     model: Any
     model_wrapped: Any
@@ -229,13 +229,14 @@ class UnitTrainer(Trainer):
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (1 + (self.kind == "pair"))
+        listed, completions = "list_lengths" in inputs, len(self.kind.completions) if self.kind else 1
+        units = len(inputs["list_lengths" if listed else "targets"]) // completions
         distinct = state.remainder - self.accelerator.process_index * units
         inputs = dict(inputs)
         for name in ("targets", "kl_targets"):
             if name in inputs:
                 at = torch.arange(len(inputs[name]), device=inputs[name].device)
-                at = at // (len(at) // units) if self.kind == "list" else at % units
+                at = at // (len(at) // units) if listed else at % units
                 inputs[name] = inputs[name].masked_fill((at >= distinct)[:, None], IGNORE_INDEX)
         return inputs
 

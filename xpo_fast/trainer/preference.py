@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import data
+from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
 from ..methods.unpaired import kto_kl
@@ -28,7 +29,7 @@ from ..reduce import sum_over_ranks
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import XPOConfig
-from .reference import COLUMNS, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
+from .reference import CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
 from .setup import (
     check_head,
     check_rows,
@@ -38,14 +39,6 @@ from .setup import (
     with_lengths,
     with_tokenizer,
 )
-
-_ENCODED = {  # the columns of tokens that tell an encoded data set, the first completion's behind the prompt's
-    "pair": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "unpaired": ("prompt_ids", "completion_ids"),
-    "chosen": ("prompt_ids", "chosen_ids"),
-    "rejected": ("prompt_ids", "rejected_ids"),
-    "list": ("prompt_ids", "completions_ids"),
-}
 
 
 class XPOTrainer(UnitTrainer):
@@ -63,6 +56,7 @@ class XPOTrainer(UnitTrainer):
     """
 
     args: XPOConfig
+    kind: Kind
 
     def __init__(
         self,
@@ -80,7 +74,7 @@ class XPOTrainer(UnitTrainer):
         model, processing_class = with_tokenizer(model, processing_class)
 
         self.objective = objective if objective is not None else args.objective()
-        self.kind = self.objective.data_kind
+        self.kind = KINDS[self.objective.data_kind]
         self.loss_weights = [term.weight for term in self.objective.terms]
         self._columns = {name for m in self.objective.methods for name in m.columns}
         self._columns |= {"scores"} if self.objective.pairs else set()
@@ -95,7 +89,7 @@ class XPOTrainer(UnitTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind),
+            data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind.name),
             train_dataset=self._encode(train_dataset),
             eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
@@ -119,28 +113,28 @@ class XPOTrainer(UnitTrainer):
         if dataset is None:
             return None
         rows, given = None, dataset
-        if not (isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)):
+        if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             args: XPOConfig = self.args
-            rows = data.load(dataset, kind=self.kind)
+            rows = data.load(dataset, kind=self.kind.name)
             dataset = data.encode(
                 rows,
                 self._tokenizer,
-                kind=self.kind,
+                kind=self.kind.name,
                 max_length=args.max_length,
                 max_prompt_length=args.max_prompt_length,
                 num_proc=args.dataset_num_proc,
             )
         unread = [] if self._estimates_kl else ["kl_completion_ids"]
-        if not self.objective.has_rejected and self.kind == "list":
+        if not self.objective.has_rejected and self.kind.listed:
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
-        data.check_columns(dataset, self.objective)
+        data.check_columns(dataset, self.kind.name, self.objective.rehearse)
         check_rows(self._unwrapped, self._tokenizer, dataset, given, rows)
         return with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
         """Adds the columns of cached reference log-probs, if the reference is cached and they are missing."""
-        if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
+        if dataset is None or self._cached is None or self.kind.reference[0] in dataset.column_names:
             return dataset
         return self._cached.attach(
             dataset,
@@ -220,7 +214,7 @@ class XPOTrainer(UnitTrainer):
         informative before training too, when every implicit reward is 0.
         """
         metrics = {k: v for k, v in self.evaluate().items() if not k.endswith(("_runtime", "_second", "_time"))}
-        if self.kind == "pair":
+        if len(self.kind.completions) == 2:
             logp, length = self.completion_logps(self.eval_dataset).unbind(dim=-1)  # (P, 2)
             mean = logp / length
             scored = (length > 0).all(dim=1)
@@ -308,11 +302,11 @@ class XPOTrainer(UnitTrainer):
             logps = self._live.token_logps(model, *rows)
         else:
             logps = self._live.logps(model, *rows)
-        if self.kind in ("chosen", "rejected"):
+        if self.kind.half is not None:
             if logps.dim() == 2:
                 return {"ref_logps": logps.flatten()}
             halves = (logps, torch.zeros_like(logps))
-            logps = torch.cat(halves if self.kind == "chosen" else halves[::-1])
+            logps = torch.cat(halves[::-1] if self.kind.half else halves)
         return {"ref_logps": logps}
 
     @cached_property
@@ -347,24 +341,24 @@ class XPOTrainer(UnitTrainer):
             )
 
     def _check_head(self, row: dict[str, Any]) -> None:
-        completion = row[_ENCODED[self.kind][1]]
-        completion = completion[0] if self.kind == "list" else completion
+        completion = row[self.kind.encoded[1]]
+        completion = completion[0] if self.kind.listed else completion
         check_head(self.model, row["prompt_ids"] + completion, self.args.device, self.args.backend)
 
 
-def layout(kind: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+def layout(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
     """Returns targets as the objective takes them, and its keyword arguments about their layout.
 
-    Of the pairs of kinds "chosen" and "rejected" one half is in the data; the rows of the other half are empty.
+    For the kinds that are one half of a pair, the rows of the other half are empty.
     """
     targets = inputs["targets"]
-    if kind == "list":
+    if kind.listed:
         lists = inputs["list_lengths"].shape[0]
         return targets, {"list_size": targets.shape[0] // max(lists, 1)}
-    if kind not in ("chosen", "rejected"):
+    if kind.half is None:
         return targets, {}
     count, length = targets.shape
     lengths = torch.zeros(2, count, dtype=torch.int64, device=targets.device)
-    lengths[0 if kind == "chosen" else 1] = length
+    lengths[kind.half] = length
     ends = lengths.flatten().cumsum(0)
     return targets.flatten(), {"cu_seqlens": torch.cat([ends.new_zeros(1), ends])}
