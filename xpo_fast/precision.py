@@ -162,19 +162,15 @@ def settings() -> dict[str, str]:
 # --- instructions and measurements ----------------------------------------------------------------------------------
 
 
-def _flag(name: str) -> Callable[[], bool]:
-    """Returns the question whether torch finds an instruction set on this CPU; False if this torch does not know it."""
-
-    def has() -> bool:
-        return bool(getattr(torch.cpu, name, lambda: False)())
-
-    return has
+def _flag(name: str) -> bool:
+    """Tells whether torch finds an instruction set on this CPU; False if this torch does not know it."""
+    return bool(getattr(torch.cpu, name, lambda: False)())
 
 
-_CPU_FLAGS = {
-    "avx512_bf16": _flag("_is_avx512_bf16_supported"),
-    "amx": _flag("_is_amx_tile_supported"),
-    "amx_fp16": _flag("_is_amx_fp16_supported"),
+_CPU_FLAGS: dict[str, Callable[[], bool]] = {
+    "avx512_bf16": functools.partial(_flag, "_is_avx512_bf16_supported"),
+    "amx": functools.partial(_flag, "_is_amx_tile_supported"),
+    "amx_fp16": functools.partial(_flag, "_is_amx_fp16_supported"),
 }
 _NEEDED = {torch.bfloat16: ("avx512_bf16", "amx"), torch.float16: ("amx_fp16",)}
 

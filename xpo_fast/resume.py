@@ -20,36 +20,23 @@ if TYPE_CHECKING:
 
 MADE_WITH = "made_with.json"
 # Arguments of TrainingArguments that a resumed run takes from the checkpoint's optimizer, whatever is asked for.
-OF_THE_OPTIMIZER = (
-    "optim",
-    "optim_args",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
+OF_THE_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _LAST_WRITTEN = "trainer_state.json"  # the last file of a checkpoint to be written
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # per file of weights
 
 
-def checkpoints(output_dir: str | Path, *files: str) -> dict[int, str]:
-    """Returns the complete checkpoints in a run's folder by their steps, in ascending order.
+def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
+    """Returns the last complete checkpoint in a run's folder; None if there is none.
 
     A checkpoint that was being written when the run died is left out.
-    files: names of files that a checkpoint must have beside trainer_state.json.
+    files: names of files that the checkpoint must have beside transformers' own.
     """
     found = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
         if step.isdigit() and is_checkpoint(folder) and all((folder / name).is_file() for name in files):
             found[int(step)] = str(folder)
-    return dict(sorted(found.items()))
-
-
-def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
-    """Returns the last complete checkpoint in a run's folder, see `checkpoints`; None if there is none."""
-    return next(reversed(checkpoints(output_dir, *files).values()), None)
+    return found[max(found)] if found else None
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -61,14 +48,9 @@ def is_checkpoint(folder: str | Path) -> bool:
     return True
 
 
-def as_json(value: Any) -> Any:
-    """Returns the value as JSON gives it back: sets as sorted lists, anything else that JSON does not have as text."""
-    return json.loads(json.dumps(value, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
-
-
 def write_made_with(folder: str | Path, made_with: Mapping[str, Any]) -> None:
     """Writes the settings of a run into a checkpoint."""
-    write_atomically(Path(folder) / MADE_WITH, (json.dumps(as_json(made_with), indent=1) + "\n").encode())
+    write_atomically(Path(folder) / MADE_WITH, (json.dumps(_as_json(made_with), indent=1) + "\n").encode())
 
 
 def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
@@ -83,7 +65,7 @@ def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
         was = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): go on from another checkpoint") from error
-    now = as_json(now)
+    now = _as_json(now)
     changed = [name for name in now if name in was and not _same(was[name], now[name])]
     if not changed:
         return
@@ -134,6 +116,11 @@ def rows_identity(dataset: datasets.Dataset | list[dict[str, Any]]) -> str:
             writer.write_table(table.replace_schema_metadata().combine_chunks())
         digest.update(sink.getvalue())
     return digest.hexdigest()[:16]
+
+
+def _as_json(value: Any) -> Any:
+    """Returns the value as JSON gives it back: sets as sorted lists, anything else that JSON does not have as text."""
+    return json.loads(json.dumps(value, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
 
 
 def _same(was: Any, now: Any) -> bool:

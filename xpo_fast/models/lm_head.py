@@ -68,7 +68,7 @@ class Head:
         forward was replaced or has hooks (except those that gather, move or cast: FSDP's, DeepSpeed's, accelerate's,
         TRL's), for an adapter of another kind, and for an encoder-decoder.
         """
-        return cls(**read(model))
+        return cls(**_read(model))
 
     def inputs(self, hidden: Tensor) -> Tensor:
         """Returns the hidden states that belong to `weight` and `kwargs()`.
@@ -106,7 +106,7 @@ def head_layer(lm: Any) -> nn.Module:
     return layer
 
 
-def read(model: Any) -> dict[str, Any]:
+def _read(model: Any) -> dict[str, Any]:
     """Returns the fields of `Head` for a causal LM of `transformers`, PEFT-wrapped or not, as its adapters are now."""
     lm = causal_lm(model)
     layer = head_layer(lm)

@@ -225,20 +225,17 @@ class XPOTrainer(UnitTrainer):
         """Returns how the head will run on a batch of the first training rows."""
         dataset: Any = self.train_dataset
         rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
-        targets, layout = self._layout(self._prepare_inputs(self.data_collator(rows)))
+        targets, how = layout(self.kind, self._prepare_inputs(self.data_collator(rows)))
         head = Head.from_model(causal_lm(self.model))
         hidden = head.weight.new_zeros(()).expand(*targets.shape, head.width).requires_grad_()
         with torch.enable_grad():
-            return self.objective.plan(hidden, head.weight, targets, **head.kwargs(), **layout)
-
-    def _layout(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        return layout(self.kind, inputs)
+            return self.objective.plan(hidden, head.weight, targets, **head.kwargs(), **how)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
-        targets, layout = self._layout(batch)
-        return self.objective.count_items(targets, **layout)
+        targets, how = layout(self.kind, batch)
+        return self.objective.count_items(targets, **how)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of the next step and their items; KTO's reference point is estimated on them."""
@@ -271,7 +268,7 @@ class XPOTrainer(UnitTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
-        targets, given = self._layout(inputs)
+        targets, given = layout(self.kind, inputs)
         given |= {n: x for n, x in inputs.items() if n in self._columns}
         if "value" in self._columns and "value" not in given:
             given["value"] = self._value.to(targets.device)

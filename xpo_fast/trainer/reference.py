@@ -238,7 +238,7 @@ class CachedReference:
         tables = [v for v in values if v is not None]
         if self.kind.listed:
             rows: Any = dataset
-            widths = (row_completions(row) for row in rows)
+            widths = (len(row["completions_ids"]) + ("rejected_ids" in row) for row in rows)
             lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
             return with_column(dataset, self.kind.reference[0], lists)
         table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)
@@ -329,11 +329,6 @@ def dataset_logps(
     for i, values in found:
         table[i, : len(values)] = torch.tensor(values)
     return table
-
-
-def row_completions(row: Mapping[str, Any]) -> int:
-    """Returns the number of completions of an encoded list, the rejected one included."""
-    return len(row["completions_ids"]) + ("rejected_ids" in row)
 
 
 def row_tokens(row: Mapping[str, Any]) -> int:
