@@ -43,8 +43,8 @@ from ..rewards import OWN_COLUMNS, PROMPT_INDEX, RewardFunction, Rewards
 from ..rewards.judges import Judge
 from ..rollout import GenerateRollout, Rollout, RolloutError, Samples, Sampling, encode_prompts, pad_rows, score_tokens
 from ..seeds import permutation, seed_for
-from ..trainer import Means, UnitTrainer, check_head, reading, ready, warn_of_trained_adapter, with_tokenizer
-from ..trainer.preference import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
+from ..trainer import Means, UnitTrainer, check_head, prepare_model, reading, warn_of_trained_adapter, with_tokenizer
+from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..trainer.reference import LiveReference
 from .config import RLConfig
 from .experience import Completion, Experience, Groups, advantages, describe, spread
@@ -130,7 +130,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
-        model = ready(model, args, peft_config)
+        model = prepare_model(model, args, peft_config)
         self.reference = self._choose_reference(model, args)
         if not args.ref_mixin:
             warn_of_trained_adapter(model, self.reference)
