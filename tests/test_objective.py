@@ -29,7 +29,7 @@ def rising(shape):
     return torch.arange(shape.numel(), dtype=torch.float64).view(shape) % 7 / 7
 
 
-# What a caller gives, by the shape that AXES gives the input: (U,), (U, K) or (R, T).
+# What a caller gives, by the shape that INPUTS gives the input: (U,), (U, K) or (R, T).
 COLUMNS = {
     "desirable": lambda shape: torch.arange(shape.numel()) % 3 != 1,
     "kl": lambda shape: torch.tensor(0.3, dtype=torch.float64),

@@ -204,8 +204,8 @@ class _Loop:
                 f"recipe {recipe.name} takes a part of the data an iteration: {len(setup.rows)} rows are too few for "
                 f"{recipe.iterations} iterations"
             )
-        drawn, trained = sum(draw.n for draw in recipe.draws), [train.method for train in recipe.train]
-        alone = recipe.online and drawn == 1 and trained != ["nash_md"]
+        drawn = sum(draw.n for draw in recipe.draws)
+        alone = recipe.online and drawn == 1 and not recipe.meets_mixture
         if alone and setup.judge is not None and not setup.judge.scores:
             raise ValueError(
                 f"recipe {recipe.name} draws one completion a prompt, and the judge only compares, which says nothing of a "
@@ -579,13 +579,14 @@ class _Loop:
     def _train_reward(
         self, folder: Path, i: int, rows: list[Row], models: list[str], logs: list[Any]
     ) -> Callable[[Path], Any]:
+        from ..rewards.model import SOFT_LABELS
         from ..rewards.trainer import RewardConfig, RewardTrainer
 
         train = self.recipe.train[0]
         model, tokenizer = self._take(models[-1])
         known = ("prompt", "chosen", "rejected")
         # The judge's probabilities are soft labels for the methods that take them.
-        kept = (*known, "prob") if train.method in ("bradley_terry", "preference_model") else known
+        kept = (*known, "prob") if train.method in SOFT_LABELS else known
         pairs = [
             {name: row[name] for name in kept if name in row}
             for row in rows
@@ -622,7 +623,7 @@ class _Loop:
         )  # fmt: skip
         against = AgainstMixture(judge, sampling, seed)
         rewards: Any = judge if judge.scores else win_rate(judge)
-        if train.method == "nash_md":
+        if self.recipe.meets_mixture:
             rewards = against
         elif isinstance(judge, FunctionJudge):
             rewards = judge.rewards
@@ -639,7 +640,7 @@ class _Loop:
             peft_config=copy.deepcopy(self.setup.peft_config),
         )
         live: Any = trainer._live
-        if train.method == "nash_md":
+        if self.recipe.meets_mixture:
             against.rollout = MixtureRollout(trainer.model, tokenizer, reference=live.copy, share=self.recipe.mix)
         self._fit(trainer, i, train, logs, last_checkpoint(config.output_dir, STATE_FILE))
         samples = folder / "train" / SAMPLES_FILE

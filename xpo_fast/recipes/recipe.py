@@ -157,6 +157,11 @@ class Recipe:
         return METHODS[self.train[0].method].layout == "policy"
 
     @property
+    def meets_mixture(self) -> bool:
+        """Returns whether training compares each completion with one of the mixture policy (Nash-MD)."""
+        return self.online and "prob_w" in METHODS[self.train[0].method].required
+
+    @property
     def makes_reward_model(self) -> bool:
         return METHODS[self.train[0].method].layout == "reward"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..files import write_atomically, write_json
+from ..methods import METHODS
 from ..methods.reward import ensemble, length_normalised, length_penalty
 from ..models import check_ids, hub_arguments, install_fused_loss, load_model, load_weights
 from ..models.fused_loss import causal_lm
@@ -35,19 +36,27 @@ from ..trainer.reference import evaluating, row_logps
 
 SPEC_FILE = "reward_model.json"
 
-# For each method that trains a reward model, the kind of data that it learns from (`data.COMPLETIONS`) and what the
-# value head's outputs are: one reward; one an objective; those and a gate's logits; a head for quality and one for length;
-# the logit of one completion beating another.
+# A method trains a reward model if it takes one of these sets of inputs. They tell the kind of data that it learns from
+# and the outputs of the value head: one reward; one per objective; those and a gate's logits; the logit of one completion
+# beating another.
+_FORMS = (
+    ({"reward_w", "reward_l"}, "pair", "reward"),
+    ({"rewards", "ranks"}, "list", "reward"),
+    ({"logit", "desirable"}, "unpaired", "reward"),
+    ({"rewards", "targets"}, "unpaired", "objectives"),
+    ({"rewards_w", "gate_w"}, "pair", "gated"),
+    ({"logit", "prob_w"}, "pair", "preference"),
+)
+# For each method that trains a reward model, its kind of data and form of outputs; odin: a head for quality and one for
+# length.
 USES = {
-    "bradley_terry": ("pair", "reward"),
-    "k_wise": ("list", "reward"),
-    "discriminator": ("unpaired", "reward"),
-    "regression": ("unpaired", "objectives"),
-    "gated": ("pair", "gated"),
-    "odin": ("pair", "odin"),
-    "preference_model": ("pair", "preference"),
-    "grm": ("pair", "reward"),
-    "haf": ("pair", "reward"),
+    name: (kind, form) for name, m in METHODS.items() for inputs, kind, form in _FORMS if inputs <= set(m.inputs)
+} | {"odin": ("pair", "odin")}
+# The methods that learn from the probability of a label: as an input, or by the loss of the pair in both orders.
+SOFT_LABELS = {
+    name
+    for name, m in METHODS.items()
+    if name in USES and ("prob_w" in m.inputs or m.required == ("reward_w", "reward_l"))
 }
 # A preference model reads: prompt, first completion, _BETWEEN, second completion, _AFTER.
 _BETWEEN, _AFTER = "\n\nSecond answer:\n", "\n\nThe better answer:"

@@ -42,6 +42,7 @@ from ..trainer import (
 from ..trainer.preference import PreTrainedTokenizerBase, set_seed
 from ..trainer.reference import LiveReference, rows_fingerprint
 from .model import (
+    SOFT_LABELS,
     SPEC_FILE,
     USES,
     RewardModel,
@@ -53,8 +54,6 @@ from .model import (
     separators,
     width_of,
 )
-
-_READS_LOGPS = ("grm", "haf")
 
 
 @dataclass
@@ -136,8 +135,13 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     ) -> None:
         args = RewardConfig() if args is None else args
         self.spec = args.spec()
-        if self.spec.method == "haf" and args.reference == "none":
-            raise ValueError('haf compares the policy with a reference: use reference="auto", "copy" or "adapter"')
+        # ODIN is a function of rewards without an entry in METHODS.
+        self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
+        self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
+        if self.method is not None and self.method.needs_reference and args.reference == "none":
+            raise ValueError(
+                f'{self.method.name} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
+            )
         self.kind = self.spec.kind
         self.settings = checked_settings(args)
         if isinstance(model, str):
@@ -161,7 +165,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             model.requires_grad_(False)
             if value_head(model).outputs < self.spec.outputs:  # type: ignore[union-attr]
                 extend_with_gate(model)
-        if self.spec.method != "haf":
+        if not (self.method and self.method.trains_head):
             _freeze_lm_head(model)
         # Narrow enough for the loss to begin at ln 2: what a wider one says of length has to be unlearned (docs/log.md).
         attach_value_head(model, self.spec.outputs, std=1 / (width_of(model) + 1))
@@ -177,7 +181,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.spec.method in _READS_LOGPS and self.train_dataset is not None:
+        if self._reads_logps and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
@@ -191,7 +195,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def _compares_with_reference(self) -> bool:
-        wanted = self.spec.method == "haf" or self.settings.get("regulariser") == "dpo"
+        needed = self.method is not None and self.method.needs_reference
+        wanted = needed or self.settings.get("regulariser") == "dpo"
         return wanted and self.args.reference != "none"
 
     def _has_rewards(self, model: Any) -> bool:
@@ -207,10 +212,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
             dataset = data.load(dataset, kind=self.kind)
-        if self.kind == "list" and "scores" not in dataset.column_names:
-            raise DataError("k_wise ranks the completions of a prompt by their scores; got lists without scores")
-        if self.spec.method == "discriminator" and "label" not in dataset.column_names:
-            raise DataError("discriminator learns from the label of each row; got rows without label")
+        name, inputs = self.spec.method, self.method.inputs if self.method else ()
+        if "ranks" in inputs and "scores" not in dataset.column_names:
+            raise DataError(f"{name} ranks the completions of a prompt by their scores; got lists without scores")
+        if "desirable" in inputs and "label" not in dataset.column_names:
+            raise DataError(f"{name} learns from the label of each row; got rows without label")
         encoded = data.encode(
             dataset,
             self._tokenizer,
@@ -271,7 +277,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, *rows[1:])
-            logps = self._logps(hidden, lm_head, rows[2]) if self.spec.method in _READS_LOGPS else None
+            logps = self._logps(hidden, lm_head, rows[2]) if self._reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {
@@ -284,10 +290,10 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         return out["loss"], (out["loss"].detach(),), out["metrics"], out["counts"]
 
     def _logps(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-        """Summed log-probs of the rows (R,); GRM's language model head is frozen."""
+        """Computes the summed log-probs of the rows (R,); GRM's language model head is frozen."""
         weight = head.weight
         options: dict[str, Any] = head.kwargs()
-        if self.spec.method == "grm":
+        if not (self.method and self.method.trains_head):
             weight = weight.detach()
             options = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
         options["backend"] = self.args.backend
@@ -303,10 +309,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         valid: Tensor,  # (U,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's losses (U,), whatever where not valid, and metrics."""
-        name, form = self.spec.method, self.spec.form
-        if form == "odin":
+        method, form = self.method, self.spec.form
+        if method is None:
             return self._odin(inputs, head, outputs, valid)
-        method = get_method(name)
         given: dict[str, Any] = dict(self.settings)
         if form == "preference":
             # Both orders of every pair, with the probability of the one that comes first.
@@ -326,22 +331,23 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             ratings = inputs["ratings"]
             return method(rewards=outputs, targets=ratings, mask=ratings.isfinite(), **given)
         reward = outputs[:, 0]
-        if name == "discriminator":
+        if "desirable" in method.inputs:
             return method(logit=reward, desirable=inputs["desirable"], **given)
-        if name == "k_wise":
+        if "ranks" in method.inputs:
             scores = inputs["scores"]
             mask = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1).view(scores.shape)
             ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(dim=-1)
             return method(rewards=reward.view(scores.shape), ranks=ranks, mask=mask, **given)
         given |= _sides("reward", reward)
+        soft = "prob_w" in inputs and method.name in SOFT_LABELS
         if "margin" in method.inputs and "margin" in inputs:
-            if name == "bradley_terry" and "prob_w" in inputs:
-                raise ValueError("bradley_terry takes prob or a margin of a pair, the data have both: drop one")
+            if soft:
+                raise ValueError(f"{method.name} takes prob or a margin of a pair, the data have both: drop one")
             given["margin"] = inputs["margin"]
         if logps is not None:
             given |= _sides("logp", logps) | ({} if ref_logps is None else _sides("ref_logp", ref_logps))
         losses, metrics = method(**given)
-        if name == "bradley_terry" and "prob_w" in inputs:
+        if soft:
             # A soft label: the cross-entropy of p, the two orders weighted by their probabilities.
             p = inputs["prob_w"]
             given |= {"reward_w": given["reward_l"], "reward_l": given["reward_w"]}
