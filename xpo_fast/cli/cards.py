@@ -160,8 +160,8 @@ def markdown() -> str:
         [
             "# Methods",
             "",
-            f"Made from the registry by `{REGENERATE}`. Each method is a function of keyword tensors; its signature is "
-            "in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.",
+            f"Made from the registry by `{REGENERATE}`. Each method is a function of keyword tensors; its signature "
+            "is in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.",
             "",
             "Letters: P pairs or prompts, B rows, K completions of a prompt (or objectives of a reward model), T tokens "
             "of a row; `_w` the chosen completion, `_l` the rejected one. Log-probs are in nats, summed over a "
@@ -171,8 +171,8 @@ def markdown() -> str:
             overview,
             "## Attributes",
             "",
-            "The survey's 13, in the words of its Table 1, "
-            "with the name and words that `xpo-fast methods --where NAME=WORD` takes (`none` is -; Hybrid counts as both):",
+            "The survey's 13, in the words of its Table 1, with the names and words that `xpo-fast methods --where "
+            "NAME=WORD` takes (`none` is -; Hybrid counts as both):",
             "",
             _markdown_table(
                 ("attribute", "about", "name", "words"),

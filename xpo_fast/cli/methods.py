@@ -22,8 +22,8 @@ def add_parser(commands: Any) -> None:
         metavar="NAME=WORD",
         action="append",
         help="list only methods with this layout (data=pairwise) or this attribute in the survey's Table 1 "
-        "(reference=free, feedback=binary, sft=none; hybrid counts as both); may be repeated; an unknown name or word is "
-        "answered with those that exist",
+        "(reference=free, feedback=binary, sft=none; hybrid counts as both); may be repeated; an unknown name or word "
+        "is answered with those that exist",
     )
     methods.set_defaults(run=run)
 

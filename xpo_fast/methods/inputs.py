@@ -78,7 +78,7 @@ _BY_AXES = {
         "advantage": "advantage of each row or token",
         "value": "value of the prompt, or of each token's state",
     },
-    "UT UK": {"mask": "entries that count: completion tokens, or the completions (ratings) that exist"},
+    "UT UK": {"mask": "entries that count: the completion's tokens, or those of the K that exist"},
     "II": {
         "ptx_logp": "log-prob of each token of the pretraining text",
         "ptx_mask": "tokens of the pretraining text that count",

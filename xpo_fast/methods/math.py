@@ -22,7 +22,7 @@ _MAX_LOGP = -1e-10
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Returns log(1 − eˣ) for x < 0, accurate at both ends (Mächler 2012, "Accurately computing log(1 − exp(−|a|))")."""
+    """Returns log(1 − eˣ), x < 0, accurate at both ends (Mächler 2012, "Accurately computing log(1 − exp(−|a|))")."""
     half = -math.log(2.0)
     # Each branch sees only arguments it can differentiate: the gradient of the one not taken is multiplied by zero.
     near = torch.log(-torch.expm1(x.clamp(min=half)))
@@ -136,9 +136,9 @@ def check_rows(ok: Tensor, expected: str, remedy: str, **values: Tensor) -> None
 
 
 def k1(token_logp: Tensor, ref_token_logp: Tensor) -> Tensor:
-    """Returns log π − log ref, an unbiased estimate of KL(π ‖ ref) in tokens drawn from π. Its own gradient is not KL's.
+    """Returns log π − log ref, an unbiased estimate of KL(π ‖ ref) in tokens drawn from π.
 
-    k1, k2, k3: Schulman, "Approximating KL divergence", 2020.
+    Its own gradient is not KL's. k1, k2, k3: Schulman, "Approximating KL divergence", 2020.
     """
     return token_logp - ref_token_logp
 

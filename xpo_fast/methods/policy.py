@@ -640,11 +640,11 @@ def vespo(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Losses:
-    """Variational sequence-level soft policy optimisation: a smooth function of the sequence's ratio weights its tokens.
+    """Variational sequence-level soft policy optimisation: tokens weighted by a smooth function of the sequence's ratio.
 
-    L = −sg(φ)·A·token_logp + β·k3, one loss per token, (B, T); φ = w^k e^{λ(1 − w)}, w = exp(Σ_t token_logp − old_logp);
-    (k, λ) = (`k_pos`, `lambda_pos`) where A ≥ 0, else (`k_neg`, `lambda_neg`). As in TRL 1.16, a token's log-ratio is
-    clamped to ±20, log w to [log 1e-8, 20], and λ to at least 1e-4.
+    L = −sg(φ)·A·token_logp + β·k3, one loss per token, (B, T); φ = w^k e^{λ(1 − w)}, w = exp(Σ_t token_logp −
+    old_logp); (k, λ) = (`k_pos`, `lambda_pos`) where A ≥ 0, else (`k_neg`, `lambda_neg`). As in TRL 1.16, a token's
+    log-ratio is clamped to ±20, log w to [log 1e-8, 20], and λ to at least 1e-4.
     """
     for name, x in {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}.items():
         check(x >= 0, f"{name} >= 0", x)

@@ -286,8 +286,8 @@ def ensemble(
 ) -> Tensor:
     """Computes one reward (...) from those of E models: "mean", "worst" (their minimum) or "uncertainty".
 
-    uncertainty: mean − coef·variance, the variance over the models divided by E, as in Reward Model Ensembles Help Mitigate
-    Overoptimization (arXiv 2310.02743). E = 1 gives the reward itself in all three.
+    uncertainty: mean − coef·variance, the variance over the models divided by E, as in Reward Model Ensembles Help
+    Mitigate Overoptimization (arXiv 2310.02743). E = 1 gives the reward itself in all three.
     """
     check_choice("how", how, ("mean", "worst", "uncertainty"))
     check(coef >= 0, "coef >= 0", coef)
