@@ -160,8 +160,8 @@ def markdown() -> str:
         [
             "# Methods",
             "",
-            f"Made from the registry by `{REGENERATE}`. Each method is a function of keyword tensors; its signature "
-            "is in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.",
+            f"Made from the registry by `{REGENERATE}`. Each method is a function of keyword tensors; its "
+            "signature is in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.",
             "",
             "Letters: P pairs or prompts, B rows, K completions of a prompt (or objectives of a reward model), T tokens "
             "of a row; `_w` the chosen completion, `_l` the rejected one. Log-probs are in nats, summed over a "

@@ -640,7 +640,7 @@ def vespo(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Losses:
-    """Variational sequence-level soft policy optimisation: tokens weighted by a smooth function of the sequence's ratio.
+    """Variational sequence-level soft policy optimisation: a smooth function of the sequence's ratio as weight.
 
     L = −sg(φ)·A·token_logp + β·k3, one loss per token, (B, T); φ = w^k e^{λ(1 − w)}, w = exp(Σ_t token_logp −
     old_logp); (k, λ) = (`k_pos`, `lambda_pos`) where A ≥ 0, else (`k_neg`, `lambda_neg`). As in TRL 1.16, a token's
