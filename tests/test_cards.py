@@ -14,6 +14,7 @@ from xpo_fast import cli
 from xpo_fast.cli import cards
 from xpo_fast.methods.inputs import INPUTS, LAYOUTS
 from xpo_fast.methods.survey import ATTRIBUTES
+from xpo_fast.rewards.model import USES
 
 METHODS = sorted(xf.METHODS)
 TABLE1 = json.loads((Path(__file__).parent / "survey_table1.json").read_text(encoding="utf-8"))
@@ -173,6 +174,11 @@ def test_choices_are_those_that_the_method_takes_and_its_docstring_tells(name, k
         assert re.search(rf"\b{word}\b", method.__doc__), f"the docstring does not tell what {word} is"
 
 
+def test_the_command_reward_offers_all_that_trains_a_reward_model():
+    (method,) = (action for action in cli.parsers()["reward"]._actions if action.dest == "method")
+    assert sorted(method.choices) == sorted(USES)
+
+
 # --- docs/methods.md ---
 
 
@@ -202,6 +208,4 @@ def test_markdown_has_everything():
 
 
 def test_plain_text_survives_markdown():
-    assert cards._escape("Q* of logp_w and x_(i), a <b> in `a_*b`") == (
-        r"Q\* of logp_w and x\_(i), a \<b> in `a_*b`"
-    )
+    assert cards._escape("Q* of logp_w and x_(i), a <b> in `a_*b`") == (r"Q\* of logp_w and x\_(i), a \<b> in `a_*b`")
