@@ -123,9 +123,8 @@ def add_parser(commands: Any) -> None:
 
     add = parser.add_argument_group("method").add_argument
     add("--method", default="grpo", metavar="NAME",
-        help="ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, vespo, rloo, reinforce, ppo_penalty, ppo_ptx, "
-        "nash_md, or a sum of them. With it comes what its authors add to the loss, unless it is asked otherwise: ppo's "
-        "critic and divergence, dapo's dynamic sampling and overlong penalty")
+        help="a method that `xpo-fast methods --where data=policy` lists, or a sum of them. Its card (`xpo-fast methods "
+        "--card NAME`) tells its defaults, such as ppo's critic and KL penalty or dapo's dynamic sampling and overlong penalty")
     options.add_settings(add, "beta=0.04")
     _add_fields(add, _METHOD_FIELDS)
     add("--value-head-lr", metavar="X", type=float, help="learning rate of the critic's value head (default: --lr)")

@@ -164,8 +164,8 @@ class Recipe:
 
     @property
     def draws_rivals(self) -> bool:
-        """Whether each completion is judged against one of the mixture of policy and reference (mixture.py)."""
-        return self.train[0].method == "nash_md"
+        """Whether each completion is judged against a rival from the mixture of policy and reference (Nash-MD)."""
+        return self.online and "prob_w" in METHODS[self.train[0].method].required
 
     @property
     def makes_reward_model(self) -> bool:

@@ -20,6 +20,7 @@ from ..files import appearing, finite, write_atomically, write_json
 from ..models import remove_fused_loss
 from ..resume import last_checkpoint
 from ..rewards.judges import FunctionJudge, text_of, win_rate
+from ..rewards.spec import SOFT_LABELS
 from ..rewards.trainer import RewardConfig, RewardTrainer
 from ..rl import STATE_FILE, RLTrainer
 from ..rl.config import RLConfig
@@ -165,7 +166,7 @@ def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
     model, tokenizer = it.policies.take(it.models[-1])
     texts = ("prompt", "chosen", "rejected")
     # The judge's probabilities are soft labels for the methods that take them.
-    kept = (*texts, "prob") if method.method in ("bradley_terry", "preference_model") else texts
+    kept = (*texts, "prob") if method.method in SOFT_LABELS else texts
     pairs = [
         {name: row[name] for name in kept if name in row}
         for row in it.rows

@@ -13,24 +13,32 @@ from torch import Tensor
 
 from .. import data
 from ..files import write_json
+from ..methods import METHODS
 from ..methods.reward import length_normalised, length_penalty
 from ..models.value_head import ValueHead
 
 SPEC_FILE = "reward_model.json"
 
-# For each method that trains a reward model: the kind of data it learns from (`data.KINDS`), and what the value
-# head's outputs are: one reward ("reward"); one per objective ("objectives"); those and gate logits ("gated"); one
-# for quality and one for length ("odin"); the logit of P(one completion beats another) ("preference").
+# A method trains a reward model if it takes one of these sets of inputs. They determine the kind of data it learns from
+# (`data.KINDS`), and what the value head's outputs are: one reward; one per objective; those and the gate's logits; the
+# logit of P(one completion beats another).
+_FORMS = (
+    ({"reward_w", "reward_l"}, "pair", "reward"),
+    ({"rewards", "ranks"}, "list", "reward"),
+    ({"logit", "desirable"}, "unpaired", "reward"),
+    ({"rewards", "targets"}, "unpaired", "objectives"),
+    ({"rewards_w", "gate_w"}, "pair", "gated"),
+    ({"logit", "prob_w"}, "pair", "preference"),
+)
+# The kind of data and the form of the outputs by method; ODIN has an output for quality and one for length.
 USES = {
-    "bradley_terry": ("pair", "reward"),
-    "k_wise": ("list", "reward"),
-    "discriminator": ("unpaired", "reward"),
-    "regression": ("unpaired", "objectives"),
-    "gated": ("pair", "gated"),
-    "odin": ("pair", "odin"),
-    "preference_model": ("pair", "preference"),
-    "grm": ("pair", "reward"),
-    "haf": ("pair", "reward"),
+    name: (kind, form) for name, m in METHODS.items() for inputs, kind, form in _FORMS if inputs <= set(m.inputs)
+} | {"odin": ("pair", "odin")}
+# The methods that learn from the probability of a label: as an input, or by the loss of the pair in both orders.
+SOFT_LABELS = {
+    name
+    for name, m in METHODS.items()
+    if name in USES and ("prob_w" in m.inputs or m.required == ("reward_w", "reward_l"))
 }
 
 

@@ -49,9 +49,7 @@ from ..trainer.reference import LiveReference, rows_fingerprint
 from .encoding import both_orders, pad_id, separators
 from .model import RewardModel
 from .ratings import load_ratings
-from .spec import SPEC_FILE, USES, RewardSpec, save_spec
-
-_READS_LOGPS = ("grm", "haf")
+from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
 
 @dataclass
@@ -140,8 +138,13 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     ) -> None:
         args = RewardConfig() if args is None else args
         self.spec = args.spec()
-        if self.spec.method == "haf" and args.reference == "none":
-            raise ValueError('haf compares the policy with a reference: use reference="auto", "copy" or "adapter"')
+        # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
+        self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
+        self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
+        if self.method is not None and self.method.needs_reference and args.reference == "none":
+            raise ValueError(
+                f'{self.method.name} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
+            )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
         if isinstance(model, str):
@@ -166,7 +169,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             model.requires_grad_(False)
             if value_head(model).outputs < self.spec.outputs:  # type: ignore[union-attr]
                 _extend_with_gate(model)
-        if self.spec.method != "haf":
+        if not (self.method and self.method.trains_head):
             _freeze_lm_head(model)
         # Narrow enough for the loss to begin at ln 2: the length bias of wider ones has to be unlearned (docs/log.md).
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
@@ -181,7 +184,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.spec.method in _READS_LOGPS and self.train_dataset is not None:
+        if self._reads_logps and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
@@ -195,7 +198,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def _compares_with_reference(self) -> bool:
-        wanted = self.spec.method == "haf" or self.settings.get("regulariser") == "dpo"
+        needed = self.method is not None and self.method.needs_reference
+        wanted = needed or self.settings.get("regulariser") == "dpo"
         return wanted and self.args.reference != "none"
 
     def _encode(self, dataset: Any) -> Any:
@@ -206,10 +210,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
             dataset = data.load(dataset, kind=self.kind.name)
-        if self.kind.listed and "scores" not in dataset.column_names:
-            raise DataError("k_wise ranks the completions of a prompt by their scores; got lists without scores")
-        if self.spec.method == "discriminator" and "label" not in dataset.column_names:
-            raise DataError("discriminator learns from the label of each row; got rows without label")
+        name, inputs = self.spec.method, self.method.inputs if self.method else ()
+        if "ranks" in inputs and "scores" not in dataset.column_names:
+            raise DataError(f"{name} ranks the completions of a prompt by their scores; got lists without scores")
+        if "desirable" in inputs and "label" not in dataset.column_names:
+            raise DataError(f"{name} learns from the label of each row; got rows without label")
         encoded = data.encode(
             dataset,
             self._tokenizer,
@@ -269,7 +274,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, *rows[1:])
-            logps = self._logps(hidden, lm_head, rows[2]) if self.spec.method in _READS_LOGPS else None
+            logps = self._logps(hidden, lm_head, rows[2]) if self._reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {
@@ -285,7 +290,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         """Returns the summed log-prob of each row (R,); GRM's language model head is frozen."""
         weight = head.weight
         options: dict[str, Any] = head.kwargs()
-        if self.spec.method == "grm":
+        if not (self.method and self.method.trains_head):
             weight = weight.detach()
             options = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
         options["backend"] = self.args.backend
@@ -301,10 +306,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         valid: Tensor,  # (U,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the method's losses (U,), meaningless where not valid, and its metrics."""
-        name, form = self.spec.method, self.spec.form
-        if form == "odin":
+        method, form = self.method, self.spec.form
+        if method is None:
             return self._odin(inputs, head, outputs, valid)
-        method = get_method(name)
         given: dict[str, Any] = dict(self.settings)
         if form == "preference":
             # Both orders of every pair, with the probability of the one that comes first.
@@ -324,22 +328,23 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             ratings = inputs["ratings"]
             return method(rewards=outputs, targets=ratings, mask=ratings.isfinite(), **given)
         reward = outputs[:, 0]
-        if name == "discriminator":
+        if "desirable" in method.inputs:
             return method(logit=reward, desirable=inputs["desirable"], **given)
-        if name == "k_wise":
+        if "ranks" in method.inputs:
             scores = inputs["scores"]
             mask = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1).view(scores.shape)
             ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(dim=-1)
             return method(rewards=reward.view(scores.shape), ranks=ranks, mask=mask, **given)
         given |= _sides("reward", reward)
+        soft = "prob_w" in inputs and method.name in SOFT_LABELS
         if "margin" in method.inputs and "margin" in inputs:
-            if name == "bradley_terry" and "prob_w" in inputs:
-                raise ValueError("bradley_terry takes prob or a margin of a pair, the data have both: drop one")
+            if soft:
+                raise ValueError(f"{method.name} takes prob or a margin of a pair, the data have both: drop one")
             given["margin"] = inputs["margin"]
         if logps is not None:
             given |= _sides("logp", logps) | ({} if ref_logps is None else _sides("ref_logp", ref_logps))
         losses, metrics = method(**given)
-        if name == "bradley_terry" and "prob_w" in inputs:
+        if soft:
             # A soft label: the cross-entropy of p, the two orders weighted by their probabilities.
             p = inputs["prob_w"]
             given |= {"reward_w": given["reward_l"], "reward_l": given["reward_w"]}

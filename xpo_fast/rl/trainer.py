@@ -241,7 +241,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     @property
     def _penalises(self) -> bool:
         """Whether the divergence that kl_target is about is that from the sampling policy."""
-        return any(m.name == "ppo_penalty" for m in self.objective.methods)
+        return any(m.card.rl.adapts_beta for m in self.objective.methods)
 
     def _set_beta(self, k: int, beta: float) -> None:
         term = self.objective.terms[k]
@@ -888,7 +888,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if self._penalises and self.args.kl_target is not None:
             kl = self._penalty.pop()["kl"]
             for k, term in enumerate(self.objective.terms):
-                if term.method.name == "ppo_penalty" and not math.isnan(kl):
+                if term.method.card.rl.adapts_beta and not math.isnan(kl):
                     self._set_beta(k, adapt(term.hyperparameters["beta"], kl, self.args.kl_target))
 
 
