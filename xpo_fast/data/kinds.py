@@ -1,6 +1,6 @@
 """The kinds of preference data, by what a method learns from, one value each; and `DataError`.
 
-Another kind is another value here, and its encoding and its layout in a batch where those are new (encode.py, collate.py).
+Another kind is another value here, and code in encode.py and collate.py if its encoding or its batches are new.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ KINDS: dict[str, Kind] = {
         Kind(
             "list",
             completions=("completions",),
-            expected="prompt, completions and scores (or rejected), or chosen, rejected, score_chosen and score_rejected",
+            expected="prompt, completions and scores (or rejected), "
+            "or chosen, rejected, score_chosen and score_rejected",
             forms=(
                 ("prompt", "completions", "scores"),
                 ("prompt", "completions", "rejected"),
@@ -105,8 +106,8 @@ KINDS: dict[str, Kind] = {
         Kind(
             "chosen",
             completions=("chosen",),
-            expected="chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one; "
-            "or messages; or text",
+            expected="chosen (or completion), and prompt unless it is a conversation, "
+            "or chosen and rejected share one; or messages; or text",
             forms=(("chosen",), ("completion",)),
             answers=(_PAIR, ("chosen",), ("completion",)),
             reference=("ref_logp_chosen",),

@@ -426,7 +426,7 @@ class _Loop:
         columns["where"] = [f"row {g}" for g in range(len(rows))]
         config = _arguments(XPOConfig, self.output, self.setup.training)
         encoded = data.encode_rows(
-            columns, tokenizer, kind, data.opening(tokenizer, rows[0]["prompt"]), config.max_length,
+            columns, tokenizer, kind, data.leading_ids(tokenizer, rows[0]["prompt"]), config.max_length,
             config.max_prompt_length,
         )  # fmt: skip
         return [dict(zip(encoded, values)) for values in zip(*encoded.values())]

@@ -404,7 +404,7 @@ def encode_rows(
         "where": [f"row {i}" for i in range(len(prompts))],
     }
     kind = "pair" if len(named) > 1 else "chosen"
-    opening = data.opening(tokenizer, prompts[0])
+    opening = data.leading_ids(tokenizer, prompts[0])
     encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
