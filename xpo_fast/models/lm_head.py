@@ -35,7 +35,7 @@ ACTS_OF: dict[str, Mapping[str, int | str]] = {
 # Model types that change logits in a way no Head can express.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
 # Packages whose hooks on a head, and replacements of its forward, gather, move or cast and do not change its logits.
-_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __package__.split(".")[0])
+_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __name__.split(".")[0])
 # Attribute of a config: the rows of the weight beyond this number are padding, whose logits the model drops.
 _UNPADDED = "unpadded_vocab_size"
 _KEEP = "keep it in 16 or 32 bits (llm_int8_skip_modules, modules_to_not_convert)"
@@ -191,13 +191,12 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
         variant = layer.lora_variant.get(x)
         if variant is not None and type(variant) is not DoraLinearVariant:
             raise _refused(owner, f"carries a variant of LoRA that is not supported ({type(variant).__name__})")
-    columns: list[Any] = unpartitioned(*(layer.lora_B[x].weight for x in names))
-    fields["adapter"] = torch.cat(columns, dim=1)
+    adapters: dict[str, Any] = {x: layer.lora_B[x] for x in names}
+    fields["adapter"] = torch.cat(unpartitioned(*(b.weight for b in adapters.values())), dim=1)
     fields["project"] = partial(_project, layer, names)
-    for x in names:
-        added = layer.lora_B[x].bias
-        if added is not None:
-            bias, added = unpartitioned(fields["bias"], added)
+    for x, b in adapters.items():
+        if b.bias is not None:
+            bias, added = unpartitioned(fields["bias"], b.bias)
             added = added * layer.scaling[x]
             fields["bias"] = added if bias is None else bias + added
     if any(x in layer.lora_variant for x in names):
