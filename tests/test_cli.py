@@ -464,6 +464,62 @@ def test_names_of_trl_for_rl(theirs, ours):
     assert parsed(*theirs.split(), command="rl") == parsed(*shlex.split(ours), command="rl")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kl-horizon 5", "--kl-horizon is a value of --set: write --set kl_horizon=5, see xpo-fast rl --help-all"),
+        ("--show_samples=0", "write --set show_samples=0"),
+        ("--generation_batch_size", "write --set generation_batch_size=N"),
+        ("--kl-horizn 5", "did you mean --set kl_horizon?"),
+    ],
+)
+def test_a_setting_of_rl_is_no_option(capsys, words, message):
+    assert message in refusal(capsys, *words.split(), command="rl")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("kl_horizn=5", "--set kl_horizn: grpo has no hyperparameter kl_horizn; it has eps, beta"),
+        ("kl_horizn=5", "did you mean kl_horizon?"),
+        ("kl_horizon=0.5", "--set kl_horizon: expected a whole number, got 0.5"),
+        ("kl_horizon=true", "--set kl_horizon: expected a whole number, got True"),
+        ("kl_horizon=0", "kl_horizon must be at least 1, got 0"),
+        ("value_clip=Infinity", "--set value_clip: expected a number, got inf"),
+        ("off_policy=1", "--set off_policy: expected a name, got 1"),
+        ("off_policy=tokn", "got 'tokn'; did you mean token?"),
+    ],
+)
+def test_a_setting_of_rl_is_checked(tmp_path, capsys, setting, message):
+    (tmp_path / "short.py").write_text(
+        "def short(completion_ids, **given):\n    return [0.0 for c in completion_ids]\n"
+    )
+    words = ["--reward", f"{tmp_path}/short.py:short", "--cpu", "--output-dir", str(tmp_path / "out")]
+    assert cli.main(["rl", "--data", "x", "--set", setting, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_rl_reach_its_configuration_and_are_none_of_the_methods():
+    found = settings.divided(parsed("--set", "eps=0.1", "--set", "kl_horizon=5", command="rl")["set"], settings.RL)
+    assert found == ({"eps": 0.1}, {"kl_horizon": 5})
+
+
+def test_help_of_rl_leaves_the_rare_to_help_all(capsys):
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["rl", option])
+        assert stop.value.code == 0
+        shown[option] = capsys.readouterr().out
+    parser = cli.parsers()["rl"]
+    names = {action.option_strings[-1] for action in parser.documented()}
+    listed = {option: {name for name in names if re.search(rf"\n  {name}\s", text)} for option, text in shown.items()}
+    assert listed["--help-all"] == names and len(listed["--help"]) <= 50
+    assert listed["--help"] == names - {f"--{name.replace('_', '-')}" for name in parser.rare}
+    for name in parser.settings:
+        assert f"\n  {name}=" in shown["--help-all"] and f"\n  {name}=" not in shown["--help"]
+
+
 def test_names_of_trl_for_reward():
     theirs = parsed("--center_rewards_coefficient", "0.01", "--learning_rate", "1", command="reward")
     assert theirs == parsed("--set", "center=0.01", "--lr", "1", command="reward")

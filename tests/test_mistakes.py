@@ -581,7 +581,7 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
         monkeypatch.setattr(owner, name, wrapped)
 
     hit(*{
-        "loading": (training, "load", 1),
+        "loading": (loading, "load", 1),
         "evaluating before": (XPOTrainer, "held_out", 1),
         "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
         "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),

@@ -37,7 +37,7 @@ RL = {
     "show_samples": Setting(
         "N",
         int,
-        "print N completions of the last rollout with every log, from the highest reward to the lowest (default: 3); "
+        "print N completions of the last rollout with every log, from the highest reward to the lowest (default: 3 completions); "
         "samples.jsonl has all of them, for datasets.load_dataset('json', data_files=…)",
     ),
 }
