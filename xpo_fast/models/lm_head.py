@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..head.sharded import is_sharded, unpartitioned, whole
+from ..head.sharded import gathered, is_sharded, unpartitioned
 
 # Attributes of a text config by which a model's forward changes the products h Wᵀ: a softcap, or a factor with its
 # power. They count only if the code of that forward names them: a multimodal model may leave out what its text model
@@ -211,7 +211,7 @@ def _project(layer: Any, names: list[str], hidden: Tensor) -> Tensor:
         a = layer.lora_A[x]
         h = layer.lora_dropout[x](hidden.to(a.weight.dtype))
         # ZeRO-3 gathers for a module that is called; under FSDP2 a head in a group of its own is still in parts here.
-        product = nn.functional.linear(h, *whole(weight=a.weight)) if is_sharded(a.weight) else a(h)
+        product = nn.functional.linear(h, *gathered(weight=a.weight)) if is_sharded(a.weight) else a(h)
         parts.append(product * layer.scaling[x])
     return torch.cat(parts, dim=-1)
 
