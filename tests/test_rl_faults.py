@@ -21,8 +21,7 @@ from test_rollout import StandIn
 from test_trainer import PEFT_WARNING, lora
 from xpo_fast.rewards import RewardError, Rewards
 from xpo_fast.rl import last_checkpoint
-from xpo_fast.rollout import RolloutError
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import RolloutError, ServerRollout
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 

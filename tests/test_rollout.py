@@ -20,8 +20,16 @@ import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_tokenizer
 from xpo_fast.models.fused_loss import causal_lm
-from xpo_fast.rollout import GenerateRollout, RolloutError, Samples, Sampling, encode_prompts, pad_rows, sample_logps
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import (
+    GenerateRollout,
+    RolloutError,
+    Samples,
+    Sampling,
+    ServerRollout,
+    encode_prompts,
+    pad_rows,
+    sample_logps,
+)
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 

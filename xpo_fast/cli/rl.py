@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     from ..rewards import Rewards
     from ..rewards.model import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
-    from ..rollout.generate import ServerRollout
+    from ..rollout import ServerRollout
 
     output, checkpoint = (
         Path(args.output_dir),
