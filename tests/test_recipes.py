@@ -1,5 +1,6 @@
 """Recipes: every one of them for an iteration on a tiny model, references, stopping, and runs that are killed."""
 
+import contextlib
 import json
 import logging
 import math
@@ -337,15 +338,17 @@ def test_paft_merges_two_adapters_of_one_base(home, tmp_path):
 
 
 def test_paft_killed_as_an_adapter_appears(home, tmp_path, monkeypatch):
-    appear, deaths = recipe_loop._appear, []
+    appearing, deaths = recipe_loop.appearing, []
 
-    def dying(path, write):
-        appear(path, write)
+    @contextlib.contextmanager
+    def dying(path, **how):
+        with appearing(path, **how) as part:
+            yield part
         if path.name.startswith("adapter") and len(deaths) < 2:
             deaths.append(path)
             raise Killed
 
-    monkeypatch.setattr(recipe_loop, "_appear", dying)
+    monkeypatch.setattr(recipe_loop, "appearing", dying)
     options = {"peft_config": lora(), "judge": None, "training": {"max_steps": 1}}
     for _ in range(2):
         with pytest.raises(Killed):

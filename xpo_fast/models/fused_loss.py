@@ -6,8 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MethodType
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import precision
-from ..files import cache_dir
+from ..files import appearing, cache_dir
 from ..wording import did_you_mean
 from .lm_head import Head, before_head, causal_lm
 
@@ -211,21 +209,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():  # incomplete, else it would have been used
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not all((folder / name).is_file() for name in _FILES):  # another process was faster otherwise
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with appearing(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    except OSError:
+        if not all((folder / name).is_file() for name in _FILES):  # another process was faster otherwise
+            raise
 
 
 def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -11,7 +11,6 @@ It is saved beside the model, never in it: the folder stays a plain causal LM, o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import write_atomically
 from .lm_head import causal_lm, head_layer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -119,13 +119,7 @@ def save_value_head(model: nn.Module, folder: str | Path, state_dict: Mapping[st
         names = {key: name for name in _keys(present) for key in state_dict if key.endswith(name)}
         found = {name.removeprefix(f"{_NAME}."): state_dict[key] for key, name in names.items()}
     path = Path(folder) / VALUE_HEAD_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(save({name: x.detach().cpu().contiguous() for name, x in found.items()}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save({name: x.detach().cpu().contiguous() for name, x in found.items()}))
 
 
 def load_value_head(model: nn.Module, folder: str | Path) -> ValueHead:

@@ -42,7 +42,7 @@ except ImportError as error:
 
 from .. import data
 from ..data.rows import NUMBERS, DataError
-from ..files import finite, saving, write_atomically, write_json
+from ..files import appearing, finite, write_atomically, write_json
 from ..models import load_model, remove_fused_loss
 from ..resume import last_checkpoint
 from ..rewards.llm_judges import (
@@ -58,6 +58,7 @@ from ..rewards.llm_judges import (
 )
 from ..rl.sample_log import SAMPLES_FILE
 from ..rollout import Rollout, Sampling
+from ..seeds import seed_of_repr
 from ..trainer import XPOConfig, XPOTrainer
 from ..trainer.reference import COLUMNS
 from .recipe import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
@@ -288,7 +289,8 @@ class _Loop:
         name = "reward_model" if made else "model"
         final = self.output / name
         if best and not final.is_dir():
-            _appear(final, lambda path: shutil.copytree(models[best], path))
+            with appearing(final, sole_writer=True) as part:
+                shutil.copytree(models[best], part)
         outcome = Outcome(
             model=models[0] if made or not best else str(final),
             best=best,
@@ -310,7 +312,7 @@ class _Loop:
         lines: list[Row] = [{"prompt": p, "prompt_ids": [], **{n: [] for n in names}} for p in prompts]
         for d, draw in enumerate(recipe.draws):
             sampling = dataclasses.replace(setup.sampling, temperature=draw.temperature, top_p=draw.top_p)
-            seed = _seed(setup.seed, i, "sample", b, d)
+            seed = seed_of_repr(setup.seed, i, "sample", b, d)
             samples = policy.rollout.generate(prompts, draw.n, sampling=sampling, seed=seed)
             found = zip(samples.prompt_ids, samples.completions, samples.completion_ids, samples.finish)
             for r, (prompt_ids, *values) in enumerate(found):
@@ -318,7 +320,7 @@ class _Loop:
                 for name, value in zip(names, (*values, d)):
                     lines[r // draw.n][name].append(value)
         if recipe.revise:
-            self._revise(policy, lines, _seed(setup.seed, i, "revise", b))
+            self._revise(policy, lines, seed_of_repr(setup.seed, i, "revise", b))
         if recipe.gold:
             gold = self._encoded(policy, [{"prompt": r["prompt"], "chosen": r["chosen"]} for r in part])
             for line, row, ids in zip(lines, part, gold, strict=True):
@@ -347,7 +349,7 @@ class _Loop:
             line["completions"][k], line["completions_ids"][k] = completion, row["chosen_ids"]
 
     def _judge(self, policy: _Policy, needs: str, i: int, b: int, part: Sequence[tuple[Row, Row]]) -> list[Row]:
-        judge = self.setup.judge or policy.itself(_seed(self.setup.seed, i, "judge", b))
+        judge = self.setup.judge or policy.itself(seed_of_repr(self.setup.seed, i, "judge", b))
         lines = [line for _, line in part]
         judge.places()  # what it has been asked elsewhere
         asked = (
@@ -373,7 +375,7 @@ class _Loop:
         for g, (line, said) in enumerate(zip(samples, judged, strict=True)):
             count = torch.tensor(len(line["completions"]))
             table = count if needs == "nothing" else _tensor(said[needs])
-            generator = torch.Generator().manual_seed(_seed(self.setup.seed, i, "select", g))
+            generator = torch.Generator().manual_seed(seed_of_repr(self.setup.seed, i, "select", g))
             for pick in SELECTORS[recipe.select](table, generator, recipe.select_args):
                 row = {"prompt": line["prompt"], "prompt_ids": line["prompt_ids"], **_picked(line, pick)}
                 if g in rejected:
@@ -444,10 +446,10 @@ class _Loop:
         def work(b: int, part: Sequence[tuple[int, Row]]) -> list[Row]:
             rows = [row for _, row in part]
             prompts = [row["prompt"] for row in rows]
-            seed = _seed(setup.seed, "held-out", b)
+            seed = seed_of_repr(setup.seed, "held-out", b)
             samples = policy.rollout.generate(prompts, 1, sampling=sampling, seed=seed)
             judge = setup.held_out_judge or setup.judge
-            judge = judge or self.start.itself(_seed(setup.seed, "held-out judge", b))
+            judge = judge or self.start.itself(seed_of_repr(setup.seed, "held-out judge", b))
             groups = [[c] for c in samples.completions]
             if judge.scores:
                 ids = [[x] for x in samples.completion_ids]
@@ -481,7 +483,8 @@ class _Loop:
                 save = self._train_side_by_side(folder, i, rows, models, logs)
             else:
                 save = self._merged(self._offline(folder / "train", i, 0, rows, models, logs))
-            _appear(final, save)
+            with appearing(final, sole_writer=True) as part:
+                save(part)
             self._write(log, logs)
         shutil.rmtree(folder / "train", ignore_errors=True)
         return str(final)
@@ -496,7 +499,7 @@ class _Loop:
         further = {"reference": "cached"} if known else {}  # and not the adapter switched off
         trainer = XPOTrainer(
             model,
-            self._config(XPOConfig, folder, train, _seed(self.setup.seed, i, "train", k), **further),
+            self._config(XPOConfig, folder, train, seed_of_repr(self.setup.seed, i, "train", k), **further),
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=copy.deepcopy(self.setup.peft_config),
@@ -565,7 +568,8 @@ class _Loop:
                 trainer = self._offline(folder / "train" / str(k), i, k, rows, models, logs)
                 # The log first: where the adapter is, there is nothing left to do.
                 self._write(folder / f"{path.name}.json", trainer.state.log_history)
-                _appear(path, trainer.model.save_pretrained)
+                with appearing(path, sole_writer=True) as part:
+                    trainer.model.save_pretrained(part)
         logs[:] = [json.loads((folder / f"{p.name}.json").read_text(encoding="utf-8")) for p in adapters.values()]
         base, tokenizer = self._take(models[-1])
         merge = {"weights": [1.0] * len(adapters), **self.recipe.merge}
@@ -593,7 +597,7 @@ class _Loop:
         ]
         if len(pairs) < len(rows):
             self.setup.say(f"iteration {i + 1}: {len(rows) - len(pairs)} pairs with an empty completion are left out")
-        config = self._config(RewardConfig, folder / "train", train, _seed(self.setup.seed, i, "train", 0))
+        config = self._config(RewardConfig, folder / "train", train, seed_of_repr(self.setup.seed, i, "train", 0))
         trainer = RewardTrainer(
             model,
             config,
@@ -615,7 +619,7 @@ class _Loop:
         assert judge is not None
         sampling = dataclasses.replace(self.setup.sampling, temperature=draw.temperature, top_p=draw.top_p)
         model, tokenizer = self._take(models[-1])
-        seed = _seed(self.setup.seed, i, "train", 0)
+        seed = seed_of_repr(self.setup.seed, i, "train", 0)
         config = self._config(
             RLConfig, folder / "train", train, seed,
             **{"num_generations": draw.n, **dataclasses.asdict(sampling)},
@@ -798,34 +802,12 @@ def _writer(model: Any, tokenizer: Any) -> Callable[[Path], Any]:
     return write
 
 
-def _appear(path: Path, write: Callable[[Path], Any]) -> None:
-    """A folder that `write` fills, whole or not there."""
-    temporary = path.with_name(f".{path.name}.part")
-    for stale in (temporary, path):
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
-        with saving(path):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def _read_lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def _seed(*parts: Any) -> int:
-    """A seed of 31 bits by what it is for."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 def _digest(rows: Sequence[Row]) -> str:

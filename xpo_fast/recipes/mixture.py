@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from ..models.lm_head import causal_lm
 from ..models.modes import evaluating, without_adapter
 from ..rewards.llm_judges import Completion, Judge
 from ..rollout import GenerateRollout, Prompt, Samples, Sampling
+from ..seeds import seed_of_repr
 
 
 class MixtureRollout(GenerateRollout):
@@ -101,7 +101,6 @@ class AgainstMixture:
         **columns: Any,
     ) -> list[float]:
         assert self.rollout is not None
-        about = repr((self.seed, list(prompts), list(completions))).encode()
-        seed = int.from_bytes(hashlib.sha256(about).digest()[:4], "big") >> 1
+        seed = seed_of_repr(self.seed, list(prompts), list(completions))
         rivals = self.rollout.generate(prompts, 1, sampling=self.sampling, seed=seed)
         return self.judge.compare(prompts, completions, rivals.completions, **columns).tolist()

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from ..resume import last_checkpoint as whole_checkpoint
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX, RewardFunction, Rewards
 from ..rewards.llm_judges import Judge
 from ..rollout import GenerateRollout, Rollout, RolloutError, Samples, Sampling, encode_prompts, pad_rows, score_tokens
+from ..seeds import permutation, seed_for
 from ..trainer import Means, UnitTrainer, check_head, reading, ready, warn_of_trained_adapter, with_tokenizer
 from ..trainer.preference import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..trainer.reference import LiveReference
@@ -361,19 +361,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     # --- a rollout ----------------------------------------------------------------------------------------------------
 
-    def _seed(self, *what: Any) -> int:
-        return random.Random("/".join(map(str, (self.args.seed, *what)))).getrandbits(31)
-
-    def _permutation(self, count: int, *what: Any) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed(*what)))
-
     def _draw(self, cursor: int, count: int) -> list[dict[str, Any]]:
         """The next prompts: pass after pass through the data, every one in an order of its own."""
         rows = []
         for at in range(cursor, cursor + count):
             lap, index = divmod(at, len(self.prompts))
             if at == cursor or index == 0:
-                order = self._permutation(len(self.prompts), "prompts", lap).tolist()
+                order = permutation(len(self.prompts), self.args.seed, "prompts", lap).tolist()
             rows.append(self.prompts[order[index]])
         return rows
 
@@ -388,7 +382,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             mine = [prompts[i] for i in at]
             began = time.perf_counter()
             samples = self.rollout.generate(
-                [row["prompt"] for row in mine], n, sampling=self.sampling, seed=self._seed(seed, rank)
+                [row["prompt"] for row in mine], n, sampling=self.sampling, seed=seed_for(self.args.seed, seed, rank)
             )
             generated = time.perf_counter()
             columns = {name: [row[name] for row in mine for _ in range(n)] for name in _columns(mine)}
@@ -470,7 +464,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         while draws < args.draws:
             prompts = self._draw(progress.cursor, args.prompts)
             progress.cursor += args.prompts
-            seed = self._seed("rollout", progress.rollouts, draws)
+            seed = seed_for(self.args.seed, "rollout", progress.rollouts, draws)
             draws += 1
             seen += self._sample(prompts, args.num_generations, seed)
             telling = [group for group in seen if spread(group) > 0]
@@ -736,7 +730,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         began = time.perf_counter()
         with self._saved_if_it_fails() if self.is_in_train else contextlib.nullcontext():
             self._update()
-            groups = self._sample(prompts, self.args.eval_generations, self._seed(metric_key_prefix))
+            groups = self._sample(prompts, self.args.eval_generations, seed_for(self.args.seed, metric_key_prefix))
         found = describe(groups, self.rewards.names) | self._spent()
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
@@ -784,7 +778,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         """This process's micro-batches of step `at` of the rollout, and what their losses divide by."""
         args, ranks = self.args, self.accelerator.num_processes
         epoch, part = divmod(at, args.minibatches)
-        order = self._permutation(len(experience.kept), "order", self.progress.rollouts, epoch)
+        order = permutation(len(experience.kept), self.args.seed, "order", self.progress.rollouts, epoch)
         rows = order.chunk(args.minibatches)[part]
         kept = rows[experience.kept[rows]]
         if self._spares:  # which rows are side by side changes nothing: those of like length, for the padding

@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import data
+from ..seeds import seed_at
 from .sampling import (
     FINISHES,
     Generated,
@@ -231,7 +231,7 @@ class ServerRollout:
             "max_tokens": request.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": int(np.random.SeedSequence([seed, *request.place]).generate_state(1)[0]) >> 1,
+            "seed": seed_at(seed, *request.place),
             "logprobs": 1,
         }
         if self.vllm:
