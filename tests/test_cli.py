@@ -23,7 +23,7 @@ from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, models
 from xpo_fast.cli import aliases, checks, doctor, manual, options, rl, training
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl.trainer import RLConfig
+from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")

@@ -15,11 +15,12 @@ import transformers
 
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
+from xpo_fast.methods.advantages import advantages
 from xpo_fast.rewards import RewardError
 from xpo_fast.rewards.llm_judges import Judge, win_rate
 from xpo_fast.rl import RLTrainer, last_checkpoint
+from xpo_fast.rl.batches import Batches
 from xpo_fast.rl.config import RLConfig
-from xpo_fast.rl.experience import advantages
 from xpo_fast.rl.sample_log import table
 from xpo_fast.rollout import GenerateRollout
 from xpo_fast.trainer import Means
@@ -265,17 +266,18 @@ def test_a_learnable_reward_rises(tmp_path, method):
     assert after["eval_rewards/share_of_even/mean"] == after["eval_reward"]
 
 
-def test_every_row_once_an_epoch(tmp_path):
+def test_every_row_once_an_epoch(tmp_path, monkeypatch):
     """Two minibatches an epoch, two epochs: each completion once an epoch, in another order."""
     seen = []
 
-    class Watch(RLTrainer):
-        def _batch(self, experience, rows, ptx_at):
-            seen.append([] if rows is None else rows.tolist())
-            return super()._batch(experience, rows, ptx_at)
+    inner = Batches.batch
 
+    def watched(self, experience, rows, first_text):
+        seen.append([] if rows is None else rows.tolist())
+        return inner(self, experience, rows, first_text)
+
+    monkeypatch.setattr(Batches, "batch", watched)
     trainer = make_trainer(tmp_path, prompts_per_rollout=4, epochs_per_rollout=2, max_steps=4, method="grpo")
-    trainer.__class__ = Watch
     trainer.train()
     first, second = [i for rows in seen[:4] for i in rows], [i for rows in seen[4:] for i in rows]
     assert len(seen) == 8 and all(len(rows) <= 4 for rows in seen)
@@ -399,7 +401,7 @@ def test_the_reference_follows_the_policy(tmp_path):
     trainer = make_trainer(tmp_path, kl_coef=0.1, ref_mixin=0.25, max_steps=1)
     start = {n: p.clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    for name, p in trainer._live.copy.named_parameters():
+    for name, p in trainer.moving_reference.copy.named_parameters():
         policy = dict(trainer.model.named_parameters())[name]
         torch.testing.assert_close(p, 0.75 * start[name] + 0.25 * policy)
 

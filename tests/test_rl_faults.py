@@ -174,8 +174,9 @@ def test_all_that_is_remembered_comes_back(tmp_path, capsys):
         resumed = run(folder, resume=True, **args)
         assert tables(capsys) == shown
         assert_same_run(resumed, whole)
-        assert resumed._average.keys() == whole._average.keys() and len(whole._average) > 0
-        assert all(torch.equal(x, whole._average[n]) for n, x in resumed._average.items())
+        average, want = resumed.moving_reference.average, whole.moving_reference.average
+        assert average.keys() == want.keys() and len(want) > 0
+        assert all(torch.equal(x, want[n]) for n, x in average.items())
 
 
 def test_samples_wait_in_the_checkpoint(tmp_path, capsys):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..rewards.model import RewardEnsemble
     from ..rl import RLTrainer
-    from ..rl.trainer import RLConfig
+    from ..rl import RLConfig
 
 # Options that are fields of RLConfig by the same name: (placeholder, type, help). Not read off RLConfig: the parser is built
 # for every command, and importing that takes seconds.
@@ -323,7 +323,7 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _config(args: argparse.Namespace) -> RLConfig:
-    from ..rl.trainer import RLConfig
+    from ..rl import RLConfig
 
     return RLConfig(
         method=args.method,

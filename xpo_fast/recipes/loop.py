@@ -642,9 +642,9 @@ class _Loop:
             processing_class=tokenizer,
             peft_config=copy.deepcopy(self.setup.peft_config),
         )
-        live: Any = trainer._live
         if train.method == "nash_md":
-            against.rollout = MixtureRollout(trainer.model, tokenizer, reference=live.copy, share=self.recipe.mix)
+            reference: Any = trainer.moving_reference
+            against.rollout = MixtureRollout(trainer.model, tokenizer, reference=reference.copy, share=self.recipe.mix)
         self._fit(trainer, i, train, logs, last_checkpoint(config.output_dir, STATE_FILE))
         samples = folder / "train" / SAMPLES_FILE
         if samples.is_file():
@@ -734,7 +734,7 @@ class _Loop:
 def _arguments(kind: Any, folder: Path, settings: Mapping[str, Any]) -> Any:
     """A configuration of this kind; what only the others have is left out. ValueError for what none has."""
     from ..rewards.trainer import RewardConfig
-    from ..rl.trainer import RLConfig
+    from ..rl import RLConfig
 
     usual = {
         "disable_tqdm": True,

@@ -129,7 +129,7 @@ class LiveReference:
         self.accelerator, self.backend = accelerator, backend
         self.copy: nn.Module | None = None
         if strategy == "copy":
-            self.copy = _frozen_copy(model).to(accelerator.device)
+            self.copy = frozen_copy(model).to(accelerator.device)
 
     def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
         """Summed reference log-prob of every row (R,), float32. `model` is the policy, as wrapped for training."""
@@ -167,7 +167,7 @@ class LiveReference:
             yield scored
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
     """A deep copy without gradient; of a PEFT model the base model alone, as the adapter is what is being trained."""
     frozen: Any = copy.deepcopy(model)
     if hasattr(frozen, "disable_adapter"):
