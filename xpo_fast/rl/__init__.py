@@ -1,4 +1,4 @@
-"""Online RL on `transformers.Trainer`: completions are sampled and scored, and a policy method takes a few steps on them."""
+"""Online RL on `transformers.Trainer`: sampled and scored completions, and a few steps of a policy method on them."""
 
 from .checkpoint import STATE_FILE, last_checkpoint
 from .config import RLConfig

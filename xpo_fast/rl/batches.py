@@ -96,8 +96,8 @@ class Batches:
 def pretraining_texts(dataset: Any, objective: Objective, tokenizer: Any, longest: int) -> list[list[int]]:
     """Returns the token ids of the texts that ppo_ptx mixes in, cut at `longest` tokens; none for other methods.
 
-    dataset: strings, or rows with `text`, as `data.read` takes them. Texts of fewer than two tokens are left out. Raises
-    ValueError where the method mixes in text and there is none, or the other way round.
+    dataset: strings, or rows with `text`, as `data.read` takes them. Texts of fewer than two tokens are left out.
+    Raises ValueError where the method mixes in text and there is none, or the other way round.
     """
     wanted = any("ptx_logp" in m.columns for m in objective.methods)
     if wanted != (dataset is not None):

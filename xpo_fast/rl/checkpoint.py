@@ -51,7 +51,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def saved_if_it_fails(save: Callable[[], None]) -> Iterator[None]:
-    """Calls `save` before an Exception of the block goes on, a user's function's above all; an interrupt passes at once."""
+    """Calls `save` before an Exception that the block raises passes on; a KeyboardInterrupt passes at once."""
     try:
         yield
     except Exception:

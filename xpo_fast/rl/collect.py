@@ -1,4 +1,4 @@
-"""Collects the completions of a rollout: draws prompts, samples, scores, and redraws prompts whose rewards are all equal."""
+"""Collects a rollout: draws prompts, samples, scores, and replaces prompts whose rewards are all equal."""
 
 from __future__ import annotations
 
@@ -184,14 +184,14 @@ class Collector:
         return [x for found, _ in outcomes for x in found]
 
     def _warn_of_truncation(self, samples: Samples) -> None:
-        """Warns once if truncated completions are scored by a reward model, which was trained on completions that end."""
+        """Warns once if a reward model, which was trained on completions that end, scores truncated ones."""
         models = [getattr(f, "model", None) if isinstance(f, Judge) else f for f in self.rewards.functions]
         if not self._warned and samples.truncated.any() and any(hasattr(m, "score") for m in models):
             self._warned = True
             logger.warning(
-                "%d of %d completions were cut at max_new_tokens, and a reward model scores them as if they ended there, "
-                "with an EOS behind: missing_eos_penalty or overlong makes a difference, a larger max_new_tokens fewer "
-                "of them",
+                "%d of %d completions were cut at max_new_tokens, and a reward model scores them as if they ended "
+                "there, with an EOS behind: missing_eos_penalty or overlong tells them apart, a larger "
+                "max_new_tokens makes fewer",
                 *(int(samples.truncated.sum()), len(samples)),
             )
 
@@ -206,7 +206,7 @@ class Collector:
 
 
 def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the names of the data's columns beside the prompt, without the one that `load_prompts` keeps a row's place in."""
+    """Returns the columns of rows of `load_prompts` beside the prompt, without a row's place in its file."""
     return [name for name in rows[0] if name != "prompt" and not isinstance(rows[0][name], Place)]
 
 
@@ -226,8 +226,8 @@ def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollo
     long = [k for k, x in enumerate(ids) if len(x) >= limit]
     if long:
         raise ValueError(
-            f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the first "
-            f"is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave them out"
+            f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the "
+            f"first is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave them out"
         )
 
 
@@ -245,7 +245,7 @@ def check_completions(rows: list[Completion], policy: Any, tokenizer: Any) -> No
 
 
 def describe(groups: Groups, names: Sequence[str]) -> dict[str, float]:
-    """Returns means of rewards and lengths of all that was sampled, under TRL's names; names: of the reward functions."""
+    """Returns means of rewards and lengths of all samples, under TRL's names; names: of the reward functions."""
     rows = [row for group in groups for row in group]
     reward = torch.tensor([row.reward for row in rows])
     scores = torch.tensor([row.scores for row in rows])  # (R, F)

@@ -43,13 +43,14 @@ class RLConfig(MethodConfig):
     processes together; epochs_per_rollout passes over them are cut into steps of per_device_train_batch_size ×
     gradient_accumulation_steps × processes. num_train_epochs counts passes over the prompts.
 
-    Log-probs are those of softmax(z / temperature) over the whole vocabulary, in the ratio, in every divergence and in the
-    loss; the cuts of top_p and top_k in sampling are not corrected for, unless off_policy says so. They are measured
-    without dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first step.
+    Log-probs are those of softmax(z / temperature) over the whole vocabulary, in the ratio, in every divergence and in
+    the loss; the cuts of top_p and top_k in sampling are not corrected for, unless off_policy says so. They are
+    measured without dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first
+    step.
 
-    A method's defaults include what its authors add to its loss: how rewards become advantages; for the ppo family a critic,
-    and the divergence from the reference in the reward; for dapo dynamic sampling (max_draws) and the penalty on long
-    completions (overlong). Each is an argument that can be set otherwise.
+    A method's defaults include what its authors add to its loss: how rewards become advantages; for the ppo family a
+    critic, and the divergence from the reference in the reward; for dapo dynamic sampling (max_draws) and the penalty
+    on long completions (overlong). Each is an argument that can be set otherwise.
 
     rloo is on-policy with one step per rollout, and uses its clipped variant (variant="clipped") with several.
     """

@@ -20,7 +20,7 @@ from .measure import Measure
 
 @dataclass
 class Experience:
-    """R completions with all that steps on them need, on the CPU; C is the number of tokens of the longest completion."""
+    """R completions with all that steps on them need, on the CPU; C is the length of the longest completion."""
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -41,8 +41,8 @@ class Experience:
 
 
 @dataclass
-class _Rows:
-    """Tensors of the completions of a rollout: (R,), and (R, C) by token."""
+class _Table:
+    """Completions of a rollout as tensors, (R,) each, and (R, C) by token."""
 
     reward: Tensor  # float32, NaN where there is none
     valued: Tensor  # bool, whether there is a reward
@@ -51,7 +51,7 @@ class _Rows:
     mask: Tensor  # (R, C) bool
 
     @classmethod
-    def of(cls, rows: list[Completion], args: RLConfig) -> _Rows:
+    def of(cls, rows: list[Completion], args: RLConfig) -> _Table:
         reward = torch.tensor([row.reward for row in rows])
         lengths = torch.tensor([len(row.ids) for row in rows])
         mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]
@@ -73,7 +73,7 @@ def make_experience(
     spare: bool,
     number: int,
 ) -> tuple[Experience, dict[str, float]]:
-    """Measures the completions of rollout `number`, groups side by side, and computes their advantages; and metrics of both.
+    """Measures the completions of rollout `number`, groups side by side; returns them with advantages, and metrics.
 
     kl_coef: weight of the divergence from the reference that is subtracted from the rewards.
     correction: for which ratio of policy to sampler advantages are weighed, see `correction_level`; "none" if a
@@ -81,10 +81,10 @@ def make_experience(
     spare: leave rows whose advantage is 0 out of forward and backward, see `spares_rows`.
 
     Without a critic and a divergence in the reward the advantages follow from the rewards alone. They are computed
-    first then, and rows that are spared are not even measured. Raises ValueError for advantages that are not finite, and
-    for a correction that args ask for and the sampler makes impossible.
+    first then, and rows that are spared are not even measured. Raises ValueError for advantages that are not finite,
+    and for a correction that args ask for and the sampler makes impossible.
     """
-    of = _Rows.of(rows, args)
+    table = _Table.of(rows, args)
     if not all(row.logps is not None for row in rows):
         correction = "none"
     if args.off_policy in ("token", "sequence") and correction == "none":
@@ -95,40 +95,40 @@ def make_experience(
 
     def rewarded(reward: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the advantages of these rewards, and the rows that are kept."""
-        found = advantages(reward, of.valued, args.estimator, args.num_generations)
-        return found, of.counted & (found != 0) if spare else of.counted
+        found = advantages(reward, table.valued, args.estimator, args.num_generations)
+        return found, table.counted & (found != 0) if spare else table.counted
 
-    advantage, kept = (None, of.counted) if measured_first else rewarded(of.reward)
-    measured = measure(rows, of.valued & (of.lengths > 0) if measured_first else kept, by_policy=by_policy)
+    advantage, kept = (None, table.counted) if measured_first else rewarded(table.reward)
+    measured = measure(rows, table.valued & (table.lengths > 0) if measured_first else kept, by_policy=by_policy)
     metrics: dict[str, float] = {}
     kl = None
     if by_policy and measure.reference is not None:
-        kl = torch.where(of.mask, k1(measured["old_logp"], measured["ref_token_logp"]), 0.0)  # (R, C)
+        kl = torch.where(table.mask, k1(measured["old_logp"], measured["ref_token_logp"]), 0.0)  # (R, C)
         per_row = kl.sum(dim=1)[kept]
         metrics["objective/kl"] = float(per_row.mean()) if len(per_row) else math.nan
     columns: dict[str, Tensor] = {}
     if measure.critic is not None:
-        gained = torch.zeros_like(of.mask, dtype=torch.float32) if kl is None else -kl_coef * kl
-        advantage, returns, about = _by_critic(of, gained, measured["old_value"], args)
+        gained = torch.zeros_like(table.mask, dtype=torch.float32) if kl is None else -kl_coef * kl
+        advantage, returns, about = _by_critic(table, gained, measured["old_value"], args)
         columns |= {"old_value": measured["old_value"], "returns": returns}
         metrics |= about
     elif advantage is None:
         assert kl is not None
-        advantage, kept = rewarded(of.reward - kl_coef * kl.sum(dim=1))
+        advantage, kept = rewarded(table.reward - kl_coef * kl.sum(dim=1))
     if correction != "none":
         advantage, metrics["off_policy/weight"] = _corrected(
-            advantage, rows, of.mask, kept, measured["old_logp"], correction, args.off_policy_cap
+            advantage, rows, table.mask, kept, measured["old_logp"], correction, args.off_policy_cap
         )
     if not advantage.isfinite().all():
-        known = of.reward[of.valued]
+        known = table.reward[table.valued]
         raise ValueError(
             f"advantages of rollout {number} are not finite: rewards from {known.min():g} to {known.max():g}"
             f"{f', divergence {kl.sum(dim=1).max():g}' if kl is not None else ''}; give rewards of a smaller scale"
         )
     if "entropy" in measured:
-        metrics["entropy"] = float(measured["entropy"][of.mask & kept[:, None]].mean())
+        metrics["entropy"] = float(measured["entropy"][table.mask & kept[:, None]].mean())
     metrics["groups/dropped"] = 1 - float(kept.view(-1, args.num_generations).any(dim=1).float().mean())
-    columns |= {"advantage": advantage, "prob_w": of.reward}
+    columns |= {"advantage": advantage, "prob_w": table.reward}
     columns |= {name: measured[name] for name in ("old_logp", "ref_token_logp") if name in measured}
     reads = {name for m in objective.methods for name in m.columns}
     reads |= {"old_value", "returns"} if measure.critic is not None else set()
@@ -138,7 +138,7 @@ def make_experience(
     experience = Experience(
         [row.prompt_ids for row in rows],
         [row.ids for row in rows],
-        of.counted,
+        table.counted,
         kept,
         {name: x.contiguous() for name, x in columns.items() if name in reads},
     )
@@ -146,14 +146,14 @@ def make_experience(
 
 
 def _by_critic(
-    of: _Rows,
+    table: _Table,
     gained: Tensor,  # (R, C) reward of each token beside the completion's own
     value: Tensor,  # (R, C)
     args: RLConfig,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Returns advantages and returns of every token by gae, (R, C) each, and metrics of the values."""
-    tokens = of.mask & of.counted[:, None]
-    gained[torch.arange(len(gained)), (of.lengths - 1).clamp(min=0)] += torch.where(of.valued, of.reward, 0.0)
+    tokens = table.mask & table.counted[:, None]
+    gained[torch.arange(len(gained)), (table.lengths - 1).clamp(min=0)] += torch.where(table.valued, table.reward, 0.0)
     advantage, returns = gae(gained, value, tokens, args.gamma, args.lam)
     explained = 1 - _variance(returns - value, tokens) / _variance(returns, tokens)
     metrics = {"value/mean": float(value[tokens].mean()), "value/explained": float(explained)}

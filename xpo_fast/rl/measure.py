@@ -1,4 +1,4 @@
-"""Measures completions token by token: log-probs and entropy under the policy, its critic's values, the reference's log-probs."""
+"""Measures completions token by token: log-probs and entropy of the policy, values of its critic, the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measure:
-    """Measurement of completions by the models of a run, in eval mode and without gradient, shared among the processes."""
+    """Measurement of completions by a run's models, in eval mode, without gradient, shared among the processes."""
 
     policy: Any
     critic: ValueHead | None
@@ -33,10 +33,10 @@ class Measure:
     pad: int
 
     def __call__(self, rows: list[Completion], which: Tensor, *, by_policy: bool) -> dict[str, Tensor]:
-        """Measures the rows `which` (R,) bool: by name, (R, C) float32 on the CPU, 0 for other rows and after a row's end.
+        """Measures the rows `which` (R,) bool: (R, C) float32 on the CPU each, 0 for other rows and after a row's end.
 
-        ref_token_logp if there is a reference; with by_policy also old_logp, entropy, and old_value if there is a critic.
-        C is the longest completion of all rows. Every process must call it.
+        ref_token_logp if there is a reference; with by_policy also old_logp, entropy, and old_value if there is a
+        critic. C is the longest completion of all rows. Every process must call it.
         """
         from accelerate.utils import gather_object
 

@@ -49,11 +49,11 @@ def choose_reference(args: RLConfig, objective: Objective, model: nn.Module, *, 
 
 
 class MovingReference:
-    """Reference policy as the model was handed over, or, with a mixin above 0, following the policy: ref ← (1 − x)·ref + x·policy.
+    """Reference policy: the model as it was handed over. With a mixin x it follows: ref ← (1 − x)·ref + x·policy.
 
-    kind: "copy", a frozen copy, of a PEFT model of its base; or "adapter", the PEFT model with its adapter switched off.
-    With a mixin that is the base model with an average of the adapter (and of all else that is trained), kept in float32
-    and put in its place while the reference is scored.
+    kind: "copy", a frozen copy, of a PEFT model of its base; or "adapter", the PEFT model with its adapter switched
+    off. With a mixin that is the base model with an average of the adapter (and of all else that is trained), kept in
+    float32 and put in its place while the reference is scored.
     """
 
     def __init__(self, kind: str, policy: Any, accelerator: Accelerator, mixin: float) -> None:

@@ -20,8 +20,8 @@ def sample_lines(
 ) -> list[dict[str, Any]]:
     """Returns one JSON object per sampled completion.
 
-    used: the completions that are the rows of the experience, in its order; names: of the reward functions; where: fields
-    of every line.
+    used: the completions that are the rows of the experience, in its order; names: of the reward functions; where:
+    fields of every line.
     """
     advantage = experience.columns.get("advantage", experience.columns.get("prob_w"))
     assert advantage is not None

@@ -1,11 +1,11 @@
-"""RLTrainer: online RL on `transformers.Trainer`, a rollout of scored completions and then a few steps of a policy method on it.
+"""RLTrainer: online RL on `transformers.Trainer`, a rollout of scored completions and then a few steps on it.
 
     prompts ──▶ Rollout ──▶ Rewards ──▶ advantages ──▶ Experience ──▶ Objective inside the fused forward ──▶ loss
 
-A rollout is a deterministic function of (seed, rollout index): its prompts, their order and, if the sampler is deterministic
-given a seed, its completions. `GenerateRollout` is, up to rounding of the logits, unless continuous batching is on; of a
-server it depends on the server. A checkpoint holds what is left of the current rollout, so that a resumed run continues with
-the same samples as the run that was stopped.
+A rollout is a deterministic function of (seed, rollout index): its prompts, their order and, if the sampler is
+deterministic given a seed, its completions. `GenerateRollout` is, up to rounding of the logits, unless continuous
+batching is on; of a server it depends on the server. A checkpoint holds what is left of the current rollout, so that a
+resumed run continues with the same samples as the run that was stopped.
 """
 
 from __future__ import annotations
@@ -54,36 +54,38 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         trainer = RLTrainer(model, reward_function, RLConfig("out", method="grpo"), train_dataset=prompts, …)
 
     model: a causal LM of transformers, a PEFT model, or a name for `load_model`; peft_config makes it a PEFT model.
-    rewards: `Rewards`, or what it takes: functions with TRL's signature, reward models, scoring judges. Beside the data's
-        columns a reward function is given `prompt_index`, a number for every completion that those of one prompt of a
-        rollout share.
+    rewards: `Rewards`, or what it takes: functions with TRL's signature, reward models, scoring judges. Beside the
+        data's columns a reward function is given `prompt_index`, a number for every completion that those of one prompt
+        of a rollout share.
     train_dataset, eval_dataset: what `load_prompts` reads: rows with a prompt, and columns for the reward functions.
     rollout: the sampler; the model itself (`GenerateRollout`) if not given.
     ptx_dataset: texts that `ppo_ptx` mixes in: strings, or rows with `text`.
-    The reference policy is the model as it is handed over here; of a PEFT model its base model, which is the same unless its
-    adapter has been trained before (a warning says so). With ref_mixin it follows the policy, see `MovingReference`. Other
-    arguments are Trainer's.
+    The reference policy is the model as it is handed over here; of a PEFT model its base model, which is the same
+    unless its adapter has been trained before (a warning says so). With ref_mixin it follows the policy, see
+    `MovingReference`. Other arguments are Trainer's.
 
-    The log's entropy and objective/kl are means over the completions that are trained on, its rewards and lengths over all.
+    The log's entropy and objective/kl are means over the completions that are trained on, its rewards and lengths over
+    all.
 
-    Completions whose reward is NaN are left out of everything but the log. Those whose advantage is exactly 0, above all those
-    of a group of equal rewards, are counted in the loss's mean and spared the forward and backward, where the loss has no
-    other term. With gae a truncated completion has the value 0 after its last token, as an ended one has: the value of a
-    continuation is not bootstrapped. With several processes each samples and scores its share of the prompts, and then knows
-    the whole rollout.
+    Completions whose reward is NaN are left out of everything but the log. Those whose advantage is exactly 0, above
+    all those of a group of equal rewards, are counted in the loss's mean and spared the forward and backward, where the
+    loss has no other term. With gae a truncated completion has the value 0 after its last token, as an ended one has:
+    the value of a continuation is not bootstrapped. With several processes each samples and scores its share of the
+    prompts, and then knows the whole rollout.
 
     Failures:
     A reward function that raises, takes longer than `Rewards.timeout_s`, or returns None, a wrong number of rewards or
-    anything but numbers ends the run with a RewardError that names it; a sampler or a server that is unavailable for longer
-    than its retries last, with a RolloutError; a rollout without any reward, or with advantages that are not finite, with a
-    ValueError; on all processes, if it happens on one. Nothing is lost: before it raises, the run writes a checkpoint (if
-    save_strategy is not "no", and a step has been taken), and a run resumed from it makes the same rollout again and ends with
-    exactly the weights, log and samples of an undisturbed one. If an evaluation fails, the checkpoint written is that of the
-    step before it; the resumed run continues after that evaluation. KeyboardInterrupt ends the run at once, without a
+    anything but numbers ends the run with a RewardError that names it; a sampler or a server that is unavailable for
+    longer than its retries last, with a RolloutError; a rollout without any reward, or with advantages that are not
+    finite, with a ValueError; on all processes, if it happens on one. Nothing is lost: before it raises, the run writes
+    a checkpoint (if save_strategy is not "no", and a step has been taken), and a run resumed from it makes the same
+    rollout again and ends with exactly the weights, log and samples of an undisturbed one. If an evaluation fails, the
+    checkpoint written is that of the step before it; the resumed run continues after that evaluation. KeyboardInterrupt
+    ends the run at once, without a
     checkpoint: the steps since the last one are taken again, and are the same.
     NaN, an infinity or None for one completion: it has no reward, see above. A group of equal rewards: see above, and
-    max_draws. A completion without an EOS, cut at max_new_tokens: no EOS is appended, neither for scoring nor for training;
-    overlong and missing_eos_penalty decide its reward.
+    max_draws. A completion without an EOS, cut at max_new_tokens: no EOS is appended, neither for scoring nor for
+    training; overlong and missing_eos_penalty decide its reward.
     """
 
     args: RLConfig
@@ -159,7 +161,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.add_callback(_AfterStep(self))
         self.progress = Progress(args.reward_kl)
         self.experience: Experience | None = None
-        self._of_steps, self._of_rollouts, self._penalty = Means(), Means(), Means()
+        self._step_means, self._rollout_means, self._penalty_means = Means(), Means(), Means()
         self._step_began = 0.0
         self._head_checked = False
         self._shown: list[dict[str, Any]] = []  # samples for the next log
@@ -202,7 +204,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """Settings that a resumed run must share: with others the checkpoint's rollouts and rows would mean something else."""
+        """Settings that a resumed run must share: under others the checkpoint's rollouts and rows are invalid."""
         args = self.args
         columns = ["prompt", *data_columns(self.prompts)]
         rows = json.dumps([[row[n] for n in columns] for row in self.prompts], sort_keys=True, default=str).encode()
@@ -223,9 +225,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def _all_means(self) -> dict[str, Means]:
         return {
             "loss": self._means,
-            "step": self._of_steps,
-            "rollout": self._of_rollouts,
-            "penalty": self._penalty,
+            "step": self._step_means,
+            "rollout": self._rollout_means,
+            "penalty": self._penalty_means,
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -251,8 +253,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.progress = Progress(**state["progress"])
         experience = state["experience"]
         self.experience = None if experience is None else Experience(**experience)
-        for name, of in self._all_means.items():
-            of.load_state_dict(state["means"][name], self.args.device, main=self.args.process_index == 0)
+        for name, means in self._all_means.items():
+            means.load_state_dict(state["means"][name], self.args.device, main=self.args.process_index == 0)
         for k, beta in enumerate(state["beta"]):
             if beta is not None:
                 self._set_beta(k, beta)
@@ -313,7 +315,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         progress.rollouts += 1
         self.progress, self.experience = progress, experience
         metrics["time/rollout_s"] = time.perf_counter() - began
-        self._note(self._of_rollouts, metrics)
+        self._note(self._rollout_means, metrics)
 
     def _check_rows(self, rows: list[Completion]) -> None:
         """Raises ValueError for completions that cannot be trained on; checks the head once, on the longest."""
@@ -333,7 +335,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._of_rollouts.pop() | self._of_steps.pop())
+            logs.update(self._rollout_means.pop() | self._step_means.pop())
         super().log(logs, start_time)
         if "loss" in logs and self._shown:
             from tqdm.auto import tqdm  # a progress bar stays below what it writes
@@ -345,7 +347,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Returns the mean reward of held-out prompts, eval_generations completions each, always drawn by the same seed."""
+        """Returns rewards and lengths on held-out prompts, eval_generations completions each, by the same seed always."""
         prompts = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, alike=True)
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
@@ -405,22 +407,22 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], fused_loss=fused)
         loss, metrics, counts = out["loss"], out["metrics"], out["counts"]
         if self._penalises and self.args.kl_target is not None:
-            self._penalty.add({"kl": metrics["kl"]}, {"kl": counts["kl"]})
+            self._penalty_means.add({"kl": metrics["kl"]}, {"kl": counts["kl"]})
         # On resuming, Trainer's own mean of the loss forgets the steps since the last log.
         share = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         one = torch.ones((), device=loss.device)
         return loss, out["losses"], {**metrics, "loss": loss * share}, {**counts, "loss": one}
 
     def after_step(self) -> None:
-        """Ends a step before it is logged and saved: after a rollout's last one the reference follows and beta adapts."""
-        self._note(self._of_steps, {"time/update_s": time.perf_counter() - self._step_began})
+        """Ends a step before it is logged and saved; at a rollout's end the reference follows and beta adapts."""
+        self._note(self._step_means, {"time/update_s": time.perf_counter() - self._step_began})
         if self.state.global_step % self.args.steps_per_rollout:
             return
         self.experience = None
         if self.moving_reference is not None:
             self.moving_reference.follow()
         if self._penalises and self.args.kl_target is not None:
-            kl = self._penalty.pop()["kl"]
+            kl = self._penalty_means.pop()["kl"]
             for k, term in enumerate(self.objective.terms):
                 if term.method.name == "ppo_penalty" and not math.isnan(kl):
                     self._set_beta(k, adapt(term.hyperparameters["beta"], kl, self.args.kl_target))

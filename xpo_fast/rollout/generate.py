@@ -295,7 +295,7 @@ def _positions(lm: Any) -> int | None:
 
 
 def _batches(asked: list[Request], size: int) -> Iterator[list[int]]:
-    """Yields indices of requests, longest prompts first, at most `size` per batch and with equal max_tokens in a batch."""
+    """Yields batches of request indices, longest prompts first, at most `size` each and of equal max_tokens."""
     order = sorted(range(len(asked)), key=lambda i: (asked[i].max_tokens, -len(asked[i].ids)))
     batch: list[int] = []
     for i in order:

@@ -1,4 +1,4 @@
-"""Types shared by all samplers: prompts, the sampling settings, samples, and the conversion of both to and from token ids."""
+"""Types that all samplers share: prompts, sampling settings and samples, and their conversion to and from token ids."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, i: int) -> str:
         )
     except Exception as error:  # a template is a program of its own and raises what it likes
         raise ValueError(
-            f"prompt {i}: the chat template refuses it ({error}): drop it, or give the tokenizer a template that knows it"
+            f"prompt {i}: the chat template refuses it ({error}): drop it, or give the tokenizer another template"
         ) from error
 
 
@@ -176,7 +176,7 @@ class Generated:
 def requests(
     prompts: Sequence[Prompt], n: int, seed: int, tokenizer: Any, sampling: Sampling, positions: int | None
 ) -> list[Request]:
-    """Returns n requests for each prompt, side by side; raises ValueError for arguments or a prompt that cannot be served.
+    """Returns n requests per prompt, side by side; raises ValueError for arguments or prompts that cannot be served.
 
     positions: the model's limit of tokens for prompt and completion together; None: no limit.
     """
@@ -223,7 +223,7 @@ def completion_text(ids: Sequence[int], tokenizer: Any, eos: set[int]) -> str:
 
 
 def eos_ids(tokenizer: Any, model: Any = None) -> set[int]:
-    """Returns the ids that end a completion: the model's generation config's (there may be several) and the tokenizer's."""
+    """Returns the ids that end a completion: those of the model's generation config and the tokenizer's."""
     config = getattr(causal_lm(model), "generation_config", None) if model is not None else None
     listed = getattr(config, "eos_token_id", None)
     found = {*listed} if isinstance(listed, (list, tuple)) else {listed}

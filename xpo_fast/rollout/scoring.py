@@ -32,11 +32,11 @@ def sample_logps(
 ) -> Tensor:
     """Computes the log-prob of every token of the completions: (R, T) float32 on the CPU, 0 outside `samples.mask`.
 
-    log softmax(z/temperature)[token] at 1F by the head, without a (tokens × vocabulary) tensor, in eval mode and without
-    gradient; EOS and stop strings are scored, too. temperature: that of the sampling; for top_p and top_k see the top of
-    this file. model: carries `install_fused_loss` or gets it; it may be wrapped (DDP, PEFT), its adapter stays as it is.
-    In a mixed-precision run put its autocast around the call. Raises ValueError for temperature 0, which is no
-    distribution.
+    log softmax(z/temperature)[token] at 1F by the head, without a (tokens × vocabulary) tensor, in eval mode and
+    without gradient; EOS and stop strings are scored, too. temperature: that of the sampling; for top_p and top_k see
+    the top of this file. model: carries `install_fused_loss` or gets it; it may be wrapped (DDP, PEFT), its adapter
+    stays as it is. In a mixed-precision run put its autocast around the call. Raises ValueError for temperature 0,
+    which is no distribution.
     """
     if not temperature > 0:
         raise ValueError(
@@ -64,9 +64,9 @@ def score_tokens(
 ) -> dict[str, Tensor]:
     """Computes scores of every completion token by name: (R, C) float32 on the CPU each, 0 after a row's end.
 
-    rows: R pairs (prompt ids, completion ids), the completions of at most C tokens. score(hidden, head, targets) returns
-    (B, S) under each of `names`; it is called inside the forward of `model`, which carries `install_fused_loss`, in eval
-    mode and without gradient. Rows of similar length share a batch, the longest first.
+    rows: R pairs (prompt ids, completion ids), the completions of at most C tokens. score(hidden, head, targets)
+    returns (B, S) under each of `names`; it is called inside the forward of `model`, which carries
+    `install_fused_loss`, in eval mode and without gradient. Rows of similar length share a batch, the longest first.
     """
     device = next(model.parameters()).device
     found = {name: torch.zeros(len(rows), max((len(ids) for _, ids in rows), default=0)) for name in names}

@@ -1,4 +1,4 @@
-"""ServerRollout: completions from a server that speaks OpenAI's /v1/completions, which is sent the policy's adapters."""
+"""ServerRollout: completions from a server that speaks OpenAI's /v1/completions and is sent the policy's adapters."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ class ServerRollout:
 
         rollout = ServerRollout("http://localhost:8000", tokenizer, push="lora", folder="/tmp/policy")
 
-    url: the server's address, without /v1. model: the name under which it serves the model; if None, the server is asked.
+    url: the server's address, without /v1. model: the name under which it serves the model; if None, the server is
+        asked.
     vllm: whether the server knows vLLM's fields: the token ids of a completion, and cuts and penalties switched off
-        unless asked for (vLLM's own defaults are those of the model's generation config). False for a server that refuses
-        fields it does not know.
+        unless asked for (vLLM's own defaults are those of the model's generation config). False for a server that
+        refuses fields it does not know.
     extra: further fields of every request. api_key: sent as a bearer token.
     concurrency: simultaneous requests, one per completion; each has its own seed, from (seed, prompt, copy).
     retries: attempts after no answer, a malformed one or a transient status (429, 500, 503, …), after backoff_s, twice
@@ -67,16 +68,16 @@ class ServerRollout:
         unloaded; use one folder per run. A function: called with the model and this rollout, on every process. None:
         `update` raises, because a server that nobody updates keeps sampling from old weights.
 
-    Prompts are sent as token ids, by our tokenizer and its chat template, so that both sides see the same. Completions are
-    read as token ids where the server reports them; else their text is tokenized again, which can give other ids than
-    were sampled (a warning says so once). `Samples.logps` are the log-probs the server reports: vLLM's are those of the
-    untempered, uncut distribution unless it runs with --logprobs-mode processed_logprobs. None if a completion comes
-    without them.
+    Prompts are sent as token ids, by our tokenizer and its chat template, so that both sides see the same. Completions
+    are read as token ids where the server reports them; else their text is tokenized again, which can give other ids
+    than were sampled (a warning says so once). `Samples.logps` are the log-probs the server reports: vLLM's are those
+    of the untempered, uncut distribution unless it runs with --logprobs-mode processed_logprobs. None if a completion
+    comes without them.
 
-    Raises ValueError for a prompt without room for an answer (where the server reports its limit), and RolloutError, with
-    the server's reason, for a refused request, an unusable answer, or a server that is still gone after the last retry.
-    Completions finished by then are kept in memory: the same call of this object asks only for the others. Another call,
-    or `update`, drops them; so does `RLTrainer`, which resumes from a checkpoint.
+    Raises ValueError for a prompt without room for an answer (where the server reports its limit), and RolloutError,
+    with the server's reason, for a refused request, an unusable answer, or a server that is still gone after the last
+    retry. Completions finished by then are kept in memory: the same call of this object asks only for the others.
+    Another call, or `update`, drops them; so does `RLTrainer`, which resumes from a checkpoint.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class ServerRollout:
         self.push, self.folder = push, None if folder is None else Path(folder).absolute()
         self.model, self.positions = model, None
         self._identified = self._warned = False
-        self._finished: tuple[Any, dict[int, Generated]] = (None, {})  # a call that failed, and its completions
+        self._finished: tuple[Any, dict[int, Generated]] = (None, {})  # of a failed call
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """Samples n completions of each prompt, those of a prompt side by side."""
@@ -144,8 +145,8 @@ class ServerRollout:
                 if not isinstance(error, RolloutError):
                     raise
                 raise RolloutError(
-                    f"{given_up.why or error}. {len(generated)} of {len(asked)} completions were finished and are kept: "
-                    "the same call again asks only for the others"
+                    f"{given_up.why or error}. {len(generated)} of {len(asked)} completions were finished and are "
+                    "kept: the same call again asks only for the others"
                 ) from error
         self._finished = (None, {})
         return as_samples(asked, [generated[i] for i in range(len(asked))], self.tokenizer, sampling, eos)
@@ -155,8 +156,8 @@ class ServerRollout:
         self._finished = (None, {})
         if self.push is None:
             raise ValueError(
-                f"the policy has changed, and {self.url} goes on sampling from the weights it has: pass push='lora' or a "
-                "function that gives it the new ones"
+                f"the policy has changed, and {self.url} goes on sampling from the weights it has: pass push='lora' or "
+                "a function that gives it the new ones"
             )
         if callable(self.push):
             self.push(model, self)
@@ -252,7 +253,7 @@ class ServerRollout:
             ) from error
 
     def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> Generated:
-        """Returns a choice of the server's answer as a completion; raises ValueError or KeyError for a malformed one."""
+        """Reads a choice of the server's answer; raises ValueError or KeyError for a malformed one."""
         text, finish = choice["text"], choice["finish_reason"]
         if not isinstance(text, str) or finish not in FINISHES:
             raise ValueError(f"text {text!r:.40}, finish_reason {finish!r}")
@@ -317,7 +318,7 @@ class ServerRollout:
 
 
 def _on_first_process(work: Callable[[], str]) -> str:
-    """Runs `work` on the first process of a distributed run; all processes return its result, or raise its RolloutError."""
+    """Runs `work` on the first process; all processes return its result, or raise its RolloutError."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return work()
     from accelerate.utils import broadcast_object_list
