@@ -12,6 +12,7 @@ from .. import data
 from ..objective import Objective
 from ..rollout import pad_rows
 from ..seeds import permutation
+from ..types import IGNORE_INDEX
 from .config import RLConfig
 from .experience import Experience
 
@@ -51,7 +52,7 @@ class Batches:
         counts = [
             self.objective.count_items(experience.targets(of)) for of in (*micro, *((spared,) if len(spared) else ()))
         ]
-        none = self.objective.count_items(torch.full((1, 1), data.IGNORE_INDEX))
+        none = self.objective.count_items(torch.full((1, 1), IGNORE_INDEX))
         items = {
             "policy": torch.stack([none, *counts]).sum(dim=0).clamp(min=1),
             "tokens": experience.lengths[rows[experience.counted[rows]]].sum().clamp(min=1),
@@ -81,7 +82,7 @@ class Batches:
         if self.texts:
             batch["ptx_targets"] = targets[len(pairs) :]
         if rows is None:
-            batch["targets"] = torch.full_like(batch["targets"], data.IGNORE_INDEX)
+            batch["targets"] = torch.full_like(batch["targets"], IGNORE_INDEX)
         for name, x in experience.columns.items():
             x = x[chosen]
             if x.dim() == 2:

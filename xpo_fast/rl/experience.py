@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import data
 from ..methods.advantages import advantages, gae, whiten
 from ..methods.math import k1
 from ..objective import Objective
+from ..types import IGNORE_INDEX
 from .collect import Completion
 from .config import RLConfig
 from .measure import Measure
@@ -37,7 +37,7 @@ class Experience:
         """Returns (n, C), −100 after the end of a completion and 0 before, for `Objective.count_items`."""
         lengths = self.lengths
         at = torch.arange(int(lengths.max()))
-        return torch.where(at < lengths[rows][:, None], 0, data.IGNORE_INDEX)
+        return torch.where(at < lengths[rows][:, None], 0, IGNORE_INDEX)
 
 
 @dataclass

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from .. import data
 from ..data import load_prompts
 from ..head import token_logps
 from ..methods import METHODS
@@ -38,6 +37,7 @@ from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
 from ..trainer import Means, UnitTrainer, check_head, ready, warn_of_trained_adapter, with_tokenizer
 from ..trainer.preference import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
+from ..types import IGNORE_INDEX
 from .batches import Batches, pretraining_texts
 from .checkpoint import Progress, load_state, save_state, saved_if_it_fails
 from .collect import Collector, Completion, check_completions, check_prompts, data_columns, describe
@@ -89,7 +89,6 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     """
 
     args: RLConfig
-    kind = "policy"
 
     def __init__(
         self,
@@ -393,7 +392,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 text = inputs["ptx_targets"]
                 tiles: Any = {"backend": self.args.backend, "tile_bytes": self.objective.tile_bytes}
                 given["ptx_logp"] = token_logps(hidden[count:], head.weight, text, **of, **tiles)
-                given["ptx_mask"] = text != data.IGNORE_INDEX
+                given["ptx_mask"] = text != IGNORE_INDEX
             out = self.objective(hidden[:count], head.weight, targets, **of, **scaled, **given)
             loss, metrics, counts = out.loss, dict(out.metrics), dict(out.counts)
             if self.critic is not None:
@@ -443,7 +442,7 @@ def _critic_loss(
     denominator: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Returns the critic's loss over the denominator, its metrics, and their counts."""
-    mask = inputs["targets"] != data.IGNORE_INDEX
+    mask = inputs["targets"] != IGNORE_INDEX
     losses, about = METHODS["ppo_value"](
         value=value, old_value=inputs["old_value"], returns=inputs["returns"], mask=mask, value_clip=value_clip
     )

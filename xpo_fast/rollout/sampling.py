@@ -120,7 +120,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]
     bos = None
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            bos = data.opening(tokenizer, "a") if bos is None else bos
+            bos = data.leading_ids(tokenizer, "a") if bos is None else bos
             ids = data.tokenize(tokenizer, [prompt])[0]
             ids = ids if ids[: len(bos)] == bos else bos + ids
         else:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import data
 from ..head import token_logps
 from ..models import Head, install_fused_loss
 from ..models.modes import evaluating
+from ..types import IGNORE_INDEX
 from .sampling import Samples, unwrapped
 
 
@@ -93,7 +93,7 @@ def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str,
     width = max(len(prompt) + len(ids) - 1 for prompt, ids in rows)
     inputs = torch.full((len(rows), width), pad)
     mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    targets = torch.full((len(rows), width), data.IGNORE_INDEX)
+    targets = torch.full((len(rows), width), IGNORE_INDEX)
     for k, (prompt, ids) in enumerate(rows):
         row = torch.tensor([*prompt, *ids])
         inputs[k, : len(row) - 1], mask[k, : len(row) - 1] = row[:-1], 1
