@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_tokenizer
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.rollout import (
     GenerateRollout,
     RolloutError,

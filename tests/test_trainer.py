@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import xpo_fast as xf
 from ranks import run_world
 from xpo_fast.models import install_fused_loss, load_model, remove_fused_loss
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.resume import last_checkpoint
 from xpo_fast.trainer import XPOConfig, XPOTrainer, reference
 

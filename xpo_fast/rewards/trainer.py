@@ -34,13 +34,13 @@ from ..trainer import (
     XPOConfig,
     check_head,
     check_rows,
-    each,
+    map_splits,
     warn_of_lost_updates,
     warn_of_trained_adapter,
     with_adapter,
     with_lengths,
 )
-from ..trainer.preference import PreTrainedTokenizerBase, set_seed
+from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.reference import LiveReference, rows_fingerprint
 from .model import (
     SPEC_FILE,
@@ -175,7 +175,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             args=args,
             data_collator=kwargs.pop("data_collator", None) or RewardCollator(pad, self.spec, processing_class),
             train_dataset=self._encode(train_dataset),
-            eval_dataset=each(eval_dataset, self._encode),
+            eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
             **kwargs,
         )

@@ -35,8 +35,8 @@ from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
-from ..trainer import Means, UnitTrainer, check_head, ready, warn_of_trained_adapter, with_tokenizer
-from ..trainer.preference import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
+from ..trainer import Means, UnitTrainer, check_head, prepare_model, warn_of_trained_adapter, with_tokenizer
+from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .batches import Batches, pretraining_texts
 from .checkpoint import Progress, load_state, save_state, saved_if_it_fails
@@ -114,7 +114,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
-        model = ready(model, args, peft_config)
+        model = prepare_model(model, args, peft_config)
         self.reference = choose_reference(args, self.objective, model, penalises=self._penalises)
         if not args.ref_mixin:
             warn_of_trained_adapter(model, self.reference)
