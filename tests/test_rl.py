@@ -126,8 +126,14 @@ def group_advantages(rewards, how):
 
 @pytest.mark.parametrize(
     ("method", "how"),
-    [("grpo", "group"), ("dr_grpo", "group_mean"), ("dapo", "group"), ("rloo", "leave_one_out"), ("reinforce", "batch_mean")],
-)  # fmt: skip
+    [
+        ("grpo", "group"),
+        ("dr_grpo", "group_mean"),
+        ("dapo", "group"),
+        ("rloo", "leave_one_out"),
+        ("reinforce", "batch_mean"),
+    ],
+)
 def test_first_step_is_the_textbook_gradient(tmp_path, method, how):
     """−Σ A ∇log π over what the method's mean divides by, with rows without reward left out of it; and a dull group."""
     args = {"max_draws": 1, "overlong": "keep"}
@@ -142,9 +148,12 @@ def test_first_step_is_the_textbook_gradient(tmp_path, method, how):
     tokens = sum(len(logp) for _, logp in rows)
     assert any(a == 0 for a, _ in rows) or method == "reinforce"
     divide = {
-        "grpo": lambda logp: len(rows) * len(logp), "dr_grpo": lambda logp: len(rows) * NEW, "dapo": lambda logp: tokens,
-        "rloo": lambda logp: len(rows), "reinforce": lambda logp: tokens,
-    }[method]  # fmt: skip
+        "grpo": lambda logp: len(rows) * len(logp),
+        "dr_grpo": lambda logp: len(rows) * NEW,
+        "dapo": lambda logp: tokens,
+        "rloo": lambda logp: len(rows),
+        "reinforce": lambda logp: tokens,
+    }[method]
     sum(-(a * logp / divide(logp)).sum() for a, logp in rows).backward()
     want = {n: p.grad for n, p in reference.named_parameters()}
     assert_same_gradients(want, got, rtol=1e-5)
@@ -512,7 +521,7 @@ def test_the_reference_follows_the_adapter(tmp_path):
 
 
 def test_dapo_is_more_than_its_loss(tmp_path):
-    """Dynamic sampling and the penalty of the last fifth come with it, and can be switched off; no other method has them."""
+    """Dynamic sampling and the penalty of the last fifth come with it and can be switched off; no other has them."""
 
     def config(**args):
         return RLConfig(str(tmp_path), per_device_train_batch_size=8, max_new_tokens=100, **args)

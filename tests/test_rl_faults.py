@@ -101,10 +101,14 @@ def whole(tmp_path_factory):
         (returns(iter([0.5] * 8)), RewardError, "'reward': .* got list_iterator"),
         (returns([math.nan] * 8), ValueError, "no completion of rollout 2 has a reward: reward returned NaN or None"),
         (returns([None] * 8), ValueError, "no completion of rollout 2 has a reward"),
-        (returns([3e38, -3e38] * 4), ValueError, "advantages of rollout 2 are not finite: rewards from -3e\\+38 to 3e\\+38"),
+        (
+            returns([3e38, -3e38] * 4),
+            ValueError,
+            "advantages of rollout 2 are not finite: rewards from -3e\\+38 to 3e\\+38",
+        ),
     ],
     ids=["raises", "exits", "None", "wrong length", "strings", "iterator", "NaN", "Nones", "beyond float32"],
-)  # fmt: skip
+)
 def test_a_reward_function_that_fails(tmp_path, whole, fault, error, said):
     with pytest.raises(error, match=said):
         run(tmp_path, at_third(fault))

@@ -227,7 +227,8 @@ def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollo
     if long:
         raise ValueError(
             f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the "
-            f"first is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave them out"
+            f"first is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave "
+            "them out"
         )
 
 

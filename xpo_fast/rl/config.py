@@ -121,23 +121,23 @@ class RLConfig(MethodConfig):
     ref_mixin: float = field(
         default=0.0,
         metadata={
-            "help": "After every rollout: reference ← (1 − x)·reference + x·policy for every weight; of a PEFT model for "
-            "the adapter's."
+            "help": "After every rollout: reference ← (1 − x)·reference + x·policy for every weight; of a PEFT model "
+            "for the adapter's."
         },
     )
     kl_coef: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the sampled "
-            "tokens (k1: unbiased in value and gradient). "
+            "help": "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the "
+            "sampled tokens (k1: unbiased in value and gradient). "
             f"None: {_PPO_KL} for the ppo family, else 0. In the loss it is the method's beta."
         },
     )
     kl_target: float | None = field(
         default=None,
         metadata={
-            "help": "Adaptive KL: kl_coef (or the method's beta) is raised where the divergence is above this many nats "
-            "per completion, and lowered below; for ppo_penalty, nats per token from the sampling policy."
+            "help": "Adaptive KL: kl_coef (or the method's beta) is raised where the divergence is above this many "
+            "nats per completion, and lowered below; for ppo_penalty, nats per token from the sampling policy."
         },
     )
     kl_horizon: int = field(
@@ -147,8 +147,8 @@ class RLConfig(MethodConfig):
     off_policy: str = field(
         default="auto",
         metadata={
-            "help": "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level of "
-            "the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none."
+            "help": "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level "
+            "of the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none."
         },
     )
     off_policy_cap: float = field(default=2.0, metadata={"help": "Upper limit of these weights."})
@@ -196,8 +196,8 @@ class RLConfig(MethodConfig):
         _choice("overlong", self.overlong, ("auto", "keep", "mask", "penalty"))
         if self.overlong_handling == "penalty" and self.penalised_tokens > self.max_new_tokens:
             raise ValueError(
-                f"overlong_buffer={self.overlong_buffer} is longer than the longest completion of {self.max_new_tokens} "
-                "tokens: every one would be penalised"
+                f"overlong_buffer={self.overlong_buffer} is longer than the longest completion of "
+                f"{self.max_new_tokens} tokens: every one would be penalised"
             )
         _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
@@ -258,14 +258,15 @@ class RLConfig(MethodConfig):
         return self.minibatches * self.epochs_per_rollout
 
     def objective(self, **defaults: Any) -> Objective:
-        """Returns the objective that these arguments describe; raises ValueError if a rollout cannot give it its inputs."""
+        """Returns the objective of these arguments; raises ValueError if a rollout cannot give it its inputs."""
         methods = [term.method for term in parse_terms(self.method, None, {})]
         given = self.method_args or {}
         for method in methods:
             if method.layout != "policy" or "token_logp" not in method.inputs:
                 there = sorted(n for n, m in METHODS.items() if "token_logp" in m.inputs)
                 raise ValueError(
-                    f"{method.name} does not learn from scored completions of the policy's own; these do: {', '.join(there)}"
+                    f"{method.name} does not learn from scored completions of the policy's own; these do: "
+                    f"{', '.join(there)}"
                 )
             if method.name == "cispo" and not {"cap", "eps"} & set(given):  # type: ignore[arg-type]
                 defaults["cap"] = _CISPO_CAP
@@ -293,13 +294,13 @@ class RLConfig(MethodConfig):
                 )
         if self.draws > 1 and self.num_generations < 2:
             raise ValueError(
-                f"max_draws={self.draws} replaces prompts whose completions all have one reward, as a lone one always has: "
-                "num_generations must be at least 2, got 1"
+                f"max_draws={self.draws} replaces prompts whose completions all have one reward, as a lone one always "
+                "has: num_generations must be at least 2, got 1"
             )
         if self.estimator in OF_GROUPS and self.num_generations < 2:
             raise ValueError(
-                f"advantage {self.estimator!r} compares the completions of a prompt: num_generations must be at least 2, "
-                f"got {self.num_generations}"
+                f"advantage {self.estimator!r} compares the completions of a prompt: num_generations must be at least "
+                f"2, got {self.num_generations}"
             )
         objective = super().objective(**defaults)
         objective.rehearse()

@@ -346,7 +346,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Returns rewards and lengths on held-out prompts, eval_generations completions each, by the same seed always."""
+        """Returns rewards and lengths on held-out prompts, eval_generations completions each, always by one seed."""
         prompts = self.eval_dataset if eval_dataset is None else load_prompts(eval_dataset, alike=True)
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
