@@ -27,12 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 PROMPTS = [{"prompt": f"w{i} w{i + 1}"} for i in range(0, 20, 2)]
 
 
@@ -200,8 +195,7 @@ def main() -> int:
         about = {"task": args.task, "method": args.method, "steps": args.steps, "seed": args.seed}
         about["killed_after_steps"] = killed
         write_json(
-            args.json,
-            {**about, "different": wrong, "held_out": resumed["held_out"], "environment": environment()},
+            args.json, {**about, "different": wrong, "held_out": resumed["held_out"], "environment": environment()}
         )
     return 1 if wrong or len(killed) < args.kills else 0
 

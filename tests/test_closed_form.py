@@ -46,12 +46,7 @@ def test_optima_are_optimal():
     ("settings", "adapter"),
     [
         (
-            {
-                "method": "ppo",
-                "kl_coef": closed_form.BETA,
-                "epochs_per_rollout": 2,
-                "per_device_train_batch_size": 128,
-            },
+            {"method": "ppo", "kl_coef": closed_form.BETA, "epochs_per_rollout": 2, "per_device_train_batch_size": 128},
             False,
         ),
         ({"method": "grpo", "kl_coef": closed_form.BETA, "advantage": "group_mean", "max_steps": 60}, False),

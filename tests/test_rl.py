@@ -367,13 +367,7 @@ def test_a_raising_reward_leaves_a_checkpoint_to_go_on_from(tmp_path):
 
 def test_lora_has_its_base_model_as_the_reference(tmp_path):
     trainer = make_trainer(
-        tmp_path,
-        method="ppo",
-        peft_config=lora(),
-        max_steps=2,
-        learning_rate=1e-2,
-        save_strategy="steps",
-        save_steps=1,
+        tmp_path, method="ppo", peft_config=lora(), max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=1
     )
     assert trainer.reference == "adapter"
     trainer.train()
@@ -436,12 +430,7 @@ def test_a_comparing_judge_rewards_by_win_rates(tmp_path):
 
     reward = win_rate(Longer())
     tags = ["a"] * 3 + ["b"]
-    assert reward(prompts=["p"] * 3 + ["q"], completions=["xxx", "x", "xx", "x"], tag=tags) == [
-        1,
-        0,
-        0.5,
-        0.5,
-    ]
+    assert reward(prompts=["p"] * 3 + ["q"], completions=["xxx", "x", "xx", "x"], tag=tags) == [1, 0, 0.5, 0.5]
     # Two equal prompts of a rollout are two.
     twice = {"prompts": ["p"] * 4, "completions": ["xxx", "x", "xxxx", "xx"], "tag": ["a"] * 4}
     assert reward(**twice, prompt_index=[0, 0, 1, 1]) == [1, 0, 1, 0]
@@ -615,17 +604,11 @@ def test_advantages():
     [
         ({"method": "dpo"}, "dpo does not learn from scored completions .*; these do: .*grpo"),
         ({"method": "ppo_value"}, "ppo_value does not learn"),
-        (
-            {"method": "reinforce", "epochs_per_rollout": 2},
-            "reinforce is on-policy: one step a rollout, got 2",
-        ),
+        ({"method": "reinforce", "epochs_per_rollout": 2}, "reinforce is on-policy: one step a rollout, got 2"),
         ({"method": "rloo", "advantage": "gae"}, "rloo takes one advantage a completion"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ({"num_generations": 3}, "a step of 8 completions has no whole number of prompts with 3 each"),
-        (
-            {"prompts_per_rollout": 3},
-            "a rollout of 3 prompts × 4 completions is not cut into whole steps of 8",
-        ),
+        ({"prompts_per_rollout": 3}, "a rollout of 3 prompts × 4 completions is not cut into whole steps of 8"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"show_samples": -1}, "show_samples must be 0 or more"),
@@ -647,10 +630,7 @@ def test_advantages():
         ),
         ({"method": "nash_md", "off_policy": "sequence"}, "weighs advantages, and nash_md has none"),
         ({"method": "rloo", "off_policy": "token"}, "rloo takes one a completion"),
-        (
-            {"method": "ppo", "num_generations": 1, "max_draws": 2},
-            "num_generations must be at least 2, got 1",
-        ),
+        ({"method": "ppo", "num_generations": 1, "max_draws": 2}, "num_generations must be at least 2, got 1"),
     ],
 )
 def test_arguments_that_do_not_go_together(tmp_path, args, said):
@@ -673,11 +653,7 @@ def test_a_long_prompt_is_found_before_the_run(tmp_path):
 @pytest.mark.parametrize("asked", [False, True])
 def test_continuous_batching_is_a_choice(tmp_path, asked):
     args = RLConfig(
-        str(tmp_path),
-        use_cpu=True,
-        num_generations=2,
-        per_device_train_batch_size=2,
-        continuous_batching=asked,
+        str(tmp_path), use_cpu=True, num_generations=2, per_device_train_batch_size=2, continuous_batching=asked
     )
     trainer = RLTrainer(make_model(), share_of_even, args, train_dataset=PROMPTS, processing_class=make_tokenizer())
     assert trainer.rollout.continuous is (None if asked else False)

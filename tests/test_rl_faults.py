@@ -198,13 +198,7 @@ def test_samples_wait_in_the_checkpoint(tmp_path, capsys):
 def served(folder: Path, server: StandIn, model, **options):
     """A trainer whose completions come from a server that has the policy's weights."""
     trainer = make_trainer(folder, reward, model=model, **{**ARGS, "eval_dataset": None, "temperature": 1.0})
-    options = {
-        "retries": 1,
-        "backoff_s": 0.01,
-        "concurrency": 2,
-        "push": lambda model, rollout: None,
-        **options,
-    }
+    options = {"retries": 1, "backoff_s": 0.01, "concurrency": 2, "push": lambda model, rollout: None, **options}
     trainer.rollout = ServerRollout(server.url, make_tokenizer(), **options)
     return trainer
 

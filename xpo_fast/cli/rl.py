@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..rewards.model import RewardEnsemble
-    from ..rl import RLTrainer
-    from ..rl import RLConfig
+    from ..rl import RLConfig, RLTrainer
 
 # Options that are fields of RLConfig by the same name: (placeholder, type, help). Not read off RLConfig: the parser is built
 # for every command, and importing that takes seconds.

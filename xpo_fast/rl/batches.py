@@ -58,9 +58,10 @@ class Batches:
             "tokens": experience.lengths[rows[experience.counted[rows]]].sum().clamp(min=1),
         }
         per_step = args.gradient_accumulation_steps * ranks
-        batches = []
-        for k in range(self.accelerator.process_index, per_step, ranks):
-            batches.append(self.batch(experience, micro[k] if k < len(micro) else None, (step * per_step + k) * size))
+        mine = range(self.accelerator.process_index, per_step, ranks)
+        batches = [
+            self.batch(experience, micro[k] if k < len(micro) else None, (step * per_step + k) * size) for k in mine
+        ]
         return batches, {name: x.to(args.device) for name, x in items.items()}
 
     def batch(self, experience: Experience, rows: Tensor | None, first_text: int) -> dict[str, Tensor]:

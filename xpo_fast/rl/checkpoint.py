@@ -35,11 +35,6 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return last_complete_checkpoint(output_dir, STATE_FILE)
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes STATE_FILE into a checkpoint."""
-    torch.save(state, folder / STATE_FILE)
-
-
 def load_state(folder: Path) -> dict[str, Any]:
     """Reads STATE_FILE of a checkpoint onto the CPU; raises ValueError where it is missing or broken."""
     path = folder / STATE_FILE

@@ -51,29 +51,21 @@ class Collected:
     sampled: Groups  # all, with those that were replaced
     draws: int
     cursor: int  # number of prompts drawn since the run began
-    seconds: dict[str, float]  # this process's, by task
+    times: dict[str, float]  # seconds that this process took, under their names in the log
 
 
+@dataclass
 class Collector:
-    """Samples and scores completions. With several processes each does its share, and all of them know the result.
+    """Sampler and scorer of completions. With several processes each does its share, and all of them know the result."""
 
-    prompts: rows of `load_prompts`, drawn pass after pass, each pass in an order of its own.
-    policy: the model that `rollout` samples from, not wrapped.
-    """
-
-    def __init__(
-        self,
-        policy: Any,
-        rollout: Rollout,
-        rewards: Rewards,
-        accelerator: Accelerator,
-        args: RLConfig,
-        sampling: Sampling,
-        prompts: list[dict[str, Any]],
-    ) -> None:
-        self.policy, self.rollout, self.rewards, self.accelerator = policy, rollout, rewards, accelerator
-        self.args, self.sampling, self.prompts = args, sampling, prompts
-        self._warned = False
+    policy: Any  # the model that `rollout` samples from, not wrapped
+    rollout: Rollout
+    rewards: Rewards
+    accelerator: Accelerator
+    args: RLConfig
+    sampling: Sampling
+    prompts: list[dict[str, Any]]  # rows of `load_prompts`, drawn pass after pass, each pass in an order of its own
+    warned: bool = False  # of truncated completions
 
     def collect(self, number: int, cursor: int) -> Collected:
         """Collects rollout `number`, with prompts from `cursor` on; raises ValueError if no completion has a reward.
@@ -84,7 +76,7 @@ class Collector:
         args = self.args
         self.update()
         sampled: Groups = []
-        seconds: dict[str, float] = {}
+        times: dict[str, float] = {}
         useful, draws = sampled, 0
         while draws < args.draws:
             prompts = self._next_prompts(cursor)
@@ -92,7 +84,7 @@ class Collector:
             seed = seed_for(args.seed, "rollout", number, draws)
             draws += 1
             groups, spent = self.sample(prompts, args.num_generations, seed)
-            seconds = {name: seconds.get(name, 0.0) + x for name, x in spent.items()}
+            times = {name: times.get(name, 0.0) + x for name, x in spent.items()}
             sampled += groups
             useful = [group for group in sampled if spread(group) > 0]
             if len(useful) >= args.prompts:
@@ -106,7 +98,7 @@ class Collector:
                 f"no completion of rollout {number} has a reward: {', '.join(self.rewards.names)} returned NaN or "
                 f"None for each of {len(rewards)}"
             )
-        return Collected(groups, sampled, draws, cursor, seconds)
+        return Collected(groups, sampled, draws, cursor, times)
 
     def update(self) -> None:
         """Tells the sampler, on all processes, that the policy has changed."""
@@ -118,10 +110,10 @@ class Collector:
         self._on_all(work)
 
     def sample(self, prompts: list[dict[str, Any]], n: int, seed: int) -> tuple[Groups, dict[str, float]]:
-        """Returns n completions of each prompt with their rewards, and the seconds this process took by task."""
+        """Returns n completions of each prompt with their rewards, and the seconds that this process took."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         at = range(rank, len(prompts), ranks)
-        seconds = {"generate": 0.0, "reward": 0.0}
+        times = {"time/generate_s": 0.0, "time/reward_s": 0.0}
 
         def work() -> list[tuple[int, list[Completion]]]:
             if not at:
@@ -134,7 +126,7 @@ class Collector:
             columns = {name: [row[name] for row in mine for _ in range(n)] for name in data_columns(mine)}
             scored = self.rewards(samples, columns | {PROMPT_INDEX: [i for i in at for _ in range(n)]})
             self._warn_of_truncation(samples)
-            seconds.update(generate=generated - began, reward=time.perf_counter() - generated)
+            times.update({"time/generate_s": generated - began, "time/reward_s": time.perf_counter() - generated})
             rows = [
                 Completion(
                     samples.prompts[i],
@@ -151,7 +143,7 @@ class Collector:
             return [(i, rows[k * n : (k + 1) * n]) for k, i in enumerate(at)]
 
         groups = sorted(self._on_all(work), key=lambda group: group[0])
-        return [rows for _, rows in groups], seconds
+        return [rows for _, rows in groups], times
 
     def _next_prompts(self, cursor: int) -> list[dict[str, Any]]:
         """Returns the prompts of one draw."""
@@ -186,8 +178,8 @@ class Collector:
     def _warn_of_truncation(self, samples: Samples) -> None:
         """Warns once if a reward model, which was trained on completions that end, scores truncated ones."""
         models = [getattr(f, "model", None) if isinstance(f, Judge) else f for f in self.rewards.functions]
-        if not self._warned and samples.truncated.any() and any(hasattr(m, "score") for m in models):
-            self._warned = True
+        if not self.warned and samples.truncated.any() and any(hasattr(m, "score") for m in models):
+            self.warned = True
             logger.warning(
                 "%d of %d completions were cut at max_new_tokens, and a reward model scores them as if they ended "
                 "there, with an EOS behind: missing_eos_penalty or overlong tells them apart, a larger "

@@ -161,8 +161,7 @@ class RLConfig(MethodConfig):
         },
     )
     show_samples: int = field(
-        default=0,
-        metadata={"help": "Completions of the last rollout to print, by reward, with every log."},
+        default=0, metadata={"help": "Completions of the last rollout to print, by reward, with every log."}
     )
 
     def __post_init__(self) -> None:

@@ -61,11 +61,7 @@ class Measure:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {
-            "temperature": self.args.temperature,
-            "tile_bytes": self.tile_bytes,
-            "backend": self.args.backend,
-        }
+        return {"temperature": self.args.temperature, "tile_bytes": self.tile_bytes, "backend": self.args.backend}
 
     def _by_policy(self, hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
         stats = token_stats(hidden, head.weight, targets, outputs=("entropy",), **head.kwargs(), **self._options)

@@ -39,7 +39,7 @@ from ..trainer import Means, UnitTrainer, check_head, prepare_model, warn_of_tra
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .batches import Batches, pretraining_texts
-from .checkpoint import Progress, load_state, save_state, saved_if_it_fails
+from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
 from .collect import Collector, Completion, check_completions, check_prompts, data_columns, describe
 from .config import RLConfig
 from .experience import Experience, correction_level, make_experience, spares_rows
@@ -185,12 +185,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         return spares_rows(self.objective, other_losses=self.critic is not None or bool(self._batches.texts))
 
     def _set_beta(self, k: int, beta: float) -> None:
+        """Changes the hyperparameter beta of the objective's term k."""
         term = self.objective.terms[k]
         self.objective.terms[k] = replace(term, hyperparameters={**term.hyperparameters, "beta": beta})
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains as `UnitTrainer.train` does; raises ValueError if there are no prompts."""
         if not self.prompts:
             raise ValueError("there are no prompts to train on: pass train_dataset=")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -245,7 +247,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "shown": self._shown,
         }
         if self.args.should_save:
-            save_state(Path(output_dir), state)
+            torch.save(state, Path(output_dir) / STATE_FILE)
 
     def _load_state(self, folder: Path) -> None:
         state = load_state(folder)
@@ -293,7 +295,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 spare=self._spares,
                 number=progress.rollouts,
             )
-        metrics |= describe(collected.sampled, self.rewards.names) | _times(collected.seconds)
+        metrics |= describe(collected.sampled, self.rewards.names) | collected.times
         metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}
         metrics["passes"] = progress.cursor / len(self.prompts)
         if self.is_world_process_zero() and (args.log_samples or args.show_samples):
@@ -328,11 +330,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     # --- logs and evaluation ------------------------------------------------------------------------------------------
 
     def _note(self, means: Means, metrics: Mapping[str, float]) -> None:
-        # On the device, where ranks can add them up.
+        """Adds metrics to means, NaN ones with weight 0; on the device, where ranks can add them up."""
         values = {n: torch.tensor(x, dtype=torch.float32, device=self.args.device) for n, x in metrics.items()}
         means.add(values, {n: (~x.isnan()).float() for n, x in values.items()})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, with a step's loss, the means of the rollouts since the last log, and prints some of their samples."""
         if "loss" in logs:
             logs.update(self._rollout_means.pop() | self._step_means.pop())
         super().log(logs, start_time)
@@ -354,8 +357,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         with saved_if_it_fails(self._save_before_failing) if self.is_in_train else contextlib.nullcontext():
             self._collector.update()
             seed = seed_for(self.args.seed, metric_key_prefix)
-            groups, seconds = self._collector.sample(prompts, self.args.eval_generations, seed)
-        found = describe(groups, self.rewards.names) | _times(seconds)
+            groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
+        found = describe(groups, self.rewards.names) | times
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
@@ -368,6 +371,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         return SequentialSampler(self.train_dataset)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Returns the micro-batches of the next step and their denominators; a rollout's first step collects it."""
         for _ in range(num_batches):  # the numbers are not used: Trainer counts by them
             next(epoch_iterator)
         number = self.state.global_step // self.args.steps_per_rollout
@@ -449,7 +453,3 @@ def _critic_loss(
     about = {**about, "value/loss": torch.where(mask, losses.detach(), torch.nan)}
     rows = mask.any(dim=1)
     return reduce_losses(losses, "mean", denominator), mean_metrics(about, rows), count_metrics(about, rows)
-
-
-def _times(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {f"time/{name}_s": x for name, x in seconds.items()}

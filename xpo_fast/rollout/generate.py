@@ -60,12 +60,7 @@ class GenerateRollout:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        batch_size: int = 64,
-        continuous: bool | Any | None = False,
+        self, model: nn.Module, tokenizer: Any, *, batch_size: int = 64, continuous: bool | Any | None = False
     ) -> None:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"expected batch_size of at least 1, got {batch_size!r}")
@@ -134,11 +129,7 @@ class GenerateRollout:
         if stopping is not None:
             criteria.append(stopping)
         config = transformers.GenerationConfig(
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=sorted(eos) or None,
-            pad_token_id=pad,
-            use_cache=True,
+            max_new_tokens=longest, do_sample=False, eos_token_id=sorted(eos) or None, pad_token_id=pad, use_cache=True
         )
         with _without_settings(lm):
             output = lm.generate(

@@ -23,12 +23,7 @@ from .sampling import Samples, unwrapped
 
 
 def sample_logps(
-    model: nn.Module,
-    samples: Samples,
-    *,
-    temperature: float = 1.0,
-    batch_size: int = 8,
-    backend: str = "auto",
+    model: nn.Module, samples: Samples, *, temperature: float = 1.0, batch_size: int = 8, backend: str = "auto"
 ) -> Tensor:
     """Computes the log-prob of every token of the completions: (R, T) float32 on the CPU, 0 outside `samples.mask`.
 
