@@ -36,7 +36,7 @@ from xpo_fast.cli import (
     training,
 )
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl.trainer import RLConfig
+from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")

@@ -52,7 +52,7 @@ def test_optima_are_optimal():
     ids=["ppo", "grpo", "rloo-adapter-temperature"],
 )
 def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
-    """One prompt, completions of one token, a language model; rollouts, reference, critic and optimizer are real."""
+    """One prompt, one-token completions, a language model; rollouts, reference, critic, optimizer are the trainer's."""
     tokenizer = make_tokenizer(vocabulary=["go", "a", "b", "c", "d"])
     model = make_model(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     rewards = 0.7 * torch.randn(len(tokenizer), generator=torch.Generator().manual_seed(1))

@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
+from xpo_fast.kernels import gates, gather, logps, one_read, rows, topk, tuning
 
 from xpo_fast.head.gemms import aligned_rows
-from xpo_fast.kernels import gates, gather, logps, one_read, rows, topk, tuning
 
 WIDTH = 128  # D
 TYPES = {

@@ -14,8 +14,7 @@ from .parser import HelpAll, Setting, UsageError
 from .typed import hyperparameters
 
 if TYPE_CHECKING:
-    from ..rl import RLTrainer
-    from ..rl.trainer import RLConfig
+    from ..rl import RLConfig, RLTrainer
 
 # Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig: the
 # parser is built for every command, and importing that takes seconds.
@@ -159,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     from ..rewards import Rewards
     from ..rewards.ensemble import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
-    from ..rollout.generate import ServerRollout
+    from ..rollout import ServerRollout
 
     output = Path(args.output_dir)
     checkpoint = None if args.dry_run else resuming.checkpoint(args, last_checkpoint)
@@ -240,7 +239,7 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[str, Any]) -> RLConfig:
-    from ..rl.trainer import RLConfig
+    from ..rl import RLConfig
 
     return RLConfig(
         method=args.method,

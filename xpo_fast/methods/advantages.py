@@ -99,3 +99,31 @@ def whiten(
     mask = mask.bool()
     centred, count = _centred(x.reshape(1, -1), mask.reshape(1, -1))
     return (centred * (_variance(centred, count) + eps).rsqrt()).view(x.shape)
+
+
+# How online training turns rewards into advantages; "gae" needs a critic's values, all others are `advantages`.
+ADVANTAGES = ("gae", "group", "group_mean", "leave_one_out", "batch", "batch_mean", "reward")
+OF_GROUPS = ("group", "group_mean", "leave_one_out")  # those that compare the completions of one prompt
+
+
+def advantages(
+    reward: Tensor,  # (R,) those of a prompt side by side
+    valued: Tensor,  # (R,) bool, whether there is a reward
+    how: str,
+    group: int,  # completions per prompt
+) -> Tensor:
+    """Subtracts a baseline from every reward, and scales: (R,), 0 where there is no reward.
+
+    how: "group" (GRPO), "group_mean" (Dr. GRPO), "leave_one_out" (RLOO); "batch" (all rewards together, whitened:
+        REINFORCE++, arXiv 2501.03262), "batch_mean" (their mean subtracted), "reward" (the reward itself).
+    """
+    rewards, mask = torch.where(valued, reward, 0.0).view(-1, group), valued.view(-1, group)
+    if how in ("group", "group_mean"):
+        found = group_normalised(rewards, scale=how == "group", mask=mask)
+    elif how == "leave_one_out":
+        found = leave_one_out(rewards, mask=mask)
+    elif how == "batch":
+        found = whiten(rewards, mask)
+    else:
+        found = rewards - rewards[mask].mean() if how == "batch_mean" else rewards
+    return torch.where(mask, found, 0.0).flatten()

@@ -22,8 +22,7 @@ from ..resume import last_checkpoint
 from ..rewards.judges import FunctionJudge, text_of, win_rate
 from ..rewards.spec import SOFT_LABELS
 from ..rewards.trainer import RewardConfig, RewardTrainer
-from ..rl import STATE_FILE, RLTrainer
-from ..rl.config import RLConfig
+from ..rl import STATE_FILE, RLConfig, RLTrainer
 from ..rl.sample_log import SAMPLES_FILE
 from ..seeds import seed_of_repr
 from ..trainer import XPOConfig, XPOTrainer
@@ -210,8 +209,8 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
         peft_config=copy.deepcopy(it.setup.peft_config),
     )
     if it.recipe.draws_rivals:
-        live: Any = trainer._live
-        against.rollout = MixtureRollout(trainer.model, tokenizer, reference=live.copy, share=it.recipe.mix)
+        reference: Any = trainer.moving_reference
+        against.rollout = MixtureRollout(trainer.model, tokenizer, reference=reference.copy, share=it.recipe.mix)
     logs = it.fit(trainer, method, last_checkpoint(config.output_dir, STATE_FILE))
     samples = it.checkpoints / SAMPLES_FILE
     if samples.is_file():

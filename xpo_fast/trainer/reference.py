@@ -125,7 +125,7 @@ class LiveReference:
         self.accelerator, self.backend = accelerator, backend
         self.copy: nn.Module | None = None
         if strategy == "copy":
-            self.copy = _frozen_copy(model).to(accelerator.device)
+            self.copy = frozen_copy(model).to(accelerator.device)
 
     def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
         """Computes the reference's summed log-prob of each row, (R,) float32.
@@ -166,7 +166,7 @@ class LiveReference:
             yield scored
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
     """Returns a frozen deep copy; of a PEFT model the base model alone, as the adapter is being trained."""
     frozen: Any = copy.deepcopy(model)
     if hasattr(frozen, "disable_adapter"):
