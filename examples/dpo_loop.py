@@ -1,10 +1,10 @@
-"""DPO in a bare loop: hidden states and the head go in, a loss comes out, no logits are made. Read it from top to bottom.
+"""DPO in a bare loop: hidden states and the head go in, a loss comes out, and no logits are made.
 
     python examples/dpo_loop.py
 
-SmolLM2-135M-Instruct with a LoRA adapter learns the packaged pairs; each step sees pairs that it has not seen before. The
-reference is the model with its adapter switched off, so the loss begins at ln 2 = 0.6931. `xpo_fast.trainer.XPOTrainer` adds
-what a long run needs: checkpoints, evaluation, cached references, several processes, logging.
+SmolLM2-135M-Instruct with a LoRA adapter learns the packaged pairs; each step takes new pairs. The reference is the
+model with its adapter switched off, so the loss begins at ln 2 = 0.6931. `xpo_fast.trainer.XPOTrainer` adds what a long
+run needs: checkpoints, evaluation, cached references, several processes, logging.
 """
 
 from __future__ import annotations
