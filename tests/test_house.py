@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top down: a room imports from lower floors only. "" is the face of the package, which imports when asked.
 FLOORS = (
     *("cli", "", "recipes", "rl", "rewards integrations", "trainer", "rollout", "data objective", "models", "head"),
-    *("methods kernels", "version device files seeds types reduce native precision store wording demo_data"),
+    "methods kernels",
+    "demo_data device files native precision reduce reporters resume seeds store types version wording",
 )
 GROUND = len(FLOORS) - 1
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split(" ")}
