@@ -32,7 +32,7 @@ def short_words(completions: list[Any], **_: Any) -> list[float]:
 
 
 def main(
-    model: Any, tokenizer: Any, rollouts: int = 12, prompts: int = 4, answers: int = 4, lr: float = 5e-4
+    model: Any, tokenizer: Any, rollouts: int = 12, prompts: int = 4, answers: int = 4, lr: float = 1e-3
 ) -> list[tuple[float, float]]:
     """Returns the mean reward and the loss of each rollout."""
     torch.manual_seed(0)
