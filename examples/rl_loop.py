@@ -3,8 +3,9 @@
     python examples/rl_loop.py
 
 SmolLM2-135M-Instruct with a LoRA adapter answers the packaged questions, each several times. The reward is the share of
-short words, which the model learns to prefer in about a minute. GRPO compares every answer with the others to the same
-question. `xpo_fast.rl.RLTrainer` adds what a long run needs: a reference, a critic, checkpoints, several processes.
+short words: 0.51 in the first rollout and 0.76 in the twelfth, a minute or two later; untrained, 0.55 there. GRPO
+compares every answer with the others to the same question. `xpo_fast.rl.RLTrainer` adds what a long run needs: a
+reference, a critic, checkpoints, several processes.
 """
 
 from __future__ import annotations
