@@ -25,7 +25,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.spl
 UNKNOWN = {"head": ("methods",), "data": ("methods",)}
 KNOWN_TO_KERNELS = ("files", "store", "wording")
 LISTS = ("xpo_fast.methods.pairwise", "xpo_fast.methods.policy")  # of methods: long, and no machines
-FACES_WITH_MORE = ("xpo_fast", "xpo_fast.cli", "xpo_fast.demo_data")  # names that are imported late; main; a path
+FACES_WITH_MORE = ("xpo_fast", "xpo_fast.demo_data")  # names that are imported late; a path
 FILE_LINES, CLASS_LINES = 500, 400
 
 
