@@ -31,7 +31,7 @@ from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.recipes import StoppingRule
 from xpo_fast.rewards.llm_judges import GRADE, PAIRWISE, text_of
 from xpo_fast.rewards.report import summary
-from xpo_fast.rollout import GenerateRollout, Sampling
+from xpo_fast.rollout import Sampling
 from xpo_fast.rollout.generate import ServerRollout
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -196,7 +196,8 @@ def test_rl_loop(model, tokenizer):
     optimizer, expected = torch.optim.AdamW(policy.parameters(), lr=lr), []
     for k in range(2):
         asked = questions[prompts * k : prompts * (k + 1)]
-        samples = GenerateRollout(policy, tokenizer).generate(asked, answers, sampling=Sampling(module.TOKENS), seed=k)
+        sampler = module.GenerateRollout(policy, tokenizer)
+        samples = sampler.generate(asked, answers, sampling=Sampling(module.TOKENS), seed=k)
         reward = torch.tensor(module.short_words(samples.completions), dtype=torch.float64).view(prompts, answers)
         advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
         old: list[Any] = []
