@@ -20,7 +20,8 @@ from .typed import Typed, around, hyperparameters
 FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
-# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line both.
+# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line
+# both.
 _MAPPINGS = ("set", "train", "columns")
 _SETTINGS = ("set", "train")
 
@@ -28,9 +29,9 @@ _SETTINGS = ("set", "train")
 def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:
     """Returns the options of a YAML or JSON file as words of a command line.
 
-    typed: the words of the command line, which win: an option of the file is left out if it was typed, or excludes one that
-    was; --set and --train are merged, name by name. Every value is checked by the type of its option. Raises UsageError with
-    the file and the line.
+    typed: the words of the command line, which win: an option of the file is left out if it was typed, or excludes one
+    that was; --set and --train are merged, name by name. Every value is checked by the type of its option. Raises
+    UsageError with the file and the line.
     """
     alone = around(command, parser, typed)
     entries = [

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..rl import RLTrainer
     from ..rl.trainer import RLConfig
 
-# Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig: the
-# parser is built for every command, and importing that takes seconds.
+# Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig:
+# the parser is built for every command, and importing that takes seconds.
 METHOD_FIELDS = {
     "advantage": Setting(
         "NAME",
@@ -32,7 +32,8 @@ METHOD_FIELDS = {
     "kl_coef": Setting(
         "X",
         float,
-        "weight of the KL penalty subtracted from the reward (default: 0.05 for ppo, else 0); in the loss it is --set beta=…",
+        "weight of the KL penalty subtracted from the reward (default: 0.05 for ppo, else 0); in the loss it is "
+        "--set beta=…",
     ),
 }
 ROLLOUT_FIELDS = {
@@ -56,10 +57,10 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 
 # Options that --help leaves to --help-all.
 _RARE = (
-    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout gamma lam no_whiten "
-    "value_head_lr continuous_batching stop server_model api_key attn trust_remote_code load_in_8bit lora_alpha lora_dropout "
-    "lora_targets optim scheduler warmup_ratio warmup_steps weight_decay max_grad_norm train backend tile_mib "
-    "save_total_limit report_to push_to_hub hub_private debug"
+    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout gamma lam "
+    "no_whiten value_head_lr continuous_batching stop server_model api_key attn trust_remote_code load_in_8bit "
+    "lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio warmup_steps weight_decay max_grad_norm train "
+    "backend tile_mib save_total_limit report_to push_to_hub hub_private debug"
 )
 
 
@@ -70,8 +71,8 @@ def add_parser(commands: Any) -> None:
         help="train a model by rewards for its own completions",
         formatter_class=options.Help,
         allow_abbrev=False,
-        description="Online RL: sample completions, score them by functions, reward models or a judge, and take steps of a "
-        "policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
+        description="Online RL: sample completions, score them by functions, reward models or a judge, and take "
+        "steps of a policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
     )
     parser.set_defaults(run=run)
     parser.rare, parser.settings = _RARE.split(), settings.RL
@@ -92,9 +93,9 @@ def add_parser(commands: Any) -> None:
     add = options.adder(group)
     add(
         "--method NAME",
-        "ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, vespo, rloo, reinforce, ppo_penalty, ppo_ptx, nash_md, or "
-        "a sum of them. A method brings what its authors add to the loss, unless options say otherwise: ppo its critic and KL "
-        "penalty, dapo dynamic sampling and the overlong penalty",
+        "ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, vespo, rloo, reinforce, ppo_penalty, ppo_ptx, "
+        "nash_md, or a sum of them. A method brings what its authors add to the loss, unless options say otherwise: "
+        "ppo its critic and KL penalty, dapo dynamic sampling and the overlong penalty",
         "grpo",
     )
     options.add_settings(group, "beta=0.04", ", or a setting that --help-all lists")
@@ -110,7 +111,8 @@ def add_parser(commands: Any) -> None:
     add("--stop TEXT", "a text that ends a completion; may be repeated", [])
     add(
         "--server URL",
-        "sample from a server of OpenAI's /v1/completions instead of the model itself; --server-lora sends it the policy",
+        "sample from a server of OpenAI's /v1/completions instead of the model itself; --server-lora sends it the "
+        "policy",
     )
     add("--server-lora DIR", "folder of the adapters that the server loads (vLLM's runtime LoRA updating)")
     add("--server-model NAME", "the server's name of the base model (default: the only one that it serves)")
@@ -226,7 +228,8 @@ def run(args: argparse.Namespace) -> int:
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
     say(
-        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl, results.json\n"
+        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, "
+        "samples.jsonl, train_log.jsonl, results.json\n"
         f"use it: from xpo_fast.models import load_model; model, tokenizer = load_model({str(output)!r})"
     )
     return 0
@@ -297,7 +300,8 @@ def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[s
     held = trainer.eval_dataset
     for name, text in {
         "model": f"{args.model}: {how}, {trained / 1e6:.2f}M trained",
-        "data": f"{options.sources(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, {len(held) if held else 'none'} held out",
+        "data": f"{options.sources(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, "
+        f"{len(held) if held else 'none'} held out",
         "rewards": ", ".join(f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)),
         "method": f"{trainer.objective}, advantages: {config.estimator}, lr {config.learning_rate:g}",
         "rollout": rollout,

@@ -24,8 +24,8 @@ RL = {
     "off_policy": Setting(
         "NAME",
         str,
-        "truncated importance weights, policy over sampler: none, token, sequence, or auto (default: by the method's ratio "
-        "if another program samples at temperature 1 and returns log-probs)",
+        "truncated importance weights, policy over sampler: none, token, sequence, or auto (default: by the method's "
+        "ratio if another program samples at temperature 1 and returns log-probs)",
     ),
     "off_policy_cap": Setting("X", float, "truncate these weights at X (default: 2)"),
     "generation_batch_size": Setting("N", int, "completions sampled at a time (default: 64)"),
@@ -37,8 +37,8 @@ RL = {
     "show_samples": Setting(
         "N",
         int,
-        "print N completions of the last rollout with every log, from the highest reward to the lowest (default: 3 completions); "
-        "samples.jsonl has all of them, for datasets.load_dataset('json', data_files=…)",
+        "print N completions of the last rollout with every log, from the highest reward to the lowest (default: 3 "
+        "completions); samples.jsonl has all of them, for datasets.load_dataset('json', data_files=…)",
     ),
 }
 
@@ -68,8 +68,9 @@ def check_names(method: str, given: Iterable[str], own: Iterable[str], whose: st
     refused, own, further = sorted({*given} - {*own} - {*further}), [*own], [*further]
     if refused:
         raise UsageError(
-            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has {', '.join(own) or 'none'}; "
-            f"and {whose} has {', '.join(further)}{did_you_mean(refused[0], [*own, *further])}"
+            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has "
+            f"{', '.join(own) or 'none'}; and {whose} has "
+            f"{', '.join(further)}{did_you_mean(refused[0], [*own, *further])}"
         )
 
 

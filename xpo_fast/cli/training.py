@@ -118,8 +118,8 @@ def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> d
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         if stopped:
             printer(trainer)(
-                f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. Go on with "
-                "the same command and --resume"
+                f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. "
+                "Go on with the same command and --resume"
             )
             raise Stopped(stopped[0], told=True)
         trainer.save_model()
@@ -130,7 +130,7 @@ def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> d
 
 @contextlib.contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Raises UsageError if another process trains into the folder; the system releases the lock when the process ends."""
+    """Raises UsageError if another process trains into the folder; the lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # not on Windows
