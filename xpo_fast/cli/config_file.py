@@ -14,7 +14,7 @@ from ..files import write_atomically
 from ..wording import did_you_mean
 from . import aliases
 from .options import NOT_OF_A_RUN
-from .parser import FALSE, TRUE, Given, Options, Parser, UsageError, spelled
+from .parser import FALSE, TRUE, Given, Parser, UsageError, spelled
 from .typed import Typed, around, hyperparameters
 
 FILE = "config.yaml"
@@ -64,7 +64,7 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
     return found
 
 
-def write(args: Options | Any, output: Path, command: str, *, resumed: bool = False) -> None:
+def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool = False) -> None:
     """Writes the options of a run into its folder, as --config takes them, except those without a value.
 
     A resumed run keeps the file that it began with.

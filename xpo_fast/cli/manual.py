@@ -9,6 +9,7 @@ from typing import Any
 from ..wording import did_you_mean
 from .aliases import ALIASES, REFUSALS
 from .loss_types import loss_types
+from .options import has_default
 from .parser import Parser, UsageError, option
 
 REGENERATE = "xpo-fast help --markdown > docs/commands.md"
@@ -90,10 +91,8 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
     lines = [f"### {title}\n"] if title not in ("options", "positional arguments") else []
     if example and command in example.split()[1:2]:
         lines.append(f"    {example}\n")
-    elif example and title in _SHARED and f"xpo-fast {command}" in _SHARED_EXAMPLES:
-        lines.append(
-            f"    {example.replace('xpo-fast train --data pairs.jsonl', _SHARED_EXAMPLES[f'xpo-fast {command}'])}\n"
-        )
+    elif example and title in _SHARED and command in _BEGINNINGS:
+        lines.append(f"    {example.replace('xpo-fast train --data pairs.jsonl', _BEGINNINGS[command])}\n")
     lines += ["| option | what it does |", "| --- | --- |"]
     for action in actions:
         about = _help(action)
@@ -106,10 +105,10 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
 
 
 # Groups that commands share, and how their examples begin for commands other than train.
-_SHARED = ("configuration", "data", "method", "model", "optimisation", "head", "output")
-_SHARED_EXAMPLES = {
-    "xpo-fast reward": "xpo-fast reward --data pairs.jsonl",
-    "xpo-fast rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
+_SHARED = ("configuration", "data", "model", "optimisation", "head", "output")
+_BEGINNINGS = {
+    "reward": "xpo-fast reward --data pairs.jsonl",
+    "rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
 }
 
 
@@ -125,8 +124,7 @@ def _usage(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action) -> str:
     about = action.help or ""
-    shown = action.default not in (None, False, argparse.SUPPRESS) and action.default != [] and "(default" not in about
-    return _text(about + (f" (default: {action.default})" if shown else "")) + "."
+    return _text(about + (f" (default: {action.default})" if has_default(action) else "")) + "."
 
 
 def _text(text: str) -> str:

@@ -34,8 +34,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to an option's help, if there is one that is not said."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unsaid = action.default in (None, False) or action.default == [] or "(default" in (action.help or "")
-        return action.help if unsaid else super()._get_help_string(action)
+        return super()._get_help_string(action) if has_default(action) else action.help
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Returns whether an option has a default that its help does not mention."""
+    value = action.default
+    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
 
 
 # --- types of options ---------------------------------------------------------------------------------------------
@@ -166,9 +171,8 @@ def add_lengths(group: Any) -> None:
 
 def add_settings(group: Any, example: str, also: str = "") -> None:
     """Adds --set. example: of its help. also: what else it takes."""
-    about = f"a hyperparameter of the method, for example --set {example}{also}; may be repeated (default: the "
-    "method's own)"
-    add_option(group, "--set NAME=VALUE", about, [], type=setting)
+    about = f"a hyperparameter of the method, for example --set {example}{also}"
+    add_option(group, "--set NAME=VALUE", f"{about}; may be repeated (default: the method's own)", [], type=setting)
 
 
 def add_model(

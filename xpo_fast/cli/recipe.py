@@ -38,8 +38,7 @@ def add_parser(commands: Any) -> None:
 
     group = parser.add_argument_group("data")
     add = options.adder(group)
-    about = "rows with a prompt, text or messages; chosen and rejected, or other columns, if the recipe or the judge "
-    "needs them"
+    about = "rows with a prompt, text or messages; chosen and rejected, or other columns that recipe and judge need"
     options.add_source(group, f"{about}; may be repeated", required=False, action="append")
     add(
         "--held-out SHARE",

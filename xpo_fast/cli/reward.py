@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
-from . import checks, config_file, dry_run, held_out, loading, options, resuming, train_log, training
+from . import checks, dry_run, held_out, loading, options, resuming, train_log, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
 
@@ -140,11 +140,7 @@ def run(args: argparse.Namespace) -> int:
     results = training.report_header(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "reward", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "reward", checkpoint)
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, output / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
-from . import checks, config_file, dry_run, loading, options, resuming, rl_rewards, settings, train_log, training
+from . import checks, dry_run, loading, options, resuming, rl_rewards, settings, train_log, training
 from .parser import HelpAll, Setting, UsageError
 from .typed import hyperparameters
 
@@ -171,10 +171,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = loading.load(args)
     functions += rl_rewards.reward_models(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
-    moments, members = (
-        output / rl_rewards.ENSEMBLE_FILE,
-        [name for name, _ in map(rl_rewards.weighted, args.reward_model)],
-    )
+    moments = output / rl_rewards.ENSEMBLE_FILE
+    members = [name for name, _ in map(rl_rewards.weighted, args.reward_model)]
     if ensemble is not None and checkpoint is not None:
         ensemble.load_moments(moments, members)
     rollout = None
@@ -209,11 +207,7 @@ def run(args: argparse.Namespace) -> int:
     results = training.report_header(args)
     if held_out:
         results["before"] = trainer.evaluate()
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "rl", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "rl", checkpoint)
     if held_out:
         results["after"] = trainer.evaluate()
         say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")

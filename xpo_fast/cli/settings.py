@@ -17,7 +17,11 @@ RL = {
     "vf_coef": Setting("X", float, "weight of the critic's loss (default: 0.1)"),
     "value_clip": Setting("X", float, "clipping range of a value around its old value (default: 0.2)"),
     "ref_mixin": Setting("X", float, "share of the policy mixed into the reference after every rollout (default: 0)"),
-    "kl_target": Setting("NATS", float, "adapt kl_coef, or the method's beta, towards this KL per completion"),
+    "kl_target": Setting(
+        "NATS",
+        float,
+        "adapt kl_coef, or the method's beta, towards this KL per completion (ppo_penalty: per token, from the sampler)",
+    ),
     "kl_horizon": Setting(
         "N", int, "a rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/N (default: 10000)"
     ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..files import write_json
-from . import checks, config_file, dry_run, held_out, loading, options, resuming, settings, train_log, training
+from . import checks, dry_run, held_out, loading, options, resuming, settings, train_log, training
 from .options import OBJECTIVE_OPTIONS
 from .parser import UsageError
 
@@ -86,11 +86,7 @@ def run(args: argparse.Namespace) -> int:
         results["before"] = trainer.held_out()
         if trainer.objective.needs_reference:  # policy = reference, so rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "train", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "train", checkpoint)
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), objective.data_kind, say)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import saving
+from . import config_file
 from .parser import UsageError
 from .signals import Stopped, stop_after_step
 
@@ -94,11 +95,10 @@ def report_header(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> dict[str, float]:
+def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: str | None) -> dict[str, float]:
     """Trains and saves; returns the trainer's metrics. Raises Stopped after Ctrl-C, with a checkpoint saved.
 
-    begin: called on the main process before the first step, once everything is checked and --overwrite has deleted the
-    checkpoints of the earlier run.
+    Nothing in the output folder is deleted or written before everything is checked and training begins.
     """
     from transformers import TrainerCallback
 
@@ -111,7 +111,7 @@ def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> d
             if not state.global_step:
                 for path in output.glob("checkpoint-*"):  # only with --overwrite, see `resuming.checkpoint`
                     shutil.rmtree(path)
-            begin()
+            config_file.write(args, output, command, resumed=checkpoint is not None)
 
     trainer.add_callback(Begin())
     with _alone(output), stop_after_step(trainer) as stopped:
