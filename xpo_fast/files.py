@@ -126,7 +126,7 @@ def appearing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
 
     A reader, or a run that was killed here, sees the old content or all of the new one. The parent folder is made if
     there is none. Raises SavingError, naming `path`, for errors about files in the block.
-    sole_writer: no other process writes `path`; what a killed one left beside it is deleted first.
+    sole_writer: no other process writes `path`; the leftovers of a killed one are deleted first.
     """
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -151,7 +151,7 @@ ALIASES: dict[str, Alias] = {
         true=["--advantage=group"],
         none=["--advantage=group_mean"],
         false=["--advantage=group_mean"],
-        batch="see --advantage for what there is",
+        batch="see --advantage for its estimators",
     ),
     "num_completions_to_print": kinds.as_setting("show_samples"),
     "log_completions": kinds.choices("false: `--set show_samples=0`", true=[], false=["--set=show_samples=0"]),
@@ -185,7 +185,7 @@ REFUSALS = {
     "prompts lose their beginning, completions their end; --max-prompt-length bounds the first": "truncation_mode",
     _MODEL: "model_init_kwargs lora_target_parameters lora_modules_to_save bnb_4bit_quant_storage cast_lm_head_to_fp32 "
     "router_aux_loss_coef disable_dropout chat_template_path eos_token pad_token ignore_bias_buffers",
-    "write the weight behind the function: --reward FILE.py:FUNCTION=WEIGHT": "reward_weights "
+    "write the weight after the function: --reward FILE.py:FUNCTION=WEIGHT": "reward_weights "
     "multi_objective_aggregation",
     "--prompts-per-rollout N says how many prompts a rollout has": "steps_per_generation",
     "rl has --prompts-per-rollout, and --set generation_batch_size=N for sampling": "generation_batch_size",

@@ -146,9 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if args.server_lora and not args.server:
         raise UsageError("--server-lora is for --server")
     if args.server and (args.full or not args.server_lora):
-        raise UsageError(
-            "--server needs --lora and --server-lora DIR: else nobody tells it of the policy's new weights"
-        )
+        raise UsageError("--server needs --lora and --server-lora DIR, which send it the policy's new weights")
     method_args, fields = settings.divided(args.set, settings.RL)
     if known := hyperparameters(args.method, "rl"):
         further = (*settings.RL, *options.OBJECTIVE_OPTIONS)
