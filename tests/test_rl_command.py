@@ -43,12 +43,32 @@ def home(tmp_path_factory):
 
 
 def run(home, output, *options, reward="share") -> int:
-    return cli.main([
-        "rl", "--data", str(home / "prompts.jsonl"), "--model", str(home / "model"), "--output-dir", str(output),
-        "--cpu", *(["--reward", f"{home / 'reward.py'}:{reward}"] if reward else []), "--batch-size", "8",
-        "--num-generations", "4",
-        "--max-new-tokens", "5", "--lora-targets", "q_proj,v_proj", *options,
-    ])  # fmt: skip
+    return cli.main(
+        [
+            "rl",
+            *(
+                "--data",
+                str(home / "prompts.jsonl"),
+                "--model",
+                str(home / "model"),
+                "--output-dir",
+                str(output),
+                "--cpu",
+            ),
+            *(["--reward", f"{home / 'reward.py'}:{reward}"] if reward else []),
+            *(
+                "--batch-size",
+                "8",
+                "--num-generations",
+                "4",
+                "--max-new-tokens",
+                "5",
+                "--lora-targets",
+                "q_proj,v_proj",
+            ),
+            *options,
+        ]
+    )
 
 
 def test_a_run_and_going_on_with_it(home, tmp_path, capsys):
@@ -163,16 +183,20 @@ def test_mistakes(home, tmp_path, capsys):
         (("--reward", f"{home / 'reward.py'}:none"), "there are absent, brevity, share"),
         (("--reward", f"{home / 'reward.py'}:share=much"), "expected NAME=WEIGHT with a number"),
         (("--reward-model", "a", "--ensemble", "mean"), "two or more --reward-model, got 1"),
-        (("--reward-model", "a", "--reward-model", "b", "--ensemble", "best"),
-         "expected mean, worst, uncertainty, got 'best'"),
+        (
+            ("--reward-model", "a", "--reward-model", "b", "--ensemble", "best"),
+            "expected mean, worst, uncertainty, got 'best'",
+        ),
         (("--reward-model", "a=2", "--reward-model", "b", "--ensemble", "mean"), "--ensemble HOW=WEIGHT"),
         (("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0"), "--value-head-lr must be positive"),
-        (("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0.1"),
-         "value_head_learning_rate is the critic's"),
+        (
+            ("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0.1"),
+            "value_head_learning_rate is the critic's",
+        ),
         (("--reward", f"{home / 'reward.py'}:share", "--method", "dpo"), "dpo does not learn from scored completions"),
         (("--reward", f"{home / 'reward.py'}:share", "--server", "http://x", "--full"), "--server needs --lora"),
         (("--reward", f"{home / 'reward.py'}:share", "--eval-split", "10"), "leaves none to train on"),
-    ):  # fmt: skip
+    ):
         assert run(home, out, *options, reward=None) == 2
         assert said in capsys.readouterr().err
     assert run(home, out, "--max-steps", "1", reward="absent") == 2

@@ -15,7 +15,7 @@ from .typed import hyperparameters
 
 if TYPE_CHECKING:
     from ..rl import RLTrainer
-    from ..rl.trainer import RLConfig
+    from ..rl.config import RLConfig
 
 # Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig:
 # the parser is built for every command, and importing that takes seconds.
@@ -32,8 +32,8 @@ METHOD_FIELDS = {
     "kl_coef": Setting(
         "X",
         float,
-        "weight of the KL penalty subtracted from the reward (default: 0.05 for ppo, else 0); in the loss it is "
-        "--set beta=…",
+        "weight of the KL penalty subtracted from the reward (default: the method's own, such as 0.05 for ppo, else "
+        "0); in the loss it is --set beta=…",
     ),
 }
 ROLLOUT_FIELDS = {
@@ -47,10 +47,13 @@ ROLLOUT_FIELDS = {
     "max_draws": Setting(
         "N",
         int,
-        "redraw prompts whose rewards are all equal, at most N times (default: 10 for dapo, else 1 = off)",
+        "redraw prompts whose rewards are all equal, at most N times (default: the method's own, such as 10 for "
+        "dapo, else 1 = off)",
     ),
     "overlong": Setting(
-        "NAME", str, "truncated completions: keep, mask, penalty (default: penalty for dapo, else keep)"
+        "NAME",
+        str,
+        "truncated completions: keep, mask, penalty (default: the method's own, such as penalty for dapo, else keep)",
     ),
 }
 FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
@@ -93,9 +96,9 @@ def add_parser(commands: Any) -> None:
     add = options.adder(group)
     add(
         "--method NAME",
-        "ppo, grpo, dr_grpo, bnpo, dapo, gspo, luspo, cispo, sapo, vespo, rloo, reinforce, ppo_penalty, ppo_ptx, "
-        "nash_md, or a sum of them. A method brings what its authors add to the loss, unless options say otherwise: "
-        "ppo its critic and KL penalty, dapo dynamic sampling and the overlong penalty",
+        "a method of `xpo-fast methods --where data=policy`, or a sum of them. A method brings what its authors add "
+        "to the loss, unless options say otherwise: ppo its critic and KL penalty, dapo dynamic sampling and the "
+        "overlong penalty",
         "grpo",
     )
     options.add_settings(group, "beta=0.04", ", or a setting that --help-all lists")
@@ -232,7 +235,7 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[str, Any]) -> RLConfig:
-    from ..rl.trainer import RLConfig
+    from ..rl.config import RLConfig
 
     return RLConfig(
         method=args.method,
