@@ -263,7 +263,7 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if kind == "server" and rest:
         from transformers import AutoTokenizer
 
-        from ..rollout.generate import ServerRollout
+        from ..rollout.server import ServerRollout
 
         if not args.judge_tokenizer:
             raise UsageError("server: needs --judge-tokenizer, that of the model behind it")

@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from ..rewards import Rewards
     from ..rewards.model import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
-    from ..rollout.generate import ServerRollout
+    from ..rollout.server import ServerRollout
 
     output = Path(args.output_dir)
     checkpoint = None if args.dry_run else resuming.checkpoint(args, last_checkpoint)
