@@ -105,7 +105,7 @@ def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: st
     output = Path(str(trainer.args.output_dir))
 
     class Begin(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, config: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:
                 return
             if not state.global_step:
