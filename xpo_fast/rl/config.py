@@ -82,7 +82,8 @@ class RLConfig(MethodConfig):
         default=None,
         metadata={
             "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
-            f"are drawn in their place, at most this many times per rollout. 1: never. None: {_of_methods('max_draws')}."
+            "are drawn in their place, at most this many times per rollout. 1: never. None: "
+            f"{_of_methods('max_draws')}."
         },
     )
     overlong: str = field(
@@ -285,7 +286,8 @@ class RLConfig(MethodConfig):
             by_row = [m.name for m in methods if "UT" not in m.axes("advantage")]
             if self.off_policy == "token" and by_row:
                 raise ValueError(
-                    f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: 'sequence'"
+                    f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: "
+                    "use 'sequence'"
                 )
         if self.draws > 1 and self.num_generations < 2:
             raise ValueError(
