@@ -42,7 +42,7 @@ from head import TOLERANCES, Shape, _errors
 from measure import MIB, environment, ratio, size_mib, table, time_interleaved
 from problem import BETA, IGNORE, LEANS, LOGIT_STD, LOSSES, Batch, Case, Results, float64_truth
 from report import DEVICE_LOST, Report
-from xpo_fast.head.plan import choose_backend
+from xpo_fast.head.choice import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
 SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # until the time is used up
@@ -140,7 +140,7 @@ def _finish(
 def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
     """With labels where a data loader has them, so that nothing has to wait for the device to tell which are scored."""
     from xpo_fast import Objective, gather_logps, token_logps
-    from xpo_fast.head.plan import check_backend
+    from xpo_fast.head.backends import check_backend
 
     try:
         check_backend(backend, device)

@@ -21,7 +21,20 @@ import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, models
-from xpo_fast.cli import aliases, checks, doctor, manual, options, rl, training
+from xpo_fast.cli import (
+    aliases,
+    checks,
+    doctor,
+    held_out,
+    loading,
+    loss_types,
+    manual,
+    options,
+    rl,
+    settings,
+    train_log,
+    training,
+)
 from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
@@ -143,7 +156,7 @@ def test_train_on_every_form(home, tmp_path, capsys, form):
 def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_path, capsys, monkeypatch):
     given = ["--full", "--lr", "1e-2", "--eval-split", "0", "--epochs", "1"]
     assert train(home, tmp_path / "whole", *given) == 0
-    json_log = training.json_log
+    json_log = train_log.json_log
 
     def interrupting(args):
         callback = json_log(args)
@@ -152,10 +165,10 @@ def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_pa
         )
         return callback
 
-    monkeypatch.setattr(training, "json_log", interrupting)
+    monkeypatch.setattr(train_log, "json_log", interrupting)
     assert train(home, tmp_path / "part", *given) == 130
     assert "stopped after step 3 of 5, checkpoint saved" in capsys.readouterr().out
-    monkeypatch.setattr(training, "json_log", json_log)
+    monkeypatch.setattr(train_log, "json_log", json_log)
 
     assert train(home, tmp_path / "part", *given) == 2
     assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
@@ -183,13 +196,13 @@ def test_a_mistake_shows_its_traceback_with_debug(home, tmp_path):
     ],
 )
 def test_settings(text, value):
-    assert options.setting(text) == value
+    assert settings.setting(text) == value
 
 
 @pytest.mark.parametrize("text", ["beta", "=1", ""])
 def test_settings_without_a_name_or_a_value_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=VALUE"):
-        options.setting(text)
+        settings.setting(text)
 
 
 @pytest.mark.parametrize("share", ["0.25", "5"])
@@ -202,7 +215,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     loaded = data.load(rows, kind="pair")
 
     def split(seed):
-        return training.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
+        return held_out.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
 
     kept, held = split(1)
     assert len(held) == 4 and len(kept) == 16  # of 5 asked for: prompts come in twos
@@ -246,8 +259,8 @@ def test_options_of_rl_are_fields_of_its_configuration_and_say_its_defaults():
     fields = {f.name: f for f in dataclasses.fields(RLConfig)}
     parser = argparse.ArgumentParser()
     rl.add_parser(parser.add_subparsers())
-    for name in rl.FIELDS:
-        about = (rl._METHOD_FIELDS | rl._ROLLOUT_FIELDS)[name][2]
+    for name in (*rl.FIELDS, *settings.RL):
+        about = (rl.METHOD_FIELDS | rl.ROLLOUT_FIELDS | settings.RL)[name].about
         said = re.search(r"\(default: ([\d.]+)[,)]", about)
         if said:
             assert float(said[1]) == fields[name].default, name
@@ -283,7 +296,7 @@ def test_training_arguments_are_as_given():
             [
                 "xpo-fast: DefaultCPUAllocator: can't allocate memory",
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
-                "--generation-batch-size, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
             ],
         ),
         (
@@ -297,7 +310,7 @@ def test_training_arguments_are_as_given():
             [
                 "xpo-fast: no memory",
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
-                "--generation-batch-size, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
             ],
         ),
     ],
@@ -444,11 +457,67 @@ def test_names_of_trl_and_transformers(theirs, ours):
         ("--method ppo --delta 3", "--method ppo --set dual_clip=3"),
         ("--reward_funcs my.rewards.short f.py:g --mask_truncated_completions",
          "--reward my.rewards:short --reward f.py:g --overlong mask"),
-        ("--use_vllm false --log_completions --num_completions_to_print 2", "--show-samples 2"),
+        ("--use_vllm false --log_completions --num_completions_to_print 2", "--set show_samples=2"),
     ],
 )  # fmt: skip
 def test_names_of_trl_for_rl(theirs, ours):
     assert parsed(*theirs.split(), command="rl") == parsed(*shlex.split(ours), command="rl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kl-horizon 5", "--kl-horizon is a value of --set: write --set kl_horizon=5, see xpo-fast rl --help-all"),
+        ("--show_samples=0", "write --set show_samples=0"),
+        ("--generation_batch_size", "write --set generation_batch_size=N"),
+        ("--kl-horizn 5", "did you mean --set kl_horizon?"),
+    ],
+)
+def test_a_setting_of_rl_is_no_option(capsys, words, message):
+    assert message in refusal(capsys, *words.split(), command="rl")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("kl_horizn=5", "--set kl_horizn: grpo has no hyperparameter kl_horizn; it has eps, beta"),
+        ("kl_horizn=5", "did you mean kl_horizon?"),
+        ("kl_horizon=0.5", "--set kl_horizon: expected a whole number, got 0.5"),
+        ("kl_horizon=true", "--set kl_horizon: expected a whole number, got True"),
+        ("kl_horizon=0", "kl_horizon must be at least 1, got 0"),
+        ("value_clip=Infinity", "--set value_clip: expected a number, got inf"),
+        ("off_policy=1", "--set off_policy: expected a name, got 1"),
+        ("off_policy=tokn", "got 'tokn'; did you mean token?"),
+    ],
+)
+def test_a_setting_of_rl_is_checked(tmp_path, capsys, setting, message):
+    (tmp_path / "short.py").write_text(
+        "def short(completion_ids, **given):\n    return [0.0 for c in completion_ids]\n"
+    )
+    words = ["--reward", f"{tmp_path}/short.py:short", "--cpu", "--output-dir", str(tmp_path / "out")]
+    assert cli.main(["rl", "--data", "x", "--set", setting, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_rl_reach_its_configuration_and_are_none_of_the_methods():
+    found = settings.divided(parsed("--set", "eps=0.1", "--set", "kl_horizon=5", command="rl")["set"], settings.RL)
+    assert found == ({"eps": 0.1}, {"kl_horizon": 5})
+
+
+def test_help_of_rl_leaves_the_rare_to_help_all(capsys):
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["rl", option])
+        assert stop.value.code == 0
+        shown[option] = capsys.readouterr().out
+    parser = cli.parsers()["rl"]
+    names = {action.option_strings[-1] for action in parser.documented()}
+    listed = {option: {name for name in names if re.search(rf"\n  {name}\s", text)} for option, text in shown.items()}
+    assert listed["--help-all"] == names and len(listed["--help"]) <= 50
+    assert listed["--help"] == names - {f"--{name.replace('_', '-')}" for name in parser.rare}
+    for name in parser.settings:
+        assert f"\n  {name}=" in shown["--help-all"] and f"\n  {name}=" not in shown["--help"]
 
 
 def test_names_of_trl_for_reward():
@@ -498,7 +567,7 @@ def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
         parser = cli.parsers()[command]
         if parser.named(name) is not None or name in (
             *aliases.ALIASES,
-            *aliases._REFUSED,
+            *aliases.REFUSED,
             *options.TRAINER_ARGUMENTS,
         ):
             return True
@@ -523,7 +592,7 @@ def test_loss_types_are_those_of_the_table_of_conversions():
     rows = [
         line.split("|") for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()
     ]
-    for theirs, ours in aliases.loss_types().items():
+    for theirs, ours in loss_types.loss_types().items():
         assert ours in METHODS
         if theirs not in (ours, "nll"):  # what SFTTrainer calls its only loss of this kind
             here = [row for row in rows if len(row) > 4 and re.search(rf"`{ours}[`(]", row[2])]
@@ -690,7 +759,7 @@ def test_training_on_quantised_weights(home, tmp_path, capsys, bits):
     model, _ = models.load_model(str(out))
     assert type(model) is transformers.LlamaForCausalLM
     args = cli.parse(["train", "--data", "x", *words, "--dtype", "bfloat16", "--cpu"])
-    config = training.quantised(args)["quantization_config"]
+    config = loading.quantised(args)["quantization_config"]
     if bits == "4":
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
         assert config.bnb_4bit_compute_dtype == torch.bfloat16
@@ -828,7 +897,7 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_constants_of_the_parser_are_those_of_the_rooms_that_it_does_not_import():
-    from xpo_fast.head.plan import BACKENDS
+    from xpo_fast.head.backends import BACKENDS
 
     assert options.BACKENDS == BACKENDS and options.SMOLLM2 == models.SMOLLM2
 

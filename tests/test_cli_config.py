@@ -192,6 +192,15 @@ def test_a_mistake_in_a_file_is_told_with_its_line(parsed, capsys, text, message
     assert stop.value.code == 2 and len(lines) == 2 and message in lines[0], lines
 
 
+def test_settings_of_rl_in_a_file(parsed, capsys):
+    text = "data: a\nmethod: grpo\nset: {kl_horizon: 5, value_clip: 0.1}\n"
+    found = parsed(text, "--method", "dapo", "--set", "value_clip=0.3", command="rl")
+    assert dict(found["set"]) == {"kl_horizon": 5, "value_clip": 0.3}
+    with pytest.raises(SystemExit):
+        parsed("data: a\nkl-horizon: 5\n", command="rl")
+    assert "run.yaml:2: --kl-horizon is a value of --set: write --set kl_horizon=5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["{", '{"data": }'])
 def test_json_that_is_none_is_told(parsed, capsys, text):
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
-"""Heads in parts, on two to four processes, against the textbook computation in one: vocabulary-parallel, FSDP2, DTensors, ZeRO-3.
+"""Heads in parts, on two to four processes, against the textbook computation in one process.
 
+The parts are vocabulary-parallel shards, or those of FSDP2, DTensors and ZeRO-3.
 A world of gloo processes runs every case once and saves what each rank found. Tolerances: 1e-5 in float32, for
 gradients in norm, 1e-10 in float64; statistics of a cut vocabulary are the same bit by bit on its ranks.
 """
@@ -20,10 +21,10 @@ from torch import nn
 import oracle
 import xpo_fast as xf
 from ranks import found_by
-from xpo_fast.head import head_plan
+from xpo_fast.head import head_plan, units
+from xpo_fast.head.operands import Operands
 from xpo_fast.head.rows import Group
 from xpo_fast.head.spec import Scaling
-from xpo_fast.head.units import UnitLoss
 from xpo_fast.models import install_fused_loss
 
 WORLD = 4
@@ -236,7 +237,7 @@ def run_partial(rank: int, group) -> dict[str, torch.Tensor]:
 
 
 def unit_loss(rank: int | None, group=None):
-    """A trainable head's loss of single tokens, −Σ u·logp, made while their tile is live; rank None: of the whole head."""
+    """A trainable head's loss of single tokens, −Σ u·logp, made while their tile is live; rank None: the whole head."""
     case = Case("four, padded", dtype=torch.float64, options=EVERYTHING)
     whole = problem(case)
     shard, operands = None, whole
@@ -255,10 +256,12 @@ def unit_loss(rank: int | None, group=None):
     starts = range(0, len(scored), 2 * CHUNK)  # groups longer than a tile: a part is made again
     groups = [Group(scored[a : a + 2 * CHUNK], (), a) for a in starts]
     u = upstream["logp"]
-    loss, _ = UnitLoss.apply(
-        hidden, weight, bias, targets, Scaling(**EVERYTHING), oracle.IGNORE, groups, plan,
-        lambda logp, group: -u[group.positions], lambda logp: -(u * logp).sum(),
-    )  # fmt: skip
+    given = Operands(
+        hidden, weight, targets, bias, shard=shard, scaling=Scaling(**EVERYTHING), ignore_index=oracle.IGNORE
+    )
+    loss, _ = units.unit_loss(
+        given, groups, plan, lambda logp, group: -u[group.positions], lambda logp: -(u * logp).sum()
+    )
     loss.backward()
     return {"loss": loss.detach(), "plan": str(plan)} | {f"d_{n}": x.grad for n, x in leaves.items()}
 
@@ -721,9 +724,13 @@ def run_zero_calls(rank: int) -> dict:
         xf.token_logps(hidden, layer.weight, targets, weight_grad=torch.zeros_like(weight))
     assert layer.weight.shape == layer.bias.shape == (0,)
     return {
-        "logp": logp.detach(), "d_weight": d_weight, "d_bias": d_bias, "half": half.detach(), "half wanted": want.detach(),
+        "logp": logp.detach(),
+        "d_weight": d_weight,
+        "d_bias": d_bias,
+        "half": half.detach(),
+        "half wanted": want.detach(),
         "collectives": [sum(mode.get_comm_counts().values()) for mode in (forward, backward)],
-    }  # fmt: skip
+    }
 
 
 def run_all_zero(rank: int) -> dict:

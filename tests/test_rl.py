@@ -17,7 +17,7 @@ import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
 from xpo_fast.methods.advantages import advantages
 from xpo_fast.rewards import RewardError
-from xpo_fast.rewards.llm_judges import Judge, win_rate
+from xpo_fast.rewards.judges import Judge, win_rate
 from xpo_fast.rl import RLTrainer, last_checkpoint
 from xpo_fast.rl.batches import Batches
 from xpo_fast.rl.config import RLConfig

@@ -50,7 +50,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 def write_made_with(folder: str | Path, made_with: Mapping[str, Any]) -> None:
     """Writes the settings of a run into a checkpoint."""
-    write_atomically(Path(folder) / MADE_WITH, (json.dumps(_as_json(made_with), indent=1) + "\n").encode())
+    write_atomically(Path(folder) / MADE_WITH, (json.dumps(as_json(made_with), indent=1) + "\n").encode())
 
 
 def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
         was = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): go on from another checkpoint") from error
-    now = _as_json(now)
+    now = as_json(now)
     changed = [name for name in now if name in was and not _same(was[name], now[name])]
     if not changed:
         return
@@ -118,7 +118,7 @@ def rows_identity(dataset: datasets.Dataset | list[dict[str, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Returns the value as JSON gives it back: sets as sorted lists, anything else that JSON does not have as text."""
     return json.loads(json.dumps(value, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would train on and how, from the tokenizer and the model's configuration, without its weights."""
+"""Reports for --dry-run what a run would train on and how, from the tokenizer and the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import options, training
+from . import loading, options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ OPEN, CLOSE = "⟦", "⟧"
 
 
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
-    """Print what `xpo-fast train` would do. config: its XPOConfig."""
+    """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
     from ..trainer import layout
     from ..trainer.reference import choose
@@ -38,7 +38,7 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
 
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
-    """Print what `xpo-fast reward` would do. config: its RewardConfig."""
+    """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
     from ..rewards.trainer import RewardCollator
 
     spec = config.spec()
@@ -53,7 +53,7 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
-    """Print what `xpo-fast rl` would do. config: its RLConfig; names: of the rewards."""
+    """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
     from ..rollout import encode_prompts
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
@@ -87,11 +87,11 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
 
 
 def _without_weights(args: argparse.Namespace, *, adapter: bool) -> tuple[Any, Any]:
-    """The model as it is trained, its shapes alone, and its tokenizer."""
+    """Returns the model as it is trained, with shapes but no weights, and its tokenizer."""
     from ..trainer import with_adapter, with_tokenizer
 
-    model, tokenizer = with_tokenizer(*training.load(args, device_map="meta"))
-    return (with_adapter(model, training.lora(args)) if adapter else model), tokenizer
+    model, tokenizer = with_tokenizer(*loading.load(args, device_map="meta"))
+    return (with_adapter(model, loading.lora(args)) if adapter else model), tokenizer
 
 
 def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
@@ -128,16 +128,16 @@ def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit
     )
     print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
     held = "none" if held_out is None else len(held_out)
-    print(f"data       {options.came_of(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
+    print(f"data       {options.sources(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
 
 
 def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) -> None:
-    """Tokens of prompts, completions and both, before they are cut, and how many are cut."""
+    """Prints the tokens of prompts, completions and both before they are cut, and how many are cut."""
     from .. import data
 
-    whole = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
-    prompt = [len(ids) for ids in whole["prompt_ids"]]
-    completions = list(_completions(whole, kind))
+    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
+    prompt = [len(ids) for ids in uncut["prompt_ids"]]
+    completions = list(_completions(uncut, kind))
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]
     kept = [len(ids) for ids in encoded["prompt_ids"]]
     shortened = [[len(ids) for ids in row] for row in _completions(encoded, kind)]
@@ -175,7 +175,7 @@ def _table(lengths: dict[str, list[int]]) -> None:
 
 
 def _steps(config: Any, rows: int) -> None:
-    """As transformers.Trainer counts them: the batches of an epoch that are left over make a step of their own."""
+    """Prints the steps as transformers.Trainer counts them: the last batches of an epoch make a step of their own."""
     batches = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
     per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
@@ -187,7 +187,7 @@ def _steps(config: Any, rows: int) -> None:
 
 
 def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> Any:
-    """The head's plan for a batch; of its operands the shapes count, and no memory is taken for them."""
+    """Returns the head's plan for a batch, from operands of the right shapes that take no memory."""
     import torch
 
     from ..models import Head
@@ -206,7 +206,7 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
 
 
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:
-    """Each sequence of a batch as text, what is scored between ⟦ and ⟧."""
+    """Prints each sequence of a batch as text, the scored tokens between ⟦ and ⟧."""
     targets, ids, mask = batch["targets"], batch["input_ids"], batch["attention_mask"]
     print(f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):")
     for r in range(len(ids)):

@@ -1,17 +1,19 @@
-"""`xpo-fast help`: the help of a command, or all of them as docs/commands.md."""
+"""`xpo-fast help`: prints the help of a command, or of all of them as docs/commands.md."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from ..wording import did_you_mean
-from .options import UsageError
-from .parser import Parser, option
+from .aliases import ALIASES, REFUSALS
+from .loss_types import loss_types
+from .parser import Parser, UsageError, option
 
 REGENERATE = "xpo-fast help --markdown > docs/commands.md"
 
-# A line for each group of options, and for options that need one.
+# An example for each group of options, and for options that need one.
 EXAMPLES = {
     "configuration": "xpo-fast train --config run.yaml --lr 1e-5",
     "data": "xpo-fast train --data pairs.jsonl --eval-split 0.1",
@@ -24,7 +26,7 @@ EXAMPLES = {
     "rollouts": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short --num-generations 8 --max-new-tokens 128",
     "recipe": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --set iterations=2",
     "model and optimisation": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --lr 1e-5",
-    "filters": "xpo-fast methods --data unpaired",
+    "filters": "xpo-fast methods --where data=unpaired",
     "options": "xpo-fast eval-reward --data pairs.jsonl --model xpo-fast-reward --policy xpo-fast-out",
     "--config": "xpo-fast train --config xpo-fast-out/config.yaml --output-dir again",
     "--dry-run": "xpo-fast train --data pairs.jsonl --dry-run",
@@ -41,19 +43,16 @@ EXAMPLES = {
 }
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, whole: Parser) -> None:
+    """Adds `xpo-fast help`. whole: the parser that has the commands."""
     parser = commands.add_parser("help", help="the help of a command", allow_abbrev=False)
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="a command; none: the list of them")
     parser.add_argument("--markdown", action="store_true", help="all commands with all options, in Markdown")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, whole, commands.choices))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the help that is asked for."""
-    from . import build_parser, parsers
-
-    whole = build_parser()
-    commands = parsers(whole)
+def run(whole: Parser, commands: dict[str, Parser], args: argparse.Namespace) -> int:
+    """Prints the help that is asked for."""
     if args.markdown:
         print(markdown(commands), end="")
     elif args.command is None:
@@ -69,15 +68,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def markdown(commands: dict[str, Parser]) -> str:
-    """Return docs/commands.md."""
+    """Returns docs/commands.md."""
     parts = [_OPENING.format(regenerate=REGENERATE)]
     for name, parser in commands.items():
         parts.append(f"## xpo-fast {name}\n\n{_text(parser.description or '')}".rstrip() + "\n")
-        told: set[str] = set()  # an example stands once in a command
+        told: set[str] = set()  # an example is shown once per command
         for group in parser._action_groups:
             actions = [a for a in group._group_actions if a.dest != "help"]
             if actions:
                 parts.append(_group(str(group.title), actions, name, told))
+        if parser.settings:
+            rows = "\n".join(f"| `{key}={s.metavar}` | {_text(s.about)}. |" for key, s in parser.settings.items())
+            parts.append(
+                f"### settings, each as --set NAME=VALUE\n\n| setting | what it does |\n| --- | --- |\n{rows}\n"
+            )
     return "\n".join(parts) + "\n" + _names_elsewhere()
 
 
@@ -101,7 +105,7 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
     return "\n".join(lines) + "\n"
 
 
-# Groups that commands share, and how another command than train begins.
+# Groups that commands share, and how their examples begin for commands other than train.
 _SHARED = ("configuration", "data", "method", "model", "optimisation", "head", "output")
 _SHARED_EXAMPLES = {
     "xpo-fast reward": "xpo-fast reward --data pairs.jsonl",
@@ -130,12 +134,10 @@ def _text(text: str) -> str:
 
 
 def _names_elsewhere() -> str:
-    from .aliases import _REFUSALS, ALIASES, loss_types
-
     rows = "\n".join(f"| `{name}` | {_text(alias.becomes)} |" for name, alias in ALIASES.items())
     refused = "\n".join(
         f"| {', '.join(f'`{name}`' for name in sorted(names.split()))} | {_text(what)} |"
-        for what, names in _REFUSALS.items()
+        for what, names in REFUSALS.items()
     )
     losses = "\n".join(f"| `{theirs}` | `{ours}` |" for theirs, ours in loss_types().items())
     return _ELSEWHERE.format(rows=rows, refused=refused, losses=losses)
@@ -160,6 +162,7 @@ Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `
   repeats it.
 - A hyperparameter of the method is an option of `train`, `reward` and `rl`: `--beta 0.05` is `--set beta=0.05`. Where the
   command has an option of that name itself (`--gamma` of `rl`, the discount), write `--set`.
+- `xpo-fast rl --help` shows the options that most runs need, and `--help-all` every one, with the settings of `--set`.
 - Names of TRL 1.16 and transformers are accepted where they mean the same, see [below](#names-from-trl-and-transformers).
 - Tab completion: `xpo-fast completion bash > ~/.local/share/bash-completion/completions/xpo-fast`; for zsh a file `_xpo-fast`
   in a folder of `$fpath`; for fish `~/.config/fish/completions/xpo-fast.fish`.
@@ -167,10 +170,9 @@ Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `
 
 _ELSEWHERE = """## Names from TRL and transformers
 
-On the command line and in a configuration file. One that cannot be honoured exactly is refused by name. Two names are the same and
-mean something else: `--generation_batch_size` is here how many completions are sampled at a time, not those of a rollout
-(`--prompts-per-rollout`), and a half as `--dtype` with an adapter is the dtype of its frozen weights. Defaults are those of
-the commands here.
+On the command line and in a configuration file. One that cannot be honoured exactly is refused by name. One name is the same
+and means something else: bfloat16 or float16 as `--dtype` with an adapter is the dtype of the frozen weights. Defaults are
+those of the commands here.
 
 | there | here |
 | --- | --- |

@@ -79,7 +79,7 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
     else:
         raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
     prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
-    prompt = _after_system(raw_row, prompt, where)
+    prompt = _with_system(raw_row, prompt, where)
     named = dict(zip(raw, completions))
     if "label" in kind.numbers and "chosen" in named:
         shaped = [{"completion": named[name], "label": name == "chosen"} for name in named]
@@ -93,7 +93,7 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
     return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
 
 
-def _after_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
+def _with_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
     """Returns the prompt after the row's system prompt, if any; DataError for text, which cannot have one."""
     if isinstance(prompt, list):
         return after_system(row, prompt, where)
@@ -132,7 +132,7 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
             f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
-    return {**row, "prompt": _after_system(given, prompt, where)}
+    return {**row, "prompt": _with_system(given, prompt, where)}
 
 
 def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:

@@ -8,7 +8,7 @@ in the loops waits for the device. float64 operands take torch's row operations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -18,11 +18,8 @@ from torch import Tensor
 from ..kernels import logps, one_read  # pyright: ignore[reportMissingImports]
 from ..kernels import rows as kernel  # pyright: ignore[reportMissingImports]
 from ..kernels.tuning import prefers_fused  # pyright: ignore[reportMissingImports]
-from . import chunked
 from .gemms import Gemms
-from .plan import Tiling
 from .row_operations import RowOperations
-from .spec import Scaling
 
 
 class TritonRowOperations(RowOperations):
@@ -38,6 +35,20 @@ class TritonRowOperations(RowOperations):
             ref_bias=None if ref_gemms is None else ref_gemms.bias,
             **asdict(gemms.scaling),
         )
+
+    def fused(self, gathered: Callable[[], Tensor], y: Tensor, outputs: Sequence[str], found: Tensor) -> bool:
+        gemms, names = self.gemms, ("logp", "lse", *outputs)
+        weight = gemms.weight
+        if self.ref_gemms is not None or gemms.adapter is not None or not set(names) <= set(logps.STATISTICS):
+            return False
+        if not prefers_fused(weight.device, weight.dtype, *weight.shape, y.shape[0]):
+            return False
+        h = gathered()
+        if not logps.supports(h, weight):
+            return False
+        out = dict(zip(names, found, strict=True))
+        logps.run(h, weight, y, bias=gemms.bias, out=out, **asdict(gemms.scaling))
+        return True
 
     def statistics(
         self,
@@ -71,39 +82,3 @@ class TritonRowOperations(RowOperations):
 def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:
     kind = TritonRowOperations if gemms.dtype == torch.float32 else RowOperations
     return kind(gemms, ref_gemms)
-
-
-def forward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    ref: chunked.Reference | None,
-    scaling: Scaling,
-    ignore_index: int,
-    outputs: Sequence[str],
-    tiling: Tiling,
-    save_grad: bool,
-    adapter: Tensor | None = None,  # (V, r)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`chunked.forward`; or, without a gradient and where that was measured to be faster, no tile at all."""
-    arguments = hidden, weight, bias, targets, ref, scaling, ignore_index
-    fused = not save_grad and ref is None and adapter is None and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
-    if fused and logps.supports(hidden, weight):
-        passes = chunked.Passes(*arguments, tiling, row_operations)
-        if prefers_fused(hidden.device, weight.dtype, *weight.shape, len(passes)):
-            found = torch.empty((2 + len(outputs), len(passes)), dtype=torch.float32, device=hidden.device)
-            logps.run(
-                passes.gathered(slice(None)),
-                weight,
-                passes.y,
-                bias=passes.gemms.bias,
-                out=dict(zip(("logp", "lse", *outputs), found, strict=True)),
-                **asdict(scaling),
-            )
-            return *passes.spread(found), hidden.new_empty((0, hidden.shape[1]))
-    return chunked.forward(*arguments, outputs, tiling, save_grad, row_operations, adapter)
-
-
-backward = partial(chunked.backward, operations=row_operations)
-unit_gradients = partial(chunked.unit_gradients, operations=row_operations)

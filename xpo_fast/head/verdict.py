@@ -28,8 +28,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +41,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..device import to_device
 from ..store import Store, locked
 from ..wording import one_line
-from . import dense
-from .plan import CHECK, OVERRIDE, TRITON_DTYPES, Tiling, implementation
+from . import chunked, dense
+from .backends import CHECK, OVERRIDE, TRITON_DTYPES, row_operations
+from .operands import Operands, Reference
 from .rows import Group
 from .spec import Scaling
+from .tiling import Tiling
 
 # (compute capability, Triton's minor version) on which the check has been seen to pass: these need no process of their own.
 SEEN: frozenset[tuple[str, str]] = frozenset()
@@ -81,9 +85,11 @@ class Verdict:
 
 
 class Contender(NamedTuple):
-    """What is checked: a backend's `forward`, `backward` and `unit_gradients`, and what else `auto` launches, if there is any."""
+    """What is checked: `forward`, `backward` and `unit_gradients` of chunked.py with a backend's row operations, and what
+    else `auto` launches, if there is any.
+    """
 
-    head: Any
+    loops: Any
     gather: Any = None  # `forward` and `write_gradient` of kernels/gather.py
     top_k: Callable[..., tuple[Tensor, Tensor]] | None = None  # `run` of kernels/topk.py
 
@@ -92,7 +98,9 @@ def triton_kernels() -> Contender:
     """Return what `auto` would launch."""
     from ..kernels import gather, topk  # pyright: ignore[reportMissingImports]
 
-    return Contender(implementation("triton"), gather, topk.run)
+    functions = (chunked.forward, chunked.backward, chunked.unit_gradients)
+    loops = SimpleNamespace(**{f.__name__: partial(f, operations=row_operations("triton")) for f in functions})
+    return Contender(loops, gather, topk.run)
 
 
 class Measure(NamedTuple):
@@ -151,7 +159,7 @@ class Problem:
         self.weight = normal(vocab, WIDTH, std=3 / WIDTH**0.5)
         self.bias = normal(vocab) if everything else None
         self.hidden, self.u = normal(count, WIDTH), normal(count).float()
-        self.ref = (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
+        self.ref = Reference(normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5)) if everything else None
         # One column has nothing but what stands out: the last, before which sums, and what is cut off of them, are small.
         self.weight[:, -1], self.hidden[:, -1] = 0, 0
         self.weight[-1, -1] = 8
@@ -168,36 +176,31 @@ class Problem:
     def run(self, contender: Contender) -> dict[str, Tensor]:
         """Return what a contender computes, by name."""
         found: dict[str, Tensor] = {}
-        operands = self.hidden, self.weight, self.bias, self.targets
-        options = self.scaling, IGNORE
-        needs = (True, True, self.bias is not None, False)
-        tiling = TILINGS[0]
-        forward = contender.head.forward
-        found["logp"], found["lse"], _, found["dlogp"] = forward(*operands, None, *options, (), tiling, True)
-        _, _, extra, _ = forward(*operands, None, *options, STATISTICS, tiling, False)
+        alone = Operands(self.hidden, self.weight, self.targets, self.bias, scaling=self.scaling, ignore_index=IGNORE)
+        needs, tiling, loops = (True, True, self.bias is not None, False), TILINGS[0], contender.loops
+        found["logp"], found["lse"], _, found["dlogp"] = loops.forward(alone, (), tiling, True)
+        _, _, extra, _ = loops.forward(alone, STATISTICS, tiling, False)
         found.update(zip(STATISTICS, extra, strict=True))
-        grads = contender.head.backward(
-            *operands, None, *options, tiling, {"logp": self.u, "entropy": self.u},
-            {"entropy": found["entropy"]}, needs,
-        )  # fmt: skip
-        found.update(self._named("backward", grads))
+        u, v = {"logp": self.u, "entropy": self.u}, {"entropy": found["entropy"]}
+        found.update(self._named("backward", loops.backward(alone, tiling, u, v, needs)))
         if self.ref is not None:
-            _, _, extra, _ = forward(*operands, self.ref, *options, DIVERGENCES, tiling, False)
+            both = replace(alone, ref=self.ref)
+            _, _, extra, _ = loops.forward(both, DIVERGENCES, tiling, False)
             found.update(zip(DIVERGENCES, extra, strict=True))
-            grads = contender.head.backward(
-                *operands, self.ref, *options, tiling, dict.fromkeys(DIVERGENCES, self.u),
-                {"reverse_kl": found["reverse_kl"]}, needs,
-            )  # fmt: skip
-            found.update(self._named("divergences", grads))
+            u, v = dict.fromkeys(DIVERGENCES, self.u), {"reverse_kl": found["reverse_kl"]}
+            found.update(self._named("divergences", loops.backward(both, tiling, u, v, needs)))
         for tiling in TILINGS:
             # The first group is longer than the smaller tile: its tiles but the last are made again.
             first = SCORED * 3 // 5
             groups = [Group(self.at[:first], (0,), 0), Group(self.at[first:], (1,), first)]
             name = f"units by {tiling.tile}"
-            logp, grads = contender.head.unit_gradients(
-                *operands, *options, groups if tiling.tile < SCORED else [Group(self.at, (0, 1), 0)], tiling,
-                lambda logp, group: self.u[group.positions] * (logp / 8).exp(), needs,
-            )  # fmt: skip
+            logp, grads = loops.unit_gradients(
+                alone,
+                groups if tiling.tile < SCORED else [Group(self.at, (0, 1), 0)],
+                tiling,
+                lambda logp, group: self.u[group.positions] * (logp / 8).exp(),
+                needs,
+            )
             found[f"{name}: logp"] = logp
             found.update(self._named(name, grads))
         if contender.gather is not None:
@@ -614,7 +617,7 @@ def _sources() -> str:
     assert spec is not None and spec.submodule_search_locations is not None
     kernels = sorted(p for place in spec.submodule_search_locations for p in Path(place).glob("*.py"))
     names = (
-        "chunked", "dense", "gemms", "row_operations", "rows", "spec", "streams", "triton", "verdict",
+        "chunked", "dense", "gemms", "operands", "row_operations", "rows", "spec", "streams", "tiling", "triton", "verdict",
     )  # fmt: skip
     digest = hashlib.sha256()
     for path in (*kernels, *(Path(__file__).with_name(f"{name}.py") for name in names)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..head.sharded import is_sharded, unpartitioned, whole
+from ..head.sharded import gathered, is_sharded, unpartitioned
 
 # Attributes of a text config by which a model's forward changes the products h Wᵀ: a softcap, or a factor with its
 # power. They count only if the code of that forward names them: a multimodal model may leave out what its text model
@@ -35,7 +35,7 @@ ACTS_OF: dict[str, Mapping[str, int | str]] = {
 # Model types that change logits in a way no Head can express.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
 # Packages whose hooks on a head, and replacements of its forward, gather, move or cast and do not change its logits.
-_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __package__.split(".")[0])
+_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __name__.split(".")[0])
 # Attribute of a config: the rows of the weight beyond this number are padding, whose logits the model drops.
 _UNPADDED = "unpadded_vocab_size"
 _KEEP = "keep it in 16 or 32 bits (llm_int8_skip_modules, modules_to_not_convert)"
@@ -191,13 +191,12 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
         variant = layer.lora_variant.get(x)
         if variant is not None and type(variant) is not DoraLinearVariant:
             raise _refused(owner, f"carries a variant of LoRA that is not supported ({type(variant).__name__})")
-    columns: list[Any] = unpartitioned(*(layer.lora_B[x].weight for x in names))
-    fields["adapter"] = torch.cat(columns, dim=1)
+    adapters: dict[str, Any] = {x: layer.lora_B[x] for x in names}
+    fields["adapter"] = torch.cat(unpartitioned(*(b.weight for b in adapters.values())), dim=1)
     fields["project"] = partial(_project, layer, names)
-    for x in names:
-        added = layer.lora_B[x].bias
-        if added is not None:
-            bias, added = unpartitioned(fields["bias"], added)
+    for x, b in adapters.items():
+        if b.bias is not None:
+            bias, added = unpartitioned(fields["bias"], b.bias)
             added = added * layer.scaling[x]
             fields["bias"] = added if bias is None else bias + added
     if any(x in layer.lora_variant for x in names):
@@ -212,7 +211,7 @@ def _project(layer: Any, names: list[str], hidden: Tensor) -> Tensor:
         a = layer.lora_A[x]
         h = layer.lora_dropout[x](hidden.to(a.weight.dtype))
         # ZeRO-3 gathers for a module that is called; under FSDP2 a head in a group of its own is still in parts here.
-        product = nn.functional.linear(h, *whole(weight=a.weight)) if is_sharded(a.weight) else a(h)
+        product = nn.functional.linear(h, *gathered(weight=a.weight)) if is_sharded(a.weight) else a(h)
         parts.append(product * layer.scaling[x])
     return torch.cat(parts, dim=-1)
 

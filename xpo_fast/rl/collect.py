@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Place
 from ..models import check_ids
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX, Rewards
-from ..rewards.llm_judges import Judge
+from ..rewards.judges import Judge
 from ..rollout import GenerateRollout, Prompt, Rollout, RolloutError, Samples, Sampling, encode_prompts
 from ..seeds import permutation, seed_for
 from .config import RLConfig

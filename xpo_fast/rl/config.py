@@ -9,23 +9,20 @@ from typing import Any
 
 from ..methods import METHODS
 from ..methods.advantages import ADVANTAGES, OF_GROUPS
+from ..methods.registry import RLDefaults
 from ..objective import Objective
 from ..objective.terms import parse_terms
 from ..trainer import MethodConfig
 from ..wording import did_you_mean
 
-_PPO = ("ppo", "ppo_penalty", "ppo_ptx")
-# What the authors of a method subtract from its rewards and divide them by; of the others: "group".
-_ADVANTAGE = {
-    **dict.fromkeys(_PPO, "gae"),
-    "dr_grpo": "group_mean",
-    "rloo": "leave_one_out",
-    "reinforce": "batch_mean",
-    "nash_md": "reward",
-}
-_PPO_KL = 0.05
-_DAPO_DRAWS = 10  # as its authors run it (verl's max_num_gen_batches)
-_CISPO_CAP = 5.0  # ScaleRL (arXiv 2510.13786)
+
+def _of_methods(name: str) -> str:
+    """Returns "10 for dapo, else 1": a default that follows the method, as the cards have it."""
+    plain, said = getattr(RLDefaults(), name), dict[Any, list[str]]()
+    for method in METHODS.values():
+        if (own := getattr(method.card.rl, name)) != plain:
+            said.setdefault(own, []).append(method.name)
+    return "".join(f"{own} for {', '.join(names)}, " for own, names in said.items()) + f"else {plain}"
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -85,15 +82,15 @@ class RLConfig(MethodConfig):
         default=None,
         metadata={
             "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
-            f"are drawn in their place, at most so many times a rollout. 1: no. None: {_DAPO_DRAWS} for dapo, else 1."
+            f"are drawn in their place, at most this many times per rollout. 1: never. None: {_of_methods('max_draws')}."
         },
     )
     overlong: str = field(
         default="auto",
         metadata={
             "help": "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty "
-            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before), or auto: penalty for dapo, "
-            "else keep."
+            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before), or auto: "
+            f"{_of_methods('overlong')}."
         },
     )
     overlong_buffer: int | None = field(
@@ -130,7 +127,7 @@ class RLConfig(MethodConfig):
         metadata={
             "help": "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the "
             "sampled tokens (k1: unbiased in value and gradient). "
-            f"None: {_PPO_KL} for the ppo family, else 0. In the loss it is the method's beta."
+            f"None: {_of_methods('kl_coef')}. In the loss it is the method's beta."
         },
     )
     kl_target: float | None = field(
@@ -231,20 +228,19 @@ class RLConfig(MethodConfig):
         return step // self.num_generations
 
     @property
-    def _is_dapo(self) -> bool:
-        return parse_terms(self.method, None, {})[0].method.name == "dapo"
+    def _defaults(self) -> RLDefaults:
+        """Returns what the card of the method, or of a sum's first, has as defaults."""
+        return parse_terms(self.method, None, {})[0].method.card.rl
 
     @property
     def draws(self) -> int:
         """How often prompts are drawn for a rollout, at most."""
-        return self.max_draws if self.max_draws is not None else _DAPO_DRAWS if self._is_dapo else 1
+        return self._defaults.max_draws if self.max_draws is None else self.max_draws
 
     @property
     def overlong_handling(self) -> str:
         """What is done about truncated completions: keep, mask or penalty."""
-        if self.overlong != "auto":
-            return self.overlong
-        return "penalty" if self._is_dapo else "keep"
+        return self._defaults.overlong if self.overlong == "auto" else self.overlong
 
     @property
     def penalised_tokens(self) -> int:
@@ -259,7 +255,7 @@ class RLConfig(MethodConfig):
     def objective(self, **defaults: Any) -> Objective:
         """Returns the objective of these arguments; raises ValueError if a rollout cannot give it its inputs."""
         methods = [term.method for term in parse_terms(self.method, None, {})]
-        given = self.method_args or {}
+        given: Any = self.method_args or {}
         for method in methods:
             if method.layout != "policy" or "token_logp" not in method.inputs:
                 there = sorted(n for n, m in METHODS.items() if "token_logp" in m.inputs)
@@ -267,29 +263,29 @@ class RLConfig(MethodConfig):
                     f"{method.name} does not learn from scored completions of the policy's own; these do: "
                     f"{', '.join(there)}"
                 )
-            if method.name == "cispo" and not {"cap", "eps"} & set(given):  # type: ignore[arg-type]
-                defaults["cap"] = _CISPO_CAP
-            if method.name == "dr_grpo":
+            if not set(method.card.rl.unless) & set(given):
+                defaults |= method.card.rl.settings
+            if method.denominator == "fixed_length":
                 defaults["fixed_length"] = self.max_new_tokens
             if self.steps_per_rollout > 1:
-                if method.name == "rloo":
-                    defaults["variant"] = "clipped"
-                elif "old_logp" not in method.inputs:
+                defaults |= method.card.rl.reuse
+                if "old_logp" not in method.inputs:
                     raise ValueError(
                         f"{method.name} is on-policy: one step a rollout, got {self.steps_per_rollout}. Leave out "
                         "epochs_per_rollout, and let prompts_per_rollout be what one step trains on"
                     )
-            if method.name == "rloo" and self.estimator == "gae":
-                raise ValueError("rloo takes one advantage a completion, and gae gives one a token")
+            if self.estimator == "gae" and "advantage" in method.inputs and "UT" not in method.axes("advantage"):
+                raise ValueError(f"{method.name} takes one advantage a completion, and gae gives one per token")
         if self.off_policy in ("token", "sequence"):
             without = [m.name for m in methods if "advantage" not in m.inputs]
             if without:
                 raise ValueError(
                     f"off_policy={self.off_policy!r} weighs advantages, and {', '.join(without)} has none: leave it out"
                 )
-            if self.off_policy == "token" and any(m.name == "rloo" for m in methods):
+            by_row = [m.name for m in methods if "UT" not in m.axes("advantage")]
+            if self.off_policy == "token" and by_row:
                 raise ValueError(
-                    "off_policy='token' gives an advantage a token, and rloo takes one a completion: 'sequence'"
+                    f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: 'sequence'"
                 )
         if self.draws > 1 and self.num_generations < 2:
             raise ValueError(
@@ -310,11 +306,9 @@ class RLConfig(MethodConfig):
         """How rewards become advantages, of ADVANTAGES."""
         if self.advantage != "auto":
             return self.advantage
-        return _ADVANTAGE.get(parse_terms(self.method, None, {})[0].method.name, "group")
+        return self._defaults.advantage
 
     @property
     def reward_kl(self) -> float:
         """What the divergence in the reward begins to be multiplied by."""
-        if self.kl_coef is not None:
-            return self.kl_coef
-        return _PPO_KL if parse_terms(self.method, None, {})[0].method.name in _PPO else 0.0
+        return self._defaults.kl_coef if self.kl_coef is None else self.kl_coef

@@ -178,7 +178,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     @property
     def _penalises(self) -> bool:
         """Whether the divergence that kl_target steers is that from the sampling policy."""
-        return any(m.name == "ppo_penalty" for m in self.objective.methods)
+        return any(m.card.rl.adapts_beta for m in self.objective.methods)
 
     @property
     def _spares(self) -> bool:
@@ -427,7 +427,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if self._penalises and self.args.kl_target is not None:
             kl = self._penalty_means.pop()["kl"]
             for k, term in enumerate(self.objective.terms):
-                if term.method.name == "ppo_penalty" and not math.isnan(kl):
+                if term.method.card.rl.adapts_beta and not math.isnan(kl):
                     self._set_beta(k, adapt(term.hyperparameters["beta"], kl, self.args.kl_target))
 
 
