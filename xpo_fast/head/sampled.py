@@ -1,9 +1,7 @@
-"""Single logits: those of given tokens, and of tokens drawn from the likeliest others. No tile is kept for them."""
+"""Single logits: those of given tokens, and tokens sampled from the most likely others. No tile is kept for them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +9,11 @@ from torch import Tensor
 
 from . import chunked
 from .autograd import refuse_double_backward
-from .plan import has_triton
 from .spec import Scaling, accumulation_dtype, scored_positions, to_device
 
 
 class _Products(torch.autograd.Function):
-    """h·W[tokens] a row (n,), in the accumulation dtype, as is its gradient: a token may be there many times."""
+    """h·W[token] per row (n,). Result and gradient are in the accumulation dtype: a token may occur many times."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
@@ -44,7 +41,7 @@ def picked_logits(
     tokens: Tensor,  # (n,) int64
     scaling: Scaling,
 ) -> Tensor:
-    """The final logit of one token at every position: (n,), differentiable once, N·D memory."""
+    """Returns the final logit of one token per position: (n,), differentiable once; takes N·D memory."""
     z: Any = _Products.apply(hidden, weight, tokens)
     if bias is not None:
         z = z + bias.to(z.dtype)[tokens]
@@ -65,51 +62,27 @@ def sample_rivals(
     tile_tokens: int,
     top_k: int,
     generator: torch.Generator | None = None,
-    backend: str = "torch",
 ) -> Tensor:
-    """At every scored position a token drawn from the softmax of its `top_k` likeliest, the target not among them.
+    """Returns at every scored position a token sampled from the softmax of the `top_k` most likely ones but the target.
 
-    (N,) int64, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator depend neither
-    on the tiles nor on the backend, but for logits that are equal or almost: which of them the top k are, and in which
-    order, is the backend's.
+    (N,) int64, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator do not depend on
+    the tiles.
     """
     vocab, device = weight.shape[0], hidden.device
     index = scored_positions(targets, ignore_index, vocab, device)
     targets = to_device(targets, device)
     ignored = targets == ignore_index
-    # Where shapes must not depend on values, the index has the ignored ones, too.
+    # If shapes may not depend on values, the index contains the ignored positions too.
     targets = targets.masked_fill(ignored, 0)
-    by_kernel = backend == "triton" or (backend == "cuda" and device.type == "cuda" and has_triton())
-    if by_kernel and accumulation_dtype(weight.dtype) == torch.float32:
-        from ..kernels import topk  # pyright: ignore[reportMissingImports]
-
-        tiles = chunked.products_of(hidden, weight, index, tile_tokens)
-        likeliest = partial(
-            topk.run,
-            bias=None if bias is None else bias.float().contiguous(),
-            **asdict(scaling),
-        )
-    else:
-        tiles = chunked.final_logits(hidden, weight, bias, scaling, index, tile_tokens)
-        likeliest = _likeliest
     k = min(top_k, vocab - 1)
-    # The token with the smallest E / p, E exponential, is one drawn from p: torch.multinomial, but for its look at p.
+    # The token with the smallest E / p, E exponential, is a sample from p. torch.multinomial would read p on the host.
     clocks = torch.empty((index.shape[0], k), dtype=accumulation_dtype(weight.dtype), device=device)
     clocks.exponential_(generator=generator)
     rivals, start = torch.zeros_like(targets), 0
-    for part, z in tiles:
+    for part, z in chunked.final_logits(hidden, weight, bias, scaling, index, tile_tokens):
         stop = start + part.shape[0]
-        values, tokens = likeliest(z, targets[part], k)
+        values, tokens = z.scatter_(1, targets[part].unsqueeze(1), -torch.inf).topk(k, dim=1)
         first = (values.softmax(dim=1) / clocks[start:stop]).argmax(dim=1, keepdim=True)
         rivals[part] = tokens.gather(1, first).squeeze(1)
         start = stop
     return rivals.masked_fill_(ignored, 0)
-
-
-def _likeliest(
-    z: Tensor,  # (n, V) final logits, overwritten
-    targets: Tensor,  # (n,)
-    k: int,
-) -> tuple[Tensor, Tensor]:
-    """`kernels.topk.run` of final logits."""
-    return z.scatter_(1, targets.unsqueeze(1), -torch.inf).topk(k, dim=1)

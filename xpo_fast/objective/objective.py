@@ -86,7 +86,7 @@ class Objective:
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
         self.fixed_length = fixed_length
-        self._rivals = Rivals(top_k, seed, backend, tile_bytes)
+        self._rivals = Rivals(top_k, seed, tile_bytes)
         self.state: dict[str, Tensor] = {}
         self._check_modifiers()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..head.plan import choose_backend, fit
+from ..head.plan import fit
 from ..head.sampled import picked_logits, sample_rivals
 from ..head.spec import Scaling, scored_positions
 from .batch import Batch, Known
@@ -19,7 +19,6 @@ class Rivals:
 
     top_k: int
     seed: int | None
-    backend: str
     tile_bytes: int | None
     _generator: torch.Generator | None = None
     _loaded: Tensor | None = field(default=None, repr=False)
@@ -53,10 +52,10 @@ class Rivals:
         if batch.static and self.seed is not None:
             raise ValueError("seed= cannot be captured into a CUDA graph: a replay would draw the same; leave it out")
         generator = self._draws(hidden.device)
-        vocab, backend = weight.shape[0], choose_backend(self.backend, hidden.device, weight.dtype)
+        vocab = weight.shape[0]
         tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes, dz=False)
         targets = batch.rejected_targets
-        options = (scaling, batch.ignore_index, tiling.step, self.top_k, generator, backend)
+        options = (scaling, batch.ignore_index, tiling.step, self.top_k, generator)
         tokens = sample_rivals(hidden, weight, bias, targets, *options)
         at = scored_positions(targets, batch.ignore_index, vocab, batch.device)
         rejected = (batch.rows >= batch.units) & batch.scored
