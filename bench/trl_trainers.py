@@ -412,7 +412,7 @@ def alternate(trainer: Any, theirs: type) -> Alternation:
     """Train with both in turn, timed."""
     timer = Alternation(trainer, theirs)
     trainer.add_callback(timer)
-    owners = (ChunkedLogProbFunction, engine._HeadFunction)
+    owners = (ChunkedLogProbFunction, importlib.import_module("xpo_fast.integrations.trl.install")._HeadFunction)
     saved = [(owner, name, owner.__dict__[name]) for owner in owners for name in ("forward", "backward")]
     for owner, name, function in saved:
         setattr(owner, name, staticmethod(timer.timed(function.__func__)))

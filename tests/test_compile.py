@@ -219,11 +219,11 @@ def test_gather_on_a_gpu(passed, gpu):
 )
 def test_what_may_not_be_asked_on_a_gpu(asked, gpu, monkeypatch):
     """The tests above see it where the question is put back into the traced path."""
-    plain = xf.head.check_backend
-    monkeypatch.setattr(xf.head, "check_backend", lambda *arguments: asked() or plain(*arguments))
+    plain = xf.head.statistics.check_backend
+    monkeypatch.setattr(xf.head.statistics, "check_backend", lambda *arguments: asked() or plain(*arguments))
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
         traced(ON_GPU["token_logps"])
-    monkeypatch.setattr(xf.head, "check_backend", plain)
+    monkeypatch.setattr(xf.head.statistics, "check_backend", plain)
     monkeypatch.setattr("xpo_fast.device.capturing", asked)
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
         traced(ON_GPU["simpo"])

@@ -1,5 +1,6 @@
 """Forms of rows that people have: what each is read as, what is refused and by which option it is read; sources and mixtures."""
 
+import importlib
 import json
 import random
 import re
@@ -20,6 +21,8 @@ from xpo_fast.cli import build_parser, options, training
 from xpo_fast.data import DataError, encode, load, load_prompts, origins
 from xpo_fast.data.forms import parse_columns, renamed
 from xpo_fast.rewards.trainer import RewardConfig, load_ratings
+
+READING = importlib.import_module("xpo_fast.data.encode")  # whose name in the face is a function
 
 datasets = pytest.importorskip("datasets")
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
@@ -542,7 +545,7 @@ def test_a_folder_has_splits_and_slices(tmp_path):
 
 def peak_mib(path, rows, monkeypatch):
     """The most that Python's own objects take while a file goes from load to encode."""
-    monkeypatch.setattr(data, "_AT_ONCE", 100)
+    monkeypatch.setattr(READING, "_AT_ONCE", 100)
     rng = random.Random(0)
     vocabulary = ["what", "is", "it", "a", "cat", "dog", "one", "two"]
     with path.open("w") as file:
@@ -568,7 +571,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", [1, 7, 100])
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"ensure_ascii": False}])
 def test_an_array_is_read_in_blocks_wherever_they_end(block, layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK", block)
+    monkeypatch.setattr(READING, "_BLOCK", block)
     rows = [
         {"text": 'a "\\ ] , \u00e9 \n[', "n": [1, 2.5e-3, {"x": None}]},
         {"text": "b", "t": True, "m": -12},
@@ -593,7 +596,7 @@ def test_an_array_is_read_in_blocks_wherever_they_end(block, layout, tmp_path, m
     ],
 )
 def test_an_array_that_is_broken_says_where(block, content, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK", block)
+    monkeypatch.setattr(READING, "_BLOCK", block)
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "a.json", kind="chosen")
@@ -611,7 +614,7 @@ def test_what_was_written_is_gone_at_the_end(tmp_path):
 def test_a_full_disk_is_said_in_a_line_and_leaves_nothing(tmp_path, monkeypatch):
     path = texts(tmp_path / "a.jsonl", 3000, "a" * 1000)
     load(path, kind="chosen")  # makes the folder
-    folder = Path(data._folder().name)
+    folder = Path(READING._folder().name)
     before = set(folder.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))

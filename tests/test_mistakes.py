@@ -29,8 +29,8 @@ from xpo_fast.cli import training
 from xpo_fast.models import load_model
 from xpo_fast.recipes import get_recipe
 from xpo_fast.recipes import loop as recipe_loop
+from xpo_fast.resume import MADE_WITH, last_checkpoint
 from xpo_fast.trainer import XPOTrainer
-from xpo_fast.trainer.resume import MADE_WITH, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 

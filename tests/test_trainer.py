@@ -23,8 +23,8 @@ import xpo_fast as xf
 from ranks import run_world
 from xpo_fast.models import install_fused_loss, load_model, remove_fused_loss
 from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.resume import last_checkpoint
 from xpo_fast.trainer import XPOConfig, XPOTrainer, reference
-from xpo_fast.trainer.resume import last_checkpoint
 
 # peft asks transformers under a name that transformers has deprecated.
 PEFT_WARNING = ".is_gradient_checkpointing. is deprecated"

@@ -945,7 +945,7 @@ def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
     shard = VocabShard(None, 5, 0, 5, 5, True)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(VocabShard, "operator_name", lambda self, backend: backend)
     monkeypatch.setattr(VocabShard, "why", "; cut")
-    monkeypatch.setattr("xpo_fast.objective.Launches", None)
+    monkeypatch.setattr("xpo_fast.objective.objective.Launches", None)
     batch = SimpleNamespace(device=GPU)
     for name in ("dense", "cuda"):
         monkeypatch.setenv("XPO_FAST_BACKEND", name)
@@ -956,7 +956,7 @@ def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
 
 
 def test_the_plan_says_why(gpu, children, monkeypatch):
-    monkeypatch.setattr(xf.head, "fit", lambda *_, **__: (Tiling(1, 1), None, 1))
+    monkeypatch.setattr(xf.head.statistics, "fit", lambda *_, **__: (Tiling(1, 1), None, 1))
     why = "; auto is triton, which passed its check on NVIDIA H200"
     with FakeTensorMode():
         hidden, weight = (torch.empty(*s, 4, dtype=BF16, device="cuda:0") for s in ((2, 3), (5,)))

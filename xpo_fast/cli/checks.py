@@ -34,7 +34,7 @@ def check(args: argparse.Namespace) -> None:
             if given.get(option) is not None:
                 check_writable(Path(given[option]), f"--{option.replace('_', '-')}")
     if given.get("report_to", "none") != "none":
-        from ..trainer.reporters import check_reporters
+        from ..reporters import check_reporters
 
         check_reporters(args.report_to)
 

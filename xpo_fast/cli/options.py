@@ -7,8 +7,6 @@ import json
 import math
 from typing import Any
 
-from ..data.forms import parse_columns
-
 # Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for --help and
 # for tab completion, and importing those takes seconds.
 BACKENDS = ("dense", "torch", "triton", "cuda")
@@ -62,6 +60,8 @@ def setting(text: str) -> tuple[str, Any]:
 def columns(text: str) -> dict[str, str]:
     """NAME=COLUMN, several with commas between them."""
     try:
+        from ..data.forms import parse_columns
+
         return parse_columns(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

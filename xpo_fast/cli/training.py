@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import finite, saving, write_atomically
-from ..trainer.resume import (
+from ..resume import (
     OF_THE_OPTIMIZER,
     check_made_with,
     is_checkpoint,

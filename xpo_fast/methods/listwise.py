@@ -295,10 +295,7 @@ def pro(
         gap = torch.where(_better(scores, mask), _differences(scores), 0.0)  # 1/T_i^k at [:, k, i]
         terms = terms * (gap + torch.diag_embed(gap.amax(dim=2)))
     order, best = _likelihood_of_order(terms, scores, mask), _best(logps, scores, mask)
-    if variant == "authors":
-        losses = order - alpha * best * (mask.sum(dim=1) - 1) ** 2
-    else:
-        losses = alpha * order - best
+    losses = order - alpha * best * (mask.sum(dim=1) - 1) ** 2 if variant == "authors" else alpha * order - best
     return _ranked(losses, mask), _metrics(r, logps, scores, mask)
 
 

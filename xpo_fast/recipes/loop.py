@@ -44,6 +44,7 @@ from .. import data
 from ..data.rows import NUMBERS, DataError
 from ..files import finite, saving, write_atomically, write_json
 from ..models import load_model, remove_fused_loss
+from ..resume import last_checkpoint
 from ..rewards.llm_judges import (
     FunctionJudge,
     Judge,
@@ -59,7 +60,6 @@ from ..rl.sample_log import SAMPLES_FILE
 from ..rollout import Rollout, Sampling
 from ..trainer import XPOConfig, XPOTrainer
 from ..trainer.reference import COLUMNS
-from ..trainer.resume import last_checkpoint
 from .recipe import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .selection import SELECTORS
 

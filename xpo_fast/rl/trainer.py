@@ -38,13 +38,13 @@ from ..methods.policy import adapt
 from ..models import Head, check_ids
 from ..models.value_head import SavesValueHead, ValueHead, attach_value_head
 from ..reduce import count_metrics, mean_metrics, reduce_losses
+from ..resume import last_checkpoint as whole_checkpoint
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX, RewardFunction, Rewards
 from ..rewards.llm_judges import Judge
 from ..rollout import GenerateRollout, Rollout, RolloutError, Samples, Sampling, encode_prompts, pad_rows, score_tokens
 from ..trainer import Means, UnitTrainer, check_head, reading, ready, warn_of_trained_adapter, with_tokenizer
 from ..trainer.preference import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..trainer.reference import LiveReference, without_adapter
-from ..trainer.resume import last_checkpoint as whole_checkpoint
 from .config import RLConfig
 from .experience import Completion, Experience, Groups, advantages, describe, spread
 from .sample_log import SAMPLES_FILE, append_lines, sample_lines, table

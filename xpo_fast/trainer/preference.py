@@ -41,6 +41,8 @@ from ..models.fused_loss import causal_lm
 from ..objective import Objective
 from ..precision import warn_if_slow
 from ..reduce import sum_over_ranks
+from ..reporters import check_reporters
+from ..resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, write_made_with
 from .reference import (
     COLUMNS,
     CachedReference,
@@ -52,8 +54,6 @@ from .reference import (
     row_tokens,
     rows_fingerprint,
 )
-from .reporters import check_reporters
-from .resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, write_made_with
 
 _ENCODED = {  # the columns of tokens that tell an encoded data set, the first completion's behind the prompt's
     "pair": ("prompt_ids", "chosen_ids", "rejected_ids"),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import logging
 import math
@@ -469,17 +468,3 @@ def without_virtual(
 ) -> Tensor:
     """(R, T, D): without the P virtual tokens that prompt-learning adapters put before."""
     return hidden[:, -targets.shape[1] :]
-
-
-_ELSEWHERE = {
-    "trl_dpo": ("DPOConfig", "DPOTrainer", "DPO_LOSS_TYPES"),
-    "trl_experimental": ("CPOTrainer", "ORPOTrainer", "TPOTrainer", "OnlineDPOTrainer"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Not before they are wanted: TRL warns when its experimental part is imported.
-    for module, names in _ELSEWHERE.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{module}", __package__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

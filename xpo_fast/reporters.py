@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..wording import did_you_mean
+from .wording import did_you_mean
 
 # What transformers' function that looks for a reporter is called, and what pip calls the package, where not as the reporter.
 _AVAILABLE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
