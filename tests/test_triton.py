@@ -88,14 +88,14 @@ def blocks(columns):
     if not INTERPRETED and DEVICE != "cuda":
         yield
         return
-    from xpo_fast.kernels import one_read, rows, tuning
+    from xpo_fast.kernels import launch, one_read, rows
 
     with contextlib.ExitStack() as stack:
         for names, n in (((), columns), (STATISTICS, columns // 2)):
-            config = tuning.config(max(1, min(16, n // 128)), 2, BLOCK=n)
+            config = launch.config(max(1, min(16, n // 128)), 2, BLOCK=n)
             for gradient in (False, True):
-                stack.enter_context(tuning.override(rows._tunable(names, gradient), config))
-                stack.enter_context(tuning.override(one_read._tunable(names, gradient), config))
+                stack.enter_context(launch.override(rows._tunable(names, gradient), config))
+                stack.enter_context(launch.override(one_read._tunable(names, gradient), config))
         yield
 
 

@@ -29,10 +29,10 @@ import xpo_fast as xf
 from interpreter import needs_triton
 from xpo_fast import cli
 from xpo_fast.cli import doctor
-from xpo_fast.head import VocabShard, chunked, dense, gather, plan, sampled, verdict
+from xpo_fast.head import VocabShard, check, check_process, chunked, dense, gather, plan, verdict
+from xpo_fast.head.check import Contender, Verdict
 from xpo_fast.head.plan import BACKENDS, Tiling, choice, choose_backend, named_backend
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations
-from xpo_fast.head.verdict import Contender, Verdict
 from xpo_fast.store import locked
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -47,12 +47,6 @@ class Gather:
     @staticmethod
     def write_gradient(z, y, normaliser, u, temperature, ignore, out):
         gather._write_gradient(z, y, u, temperature, ignore, None, out)
-
-
-def top_k(products, targets, k, bias, temperature, softcap, logit_scale):
-    z = (products if bias is None else products + bias) * logit_scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    return sampled._likeliest(z / temperature, targets, k)
 
 
 def stand_in(**replaced) -> Contender:
@@ -73,7 +67,7 @@ def stand_in(**replaced) -> Contender:
     head = SimpleNamespace(**{n: function(n, f) for n, f in loops.items()})
     forward = function("gather", Gather.forward)
     gathers = SimpleNamespace(forward=forward, write_gradient=Gather.write_gradient)
-    return Contender(head, gathers, function("top_k", top_k))
+    return Contender(head, gathers)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +113,7 @@ def children(monkeypatch):
         found.words.append(words)
         return found.answer(words) if callable(found.answer) else found.answer
 
-    monkeypatch.setattr(verdict, "in_child", in_child)
+    monkeypatch.setattr(check_process, "in_child", in_child)
     return found
 
 
@@ -128,7 +122,7 @@ def children(monkeypatch):
 
 @pytest.mark.parametrize("dtype", verdict.TRITON_DTYPES, ids=str)
 def test_what_is_right_passes(dtype):
-    assert verdict.check(CPU, dtype, stand_in()) == GOOD
+    assert check.check(CPU, dtype, stand_in()) == GOOD
 
 
 def test_all_that_is_to_be_gone_through(monkeypatch):
@@ -146,19 +140,19 @@ def test_all_that_is_to_be_gone_through(monkeypatch):
 
     monkeypatch.setattr(chunked, "Lanes", lambda device, two: watched(device, two))
     monkeypatch.setattr(chunked, "Gradients", made)
-    assert verdict.check(CPU, BF16, stand_in()).ok
+    assert check.check(CPU, BF16, stand_in()).ok
     assert all(two) and len(two) == 24
     # By backward, by that of divergences, by units in two groups, by units in one; each twice.
     assert tiles == [(3, 3), (3, 3), (3, 4), (1, 1)] * 2 + [(3, 3), (3, 4), (1, 1)] * 2
-    assert {v % 16 for v in verdict.VOCABULARIES} == {0, 7}
-    for vocab in verdict.VOCABULARIES:
-        p = verdict.Problem(vocab, F32, CPU)
+    assert {v % 16 for v in check.VOCABULARIES} == {0, 7}
+    for vocab in check.VOCABULARIES:
+        p = check.Problem(vocab, F32, CPU)
         bias = None if p.bias is None else p.bias.double()
         z = dense.logits(p.hidden[p.at].double(), p.weight.double(), bias, p.scaling)
         first = torch.maximum(z[:, : vocab // 2048 * 1024 + 1024].amax(dim=1), z.gather(1, p.y[:, None])[:, 0])
         assert ((z.amax(dim=1) - first).topk(3).values > torch.tensor([89, 41, 21])).all()
         assert (p.scaling.softcap is None) == (p.ref is None) == (p.bias is None) == (vocab % 2 == 0)
-    assert all(t.step * 2 < min(t.tile, verdict.SCORED) for t in verdict.TILINGS)
+    assert all(t.step * 2 < min(t.tile, check.SCORED) for t in check.TILINGS)
 
 
 def test_what_the_caller_set_stays_and_changes_nothing():
@@ -168,7 +162,7 @@ def test_what_the_caller_set_stays_and_changes_nothing():
     torch.use_deterministic_algorithms(True)
     try:
         with torch.inference_mode(), torch.autocast("cpu"), FakeTensorMode():
-            assert verdict.check(CPU, F32, stand_in()) == GOOD
+            assert check.check(CPU, F32, stand_in()) == GOOD
             assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
         assert torch.get_default_dtype() == torch.float64 and torch.are_deterministic_algorithms_enabled()
     finally:
@@ -220,14 +214,13 @@ WRONG = {
     "gradient of divergences": (
         "backward", lambda found: replaced(found, 0, found[0] * 0.98), r"∂ divergences: hidden, V 1031: 0.02",
     ),
-    "top k": ("top_k", lambda found: replaced(found, 1, found[1].flip(1)), r"top k: tokens, V 1031: 1.6e\+02"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_fails(what):
     where, change, said = WRONG[what]
-    found = verdict.check(CPU, F32, stand_in(**{where: change}))
+    found = check.check(CPU, F32, stand_in(**{where: change}))
     assert not found.ok and found.lasting
     with pytest.raises(ValueError, match=f"^off by .*{said}"):
         raise ValueError(found.reason)
@@ -238,7 +231,7 @@ def test_a_gemm_may_change_from_run_to_run(factor, ok):
     """By what rounding explains: its library is free to split a sum. The second run has to be right, too."""
     calls = iter(range(1000))
     # Of each problem's calls, two of the backward in a run of the first, and one of the second.
-    found = verdict.check(
+    found = check.check(
         CPU, F32, stand_in(backward=lambda found: replaced(found, 1, found[1] * (1 + factor * (next(calls) in (2, 3)))))
     )  # fmt: skip
     assert found.ok == ok and ("∂ backward: weight, V 1031: 0.02" in found.reason) == (not ok)
@@ -271,7 +264,7 @@ def raising(error):
 )
 def test_an_exception_is_a_failure(error, lasting):
     """A fault of the kernels is one for good; of other reasons the next run may know nothing."""
-    found = verdict.check(CPU, F32, stand_in(unit_gradients=raising(error)))
+    found = check.check(CPU, F32, stand_in(unit_gradients=raising(error)))
     assert (found.ok, found.lasting) == (False, lasting)
     assert str(error).split("\n")[0] in found.reason and "\n" not in found.reason
 
@@ -330,7 +323,7 @@ if hasattr(signal, "SIGRTMIN"):
 @pytest.mark.parametrize("how", ENDS)
 def test_how_the_process_ends(how):
     code, ok, reason, lasting = ENDS[how]
-    assert verdict.in_child(python(code), 60) == Verdict(ok, reason, lasting)
+    assert check_process.in_child(python(code), 60) == Verdict(ok, reason, lasting)
 
 
 def test_a_process_that_hangs(tmp_path):
@@ -341,7 +334,7 @@ def test_a_process_that_hangs(tmp_path):
         f"open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(600)"
     )
     began = time.monotonic()
-    assert verdict.in_child(python(code), 1.5) == Verdict(False, "it did not end within 1.5 s", lasting=False)
+    assert check_process.in_child(python(code), 1.5) == Verdict(False, "it did not end within 1.5 s", lasting=False)
     assert time.monotonic() - began < 30
     for _ in range(100):
         try:
@@ -358,13 +351,13 @@ def test_a_process_that_hangs(tmp_path):
 
 
 def test_a_process_that_cannot_be_started():
-    found = verdict.in_child(["/no/such/python"])
+    found = check_process.in_child(["/no/such/python"])
     assert not found.ok and not found.lasting and "could not be started" in found.reason
 
 
 def test_the_process_imports_what_this_one_does():
     code = f"import xpo_fast; assert xpo_fast.__file__ == {xf.__file__!r}; {YES}"
-    assert verdict.in_child(python(code), 60) == GOOD
+    assert check_process.in_child(python(code), 60) == GOOD
 
 
 def test_the_process_imports_nothing_else(tmp_path, monkeypatch):
@@ -373,9 +366,9 @@ def test_the_process_imports_nothing_else(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
-    words = verdict.command(CPU, F32)
+    words = check_process.command(CPU, F32)
     words[words.index("cpu")] = "nowhere"
-    found = verdict.in_child(words, 120)
+    found = check_process.in_child(words, 120)
     assert found.reason.startswith("its process cannot use the device: ") and "nowhere" in found.reason
 
 
@@ -383,9 +376,9 @@ def test_a_process_that_nobody_waits_for(monkeypatch):
     """It ends by itself, where there is an alarm."""
     if not hasattr(signal, "alarm"):
         pytest.skip("there are no alarms here")
-    code = "from xpo_fast.head import verdict; verdict.CHILD_S = -9; verdict._device = lambda *_: time.sleep(600)"
-    words = python(f"{code}; verdict.main(['--device', 'cpu', '--dtype', 'float32'])")
-    found = verdict.in_child(words, 120)
+    code = "from xpo_fast.head import check_process; check_process.CHILD_S = -9; check_process._device = lambda *_: time.sleep(600)"
+    words = python(f"{code}; check_process.main(['--device', 'cpu', '--dtype', 'float32'])")
+    found = check_process.in_child(words, 120)
     assert found == Verdict(False, "its process was ended by SIGALRM", lasting=False)
 
 
@@ -402,14 +395,14 @@ PLACES = {
 @pytest.mark.parametrize("what", PLACES)
 def test_where_a_process_can_be_started(what, tmp_path, monkeypatch):
     PLACES[what](monkeypatch, tmp_path / "gone")
-    assert verdict.in_child(python(YES), 60) == GOOD
+    assert check_process.in_child(python(YES), 60) == GOOD
 
 
 def test_without_process_groups(monkeypatch):
     """As on Windows."""
     monkeypatch.delattr(os, "killpg", raising=False)
     began = time.monotonic()
-    assert "did not end" in verdict.in_child(python("time.sleep(600)"), 0.5).reason
+    assert "did not end" in check_process.in_child(python("time.sleep(600)"), 0.5).reason
     assert time.monotonic() - began < 30
 
 
@@ -423,29 +416,29 @@ def test_without_locks(gpu, children, monkeypatch):
 
 def test_command(gpu, capsys, monkeypatch):
     """It names the device by number and UUID; the process looks for the latter."""
-    assert verdict.command(torch.device("cuda", 1), BF16)[-6:] == [
+    assert check_process.command(torch.device("cuda", 1), BF16)[-6:] == [
         "--device", "cuda:1", "--dtype", "bfloat16", "--uuid", "4f1c-1",
     ]  # fmt: skip
-    assert verdict._device("cuda:0", "4f1c-1") == torch.device("cuda", 1)
+    assert check_process._device("cuda:0", "4f1c-1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="no device has the UUID 5; there are 4f1c-0, 4f1c-1"):
-        verdict._device("cuda:0", "5")
-    assert verdict._device("cuda:1", None) == torch.device("cuda", 1)
+        check_process._device("cuda:0", "5")
+    assert check_process._device("cuda:1", None) == torch.device("cuda", 1)
 
     def said(*words):
-        assert verdict.main([*words, "--dtype", "float32"]) == 0
+        assert check_process.main([*words, "--dtype", "float32"]) == 0
         return Verdict(**json.loads(capsys.readouterr().out.removeprefix("verdict: ")))
 
     found = said("--device", "cuda:0", "--uuid", "5")
     assert not found.ok and not found.lasting and found.reason.startswith("its process cannot use the device")
-    monkeypatch.setattr(verdict, "triton_kernels", stand_in)
+    monkeypatch.setattr(check_process, "triton_kernels", stand_in)
     assert said("--device", "cpu") == GOOD
-    monkeypatch.setattr(verdict, "triton_kernels", lambda: stand_in(forward=raising(OSError("no ptxas"))))
+    monkeypatch.setattr(check_process, "triton_kernels", lambda: stand_in(forward=raising(OSError("no ptxas"))))
     assert said("--device", "cpu") == Verdict(False, "no ptxas", lasting=False)
 
     def missing():
         raise ImportError("libtriton.so: undefined symbol")
 
-    monkeypatch.setattr(verdict, "triton_kernels", missing)
+    monkeypatch.setattr(check_process, "triton_kernels", missing)
     assert said("--device", "cpu") == Verdict(False, "libtriton.so: undefined symbol", lasting=False)
 
 
@@ -457,21 +450,21 @@ def test_triton_passes_in_the_interpreter(monkeypatch):
     smaller = (
         "import torch\n"
         "from triton.language import constexpr\n"
-        "from xpo_fast.head import verdict\n"
+        "from xpo_fast.head import check\n"
         "from xpo_fast.head.plan import Tiling\n"
-        "verdict.VOCABULARIES, verdict.SCORED = verdict.VOCABULARIES[:1], 5\n"
-        "verdict.TILINGS = Tiling(4, 2, lanes=2), Tiling(16, 2, lanes=2)\n"
-        "on, kernels = (torch.device('cpu'), torch.float32), verdict.triton_kernels()\n"
-        "found = verdict.check(*on, kernels)\n"
+        "check.VOCABULARIES, check.SCORED = check.VOCABULARIES[:1], 5\n"
+        "check.TILINGS = Tiling(4, 2, lanes=2), Tiling(16, 2, lanes=2)\n"
+        "on, kernels = (torch.device('cpu'), torch.float32), check.triton_kernels()\n"
+        "found = check.check(*on, kernels)\n"
         "assert found.ok, found\n"
     )
     never = (
         "from xpo_fast.kernels import one_read\n"
         "one_read._GAP = one_read._GAP_OF_STATISTICS = constexpr(1e9)\n"
-        "wrong = {what for what, off, allowed in verdict._measured(*on, kernels._replace(gather=None, top_k=None)) if not off <= allowed}\n"
+        "wrong = {what for what, off, allowed in check._measured(*on, kernels._replace(gather=None)) if not off <= allowed}\n"
         "assert wrong >= {'logp, V 1031', 'log_sum_sq_probs, V 1031', '∂ units by 4: weight, V 1031'}, wrong\n"
     )
-    assert verdict.in_child(python(f"{smaller}{never}{YES}")) == GOOD
+    assert check_process.in_child(python(f"{smaller}{never}{YES}")) == GOOD
 
 
 # --- what is remembered ----------------------------------------------------------------------------------------------
@@ -611,7 +604,7 @@ def test_a_user_without_a_home(gpu, children, monkeypatch, caplog):
 
 
 def test_the_process_of_the_check_starts_no_other():
-    assert verdict.in_child(python(f"assert os.environ['XPO_FAST_CHECKING'] == '1'; {YES}"), 60) == GOOD
+    assert check_process.in_child(python(f"assert os.environ['XPO_FAST_CHECKING'] == '1'; {YES}"), 60) == GOOD
 
 
 @unchecked
@@ -638,8 +631,8 @@ def test_the_version_of_triton(monkeypatch):
 def test_what_was_seen_to_pass_needs_no_process(gpu, children, monkeypatch):
     monkeypatch.setattr(verdict, "SEEN", {("sm_90", "3.6")})
     monkeypatch.setattr(verdict, "triton_kernels", stand_in)
-    check = verdict.check
-    monkeypatch.setattr(verdict, "check", lambda device, dtype, contender: check(CPU, dtype, contender))
+    passes = check.check
+    monkeypatch.setattr(verdict, "check", lambda device, dtype, contender: passes(CPU, dtype, contender))
     assert verdict.verdict(GPU, F32) == GOOD and not children.words
     verdict.forget()
     assert verdict.recorded(GPU, F32) == GOOD
@@ -681,15 +674,15 @@ def test_what_was_tuned_for_another_device(gpu):
 
 @needs_triton
 def test_the_file_of_tuning():
-    from xpo_fast.kernels import tuning
+    from xpo_fast.kernels import launch, one_read  # noqa: F401, declares what is asked for
 
-    assert tuning.STORE == verdict.TUNING
-    assert tuning._entry("one_read_gradient", CPU, ()).startswith("cpu | ")
+    assert launch.TUNING == verdict.TUNING
+    assert launch.entry("one_read_gradient", CPU, ()).startswith("cpu | ")
 
 
 SOURCES = (
-    "kernels/one_read.py", "kernels/rows.py", "kernels/tuning.py", "head/chunked.py", "head/dense.py", "head/gemms.py",
-    "head/row_operations.py", "head/rows.py", "head/spec.py", "head/streams.py", "head/triton.py", "head/verdict.py",
+    "kernels/one_read.py", "kernels/rows.py", "kernels/launch.py", "head/chunked.py", "head/dense.py", "head/gemms.py",
+    "head/row_operations.py", "head/rows.py", "head/spec.py", "head/streams.py", "head/triton.py", "head/check.py",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..wording import did_you_mean, one_line
-from . import aliases, completion, config_file, manual, recipe, reward, rl, train, training
+from . import aliases, completion, config_file, manual, recipe, reward, rl, train, training, tune
 from .options import UsageError
 from .parser import Given, Parser, spelled, split, unknown
 from .streams import outliving_readers
@@ -63,6 +63,7 @@ def build_parser() -> Parser:
     for room in (train, reward, rl, recipe):
         room.add_parser(commands)
     _add_told(commands)
+    tune.add_parser(commands)
     manual.add_parser(commands)
     completion.add_parser(commands)
     return parser
