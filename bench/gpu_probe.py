@@ -34,7 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu import AHEAD_MS, OURS, about, lost, make_weight, synchronize
+from gpu import AHEAD_MS, about
+from gpu_contenders import OURS
+from gpu_device import lost, synchronize
+from gpu_inputs import make_weight
 from head import TOLERANCES, Shape
 from measure import table
 from report import DEVICE_LOST, Report
@@ -66,7 +69,7 @@ class Probe:
             start = time.perf_counter()
             call()
             return (time.perf_counter() - start) * 1e3
-        from xpo_fast.kernels.tuning import sample_with_events  # pyright: ignore[reportMissingImports]
+        from xpo_fast.kernels.timing import sample_with_events  # pyright: ignore[reportMissingImports]
 
         return statistics.median(sample_with_events({"": lambda _: call()}, [None], repeats, ahead_ms=AHEAD_MS)[""])
 
@@ -194,12 +197,15 @@ def _product(probe: Probe, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 def _problems(probe: Probe, vocab: int, tokens: int, width: int = 48) -> Iterator[tuple[str, Any]]:
     """Every kernel and what it is tuned on."""
-    from xpo_fast.kernels import tuning  # pyright: ignore[reportMissingImports]
+    from xpo_fast.kernels import launch  # pyright: ignore[reportMissingImports]
 
-    workload = tuning.Workload(vocab, probe.dtype, tokens, width, probe.device)
-    for name in tuning.load():
-        if name != tuning.LOGPS:  # no kernel, but a choice of one
-            for problem in tuning.tunable(name).problems(workload):
+    from xpo_fast.cli import tune
+    from xpo_fast.head.triton import LOGPS
+
+    workload = launch.Workload(vocab, probe.dtype, tokens, width, probe.device)
+    for name in tune.load():
+        if name != LOGPS:  # not a kernel, but the choice between two
+            for problem in launch.tunable(name).problems(workload):
                 yield name, problem
 
 
@@ -322,17 +328,19 @@ def tiny(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def tune(probe: Probe) -> Iterator[dict[str, Any]]:
-    """As `python -m xpo_fast.kernels.tuning`; interpreted, every candidate is tried and none is timed or kept."""
-    from xpo_fast.kernels import tuning  # pyright: ignore[reportMissingImports]
+    """As `xpo-fast tune`; in the interpreter every candidate is tried and none is timed or kept."""
+    from xpo_fast.kernels import launch, timing  # pyright: ignore[reportMissingImports]
+
+    from xpo_fast import cli
 
     if probe.device.type != "cpu":
-        status = tuning.main(["--vocab", *map(str, VOCABS[:2]), "--tokens", "4096", "--repeats", "20"])
+        status = cli.main(["tune", "--vocab", *map(str, VOCABS[:2]), "--tokens", "4096", "--repeats", "20"])
         if status:
             probe.problems.append(f"tuning ended with status {status}")
-        yield {"kept in": str(tuning.cache_file()), "status": status}
+        yield {"kept in": str(launch.TUNING.path), "status": status}
         return
     for name, problem in _problems(probe, 65, 3):
-        trials = tuning.tune(
+        trials = timing.time_candidates(
             name, problem, probe.device, timer=lambda calls, inputs, repeats: {c: [1.0] for c in calls}
         )
         refused = [f"{t.choice}: {t.refused}" for t in trials if t.refused]

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 import gpu
+import gpu_device
+import gpu_report
 import gpu_stages
 import truncation
 from gpu_stages import CALLS, LIMITS_S, Stage
@@ -368,7 +370,7 @@ def warm():
 def test_poison_reaches_what_is_allocated_next():
     model = warm()
     model.empty_cache()
-    held = [model.fill(size) for size in gpu.poison_sizes(CARD, model.snapshot())]
+    held = [model.fill(size) for size in gpu_device.poison_sizes(CARD, model.snapshot())]
     for block in held:
         model.free(block)
     assert all(model.poisoned(model.allocate(size)) for size in WANTED)
@@ -386,7 +388,7 @@ def test_many_smaller_blocks_would_not():
 
 @pytest.mark.parametrize("free", [0, 2**20, 2**31, CARD])
 def test_poison_leaves_half_of_what_is_free(free):
-    large = [size for size in gpu.poison_sizes(free, []) if size > gpu.SMALL]
+    large = [size for size in gpu_device.poison_sizes(free, []) if size > gpu_device.SMALL]
     assert sum(large) <= free // 2
     assert free < 2**31 or large
 
@@ -398,7 +400,7 @@ def test_what_a_tensor_core_leaves_of_a_log_prob():
     """Twice the width, twice the error; far above what rounding would leave, far below what float16 does. The aim has room."""
     found = {width: truncation.logp_errors(width, 1024, 32) for width in (2048, 4096)}
     largest = {width: {k: np.abs(e).max() for k, e in errors.items()} for width, errors in found.items()}
-    assert 2e-5 < largest[2048]["cut off"] < 8e-5 < largest[4096]["cut off"] < gpu.LOGP_AIM
+    assert 2e-5 < largest[2048]["cut off"] < 8e-5 < largest[4096]["cut off"] < gpu_report.LOGP_AIM
     for errors in largest.values():
         assert errors["rounded"] < errors["cut off"] / 5
         assert errors["cut off, then float16"] > 10 * errors["cut off"]

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..precision import name_of
 from ..wording import one_line
 from .check import Verdict, check, triton_kernels
 from .plan import CHECK, OVERRIDE, TRITON_DTYPES
@@ -31,14 +32,9 @@ _CODE = (
 )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name of a dtype without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def command(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Returns the command that checks triton on a device of this process; the child finds the device by its UUID."""
-    words = ["--device", str(device), "--dtype", dtype_name(dtype)]
+    words = ["--device", str(device), "--dtype", name_of(dtype)]
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
     words += ["--uuid", str(uuid)] if uuid is not None else []
     return [sys.executable, "-W", "ignore", "-c", _CODE, *words]
@@ -127,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", required=True)
     parser.add_argument("--uuid", help="the device's UUID, since devices may be numbered differently here")
-    parser.add_argument("--dtype", required=True, choices=[dtype_name(x) for x in TRITON_DTYPES])
+    parser.add_argument("--dtype", required=True, choices=[name_of(x) for x in TRITON_DTYPES])
     args = parser.parse_args(argv)
     if os.environ.get(CHECKING) and hasattr(signal, "alarm"):
         signal.alarm(int(CHILD_S) + 10)  # the process that started this one may be gone by then

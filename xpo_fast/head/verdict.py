@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
+from ..precision import name_of
 from ..store import TUNING, Store, locked
 from ..wording import one_line
 from .check import Verdict, check, triton_kernels
-from .check_process import CHILD_S, check_in_child, dtype_name
+from .check_process import CHILD_S, check_in_child
 from .plan import CHECK, OVERRIDE, TRITON_DTYPES
 
 # (compute capability, minor version of Triton) on which the check has been seen to pass: no process of its own is needed.
@@ -59,7 +60,7 @@ def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
     if not found.ok:
         again = "" if found.lasting else f", and so does a process that starts {ADOPTED_S / 60:g} minutes later"
         warnings.warn(
-            f"triton {found}: its kernels for {dtype_name(dtype)} on {describe(device)}. The torch backend computes instead: as "
+            f"triton {found}: its kernels for {name_of(dtype)} on {describe(device)}. The torch backend computes instead: as "
             f"right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels all the same, and "
             f"{OVERRIDE}=torch goes without them and without this warning",
             stacklevel=2,
@@ -132,7 +133,7 @@ def _read_or_check(device: torch.device, dtype: torch.dtype) -> Verdict:
         if found is None:
             logger.warning(
                 "checking triton's kernels for %s on %s, in a process of its own, which takes up to a minute, once",
-                dtype_name(dtype),
+                name_of(dtype),
                 describe(device),
             )
             found = check_in_child(device, dtype)
@@ -143,7 +144,7 @@ def _read_or_check(device: torch.device, dtype: torch.dtype) -> Verdict:
 def entry(device: torch.device, dtype: torch.dtype) -> str:
     """Returns the name under which a verdict is recorded: everything it depends on."""
     cuda = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return f"{describe(device)}, {cuda} | {dtype_name(dtype)} | {_sources()} | {_tuned(device)}"
+    return f"{describe(device)}, {cuda} | {name_of(dtype)} | {_sources()} | {_tuned(device)}"
 
 
 def describe(device: torch.device) -> str:
