@@ -1,21 +1,22 @@
-"""The head on one GPU, in one run: correctness, then times and memory, ours and the peers side by side.
+"""Benchmarks the head on one GPU in one run: correctness, then times and memory, ours and the peers side by side.
 
     python bench/gpu.py --json bench/results/gpu.json
-    python bench/gpu.py --quick                          # tiny shapes, on the CPU where there is no GPU
+    python bench/gpu.py --quick                          # tiny shapes, on the CPU if there is no GPU
 
 bf16. Four cases: `frozen`, the log-probs of every token with a frozen head, forward and backward; `trainable`, DPO with
-a trainable head (peers that have cross-entropy alone run that: the same products); `logps`, log-probs without gradient;
-`gather`, log-probs of logits that exist, forward and backward, at the smallest N.
+a trainable head (peers that only have cross-entropy run that: the same products); `logps`, log-probs without gradient;
+and `gather`, log-probs of given logits, forward and backward, at the smallest N.
 
-Correctness first: every contender against float64 on fresh random data, in memory that held NaN; a wrong one gets no
-time. Times are of device events, the median over repeats that call everybody in turn on rotating inputs, with work
-queued ahead so that the host's launches are hidden. The floor is the GEMMs alone, by the platform's BLAS on real
-operands; of `gather`, reading the logits twice and writing once. Memory is the peak above the inputs and the gradients.
+Correctness comes first: every contender is compared with float64 on fresh random data, in memory that held NaN; a wrong
+one gets no time. Times are of device events: the median over repeats in which all contenders take turns on rotating
+inputs, with work queued ahead so that the host's launches are hidden. The floor is the GEMMs alone, by the platform's
+BLAS on real operands; for `gather`, reading the logits twice and writing them once. Memory is the peak above inputs and
+gradients.
 
-One process: what ends it (an illegal access stays with a process) ends it for everybody, so the result file is written
-after each contender and each case, and says what was being done. gpu_stages.py runs this and the other stages.
+All runs in one process, which an illegal access ends for everybody. So the result file is written after each contender
+and each case, and names what was being done. gpu_stages.py runs this and the other stages.
 
-Exit status 1: one of ours is wrong, fails, or (on a GPU) is missing; 3: the device is lost to this process.
+Exit status 1: one of ours is wrong, fails, or (on a GPU) is missing; 3: this process has lost its device.
 """
 
 from __future__ import annotations
@@ -47,24 +48,25 @@ from report import DEVICE_LOST, Report
 from xpo_fast.head.plan import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
-SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # until the time is used up
+SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # in this order, until the time is used up
 QUICK_SHAPES = [Shape(64, 48, 1009), Shape(128, 48, 777)]
 BATCHES = 3
 REPEATS = (3, 20)
-SAMPLE_S = 0.4  # a contender and case
-AHEAD_MS = 10.0  # an objective's call is some 200 kernels and copies beside its products: 2.5 to 4 ms of a host
-FIRST_CALLS_S = 60.0  # after this long in them, compiling, a contender takes no further part
+SAMPLE_S = 0.4  # per contender and case
+AHEAD_MS = 10.0  # an objective launches some 200 kernels and copies beside its products: 2.5 to 4 ms of the host
+FIRST_CALLS_S = 60.0  # a contender whose first calls, which compile, have taken longer is left out
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
-GATHER_TOKENS = 2048  # more logits say nothing new
-PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}  # wrong, not imprecise
+GATHER_TOKENS = 2048  # with more logits nothing changes
+# Beyond these a peer is wrong, not imprecise.
+PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}
 
 
 class DeviceLost(Exception):
-    """An error of a kernel stays with the process: nothing more can be measured in it."""
+    """Raised if a kernel's error has made the device unusable for this process."""
 
 
 class Bench:
-    """One run: what is to be measured, what was found, and what went wrong."""
+    """One run: its settings, records and problems."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, facts: dict[str, Any]) -> None:
         self.args, self.device, self.facts = args, device, facts
@@ -97,11 +99,11 @@ class Bench:
         self.save()
 
     def run(self) -> None:
-        """Measure shape after shape, as far as the time goes."""
+        """Measures shape after shape until the time is used up."""
         self.begin("measuring the rate of float64")
         float64_rate = float64_flops(self.device)
         for shape in self.args.shapes:
-            # No shape takes longer than in proportion to one that was measured.
+            # Estimate: no shape takes longer than in proportion to a measured one.
             bounds_s = [s * max(1.0, shape.gemm_flop / known.gemm_flop) for known, s in self.shapes_s.items()]
             if self.elapsed_s + min(bounds_s, default=0.0) > self.args.budget_s:
                 self.skipped.append(f"{shape}, after {self.elapsed_s:.0f} of {self.args.budget_s:.0f} s")
@@ -152,7 +154,7 @@ class Bench:
                     self.problems.append(f"missing: {error}")
                 continue
             except Exception as error:
-                # A peer may not go with the versions that are here, and say so as it likes.
+                # A peer may not support the installed versions, and fail in any way.
                 if contender in OURS:
                     raise
                 self.missing.setdefault(contender, f"{contender}: {type(error).__name__}: {error}"[:300])
@@ -168,7 +170,7 @@ class Bench:
                 if made.ours:
                     record["waits"] = waits_for_device(partial(made.call, batches[0]), self.device)
                     self.check_capture(contender, record, task, batches[0], where)
-            except Exception as error:  # a peer may fail as it likes
+            except Exception as error:  # a peer may fail in any way
                 failed = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{error}"
                 record["failed"] = f"{type(error).__name__}: {failed}"[:500]
                 if made.ours:
@@ -201,7 +203,7 @@ class Bench:
         batch: Batch,
         truths: dict[str, Results] | None,
     ) -> None:
-        """The first call, which compiles and takes streams; of a second one, in poisoned memory, the errors."""
+        """Makes the first call, which compiles, and a second one in poisoned memory, whose errors are recorded."""
         synchronize(self.device)
         start = time.perf_counter()
         found = made.call(batch)
@@ -224,7 +226,7 @@ class Bench:
             record["errors"] = errors
 
     def check_capture(self, backend: str, record: dict[str, Any], task: Task, batch: Batch, where: str) -> None:
-        """Once a case, at the fewest tokens; with labels on the device, as a graph must have them."""
+        """Tries to capture a call, once per case at the fewest tokens; a graph needs the labels on the device."""
         if self.device.type == "cpu" or batch.targets.numel() > min(shape.scored for shape in self.args.shapes):
             return
         made = make_ours(task, self.device, backend, labels_on_host=False)
@@ -247,7 +249,7 @@ class Bench:
 
             measure = partial(sample_with_events, ahead_ms=AHEAD_MS)
         gc.collect()
-        gc.freeze()  # or every collection would go over all modules
+        gc.freeze()  # keeps collections from visiting all modules
         gc.disable()
         try:
             for contender, samples_ms in measure(calls, batches, repeats).items():
@@ -255,6 +257,7 @@ class Bench:
         finally:
             gc.enable()
             gc.unfreeze()
+
 
 def about(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     found = environment()
@@ -280,12 +283,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="NxDxV")
     parser.add_argument("--cases", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders")
-    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], help="of these contenders")
-    parser.add_argument("--budget-s", type=float, default=510.0, help="start no shape that would end later")
-    parser.add_argument("--check-s", type=float, default=15.0, help="check no shape whose truth takes longer")
-    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="of the data, if not fresh")
-    parser.add_argument("--commit", help="to name in the results where there is no git")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="measure only these contenders"
+    )
+    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], help="leave out these contenders")
+    parser.add_argument("--budget-s", type=float, default=510.0, help="start no shape that would end later than this")
+    parser.add_argument(
+        "--check-s", type=float, default=15.0, help="skip the check of shapes whose float64 results take longer"
+    )
+    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="seed of the data (default: fresh)")
+    parser.add_argument("--commit", help="commit to name in the results if there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two repeats: does everything run?")
     args = parser.parse_args()
@@ -308,7 +315,7 @@ def main() -> int:
     except DeviceLost as error:
         lost_by = True
         bench.problems.append(f"the device is lost to this process: {error}")
-    except Exception as error:  # what was measured before is worth having
+    except Exception as error:  # the earlier results are kept
         bench.problems.append(f"ended early: {type(error).__name__}: {error}")
     bench.save()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -330,7 +337,7 @@ def main() -> int:
         print(line)
     if lost_by:
         sys.stdout.flush()
-        os._exit(DEVICE_LOST)  # what would free the device's memory fails
+        os._exit(DEVICE_LOST)  # freeing the device's memory would fail
     return 1 if bench.problems else 0
 
 

@@ -17,9 +17,11 @@ FLOOR_TOKENS = 8192  # per GEMM of the floor: more tokens make it no faster and 
 
 
 class Task(NamedTuple):
+    """What all contenders of a case compute."""
+
     train_head: bool
     loss: str | None  # "token" or "dpo"; None: no gradient
-    gemms: int  # of 2·N·V·D FLOP, the floor's; 0: the batch's hidden states are logits (R, T, V)
+    gemms: int  # of the floor, 2·N·V·D FLOP each; 0: the batch holds logits (R, T, V) in place of hidden states
 
 
 TASKS = {
@@ -31,8 +33,10 @@ TASKS = {
 
 
 class Contender(NamedTuple):
+    """A call to be measured."""
+
     call: Callable[[Batch], Results]
-    loss: str | None  # what it computes, if not the task's
+    loss: str | None  # the loss it computes, which need not be the task's
     ours: bool = False
 
 
@@ -42,7 +46,7 @@ class Contender(NamedTuple):
 def _finish(
     batch: Batch, task: Task, forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 ) -> Results:
-    """Run a forward that returns (loss, logps), of which it may have one, and the backward; name what came."""
+    """Runs a forward that returns loss, logps or both, and the backward; returns the results by name."""
     if task.loss is None:
         with torch.no_grad():
             _, logps = forward(batch.hidden, batch.weight)
@@ -61,7 +65,7 @@ def _finish(
 
 
 def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
-    """With labels where a data loader has them, so that nothing has to wait for the device to tell which are scored."""
+    """Ours, with labels on the host as a data loader has them: then nothing waits to learn which tokens are scored."""
     from xpo_fast import Objective, gather_logps, token_logps
     from xpo_fast.head.plan import check_backend
 
@@ -93,7 +97,7 @@ def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bo
 
 
 def make_materialised(task: Task, device: torch.device) -> Contender:
-    """What one writes without a library: logits in bf16, then a float32 log-softmax."""
+    """The code one writes without a library: logits in bf16, then a float32 log-softmax."""
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -107,7 +111,7 @@ def make_materialised(task: Task, device: torch.device) -> Contender:
 
 
 def make_trl(task: Task, device: torch.device) -> Contender | None:
-    """TRL's function with the tile width that TRL gives it and no optional output."""
+    """TRL's function with TRL's own tile width and no optional output."""
     if not task.gemms:
         return None
     try:
@@ -118,10 +122,8 @@ def make_trl(task: Task, device: torch.device) -> Contender | None:
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            logps, *_ = ChunkedLogProbFunction.apply(
-                hidden.flatten(0, 1), weight, None, batch.targets.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
-                None, 1.0, (),
-            )  # fmt: skip
+            operands = hidden.flatten(0, 1), weight, None, batch.targets.flatten()
+            logps, *_ = ChunkedLogProbFunction.apply(*operands, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
             return None, logps.view(batch.targets.shape)
 
         return _finish(batch, task, forward)
@@ -130,7 +132,7 @@ def make_trl(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_liger_dpo(task: Task, device: torch.device) -> Contender | None:
-    """Liger's class without a reference model, compiled as by default where there is a GPU."""
+    """Liger's class without a reference model; compiled, its default, if there is a GPU."""
     if task.loss != "dpo":
         return None
     try:
@@ -164,10 +166,10 @@ def make_liger_ce(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_liger_fused(task: Task, device: torch.device) -> Contender | None:
-    """Liger's log-probs a token, its own kernels on a Hopper; what the caller's loss makes of them is torch's."""
+    """Liger's log-probs per token, by its own kernels on Hopper; the loss of these is computed by torch."""
     if not task.gemms:
         return None
-    # Its check of the targets waits for the device: who knows the targets to be in range switches it off.
+    # Its check of the targets waits for the device; it is switched off because these targets are in range.
     os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
     try:
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
@@ -240,7 +242,7 @@ CONTENDERS: dict[str, Callable[[Task, torch.device], Contender | None]] = {
 
 
 def make_floor(batch: Batch, task: Task) -> Contender:
-    """The bare products, or the bare traffic, into buffers made beforehand. Its call returns nothing."""
+    """The bare GEMMs, or the bare memory traffic, into buffers made beforehand. Its call returns nothing."""
     if not task.gemms:
         gradient = torch.empty_like(batch.hidden)
 

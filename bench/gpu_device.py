@@ -1,4 +1,4 @@
-"""What gpu.py asks of a device: poisoned memory, peaks, waits, capture into a graph, and whether it is lost."""
+"""Poisons a device's memory, and tells its peaks, its waits, whether a call can be captured, and whether it is lost."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from measure import MIB, size_mib
 from problem import Results
 
-SMALL = 2**20  # bytes: what the allocator takes from a pool of its own, at most
-LARGE = 2**32  # more than any one buffer here
+SMALL = 2**20  # bytes: the allocator keeps a pool of its own for blocks up to this size
+LARGE = 2**32  # bytes: more than any one buffer here
 
 
 def poison_sizes(free: int, segments: Sequence[dict[str, Any]]) -> list[int]:
-    """Bytes of the blocks to fill, so that whatever the allocator hands out next, of `free` bytes, was filled.
+    """Returns the sizes of blocks to fill so that all memory the allocator hands out next, of `free` bytes, was filled.
 
-    It hands out the smallest free block that is large enough, splits larger ones, and never joins blocks of two segments. So
-    blocks of LARGE, not many smaller ones, stand for what it has yet to ask the device for; and what it has to spare, in
-    segments (torch.cuda.memory_snapshot's) of which a part is in use, is taken block by block.
+    The allocator hands out the smallest free block that is large enough, splits larger ones, and never joins blocks of
+    two segments. So memory that it has yet to request from the device is filled in blocks of LARGE, not in many smaller
+    ones; and the free blocks of segments that are partly in use (torch.cuda.memory_snapshot) are filled one by one.
     """
     spare = []
     for segment in segments:
@@ -35,7 +35,7 @@ def poison_sizes(free: int, segments: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def poison(device: torch.device) -> None:
-    """What the allocator hands out next, on any stream that it has served, holds NaN."""
+    """Fills with NaN the memory that the allocator will hand out next, on every stream that it has served."""
     if device.type == "cpu":
         return
     torch.cuda.synchronize(device)
@@ -57,7 +57,7 @@ def poison(device: torch.device) -> None:
 
 
 def lost(device: torch.device) -> bool:
-    """Whether an error of a kernel has left this process without its device."""
+    """Returns whether a kernel's error has made the device unusable for this process."""
     try:
         synchronize(device)
     except RuntimeError:
@@ -66,12 +66,13 @@ def lost(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for a device that is not the CPU."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
 def peak_mib(call: Callable[[], Results], device: torch.device) -> float | None:
-    """Peak above what is allocated before and the gradients; None on CPU."""
+    """Returns the peak above earlier allocations and the gradients; None on a CPU."""
     if device.type == "cpu":
         return None
     torch.cuda.synchronize(device)
@@ -84,7 +85,7 @@ def peak_mib(call: Callable[[], Results], device: torch.device) -> float | None:
 
 
 def waits_for_device(call: Callable[[], Results], device: torch.device) -> str | None:
-    """Where the host waits for the device, as far as torch can tell; None: nowhere."""
+    """Returns the line on which the host waits for the device, as far as torch can tell, or None."""
     if device.type == "cpu":
         return None
     torch.cuda.set_sync_debug_mode("error")
@@ -101,7 +102,7 @@ def waits_for_device(call: Callable[[], Results], device: torch.device) -> str |
 
 
 def capture_problem(call: Callable[[], Results], device: torch.device) -> str | None:
-    """Why a call cannot be captured as a CUDA graph whose replay gives what the call gave; None: it can."""
+    """Returns why a call cannot be captured as a CUDA graph that gives the same results, or None if it can."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -123,7 +124,7 @@ def capture_problem(call: Callable[[], Results], device: torch.device) -> str | 
 
 
 def float64_flops(device: torch.device) -> float:
-    """FLOP/s of a float64 GEMM."""
+    """Returns the FLOP/s of a float64 GEMM."""
     n = 256 if device.type == "cpu" else 4096
     a = torch.randn(n, n, dtype=torch.float64, device=device)
     torch.mm(a, a)

@@ -15,14 +15,14 @@ ROW_TOKENS = 1024  # a pair of rows fits a tile
 
 
 def make_weight(shape: Shape, device: torch.device, seed: int) -> Tensor:
-    """(V, D) head that gives logits of standard deviation 3 on hidden states of unit variance."""
+    """Returns a head (V, D) that gives logits of standard deviation 3 on hidden states of unit variance."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.empty(shape.vocab, shape.width, dtype=torch.bfloat16, device=device)
     return weight.normal_(std=LOGIT_STD / shape.width**0.5, generator=generator)
 
 
 def make_batch(weight: Tensor, scored: int, seed: int) -> Batch:
-    """Rows of random hidden states, each leaning towards or away from its target's row of the head."""
+    """Returns rows of random hidden states, each leaning towards or away from its target's row of the head."""
     device, (vocab, width) = weight.device, weight.shape
     generator = torch.Generator(device).manual_seed(seed)
     rows = max(2, scored // (2 * ROW_TOKENS) * 2)
@@ -36,19 +36,19 @@ def make_batch(weight: Tensor, scored: int, seed: int) -> Batch:
 
 
 def make_logits(batch: Batch) -> Batch:
-    """The batch with its logits in place of its hidden states."""
+    """Returns the batch with its logits in place of its hidden states."""
     return Batch(batch.hidden @ batch.weight.T, batch.weight, batch.targets)
 
 
 def find_truths(batch: Batch, names: Sequence[str]) -> dict[str, Results]:
-    """The results in float64 of each loss, head trained: what every task is held against."""
+    """Returns the float64 results of each loss with a trainable head, which every task is compared with."""
     losses = {TASKS[name].loss for name in names} | {"token"}
     with torch.device(batch.hidden.device):
         return {loss: float64_truth(batch, Case(loss, train_head=True)) for loss in losses if loss}
 
 
 def find_gather_truth(batch: Batch) -> Results:
-    """The same of logits (R, T, V), a few rows at a time; the gradient in float32, for memory's sake."""
+    """Returns the float64 results for logits (R, T, V), a few rows at a time; the gradient is float32."""
     logits, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
     logps = torch.empty(targets.shape, dtype=torch.float64, device=logits.device)
     gradient = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)

@@ -1,4 +1,4 @@
-"""What the records of gpu.py come to: the aims that are met or missed, and the tables."""
+"""Judges the records of gpu.py: the aims that they meet or miss, and the tables of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from measure import MIB, ratio, table
 
 
 class Aim(NamedTuple):
-    """The baseline's time over ours should be at least `speedup`, with AIM_TOKENS or more."""
+    """The baseline's time divided by ours should be at least `speedup`, at AIM_TOKENS tokens or more."""
 
     task: str
     baseline: str
@@ -28,27 +28,28 @@ AIMS = (
     Aim("trainable", "QuACK CE", 1.0),
 )
 LOGPS_AIM_TFLOPS = 700  # log-probs alone
-# Largest absolute error of a log-prob. A product of bf16 operands is summed by the tensor cores, which cut off where they add to
-# float32 (Fasi et al. 2021): truncation.py makes that 1.2e-4 of it at a width of 4096, which no kernel after them can take back.
+# Largest absolute error of a log-prob. Tensor cores sum products of bf16 operands in float32 and truncate (Fasi et al.
+# 2021): that is 1.2e-4 of the error at a width of 4096 (truncation.py), which no later kernel can undo.
 LOGP_AIM = 2e-4
-ACCURACY_AIM = 100  # times as accurate as ACCURACY_PEER, whose logits pass through float16
+ACCURACY_AIM = 100  # the factor by which ours is more accurate than ACCURACY_PEER, whose logits pass through float16
 ACCURACY_PEER = "Liger fused"
-# Peak memory above inputs and gradients, with a vocabulary of MEMORY_VOCAB or a little more. A trainable head's takes what the
-# plan allows it, a share of the card: said, not aimed at.
+# Peak memory above inputs and gradients, at vocabularies in MEMORY_VOCAB. With a trainable head it is what the plan
+# allows, a share of the card: reported, without an aim.
 MEMORY_VOCAB = range(150_000, 160_000)
 MEMORY_CASES = ("frozen", "logps")
-MEMORY_AIM_MB, MEMORY_GROWTH_AIM_MB = 2600, 300  # in all; more for four times the tokens
+MEMORY_AIM_MB, MEMORY_GROWTH_AIM_MB = 2600, 300  # in all; growth for four times the tokens
 
 
 def aims(records: list[dict[str, Any]], most_tokens: int) -> list[dict[str, Any]]:
-    """Each aim with what each of our backends came to, where it comes nearest to missing it; met if one of them meets it."""
+    """Returns each aim with each of our backends' worst value; an aim is met if one backend meets it."""
     found = []
     for aim in AIMS:
         ours: dict[str, dict[str, Any]] = {}
         for r in _timed(records, most_tokens, aim.task):
-            of = next((x for x in _timed(records, most_tokens, aim.task, aim.baseline) if x["shape"] == r["shape"]), None)
-            if r["shape"]["width"] in aim.width and of is not None:
-                speedup = ratio(of["samples_ms"], r["samples_ms"])
+            baseline = _timed(records, most_tokens, aim.task, aim.baseline)
+            its = next((x for x in baseline if x["shape"] == r["shape"]), None)
+            if r["shape"]["width"] in aim.width and its is not None:
+                speedup = ratio(its["samples_ms"], r["samples_ms"])
                 nearest(ours, r, speedup)
         widths = [aim.width.start, aim.width.stop - 1]
         what = f"{aim.task}: {aim.baseline}'s time over ours"
@@ -63,7 +64,7 @@ def aims(records: list[dict[str, Any]], most_tokens: int) -> list[dict[str, Any]
 def _timed(
     records: list[dict[str, Any]], most_tokens: int, case: str, contender: str | None = None
 ) -> list[dict[str, Any]]:
-    """Records of a case with times and AIM_TOKENS or more; of our backends, or of one contender."""
+    """Returns the timed records of a case at AIM_TOKENS or more, of our backends or of one contender."""
     return [
         r
         for r in records
@@ -93,7 +94,7 @@ def _accuracy_aims(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_aims(records: list[dict[str, Any]], card_mib: float) -> list[str]:
-    """The peaks of our backends held to their aims, a line each; growth between shapes that fill a tile."""
+    """Returns a line per peak of our backends and its aim; growth is judged between shapes that fill a tile."""
     peaks_mb = {
         (r["contender"], r["case"], Shape(**r["shape"])): r["peak_mib"] * MIB / 1e6
         for r in records
@@ -119,17 +120,15 @@ def memory_aims(records: list[dict[str, Any]], card_mib: float) -> list[str]:
     return lines
 
 
-
-
 def nearest(ours: dict[str, dict[str, Any]], record: dict[str, Any], value: float) -> None:
-    """Keep the least value of a backend, and where it was."""
+    """Keeps the smallest value of a backend, and the case it belongs to."""
     known = ours.get(record["contender"])
     if known is None or value < known["value"]:
         ours[record["contender"]] = {"value": value, "at": f"{record['case']} {Shape(**record['shape'])}"}
 
 
 def judged(what: str, aim: float, ours: dict[str, dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    """An aim and what our backends came to; none where nothing was measured."""
+    """Returns an aim with the values of our backends, or nothing if none was measured."""
     if not ours:
         return []
     best = max(ours, key=lambda backend: ours[backend]["value"])
@@ -137,7 +136,7 @@ def judged(what: str, aim: float, ours: dict[str, dict[str, Any]], **more: Any) 
 
 
 def aim_line(aim: dict[str, Any], auto: str) -> str:
-    """Met or missed by the best of our backends; every backend's value, and which is `auto`'s."""
+    """Returns a line: met or missed by our best backend, every backend's value, and which of them is `auto`."""
     values = ", ".join(
         f"{backend}{' (auto)' if backend == auto else ''} {found['value']:.2f} at {found['at']}"
         for backend, found in aim["ours"].items()
@@ -146,7 +145,7 @@ def aim_line(aim: dict[str, Any], auto: str) -> str:
 
 
 def summary(records: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], names: list[str]) -> str:
-    """A line a case and shape, a column a contender."""
+    """Returns a table with a line per case and shape, and a column per contender."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for r in records:
         key = r["case"], str(Shape(**r["shape"]))
@@ -159,6 +158,7 @@ def summary(records: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]
 
 
 def time_cell(r: dict[str, Any]) -> str:
+    """Returns the median milliseconds and the floor's share of a record, or why there are none; "?" if unchecked."""
     if "failed" in r:
         return "OOM" if "out of memory" in r["failed"] else "failed"
     if "median_ms" not in r:
@@ -168,6 +168,7 @@ def time_cell(r: dict[str, Any]) -> str:
 
 
 def memory_cell(r: dict[str, Any]) -> str:
+    """Returns the peak of a record in MiB."""
     return "" if r.get("peak_mib") is None else f"{r['peak_mib']:.0f}"
 
 
@@ -180,7 +181,7 @@ ERRORS = {
 
 
 def accuracy(records: list[dict[str, Any]]) -> str:
-    """A line a width and contender: the largest of each error over its cases and shapes."""
+    """Returns a table with a line per width and contender: the largest of each error over its cases and shapes."""
     found: dict[tuple[int, str], dict[str, float]] = {}
     for r in records:
         errors = found.setdefault((r["shape"]["width"], r["contender"]), {}) if r.get("errors") else {}

@@ -101,8 +101,8 @@ def loops(assembly: Assembly, text: str) -> list[Loop]:
 def instructions_per_logit(ptx: str, sass: str, columns: float) -> float:
     """Returns the instructions per logit of the most expensive loop over a row; 0 if no loop of SASS is one of PTX.
 
-    Loops whose accesses are all wide are preferred to the others. The assembler unrolls loops; how often follows from the
-    bytes that a round moves. columns: logits per thread in one round of the loop, as the kernel has it.
+    Loops whose accesses are all wide are preferred to the others. The assembler unrolls loops; how often follows from
+    the bytes that a round moves. columns: logits per thread in one round of the loop, as the kernel has it.
     """
     before = loops(PTX, ptx)
     after = loops(SASS, sass)

@@ -1,8 +1,8 @@
 """Log-probs of given logits, and their gradient: each logit is read once per pass and never widened in memory.
 
-One program per row. The forward keeps a running maximum and a running sum per lane (online softmax) and joins the lanes at
-the end of the row. The backward writes ∂L/∂logits into another buffer or over the logits. A mask that may end anywhere
-makes loads and stores one element wide; so in aligned rows full blocks take none.
+One program per row. The forward keeps a running maximum and a running sum per lane (online softmax) and joins the lanes
+at the end of the row. The backward writes ∂L/∂logits into another buffer or over the logits. A mask that may end
+anywhere makes loads and stores one element wide; so in aligned rows full blocks take none.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def write_gradient(
 
 
 def _aligned(x: Tensor) -> bool:
-    """Returns whether Triton takes every row as aligned: its pointer a multiple of 16 bytes, its stride of 16 elements."""
+    """Returns whether Triton takes every row as aligned: pointer a multiple of 16 bytes, stride of 16 elements."""
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Where a running maximum starts, in place of −∞: differences, and their products with sums of exponentials, stay finite.
+# Where a running maximum starts, in place of −∞: differences, and their products with sums of exponentials, stay
+# finite.
 FLOOR = tl.constexpr(-1e30)
 
 

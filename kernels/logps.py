@@ -1,8 +1,8 @@
 """Log-probs without gradient, straight from hidden states and the LM head: a GEMM that keeps no logits.
 
-A program has a block of rows and walks a share of the vocabulary. Of each block of logits it keeps, per row, the running
-maximum and sum (online softmax) and the target's logit. A second kernel joins the shares. Bias, scale, softcap and
-temperature are applied in float32 to the sums of the GEMM. No atomics: the same input gives the same bits.
+A program has a block of rows and walks a share of the vocabulary. Of each block of logits it keeps, per row, the
+running maximum and sum (online softmax) and the target's logit. A second kernel joins the shares. Bias, scale, softcap
+and temperature are applied in float32 to the sums of the GEMM. No atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def logps_pass(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Writes the partial results of one share of the vocabulary for BLOCK_M rows; without columns, max −1e30 and sums 0.
+    """Writes partial results of one share of the vocabulary for BLOCK_M rows; of no columns, max −1e30 and sums 0.
 
     Consecutive programs belong to one group of row blocks, and within it to one share. So programs that run at the same
     time read the same columns of W, and no more rows of h than stay in the cache.
@@ -190,7 +190,7 @@ def _has_contiguous_rows(x: Tensor) -> bool:
 
 
 def _aligned(x: Tensor) -> bool:
-    """Returns whether rows start at multiples of 16 bytes and D is a multiple of 16, as Triton's asynchronous copies need."""
+    """Returns whether rows are aligned to 16 bytes and D is a multiple of 16, as asynchronous copies need."""
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
 
 
@@ -320,8 +320,9 @@ def _problems(entropy: bool, workload: launch.Workload) -> Iterator[launch.Probl
     yield launch.Problem((w.dtype, launch.bucket(w.vocab), launch.bucket(w.width)), inputs, call)
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_D, PARTS, warps, stages), each target's default first: the largest that compile without a spill
-# for every flag. PARTS: in how many pieces a block of logits is handled, since the temporaries of all of it would spill.
+# (BLOCK_M, BLOCK_N, BLOCK_D, PARTS, warps, stages), each target's default first: the largest that compile without a
+# spill for every flag. PARTS: in how many pieces a block of logits is handled, since the temporaries of all of it would
+# spill.
 _SHAPES = {
     "sm_80": ((128, 128, 64, 4, 8, 4), (128, 128, 32, 4, 8, 4), (64, 128, 64, 4, 4, 4)),
     "sm_90": ((128, 256, 64, 16, 8, 4), (128, 128, 64, 4, 8, 4), (128, 256, 64, 16, 8, 3)),

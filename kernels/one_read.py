@@ -2,8 +2,8 @@
 
 A softmax takes two reads if e^(z − lse) is stored, because lse is known only at the end of the first. But bfloat16 has
 float32's range of exponents. So this kernel stores e^(z − c) instead, where c is a logit of the row chosen beforehand,
-and sums S = Σ e^(z − c) beside it. 1/S is a factor of the row, which the caller applies to h and dH instead of the tile.
-No atomics: the same input gives the same bits.
+and sums S = Σ e^(z − c) beside it. 1/S is a factor of the row, which the caller applies to h and dH instead of the
+tile. No atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .logits import FLOOR
 STATISTICS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1")
 GRADIENTS = (torch.bfloat16, torch.float32)  # float16 lacks the exponents
 
-# A row whose largest logit exceeds c by more than this is read again, with its largest logit as c. Then sums of e^(z − c),
-# and of its products with an entry of the head, stay far below float32's limit e^88. The gap is smaller if z − c itself or
-# the squares of e^(z − c) are summed.
+# A row whose largest logit exceeds c by more than this is read again, with its largest logit as c. Then sums of e^(z −
+# c), and of its products with an entry of the head, stay far below float32's limit e^88. The gap is smaller if z − c
+# itself or the squares of e^(z − c) are summed.
 _GAP = tl.constexpr(40.0)
 _GAP_OF_STATISTICS = tl.constexpr(20.0)
 _TINY = tl.constexpr(1e-30)
@@ -55,7 +55,9 @@ def one_read(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes, with e = e^(z − c) and s = dz/d(product): grad = e·s, at the target −s Σ e over all others; factor = −1/Σ e.
+    """Writes the statistics, grad = e·s, at the target −s Σ e over all others, and factor = −1/Σ e.
+
+    Here e = e^(z − c) and s = dz/d(product).
 
     The sum over all others is exact where p_y − 1 would cancel. Rounding to bfloat16 changes an entry by up to 2⁻⁸ of
     itself. In most rows the entries of the target and of its likeliest rival are by far the largest. So the factor is
@@ -224,7 +226,8 @@ def _problems(name: str, workload: launch.Workload) -> Iterator[launch.Problem]:
         yield launch.Problem((w.dtype, launch.bucket(w.vocab)), inputs, call)
 
 
-# Left out: shapes that spill with some version of Triton, and on gfx942 those with too few columns per thread for a wide store.
+# Left out: shapes that spill with some version of Triton, and on gfx942 those with too few columns per thread for a
+# wide store.
 for _name, _shapes, _without in (
     # Few warps per row: many rows run at once, and the last ones leave few processors idle.
     ("one_read", ((1024, 4), (1024, 8), (512, 4)), {"sm_80": ((1024, 4),)}),

@@ -1,10 +1,10 @@
-"""Statistics of rows of products h Wᵀ, and any gradient with respect to them, in one kernel that reads each row up to twice.
+"""Statistics of rows of products h Wᵀ, and gradients with respect to them, by one kernel that reads a row up to twice.
 
 One program per row. The first read finds, per lane and joined at the end, the largest logit and log Σ e^z (online
-softmax), and with them the statistics. The second read happens only if probabilities are needed: it writes ∂L/∂(product)
-for the gradient GEMMs, and sums the divergences from a reference's row. It starts where the first ended, since that is
-still in the cache. Bias, scale, softcap and temperature are applied on the fly, in float32. No atomics: the same input
-gives the same bits. Calls that need no second read are one_read.py's.
+softmax), and with them the statistics. The second read happens only if probabilities are needed: it writes
+∂L/∂(product) for the gradient GEMMs, and sums the divergences from a reference's row. It starts where the first ended,
+since that is still in the cache. Bias, scale, softcap and temperature are applied on the fly, in float32. No atomics:
+the same input gives the same bits. Calls that need no second read are one_read.py's.
 """
 
 from __future__ import annotations
@@ -217,9 +217,9 @@ def run(
     values: Mapping[str, Tensor] | None = None,  # entropy, reverse_kl (n,), if upstream has them
     grad: Tensor | None = None,  # (n, V) written
 ) -> None:
-    """Writes the statistics named in `out` and, if `grad` is given, ∂L/∂products of z = softcap(scale (x + b)) / temperature.
+    """Writes the statistics named in `out` and, if `grad` is given, ∂L/∂products.
 
-    grad: memory of any float dtype, or the products themselves.
+    z = softcap(logit_scale (products + bias)) / temperature. grad: of any float dtype, or the products themselves.
     """
     out, upstream, values = dict(out or {}), dict(upstream or {}), values or {}
     assert set(out) <= set(STATISTICS) and set(upstream) <= set(DIFFERENTIABLE)
@@ -281,7 +281,8 @@ def _problems(name: str, workload: launch.Workload) -> Iterator[launch.Problem]:
         yield launch.Problem((dtype, with_ref, launch.bucket(w.vocab)), partial(inputs, with_ref), partial(call, dtype))
 
 
-# Left out: shapes that spill with some version of Triton, and on gfx942 those with too few columns per thread for a wide store.
+# Left out: shapes that spill with some version of Triton, and on gfx942 those with too few columns per thread for a
+# wide store.
 _WIDE = ((4096, 16), (2048, 16), (1024, 8), (1024, 4))
 for _name, _shapes, _without in (
     (

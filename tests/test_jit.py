@@ -172,7 +172,9 @@ LAUNCHES = {
     "log-probs, statistics and dz": Launch(
         ("one_read",), once(one_read.STATISTICS, torch.float32, **EVERYTHING), (*TILE, *DZ, "bias"), most=1
     ),
-    "log-probs and dz in float16": Launch(("row_pass",), head(("logp", "lse"), ("logp",), torch.float16), (*TILE, *DZ), most=1),
+    "log-probs and dz in float16": Launch(
+        ("row_pass",), head(("logp", "lse"), ("logp",), torch.float16), (*TILE, *DZ), most=1
+    ),
     "statistics": Launch(("row_pass",), head(rows.STATISTICS, ref=True, **EVERYTHING), (*TILE, *REF, "bias"), most=1),
     "gradient": Launch(
         ("row_pass",), head((), rows.DIFFERENTIABLE, torch.float16, ref=True), (*TILE, *REF, *DZ), compiled=True, most=1
@@ -187,7 +189,8 @@ LAUNCHES = {
     ),
     "gather": Launch(("gather_forward",), gathered(torch.bfloat16), ("logits", "stride", "ALIGNED"), compiled=True),
     "gather's gradient": Launch(
-        ("gather_backward",), gather_gradient(torch.bfloat16, False), ("logits", "stride", *DZ, "ALIGNED"), compiled=True
+        ("gather_backward",), gather_gradient(torch.bfloat16, False), ("logits", "stride", *DZ, "ALIGNED"),
+        compiled=True,
     ),
     "gather's gradient in place": Launch(
         ("gather_backward",), gather_gradient(torch.float16, True), ("logits", "stride", *DZ, "ALIGNED")
@@ -200,7 +203,7 @@ launchers = pytest.mark.parametrize("name", LAUNCHES)
 
 @pytest.fixture
 def specialised(gpu, monkeypatch):
-    """What would be compiled, nothing of which is: (kernel, its key) → names of the arguments that it takes as aligned or True."""
+    """What would be compiled, without compiling it: (kernel, its key) → names of arguments taken as aligned or True."""
     found = {}
 
     def hook(*, fn, compile, **_):

@@ -133,11 +133,12 @@ def once(x, out, total, stride, vocab, FULL_BLOCKS: tl.constexpr, BLOCK: tl.cons
     tl.store(out + lane, tl.load(x + lane))
 
 
-# kernels/one_read.py writes a row in a loop, then its entry at the target again: another thread's store, which must come after.
+# kernels/one_read.py writes a row in a loop, then its entry at the target again: another thread's store, which must
+# come after.
 
-# By backend: outputs of the compiler, how they are written, and what makes all threads of a program wait until what each of
-# them has stored in global memory is there for the others. PTX's bar.sync does; on AMD s_barrier with LLVM's fence before it,
-# unless that is marked as of local memory alone.
+# By backend: outputs of the compiler, how they are written, and what makes all threads of a program wait until what
+# each of them has stored in global memory is there for the others. PTX's bar.sync does; on AMD s_barrier with LLVM's
+# fence before it, unless that is marked as of local memory alone.
 LLVM = assembly.Assembly(
     label=r"^([\w.]+):",
     branch=r"\blabel %([\w.]+)",

@@ -268,7 +268,7 @@ def check_small(shape):
 
 
 def check_out_of_the_ordinary():
-    """Huge logits; one finite logit alone, the target or not; none; +∞; NaN, of the target or not, stays with its row."""
+    """Huge logits; a single finite logit, the target or not; none; +∞; NaN, of the target or not, stays in its row."""
     vocab = 270
     products, _ = ordinary(8, vocab)
     products[0] *= 1e4

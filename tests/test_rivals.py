@@ -66,7 +66,7 @@ def test_the_draws_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("target", [0, 6])
 def test_the_draws_follow_the_softmax_of_the_top_k(target):
-    """χ² of 20 000 draws, with 4 degrees of freedom: above 18.5 once in a thousand seeds. And the next is independent."""
+    """χ² of 20 000 draws with 4 degrees of freedom: above 18.5 once in a thousand seeds. Draws are independent."""
     count, k = 20_000, 5
     z = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, -1.0, -8.0, -9.0])  # the seventh is not among the likeliest
     hidden, weight = torch.ones(count, 1), z.unsqueeze(1)

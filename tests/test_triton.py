@@ -75,7 +75,7 @@ DIFFERENTIABLE = test_head.DIFFERENTIABLE
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Blocks so small that a short row has several, and tiles several steps; no warning of what IEEE arithmetic defines."""
+    """Blocks so small that a short row has several, and tiles several steps; no warnings about IEEE arithmetic."""
     if INTERPRETED or DEVICE == "cuda":
         monkeypatch.setattr("xpo_fast.head.plan._step_tokens", lambda *_: 3)
     with np.errstate(all="ignore"), blocks(128):

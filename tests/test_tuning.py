@@ -486,7 +486,7 @@ def test_two_ways(monkeypatch):
 
 
 def heaviest():
-    """Of each tunable kernel, the candidates with the most numbers and the fewest a thread, where the suite compiles one."""
+    """The candidates with the most and the fewest numbers per thread, of each tunable kernel that is compiled."""
     for module in gates.modules():
         declared = [v for v in gates.module(module).variants() if v.representative and v.tunable]
         for variant in declared:

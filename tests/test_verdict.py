@@ -1,5 +1,5 @@
-"""The check that stands before `auto` on a GPU, and what is remembered of it. No GPU is needed: a stand-in of torch's, which works
-in memory of its own as the kernels do, is the device's implementation, and small commands are the process of its own.
+"""The check that stands before `auto` on a GPU, and the record of its verdicts. No GPU is needed: row operations of
+torch that work in memory of their own stand in for the kernels, and small commands for the check's process.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_what_is_right_passes(dtype):
 
 
 def test_all_that_is_to_be_gone_through(monkeypatch):
-    """Several tiles and steps, both lanes, a group longer than a tile, dW in one tile and in several, two kinds of rows."""
+    """Several tiles and steps, both lanes, a group longer than a tile, dW in one and several, two kinds of rows."""
     two, tiles = [], []
     lanes, gradients = chunked.Lanes, chunked.Gradients
 
@@ -193,8 +193,12 @@ def changing():
 
 
 WRONG = {
-    "log-probs": ("forward", lambda found: replaced(found, 0, found[0] + 1e-3), r"logp, V 1031: 0.001 \(allowed 0.0005\)"),
-    "gradient": ("forward", lambda found: replaced(found, 3, found[3] * 1.02), r"∂ dlogp, V 1031: 0.02 \(allowed 0.0078\)"),
+    "log-probs": (
+        "forward", lambda found: replaced(found, 0, found[0] + 1e-3), r"logp, V 1031: 0.001 \(allowed 0.0005\)",
+    ),
+    "gradient": (
+        "forward", lambda found: replaced(found, 3, found[3] * 1.02), r"∂ dlogp, V 1031: 0.02 \(allowed 0.0078\)",
+    ),
     "one row": ("forward", lambda found: in_place(found[3][7:8], 1.5), r"∂ dlogp, V 1031"),
     "statistics": ("forward", lambda found: in_place(found[2], 1.01), r"entropy, V 1031: .*mean_logit"),
     "dW": ("backward", lambda found: replaced(found, 1, found[1] * 0.98), r"∂ backward: weight, V 1031: 0.02"),
@@ -210,7 +214,9 @@ WRONG = {
     ),
     "runs": ("forward", changing(), r"elements that change from run to run of logp, V 1031: 40 \(allowed 0\)"),
     "gather": ("gather", lambda found: replaced(found, 0, found[0] * 1.001), r"gather: logp, V 1031"),
-    "divergences": ("forward", lambda found: in_place(found[2][:1], 1.001) if len(found[2]) == 2 else None, r"kl, V 1031"),
+    "divergences": (
+        "forward", lambda found: in_place(found[2][:1], 1.001) if len(found[2]) == 2 else None, r"kl, V 1031",
+    ),
     "gradient of divergences": (
         "backward", lambda found: replaced(found, 0, found[0] * 0.98), r"∂ divergences: hidden, V 1031: 0.02",
     ),
@@ -376,8 +382,8 @@ def test_a_process_that_nobody_waits_for(monkeypatch):
     """It ends by itself, where there is an alarm."""
     if not hasattr(signal, "alarm"):
         pytest.skip("there are no alarms here")
-    code = "from xpo_fast.head import check_process; check_process.CHILD_S = -9; check_process._device = lambda *_: time.sleep(600)"
-    words = python(f"{code}; check_process.main(['--device', 'cpu', '--dtype', 'float32'])")
+    code = "from xpo_fast.head import check_process as p; p.CHILD_S = -9; p._device = lambda *_: time.sleep(600)"
+    words = python(f"{code}; p.main(['--device', 'cpu', '--dtype', 'float32'])")
     found = check_process.in_child(words, 120)
     assert found == Verdict(False, "its process was ended by SIGALRM", lasting=False)
 
@@ -444,7 +450,7 @@ def test_command(gpu, capsys, monkeypatch):
 
 @needs_triton
 def test_triton_passes_in_the_interpreter(monkeypatch):
-    """The kernels themselves, on fewer rows of the problem that has everything; and not if they never read a row again."""
+    """The kernels themselves pass on fewer rows of the larger problem, and fail if they never read a row again."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     smaller = (
@@ -461,7 +467,8 @@ def test_triton_passes_in_the_interpreter(monkeypatch):
     never = (
         "from xpo_fast.kernels import one_read\n"
         "one_read._GAP = one_read._GAP_OF_STATISTICS = constexpr(1e9)\n"
-        "wrong = {what for what, off, allowed in check._measured(*on, kernels._replace(gather=None)) if not off <= allowed}\n"
+        "measured = check._measured(*on, kernels._replace(gather=None))\n"
+        "wrong = {what for what, off, allowed in measured if not off <= allowed}\n"
         "assert wrong >= {'logp, V 1031', 'log_sum_sq_probs, V 1031', '∂ units by 4: weight, V 1031'}, wrong\n"
     )
     assert check_process.in_child(python(f"{smaller}{never}{YES}")) == GOOD
@@ -510,7 +517,8 @@ def test_one_warning(gpu, children):
         assert verdict.verdict(GPU, BF16) == BAD
     (said,) = (str(w.message) for w in seen)
     for part in (
-        "off by a mile", "NVIDIA H200 (sm_90)", "driver ", f"torch {torch.__version__}", "Triton 3.6.0", "torch backend",
+        "off by a mile", "NVIDIA H200 (sm_90)", "driver ", f"torch {torch.__version__}", "Triton 3.6.0",
+        "torch backend",
         "xpo-fast doctor --check", "XPO_FAST_BACKEND=triton", "bfloat16",
     ):  # fmt: skip
         assert part in said
@@ -570,12 +578,19 @@ def raises(error):
     return function
 
 
+WAYS_OUT = "XPO_FAST_BACKEND=triton.*xpo-fast doctor --check"
 NEVER = {
-    "no device to ask": (lambda patch: patch.setattr(torch.cuda, "get_device_properties", raises(RuntimeError("gone"))), "gone"),
-    "no entry": (lambda patch: patch.setattr(verdict, "_sources", raises(PermissionError(13, "not yours"))), "not yours"),
-    "no process": (lambda patch: patch.setattr(subprocess, "Popen", raises(ValueError("embedded null byte"))), "embedded null"),
-    "no Python": (lambda patch: patch.setattr(sys, "executable", None), "XPO_FAST_BACKEND=triton.*xpo-fast doctor --check"),
-    "frozen": (lambda patch: patch.setattr(sys, "frozen", True, raising=False), "XPO_FAST_BACKEND=triton.*xpo-fast doctor --check"),
+    "no device to ask": (
+        lambda patch: patch.setattr(torch.cuda, "get_device_properties", raises(RuntimeError("gone"))), "gone",
+    ),
+    "no entry": (
+        lambda patch: patch.setattr(verdict, "_sources", raises(PermissionError(13, "not yours"))), "not yours",
+    ),
+    "no process": (
+        lambda patch: patch.setattr(subprocess, "Popen", raises(ValueError("embedded null byte"))), "embedded null",
+    ),
+    "no Python": (lambda patch: patch.setattr(sys, "executable", None), WAYS_OUT),
+    "frozen": (lambda patch: patch.setattr(sys, "frozen", True, raising=False), WAYS_OUT),
     "in a check": (lambda patch: patch.setenv("XPO_FAST_CHECKING", "1"), "this process is a check itself"),
 }  # fmt: skip
 
@@ -738,7 +753,7 @@ def test_a_folder_that_cannot_be_written(gpu, children, tmp_path, monkeypatch, c
 
 
 def test_writers_at_once(cache):
-    """Locks are of open files: threads that open their own are to each other as processes are. No reader sees half a file."""
+    """Locks belong to open files, so threads that open their own meet as processes do. No reader sees half a file."""
     names = [f"entry {k}" for k in range(60)]
     with ThreadPoolExecutor(8) as pool:
         writing = [pool.submit(verdict._write, name, BAD) for name in names]
@@ -752,8 +767,9 @@ def holder(cache, then):
     """A process that has the lock of who checks, and what it does with it."""
     cache.mkdir(exist_ok=True)
     lock = cache / "verdicts.check.lock"
-    code = f"import fcntl, pathlib; lock = open({str(lock)!r}, 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True)"
-    process = subprocess.Popen(python(f"{code}; {then}"), stdout=subprocess.PIPE, text=True)
+    code = f"import fcntl; lock = open({str(lock)!r}, 'a'); fcntl.flock(lock, fcntl.LOCK_EX)"
+    words = python(f"{code}; print('held', flush=True); {then}")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -825,7 +841,8 @@ NOT = {
     "no triton": (GPU, BF16, {(plan, "_HAS_TRITON"): False}, "the package triton is not installed"),
     "no GPU": (GPU, BF16, {(torch.cuda, "is_available"): lambda: False}, "torch sees no GPU"),
     "an old GPU": (
-        GPU, BF16, {(torch.cuda, "get_device_capability"): lambda *_: (7, 5)}, "compute capability 8.0, and this GPU has 7.5",
+        GPU, BF16, {(torch.cuda, "get_device_capability"): lambda *_: (7, 5)},
+        "compute capability 8.0, and this GPU has 7.5",
     ),
 }  # fmt: skip
 

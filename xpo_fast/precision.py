@@ -45,7 +45,7 @@ class Support:
 
 
 def support(dtype: torch.dtype, device: torch.device) -> Support:
-    """Returns whether a device multiplies a dtype natively, by its instructions, or by a measurement if they do not tell.
+    """Returns whether a device multiplies a dtype natively, by its instructions or, if they do not tell, a measurement.
 
     The measurement takes some milliseconds, once per processor, version of torch and setting. It is kept in the cache
     folder, so that all processes that share the folder come to the same answer.
@@ -99,7 +99,7 @@ def resolve(
 
 
 def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Converts a model to float32 in place if the device does not multiply its dtype natively; a quantised one stays."""
+    """Converts a model to float32 in place if the device does not multiply its dtype natively; quantised ones stay."""
     device = default_device() if device is None else device
     if getattr(model, "is_quantized", False):
         return model
@@ -108,13 +108,13 @@ def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    """Warns, once per dtype and device, of a dtype that a device does not multiply natively, and tells how slow it is."""
+    """Warns, once per dtype and device, of a dtype that the device does not multiply natively and of its slowdown."""
     if dtype in HALVES and (dtype, device) not in _warned and not native(dtype, device):
         _warned.add((dtype, device))
         warnings.warn(
             f"{processor(device)} does not multiply {name_of(dtype)} natively: its products take "
-            f"{slowdown(dtype, device):.2g} times as long as float32's. It is used as asked for; float32, which dtype 'auto' "
-            "is here, is faster and takes twice the memory",
+            f"{slowdown(dtype, device):.2g} times as long as float32's. It is used as asked for; float32, which dtype "
+            "'auto' is here, is faster and takes twice the memory",
             stacklevel=3,
         )
 

@@ -99,7 +99,7 @@ def _devices() -> list[str]:
 
 
 def _dtypes() -> list[str]:
-    """Returns, per device, how each half precision is multiplied, and in what dtype `--dtype auto` loads a checkpoint."""
+    """Returns, per device, how each half precision is multiplied and in what dtype `--dtype auto` loads checkpoints."""
     lines = []
     for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
         for dtype in precision.HALVES:

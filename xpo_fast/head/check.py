@@ -30,8 +30,8 @@ _FAULTS = ("illegal memory access", "launch failure", "misaligned address")
 class Verdict:
     """The result of a check.
 
-    lasting: whether the kernels themselves are to blame, by wrong results or a fault. Not lasting are reasons that may be
-    gone next time and say nothing about the kernels: a GPU whose memory others use, no compiler, a full disk.
+    lasting: whether the kernels themselves are to blame, by wrong results or a fault. Not lasting are reasons that may
+    be gone next time and say nothing about the kernels: a GPU whose memory others use, no compiler, a full disk.
     """
 
     ok: bool
@@ -73,7 +73,7 @@ _EMPTY = {
 
 
 class _Poisoned(TorchDispatchMode):
-    """Fills new memory with NaN, so that an element that is not written shows; in this thread only, unlike torch's flag."""
+    """Fills new memory with NaN, so that an element that is not written shows; in this thread only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -88,15 +88,16 @@ VOCABULARIES = (1031, 4160)  # rows that are not aligned, and rows that are
 TILINGS = (Tiling(16, 4, lanes=2), Tiling(64, 4, lanes=2))
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
 DIVERGENCES = ("kl", "reverse_kl")
-# Rows whose last logit exceeds all others, the target's too, by some 20, 60 and 100. A kernel that reads a row once, with
-# a reference logit from its first block, has to read these again: e^88 is the largest that float32 holds.
+# Rows whose last logit exceeds all others, the target's too, by some 20, 60 and 100. A kernel that reads a row once,
+# with a reference logit from its first block, has to read these again: e^88 is the largest that float32 holds.
 OUTLIERS = {1: 4.0, 2: 9.5, 3: 14.0}
 
 
 class Problem:
     """Hidden states, a head and targets, the exact results in float64, and how far a contender is off.
 
-    The operands hold bfloat16 values in any dtype. TF32 multiplies these exactly, so the user's TF32 setting has no effect.
+    The operands hold bfloat16 values in any dtype. TF32 multiplies these exactly, so the user's TF32 setting has no
+    effect.
     """
 
     def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -114,7 +115,8 @@ class Problem:
         self.bias = normal(vocab) if everything else None
         self.hidden, self.u = normal(count, WIDTH), normal(count).float()
         self.ref = (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
-        # The last column of the hidden states makes the outliers alone: sums before it stay small, and so does what is truncated.
+        # The last column of the hidden states makes the outliers alone: sums before it stay small, and so does what is
+        # truncated.
         self.weight[:, -1], self.hidden[:, -1] = 0, 0
         self.weight[-1, -1] = 8
         for row, x in OUTLIERS.items():
@@ -252,8 +254,8 @@ class Problem:
 def check(device: torch.device, dtype: torch.dtype, contender: Contender) -> Verdict:
     """Returns whether a contender is right on a device for operands of a dtype; any exception is a failure.
 
-    Runs in a thread of its own. There autocast, inference mode, dispatch modes and the current stream are torch's defaults,
-    and the caller's settings stay as they are. The device is waited for once.
+    Runs in a thread of its own. There autocast, inference mode, dispatch modes and the current stream are torch's
+    defaults, and the caller's settings stay as they are. The device is waited for once.
     """
     try:
         with ThreadPoolExecutor(1) as pool:

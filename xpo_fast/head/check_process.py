@@ -1,4 +1,4 @@
-"""The check in a process of its own, so that an illegal access, a hang or a crash of the compiler ends only that process."""
+"""Runs the check in a process of its own: a fault, a hang or a crash of the compiler ends only that process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _PREFIX = "verdict: "  # of the line on which the process prints its verdict as 
 # Signals that end a process for its own fault.
 _FAULT_SIGNALS = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
 
-# It imports from PYTHONPATH, which is this process's sys.path, and not from the folder that it happens to be started in.
+# It imports from PYTHONPATH, which is this process's sys.path, and not from the folder that it happens to be started
+# in.
 _CODE = (
     "import sys; sys.path[:1] == [''] and sys.path.pop(0); "
     "from xpo_fast.head.check_process import main; sys.exit(main())"

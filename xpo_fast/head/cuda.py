@@ -1,10 +1,10 @@
 """The `cuda` backend: the loops of chunked.py with cuBLAS products, and for their rows the kernel of csrc/rows.cu.
 
-That kernel reads each logit from device memory once if a row fits the shared memory of a cluster, else twice. It computes
-log-probs, the statistics that need no reference, and the gradient of log-probs and log-sum-exps. Divergences and the
-gradient of entropy are left to Triton's kernel, or to torch where Triton is not installed. float64 operands take torch's row
-operations. The launch needs no operator of its own: it runs inside `xpo_fast::token_stats` and the other operators of
-autograd.py, which torch.compile does not look into.
+That kernel reads each logit from device memory once if a row fits the shared memory of a cluster, else twice. It
+computes log-probs, the statistics that need no reference, and the gradient of log-probs and log-sum-exps. Divergences
+and the gradient of entropy are left to Triton's kernel, or to torch where Triton is not installed. float64 operands
+take torch's row operations. The launch needs no operator of its own: it runs inside `xpo_fast::token_stats` and the
+other operators of autograd.py, which torch.compile does not look into.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(
     grad: Tensor | None = None,  # (n, V) written; float32 may be the products themselves
     plan: RowPlan | None = None,
 ) -> None:
-    """Writes the statistics named in `out` and, if `grad` is given, ∂L/∂products: `kernels.rows.run` without a reference.
+    """Writes the statistics named in `out` and, if `grad` is given, ∂L/∂products, as `kernels.rows.run` does.
 
     plan: for checks only; by default the device plans for itself.
     """

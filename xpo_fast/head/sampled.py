@@ -65,8 +65,8 @@ def sample_rivals(
 ) -> Tensor:
     """Returns at every scored position a token sampled from the softmax of the `top_k` most likely ones but the target.
 
-    (N,) int64, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator do not depend on
-    the tiles.
+    (N,) int64, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator do not depend
+    on the tiles.
     """
     vocab, device = weight.shape[0], hidden.device
     index = scored_positions(targets, ignore_index, vocab, device)

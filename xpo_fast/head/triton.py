@@ -1,9 +1,9 @@
 """The `triton` backend: the loops of chunked.py with cuBLAS products, and Triton kernels for their rows.
 
-A kernel writes dz, in the dtype of the gradient GEMMs, into the memory of a tile; that takes half the bytes of the tile's
-logits, which exist for some hundred rows at a time. Log-probs and their gradient read each product once
-(kernels/one_read.py). Divergences, gradients of other statistics, and float16 gradients read it twice (kernels/rows.py).
-Nothing in the loops waits for the device. float64 operands take torch's row operations.
+A kernel writes dz, in the dtype of the gradient GEMMs, into the memory of a tile; that takes half the bytes of the
+tile's logits, which exist for some hundred rows at a time. Log-probs and their gradient read each product once
+(kernels/one_read.py). Divergences, gradients of other statistics, and float16 gradients read it twice
+(kernels/rows.py). Nothing in the loops waits for the device. float64 operands take torch's row operations.
 
 Log-probs without gradient can also be computed without a tile (kernels/logps.py), and are if `xpo-fast tune` found that
 faster; this file declares that choice.

@@ -1,9 +1,9 @@
 """Whether triton's kernels are right on a GPU: the verdict that `auto` asks for, and where it is kept.
 
-A combination of GPU and Triton version on which nobody has seen the check pass (`SEEN`) is checked in a process of its own
-first. The verdict is kept in $XPO_FAST_CACHE/verdicts.json (~/.cache/xpo_fast), by device, driver, versions, source of the
-checked code, and tuned launches of the device. Asking for a verdict never raises: any error on the way becomes a verdict that
-says that triton could not be checked.
+A combination of GPU and Triton version on which nobody has seen the check pass (`SEEN`) is checked in a process of its
+own first. The verdict is kept in $XPO_FAST_CACHE/verdicts.json (~/.cache/xpo_fast), by device, driver, versions, source
+of the checked code, and tuned launches of the device. Asking for a verdict never raises: any error on the way becomes a
+verdict that says that triton could not be checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .check import Verdict, check, triton_kernels
 from .check_process import CHILD_S, check_in_child
 from .plan import CHECK, OVERRIDE, TRITON_DTYPES
 
-# (compute capability, minor version of Triton) on which the check has been seen to pass: no process of its own is needed.
+# (compute capability, minor version of Triton) on which the check has been seen to pass: no process of its own is
+# needed.
 SEEN: frozenset[tuple[str, str]] = frozenset()
 STORE = Store("verdicts.json", version=2)
 ADOPTED_S = 300.0  # for how long other processes, such as the ranks of a run, adopt a verdict that is not lasting
@@ -60,9 +61,9 @@ def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
     if not found.ok:
         again = "" if found.lasting else f", and so does a process that starts {ADOPTED_S / 60:g} minutes later"
         warnings.warn(
-            f"triton {found}: its kernels for {name_of(dtype)} on {describe(device)}. The torch backend computes instead: as "
-            f"right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels all the same, and "
-            f"{OVERRIDE}=torch goes without them and without this warning",
+            f"triton {found}: its kernels for {name_of(dtype)} on {describe(device)}. The torch backend computes "
+            f"instead: as right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels all "
+            f"the same, and {OVERRIDE}=torch goes without them and without this warning",
             stacklevel=2,
         )
     return found
@@ -82,8 +83,8 @@ def recorded(device: torch.device, dtype: torch.dtype) -> Verdict | None:
 def repeat(devices: Iterable[torch.device]) -> Iterator[tuple[torch.device, torch.dtype, Verdict]]:
     """Checks every device and dtype again, each in a process of its own, records the verdicts and yields them.
 
-    Devices of the same name share a verdict: it is a failure if one of them fails, and one that cannot be checked does not
-    change it.
+    Devices of the same name share a verdict: it is a failure if one of them fails, and one that cannot be checked does
+    not change it.
     """
     failed: set[str] = set()
     for device in devices:
@@ -127,7 +128,8 @@ def _read_or_check(device: torch.device, dtype: torch.dtype) -> Verdict:
         found = check(device, dtype, triton_kernels())
         _write(name, found)
         return found
-    # One process per machine checks, and the others read its verdict. If it dies its lock is released, and another starts.
+    # One process per machine checks, and the others read its verdict. If it dies its lock is released, and another
+    # starts.
     with locked("verdicts.check", 2 * CHILD_S):
         found = _read(name)
         if found is None:
@@ -213,7 +215,7 @@ def _tuned(device: torch.device) -> str:
     return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16] if own else ""
 
 
-# --- the file: a verdict that is not lasting has its time too -----------------------------------------------------------
+# --- the file: a verdict that is not lasting has its time too ---------------------------------------------------------
 
 
 def _entries() -> Mapping[str, Any]:
