@@ -1,7 +1,7 @@
 """Where the kernels of Triton are checked: interpreted on the CPU, and on a GPU if there is one.
 
-Triton reads TRITON_INTERPRET when a kernel is declared. So the checks of a file, its functions check_*, run in a process
-of their own.
+Triton reads TRITON_INTERPRET when a kernel is declared. So the checks of a file, its functions check_*, run in a
+process of their own.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def verdict(device: torch.device, dtype: torch.dtype) -> Verdict:
         again = "" if found.lasting else f", and so does a process that starts {ADOPTED_S / 60:g} minutes later"
         warnings.warn(
             f"triton {found}: its kernels for {name_of(dtype)} on {describe(device)}. The torch backend computes "
-            f"instead: as right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels all "
-            f"the same, and {OVERRIDE}=torch goes without them and without this warning",
+            f"instead: as right, but slower. `{CHECK}` repeats the check{again}, {OVERRIDE}=triton uses the kernels "
+            f"all the same, and {OVERRIDE}=torch goes without them and without this warning",
             stacklevel=2,
         )
     return found
