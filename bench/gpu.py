@@ -45,7 +45,7 @@ from head import TOLERANCES, Shape, errors_of
 from measure import MIB, environment, ratio, time_interleaved
 from problem import Batch, Results
 from report import DEVICE_LOST, Report
-from xpo_fast.head.plan import choose_backend
+from xpo_fast.head.choice import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
 SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # in this order, until the time is used up

@@ -39,7 +39,7 @@ HYPER: dict[str, dict[str, Any]] = {"cispo": {"eps": 0.2}}
 @pytest.fixture
 def backend():
     """The cuda backend; on a CPU the torch backend stands in for it."""
-    from xpo_fast.head.plan import check_backend
+    from xpo_fast.head.backends import check_backend
 
     try:
         check_backend("cuda", torch.device(DEVICE))
@@ -128,7 +128,7 @@ def check_graph_on_new_data(which):
 def check_threads(which):
     """Several vocabularies at once, each on a stream of its own thread, give the bits of a single call."""
     import xpo_fast as xf
-    from xpo_fast.head.plan import check_backend
+    from xpo_fast.head.backends import check_backend
 
     if which == "triton" and not CUDA:
         pytest.skip("Triton's interpreter is one for all threads")

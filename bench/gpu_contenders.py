@@ -67,7 +67,7 @@ def _finish(
 def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
     """Ours, with labels on the host as a data loader has them: then nothing waits to learn which tokens are scored."""
     from xpo_fast import Objective, gather_logps, token_logps
-    from xpo_fast.head.plan import check_backend
+    from xpo_fast.head.backends import check_backend
 
     try:
         check_backend(backend, device)

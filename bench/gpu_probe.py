@@ -91,7 +91,7 @@ class Probe:
 
     def backends(self) -> list[str]:
         """Returns those of our backends that run here."""
-        from xpo_fast.head.plan import check_backend
+        from xpo_fast.head.backends import check_backend
 
         found = []
         for backend in OURS:
@@ -107,7 +107,8 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
 
     import xpo_fast as xf
     from xpo_fast import native
-    from xpo_fast.head.plan import check_backend, choose_backend
+    from xpo_fast.head.backends import check_backend
+    from xpo_fast.head.choice import choose_backend
 
     found: list[dict[str, Any]] = []
     driver = _first_line("nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader")
@@ -234,7 +235,7 @@ def rows(probe: Probe) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def tiled(step: int, lanes: int) -> Iterator[None]:
     """Fixes the tokens per step and the lanes of plans in a `with` block; tiles stay as planned."""
-    from xpo_fast.head import statistics as head
+    from xpo_fast.head import plan as head
 
     fit = head.fit
 
@@ -278,7 +279,8 @@ def _calls(probe: Probe, width: int, vocab: int, tokens: int, backend: str) -> d
 
 
 def steps(probe: Probe, wide: bool = False) -> Iterator[dict[str, Any]]:
-    from xpo_fast.head.plan import Tiling, choose_backend
+    from xpo_fast.head.choice import choose_backend
+    from xpo_fast.head.tiling import Tiling
 
     available = probe.backends()
     backend = "triton" if "triton" in available else choose_backend("auto", probe.device, torch.bfloat16)

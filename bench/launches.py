@@ -128,7 +128,7 @@ class Meter(TorchDispatchMode):
         """Replaces our kernels by stand-ins that count, and allows every backend, in a `with` block."""
         from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
 
-        from xpo_fast.head import plan
+        from xpo_fast.head import tiling
         from xpo_fast.head.cuda import CudaRowOperations
         from xpo_fast.head.triton import TritonRowOperations
 
@@ -143,8 +143,8 @@ class Meter(TorchDispatchMode):
                 "others",
                 property(lambda own: TritonRowOperations(own.gemms, own.ref_gemms)),
             ),
-            mock.patch("xpo_fast.head.statistics.check_backend", lambda *_: None),
-            mock.patch.dict(plan.DEFAULT_TILE_BYTES, cuda=int(plan.SHARE_OF_CARD * CARD_BYTES)),
+            mock.patch("xpo_fast.head.plan.check_backend", lambda *_: None),
+            mock.patch.dict(tiling.DEFAULT_TILE_BYTES, cuda=int(tiling.SHARE_OF_CARD * CARD_BYTES)),
             self,
         ):
             yield

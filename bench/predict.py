@@ -137,7 +137,8 @@ def tiles_of(call: Call, tiling: Any) -> tuple[int, list[tuple[int, int]], list[
 def predict(call: Call, backend: str) -> dict[str, Any]:
     """Returns the prediction for a call, with the plan and the counts it is made from."""
     from xpo_fast.head.chunked import cut
-    from xpo_fast.head.plan import SHARE_OF_CARD, Plan, fit
+    from xpo_fast.head.plan import Plan, fit
+    from xpo_fast.head.tiling import SHARE_OF_CARD
 
     case, shape = call.case, call.shape
     n, d, v = shape.scored, shape.width, shape.vocab

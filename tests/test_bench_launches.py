@@ -128,7 +128,7 @@ def planned(launches, n, backend, options):
     _, width, vocab = shape(launches)
     hidden = torch.empty(n, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta")
-    with mock.patch("xpo_fast.head.statistics.check_backend"):
+    with mock.patch("xpo_fast.head.plan.check_backend"):
         budget = int(SHARE * launches.CARD_BYTES)
         plan = head_plan(hidden, weight, backend=backend, tile_bytes=budget, **options)
     return dataclasses.replace(plan, tokens=n)

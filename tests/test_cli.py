@@ -828,7 +828,7 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_constants_of_the_parser_are_those_of_the_rooms_that_it_does_not_import():
-    from xpo_fast.head.plan import BACKENDS
+    from xpo_fast.head.backends import BACKENDS
 
     assert options.BACKENDS == BACKENDS and options.SMOLLM2 == models.SMOLLM2
 

@@ -15,7 +15,9 @@ from torch.utils._triton import has_triton
 
 import oracle
 import xpo_fast as xf
-from xpo_fast.head import plan, verdict
+from xpo_fast.head import choice, verdict
+from xpo_fast.head.operands import Operands, Reference
+from xpo_fast.head.spec import Scaling
 
 VOCAB, WIDTH = 23, 8
 
@@ -125,7 +127,7 @@ def gpu(monkeypatch, device_guard, tmp_path):
     """What torch.compile asks of a GPU, answered where there is none; nothing that is not to be traced is replaced."""
     monkeypatch.setattr(verdict, "_known", {})
     monkeypatch.setenv("XPO_FAST_CACHE", str(tmp_path))
-    plan._say.cache_clear()
+    choice._say.cache_clear()
     if torch.cuda.is_available():
         return
     torch._dynamo.reset()
@@ -219,11 +221,11 @@ def test_gather_on_a_gpu(passed, gpu):
 )
 def test_what_may_not_be_asked_on_a_gpu(asked, gpu, monkeypatch):
     """The tests above see it where the question is put back into the traced path."""
-    plain = xf.head.statistics.check_backend
-    monkeypatch.setattr(xf.head.statistics, "check_backend", lambda *arguments: asked() or plain(*arguments))
+    plain = xf.head.plan.check_backend
+    monkeypatch.setattr(xf.head.plan, "check_backend", lambda *arguments: asked() or plain(*arguments))
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
         traced(ON_GPU["token_logps"])
-    monkeypatch.setattr(xf.head.statistics, "check_backend", plain)
+    monkeypatch.setattr(xf.head.plan, "check_backend", plain)
     monkeypatch.setattr("xpo_fast.device.capturing", asked)
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError, AssertionError)):
         traced(ON_GPU["simpo"])
@@ -248,9 +250,11 @@ def head_arguments(*, trainable: bool, outputs: str, save_grad: bool, dtype=torc
     hidden = oracle.normal(5, WIDTH, seed=1, dtype=dtype).requires_grad_()
     weight = oracle.normal(VOCAB, WIDTH, seed=2, dtype=dtype).requires_grad_(trainable)
     bias = oracle.normal(VOCAB, seed=3, dtype=dtype).requires_grad_(trainable)
-    ref = (hidden.detach() * 0.5, weight.detach(), None) if "kl" in outputs else (None, None, None)
-    scalars = (0.8, 3.0, 1.5, oracle.IGNORE, 2, 2, 1, "torch", outputs, save_grad)
-    return (hidden, weight, bias, oracle.tokens((5,), VOCAB), *ref, None, *scalars)
+    scaling = Scaling(temperature=0.8, softcap=3.0, logit_scale=1.5)
+    ref = Reference(hidden.detach() * 0.5, weight.detach()) if "kl" in outputs else None
+    targets = oracle.tokens((5,), VOCAB)
+    given = Operands(hidden, weight, targets, bias, ref=ref, scaling=scaling, ignore_index=oracle.IGNORE)
+    return (*given.packed(), [2, 2, 1], "torch", outputs, save_grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -269,33 +273,14 @@ def test_head_operator(trainable, outputs, save_grad, dtype):
 
 
 def test_head_backward_operator():
-    hidden, weight, bias, targets, *ref, _, t, c, s, ignore, tile, step, lanes, backend, _, _ = head_arguments(
-        trainable=True, outputs="kl", save_grad=False
-    )
-    detached = [x.detach() for x in (hidden, weight, bias)]
+    *arguments, _, _ = head_arguments(trainable=True, outputs="kl", save_grad=False)
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     upstream = [oracle.normal(5, seed=k, dtype=torch.float32) for k in range(2)]
-    arguments = (
-        *detached,
-        targets,
-        *ref,
-        None,
-        t,
-        c,
-        s,
-        ignore,
-        tile,
-        step,
-        lanes,
-        backend,
-        upstream,
-        "logp,kl",
-        upstream[:1],
-        "kl",
-    )
+    arguments += [upstream, "logp,kl", upstream[:1], "kl"]
     for needs in ((True, True, True), (False, True, False), (True, False, False)):
-        torch.library.opcheck(torch.ops.xpo_fast.token_stats_backward.default, (*arguments, *needs))
+        torch.library.opcheck(torch.ops.xpo_fast.token_stats_backward.default, (*arguments, [*needs, False]))
     into = torch.zeros(VOCAB, WIDTH)
-    arguments = (*arguments[:7], into, *arguments[8:], True, True, True)
+    arguments = (*arguments[:8], into, *arguments[9:], [True, True, True, False])
     torch.library.opcheck(torch.ops.xpo_fast.token_stats_backward.default, arguments)
 
 

@@ -22,7 +22,8 @@ import xpo_fast as xf
 from host_compile import CSRC, DEVICES, compiled
 from xpo_fast import native
 from xpo_fast.head import cuda
-from xpo_fast.head.plan import Tiling, fit
+from xpo_fast.head.plan import fit
+from xpo_fast.head.tiling import Tiling
 
 AUTO = 1 << 20  # bytes of shared memory: more than the rows here need
 SYSTEM, BESIDE = 1024, 1024 + 512  # bytes of a block: the system's, and with them all that is not columns
@@ -518,7 +519,7 @@ def backend(request, host_library, monkeypatch):
     """On operands of the CPU, emulated, in small steps."""
     monkeypatch.setattr(native, "PATH", host_library)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
+    monkeypatch.setattr("xpo_fast.head.backends._no_gpu", lambda device: None)
     monkeypatch.setattr("xpo_fast.head.plan._step_tokens", lambda *_: 3)
     Machine("cpu").becomes()
     return request.param

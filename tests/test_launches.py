@@ -53,7 +53,7 @@ def launches(host, monkeypatch):  # noqa: F811
     monkeypatch.setattr(native, "call", lambda name, *a, **k: (made.update([name]), call(name, *a, **k)))
     monkeypatch.setattr(native, "why_not", lambda *_: None)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
+    monkeypatch.setattr("xpo_fast.head.backends._no_gpu", lambda device: None)
     monkeypatch.setattr(test_objective, "hyper_of", hyper_of)
     return made
 

@@ -926,7 +926,7 @@ def test_the_objective_is_the_same(name, options, method, hyper):
 def test_units_longer_than_a_tile(name, monkeypatch):
     case = Case(6, 9, 37, 5, ignored=0.3)
     whole = run(of_ours(name, **without_reference(name)), case.operands(name))
-    monkeypatch.setattr("xpo_fast.head.plan.DEFAULT_TILE_BYTES", {"cpu": 3 * 37 * 4, "cuda": 3 * 37 * 4})
+    monkeypatch.setattr("xpo_fast.head.tiling.DEFAULT_TILE_BYTES", {"cpu": 3 * 37 * 4, "cuda": 3 * 37 * 4})
     tiled = run(of_ours(name, **without_reference(name)), case.operands(name))
     assert_close(tiled[0], whole[0])
     assert_close(tiled[2], whole[2])

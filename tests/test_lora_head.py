@@ -20,9 +20,9 @@ import test_trainer
 import xpo_fast as xf
 from interpreter import DEVICE, INTERPRETED, needs_triton, numpy_warnings, run_checks
 from xpo_fast.head import head_plan
+from xpo_fast.head.operands import Operands
 from xpo_fast.head.sharded import is_sharded
-from xpo_fast.head.spec import Scaling
-from xpo_fast.head.units import UnitLoss, pack
+from xpo_fast.head.units import pack, unit_loss
 from xpo_fast.models import hidden_states, install_fused_loss, remove_fused_loss
 from xpo_fast.models.lm_head import causal_lm
 
@@ -130,19 +130,8 @@ def run_units(backend, learn, dtype, tile_tokens):
     inputs = torch.cat([hidden, (SCALE * (hidden.float() @ a.T)).to(dtype)], dim=-1)
     plan = head_plan(inputs, weight, bias=bias, adapter=b, chunk_tokens=tile_tokens, backend=backend)
     groups = pack(index.to(DEVICE), lengths, tile_tokens)
-    arguments = (
-        inputs,
-        weight,
-        bias,
-        targets.to(DEVICE),
-        Scaling(),
-        oracle.IGNORE,
-        groups,
-        plan,
-        coefficients,
-        total,
-    )
-    loss, logp = UnitLoss.apply(*arguments, None, 1.0, b)
+    given = Operands(inputs, weight, targets.to(DEVICE), bias, b, ignore_index=oracle.IGNORE)
+    loss, logp = unit_loss(given, groups, plan, coefficients, total)
     want, wide = expected(operands, targets, {})
     tolerance = 3e-5 if dtype == torch.float32 else 0.1  # x is rounded to the dtype of hidden
     assert_close(logp.cpu().double(), want["logp"], atol=tolerance, rtol=0)

@@ -186,8 +186,8 @@ def test_cringe_draws_likely_rivals(tile, learn, packed):
 
 
 def test_cringe_is_seedable_and_draws_among_the_top_k():
+    from xpo_fast.head.operands import Operands
     from xpo_fast.head.sampled import sample_rivals
-    from xpo_fast.head.spec import Scaling
 
     hidden, weight, bias = (x.detach() for x in operands())
     targets = targets_of()
@@ -198,7 +198,7 @@ def test_cringe_is_seedable_and_draws_among_the_top_k():
     seen = set()
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
-        drawn = sample_rivals(flat, weight, bias, y, Scaling(), oracle.IGNORE, 4, 3, g)
+        drawn = sample_rivals(Operands(flat, weight, y, bias, ignore_index=oracle.IGNORE), 4, 3, g)
         rank = (best == drawn[:, None]).int()
         assert rank.sum(1)[y != oracle.IGNORE].eq(1).all() and not drawn[y == oracle.IGNORE].any()
         seen |= set(rank.argmax(1)[y != oracle.IGNORE].tolist())

@@ -27,7 +27,7 @@ from host_compile import compiled
 from xpo_fast import native
 from xpo_fast.cli import doctor
 from xpo_fast.head import cuda
-from xpo_fast.head.plan import check_backend
+from xpo_fast.head.backends import check_backend
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path("xpo_fast", "_native", "libxpo_fast_cuda.so")
@@ -438,7 +438,7 @@ def missing(tmp_path, monkeypatch):
 
 def test_no_library(missing, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
+    monkeypatch.setattr("xpo_fast.head.backends._no_gpu", lambda device: None)
     assert doctor._library().startswith("absent, xpo-fast was installed without it: install CUDA's nvcc")
     arguments = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100])
     message = r"xpo-fast was installed without it: install CUDA's nvcc .* pip install .*, or pass backend='torch'"
@@ -497,7 +497,7 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.cpp").write_text(STUB)
     monkeypatch.setattr(native, "PATH", compiled(tmp_path / "stub.cpp", tmp_path / "stub.so"))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("xpo_fast.head.plan._check_gpu", lambda device: None)
+    monkeypatch.setattr("xpo_fast.head.backends._no_gpu", lambda device: None)
     return native.library()
 
 

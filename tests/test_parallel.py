@@ -20,10 +20,10 @@ from torch import nn
 import oracle
 import xpo_fast as xf
 from ranks import found_by
-from xpo_fast.head import head_plan
+from xpo_fast.head import head_plan, units
+from xpo_fast.head.operands import Operands
 from xpo_fast.head.rows import Group
 from xpo_fast.head.spec import Scaling
-from xpo_fast.head.units import UnitLoss
 from xpo_fast.models import install_fused_loss
 
 WORLD = 4
@@ -255,10 +255,12 @@ def unit_loss(rank: int | None, group=None):
     starts = range(0, len(scored), 2 * CHUNK)  # groups longer than a tile: a part is made again
     groups = [Group(scored[a : a + 2 * CHUNK], (), a) for a in starts]
     u = upstream["logp"]
-    loss, _ = UnitLoss.apply(
-        hidden, weight, bias, targets, Scaling(**EVERYTHING), oracle.IGNORE, groups, plan,
-        lambda logp, group: -u[group.positions], lambda logp: -(u * logp).sum(),
-    )  # fmt: skip
+    given = Operands(
+        hidden, weight, targets, bias, shard=shard, scaling=Scaling(**EVERYTHING), ignore_index=oracle.IGNORE
+    )
+    loss, _ = units.unit_loss(
+        given, groups, plan, lambda logp, group: -u[group.positions], lambda logp: -(u * logp).sum()
+    )
     loss.backward()
     return {"loss": loss.detach(), "plan": str(plan)} | {f"d_{n}": x.grad for n, x in leaves.items()}
 

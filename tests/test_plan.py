@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import xpo_fast as xf
-from xpo_fast.head import head_plan, plan, row_operations
+from xpo_fast.head import head_plan, row_operations, tiling
 from xpo_fast.head.gemms import Gemms
-from xpo_fast.head.plan import Tiling, fit, lanes_of, room, scratch_bytes
+from xpo_fast.head.plan import fit
 from xpo_fast.head.spec import Scaling
+from xpo_fast.head.tiling import Tiling, lanes_of, room, scratch_bytes
 
 META, GPU = torch.device("meta"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -20,8 +21,8 @@ def card(monkeypatch):
     """A card by its memory, in bytes, and compute capability."""
 
     def has(total, capability=(9, 0)):
-        monkeypatch.setattr(plan, "_total_bytes", lambda _: total)
-        monkeypatch.setattr(plan, "_capability", lambda _: capability)
+        monkeypatch.setattr(tiling, "_total_bytes", lambda _: total)
+        monkeypatch.setattr(tiling, "_capability", lambda _: capability)
 
     return has
 

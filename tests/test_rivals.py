@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 import test_head
 from xpo_fast.head import sampled
+from xpo_fast.head.operands import Operands
 from xpo_fast.head.spec import Scaling
 
 INF, NAN = float("inf"), float("nan")
@@ -22,7 +23,8 @@ def operands(dtype=torch.float32, vocab=37, ignored=0.3):
 
 def rivals(hidden, weight, bias, targets, *, tile=7, k=5, seed=0, **scaling):
     generator = torch.Generator(hidden.device).manual_seed(seed)
-    return sampled.sample_rivals(hidden, weight, bias, targets, Scaling(**scaling), oracle.IGNORE, tile, k, generator)
+    given = Operands(hidden, weight, targets, bias, scaling=Scaling(**scaling), ignore_index=oracle.IGNORE)
+    return sampled.sample_rivals(given, tile, k, generator)
 
 
 @pytest.mark.parametrize("vocab", [2, 4])

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +22,10 @@ import test_objective
 import xpo_fast as xf
 from xpo_fast import native
 from xpo_fast.head import autograd, chunked, units
-from xpo_fast.head.plan import Tiling
+from xpo_fast.head.operands import Operands, Reference
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations, RowOperations
-from xpo_fast.head.spec import Scaling
 from xpo_fast.head.streams import Lanes
+from xpo_fast.head.tiling import Tiling
 from xpo_fast.head.units import pack
 
 OPERATORS = {op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)}
@@ -133,9 +131,9 @@ def operands():
 
 def forward(tiling, operations, save_grad=True):
     hidden, weight, bias, targets = operands()
-    ref = oracle.normal(80, WIDTH, seed=3), weight, bias
-    arguments = hidden, weight, bias, targets, ref, Scaling(), oracle.IGNORE
-    return chunked.forward(*arguments, ("entropy", "kl"), tiling, save_grad, operations=operations)
+    ref = Reference(oracle.normal(80, WIDTH, seed=3), weight, bias)
+    given = Operands(hidden, weight, targets, bias, ref=ref, ignore_index=oracle.IGNORE)
+    return chunked.forward(given, ("entropy", "kl"), tiling, save_grad, operations=operations)
 
 
 def without_gradient(tiling, operations):
@@ -146,8 +144,8 @@ def backward(tiling, operations):
     hidden, weight, bias, targets = operands()
     upstream = {name: oracle.normal(80, seed=4) for name in ("logp", "entropy")}
     values = {"entropy": oracle.normal(80, seed=5)}
-    arguments = hidden, weight, bias, targets, None, Scaling(), oracle.IGNORE
-    return chunked.backward(*arguments, tiling, upstream, values, (True, True, True), operations=operations)
+    given = Operands(hidden, weight, targets, bias, ignore_index=oracle.IGNORE)
+    return chunked.backward(given, tiling, upstream, values, (True, True, True, False), operations=operations)
 
 
 def unit_gradients(tiling, operations):
@@ -162,8 +160,9 @@ def unit_gradients(tiling, operations):
             loss = torch.nn.functional.softplus(-(leaf * scale[group.positions]).sum())
             return torch.autograd.grad(loss, leaf)[0]
 
-    arguments = hidden, weight, bias, targets, Scaling(), oracle.IGNORE, groups
-    logp, grads = chunked.unit_gradients(*arguments, tiling, coefficients, (True, True, True), operations=operations)
+    given = Operands(hidden, weight, targets, bias, ignore_index=oracle.IGNORE)
+    needs = (True, True, True, False)
+    logp, grads = chunked.unit_gradients(given, groups, tiling, coefficients, needs, operations=operations)
     return logp, *grads
 
 
@@ -327,18 +326,15 @@ def two_streams(monkeypatch):
     """Objectives on the CPU as on a device: dz in memory of its own, several tiles a call, several steps a tile."""
     detector = Detector()
     monkeypatch.setattr(chunked, "Lanes", lambda device, two: detector if two else Lanes(device, two=False))
-    operations = {"operations": OutOfPlaceRowOperations}
-    calls = ("forward", "backward", "unit_gradients")
-    loops = SimpleNamespace(**{name: partial(getattr(chunked, name), **operations) for name in calls})
-    monkeypatch.setattr(units, "implementation", lambda backend: loops)
-    monkeypatch.setattr(autograd, "implementation", lambda backend: loops)
-    fit = sys.modules["xpo_fast.head.statistics"].fit
+    for module in (units, autograd):
+        monkeypatch.setattr(module, "row_operations", lambda *_: OutOfPlaceRowOperations)
+    fit = sys.modules["xpo_fast.head.plan"].fit
 
     def small(*arguments, **options):
         _, *rest = fit(*arguments, **options)
         return two_lanes(12, 4), *rest
 
-    monkeypatch.setattr("xpo_fast.head.statistics.fit", small)
+    monkeypatch.setattr("xpo_fast.head.plan.fit", small)
     return detector
 
 

@@ -20,9 +20,10 @@ import test_objective
 import xpo_fast as xf
 from interpreter import DEVICE, INTERPRETED, needs_gpu, needs_triton, run_checks
 from xpo_fast.head import head_plan
-from xpo_fast.head.plan import choose_backend
+from xpo_fast.head.choice import choose_backend
+from xpo_fast.head.operands import Operands
 from xpo_fast.head.spec import Scaling
-from xpo_fast.head.units import UnitLoss, pack
+from xpo_fast.head.units import pack, unit_loss
 
 pytestmark = interpreter.numpy_warnings
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="of operands on the CPU")
@@ -46,13 +47,13 @@ def test_choice(monkeypatch):
         assert choose_backend("auto", cpu, torch.float32) == "torch"
     monkeypatch.delenv("TRITON_INTERPRET")
     arguments = (torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, -100]))
-    monkeypatch.setattr("xpo_fast.head.plan._HAS_TRITON", True)
+    monkeypatch.setattr("xpo_fast.device._HAS_TRITON", True)
     with pytest.raises(ValueError, match="runs on GPUs, got operands on cpu: move them, or pass backend='torch'"):
         xf.token_logps(*arguments, backend="triton")
     objective = xf.Objective("sft", backend="triton")  # which does not know the device yet
     with pytest.raises(ValueError, match="runs on GPUs"):
         objective(torch.zeros(2, 3, 4), arguments[1], torch.zeros(2, 3, dtype=torch.long))
-    monkeypatch.setattr("xpo_fast.head.plan._HAS_TRITON", False)
+    monkeypatch.setattr("xpo_fast.device._HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs the package triton"):
         xf.token_logps(*arguments, backend="triton")
 
@@ -417,18 +418,8 @@ def check_units(tile_tokens, dtype):
     groups = pack(index.to(DEVICE), lengths, tile_tokens)
     plan = head_plan(on[0], on[1], bias=on[2], chunk_tokens=tile_tokens, backend="triton")
     assert plan.tiling == (tile_tokens, 3, 1)
-    loss, logp = UnitLoss.apply(
-        on[0],
-        on[1],
-        on[2],
-        targets.to(DEVICE),
-        Scaling(**options),
-        oracle.IGNORE,
-        groups,
-        plan,
-        coefficients,
-        total,
-    )
+    given = Operands(on[0], on[1], targets.to(DEVICE), on[2], scaling=Scaling(**options), ignore_index=oracle.IGNORE)
+    loss, logp = unit_loss(given, groups, plan, coefficients, total)
     want, wide = test_head.expected(operands, targets, options)
     assert_close(logp.cpu().double(), want["logp"], atol=2e-5 if dtype == torch.float32 else 1e-3, rtol=0)
     loss.backward()

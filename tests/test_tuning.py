@@ -24,8 +24,8 @@ from xpo_fast.kernels import gates, launch, timing
 
 from xpo_fast import cli
 from xpo_fast.cli import tune
-from xpo_fast.head import chunked
-from xpo_fast.head.triton import LOGPS, prefers_fused, row_operations
+from xpo_fast.head.row_operations import RowOperations
+from xpo_fast.head.triton import LOGPS, TritonRowOperations, prefers_fused
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 KEY = (torch.bfloat16, 1024)
@@ -453,15 +453,12 @@ def test_two_ways(monkeypatch):
         calls.append("fused")
         out["logp"].copy_((hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0])
 
-    def by_tiles(*arguments):
-        *arguments, operations, adapter = arguments
-        assert operations is row_operations and adapter is None
+    def by_tiles(operations, *arguments):
         calls.append("triton")
-        return tiles(*arguments)
+        RowOperations.statistics(operations, *arguments)
 
-    tiles = chunked.forward
     monkeypatch.setattr(logps, "run", fused, raising=False)
-    monkeypatch.setattr(chunked, "forward", by_tiles)
+    monkeypatch.setattr(TritonRowOperations, "statistics", by_tiles)
 
     def timer(calls, inputs, repeats):
         for call in calls.values():

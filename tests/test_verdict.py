@@ -28,11 +28,15 @@ from torch._subclasses import FakeTensorMode
 import xpo_fast as xf
 from interpreter import needs_triton
 from xpo_fast import cli
+from xpo_fast import device as devices
 from xpo_fast.cli import doctor
-from xpo_fast.head import VocabShard, check, check_process, chunked, dense, gather, plan, verdict
+from xpo_fast.head import VocabShard, check, check_process, chunked, dense, gather, verdict
+from xpo_fast.head import choice as choices
+from xpo_fast.head.backends import BACKENDS
 from xpo_fast.head.check import Contender, Verdict
-from xpo_fast.head.plan import BACKENDS, Tiling, choice, choose_backend, named_backend
+from xpo_fast.head.choice import choice, choose_backend, named_backend
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations
+from xpo_fast.head.tiling import Tiling
 from xpo_fast.store import locked
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -77,7 +81,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XPO_FAST_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(verdict, "_known", {})
-    plan._say.cache_clear()
+    choices._say.cache_clear()
     return tmp_path / "cache"
 
 
@@ -98,7 +102,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(plan, "_HAS_TRITON", True)
+    monkeypatch.setattr(devices, "_HAS_TRITON", True)
     monkeypatch.setattr(verdict, "triton_version", lambda: "3.6.0")
     # It would be asked about the GPU.
     monkeypatch.setattr("xpo_fast.native.why_not", lambda *_: "none is looked for")
@@ -457,7 +461,7 @@ def test_triton_passes_in_the_interpreter(monkeypatch):
         "import torch\n"
         "from triton.language import constexpr\n"
         "from xpo_fast.head import check\n"
-        "from xpo_fast.head.plan import Tiling\n"
+        "from xpo_fast.head.tiling import Tiling\n"
         "check.VOCABULARIES, check.SCORED = check.VOCABULARIES[:1], 5\n"
         "check.TILINGS = Tiling(4, 2, lanes=2), Tiling(16, 2, lanes=2)\n"
         "on, kernels = (torch.device('cpu'), torch.float32), check.triton_kernels()\n"
@@ -838,7 +842,7 @@ NOT = {
     "the CPU": (CPU, BF16, {}, ""),
     "no device at all": (torch.device("meta"), BF16, {}, ""),
     "float64": (GPU, torch.float64, {}, "triton has no kernels for float64"),
-    "no triton": (GPU, BF16, {(plan, "_HAS_TRITON"): False}, "the package triton is not installed"),
+    "no triton": (GPU, BF16, {(devices, "_HAS_TRITON"): False}, "the package triton is not installed"),
     "no GPU": (GPU, BF16, {(torch.cuda, "is_available"): lambda: False}, "torch sees no GPU"),
     "an old GPU": (
         GPU, BF16, {(torch.cuda, "get_device_capability"): lambda *_: (7, 5)},
@@ -953,7 +957,6 @@ def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
     objective = xf.Objective("simpo")
     weight = torch.zeros(5, 4, requires_grad=True)
     shard = VocabShard(None, 5, 0, 5, 5, True)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(VocabShard, "operator_name", lambda self, backend: backend)
     monkeypatch.setattr(VocabShard, "why", "; cut")
     monkeypatch.setattr("xpo_fast.objective.objective.Launches", None)
     batch = SimpleNamespace(device=GPU)
@@ -966,7 +969,7 @@ def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
 
 
 def test_the_plan_says_why(gpu, children, monkeypatch):
-    monkeypatch.setattr(xf.head.statistics, "fit", lambda *_, **__: (Tiling(1, 1), None, 1))
+    monkeypatch.setattr(xf.head.plan, "fit", lambda *_, **__: (Tiling(1, 1), None, 1))
     why = "; auto is triton, which passed its check on NVIDIA H200"
     with FakeTensorMode():
         hidden, weight = (torch.empty(*s, 4, dtype=BF16, device="cuda:0") for s in ((2, 3), (5,)))

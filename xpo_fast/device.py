@@ -6,8 +6,17 @@ a CUDA graph is being captured: there the work is recorded, and done later, with
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def has_triton() -> bool:
+    """Returns whether the package triton is installed."""
+    return _HAS_TRITON
 
 
 def on_host(x: Tensor) -> bool:

@@ -15,7 +15,8 @@ import torch
 from .. import __version__, native, precision, token_logps
 from ..files import cache_dir
 from ..head import verdict
-from ..head.plan import BACKENDS, choice, why_not_triton
+from ..head.backends import BACKENDS, why_not_triton
+from ..head.choice import choice
 from ..models import SMOLLM2, smollm2_gguf
 from ..wording import one_line
 

@@ -1,22 +1,15 @@
 """Log-probs and statistics of the next token, straight from hidden states and the LM head."""
 
-from .statistics import (
-    Plan,
-    VocabShard,
-    check_reference_head,
-    gather_logps,
-    head_plan,
-    release_tiles,
-    sequence_logps,
-    shift_labels,
-    token_logps,
-    token_stats,
-)
+from .gather import gather_logps
+from .gemms import release_tiles
+from .plan import Plan
+from .rows import shift_labels
+from .statistics import head_plan, sequence_logps, token_logps, token_stats
+from .vocab_parallel import VocabShard
 
 __all__ = [
     "Plan",
     "VocabShard",
-    "check_reference_head",
     "gather_logps",
     "head_plan",
     "release_tiles",

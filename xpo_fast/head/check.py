@@ -6,7 +6,9 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..device import to_device
 from ..wording import one_line
-from . import dense
-from .plan import Tiling
+from . import chunked, dense
+from .operands import Operands, Reference
 from .rows import Group
 from .spec import Scaling
+from .tiling import Tiling
 
 LOGP_ALLOWED = 5e-4  # |Δ| in nats; tensor cores truncate what they add
 GRADIENT_ALLOWED = 2.0**-7  # ‖Δ‖ / ‖g‖
@@ -47,7 +50,7 @@ class Verdict:
 class Contender(NamedTuple):
     """The implementation under check: a backend, and the kernels for given logits if `auto` launches them too."""
 
-    head: Any  # `forward`, `backward` and `unit_gradients`
+    loops: Any  # `forward`, `backward` and `unit_gradients` of chunked.py with the backend's row operations
     gather: Any = None  # `forward` and `write_gradient` of kernels/gather.py
 
 
@@ -56,7 +59,9 @@ def triton_kernels() -> Contender:
     from ..kernels import gather  # pyright: ignore[reportMissingImports]
     from . import triton
 
-    return Contender(triton, gather)
+    functions = (chunked.forward, chunked.backward, chunked.unit_gradients)
+    loops = SimpleNamespace(**{f.__name__: partial(f, operations=triton.row_operations) for f in functions})
+    return Contender(loops, gather)
 
 
 class Measure(NamedTuple):
@@ -114,7 +119,7 @@ class Problem:
         self.weight = normal(vocab, WIDTH, std=3 / WIDTH**0.5)
         self.bias = normal(vocab) if everything else None
         self.hidden, self.u = normal(count, WIDTH), normal(count).float()
-        self.ref = (normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5), None) if everything else None
+        self.ref = Reference(normal(count, WIDTH), normal(vocab, WIDTH, std=1 / WIDTH**0.5)) if everything else None
         # The last column of the hidden states makes the outliers alone: sums before it stay small, and so does what is
         # truncated.
         self.weight[:, -1], self.hidden[:, -1] = 0, 0
@@ -132,22 +137,19 @@ class Problem:
     def run(self, contender: Contender) -> dict[str, Tensor]:
         """Returns the results of a contender by name."""
         found: dict[str, Tensor] = {}
-        operands = self.hidden, self.weight, self.bias, self.targets
-        options = self.scaling, IGNORE
-        needs = (True, True, self.bias is not None, False)
-        tiling = TILINGS[0]
-        forward = contender.head.forward
-        found["logp"], found["lse"], _, found["dlogp"] = forward(*operands, None, *options, (), tiling, True)
-        _, _, extra, _ = forward(*operands, None, *options, STATISTICS, tiling, False)
+        alone = Operands(self.hidden, self.weight, self.targets, self.bias, scaling=self.scaling, ignore_index=IGNORE)
+        needs, tiling, loops = (True, True, self.bias is not None, False), TILINGS[0], contender.loops
+        found["logp"], found["lse"], _, found["dlogp"] = loops.forward(alone, (), tiling, True)
+        _, _, extra, _ = loops.forward(alone, STATISTICS, tiling, False)
         found.update(zip(STATISTICS, extra, strict=True))
         u, v = {"logp": self.u, "entropy": self.u}, {"entropy": found["entropy"]}
-        found.update(self._named("backward", contender.head.backward(*operands, None, *options, tiling, u, v, needs)))
+        found.update(self._named("backward", loops.backward(alone, tiling, u, v, needs)))
         if self.ref is not None:
-            _, _, extra, _ = forward(*operands, self.ref, *options, DIVERGENCES, tiling, False)
+            both = replace(alone, ref=self.ref)
+            _, _, extra, _ = loops.forward(both, DIVERGENCES, tiling, False)
             found.update(zip(DIVERGENCES, extra, strict=True))
             u, v = dict.fromkeys(DIVERGENCES, self.u), {"reverse_kl": found["reverse_kl"]}
-            grads = contender.head.backward(*operands, self.ref, *options, tiling, u, v, needs)
-            found.update(self._named("divergences", grads))
+            found.update(self._named("divergences", loops.backward(both, tiling, u, v, needs)))
         for tiling in TILINGS:
             # The first group is longer than the smaller tile, so that all of its tiles but the last are computed twice.
             first = SCORED * 3 // 5
@@ -155,7 +157,7 @@ class Problem:
             if tiling.tile >= SCORED:
                 groups = [Group(self.at, (0, 1), 0)]
             name = f"units by {tiling.tile}"
-            logp, grads = contender.head.unit_gradients(*operands, *options, groups, tiling, self._coefficients, needs)
+            logp, grads = loops.unit_gradients(alone, groups, tiling, self._coefficients, needs)
             found[f"{name}: logp"] = logp
             found.update(self._named(name, grads))
         if contender.gather is not None:

@@ -16,8 +16,8 @@ import torch
 
 from ..precision import name_of
 from ..wording import one_line
+from .backends import CHECK, OVERRIDE, TRITON_DTYPES
 from .check import Verdict, check, triton_kernels
-from .plan import CHECK, OVERRIDE, TRITON_DTYPES
 
 CHECKING = "XPO_FAST_CHECKING"  # set in the environment of the check's process, which must not start another
 CHILD_S = 180.0  # enough to import torch and to compile the kernels

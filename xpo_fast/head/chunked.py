@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from .gemms import Gemms, aligned_rows, logits_memory, on_huge_pages
-from .plan import Tiling, room
-from .row_operations import RowOperations, row_blocks
+from .operands import Operands
+from .row_operations import MakeRowOperations, RowOperations, row_blocks
 from .rows import Group
-from .spec import Scaling, scored_positions, static_shapes, to_device
+from .spec import scored_positions, static_shapes, to_device
 from .streams import Lanes
+from .tiling import Tiling, room
 
-Reference = tuple[Tensor, Tensor, "Tensor | None"]  # hidden (N, Dr), weight (V, Dr), bias (V,)
-MakeRowOperations = Callable[..., RowOperations]  # (GEMMs, the reference's or None)
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight, bias, adapter
 
 
 class Span(NamedTuple):
@@ -45,7 +45,7 @@ class Span(NamedTuple):
 class Step:
     """Some rows of a tile, `at` among all scored positions, with their products."""
 
-    tile: int  # the how manieth
+    tile: int  # index among the call's spans
     span: Span
     h: Tensor  # (n, D), the tile's
     dz: Tensor | None  # (n, V), the tile's; None where ∂L/∂(product) is not wanted
@@ -84,21 +84,15 @@ class Passes:
 
     def __init__(
         self,
-        hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None,  # (V,)
-        targets: Tensor,  # (N,) int64
-        ref: Reference | None,
-        scaling: Scaling,
-        ignore_index: int,
+        operands: Operands,  # flat
         tiling: Tiling,
         operations: MakeRowOperations,
         scored: Tensor | None = None,
-        adapter: Tensor | None = None,  # (V, r)
     ) -> None:
-        self.hidden, self.ref = hidden, ref
-        self.gemms = Gemms(weight, bias, scaling, adapter)
-        self.ref_gemms = None if ref is None else Gemms(ref[1], ref[2], scaling)
+        hidden, targets, ignore_index = operands.hidden, operands.targets, operands.ignore_index
+        self.hidden, self.ref = hidden, operands.ref
+        self.gemms = Gemms(operands.weight, operands.bias, operands.scaling, operands.adapter)
+        self.ref_gemms = None if self.ref is None else Gemms(self.ref.weight, self.ref.bias, operands.scaling)
         self.operations = operations(self.gemms, self.ref_gemms)
         device = hidden.device
         if scored is None:
@@ -157,7 +151,7 @@ class Passes:
                 z, *z_ref = (x[: at.stop - at.start] for x in buffers[k % count])
                 self.gemms.logits(h[at.start - span.start : at.stop - span.start], z)
                 if self.ref is not None and self.ref_gemms is not None:
-                    self.ref_gemms.logits(self._rows(self.ref_gemms, self.ref[0], at), *z_ref)
+                    self.ref_gemms.logits(self._rows(self.ref_gemms, self.ref.hidden, at), *z_ref)
                 dz = None
                 if span.with_dz:
                     dz = z if memory is None else memory[: span.stop - span.start]
@@ -220,57 +214,39 @@ class Passes:
         return x if self.ignored is None else x.masked_fill_(self.ignored[at], 0)
 
 
-def products_of(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
+def final_logits(
+    operands: Operands,
     index: Tensor,  # (n,) positions
     tile_tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tile by tile: its positions (n,) and the products h Wᵀ (n, V), to be used before the next tile is asked for."""
-    gemms = Gemms(weight, None, Scaling())
+    """Yields tile by tile its positions (n,) and their final logits (n, V), to be used before the next is asked for."""
+    gemms = Gemms(operands.weight, operands.bias, operands.scaling)
     parts = list(cut(0, index.shape[0], tile_tokens))
     with logits_memory(max((b - a for a, b in parts), default=0), gemms) as memory:
         for a, b in parts:
-            yield index[a:b], gemms.logits(gemms.rows(hidden, index[a:b]), memory[: b - a])
-
-
-def final_logits(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    scaling: Scaling,
-    index: Tensor,  # (n,) positions
-    tile_tokens: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`products_of`, made final."""
-    gemms = Gemms(weight, bias, scaling)
-    for part, z in products_of(hidden, weight, index, tile_tokens):
-        for b in row_blocks(z):
-            gemms.finish(z[b])
-        yield part, z
+            z = gemms.logits(gemms.rows(operands.hidden, index[a:b]), memory[: b - a])
+            for block in row_blocks(z):
+                gemms.finish(z[block])
+            yield index[a:b], z
 
 
 def forward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    ref: Reference | None,
-    scaling: Scaling,
-    ignore_index: int,
+    operands: Operands,  # flat
     outputs: Sequence[str],
     tiling: Tiling,
     save_grad: bool,
     operations: MakeRowOperations = RowOperations,
-    adapter: Tensor | None = None,  # (V, r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp (N,), lse (N,), the other outputs (len(outputs), N), and ∂logp/∂hidden (N, D), or (0, D) if not saved.
+    """Returns logp (N,), lse (N,), the other outputs (len(outputs), N), and ∂logp/∂hidden (N, D), or (0, D) if not saved.
 
     1F, one more to save the gradient, one more for a reference. top1 comes as 0 and 1.
     """
-    passes = Passes(hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter)
+    hidden = operands.hidden
+    passes = Passes(operands, tiling, operations)
     found = torch.empty((2 + len(outputs), len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
     dlogp = torch.zeros(hidden.shape if save_grad else (0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
+    if not save_grad and passes.operations.fused(lambda: passes.gathered(slice(None)), passes.y, outputs, found):
+        return *passes.spread(found), dlogp
     factor = torch.empty_like(found[0]) if save_grad else None
     for step in passes.steps(passes.spans(save_grad)):
         with passes.rows(step):
@@ -283,30 +259,23 @@ def forward(
 
 
 def backward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    ref: Reference | None,
-    scaling: Scaling,
-    ignore_index: int,
+    operands: Operands,  # flat
     tiling: Tiling,
     upstream: Mapping[str, Tensor],  # name of a differentiable output → (N,) ∂L/∂output
     values: Mapping[str, Tensor],  # entropy and reverse_kl (N,), where upstream has them
-    needs: tuple[bool, ...],  # hidden, weight, bias, and the adapter where there is one
-    weight_grad: Tensor | None = None,  # (V, D), to which dW is added instead
+    needs: Sequence[bool],  # hidden, weight, bias, adapter
     operations: MakeRowOperations = RowOperations,
-    adapter: Tensor | None = None,  # (V, r)
-) -> tuple[Tensor | None, ...]:
-    """Gradients by recomputing each tile: 1F, and 1F for hidden, 1F for weight, 1F for a reference.
+) -> Grads:
+    """Returns gradients by recomputing each tile: 1F, and 1F for hidden, 1F for weight, 1F for a reference.
 
-    One for each of `needs`; but that of hidden, they may come in the accumulation dtype, here and in `unit_gradients`.
+    All but that of hidden may come in the accumulation dtype, here and in `unit_gradients`.
     """
-    passes = Passes(hidden, weight, bias, targets, ref, scaling, ignore_index, tiling, operations, None, adapter)
+    hidden = operands.hidden
+    passes = Passes(operands, tiling, operations)
     u = {name: passes.masked(x[passes.index].to(passes.gemms.dtype)) for name, x in upstream.items()}
     v = {name: x[passes.index] for name, x in values.items()}
     spans = passes.spans(True)
-    grads = Gradients(passes, spans, needs, hidden.dtype, weight_grad)
+    grads = Gradients(passes, spans, needs, hidden.dtype, operands.weight_grad)
     logp_alone = set(u) == {"logp"}
     found = torch.empty((2, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
     factor = torch.empty_like(found[0])
@@ -335,7 +304,7 @@ class Gradients:
         self,
         passes: Passes,
         spans: Sequence[Span],
-        needs: tuple[bool, ...],
+        needs: Sequence[bool],  # hidden, weight, bias, adapter
         dtype: torch.dtype,
         weight_grad: Tensor | None = None,
     ) -> None:
@@ -349,8 +318,7 @@ class Gradients:
             memory = torch.empty_like(self.gemms.weight, dtype=dtype if narrow else self.gemms.dtype)
             self.weight = on_huge_pages(memory)
         self.bias = torch.zeros_like(self.gemms.weight[:, 0], dtype=self.gemms.dtype) if needs[2] else None
-        self.count, adapter = len(needs), self.gemms.adapter
-        self.adapter = None
+        self.adapter, adapter = None, self.gemms.adapter
         if adapter is not None and needs[3]:
             self.adapter = torch.zeros_like(adapter, dtype=self.gemms.dtype)
         self.first = not self.adds
@@ -371,10 +339,10 @@ class Gradients:
                 self.gemms.into_bias(dz, factor, self.bias)
         self.first = False
 
-    def finished(self) -> tuple[Tensor | None, ...]:
+    def finished(self) -> Grads:
         if self.weight is not None and self.first:
             self.weight.zero_()
-        return (self.hidden, None if self.adds else self.weight, self.bias, self.adapter)[: self.count]
+        return self.hidden, None if self.adds else self.weight, self.bias, self.adapter
 
 
 def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -387,28 +355,22 @@ def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def unit_gradients(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    scaling: Scaling,
-    ignore_index: int,
+    operands: Operands,  # flat
     groups: Sequence[Group],
     tiling: Tiling,
     coefficients: Callable[[Tensor, Group], Tensor],
-    needs: tuple[bool, ...],  # hidden, weight, bias, and the adapter where there is one
-    weight_grad: Tensor | None = None,  # (V, D), to which dW is added instead
+    needs: Sequence[bool],  # hidden, weight, bias, adapter
     operations: MakeRowOperations = RowOperations,
-    adapter: Tensor | None = None,  # (V, r)
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """logp (N,) and the gradients of a loss that is a sum over units, with dz / u still live when u is known.
+) -> tuple[Tensor, Grads]:
+    """Returns logp (N,) and the gradients of a loss that is a sum over units, with dz / u still live when u is known.
 
     groups: the scored positions in order. Once a group has been scored, coefficients(logp (n,), group) gives
     u = ∂L/∂logp (n,), which factors out of dz's rows. A group of one tile costs 3F; of a longer one, all tiles but the last
     are made again: 4F.
     """
+    hidden, targets = operands.hidden, operands.targets
     order = torch.cat([group.positions for group in groups]) if groups else targets.new_empty(0, device=hidden.device)
-    passes = Passes(hidden, weight, bias, targets, None, scaling, ignore_index, tiling, operations, order, adapter)
+    passes = Passes(operands, tiling, operations, order)
     spans: list[Span] = []
     complete: dict[int, tuple[slice, Group]] = {}  # tile that ends a group
     for group in groups:
@@ -423,7 +385,7 @@ def unit_gradients(
     u, factor = torch.empty_like(found[0]), torch.empty_like(found[0])
     # A loss scale comes with the backward: until then float16 would lose what is small.
     dtype = passes.gemms.dtype if hidden.dtype == torch.float16 else hidden.dtype
-    grads = Gradients(passes, spans, needs, dtype, weight_grad)
+    grads = Gradients(passes, spans, needs, dtype, operands.weight_grad)
 
     for step in passes.steps(spans):
         with passes.rows(step):

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import chunked
+from ..device import has_triton
 from .gemms import Gemms
-from .plan import has_triton
 from .row_operations import OutOfPlaceRowOperations, RowOperations
 
 STATISTICS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1")
@@ -167,8 +166,3 @@ def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperation
     """Returns the row operations of a call: by the kernel, or by torch for float64."""
     kind = CudaRowOperations if gemms.dtype == torch.float32 else RowOperations
     return kind(gemms, ref_gemms)
-
-
-forward = partial(chunked.forward, operations=row_operations)
-backward = partial(chunked.backward, operations=row_operations)
-unit_gradients = partial(chunked.unit_gradients, operations=row_operations)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .spec import Scaling, accumulation_dtype, scored_positions
+from .operands import Operands
+from .spec import Scaling, accumulation_dtype, scored_positions, to_device
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Tensor:
-    """(n, D), (V, D) → (n, V) final logits."""
+    """Returns the final logits (n, V) of hidden states (n, D) and a weight (V, D)."""
     dtype = accumulation_dtype(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         z = hidden.to(dtype) @ weight.to(dtype).T
@@ -23,21 +24,19 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
     return z / scaling.temperature
 
 
-def token_stats(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    ref: tuple[Tensor, Tensor, Tensor | None] | None,  # hidden (N, D), weight (V, Dr), bias (V,) of the reference
-    scaling: Scaling,
-    ignore_index: int,
-    outputs: Sequence[str],
-    adapter: Tensor | None = None,  # (V, r)
-) -> dict[str, Tensor]:
-    """Every statistic of the scored positions, scattered to (N,), zero elsewhere."""
-    if adapter is not None:
-        weight = torch.cat([weight, adapter.to(weight.dtype)], dim=1)
-    index = scored_positions(targets, ignore_index, weight.shape[0])
+def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]:
+    """Returns every statistic of the scored positions of flat operands, scattered to (N,), zero elsewhere."""
+    hidden, weight, bias, scaling, ref = (
+        operands.hidden,
+        operands.weight,
+        operands.bias,
+        operands.scaling,
+        operands.ref,
+    )
+    if operands.adapter is not None:
+        weight = torch.cat([weight, operands.adapter.to(weight.dtype)], dim=1)
+    targets = to_device(operands.targets, hidden.device)
+    index = scored_positions(targets, operands.ignore_index, weight.shape[0])
     z = logits(hidden[index], weight, bias, scaling)
     y = targets[index].unsqueeze(1)
     lse = torch.logsumexp(z, dim=1)
@@ -48,7 +47,7 @@ def token_stats(
         found["entropy"] = -_expectation(probs, logprobs)
     if ref is not None:
         with torch.no_grad():
-            ref_logprobs = torch.log_softmax(logits(ref[0][index], ref[1], ref[2], scaling), dim=1)
+            ref_logprobs = torch.log_softmax(logits(ref.hidden[index], ref.weight, ref.bias, scaling), dim=1)
         if "kl" in outputs:
             found["kl"] = _expectation(ref_logprobs.exp(), ref_logprobs - logprobs)
         if "reverse_kl" in outputs:

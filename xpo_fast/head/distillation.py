@@ -6,6 +6,7 @@ Nothing outside the tile decides a token's coefficient, so that a trainable head
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from .autograd import refuse_double_backward
 from .chunked import Gradients, Passes
+from .operands import Operands, reference
 from .plan import fit
 from .row_operations import RowOperations, expectation, row_blocks
-from .sharded import refuse_sharded, whole
-from .spec import Scaling, cast_for_autocast, check_operands
 from .units import scaled_to
 
 Function = TypeVar("Function")
@@ -87,22 +87,9 @@ def distillation_loss(
     Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative, a temperature that is not positive, an unknown
     divergence, and (on CPU) a target outside the vocabulary.
     """
-    refuse_sharded(hidden=hidden, targets=targets, teacher_hidden=teacher_hidden)
-    weight, bias, teacher_weight, teacher_bias = whole(
-        weight=weight, bias=bias, teacher_weight=teacher_weight, teacher_bias=teacher_bias
-    )
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = cast_for_autocast(
-        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
-    )
-    check_operands(hidden, weight, targets, bias)
-    try:
-        check_operands(teacher_hidden, teacher_weight, targets, teacher_bias)
-    except ValueError as error:
-        raise ValueError(f"of the teacher: {error}") from None
-    if teacher_weight.shape[0] < weight.shape[0]:
-        raise ValueError(
-            f"the teacher's vocabulary of {teacher_weight.shape[0]} must hold the student's of {weight.shape[0]}"
-        )
+    teacher = reference(teacher_hidden, teacher_weight, teacher_bias)
+    operands = Operands(hidden, weight, targets, bias, ref=teacher, ignore_index=ignore_index)
+    operands = operands.admit(teacher=True).flat()
     if divergence not in DIVERGENCES:
         raise ValueError(f"no divergence named {divergence!r}; there are {', '.join(DIVERGENCES)}")
     if divergence == "jsd" and not 0 <= beta <= 1:
@@ -111,7 +98,6 @@ def distillation_loss(
         raise ValueError(f"expected beta >= 0, got {beta}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    flat_targets = targets.reshape(-1).long()
     recipe = _Recipe(
         divergence,
         float(beta),
@@ -121,14 +107,9 @@ def distillation_loss(
         soft=bool(soft_weight) or parts,
         hard=bool(hard_weight) or parts,
     )
-    teacher = (
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-    )
-    student = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
-    return Distilled(*_Distillation.apply(*student, flat_targets, teacher, ignore_index, recipe, needs, tile_bytes))
+    student = operands.hidden, operands.weight, operands.bias
+    needs = (*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student), False)
+    return Distilled(*_Distillation.apply(*student, operands, recipe, needs, tile_bytes))
 
 
 class _Distillation(torch.autograd.Function):
@@ -138,27 +119,27 @@ class _Distillation(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
-        teacher: tuple[Tensor, Tensor, Tensor | None],
-        ignore_index: int,
+        operands: Operands,
         recipe: _Recipe,
-        needs: tuple[bool, bool, bool],
+        needs: tuple[bool, ...],  # hidden, weight, bias, adapter
         tile_bytes: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wider = teacher[1].shape[0] > weight.shape[0]
+        teacher = operands.ref
+        assert teacher is not None
+        vocab = teacher.weight.shape[0]
+        wider = vocab > weight.shape[0]
         # The student's logits continued; and a softmax for each part where one does not do for both.
         copies = _COPIES + wider + (wider or recipe.temperature != 1)
         tiling, *_ = fit(
-            "torch", teacher[1].shape[0], weight.dtype, weight.device, tile_bytes, heads=2, copies=copies, dz=any(needs),
+            "torch", vocab, weight.dtype, weight.device, tile_bytes, heads=2, copies=copies, dz=any(needs),
             learns=needs[1],
         )  # fmt: skip
-        ref = teacher if recipe.soft else None
-        passes = Passes(hidden, weight, bias, targets, ref, Scaling(), ignore_index, tiling, RowOperations)
+        passes = Passes(operands if recipe.soft else replace(operands, ref=None), tiling, RowOperations)
         sums, grads = _pass(passes, recipe, needs)
-        count = (targets != ignore_index).sum().to(sums.device).clamp(min=1)
+        count = (operands.targets != operands.ignore_index).sum().to(sums.device).clamp(min=1)
         soft, hard = (sums / count).unbind()
         ctx.count, ctx.dtypes = count, [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*grads[:3])
         loss = recipe.soft_weight * soft + recipe.hard_weight * hard
         ctx.mark_non_differentiable(soft, hard)
         return loss, soft, hard
@@ -171,10 +152,10 @@ class _Distillation(torch.autograd.Function):
             None if g is None else scaled_to(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*grads, *([None] * 6))
+        return (*grads, *[None] * 4)
 
 
-def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, bool, bool]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Σ soft and Σ hard over the scored tokens, (2,), and the gradients of their weighted sum."""
     with_dz = any(needs)
     spans = passes.spans(with_dz)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .autograd import refuse_double_backward
+from .backends import BACKENDS, check_backend, get_backend
+from .choice import choose_backend
 from .gemms import BLOCK_BYTES
-from .plan import STEP_BYTES, check_backend, choose_backend, scratch_bytes
 from .row_operations import softmax_
 from .spec import Scaling, accumulation_dtype, check_targets, scored_positions
+from .tiling import STEP_BYTES, scratch_bytes
 
 
 def _blocks(logits: Tensor, index: Tensor):
@@ -39,10 +41,11 @@ def _kernels() -> ModuleType:
 
 def _choose_backend(backend: str, logits: Tensor) -> str:
     """ "torch" or "triton" for logits (N, V); ValueError for a backend that does not exist or cannot run on them."""
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"no backend named {backend!r}; there are auto, torch, triton")
+    names = ("auto", "torch", *(name for name in BACKENDS if get_backend(name).gathers))
+    if backend not in names:
+        raise ValueError(f"no backend named {backend!r}; there are {', '.join(names)}")
     chosen = choose_backend(backend, logits.device, logits.dtype)
-    if chosen != "triton":  # $XPO_FAST_BACKEND may name others, which have no kernels for this
+    if not get_backend(chosen).gathers:  # $XPO_FAST_BACKEND may name others, which have no kernels for this
         return "torch"
     check_backend(chosen, logits.device)
     if _kernels().supports(logits):
@@ -198,7 +201,7 @@ def gather_logps(
         raise ValueError(f"logits are on {logits.device} and targets on {targets.device}: move one of them")
     Scaling(float(temperature))
     flat = logits.reshape(-1, logits.shape[-1])
-    fused = _choose_backend(backend, flat) == "triton"
+    fused = get_backend(_choose_backend(backend, flat)).gathers
     ids = targets.reshape(-1).long()
     logp, _ = _forward(flat, ids, float(temperature), ignore_index, overwrite_logits, fused)
     return logp.view(targets.shape)

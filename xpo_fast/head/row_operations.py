@@ -6,7 +6,7 @@ once: there a launch for every few rows would take longer than the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ class RowOperations:
         self.gemms, self.ref_gemms = gemms, ref_gemms
         self.vocab = gemms.vocab  # tokens that a target may be
         self.own_memory = gemms.gemm_dtype != gemms.dtype
+
+    def fused(self, gathered: Callable[[], Tensor], y: Tensor, outputs: Sequence[str], found: Tensor) -> bool:
+        """Writes found (2 + len(outputs), n) by a kernel that makes no tile, if that is faster; returns whether it did.
+
+        gathered: returns the hidden states (n, D) of the scored positions.
+        """
+        return False
 
     def softmax_(self, z: Tensor, rows: slice, *, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """`softmax_` of some rows of a step, the policy's or the reference's."""
@@ -235,3 +242,6 @@ def _extra_dz_(
     if "kl" in u:
         assert q is not None
         p.sub_(q.mul_(u["kl"][b].unsqueeze(1)))
+
+
+MakeRowOperations = Callable[[Gemms, "Gemms | None"], RowOperations]  # of a head and of a reference's, if there is one

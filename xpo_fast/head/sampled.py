@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import chunked
 from .autograd import refuse_double_backward
-from .spec import Scaling, accumulation_dtype, scored_positions, to_device
+from .operands import Operands
+from .spec import accumulation_dtype, scored_positions, to_device
 
 
 class _Products(torch.autograd.Function):
@@ -34,15 +35,10 @@ class _Products(torch.autograd.Function):
         return d_hidden, d_weight, None
 
 
-def picked_logits(
-    hidden: Tensor,  # (n, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    tokens: Tensor,  # (n,) int64
-    scaling: Scaling,
-) -> Tensor:
-    """Returns the final logit of one token per position: (n,), differentiable once; takes N·D memory."""
-    z: Any = _Products.apply(hidden, weight, tokens)
+def picked_logits(operands: Operands) -> Tensor:
+    """Returns the final logit of the target at every position of flat operands: (N,), differentiable once; N·D memory."""
+    scaling, bias, tokens = operands.scaling, operands.bias, operands.targets
+    z: Any = _Products.apply(operands.hidden, operands.weight, tokens)
     if bias is not None:
         z = z + bias.to(z.dtype)[tokens]
     z = z * scaling.logit_scale
@@ -52,34 +48,24 @@ def picked_logits(
 
 
 @torch.no_grad()
-def sample_rivals(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    scaling: Scaling,
-    ignore_index: int,
-    tile_tokens: int,
-    top_k: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def sample_rivals(operands: Operands, tile_tokens: int, top_k: int, generator: torch.Generator | None = None) -> Tensor:
     """Returns at every scored position a token sampled from the softmax of the `top_k` most likely ones but the target.
 
-    (N,) int64, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator do not depend
-    on the tiles.
+    (N,) int64 for flat operands, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator
+    do not depend on the tiles.
     """
-    vocab, device = weight.shape[0], hidden.device
-    index = scored_positions(targets, ignore_index, vocab, device)
-    targets = to_device(targets, device)
+    vocab, device, ignore_index = operands.vocab, operands.hidden.device, operands.ignore_index
+    index = scored_positions(operands.targets, ignore_index, vocab, device)
+    targets = to_device(operands.targets, device)
     ignored = targets == ignore_index
     # If shapes may not depend on values, the index contains the ignored positions too.
     targets = targets.masked_fill(ignored, 0)
     k = min(top_k, vocab - 1)
     # The token with the smallest E / p, E exponential, is a sample from p. torch.multinomial would read p on the host.
-    clocks = torch.empty((index.shape[0], k), dtype=accumulation_dtype(weight.dtype), device=device)
+    clocks = torch.empty((index.shape[0], k), dtype=accumulation_dtype(operands.weight.dtype), device=device)
     clocks.exponential_(generator=generator)
     rivals, start = torch.zeros_like(targets), 0
-    for part, z in chunked.final_logits(hidden, weight, bias, scaling, index, tile_tokens):
+    for part, z in chunked.final_logits(operands, index, tile_tokens):
         stop = start + part.shape[0]
         values, tokens = z.scatter_(1, targets[part].unsqueeze(1), -torch.inf).topk(k, dim=1)
         first = (values.softmax(dim=1) / clocks[start:stop]).argmax(dim=1, keepdim=True)

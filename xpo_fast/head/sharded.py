@@ -13,8 +13,8 @@ from torch import Tensor
 from .spec import cast_for_autocast
 
 
-def whole(*, weight_grad: Tensor | None = None, **operands: Tensor | None) -> list[Any]:
-    """The operands as plain tensors, each gathered once; their gradients go back into the parts. None stays None.
+def gathered(*, weight_grad: Tensor | None = None, **operands: Tensor | None) -> list[Any]:
+    """Returns the operands as plain tensors, each gathered once; their gradients go back into the parts. None stays None.
 
     A DTensor (FSDP2) may be replicated or sharded, on any dimension and a mesh of any number of them. A dtype that it was
     cast to is the one that it is gathered in; its gradient is the mean over the ranks of its mesh. Inside the forward of a
@@ -39,7 +39,7 @@ def whole(*, weight_grad: Tensor | None = None, **operands: Tensor | None) -> li
     held = unpartitioned(*(x for _, x in given.values()))
     found = {}
     for (at, (name, x)), own in zip(given.items(), held, strict=True):
-        found[at] = _whole(name, x) if is_sharded(x) else own if own is x else cast_for_autocast(own)[0]
+        found[at] = _full(name, x) if is_sharded(x) else own if own is x else cast_for_autocast(own)[0]
     return [None if x is None else found[id(x)] for x in operands.values()]
 
 
@@ -50,7 +50,7 @@ def unpartitioned(*tensors: Tensor | None) -> list[Any]:
     """
     parameters = [x for x in tensors if x is not None and is_partitioned(x)]
     _await(parameters)
-    with _gathered([x for x in parameters if _taken_away(x)]):
+    with _with_gathered([x for x in parameters if _taken_away(x)]):
         return [_Held.apply(x) if x is not None and is_partitioned(x) else x for x in tensors]
 
 
@@ -94,7 +94,7 @@ def _await(parameters: Iterable[Any]) -> None:
                 handles.pop(x).wait()
 
 
-def _gathered(taken: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
+def _with_gathered(taken: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """The context in which what ZeRO-3 has taken away is there."""
     if not taken:
         return contextlib.nullcontext()
@@ -103,7 +103,7 @@ def _gathered(taken: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(taken)
 
 
-def _whole(name: str, x: Tensor) -> Tensor:
+def _full(name: str, x: Tensor) -> Tensor:
     sharded: Any = x
     kinds = [type(p).__name__ for p in sharded.placements]
     if torch.is_grad_enabled() and x.requires_grad and not all(k in ("Replicate", "Shard") for k in kinds):
@@ -111,11 +111,11 @@ def _whole(name: str, x: Tensor) -> Tensor:
             f"expected {name} to be a DTensor that is replicated or sharded, got {tuple(sharded.placements)}: "
             f"redistribute it first, or detach it where it does not learn"
         )
-    gathered: Any = _Whole.apply(x)
-    return gathered
+    full: Any = _Full.apply(x)
+    return full
 
 
-class _Whole(torch.autograd.Function):
+class _Full(torch.autograd.Function):
     """A DTensor as a plain tensor on every rank; its gradient is the mean over the ranks of its mesh.
 
     That is what FSDP2 and DDP make of the gradients of all other parameters where each rank has its own tokens; and

@@ -87,7 +87,7 @@ def scored_positions(
 def cast_for_autocast(*tensors: Any) -> list[Any]:
     """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are.
 
-    So are parameters of ZeRO-3, which are no parameters once cast: `whole` gathers them before.
+    So are parameters of ZeRO-3, which are no parameters once cast: `gathered` gathers them before.
     """
     device = next(t for t in tensors if t is not None).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -95,54 +95,3 @@ def cast_for_autocast(*tensors: Any) -> list[Any]:
     dtype = torch.get_autocast_dtype(device)
     alone = (t is None or t.dtype == torch.float64 or hasattr(t, "ds_shape") for t in tensors)
     return [t if as_it_is else t.to(dtype) for t, as_it_is in zip(tensors, alone, strict=True)]
-
-
-def check_operands(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    adapter: Tensor | None = None,
-) -> None:
-    """ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together.
-
-    With an adapter (V, r) hidden is (…, D + r). All are on one device, but for targets on the host.
-    """
-    if not hidden.is_floating_point() or hidden.dim() < 1:
-        raise ValueError(f"hidden must be a float tensor (…, D), got {hidden.dtype} {tuple(hidden.shape)}")
-    if adapter is not None:
-        _check_adapter(hidden, weight, adapter)
-    elif weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight must be (V, D) with D = {hidden.shape[-1]} as hidden {tuple(hidden.shape)} has, "
-            f"got {tuple(weight.shape)}"
-        )
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must have one token a hidden state: expected {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
-        )
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"targets must be integer token ids, got {targets.dtype}")
-    if weight.dtype != hidden.dtype:
-        raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or compute under torch.autocast"
-        )
-    for name, x in (("weight", weight), ("targets", targets), ("bias", bias), ("adapter", adapter)):
-        if x is not None and x.device != hidden.device and not (x is targets and on_host(x)):
-            raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
-
-
-def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
-    if weight.dim() != 2 or adapter.shape[:-1] != weight.shape[:1] or not adapter.is_floating_point():
-        raise ValueError(
-            f"weight must be (V, D) and adapter a float tensor (V, r), got {tuple(weight.shape)} and {adapter.dtype} "
-            f"{tuple(adapter.shape)}"
-        )
-    width = weight.shape[1] + adapter.shape[1]
-    if hidden.shape[-1] != width:
-        raise ValueError(
-            f"with an adapter of rank {adapter.shape[1]}, hidden must be [h, x], {width} wide, x = s·dropout(h) Aᵀ: expected "
-            f"(…, {width}), got {tuple(hidden.shape)}; `Head.inputs(hidden)` makes it"
-        )

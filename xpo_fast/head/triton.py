@@ -11,7 +11,7 @@ faster; this file declares that choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -22,9 +22,9 @@ from ..kernels import launch, logps, one_read  # pyright: ignore[reportMissingIm
 from ..kernels import rows as kernel  # pyright: ignore[reportMissingImports]
 from . import chunked
 from .gemms import Gemms
-from .plan import Tiling, fit
+from .operands import Operands
 from .row_operations import RowOperations
-from .spec import Scaling
+from .tiling import STEP_BYTES, Tiling, lanes_of, whole_blocks
 
 LOGPS = "token_logps"  # the choice: log-probs without gradient by tiles (False) or by kernels/logps.py (True)
 ENOUGH_TOKENS = 16384  # with more, the same one is faster
@@ -43,6 +43,20 @@ class TritonRowOperations(RowOperations):
             ref_bias=None if ref_gemms is None else ref_gemms.bias,
             **asdict(gemms.scaling),
         )
+
+    def fused(self, gathered: Callable[[], Tensor], y: Tensor, outputs: Sequence[str], found: Tensor) -> bool:
+        gemms, names = self.gemms, ("logp", "lse", *outputs)
+        weight = gemms.weight
+        if self.ref_gemms is not None or gemms.adapter is not None or not set(names) <= set(logps.STATISTICS):
+            return False
+        if not prefers_fused(weight.device, weight.dtype, *weight.shape, y.shape[0]):
+            return False
+        h = gathered()
+        if not logps.supports(h, weight):
+            return False
+        out = dict(zip(names, found, strict=True))
+        logps.run(h, weight, y, bias=gemms.bias, out=out, **asdict(gemms.scaling))
+        return True
 
     def statistics(
         self,
@@ -93,54 +107,22 @@ def _logps_key(dtype: torch.dtype, vocab: int, width: int, tokens: int) -> launc
 
 def _logps_problems(workload: launch.Workload) -> Iterator[launch.Problem]:
     w = workload
-    tiling, *_ = fit("triton", w.vocab, w.dtype, w.device, None, dz=False)
+    lanes, tile = lanes_of(w.device), 4096
+    # As `plan.fit` makes tiles and steps for log-probs alone, if the card has 32 GB or more.
+    step = whole_blocks(max(1, STEP_BYTES // lanes // (w.vocab * torch.float32.itemsize)))
+    tiling = Tiling(tile, min(step, tile), lanes)
 
     def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden = w.normal(2 * seed, w.tokens, w.width)
         weight = w.normal(2 * seed + 1, w.vocab, w.width).mul_(3 / w.width**0.5)
         return hidden, weight, w.targets(seed).cpu()  # on the host, reading them waits for nothing
 
-    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
-        return forward(hidden, weight, None, targets, None, Scaling(), -100, (), tiling, False)[:1]
+    def call(*operands: Tensor) -> tuple[Tensor]:
+        logp, *_ = chunked.forward(Operands(*operands), (), tiling, False, row_operations)
+        return (logp,)
 
     yield launch.Problem(_logps_key(w.dtype, w.vocab, w.width, w.tokens), inputs, call)
 
 
 _WAYS = dict.fromkeys(launch.TARGETS, (False, True))
 launch.declare(LOGPS, launch.Tunable((one_read.one_read, logps.logps_pass), _WAYS, _logps_problems))
-
-
-def forward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) int64
-    ref: chunked.Reference | None,
-    scaling: Scaling,
-    ignore_index: int,
-    outputs: Sequence[str],
-    tiling: Tiling,
-    save_grad: bool,
-    adapter: Tensor | None = None,  # (V, r)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes `chunked.forward`, or without gradient, if that was measured to be faster, the same without any tile."""
-    arguments = hidden, weight, bias, targets, ref, scaling, ignore_index
-    fused = not save_grad and ref is None and adapter is None and {"logp", "lse", *outputs} <= set(logps.STATISTICS)
-    if fused and logps.supports(hidden, weight):
-        passes = chunked.Passes(*arguments, tiling, row_operations)
-        if prefers_fused(hidden.device, weight.dtype, *weight.shape, len(passes)):
-            found = torch.empty((2 + len(outputs), len(passes)), dtype=torch.float32, device=hidden.device)
-            logps.run(
-                passes.gathered(slice(None)),
-                weight,
-                passes.y,
-                bias=passes.gemms.bias,
-                out=dict(zip(("logp", "lse", *outputs), found, strict=True)),
-                **asdict(scaling),
-            )
-            return *passes.spread(found), hidden.new_empty((0, hidden.shape[1]))
-    return chunked.forward(*arguments, outputs, tiling, save_grad, row_operations, adapter)
-
-
-backward = partial(chunked.backward, operations=row_operations)
-unit_gradients = partial(chunked.unit_gradients, operations=row_operations)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..device import on_host
+from . import chunked
 from .autograd import refuse_double_backward, scale_saved
-from .plan import Plan, implementation
+from .backends import row_operations
+from .operands import Operands
+from .plan import Plan
 from .rows import Group
-from .spec import Scaling
 
 
 def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]:
@@ -37,54 +39,52 @@ def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]
     return [Group(*group) for group in zip(index.split(sizes), groups, starts)]
 
 
-class UnitLoss(torch.autograd.Function):
-    """A sum over units as a function of hidden (N, D), weight (V, D), bias (V,), adapter: (loss (), logp (N,))."""
+def unit_loss(
+    operands: Operands,  # flat
+    groups: Sequence[Group],
+    plan: Plan,
+    coefficients: Callable[[Tensor, Group], Tensor],
+    total: Callable[[Tensor], Tensor],
+    grad_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Returns a loss () that is a sum over units, differentiable in the operands, and the log-probs (N,), detached.
 
+    coefficients(logp (n,), group) returns ∂loss/∂logp (n,) at the group's positions; total(logp (N,)) returns the loss.
+    With a weight_grad, dW · grad_scale is added to it here, and autograd is given none.
+    """
+    o = operands
+    out: Any = _UnitLoss.apply(
+        o.hidden, o.weight, o.bias, o.adapter, operands, groups, plan, coefficients, total, grad_scale
+    )
+    return out
+
+
+class _UnitLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
-        scaling: Scaling,
-        ignore_index: int,
+        adapter: Tensor | None,
+        operands: Operands,
         groups: Sequence[Group],
         plan: Plan,
         coefficients: Callable[[Tensor, Group], Tensor],
         total: Callable[[Tensor], Tensor],
-        weight_grad: Tensor | None = None,  # (V, D)
         grad_scale: float = 1.0,
-        adapter: Tensor | None = None,  # (V, r); hidden is (N, D + r)
     ) -> tuple[Tensor, Tensor]:
-        """coefficients(logp (n,), group) → ∂loss/∂logp (n,) at its positions; total(logp (N,)) → the loss.
-
-        weight_grad: dW · grad_scale is added to it, and autograd is given none.
-        """
-        scale = 1.0 if weight_grad is None else grad_scale
+        """The first four are the operands' own: autograd follows arguments only. See `unit_loss`."""
+        scale = 1.0 if operands.weight_grad is None else grad_scale
 
         def scaled(logp: Tensor, group: Group) -> Tensor:
             u = coefficients(logp, group)
             return u if scale == 1 else u * scale
 
-        operands = hidden, weight, bias, adapter
-        needs = (*ctx.needs_input_grad[:3], adapter is not None and ctx.needs_input_grad[-1])
-        logp, grads = implementation(plan.backend).unit_gradients(
-            hidden,
-            weight,
-            bias,
-            targets,
-            scaling,
-            ignore_index,
-            groups,
-            plan.tiling,
-            scaled,
-            needs,
-            weight_grad,
-            adapter=adapter,
-        )
-        ctx.added, ctx.scale = weight_grad is not None, scale
-        ctx.dtypes = [None if x is None else x.dtype for x in operands]
+        rows = row_operations(plan.backend, operands.shard)
+        logp, grads = chunked.unit_gradients(operands, groups, plan.tiling, scaled, ctx.needs_input_grad[:4], rows)
+        ctx.added, ctx.scale = operands.weight_grad is not None, scale
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, adapter)]
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp)
         return total(logp), logp
@@ -96,11 +96,11 @@ class UnitLoss(torch.autograd.Function):
         if ctx.added:
             _check_scale(factor, ctx.scale)
             factor = factor / ctx.scale
-        *grads, d_adapter = (
+        grads = [
             None if g is None else scaled_to(g, factor, dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*grads, *([None] * 9), d_adapter)
+        ]
+        return (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
 
 
 def scaled_to(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

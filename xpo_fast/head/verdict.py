@@ -28,9 +28,9 @@ import torch
 from ..precision import name_of
 from ..store import TUNING, Store, locked
 from ..wording import one_line
+from .backends import CHECK, OVERRIDE, TRITON_DTYPES
 from .check import Verdict, check, triton_kernels
 from .check_process import CHILD_S, check_in_child
-from .plan import CHECK, OVERRIDE, TRITON_DTYPES
 
 # (compute capability, minor version of Triton) on which the check has been seen to pass: no process of its own is
 # needed.
@@ -198,7 +198,10 @@ def _sources() -> str:
     spec = importlib.util.find_spec("xpo_fast.kernels")
     assert spec is not None and spec.submodule_search_locations is not None
     kernels = sorted(p for place in spec.submodule_search_locations for p in Path(place).glob("*.py"))
-    names = ("check", "chunked", "dense", "gemms", "row_operations", "rows", "spec", "streams", "triton")
+    names = (
+        *("check", "chunked", "dense", "gemms", "operands", "row_operations"),
+        *("rows", "spec", "streams", "tiling", "triton"),
+    )
     digest = hashlib.sha256()
     for path in (*kernels, *(Path(__file__).with_name(f"{name}.py") for name in names)):
         digest.update(path.read_bytes())

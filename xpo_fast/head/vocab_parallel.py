@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import chunked
 from .gemms import Gemms
-from .plan import DEFAULT_TILE_BYTES
 from .row_operations import RowOperations, expectation, row_blocks
+from .tiling import DEFAULT_TILE_BYTES
 
-_in_use: dict[str, VocabShard] = {}  # by the name that an operator knows it by
+# By handle. An entry stays: a compiled graph keeps the handle. There is one per cut of a vocabulary.
+_in_use: dict[str, VocabShard] = {}
 
 
 @dataclass(frozen=True)
@@ -97,15 +95,11 @@ class VocabShard:
         """What a plan says of it."""
         return f"; what {self.world} ranks found is exchanged once a tile"
 
-    def operator_name(self, backend: str) -> str:
-        """What an operator takes as its backend, for `implementation` and `shard_of`; ValueError for other than torch."""
-        if backend != "torch":
-            raise ValueError(
-                f"a vocabulary that is cut over ranks takes the torch backend, got {backend!r}: leave it out"
-            )
+    def handle(self) -> str:
+        """Returns the name by which an operator, which takes no object, finds this shard: `shard_of` of it."""
         name = (
-            f"torch (tokens {self.start}:{self.stop} of {self.vocab}, rank {dist.get_rank(self.group)} of {self.world}, "
-            f"group {self.group.group_name})"
+            f"tokens {self.start}:{self.stop} of {self.vocab}, rank {dist.get_rank(self.group)} of {self.world}, "
+            f"group {self.group.group_name}"
         )
         _in_use[name] = self
         return name
@@ -185,16 +179,9 @@ class _SumGradient(torch.autograd.Function):
         return total, None
 
 
-def shard_of(name: str) -> VocabShard | None:
-    """The shard of an `operator_name`; None for the backends of whole heads."""
-    return _in_use.get(name)
-
-
-def implementation(shard: VocabShard) -> Any:
-    """`plan.implementation` of a shard."""
-    operations = partial(VocabParallelRows, shard)
-    functions = (chunked.forward, chunked.backward, chunked.unit_gradients)
-    return SimpleNamespace(**{f.__name__: partial(f, operations=operations) for f in functions})
+def shard_of(handle: str) -> VocabShard | None:
+    """Returns the shard of a handle; None for the empty one, which stands for a whole vocabulary."""
+    return _in_use[handle] if handle else None
 
 
 class _Softmax:

@@ -32,7 +32,7 @@ ACTS_OF: dict[str, Mapping[str, int | str]] = {
 # Model types that do to logits what no Head has.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
 # Whose hooks on a head, and forwards in place of its own, gather, move or cast, and leave its logits what they are.
-_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __package__.split(".")[0])
+_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", "xpo_fast")
 # Rows of the weight beyond this many are padding, whose logits the model drops.
 _UNPADDED = "unpadded_vocab_size"
 
@@ -200,14 +200,14 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
 
 def _project(layer: Any, names: list[str], hidden: Tensor) -> Tensor:
     """What the B of LoRA adapters are multiplied by: s·dropout(h) Aᵀ of each, side by side, (…, Σr)."""
-    from ..head.sharded import is_sharded, whole  # which imports this module
+    from ..head.sharded import gathered, is_sharded  # which imports this module
 
     parts = []
     for x in names:
         a = layer.lora_A[x]
         h = layer.lora_dropout[x](hidden.to(a.weight.dtype))
         # ZeRO-3 gathers for a module that is called; FSDP2 has a head in a group of its own in parts here.
-        own = nn.functional.linear(h, *whole(weight=a.weight)) if is_sharded(a.weight) else a(h)
+        own = nn.functional.linear(h, *gathered(weight=a.weight)) if is_sharded(a.weight) else a(h)
         parts.append(own * layer.scaling[x])
     return torch.cat(parts, dim=-1)
 

@@ -1,5 +1,5 @@
-"""Objective: hidden states and a head in, the loss and metrics of a method out. It composes the arrows, owns no loss."""
+"""Objective: hidden states and a head in, the loss and metrics of a method out."""
 
-from .objective import Objective, made_up
+from .objective import Objective
 
-__all__ = ["Objective", "made_up"]
+__all__ = ["Objective"]

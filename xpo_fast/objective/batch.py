@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,23 +18,6 @@ from ..methods.math import check_rows
 
 PAIRS = ("all", "extremes")
 HARMLESS = {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5}
-
-
-@dataclass
-class Known:
-    """What a call knows before the policy's log-probs, or beside them."""
-
-    columns: dict[str, Tensor]
-    # (R,), and what stands in units left out
-    rows: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
-    tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
-    discounted_ref: Tensor | None = None  # (R,) reference log-probs as `ld_alpha` has them
-    row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
-
-    @property
-    def learns(self) -> bool:
-        """Whether the loss has a gradient by more than the policy's log-probs."""
-        return any(x.requires_grad for x in (*self.columns.values(), *self.tokens.values()))
 
 
 def _columns(sides: Collection[str]) -> slice:

@@ -15,7 +15,8 @@ from ..head.rows import Group
 from ..methods.registry import AXES
 from ..types import LossOutput
 from . import segments
-from .batch import Batch, Known
+from .batch import Batch
+from .known import Known
 from .terms import Term
 
 # Which kernels take of every method.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..head.plan import fit
+from ..head.operands import Operands
+from ..head.plan import PlanOptions, fit
 from ..head.sampled import picked_logits, sample_rivals
-from ..head.spec import Scaling, scored_positions
-from .batch import Batch, Known
+from ..head.spec import scored_positions
+from .batch import Batch
+from .known import Known
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Rivals:
 
     top_k: int
     seed: int | None
-    tile_bytes: int | None
+    options: PlanOptions
     _generator: torch.Generator | None = None
     _loaded: Tensor | None = field(default=None, repr=False)
 
@@ -39,30 +41,22 @@ class Rivals:
     def state(self, state: Tensor | None) -> None:
         self._generator, self._loaded = None, state
 
-    def add(
-        self,
-        known: Known,
-        batch: Batch,
-        hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D)
-        bias: Tensor | None,  # (V,)
-        scaling: Scaling,
-    ) -> None:
-        """The logit of every rejected token, and that of its rival, with their gradients, to `known.tokens`."""
+    def add(self, known: Known, batch: Batch, operands: Operands) -> None:
+        """Adds the logit of every rejected token and that of its rival, with their gradients, to `known.tokens`."""
         if batch.static and self.seed is not None:
             raise ValueError("seed= cannot be captured into a CUDA graph: a replay would draw the same; leave it out")
-        generator = self._draws(hidden.device)
-        vocab = weight.shape[0]
-        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.tile_bytes, dz=False)
+        generator = self._draws(operands.hidden.device)
+        hidden, weight, vocab = operands.hidden, operands.weight, operands.vocab
+        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.options.tile_bytes, dz=False)
         targets = batch.rejected_targets
-        options = (scaling, batch.ignore_index, tiling.step, self.top_k, generator)
-        tokens = sample_rivals(hidden, weight, bias, targets, *options)
+        tokens = sample_rivals(replace(operands, targets=targets, ref=None), tiling.step, self.top_k, generator)
         at = scored_positions(targets, batch.ignore_index, vocab, batch.device)
         rejected = (batch.rows >= batch.units) & batch.scored
         h, y = hidden[at], batch.device_targets[at]
         if batch.static:  # `at` has positions that are not to be read
             h, y = (torch.where(r, x, 0) for r, x in ((rejected[at, None], h), (rejected[at], y)))
-        scores = picked_logits(torch.cat([h, h]), weight, bias, torch.cat([y, tokens[at]]), scaling).chunk(2)
+        twice = replace(operands, hidden=torch.cat([h, h]), targets=torch.cat([y, tokens[at]]))
+        scores = picked_logits(twice).chunk(2)
         for name, score in zip(("neg_score", "pos_score"), scores, strict=True):
             known.tokens[name] = score.new_zeros(batch.rows.shape).index_put((at,), score)
         known.tokens["mask"] = rejected

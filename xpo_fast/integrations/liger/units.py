@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ...device import to_device, to_host
-from ...head import head_plan, token_logps
+from ...head import token_logps
+from ...head.operands import Operands
+from ...head.plan import plan_of
 from ...head.rows import Group
-from ...head.sharded import refuse_sharded, whole
-from ...head.spec import Scaling, accumulation_dtype, cast_for_autocast, check_operands, check_targets
-from ...head.units import UnitLoss, pack
+from ...head.sharded import unpartitioned
+from ...head.spec import Scaling, accumulation_dtype, check_targets
+from ...head.units import pack
+from ...head.units import unit_loss as unit_loss_of
 from ...methods.math import unchecked
 
 Pick = Callable[[Tensor], Tensor]  # of (R,) or (R, T) what belongs to the rows under evaluation
@@ -32,14 +35,13 @@ def operands(
 
     narrows: the weight is cast to the dtype of the hidden states.
     """
-    refuse_sharded(_input=hidden, target=targets)
-    weight, bias = whole(weight=weight, bias=bias)
-    weight = weight.to(hidden.dtype) if narrows else weight
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+    if narrows:
+        (weight,) = unpartitioned(weight)
+        weight = weight.to(hidden.dtype)
     if targets.dim() != 2:
         raise ValueError(f"expected padded rows, targets (B, T), got {tuple(targets.shape)}")
-    check_operands(hidden, weight, targets, bias)
-    return hidden, weight, bias
+    admitted = Operands(hidden, weight, targets, bias).admit()
+    return admitted.hidden, admitted.weight, admitted.bias
 
 
 def unit_loss(
@@ -83,7 +85,11 @@ def unit_loss(
         lengths = torch.bincount(unit, minlength=count).tolist()
         positions = positions[unit.argsort(stable=True)]
     positions = to_device(positions, hidden.device)
-    plan = head_plan(flat, weight, bias=bias, unit_tokens=max(lengths, default=0))
+    scaling = Scaling(float(temperature))
+    operands = Operands(
+        flat, weight, to_device(flat_targets, hidden.device), bias, scaling=scaling, ignore_index=ignore_index
+    )
+    plan = plan_of(operands, unit_tokens=max(lengths, default=0))
     if unit_rows:
         groups = pack(positions, lengths, plan.tile_tokens)
     else:
@@ -106,18 +112,7 @@ def unit_loss(
             (u,) = torch.autograd.grad(part, leaf)
         return u
 
-    loss, _ = UnitLoss.apply(
-        flat,
-        weight,
-        bias,
-        to_device(flat_targets, hidden.device),
-        Scaling(float(temperature)),
-        ignore_index,
-        groups,
-        plan,
-        coefficients,
-        total,
-    )
+    loss, _ = unit_loss_of(operands, groups, plan, coefficients, total)
     return loss, beside[0]
 
 

@@ -17,7 +17,7 @@ from trl.experimental.orpo import ORPOTrainer as _ORPOTrainer
 from trl.experimental.tpo import TPOTrainer as _TPOTrainer
 
 from ...head import shift_labels, token_logps, token_stats
-from ...head.sharded import whole
+from ...head.sharded import gathered
 from ...models import Head
 from .install import IGNORE, HeadFunction, check_version, take_losses, without_virtual
 
@@ -52,7 +52,7 @@ def mean_logits(hidden: Tensor, head: Head) -> Tensor:
             stats = token_stats(hidden, head.weight, anything, outputs=("mean_logit",), **head.kwargs())
             assert stats.mean_logit is not None
             return stats.mean_logit.mean(1)
-        weight, bias, adapter = whole(weight=head.weight, bias=head.bias, adapter=head.adapter)
+        weight, bias, adapter = gathered(weight=head.weight, bias=head.bias, adapter=head.adapter)
         rows = [x.mean(0, dtype=torch.float32) for x in (weight, adapter) if x is not None]
         z = hidden.mean(1, dtype=torch.float32) @ torch.cat(rows)
         return head.logit_scale * (z if bias is None else z + bias.float().mean())

@@ -33,10 +33,13 @@ from torch.distributed.fsdp import FSDPModule
 from ...head import token_stats
 from ...head.autograd import refuse_double_backward, scale_saved, token_stats_backward
 from ...head.autograd import token_stats as token_stats_operator
-from ...head.plan import check_backend, choose_backend, fit, named_backend
+from ...head.backends import check_backend
+from ...head.choice import choose_backend, named_backend
+from ...head.operands import Operands, check_operands
+from ...head.plan import fit
 from ...head.row_operations import copies
-from ...head.sharded import is_partitioned, is_sharded, whole
-from ...head.spec import accumulation_dtype, check_operands
+from ...head.sharded import gathered, is_partitioned, is_sharded
+from ...head.spec import Scaling, accumulation_dtype
 from ...models import Head, install_fused_loss
 from ...models.lm_head import ACTS_OF
 
@@ -129,8 +132,8 @@ class HeadFunction:
                 backend=self.backend, **head.kwargs(),
             )  # fmt: skip
             return {name: getattr(stats, name) for name in ("logp", *names)}
-        scaling = (float(temperature), float(head.softcap or 0.0), float(head.logit_scale))
-        weight, bias = whole(weight=head.weight, bias=head.bias)
+        scaling = Scaling(float(temperature), head.softcap, float(head.logit_scale))
+        weight, bias = gathered(weight=head.weight, bias=head.bias)
         grad = torch.is_grad_enabled()
         found = _HeadFunction.apply(hidden, weight, bias, targets, scaling, names, grad, self)
         stats = dict(zip(("logp", *names), found, strict=True))
@@ -149,7 +152,7 @@ class _HeadFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        scaling: tuple[float, float, float],
+        scaling: Scaling,
         names: tuple[str, ...],
         grad: bool,
         options: HeadFunction,
@@ -165,12 +168,11 @@ class _HeadFunction(torch.autograd.Function):
         check_backend(backend, w.device)
         tiling, *_ = fit(
             backend, w.shape[0], dtype, w.device, options.tile_bytes,
-            copies=copies(names, bool(scaling[1])), dz=any(needs), learns=needs[1],
+            copies=copies(names, scaling.softcap is not None), dz=any(needs), learns=needs[1],
         )  # fmt: skip
-        ctx.rest = (*scaling, IGNORE, *tiling, backend)
-        logp, _, extra, dlogp = token_stats_operator(
-            h, w, b, targets, None, None, None, None, *ctx.rest, ",".join(names), save
-        )
+        ctx.scaling, ctx.how = scaling, (list(tiling), backend)
+        operands = Operands(h, w, targets, b, scaling=scaling, ignore_index=IGNORE)
+        logp, _, extra, dlogp = token_stats_operator(*operands.packed(), *ctx.how, ",".join(names), save)
         found = dict(zip(names, (row.clone() for row in extra), strict=True))
         ctx.mark_non_differentiable(*(x for name, x in found.items() if name != "entropy"))
         ctx.saves, ctx.dtype, ctx.options = save, dtype, options
@@ -195,17 +197,21 @@ class _HeadFunction(torch.autograd.Function):
         # A float32 weight under autocast gets its gradient unrounded.
         wide = weight.dtype == accumulation_dtype(ctx.dtype) != ctx.dtype
         d_weight = torch.zeros_like(weight) if needs[1] and wide else None
+        operands = Operands(h, w, targets, b, weight_grad=d_weight, scaling=ctx.scaling, ignore_index=IGNORE)
+        values = {} if d_entropy is None else {"entropy": entropy}
         found = token_stats_backward(
-            h, w, b, targets, None, None, None, d_weight, *ctx.rest,
-            list(upstream.values()), ",".join(upstream),
-            [] if d_entropy is None else [entropy], "" if d_entropy is None else "entropy",
-            *needs,
-        )  # fmt: skip
+            *operands.packed(),
+            *ctx.how,
+            list(upstream.values()),
+            ",".join(upstream),
+            list(values.values()),
+            ",".join(values),
+            [*needs, False],
+        )
         grads = (found[0], found[1] if d_weight is None else d_weight, found[2])
-        operands = (hidden, weight, bias)
-        return *(g.to(x.dtype) if need else None for g, x, need in zip(grads, operands, needs, strict=True)), *[
-            None
-        ] * 5
+        given = (hidden, weight, bias)
+        own = (g.to(x.dtype) if need else None for g, x, need in zip(grads, given, needs, strict=True))
+        return *own, *[None] * 5
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:

@@ -1,0 +1,301 @@
+"""The operands of the head as one value, made ready in one place: `Operands.admit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..device import on_host
+from .sharded import gathered, refuse_sharded, unpartitioned
+from .spec import Scaling, cast_for_autocast
+from .vocab_parallel import VocabShard, shard_of
+
+
+class HeadLike(Protocol):
+    """A value that stands for a weight and all that a model's forward does to its products: `models.Head`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    adapter: Tensor | None
+
+    def inputs(self, hidden: Tensor) -> Tensor: ...
+
+
+class Reference(NamedTuple):
+    """The hidden states and the head of a reference; no gradient reaches them."""
+
+    hidden: Tensor  # (…, Dr)
+    weight: Any = None  # (V, Dr), or a HeadLike; None until `admit`: the policy's
+    bias: Tensor | None = None  # (V,)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """All that the logits of a call are made of: z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature.
+
+    Made at the public edge of what the caller gave; `admit` returns what this rank multiplies.
+    """
+
+    hidden: Tensor  # (…, D), or with an adapter [h, x] (…, D + r)
+    weight: Any  # (V, D); before `admit` it may be a HeadLike
+    targets: Tensor  # (…) integer
+    bias: Tensor | None = None  # (V,)
+    adapter: Tensor | None = None  # (V, r)
+    ref: Reference | None = None
+    weight_grad: Tensor | None = None  # (V, D), to which the backward adds dW
+    shard: VocabShard | None = None
+    scaling: Scaling = field(default_factory=Scaling)
+    ignore_index: int = -100
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter of the head requires a gradient."""
+        return any(x is not None and x.requires_grad for x in (self.weight, self.bias, self.adapter))
+
+    @property
+    def vocab(self) -> int:
+        """Tokens of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
+    def admit(self, *, gather: bool = True, teacher: bool = False) -> Operands:
+        """Returns the operands as this rank multiplies them: cast for autocast, gathered, cut to its shard, and checked.
+
+        In that order: a parameter that is kept in parts is gathered in the dtype that it is multiplied in. A HeadLike is
+        taken apart first. gather: False leaves a DTensor as it is, for a plan. teacher: whether the reference is a teacher,
+        whose vocabulary may be larger.
+        Raises ValueError for operands that do not fit together.
+        """
+        it = self._without_heads()
+        hidden, weight, bias, adapter, weight_grad, ref = (
+            it.hidden,
+            it.weight,
+            it.bias,
+            it.adapter,
+            it.weight_grad,
+            it.ref,
+        )
+        if adapter is not None and ref is not None and ref.weight is None:
+            raise ValueError(
+                "with an adapter the policy's weight and bias need not be the reference's (DoRA scales the rows of the one, "
+                "lora_bias adds to the other): pass ref_weight=, and ref_bias= if it has one, with ref_hidden="
+            )
+        ref_hidden, ref_weight, ref_bias = (None, None, None) if ref is None else ref
+        if not gather:
+            weight, bias, adapter, ref_weight, ref_bias = unpartitioned(weight, bias, adapter, ref_weight, ref_bias)
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = cast_for_autocast(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias
+        )
+        if gather:
+            refuse_sharded(hidden=hidden, targets=it.targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+            weight, bias, ref_weight, ref_bias, adapter = gathered(
+                weight_grad=weight_grad,
+                weight=weight,
+                bias=bias,
+                ref_weight=ref_weight,
+                ref_bias=ref_bias,
+                adapter=adapter,
+            )
+        if it.shard is not None:
+            weight, bias, ref_weight, ref_bias, weight_grad, adapter = it.shard.tokens(
+                weight=weight,
+                bias=bias,
+                ref_weight=ref_weight,
+                ref_bias=ref_bias,
+                weight_grad=weight_grad,
+                adapter=adapter,
+            )
+            hidden = it.shard.replicated(hidden)
+        check_operands(hidden, weight, it.targets, bias, adapter)
+        if ref_hidden is None:
+            ref = None
+        else:
+            if ref_weight is None:
+                ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+            ref = Reference(ref_hidden, ref_weight, ref_bias)
+            _check_reference(ref, it.targets, weight.shape[0], "teacher" if teacher else "reference")
+        return dataclasses.replace(
+            it, hidden=hidden, weight=weight, bias=bias, adapter=adapter, ref=ref, weight_grad=weight_grad
+        )
+
+    def _without_heads(self) -> Operands:
+        """Returns the operands with a HeadLike in place of a weight taken apart."""
+        it = self
+        if not isinstance(it.weight, Tensor):
+            head: HeadLike = it.weight
+            given = {"bias": it.bias, "adapter": it.adapter, "softcap": it.scaling.softcap}
+            twice = [name for name, x in given.items() if x is not None]
+            twice += ["logit_scale"] * (it.scaling.logit_scale != 1)
+            if twice:
+                raise ValueError(
+                    f"{' and '.join(twice)} came beside a Head, which has its own: leave it out, or pass head.weight"
+                )
+            it = dataclasses.replace(
+                it,
+                hidden=_inputs(head, it.hidden),
+                weight=head.weight,
+                bias=head.bias,
+                adapter=head.adapter,
+                scaling=Scaling(it.scaling.temperature, head.softcap, float(head.logit_scale)),
+            )
+        if it.ref is not None and it.ref.weight is not None and not isinstance(it.ref.weight, Tensor):
+            head = it.ref.weight
+            if head.adapter is not None:
+                raise ValueError("the reference's Head has an adapter: merge or disable it, then read the Head again")
+            its, own = (head.softcap, float(head.logit_scale)), (it.scaling.softcap, it.scaling.logit_scale)
+            if its != own:
+                raise ValueError(
+                    f"the reference's Head has softcap and logit_scale {its} and the policy's {own}: one call has one "
+                    "scaling; compute the reference's log-probs by token_logps and pass them as ref_logps="
+                )
+            if it.ref.bias is not None:
+                raise ValueError("ref_bias came beside a Head, which has its own: leave it out, or pass head.weight")
+            it = dataclasses.replace(it, ref=Reference(it.ref.hidden, head.weight, head.bias))
+        return it
+
+    def flat(self) -> Operands:
+        """Returns the operands with positions along one axis (N, …), targets int64 and the reference detached."""
+        ref = self.ref
+        if ref is not None:
+            bias = None if ref.bias is None else ref.bias.detach()
+            ref = Reference(ref.hidden.detach().reshape(-1, ref.hidden.shape[-1]), ref.weight.detach(), bias)
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.reshape(-1, self.hidden.shape[-1]),
+            targets=self.targets.reshape(-1).long(),
+            ref=ref,
+        )
+
+    # An operator takes tensors, numbers and strings only.
+
+    def packed(self) -> tuple[Any, ...]:
+        """Returns the fields as the arguments of an operator; `unpacked` reverses it."""
+        s = self.scaling
+        return (
+            *(self.hidden, self.weight, self.bias, self.adapter, self.targets),
+            *(self.ref or (None, None, None)),
+            self.weight_grad,
+            [s.temperature, s.softcap or 0.0, s.logit_scale],
+            self.ignore_index,
+            "" if self.shard is None else self.shard.handle(),
+        )
+
+    @classmethod
+    def unpacked(cls, *fields: Any) -> Operands:
+        """Returns the operands of an operator's arguments."""
+        hidden, weight, bias, adapter, targets, *ref, weight_grad, scaling, ignore_index, shard = fields
+        return cls(
+            hidden,
+            weight,
+            targets,
+            bias,
+            adapter,
+            None if ref[0] is None else Reference(*ref),
+            weight_grad,
+            shard_of(shard),
+            unpacked_scaling(scaling),
+            ignore_index,
+        )
+
+
+def take_operands(hidden: Tensor, weight: Any, targets: Tensor, options: dict[str, Any]) -> Operands:
+    """Returns the operands of a call and takes what they are made of out of its options, named as those of `token_stats`."""
+
+    def take(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    ref = reference(*(options.pop(name, None) for name in ("ref_hidden", "ref_weight", "ref_bias")))
+    scaling = Scaling(**take("temperature", "softcap", "logit_scale"))
+    shard = options.pop("vocab_shard", None)
+    given = take("bias", "adapter", "weight_grad", "ignore_index")
+    return Operands(hidden, weight, targets, ref=ref, shard=shard, scaling=scaling, **given)
+
+
+def unpacked_scaling(numbers: Sequence[float]) -> Scaling:
+    """Returns the scaling of an operator's argument, in which 0 stands for no softcap."""
+    temperature, softcap, logit_scale = numbers
+    return Scaling(temperature, softcap or None, logit_scale)
+
+
+def reference(hidden: Tensor | None, weight: Any, bias: Tensor | None) -> Reference | None:
+    """Returns the reference of a call; None without its hidden states."""
+    return None if hidden is None else Reference(hidden, weight, bias)
+
+
+def _inputs(head: HeadLike, hidden: Tensor) -> Tensor:
+    """Returns what the head multiplies: hidden states (…, D), or those that it was asked for before, [h, x] (…, D + r)."""
+    return hidden if hidden.shape[-1] != head.weight.shape[1] else head.inputs(hidden)
+
+
+def check_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    adapter: Tensor | None = None,
+) -> None:
+    """Raises ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together.
+
+    With an adapter (V, r) hidden is (…, D + r). All are on one device, but for targets on the host.
+    """
+    if not hidden.is_floating_point() or hidden.dim() < 1:
+        raise ValueError(f"hidden must be a float tensor (…, D), got {hidden.dtype} {tuple(hidden.shape)}")
+    if adapter is not None:
+        _check_adapter(hidden, weight, adapter)
+    elif weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, D) with D = {hidden.shape[-1]} as hidden {tuple(hidden.shape)} has, "
+            f"got {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have one token a hidden state: expected {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be integer token ids, got {targets.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or compute under torch.autocast"
+        )
+    for name, x in (("weight", weight), ("targets", targets), ("bias", bias), ("adapter", adapter)):
+        if x is not None and x.device != hidden.device and not (x is targets and on_host(x)):
+            raise ValueError(f"hidden is on {hidden.device} and {name} on {x.device}: move one of them")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(f"bias must be a float tensor ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
+
+
+def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
+    if weight.dim() != 2 or adapter.shape[:-1] != weight.shape[:1] or not adapter.is_floating_point():
+        raise ValueError(
+            f"weight must be (V, D) and adapter a float tensor (V, r), got {tuple(weight.shape)} and {adapter.dtype} "
+            f"{tuple(adapter.shape)}"
+        )
+    width = weight.shape[1] + adapter.shape[1]
+    if hidden.shape[-1] != width:
+        raise ValueError(
+            f"with an adapter of rank {adapter.shape[1]}, hidden must be [h, x], {width} wide, x = s·dropout(h) Aᵀ: expected "
+            f"(…, {width}), got {tuple(hidden.shape)}; `Head.inputs(hidden)` makes it"
+        )
+
+
+def _check_reference(ref: Reference, targets: Tensor, vocab: int, name: str) -> None:
+    shape = tuple(ref.hidden.shape)
+    if name == "reference" and shape[:-1] != tuple(targets.shape):
+        raise ValueError(
+            f"the operands of the reference: ref_hidden must be {tuple(targets.shape)} by its width, as targets are, got {shape}"
+        )
+    try:
+        check_operands(ref.hidden, ref.weight, targets, ref.bias)
+    except ValueError as error:
+        raise ValueError(f"the operands of the {name}: {error}") from None
+    own = ref.weight.shape[0]
+    if name == "teacher" and own < vocab:
+        raise ValueError(f"the teacher's vocabulary of {own} must hold the student's of {vocab}")
+    if name == "reference" and own != vocab:
+        raise ValueError(f"the reference must have the policy's vocabulary of {vocab}, got {own}")

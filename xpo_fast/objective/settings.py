@@ -1,0 +1,200 @@
+"""What is asked of an objective: its methods, modifiers and reduction, checked together before any call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head.choice import named_backend
+from ..methods import Method
+from ..reduce import REDUCTIONS
+from .batch import PAIRS
+from .terms import parse_terms
+
+
+class Settings:
+    """The settings of `Objective`, which documents them."""
+
+    def __init__(
+        self,
+        method: str | Sequence[str | tuple[str, Mapping[str, Any]]],
+        *,
+        weights: Sequence[float] | None = None,
+        reduction: str = "mean",
+        pairs: str | None = None,
+        ld_alpha: float | None = None,
+        wpo: bool = False,
+        clamp: bool = True,
+        fixed_length: int | None = None,
+        top_k: int = 5,
+        seed: int | None = None,
+        backend: str = "auto",
+        tile_bytes: int | None = None,
+        **hyperparameters: Any,
+    ) -> None:
+        self.terms = parse_terms(method, weights, hyperparameters)
+        self.methods = [term.method for term in self.terms]
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"no reduction named {reduction!r}; there are {', '.join(REDUCTIONS)}")
+        named_backend(backend)
+        self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
+        self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
+        self.fixed_length = fixed_length
+        self.top_k, self.seed = top_k, seed
+        self._check_modifiers()
+
+    @property
+    def method(self) -> Method:
+        """The first method."""
+        return self.methods[0]
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """The first method's."""
+        return self.terms[0].hyperparameters
+
+    @property
+    def layout(self) -> str:
+        """How the rows of a call are laid out, see `Method.layout`."""
+        return "listwise" if self.pairs else self.method.layout
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(term.method.reads_reference(term.hyperparameters) for term in self.terms)
+
+    @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether the reference must be known token by token, not as a sum over each row."""
+        by_token = self.layout == "policy" or self.ld_alpha is not None or self.needs_reference_hidden
+        return self.needs_reference and by_token
+
+    @property
+    def needs_reference_hidden(self) -> bool:
+        """Whether the reference's hidden states are needed: for divergences over the vocabulary."""
+        return "kl" in self.outputs()
+
+    @property
+    def has_rejected(self) -> bool:
+        """Whether a rejected completion follows those of each list (`nn`)."""
+        return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
+
+    @property
+    def draws_rivals(self) -> bool:
+        return any("pos_score" in m.inputs for m in self.methods)
+
+    @property
+    def data_kind(self) -> str:
+        """The data that it learns from, by `data.load`'s names; ValueError if that must be made while training."""
+        if self.layout in ("policy", "reward"):
+            raise ValueError(
+                f"{self.method.name} learns from completions sampled and scored while it trains, not from a data set: "
+                "call xpo_fast.Objective in such a loop"
+            )
+        if self.layout != "pairwise":
+            return {"listwise": "list"}.get(self.layout, self.layout)
+        sides = {side for m in self.methods for side in m.sides}
+        return "chosen" if sides == {"_w"} else "rejected" if sides == {"_l"} else "pair"
+
+    def rehearse(self, columns: Mapping[str, Tensor | None] | None = None) -> None:
+        """Try the methods on made-up log-probs: ValueError for a hyperparameter or a number out of range.
+
+        columns: the columns that there will be, with the numbers of some units or None; made up, too, if not given.
+            ValueError for a method that cannot do without another.
+        """
+        given = {name: x for name, x in (columns or {}).items() if x is not None and x.dim()}
+        sizes = {"U": 1, "K": 2, "T": 1, "I": 1}
+        for x in given.values():
+            sizes |= dict(zip("UK", x.shape, strict=False))
+        for term in self.terms:
+            method = term.method
+            known = self.supplied() | ({"score_w", "score_l"} if self.pairs else set()) | set(columns or {})
+            inputs = {
+                name: given[name] if name in given and not self.pairs else made_up(name, method.axes(name)[0], sizes)
+                for name in method.inputs
+                if method.wants(name, term.hyperparameters)
+                and (columns is None or name in known or name not in method.columns)
+            }
+            method(**inputs, **term.hyperparameters)
+
+    def _check_modifiers(self) -> None:
+        names = ", ".join(m.name for m in self.methods)
+        layouts = {m.layout for m in self.methods}
+        if len(layouts) > 1:
+            raise ValueError(f"methods of different layouts do not go together: {names} ({', '.join(layouts)})")
+        if layouts == {"reward"} or any("returns" in m.inputs for m in self.methods):
+            raise ValueError(
+                f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value head"
+            )
+        for name, value, kind in (
+            ("wpo", self.wpo, bool),
+            ("clamp", self.clamp, bool),
+        ):
+            if type(value) is not kind:
+                raise ValueError(f"expected {name} to be {kind.__name__}, got {value!r}")
+        if self.fixed_length is not None and not (type(self.fixed_length) is int and self.fixed_length >= 1):
+            raise ValueError(f"expected fixed_length of at least one token, got {self.fixed_length!r}")
+        if self.fixed_length is not None and all(m.denominator != "fixed_length" for m in self.methods):
+            raise ValueError(f"fixed_length= is for dr_grpo, {names} divides by something else")
+        if self.pairs is not None and self.pairs not in PAIRS:
+            raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
+        for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):
+            if given is not None and layouts != {"pairwise"}:
+                raise ValueError(f"{option}= is for pairwise methods, {names} is {self.method.layout}")
+            if given is not None and any("pos_score" in m.inputs for m in self.methods) and option != "wpo":
+                raise ValueError(f"{option}= does not go with {names}, which looks at single tokens")
+        if self.pairs:
+            of_pairs = {n for m in self.methods for n in m.required if n in m.columns and m.axes(n) != ("",)}
+            if of_pairs - {"score_w", "score_l"} or any(m.denominator == "tokens" for m in self.methods):
+                raise ValueError(
+                    f"pairs= is for methods that need of a pair nothing but its scores and are a mean over pairs, not {names}"
+                )
+        if self.ld_alpha is not None:
+            if self.pairs:
+                raise ValueError("ld_alpha= is for pairs that come as pairs, not with pairs=")
+            if not isinstance(self.ld_alpha, (int, float)) or not 0 <= self.ld_alpha <= 1:
+                raise ValueError(f"expected ld_alpha in [0, 1], got {self.ld_alpha!r}")
+            if not any(term.compares_pairs for term in self.terms):
+                raise ValueError(f"ld_alpha= is for methods that compare a pair with a reference, not {names}")
+        stateful = [m.name for m in self.methods if m.state]
+        if len(set(stateful)) < len(stateful):
+            raise ValueError(f"{stateful[0]} twice would share what it remembers: make two objectives")
+        if self.reduction == "none" and len({m.unit == "token" for m in self.methods}) > 1:
+            raise ValueError(f'reduction="none" needs losses of one shape, and {names} are of tokens and of rows')
+
+    def __str__(self) -> str:
+        options = {
+            "pairs": self.pairs, "ld_alpha": self.ld_alpha, "wpo": self.wpo or None, "fixed_length": self.fixed_length,
+        }  # fmt: skip
+        given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return " + ".join(map(str, self.terms)) + given
+
+    def __repr__(self) -> str:
+        return f"Objective({self}, reduction={self.reduction!r})"
+
+    def outputs(self) -> tuple[str, ...]:
+        """The statistics that the methods need beside the log-prob."""
+        wants = {n for t in self.terms for n in t.method.inputs if t.method.wants(n, t.hyperparameters)}
+        needed = {
+            "kl": {"kl_w", "kl_l"} & wants,
+            "entropy": {"entropy"} & wants,
+            "log_sum_sq_probs": self.wpo,
+        }
+        return tuple(name for name, needs in needed.items() if needs)
+
+    def supplied(self) -> set[str]:
+        """Columns that need not be given: what is remembered, and `nn`'s second reference if there is but one."""
+        remembered = {n for m in self.methods if m.state for n in m.columns if m.axes(n) == ("",)}
+        return {"ref_pos_logp_l", *remembered}
+
+
+def made_up(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:
+    """Harmless values of an input."""
+    shape = [sizes[axis] for axis in axes]
+    if name in ("desirable", "mask", "ptx_mask"):
+        return torch.ones(shape, dtype=torch.bool)
+    if name in ("scores", "ranks"):
+        return torch.arange(sizes["K"], 0.0, -1.0).expand(shape) / (sizes["K"] if name == "scores" else 1)
+    return torch.full(shape, {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5, "kl": 0.0}.get(name, 1.0))
