@@ -47,9 +47,10 @@ class TritonRowOperations(RowOperations):
     def fused(self, gathered: Callable[[], Tensor], y: Tensor, outputs: Sequence[str], found: Tensor) -> bool:
         gemms, names = self.gemms, ("logp", "lse", *outputs)
         weight = gemms.weight
+        vocab, width = weight.shape
         if self.ref_gemms is not None or gemms.adapter is not None or not set(names) <= set(logps.STATISTICS):
             return False
-        if not prefers_fused(weight.device, weight.dtype, *weight.shape, y.shape[0]):
+        if not prefers_fused(weight.device, weight.dtype, vocab, width, y.shape[0]):
             return False
         h = gathered()
         if not logps.supports(h, weight):
@@ -117,8 +118,8 @@ def _logps_problems(workload: launch.Workload) -> Iterator[launch.Problem]:
         weight = w.normal(2 * seed + 1, w.vocab, w.width).mul_(3 / w.width**0.5)
         return hidden, weight, w.targets(seed).cpu()  # on the host, reading them waits for nothing
 
-    def call(*operands: Tensor) -> tuple[Tensor]:
-        logp, *_ = chunked.forward(Operands(*operands), (), tiling, False, row_operations)
+    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
+        logp, *_ = chunked.forward(Operands(hidden, weight, targets), (), tiling, False, row_operations)
         return (logp,)
 
     yield launch.Problem(_logps_key(w.dtype, w.vocab, w.width, w.tokens), inputs, call)
