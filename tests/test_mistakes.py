@@ -1,4 +1,4 @@
-"""Mistakes that users make, over whole command lines: one to three lines, exit status 2, no traceback, and nothing lost.
+"""Mistakes of users, over whole command lines: one to three lines, exit status 2, no traceback, and nothing lost.
 
 Then what is nobody's mistake: a full disk at every writer, Ctrl-C and SIGTERM, and a pipe that its reader closes.
 """
@@ -47,11 +47,14 @@ COMMANDS = {
     "reward": ["--data", "pairs.jsonl", "--model", "model", "--max-steps", "1", "--overwrite", *TINY],
     "eval-reward": ["--data", "pairs.jsonl", "--cpu"],
     "rl": [
-        "--data", "prompts.jsonl", "--model", "model", "--max-steps", "1", "--overwrite", "--num-generations", "2",
-        "--max-new-tokens", "4", *TINY,
+        *("--data", "prompts.jsonl", "--model", "model", "--max-steps", "1", "--overwrite"),
+        *("--num-generations", "2", "--max-new-tokens", "4", *TINY),
     ],
-    "recipe": ["--data", "prompts.jsonl", "--model", "model", "--max-steps", "1", "--overwrite", "--max-new-tokens", "4", *TINY],
-}  # fmt: skip
+    "recipe": [
+        *("--data", "prompts.jsonl", "--model", "model", "--max-steps", "1", "--overwrite"),
+        *("--max-new-tokens", "4", *TINY),
+    ],
+}
 REWARDED = ["--reward", "reward.py:length"]
 
 
@@ -174,13 +177,19 @@ def lines(err: str) -> list[str]:
         ("train --report-to tensorbord", "no reporter named 'tensorbord'; did you mean tensorboard?"),
         ("train --report-to wandb", "the reporter wandb is not installed: pip install wandb"),
         ("reward --report-to comet_ml", "the reporter comet_ml is not installed: pip install comet-ml"),
-        ("recipe raft --judge function:reward.py:length --train report_to=wandb", "the reporter wandb is not installed"),
+        (
+            "recipe raft --judge function:reward.py:length --train report_to=wandb",
+            "the reporter wandb is not installed",
+        ),
         ("rl", "nothing rewards a completion: give --reward FILE.py:FUNCTION, --reward-model FOLDER or"),
         ("rl --reward reward.py:nope", "no function 'nope' in reward.py; there are broken, length"),
         ("rl --reward nowhere.py:f", "no file 'nowhere.py'"),
         ("rl --reward a_file.py:f", "cannot import 'a_file.py' to take the reward function 'f' from: SyntaxError"),
         ("reward --set center=x", "bradley_terry: expected a number for center, got 'x'"),
-        ("recipe raft --judge function:reward.py:length --train learning_rate=1", "--train learning_rate: there is an option"),
+        (
+            "recipe raft --judge function:reward.py:length --train learning_rate=1",
+            "--train learning_rate: there is an option",
+        ),
         ("train --model a_folder", "cannot load a model from 'a_folder': expected"),
         ("rl --reward-model a_folder", "no reward model in 'a_folder': expected"),
         ("eval-reward", "nothing to measure: give --model (a reward model) or --policy"),
@@ -189,17 +198,29 @@ def lines(err: str) -> list[str]:
         ("train --model a_file", "a_file"),
         ("train --model truncated", "Its weights are broken (Error while deserializing header"),
         ("train --model diverged", "model.layers.1.mlp.up_proj.weight holds NaN"),
-        ("train --model no_tokenizer", "no tokenizer in 'no_tokenizer': expected the files that tokenizer.save_pretrained"),
-        ("train --model adapter_without_base", "the adapter in 'adapter_without_base' goes on the model './gone': no model in"),
+        (
+            "train --model no_tokenizer",
+            "no tokenizer in 'no_tokenizer': expected the files that tokenizer.save_pretrained",
+        ),
+        (
+            "train --model adapter_without_base",
+            "the adapter in 'adapter_without_base' goes on the model './gone': no model in",
+        ),
         ("train --lora-targets q_prj", "q_prj"),
-        ("train --lora-targets q_prj,v_prj", "Its linear modules are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"),
+        (
+            "train --lora-targets q_prj,v_prj",
+            "Its linear modules are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj",
+        ),
         ("train --attn flash_attention_2", "flash-attn, or use another attention implementation: sdpa or eager"),
         ("train --attn nope", "nope"),
         ("train --backend cuda", "backend='torch'"),
         ("eval-reward --model model", "no reward model in 'model': it holds ['LlamaForCausalLM']"),
         ("eval-reward --policy model --reference nowhere/at/all", "nowhere/at/all"),
         # of a vocabulary that does not fit
-        ("train --model few_embeddings", "and the model has 20 embeddings, for ids 0 to 19; the tokenizer has 97 tokens"),
+        (
+            "train --model few_embeddings",
+            "and the model has 20 embeddings, for ids 0 to 19; the tokenizer has 97 tokens",
+        ),
         ("train --model few_embeddings --full", "pairs.jsonl:1: token id"),
         ("train --model few_for_pad", "pairs.jsonl:10: token id 96 ('w93'), and the model has 96 embeddings"),
         ("reward --model few_embeddings", "pairs.jsonl:1: token id"),
@@ -213,7 +234,7 @@ def lines(err: str) -> list[str]:
         ("eval-reward --policy model --output-dir a_file/out", "--output-dir a_file/out: "),
         ("recipe raft --judge function:reward.py:length --output-dir a_file/out", "--output-dir a_file/out: "),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_said_and_nothing_is_lost(home, tmp_path, capsys, line, message):
     command, *options = line.split()
     name = [options.pop(0)] if command == "recipe" and options else []
@@ -364,7 +385,7 @@ def no_space(path) -> OSError:
 
 
 def fill_the_disk(monkeypatch, writer: str, fragment: str) -> None:
-    """From now on `writer` writes half of a file, and fails as it does on a full disk, where the path has `fragment`."""
+    """Makes `writer` write half of a file and fail as on a full disk, where the path has `fragment`."""
 
     def failing(owner, name, error, path_at):
         own = getattr(owner, name)
@@ -506,8 +527,10 @@ def test_a_limit_on_the_size_of_files(home, out):
     given = [x for x in COMMANDS["train"] if x != "--overwrite"]
     done = subprocess.run(
         [sys.executable, "-c", code, "train", *given, "--output-dir", out, "--resume", *NEXT],
-        timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
     said = lines(done.stderr)
     assert done.returncode == 2 and len(said) == 2, done.stderr
     assert "a quota, or a limit on the size of files (ulimit -f)?" in said[0] and "/checkpoint-2: make room" in said[1]
@@ -580,13 +603,15 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    hit(*{
-        "loading": (training, "load", 1),
-        "evaluating before": (XPOTrainer, "held_out", 1),
-        "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
-        "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),
-        "evaluating after": (XPOTrainer, "held_out", 2),
-    }[when])  # fmt: skip
+    hit(
+        *{
+            "loading": (training, "load", 1),
+            "evaluating before": (XPOTrainer, "held_out", 1),
+            "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
+            "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),
+            "evaluating after": (XPOTrainer, "held_out", 2),
+        }[when]
+    )
     assert run("train", out, *NEXT) == status
     (said,) = lines(capsys.readouterr().err)
     assert said.startswith(f"xpo-fast: stopped; {kept.format(out=out)}")
@@ -602,8 +627,10 @@ def test_a_reader_that_has_enough_ends_nothing(home, out):
     ):
         with subprocess.Popen(
             [sys.executable, "-m", "xpo_fast.cli", *options],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        ) as process:  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        ) as process:
             assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
             process.stdout.close()
             err = process.stderr.read().decode()

@@ -102,7 +102,8 @@ class Settings:
         """Try the methods on made-up log-probs: ValueError for a hyperparameter or a number out of range.
 
         columns: the columns that there will be, with the numbers of some units or None; made up, too, if not given.
-            ValueError for a method that cannot do without another.
+            ValueError for a method that cannot do without another. `rejected` among them says that there are completions
+            under this name.
         """
         given = {name: x for name, x in (columns or {}).items() if x is not None and x.dim()}
         sizes = {"U": 1, "K": 2, "T": 1, "I": 1}
@@ -118,6 +119,10 @@ class Settings:
                 and (columns is None or name in known or name not in method.columns)
             }
             method(**inputs, **term.hyperparameters)
+        if columns is not None and self.pairs and "scores" not in columns:
+            raise ValueError("missing scores")
+        if columns is not None and self.has_rejected and "rejected" not in columns:
+            raise ValueError(f"{self.method.name}: missing rejected, the completion to move away from")
 
     def _check_modifiers(self) -> None:
         names = ", ".join(m.name for m in self.methods)
