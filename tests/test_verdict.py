@@ -959,13 +959,13 @@ def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
     shard = VocabShard(None, 5, 0, 5, 5, True)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(VocabShard, "why", "; cut")
     monkeypatch.setattr("xpo_fast.objective.objective.Launches", None)
-    batch = SimpleNamespace(device=GPU)
+    evaluation, operands = SimpleNamespace(batch=SimpleNamespace(device=GPU)), SimpleNamespace(shard=shard)
     for name in ("dense", "cuda"):
         monkeypatch.setenv("XPO_FAST_BACKEND", name)
         targets = torch.zeros(2, 3, dtype=torch.long)
         found = objective.plan(torch.zeros(2, 3, 4), weight, targets, vocab_shard=shard)
         assert found.backend == "torch" and found.why.startswith("the loss of whole pairs")
-        assert objective._launches(batch, None, 1.0, weight, True) is None  # pyright: ignore[reportArgumentType]
+        assert objective._launches(evaluation, operands) is None  # pyright: ignore[reportArgumentType]
 
 
 def test_the_plan_says_why(gpu, children, monkeypatch):
