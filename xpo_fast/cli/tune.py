@@ -28,17 +28,21 @@ def add_parser(commands: Any) -> None:
         formatter_class=options.Help,
         allow_abbrev=False,
     )
+    vocabs, tokens = [32000, 128256, 151936], [4096, 1024, 16384]
+    counts = "numbers of rows; all but the first are used only where the choice depends on it"
     add = parser.add_argument
-    add("--vocab", nargs="+", type=int, default=[32000, 128256, 151936], metavar="V", help="vocabulary sizes")
-    add("--dtype", nargs="+", choices=options.DTYPES[1:], default=["bfloat16"], help="dtypes of the operands")
+    add("--vocab", nargs="+", type=int, default=vocabs, metavar="V", help=f"vocabulary sizes {_default(vocabs)}")
+    dtypes = {"choices": options.DTYPES[1:], "default": ["bfloat16"]}
+    add("--dtype", nargs="+", **dtypes, help="dtypes of the operands (default: bfloat16)")
     add("--kernels", nargs="+", metavar="NAME", help="tune only these launches (default: all)")
-    add(
-        "--tokens", nargs="+", type=int, default=[4096, 1024, 16384], metavar="N",
-        help="numbers of rows; all but the first are used only where the choice depends on it",
-    )  # fmt: skip
+    add("--tokens", nargs="+", type=int, default=tokens, metavar="N", help=f"{counts} {_default(tokens)}")
     add("--width", type=int, default=4096, metavar="D", help="width of the hidden states")
     add("--repeats", type=int, default=30, metavar="N", help="timed calls per candidate")
     parser.set_defaults(run=run)
+
+
+def _default(values: Sequence[object]) -> str:
+    return f"(default: {' '.join(map(str, values))})"
 
 
 def load() -> list[str]:
