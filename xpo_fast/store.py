@@ -59,6 +59,9 @@ class Store:
             write_json(self.path, {"version": self.version, "entries": {**known, **entries}})
 
 
+TUNING = Store("tuning.json", version=1)  # what `xpo-fast tune` measures
+
+
 def _folder() -> Path:
     """Returns `cache_dir()`, with FileNotFoundError for a user without a home."""
     try:
