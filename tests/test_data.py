@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xpo_fast.data import COMPLETIONS, Collator, DataError, Place, encode, load, load_prompts, require
+from xpo_fast.data import KINDS, Collator, DataError, Place, encode, load, load_prompts, require
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -405,7 +405,7 @@ def test_numbers_are_kept_as_floats(row, kind, expected, tmp_path):
     got = asked[0]
     assert {name: got[name] for name in expected} == expected
     assert all(asked.features[name].dtype == "float64" for name in expected)
-    text = {name for name in ("prompt", *COMPLETIONS[kind], "label") if row.get(name) is not None}
+    text = {name for name in ("prompt", *KINDS[kind].completions, "label") if row.get(name) is not None}
     assert set(got) == text | set(expected) | {"where"}
 
 
@@ -648,7 +648,7 @@ def test_a_faulty_row_is_named_with_its_line(fault, tmp_path):
         load([good, row], kind=kind)
 
 
-@pytest.mark.parametrize("kind", COMPLETIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_data_set_has_one_form(kind):
     rows = [{**row, "score_chosen": 1, "score_rejected": 0} for row in (PAIR, CHAT)]
     with pytest.raises(DataError, match=r"^rows\[1\]: this row is a conversation where rows\[0\] is text"):

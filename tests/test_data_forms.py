@@ -1,4 +1,4 @@
-"""Forms of rows that people have: what each is read as, what is refused and by which option it is read; sources and mixtures."""
+"""Forms of rows that people have: what each is read as, what is refused and with which advice; sources and mixtures."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ from xpo_fast.data import DataError, encode, load, load_prompts, origins
 from xpo_fast.data.forms import parse_columns, renamed
 from xpo_fast.rewards.trainer import RewardConfig, load_ratings
 
-READING = importlib.import_module("xpo_fast.data.encode")  # whose name in the face is a function
+LOAD, SOURCES = (importlib.import_module(f"xpo_fast.data.{name}") for name in ("load", "sources"))  # not the functions
 
 datasets = pytest.importorskip("datasets")
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
@@ -153,21 +153,33 @@ READ = {
         *("chosen", {"prompt": TALK, "chosen": [answer("cat")]}),
     ),
     "whole conversations beside whatever else": (
-        {"chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")], "query": "a", "question": "b"},
+        {
+            "chosen": [user("what"), answer("cat")],
+            "rejected": [user("what"), answer("dog")],
+            "query": "a",
+            "question": "b",
+        },
         *("pair", {"prompt": [user("what")], "chosen": [answer("cat")], "rejected": [answer("dog")]}),
     ),
     "ultrafeedback, binarized": (
         {
-            "prompt": "what", "chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")],
-            "messages": [user("what"), answer("cat")], "score_chosen": 8, "score_rejected": 7.5,
+            "prompt": "what",
+            "chosen": [user("what"), answer("cat")],
+            "rejected": [user("what"), answer("dog")],
+            "messages": [user("what"), answer("cat")],
+            "score_chosen": 8,
+            "score_rejected": 7.5,
         },
         "pair",
         {
-            "prompt": [user("what")], "chosen": [answer("cat")], "rejected": [answer("dog")],
-            "score_chosen": 8.0, "score_rejected": 7.5,
+            "prompt": [user("what")],
+            "chosen": [answer("cat")],
+            "rejected": [answer("dog")],
+            "score_chosen": 8.0,
+            "score_rejected": 7.5,
         },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", READ)
@@ -207,20 +219,31 @@ def test_prompts_keep_the_columns_that_they_are_read_from(row, expected):
 def test_columns_of_other_names():
     row = {"q": "what", "r": {"best": " cat", "all": [{"t": " dog"}, {"t": " cow"}]}, "rating": 3, "a.b": 1}
     assert renamed(row, {"prompt": "q", "chosen": "r.best", "rejected": "r.all.1.t", "x": "a.b"}, "here") == {
-        "r": row["r"], "rating": 3, "prompt": "what", "chosen": " cat", "rejected": " cow", "x": 1,
-    }  # fmt: skip
+        "r": row["r"],
+        "rating": 3,
+        "prompt": "what",
+        "chosen": " cat",
+        "rejected": " cow",
+        "x": 1,
+    }
     assert renamed({"a": 1, "b": 2}, {"a": "b", "b": "a"}, "here") == {"a": 2, "b": 1}
     assert renamed({"a": None}, {"b": "a.c"}, "here") == {"a": None, "b": None}
     assert parse_columns("prompt=q, chosen = r.best") == {"prompt": "q", "chosen": "r.best"}
     ultra = {"instruction": "what", "completions": ULTRA}
     columns = {"completions": "completions.response", "scores": "completions.overall_score"}
     assert load([ultra], kind="list", columns=columns)[0] == {
-        "prompt": [user("what")], "completions": [[answer("cat")], [answer("dog")]], "scores": [3.5, 1.0], "where": "rows[0]",
-    }  # fmt: skip
+        "prompt": [user("what")],
+        "completions": [[answer("cat")], [answer("dog")]],
+        "scores": [3.5, 1.0],
+        "where": "rows[0]",
+    }
     steer = {"prompt": "what", "response": " cat", "helpfulness": 4, "verbosity": None}
     assert load([steer], kind="unpaired", columns={"reward": "helpfulness"})[0] == {
-        "prompt": "what", "completion": " cat", "reward": 4.0, "where": "rows[0]",
-    }  # fmt: skip
+        "prompt": "what",
+        "completion": " cat",
+        "reward": 4.0,
+        "where": "rows[0]",
+    }
     rows, ratings = load_ratings([steer], ["helpful", "verbosity"], columns={"helpful": "helpfulness"})
     assert rows[0]["completion"] == " cat" and ratings[0][0] == 4 and str(ratings[0][1]) == "nan"
     assert load_prompts([{"q": "what", "gold": "4"}], columns={"prompt": "q", "truth": "gold"}) == [
@@ -248,7 +271,9 @@ def test_columns_that_are_not_there(columns, message):
         load([row], kind="pair", columns=columns)
 
 
-@pytest.mark.parametrize(("text", "message"), [("prompt", "expected NAME="), ("a=b,a=c", "a is given twice"), ("a=", "expected NAME=")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"), [("prompt", "expected NAME="), ("a=b,a=c", "a is given twice"), ("a=", "expected NAME=")]
+)
 def test_columns_that_cannot_be_parsed(text, message, capsys):
     with pytest.raises(ValueError, match=message):
         parse_columns(text)
@@ -273,7 +298,11 @@ REFUSED = {
         *("chosen", "system_prompt is given beside text"),
     ),
     "two prompts": ({"question": "a", "query": "b", **PAIR}, "pair", "question and query could each be the prompt"),
-    "two answers": ({"prompt": "a", "response": "b", "answer": "c"}, "chosen", "response and answer could each be the completion"),
+    "two answers": (
+        {"prompt": "a", "response": "b", "answer": "c"},
+        "chosen",
+        "response and answer could each be the completion",
+    ),
     "two conversations": (
         {"messages": [user("a"), answer("b")], "conversations": [human("c"), gpt("d")]},
         *("chosen", "messages and conversations could each be the conversation"),
@@ -291,7 +320,11 @@ REFUSED = {
         *("pair", "messages ends with an assistant turn that is none of chosen, rejected"),
     ),
     "names of their own": ({"prompt": "a", "winner": "b", "loser": "c"}, "pair", "chosen, rejected missing"),
-    "names with a part": ({"prompt": "a", "chosen_response": "b", "rejected_response": "c"}, "pair", "chosen, rejected missing"),
+    "names with a part": (
+        {"prompt": "a", "chosen_response": "b", "rejected_response": "c"},
+        "pair",
+        "chosen, rejected missing",
+    ),
     "answers in a dict": ({"prompt": "a", "answers": {"best": "b", "worst": "c"}}, "pair", "chosen, rejected missing"),
     "a rating": ({"prompt": "a", "response": "b", "helpfulness": 3}, "unpaired", "label missing"),
     "ultrafeedback": (
@@ -299,8 +332,12 @@ REFUSED = {
         *("list", r"scores missing.*\(this looks like UltraFeedback with its completions in dicts\)"),
     ),
     "a prompt beside a text": ({"prompt": "a", "text": "b"}, "chosen", "chosen missing"),
-    "responses and ratings": ({"prompt": "a", "responses": ["b", "c"], "ratings": [1, 2]}, "list", "completions, scores missing"),
-}  # fmt: skip
+    "responses and ratings": (
+        {"prompt": "a", "responses": ["b", "c"], "ratings": [1, 2]},
+        "list",
+        "completions, scores missing",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", REFUSED)
@@ -315,32 +352,84 @@ def test_the_option_that_a_refusal_names_reads_the_row(fault):
 @pytest.mark.parametrize(
     ("row", "kind", "message"),
     [
-        ({"conversations": [human("a"), {"from": "function_call", "value": "{}"}]}, "chosen", "looks like ShareGPT with tool calls"),
-        ({"conversations": [human("a"), {"from": "alien", "value": "b"}]}, "chosen", "a turn from 'alien'; expected one of human"),
-        ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "chosen", "messages holds tool_calls"),
+        (
+            {"conversations": [human("a"), {"from": "function_call", "value": "{}"}]},
+            "chosen",
+            "looks like ShareGPT with tool calls",
+        ),
+        (
+            {"conversations": [human("a"), {"from": "alien", "value": "b"}]},
+            "chosen",
+            "a turn from 'alien'; expected one of human",
+        ),
+        (
+            {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "chosen",
+            "messages holds tool_calls",
+        ),
         ({"messages": [user("a"), answer("b")], "tools": "[{}]"}, "chosen", "tools are given, which are not supported"),
-        ({"messages": [user([{"type": "image_url"}]), answer("b")]}, "chosen", "a part of type 'image_url'.*text alone"),
-        ({"question": "a", "answer": "b", "images": ["c"]}, "chosen", "images is given, and models here read text alone"),
+        (
+            {"messages": [user([{"type": "image_url"}]), answer("b")]},
+            "chosen",
+            "a part of type 'image_url'.*text alone",
+        ),
+        (
+            {"question": "a", "answer": "b", "images": ["c"]},
+            "chosen",
+            "images is given, and models here read text alone",
+        ),
         ({"messages": [user("a"), answer("b"), user("c")]}, "chosen", "messages ends with a turn of user"),
         ({"messages": [answer("b")]}, "chosen", "messages is one turn; expected a conversation"),
         ({"messages": []}, "chosen", "messages must be a list of messages; got none"),
         ({"messages": "a"}, "chosen", "messages must be a list of messages; got str"),
         ({"instruction": "a", "history": ["b"], "output": "c"}, "chosen", "history must hold pairs"),
-        ({"prompt": "a", "messages": [user("b"), answer("c")], "label": True}, "unpaired", "take prompt out of the rows"),
-        ({"messages": [user("a"), answer("b")]}, "pair", r"\(this looks like a conversation \(messages\)\); .*--method sft reads it"),
-        ({"conversations": [human("a"), gpt("b")]}, "pair", r"looks like ShareGPT \(from, value\)\).*--method sft reads it"),
+        (
+            {"prompt": "a", "messages": [user("b"), answer("c")], "label": True},
+            "unpaired",
+            "take prompt out of the rows",
+        ),
+        (
+            {"messages": [user("a"), answer("b")]},
+            "pair",
+            r"\(this looks like a conversation \(messages\)\); .*--method sft reads it",
+        ),
+        (
+            {"conversations": [human("a"), gpt("b")]},
+            "pair",
+            r"looks like ShareGPT \(from, value\)\).*--method sft reads it",
+        ),
         ({"instruction": "a", "output": "b"}, "pair", r"looks like Alpaca.*--method sft reads it"),
         ({"text": "a"}, "pair", r"looks like plain text\).*--method sft reads it"),
         ({"question": "a"}, "pair", "xpo-fast rl learns from prompts alone"),
         ({"text": " "}, "chosen", "text is empty"),
-        ({"system": "a", "messages": [SYSTEM, user("a"), answer("b")]}, "chosen", "system and the first message are different system"),
-        ({"system": "a", "system_prompt": "b", "question": "c", "answer": "d"}, "chosen", "system and system_prompt are different"),
-        ({"system": "a", "question": "b c", "chosen": "b c d", "rejected": "b c e"}, "pair", "given beside text.*write the row as messages"),
-        ({"messages": [user("a"), {**answer("b"), "weight": 0}]}, "chosen", "messages has a message to learn with weight 0"),
-        ({"prompt": [user("a")], "chosen": [{**answer("b"), "weight": 0}], "rejected": [answer("c")]}, "pair", "chosen has a message to learn with weight 0"),
+        (
+            {"system": "a", "messages": [SYSTEM, user("a"), answer("b")]},
+            "chosen",
+            "system and the first message are different system",
+        ),
+        (
+            {"system": "a", "system_prompt": "b", "question": "c", "answer": "d"},
+            "chosen",
+            "system and system_prompt are different",
+        ),
+        (
+            {"system": "a", "question": "b c", "chosen": "b c d", "rejected": "b c e"},
+            "pair",
+            "given beside text.*write the row as messages",
+        ),
+        (
+            {"messages": [user("a"), {**answer("b"), "weight": 0}]},
+            "chosen",
+            "messages has a message to learn with weight 0",
+        ),
+        (
+            {"prompt": [user("a")], "chosen": [{**answer("b"), "weight": 0}], "rejected": [answer("c")]},
+            "pair",
+            "chosen has a message to learn with weight 0",
+        ),
         ({"conversations": [human("a"), {**gpt("b"), "weight": 0.5}], "label": True}, "unpaired", "with weight 0.5"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_read_says_what_it_looks_like(row, kind, message):
     with pytest.raises(DataError, match=rf"^rows\[0\]: .*{message}"):
         load([row], kind=kind)
@@ -352,10 +441,13 @@ def test_what_is_not_read_says_what_it_looks_like(row, kind, message):
         ({"prompt": "a", "input": "b", "completion": "c"}, ["input is not read (the row has its prompt elsewhere)"]),
         ({"prompt": "a: b", "input": "b", "question": "a", "completion": "c"}, []),
         ({"instruction": "a", "input": "b", "output": "c"}, []),
-        ({"text": "a", "label": 0, "summary": "b"}, ["summary is not read beside text", "label is not read beside text"]),
+        (
+            {"text": "a", "label": 0, "summary": "b"},
+            ["summary is not read beside text", "label is not read beside text"],
+        ),
         ({"text": "a", "id": 3, "url": "b", "summary": None}, []),
     ],
-)  # fmt: skip
+)
 def test_columns_that_are_not_read_are_counted_in_a_note(row, notes, caplog):
     load([row, row], kind="chosen")
     said = [record.getMessage() for record in caplog.records]
@@ -545,12 +637,16 @@ def test_a_folder_has_splits_and_slices(tmp_path):
 
 def peak_mib(path, rows, monkeypatch):
     """The most that Python's own objects take while a file goes from load to encode."""
-    monkeypatch.setattr(READING, "_AT_ONCE", 100)
+    monkeypatch.setattr(LOAD, "_AT_ONCE", 100)
     rng = random.Random(0)
     vocabulary = ["what", "is", "it", "a", "cat", "dog", "one", "two"]
     with path.open("w") as file:
         for i in range(rows):
-            row = {"prompt": f"{vocabulary[i % 7]} {i}", "completion": " " + " ".join(rng.choices(vocabulary, k=20)), "label": i % 2}  # fmt: skip
+            row = {
+                "prompt": f"{vocabulary[i % 7]} {i}",
+                "completion": " " + " ".join(rng.choices(vocabulary, k=20)),
+                "label": i % 2,
+            }
             file.write(json.dumps(row | {"completion": row["completion"] + "x" * 4000}) + "\n")
     tracemalloc.start()
     try:
@@ -571,7 +667,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", [1, 7, 100])
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"ensure_ascii": False}])
 def test_an_array_is_read_in_blocks_wherever_they_end(block, layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(READING, "_BLOCK", block)
+    monkeypatch.setattr(SOURCES, "_BLOCK", block)
     rows = [
         {"text": 'a "\\ ] , \u00e9 \n[', "n": [1, 2.5e-3, {"x": None}]},
         {"text": "b", "t": True, "m": -12},
@@ -596,7 +692,7 @@ def test_an_array_is_read_in_blocks_wherever_they_end(block, layout, tmp_path, m
     ],
 )
 def test_an_array_that_is_broken_says_where(block, content, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(READING, "_BLOCK", block)
+    monkeypatch.setattr(SOURCES, "_BLOCK", block)
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "a.json", kind="chosen")
@@ -614,7 +710,7 @@ def test_what_was_written_is_gone_at_the_end(tmp_path):
 def test_a_full_disk_is_said_in_a_line_and_leaves_nothing(tmp_path, monkeypatch):
     path = texts(tmp_path / "a.jsonl", 3000, "a" * 1000)
     load(path, kind="chosen")  # makes the folder
-    folder = Path(READING._folder().name)
+    folder = Path(LOAD._folder().name)
     before = set(folder.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
@@ -653,7 +749,7 @@ def test_the_examples_of_the_page_are_read_by_their_commands(row, command, tmp_p
         )
         loaded = load(args.data, kind=kind, **how)
         if not reward:
-            data.check_columns(loaded, Objective(args.method))
+            data.check_columns(loaded, kind, Objective(args.method).rehearse)
         found = loaded[0]
     said = str(found["prompt"]) or found["chosen"]
     assert "rain" in said or "6 times 7" in said

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+IGNORE_INDEX = -100  # the target of a position that is not scored
+
 
 @dataclass
 class TokenStats:

@@ -25,14 +25,14 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     encoded = _encoded(rows, tokenizer, objective.data_kind, config)
-    data.check_columns(encoded, objective)
+    data.check_columns(encoded, objective.data_kind, objective.rehearse)
     first = _batch(encoded, data.Collator(tokenizer.pad_token_id, objective.data_kind), config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
     print(f"method     {config.objective()}")
     print(f"reference  {reference}: {why}")
-    print(f"head       {_plan(config, model, *layout(objective.data_kind, first))}")
+    print(f"head       {_plan(config, model, *layout(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))
     _rendered(first, tokenizer)
 
@@ -163,9 +163,10 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
 def _completions(encoded: Any, kind: str) -> Iterable[list[list[int]]]:
     from .. import data
 
-    columns = [encoded[f"{name}_ids"] for name in data.COMPLETIONS[kind]]
+    about = data.KINDS[kind]
+    columns = [encoded[name] for name in about.encoded[1:]]
     for row in zip(*columns, strict=True):
-        yield list(row[0]) if kind == "list" else list(row)
+        yield list(row[0]) if about.listed else list(row)
 
 
 def _table(lengths: dict[str, list[int]]) -> None:

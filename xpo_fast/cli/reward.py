@@ -209,7 +209,7 @@ def _held_out(trainer: Any, rows: Any, picture: Path | None) -> dict[str, Any]:
         for k, v in metrics.items()
         if k.startswith("eval_") and not k.endswith(("_runtime", "_second", "_time"))
     }
-    if trainer.kind == "pair":
+    if len(trainer.kind.completions) == 2:
         scores = score_pairs(trainer.spec.method, trainer.reward_model(), list(rows))
         found |= summary(scores)
         if picture is not None and trainer.is_world_process_zero() and can_plot():

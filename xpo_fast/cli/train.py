@@ -15,9 +15,8 @@ from .parser import UsageError
 
 if TYPE_CHECKING:
     from .. import Objective
+    from ..data import Kind
     from ..trainer import XPOConfig, XPOTrainer
-
-_UNITS = {"pair": "pairs", "list": "lists"}
 
 
 def add_parser(commands: Any) -> None:
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     results["train"] = training.fit(trainer, args, "train", checkpoint)
     if eval_rows is not None:
         results["after"] = trainer.held_out()
-        _print_held_out(results["before"], results["after"], len(eval_rows), objective.data_kind, say)
+        _print_held_out(results["before"], results["after"], len(eval_rows), trainer.kind, say)
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
     say(
@@ -129,7 +128,7 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
         rows, held = held_out.hold_out(args, rows)
     for one in (rows, held):
         if one is not None:
-            data.check_columns(one, objective)
+            data.check_columns(one, objective.data_kind, objective.rehearse)
     return rows, held
 
 
@@ -170,7 +169,7 @@ def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTr
 
 
 def _print_held_out(
-    before: dict[str, float], after: dict[str, float], rows: int, kind: str, say: Callable[[str], None]
+    before: dict[str, float], after: dict[str, float], rows: int, kind: Kind, say: Callable[[str], None]
 ) -> None:
     lines = {
         "loss": ("eval_loss", ".4f"),
@@ -180,9 +179,9 @@ def _print_held_out(
         "reward of desirable rows": ("eval_rewards/chosen", ".4f"),
         "reward of undesirable rows": ("eval_rewards/rejected", ".4f"),
     }
-    if kind != "unpaired":
+    if "label" not in kind.numbers:
         lines = {label: line for label, line in lines.items() if "desirable" not in label}
-    title = f"held out: {rows} {_UNITS.get(kind, 'rows')}"
+    title = f"held out: {rows} {kind.unit}"
     say(f"\n{title:<32}{'before':>10}{'after':>10}")
     for label, (name, form) in lines.items():
         if name in after:
@@ -200,7 +199,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
     if trainer.accelerator.mixed_precision != "no":
         how += f", {trainer.accelerator.mixed_precision} mixed precision"
-    what = _UNITS.get(trainer.kind, "rows")
+    what = trainer.kind.unit
     held = f"{len(trainer.eval_dataset)} held out" if trainer.eval_dataset is not None else "none held out"
     step = args.batch_size * args.grad_accum * trainer.accelerator.num_processes
     for name, text in {

@@ -1,50 +1,45 @@
-"""From preference data to batches: `load` reads rows, `encode` makes token ids, `Collator` pads them."""
+"""From preference data to batches: `load` reads rows, `encode` makes token ids, `Collator` pads them.
 
-from .encode import (
-    ACCEPTED,
-    COMPLETIONS,
-    FIELDS,
-    IGNORE_INDEX,
-    NUMBERS,
-    Collator,
-    DataError,
-    Place,
-    check_columns,
-    encode,
-    encode_rows,
-    load,
-    load_prompts,
-    load_rows,
-    logger,
-    opening,
-    origins,
-    prompt_keys,
-    read,
-    render,
-    require,
-    split_ids,
-    tokenize,
-    with_column,
-)
+    a file ── load ──▶ prompt, chosen, rejected ── encode ──▶ token ids ── Collator ──▶ tensors (R, T)
+
+A data set is of one kind, a key of `KINDS`, by what a method learns from:
+
+    pair        prompt, chosen, rejected      score_chosen and score_rejected, prob, margin
+    unpaired    prompt, completion            label or reward (or both), value
+    list        prompt, completions           scores or rejected (or both)
+    rejected    prompt, rejected
+    chosen      prompt, chosen
+
+On the right are the numbers that the data may carry beside the text (and a list's `rejected`, one more completion, for
+the methods that compare it with all the others): in every row of a data set or in none.
+
+Every row keeps its place in the column `where` (``"pairs.jsonl:17"``), so that an error can name it.
+"""
+
+from ..types import IGNORE_INDEX
+from .collate import Collator, pad_rows
+from .encode import encode, encode_rows, leading_ids, render, split_ids, tokenize, with_column
+from .kinds import KINDS, DataError, Kind
+from .load import Place, load, load_prompts, load_rows, origins, prompt_keys
+from .rows import check_columns
+from .sources import read, require
 
 __all__ = [
-    "ACCEPTED",
-    "COMPLETIONS",
-    "FIELDS",
     "IGNORE_INDEX",
-    "NUMBERS",
+    "KINDS",
     "Collator",
     "DataError",
+    "Kind",
     "Place",
     "check_columns",
     "encode",
     "encode_rows",
+    "leading_ids",
     "load",
     "load_prompts",
     "load_rows",
-    "logger",
-    "opening",
     "origins",
+    "pad_rows",
     "prompt_keys",
     "read",
     "render",

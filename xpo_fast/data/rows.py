@@ -1,7 +1,7 @@
-"""What a row of preference data must be, and the `DataError` that names one which is not.
+"""Rows: each is checked and brought into the form of its kind; a `DataError` names the row that cannot be.
 
-`shape_row` brings a row, recognised by `data_forms`, into the form of its kind; `check_columns` holds the numbers
-of a data set against the methods that are to learn from it.
+`shape_row` takes a row in the fields that forms.py recognises; `check_columns` checks the numbers of a data set against
+the methods that are to learn from it.
 """
 
 from __future__ import annotations
@@ -9,104 +9,65 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..wording import did_you_mean
+from .advice import advice, looks_like, unread
 from .forms import (
     ANSWERS,
     CONVERSATIONS,
     PROMPTS,
     SYSTEMS,
-    DataError,
-    advice,
     after_system,
     is_plain_text,
-    looks_like,
     message,
     recognised,
     refuse_unlearned,
     systems_of,
-    unread,
 )
+from .kinds import KINDS, DataError, Kind, get_kind
 
 if TYPE_CHECKING:
     import datasets
 
-    from ..objective import Objective
-
-COMPLETIONS = {
-    "pair": ("chosen", "rejected"),
-    "unpaired": ("completion",),
-    "list": ("completions",),
-    "rejected": ("rejected",),
-    "chosen": ("chosen",),
-}
-# The numbers that a row may carry, and the methods' names for them, which are the batch's.
-NUMBERS = {
-    "pair": {"score_chosen": "score_w", "score_rejected": "score_l", "prob": "prob_w", "margin": "margin"},
-    "unpaired": {"reward": "reward", "value": "value"},
-}
 _ALIASES = {"prob": "prob_chosen"}
-FIELDS = {
-    "pair": "chosen and rejected, and prompt unless the two begin with it",
-    "unpaired": "prompt, completion and label (or reward), or chosen and rejected",
-    "list": "prompt, completions and scores (or rejected), or chosen, rejected, score_chosen and score_rejected",
-    "rejected": "rejected, and prompt unless rejected is a conversation, or chosen and rejected share one",
-    "chosen": "chosen (or completion), and prompt unless it is a conversation, or chosen and rejected share one; or messages; or text",
-}
-# The fields that a row of each kind must have: all those of one entry.
-FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "pair": (("chosen", "rejected"),),
-    "unpaired": (
-        ("prompt", "completion", "label"),
-        ("prompt", "completion", "reward"),
-        ("chosen", "rejected"),
-    ),
-    "list": (
-        ("prompt", "completions", "scores"),
-        ("prompt", "completions", "rejected"),
-        ("chosen", "rejected", "score_chosen", "score_rejected"),
-    ),
-    "rejected": (("rejected",),),
-    "chosen": (("chosen",), ("completion",)),
-}
 # Every field that some kind of row is read from.
-_READ = (
-    "prompt", "chosen", "rejected", "completion", "completions", "scores", "label", "text", "instruction", "history", "kto_tag",
-    *CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, "prob_chosen", *NUMBERS["pair"], *NUMBERS["unpaired"],
-)  # fmt: skip
-
-
-def check_kind(kind: str) -> None:
-    if kind not in COMPLETIONS:
-        raise ValueError(f"kind must be one of {', '.join(COMPLETIONS)}; got {kind!r}")
+_FIELDS = (
+    *("prompt", "chosen", "rejected", "completion", "completions", "text", "instruction", "history", "kto_tag"),
+    *(*CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, *_ALIASES.values()),
+    *(name for kind in KINDS.values() for name in kind.numbers),
+)
 
 
 def check_names(names: Iterable[str], also: Sequence[str] = ()) -> None:
-    """ValueError for a name that a column is to be read under and no row is read by. also: names beside the usual ones."""
+    """Raises ValueError for a name in `columns` that is no field of a row; also: names beside the usual fields."""
     for name in names:
-        if name not in (*_READ, *also):
+        if name not in (fields := (*_FIELDS, *also)):
             raise ValueError(
-                f"--columns {name}=…: rows have no field {name}; there are {', '.join((*_READ, *also))}{did_you_mean(name, (*_READ, *also))}"
+                f"--columns {name}=…: rows have no field {name}; there are {', '.join(fields)}"
+                f"{did_you_mean(name, fields)}"
             )
 
 
 # --- a raw row -----------------------------------------------------------------------------------
 
 
-def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
-    """A raw row in the one shape; two rows where a pair is read as unpaired."""
+def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
+    """Returns a row of a source in the form of its kind; two rows where a pair is read as unpaired.
+
+    where: its place, for errors, here as in all of this file.
+    """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with {FIELDS[kind]}; got {type(row).__name__}")
+        raise DataError(f"{where}: expected an object with {kind.expected}; got {type(row).__name__}")
     raw_row = {name: value for name, value in row.items() if value is not None}
     given = recognised(raw_row, kind, where)
-    if kind == "chosen" and is_plain_text(given):
-        return [{"prompt": "", "chosen": _text(given["text"], "text", where), "where": where}]
-    form = next((form for form in FORMS[kind] if given.keys() >= set(form)), None)
+    if kind.reads_text and is_plain_text(given):
+        return [{"prompt": "", kind.name: _text(given["text"], "text", where), "where": where}]
+    form = next((form for form in kind.forms if given.keys() >= set(form)), None)
     if form is None:
         raise _without_form(raw_row, given, kind, where)
     pair = {"chosen", "rejected"}
@@ -118,22 +79,22 @@ def shape_row(row: Any, kind: str, where: str) -> list[dict[str, Any]]:
     else:
         raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
     prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
-    prompt = _behind_system(raw_row, prompt, where)
+    prompt = _with_system(raw_row, prompt, where)
     named = dict(zip(raw, completions))
-    if kind == "unpaired" and "chosen" in named:
+    if "label" in kind.numbers and "chosen" in named:
         shaped = [{"completion": named[name], "label": name == "chosen"} for name in named]
-    elif kind == "list" and "chosen" in named:
+    elif kind.listed and "chosen" in named:
         scores = [_number(given[f"score_{name}"], f"score_{name}", where) for name in named]
         shaped = [{"completions": completions, "scores": scores}]
-    elif kind in ("chosen", "rejected"):
-        shaped = [{kind: named[kind if kind in named else "completion"]}]
+    elif kind.half is not None:
+        shaped = [{kind.name: named[kind.name if kind.name in named else "completion"]}]
     else:
         shaped = [{**grouped(named), **_extras(given, kind, where)}]
     return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
 
 
-def _behind_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
-    """The prompt of a row behind its column of a system prompt. DataError for text, which has no place for one."""
+def _with_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
+    """Returns the prompt after the row's system prompt, if any; DataError for text, which cannot have one."""
     if isinstance(prompt, list):
         return after_system(row, prompt, where)
     if systems := systems_of(row):
@@ -144,24 +105,22 @@ def _behind_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
             else "write the row as messages"
         )
         raise DataError(
-            f"{where}: {system} is given beside text, which has no place for a system prompt; {how}, or take {system} out of "
-            "the rows"
+            f"{where}: {system} is given beside text, which has no place for a system prompt; {how}, or take {system} "
+            "out of the rows"
         )
     return prompt
 
 
 def shape_prompt(row: Any, where: str) -> dict[str, Any]:
-    """A raw row with its prompt in the one shape, and its chosen and rejected, where it has them; the rest as it is.
-
-    where: its place, for errors.
-    """
+    """Returns a row with its prompt, and its chosen and rejected if any, in the form of `load`; the rest unchanged."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with prompt; got {type(row).__name__}")
     given = {name: value for name, value in row.items() if value is not None}
     if not given.keys() & {"chosen", "completion"}:
-        given = recognised(given, "prompt", where)
+        given = recognised(given, None, where)
     if given.keys() & {"chosen", "completion"}:
-        shaped = shape_row(given, "pair" if {"chosen", "rejected"} <= given.keys() else "chosen", where)[0]
+        kind = KINDS["pair" if {"chosen", "rejected"} <= given.keys() else "chosen"]
+        shaped = shape_row(given, kind, where)[0]
         return row | {name: x for name, x in shaped.items() if name != "where"}
     prompt = given.get("prompt")
     if isinstance(prompt, list) and prompt:
@@ -173,42 +132,42 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
             f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
-    return {**row, "prompt": _behind_system(given, prompt, where)}
+    return {**row, "prompt": _with_system(given, prompt, where)}
 
 
 def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
-    """What to do about a row, as the end of its error. lacks: what it lacks, for each form that it could have."""
+    """Returns the end of a row's error, what to do; lacks: the missing fields, for each form that it could have."""
     option = next(filter(None, (advice(given, missing) for missing in lacks)), "")
     return f"{option} reads it so, if that is what it is" if option else "rename the fields or drop the row"
 
 
-def _without_form(row: dict[str, Any], given: dict[str, Any], kind: str, where: str) -> DataError:
-    """The error of a row of no form of its kind, told by the form it is nearest to. given: the row as recognised."""
-    if kind == "pair" and {"completion", "label"} <= row.keys():
+def _without_form(row: dict[str, Any], given: dict[str, Any], kind: Kind, where: str) -> DataError:
+    """Returns the error for a row of no form of its kind, by the nearest form; given: the row as recognised."""
+    if len(kind.completions) == 2 and {"completion", "label"} <= row.keys():
         return DataError(
-            f"{where}: expected a pair ({FIELDS[kind]}); got unpaired data (completion, label); "
+            f"{where}: expected a pair ({kind.expected}); got unpaired data (completion, label); "
             "give it to a method that takes unpaired data (kto), or pair the completions of each prompt"
         )
-    # The nearest first; of forms as near as each other, the first.
-    forms = sorted(FORMS[kind], key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
+    # The nearest first; equally near forms in their order.
+    forms = sorted(kind.forms, key=lambda form: -len(given.keys() & set(form) - {"prompt"}))
     lacks = [[name for name in form if name not in given] for form in forms]
     seen = looks_like(row)
     what_to_do = _advice(row, lacks)
     if "--columns" not in what_to_do:
         what_to_do = _reader(row, kind, where) or what_to_do
     return DataError(
-        f"{where}: {', '.join(lacks[0])} missing or null; expected {FIELDS[kind]}; "
+        f"{where}: {', '.join(lacks[0])} missing or null; expected {kind.expected}; "
         f"got {', '.join(sorted(row)) or 'no fields'}{f' (this looks like {seen})' if seen else ''}; {what_to_do}"
     )
 
 
-def _reader(row: dict[str, Any], kind: str, where: str) -> str:
-    """Who does read a row that a method for pairs or lists cannot be given, where somebody does."""
-    if kind not in ("pair", "list") or row.keys() & {"chosen", "rejected", "completions"}:
+def _reader(row: dict[str, Any], kind: Kind, where: str) -> str:
+    """Returns which method or command would read a row that is no pair or list; "" if none would."""
+    if not kind.compares or row.keys() & {"chosen", "rejected", "completions"}:
         return ""
     try:
-        read = recognised(row, "chosen", where)
-        prompts = recognised(row, "prompt", where)
+        read = recognised(row, KINDS["chosen"], where)
+        prompts = recognised(row, None, where)
     except DataError:
         return ""
     if is_plain_text(row) or "completion" in read:
@@ -228,54 +187,51 @@ def _check_list(completions: Any, where: str) -> None:
         )
 
 
-def completions_of(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    """A row's completions by name, those of a list as ``completions[i]``, in the order of the batch's rows."""
-    if kind != "list":
-        return {name: row[name] for name in COMPLETIONS[kind]}
+def completions_of(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """Returns a row's completions by name, those of a list as ``completions[i]``, in the order of the batch's rows."""
+    if not kind.listed:
+        return {name: row[name] for name in kind.completions}
     named = {f"completions[{i}]": completion for i, completion in enumerate(row["completions"])}
     return {**named, "rejected": row["rejected"]} if "rejected" in row else named
 
 
 def grouped(named: dict[str, Any]) -> dict[str, Any]:
-    """What `completions_of` was made of."""
+    """Returns the columns that `completions_of` names one by one: its inverse."""
     listed = [value for name, value in named.items() if name.startswith("completions[")]
     others = {name: value for name, value in named.items() if not name.startswith("completions[")}
     return {"completions": listed, **others} if listed else others
 
 
-def _extras(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """What a row carries beside its text: label, scores, numbers."""
+def _extras(given: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
+    """Returns the numbers that a row carries beside its text: label, scores and those of `Kind.numbers`."""
     extras: dict[str, Any] = {}
-    if kind == "unpaired" and "label" in given:
-        extras["label"] = _label(given["label"], where)
-    if kind == "list" and "scores" in given:
-        extras["scores"] = _scores(given["scores"], len(given["completions"]), where)
-    if kind == "pair":
-        scores = [name for name in ("score_chosen", "score_rejected") if name in given]
-        if len(scores) == 1:
-            raise DataError(
-                f"{where}: {scores[0]} is the only score; expected both score_chosen and score_rejected, or "
-                "neither; give the other, or drop the row"
-            )
-    for name in NUMBERS.get(kind, ()):
+    scores = [name for name in ("score_chosen", "score_rejected") if name in given]
+    if len(scores) == 1 and scores[0] in kind.numbers:
+        raise DataError(
+            f"{where}: {scores[0]} is the only score; expected both score_chosen and score_rejected, or "
+            "neither; give the other, or drop the row"
+        )
+    for name in kind.numbers:
         aliases = [alias for alias in (name, _ALIASES.get(name)) if alias in given]
         if len(aliases) > 1:
             raise DataError(f"{where}: {' and '.join(aliases)} are two names of one number; remove either field")
         for alias in aliases:
-            read = _probability if name == "prob" else _number
-            extras[name] = read(given[alias], alias, where)
+            if name == "scores":
+                extras[name] = _scores(given[alias], len(given["completions"]), where)
+            else:
+                extras[name] = _READERS.get(name, _number)(given[alias], alias, where)
     return extras
 
 
 def _scores(value: Any, count: int, where: str) -> list[float]:
     if not isinstance(value, list):
         raise DataError(
-            f"{where}: scores must be a list of numbers, one a completion; got {type(value).__name__}; "
+            f"{where}: scores must be a list of numbers, one per completion; got {type(value).__name__}; "
             "drop the row, or give a list"
         )
     if len(value) != count:
         raise DataError(
-            f"{where}: expected one score a completion; got {len(value)} scores for {count} completions; "
+            f"{where}: expected one score per completion; got {len(value)} scores for {count} completions; "
             "give the others, or drop the row"
         )
     return [_number(score, f"scores[{i}]", where) for i, score in enumerate(value)]
@@ -302,14 +258,20 @@ def _probability(value: Any, name: str, where: str) -> float:
     return number
 
 
-def _label(value: Any, where: str) -> bool:
+def _label(value: Any, name: str, where: str) -> bool:
     if value not in (0, 1):
-        raise DataError(f"{where}: label must be true (desirable) or false; got {value!r}")
+        raise DataError(f"{where}: {name} must be true (desirable) or false; got {value!r}")
     return bool(value)
 
 
+_READERS: dict[str, Callable[[Any, str, str], Any]] = {"prob": _probability, "label": _label}
+
+
 def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> tuple[Any, list[Any]]:
-    """The prompt and the completions after it, all text or all lists of messages."""
+    """Returns the prompt and the completions after it, all text or all lists of messages.
+
+    named: {field: completion}; a prompt of None is the beginning that they share.
+    """
     names = list(named)
     values: list[Any] = list(named.values())
     if prompt is None and all(isinstance(v, str) and re.match(r"\s*(Human|Assistant):", v) for v in values):
@@ -356,7 +318,7 @@ def _encodable(value: str, name: str, where: str) -> str:
 
 
 def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, str]]:
-    """Messages with role and content only; a bare string is one message of `role`."""
+    """Returns messages with role and content only; a string becomes one message of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": _text(value, name, where)}]
     if not isinstance(value, list):
@@ -368,9 +330,9 @@ def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, st
 
 
 def _transcript(text: str) -> list[dict[str, str]]:
-    """Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …" as messages.
+    """Returns Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …" as messages.
 
-    Neighbouring turns of one speaker, which the data has, become one: many chat templates refuse them.
+    Adjacent turns of one speaker, which the data has, become one: many chat templates refuse them.
     """
     _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + text.lstrip())
     messages: list[dict[str, str]] = []
@@ -384,13 +346,13 @@ def _transcript(text: str) -> list[dict[str, str]]:
 
 
 def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
-    """The prompt that two texts begin with: up to a line's end, or the space before the words that differ."""
+    """Splits two texts after the prompt that they share: at a line's end, or the space before the words that differ."""
     if len(values) == 1:
         raise DataError(
             f"{where}: no prompt: the row has no prompt field, and one text does not tell where its prompt ends; "
             "add a prompt field"
         )
-    shared = os.path.commonprefix(values)  # noqa: RUF071 (of texts, which is what it compares)
+    shared = os.path.commonprefix(values)  # noqa: RUF071 (it compares texts)
     cut = len(shared.rstrip(" ")) if shared.endswith(" ") else max(shared.rfind(" "), shared.rfind("\n") + 1)
     if not shared[:cut].strip():
         raise DataError(
@@ -403,7 +365,7 @@ def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
 def _split_messages(
     prompt: str | None, completions: list[list], names: list[str], where: str
 ) -> tuple[list, list[list]]:
-    """The prompt that conversations begin with; each keeps at least its last message as completion."""
+    """Splits conversations after the prompt that they share; each keeps at least its last message as completion."""
     opens_with_answer = completions[0][0]["role"] == "assistant"
     if isinstance(prompt, str) and opens_with_answer:
         return _messages(prompt, "prompt", "user", where), completions
@@ -419,10 +381,10 @@ def _split_messages(
     return completions[0][:shared], [completion[shared:] for completion in completions]
 
 
-def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: str) -> Iterator[str]:
-    """What is legal in a row and yet worth knowing about the data set. raw: what the row was made of."""
+def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[str]:
+    """Yields warnings about a row that is legal; raw: the row of the source that it was made from."""
     completions = completions_of(row, kind).values()
-    if kind == "pair" and row["chosen"] == row["rejected"]:
+    if "chosen" in row and row["chosen"] == row.get("rejected"):
         yield "chosen equals rejected (the pair teaches nothing)"
     if len(set(row.get("scores", ()))) == 1:
         yield "the scores of a list are all equal (its order teaches nothing)"
@@ -440,7 +402,7 @@ def _form(value: str | list) -> str:
 
 
 def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
-    """DataError for a shaped row that is text where the first is a conversation, or has other fields."""
+    """Raises DataError for a shaped row that is text where the first is a conversation, or that has other fields."""
     forms = [_form(row["prompt"]), _form(first["prompt"])]
     if forms[0] != forms[1]:
         raise DataError(
@@ -460,24 +422,22 @@ def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
 _CHECKED_AT_ONCE = 1000  # pairs of lists are made of them
 
 
-def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
-    """DataError for a data set, loaded or encoded, whose numbers are not what the methods need.
+def check_columns(
+    dataset: datasets.Dataset, kind: str, rehearse: Callable[[Mapping[str, torch.Tensor | None]], None]
+) -> None:
+    """Raises DataError for a data set, loaded or encoded, whose numbers are not those that the methods need.
 
-    It names what is missing, or the first row that a method refuses.
+    The error names the column that is missing, or the first row that a method refuses.
+
+    kind: the data set's, as for `load`. rehearse: raises ValueError for columns that the methods refuse; it is given
+        {the methods' name: the numbers of some rows, or None before they are read}, as `Objective.rehearse`.
     """
-    kind, has = objective.data_kind, set(dataset.column_names)
-    fields = {
-        **NUMBERS.get(kind, {}),
-        **({"list": {"scores": "scores"}, "unpaired": {"label": "desirable"}}.get(kind, {})),
-    }
+    has, fields = set(dataset.column_names), get_kind(kind).numbers
     # The trainer estimates KTO's kl, and has a value for data without.
     given: dict[str, Any] = {"kl": None, **({"value": None} if "reward" in has else {})}
+    given |= {"rejected": None} if {"rejected", "rejected_ids"} & has else {}
     try:
-        objective.rehearse(given | {column: None for field, column in fields.items() if field in has})
-        if objective.pairs and "scores" not in has:
-            raise ValueError("missing scores")
-        if objective.has_rejected and not {"rejected", "rejected_ids"} & has:
-            raise ValueError(f"{objective.method.name}: missing rejected, the completion to move away from")
+        rehearse(given | {column: None for field, column in fields.items() if field in has})
     except ValueError as error:
         raise DataError(
             f"{error}. The data set has {', '.join(sorted(has - {'where'}))}; beside the completions its rows may "
@@ -487,11 +447,11 @@ def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
         rows = dataset[start : start + _CHECKED_AT_ONCE]
         numbers = {column: _numbers(rows[field]) for field, column in fields.items() if field in has}
         try:
-            objective.rehearse(given | numbers)
+            rehearse(given | numbers)
         except ValueError:
             for i in range(min(_CHECKED_AT_ONCE, len(dataset) - start)):
                 try:
-                    objective.rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
+                    rehearse(given | {name: x[i : i + 1] for name, x in numbers.items()})
                 except ValueError as error:
                     where = rows["where"][i] if "where" in has else f"row {start + i}"
                     raise DataError(f"{where}: {error}") from None
@@ -499,7 +459,7 @@ def check_columns(dataset: datasets.Dataset, objective: Objective) -> None:
 
 
 def _numbers(values: list[Any]) -> torch.Tensor:
-    """(U,), or of lists (U, K) with the last number of a shorter one repeated."""
+    """Returns the numbers of U rows (U,), or of lists (U, K), with the last number of a shorter list repeated."""
     if values and isinstance(values[0], list):
         longest = max(map(len, values))
         values = [filled(row, longest, row[-1]) for row in values]
@@ -507,4 +467,5 @@ def _numbers(values: list[Any]) -> torch.Tensor:
 
 
 def filled(values: list[Any], length: int, fill: Any) -> list[Any]:
+    """Returns the list, filled up to a length."""
     return [*values, *[fill] * (length - len(values))]

@@ -41,7 +41,7 @@ except ImportError as error:
     raise ImportError(f"recipes need more packages: pip install 'xpo-fast[train]' ({error})") from error
 
 from .. import data
-from ..data.rows import NUMBERS, DataError
+from ..data import KINDS, DataError
 from ..files import appearing, finite, write_atomically, write_json
 from ..models import load_model, remove_fused_loss
 from ..resume import last_checkpoint
@@ -60,7 +60,6 @@ from ..rl.sample_log import SAMPLES_FILE
 from ..rollout import Rollout, Sampling
 from ..seeds import seed_of_repr
 from ..trainer import XPOConfig, XPOTrainer
-from ..trainer.reference import COLUMNS
 from .recipe import Recipe, StoppingRule, Train, get_recipe, paired, runs_in
 from .selection import SELECTORS
 
@@ -427,7 +426,7 @@ class _Loop:
         columns["where"] = [f"row {g}" for g in range(len(rows))]
         config = _arguments(XPOConfig, self.output, self.setup.training)
         encoded = data.encode_rows(
-            columns, tokenizer, kind, data.opening(tokenizer, rows[0]["prompt"]), config.max_length,
+            columns, tokenizer, kind, data.leading_ids(tokenizer, rows[0]["prompt"]), config.max_length,
             config.max_prompt_length,
         )  # fmt: skip
         return [dict(zip(encoded, values)) for values in zip(*encoded.values())]
@@ -495,7 +494,7 @@ class _Loop:
         model, tokenizer = self._take(models[-1])
         dataset = self._dataset(rows, train, tokenizer)
         dataset = self._with_reference(dataset, train, models)
-        known = COLUMNS[self.recipe.kind(train)][0] in dataset.column_names
+        known = KINDS[self.recipe.kind(train)].reference[0] in dataset.column_names
         further = {"reference": "cached"} if known else {}  # and not the adapter switched off
         trainer = XPOTrainer(
             model,
@@ -524,7 +523,7 @@ class _Loop:
         kind = self.recipe.kind(train)
         if "prompt_ids" in rows[0]:
             # The ids that were sampled: a completion that was cut off has no EOS, and nothing is tokenized twice.
-            kept = [n for n in rows[0] if n.endswith("_ids") or n in NUMBERS.get(kind, {})]
+            kept = [n for n in rows[0] if n.endswith("_ids") or n in KINDS[kind].numbers]
             return datasets.Dataset.from_list([{name: row[name] for name in kept} for row in rows])
         config = _arguments(XPOConfig, self.output, self.setup.training)
         sizes = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}

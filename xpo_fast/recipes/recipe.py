@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..data import KINDS
 from ..methods import METHODS
 from ..objective import Objective
 from ..wording import did_you_mean
@@ -132,7 +133,8 @@ class Recipe:
             check(selector.needs == "nothing" or self.judge != "none", f"a judge for {self.select}", self.judge)
             for train in self.train:
                 kind = self.kind(train)
-                fits = selector.kind in ((kind, "pair") if kind == "chosen" else (kind,))
+                # The chosen half of a pair is read where that is all that the method learns from.
+                fits = selector.kind == kind or (selector.kind == "pair" and KINDS[kind].half == 0)
                 check(fits, f"a selection of {kind} data, which {train.method} learns from", self.select)
 
     def _rehearse(self) -> None:

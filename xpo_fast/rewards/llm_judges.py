@@ -227,7 +227,7 @@ class TokenChoice:
             raise ValueError(
                 f"the tokenizer begins some of the answers {', '.join(words)} with the same token: choose others"
             )
-        opening = data.opening(self.tokenizer, question)
+        opening = data.leading_ids(self.tokenizer, question)
         return (prompt if prompt[: len(opening)] == opening else opening + prompt), first
 
     def _logps(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:

@@ -35,7 +35,7 @@ from ..trainer.reference import evaluating, row_logps
 
 SPEC_FILE = "reward_model.json"
 
-# For each method that trains a reward model, the kind of data that it learns from (`data.COMPLETIONS`) and what the
+# For each method that trains a reward model, the kind of data that it learns from (`data.KINDS`) and what the
 # value head's outputs are: one reward; one an objective; those and a gate's logits; a head for quality and one for length;
 # the logit of one completion beating another.
 USES = {
@@ -403,7 +403,7 @@ def encode_rows(
         "where": [f"row {i}" for i in range(len(prompts))],
     }
     kind = "pair" if len(named) > 1 else "chosen"
-    opening = data.opening(tokenizer, prompts[0])
+    opening = data.leading_ids(tokenizer, prompts[0])
     encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 

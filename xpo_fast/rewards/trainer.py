@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..data.rows import DataError, check_names, shape_row
+from ..data.kinds import KINDS, DataError, Kind
+from ..data.rows import check_names, shape_row
 from ..head import sequence_logps
 from ..methods.math import check_choice
 from ..methods.registry import get_method
@@ -122,6 +123,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     """
 
     args: RewardConfig
+    kind: Kind
 
     def __init__(
         self,
@@ -138,7 +140,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         self.spec = args.spec()
         if self.spec.method == "haf" and args.reference == "none":
             raise ValueError('haf compares the policy with a reference: use reference="auto", "copy" or "adapter"')
-        self.kind = self.spec.kind
+        self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
         if isinstance(model, str):
             folder = Path(model)
@@ -206,21 +208,21 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         if self.spec.form == "objectives":
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
-            dataset = data.load(dataset, kind=self.kind)
-        if self.kind == "list" and "scores" not in dataset.column_names:
+            dataset = data.load(dataset, kind=self.kind.name)
+        if self.kind.listed and "scores" not in dataset.column_names:
             raise DataError("k_wise ranks the completions of a prompt by their scores; got lists without scores")
         if self.spec.method == "discriminator" and "label" not in dataset.column_names:
             raise DataError("discriminator learns from the label of each row; got rows without label")
         encoded = data.encode(
             dataset,
             self._tokenizer,
-            kind=self.kind,
+            kind=self.kind.name,
             max_length=self.args.max_length,
             max_prompt_length=self.args.max_prompt_length,
             num_proc=self.args.dataset_num_proc,
         )
-        unread = [name for name in ("kl_completion_ids", "rejected_ids") if name in encoded.column_names]
-        encoded = encoded.remove_columns(unread if self.kind != "pair" else [])
+        unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
+        encoded = encoded.remove_columns(sorted(unread))
         check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
@@ -252,11 +254,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _valid(self, batch: dict[str, Tensor]) -> Tensor:
         """Which units count, (U,) bool."""
         scored = (batch["targets"] != data.IGNORE_INDEX).any(dim=1)
-        if self.kind == "unpaired":
-            return scored
-        if self.kind == "pair":
-            return scored.view(2, -1).all(dim=0)
-        return scored.view(batch["list_lengths"].shape[0], -1).any(dim=1)
+        if self.kind.listed:
+            return scored.view(batch["list_lengths"].shape[0], -1).any(dim=1)
+        return scored.view(len(self.kind.completions), -1).all(dim=0)
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
@@ -449,7 +449,7 @@ def load_ratings(
         ratings = _ratings(row, objectives, where) if isinstance(row, dict) else []
         # The reward is there for the form's sake: the ratings are kept beside the rows.
         read = {**row, "label": None, "reward": 0.0, "value": None} if isinstance(row, dict) else row
-        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, "unpaired", where)]
+        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, KINDS["unpaired"], where)]
 
     check_names(columns or (), also=objectives)
     rows = data.load_rows(

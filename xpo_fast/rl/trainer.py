@@ -103,7 +103,6 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     """
 
     args: RLConfig
-    kind = "policy"
 
     def __init__(
         self,

@@ -138,7 +138,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]
     opening = None
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            opening = data.opening(tokenizer, "a") if opening is None else opening
+            opening = data.leading_ids(tokenizer, "a") if opening is None else opening
             ids = data.tokenize(tokenizer, [prompt])[0]
             ids = ids if ids[: len(opening)] == opening else opening + ids
         else:

@@ -33,6 +33,7 @@ except ImportError as error:
     raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
 
 from .. import data
+from ..data.kinds import KINDS, Kind
 from ..files import SavingError, cache_dir, existing_part, saving, size
 from ..head import Plan, token_logps
 from ..methods.unpaired import kto_kl
@@ -44,7 +45,6 @@ from ..reduce import sum_over_ranks
 from ..reporters import check_reporters
 from ..resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, write_made_with
 from .reference import (
-    COLUMNS,
     CachedReference,
     LiveReference,
     choose,
@@ -55,13 +55,6 @@ from .reference import (
     rows_fingerprint,
 )
 
-_ENCODED = {  # the columns of tokens that tell an encoded data set, the first completion's behind the prompt's
-    "pair": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "unpaired": ("prompt_ids", "completion_ids"),
-    "chosen": ("prompt_ids", "chosen_ids"),
-    "rejected": ("prompt_ids", "rejected_ids"),
-    "list": ("prompt_ids", "completions_ids"),
-}
 STATE_FILE = "objective.pt"
 _LOSS = "loss of method "  # among the means of an evaluation
 _PROBE_TOKENS = 8
@@ -192,14 +185,14 @@ class Means:
 class UnitTrainer(Trainer):
     """A Trainer whose loss is a sum over units: divided by those of the whole optimizer step, metrics averaged over the same.
 
-    A subclass has the `kind` of its data set, one of `data.COMPLETIONS`, or a name of its own for a row a unit; `_items`, what
-    its loss divides by; and `_loss`. Batches have `targets`: a row without one does not count.
+    A subclass has the `kind` of its data set, None if each row is a unit; `_items`, what its loss divides by; and `_loss`.
+    Batches have `targets`: a row without one does not count.
     """
 
     # compute_loss divides by the items of the whole step, so Trainer must not divide by the micro-batches again.
     loss_is_scaled_for_ga = True
 
-    kind: str
+    kind: Kind | None = None
     loss_weights: Sequence[float] = (1.0,)  # of the losses that `_loss` gives one by one
     model: Any
     model_wrapped: Any
@@ -322,13 +315,14 @@ class UnitTrainer(Trainer):
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        units = len(inputs["list_lengths" if self.kind == "list" else "targets"]) // (1 + (self.kind == "pair"))
+        listed, blocks = "list_lengths" in inputs, len(self.kind.completions) if self.kind else 1
+        units = len(inputs["list_lengths" if listed else "targets"]) // blocks
         own = state.remainder - self.accelerator.process_index * units
         inputs = dict(inputs)
         for name in ("targets", "kl_targets"):
             if name in inputs:
                 at = torch.arange(len(inputs[name]), device=inputs[name].device)
-                at = at // (len(at) // units) if self.kind == "list" else at % units
+                at = at // (len(at) // units) if listed else at % units
                 inputs[name] = inputs[name].masked_fill((at >= own)[:, None], data.IGNORE_INDEX)
         return inputs
 
@@ -476,6 +470,7 @@ class XPOTrainer(UnitTrainer):
     """
 
     args: XPOConfig
+    kind: Kind
 
     def __init__(
         self,
@@ -493,7 +488,7 @@ class XPOTrainer(UnitTrainer):
         model, processing_class = with_tokenizer(model, processing_class)
 
         self.objective = objective if objective is not None else args.objective()
-        self.kind = self.objective.data_kind
+        self.kind = KINDS[self.objective.data_kind]
         self.loss_weights = [term.weight for term in self.objective.terms]
         self._columns = {name for m in self.objective.methods for name in m.columns}
         self._columns |= {"scores"} if self.objective.pairs else set()
@@ -508,7 +503,7 @@ class XPOTrainer(UnitTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind),
+            data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind.name),
             train_dataset=self._encode(train_dataset),
             eval_dataset=each(eval_dataset, self._encode),
             processing_class=processing_class,
@@ -531,27 +526,27 @@ class XPOTrainer(UnitTrainer):
         if dataset is None:
             return None
         rows, given = None, dataset
-        if not (isinstance(dataset, datasets.Dataset) and set(_ENCODED[self.kind]) <= set(dataset.column_names)):
+        if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             args: XPOConfig = self.args
-            rows = data.load(dataset, kind=self.kind)
+            rows = data.load(dataset, kind=self.kind.name)
             dataset = data.encode(
                 rows,
                 self._tokenizer,
-                kind=self.kind,
+                kind=self.kind.name,
                 max_length=args.max_length,
                 max_prompt_length=args.max_prompt_length,
                 num_proc=args.dataset_num_proc,
             )
         unread = [] if self._estimates_kl else ["kl_completion_ids"]
-        if not self.objective.has_rejected and self.kind == "list":
+        if not self.objective.has_rejected and self.kind.listed:
             unread.append("rejected_ids")
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
-        data.check_columns(dataset, self.objective)
+        data.check_columns(dataset, self.kind.name, self.objective.rehearse)
         check_rows(self._embedded, self._tokenizer, dataset, given, rows)
         return with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
-        if dataset is None or self._cached is None or COLUMNS[self.kind][0] in dataset.column_names:
+        if dataset is None or self._cached is None or self.kind.reference[0] in dataset.column_names:
             return dataset
         return self._cached.attach(
             dataset,
@@ -627,7 +622,7 @@ class XPOTrainer(UnitTrainer):
         The latter says something before training too, when every implicit reward is 0.
         """
         metrics = {k: v for k, v in self.evaluate().items() if not k.endswith(("_runtime", "_second", "_time"))}
-        if self.kind == "pair":
+        if len(self.kind.completions) == 2:
             logp, length = self.completion_logps(self.eval_dataset).unbind(dim=-1)  # (P, 2)
             mean = logp / length
             scored = (length > 0).all(dim=1)
@@ -715,11 +710,11 @@ class XPOTrainer(UnitTrainer):
             logps = self._live.token_logps(model, *rows)
         else:
             logps = self._live.logps(model, *rows)
-        if self.kind in ("chosen", "rejected"):
+        if self.kind.half is not None:
             if logps.dim() == 2:
                 return {"ref_logps": logps.flatten()}
             halves = (logps, torch.zeros_like(logps))
-            logps = torch.cat(halves if self.kind == "chosen" else halves[::-1])
+            logps = torch.cat(halves[::-1] if self.kind.half else halves)
         return {"ref_logps": logps}
 
     @cached_property
@@ -753,8 +748,8 @@ class XPOTrainer(UnitTrainer):
             )
 
     def _check_head(self, row: dict[str, Any]) -> None:
-        completion = row[_ENCODED[self.kind][1]]
-        completion = completion[0] if self.kind == "list" else completion
+        completion = row[self.kind.encoded[1]]
+        completion = completion[0] if self.kind.listed else completion
         check_head(self.model, row["prompt_ids"] + completion, self.args.device, self.args.backend)
 
 
@@ -880,17 +875,17 @@ def each(dataset: Any, fn: Any) -> Any:
     return fn(dataset)
 
 
-def layout(kind: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+def layout(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
     """Return targets as the objective takes them, and how: pairs of which one half is read have an empty other half."""
     targets = inputs["targets"]
-    if kind == "list":
+    if kind.listed:
         lists = inputs["list_lengths"].shape[0]
         return targets, {"list_size": targets.shape[0] // max(lists, 1)}
-    if kind not in ("chosen", "rejected"):
+    if kind.half is None:
         return targets, {}
     count, length = targets.shape
     lengths = torch.zeros(2, count, dtype=torch.int64, device=targets.device)
-    lengths[0 if kind == "chosen" else 1] = length
+    lengths[kind.half] = length
     ends = lengths.flatten().cumsum(0)
     return targets.flatten(), {"cu_seqlens": torch.cat([ends.new_zeros(1), ends])}
 

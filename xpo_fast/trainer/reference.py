@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import with_column
+from ..data.kinds import Kind
 from ..files import saving, write_atomically
 from ..head import sequence_logps, token_logps
 from ..models import Head
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
 STRATEGIES = ("auto", "copy", "adapter", "cached", "none")
 SHARD_ROWS = 512
 _FORMAT = 2  # of the cache; in every key
-
-# Where the cached log-probs of a row are kept, in the order of `batch_logps`' columns. The collator knows these names.
-# A list has one column with a log-prob for each of its completions.
-COLUMNS = {
-    "pair": ("ref_logp_chosen", "ref_logp_rejected"),
-    "unpaired": ("ref_logp", "kl_ref_logp"),
-    "chosen": ("ref_logp_chosen",),
-    "rejected": ("ref_logp_rejected",),
-    "list": ("ref_logp",),
-}
 
 
 def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str, str]:
@@ -116,22 +107,21 @@ def row_logps(
         return model(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["rows"]
 
 
-def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str, *, backend: str = "auto") -> Tensor:
+def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, backend: str = "auto") -> Tensor:
     """Log-prob and length of the completions of every unit of a collated batch: (U, S, 2).
 
-    Axis 1, of S completions: chosen and rejected ("pair"); the completion, and the mismatched one that KTO's reference
-    point is estimated from if the batch has it ("unpaired"); those of a list, and the rejected one behind them if
-    there is one ("list"); else the only one. Axis 2: summed log-prob, number of tokens.
+    Axis 1, of S completions: those of a list, and the rejected one behind them if there is one; else those of
+    `kind.completions`, and the mismatched one that KTO's reference point is estimated from if the batch has it.
+    Axis 2: summed log-prob, number of tokens.
     """
     rows = row_logps(model, batch["input_ids"], batch["attention_mask"], batch["targets"], backend=backend)
-    if kind == "pair":
-        return torch.stack(rows.chunk(2), dim=1)
-    if kind == "list":
+    if kind.listed:
         return rows.view(batch["list_lengths"].shape[0], -1, 2)
-    if "kl_input_ids" not in batch:
-        return rows.unsqueeze(1)
-    names = ("kl_input_ids", "kl_attention_mask", "kl_targets")
-    return torch.stack([rows, row_logps(model, *(batch[name] for name in names), backend=backend)], dim=1)
+    completions = [*rows.chunk(len(kind.completions))]
+    if "kl_input_ids" in batch:
+        names = ("kl_input_ids", "kl_attention_mask", "kl_targets")
+        completions.append(row_logps(model, *(batch[name] for name in names), backend=backend))
+    return torch.stack(completions, dim=1)
 
 
 class LiveReference:
@@ -201,13 +191,13 @@ class CachedReference:
     all; an interrupted computation goes on with the first shard that is missing.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: str) -> None:
+    def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: Kind) -> None:
         self.kind = kind
         self.weights = weights_fingerprint(model)
         config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_IN_KEY}
         about = {
             "format": _FORMAT,
-            "kind": kind,
+            "kind": kind.name,
             "weights": self.weights,
             "compute_dtype": dtype,
             "config": config,
@@ -228,7 +218,7 @@ class CachedReference:
         label: str = "",
         progress: bool = True,
     ) -> datasets.Dataset:
-        """The dataset with the reference log-probs of every row in the columns `COLUMNS[kind]`.
+        """The dataset with the reference log-probs of every row in the columns `Kind.reference`.
 
         `model` is not wrapped, and must have the weights this reference was made from; ValueError if it has not and
         something has to be computed.
@@ -256,13 +246,13 @@ class CachedReference:
                 if accelerator.is_main_process:
                     _write(paths[i], values[i])
         tables = [v for v in values if v is not None]
-        if self.kind == "list":
+        if self.kind.listed:
             rows: Any = dataset
             widths = (row_completions(row) for row in rows)
             lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
-            return with_column(dataset, COLUMNS["list"][0], lists)
+            return with_column(dataset, self.kind.reference[0], lists)
         table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)
-        for name, column in zip(COLUMNS[self.kind], table.T, strict=False):
+        for name, column in zip(self.kind.reference, table.T, strict=False):
             dataset = with_column(dataset, name, column)
         return dataset
 
@@ -319,7 +309,7 @@ def dataset_logps(
     model: nn.Module,
     accelerator: Accelerator,
     collate: Callable[[Sequence[dict]], dict[str, Tensor]],
-    kind: str,
+    kind: Kind,
     *,
     batch_size: int,
     backend: str = "auto",
@@ -343,8 +333,10 @@ def dataset_logps(
         with accelerator.autocast():
             found = batch_logps(model, batch, kind, backend=backend).tolist()
         for i, values in zip(at, found, strict=True):
-            last = values[-1:] if "rejected_ids" in rows[i] and kind == "list" else []
-            done.append((i, values if kind != "list" else values[: len(rows[i]["completions_ids"])] + last))
+            if kind.listed:
+                last = values[-1:] if "rejected_ids" in rows[i] else []
+                values = values[: len(rows[i]["completions_ids"])] + last
+            done.append((i, values))
         advance(len(at) * accelerator.num_processes)
     found = gather_object(done)
     table = torch.full((len(rows), max((len(v) for _, v in found), default=1), 2), float("nan"))

@@ -1,0 +1,117 @@
+"""Advice about rows: columns that nothing is read from, and the option that reads a row which cannot be read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from .forms import ANSWERS, CONVERSATIONS, PROMPTS, SYSTEMS, is_message, is_plain_text, is_text, prompts_of
+
+# Names that people give to the fields, likeliest first: for the advice of an error, not for reading.
+_SYNONYMS = {
+    "prompt": ("instruction", *PROMPTS, "user", "source"),
+    "chosen": ("best", "preferred", "better", "winner", "win", "accepted", "positive", "good"),
+    "rejected": ("worst", "dispreferred", "worse", "loser", "lose", "declined", "negative", "bad"),
+    "completion": (*ANSWERS, "generation", "target", "reply", "text"),
+    "completions": ("responses", "outputs", "answers", "generations", "candidates", "response", "text"),
+    "scores": ("ratings", "rewards", "overall_score", "rating", "score", "reward"),
+    "label": ("kto_tag", "desirable", "is_desirable", "accepted"),
+    "reward": ("score", "rating", "overall_score", "helpfulness", "quality"),
+    "score_chosen": ("chosen_score", "chosen_rating", "rating_chosen"),
+    "score_rejected": ("rejected_score", "rejected_rating", "rating_rejected"),
+}
+# Columns which, beside `text`, say that not all of the row is in the text.
+_BESIDE_TEXT = (
+    *(*SYSTEMS, "labels", "summary", "highlights", "translation"),
+    *(name for field, names in _SYNONYMS.items() for name in (field, *names) if name != "text"),
+)
+
+
+def unread(given: dict[str, Any], read: list[Any]) -> Iterator[str]:
+    """Yields a note for each column that looks like something to learn from, and that nothing was read from.
+
+    given: the row as it stands. read: the prompt and the completions that were read from it.
+    """
+    if is_plain_text({name: value for name, value in given.items() if value is not None}):
+        for name in dict.fromkeys(_BESIDE_TEXT):
+            if given.get(name) not in (None, ""):
+                yield f"{name} is not read beside text (all of the text is learned, and nothing else)"
+        return
+    text = "".join(value if isinstance(value, str) else "\n".join(turn["content"] for turn in value) for value in read)
+    for name in ("instruction", *PROMPTS):
+        if isinstance(given.get(name), str) and given[name].strip() not in text:
+            yield f"{name} is not read (the row has its prompt elsewhere)"
+
+
+def looks_like(given: dict[str, Any]) -> str:
+    """Returns a few words to follow "this looks like ", or "" for a row like none that is known."""
+    names = given.keys()
+    conversation = next((name for name in CONVERSATIONS if name in given), None)
+    if conversation is not None:
+        first = next(iter(given[conversation]), None) if isinstance(given[conversation], list) else None
+        return (
+            "ShareGPT (from, value)"
+            if isinstance(first, dict) and "from" in first
+            else f"a conversation ({conversation})"
+        )
+    if {"chosen", "rejected"} <= names:
+        return "a pair"
+    if {"completion", "label"} <= names:
+        return "unpaired data (completion, label)"
+    if "completions" in given:
+        listed = given["completions"]
+        dicts = isinstance(listed, list) and listed and isinstance(listed[0], dict)
+        return "UltraFeedback with its completions in dicts" if dicts else "a list of completions"
+    if "instruction" in given:
+        return "Alpaca (instruction, output)" if "output" in given else "instructions without answers"
+    return "plain text" if is_plain_text(given) else ""
+
+
+def advice(given: dict[str, Any], missing: list[str]) -> str:
+    """Returns the option that reads the missing fields, as "--columns rejected=loser"; "" where no column fits."""
+    listed = given.get("completions")
+    if isinstance(listed, list) and listed and isinstance(listed[0], dict) and not is_message(listed[0]):
+        missing = ["completions", *missing]  # dicts that hold more than text
+    if prompts_of(given) or set(CONVERSATIONS) & given.keys():
+        missing = [name for name in missing if name != "prompt"]
+    guesses: dict[str, str] = {}
+    for name in missing:
+        found = [path for path in _paths(given, name) if path not in guesses.values()]
+        if not found:
+            return ""
+        guesses[name] = found[0]
+    return "--columns " + ",".join(f"{name}={path}" for name, path in guesses.items()) if guesses else ""
+
+
+def _paths(given: dict[str, Any], name: str) -> list[str]:
+    """Returns columns, and paths into dicts and lists of dicts, that may hold the field `name`; likeliest first."""
+    paths: dict[str, Any] = {}
+    for column, value in given.items():
+        paths[str(column)] = value
+        inner = value[0] if isinstance(value, list) and value and not is_message(value[0]) else value
+        if isinstance(inner, dict) and not is_message(inner):
+            lifted = isinstance(value, list)
+            paths |= {f"{column}.{key}": [one] if lifted else one for key, one in inner.items()}
+    fitting = {
+        path: path.rpartition(".")[2].lower().replace("-", "_") for path, value in paths.items() if _fits(value, name)
+    }
+    synonyms = _SYNONYMS.get(name, ())
+    ranked = [path for known in (name, *synonyms) for path, key in fitting.items() if key == known]
+    ranked += [path for path, key in fitting.items() if name in key.split("_")]
+    close = difflib.get_close_matches(name, fitting.values(), n=3, cutoff=0.75)
+    return list(dict.fromkeys([*ranked, *(path for path, key in fitting.items() if key in close)]))
+
+
+def _fits(value: Any, name: str) -> bool:
+    """Returns whether a value could be that of the field `name`: text, a number, or a list of one of them."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "label":
+        return isinstance(value, bool) or value in (0, 1)
+    if name in ("reward", "score_chosen", "score_rejected"):
+        return number
+    if name == "scores":
+        return isinstance(value, list) and bool(value) and isinstance(value[0], (int, float))
+    if name == "completions":
+        return isinstance(value, list) and bool(value) and (isinstance(value[0], str) or is_text(value[0]))
+    return is_text(value)
