@@ -24,7 +24,7 @@ from xpo_fast import data, precision
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.files import cache_dir
 from xpo_fast.models import load_model
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.trainer import XPOConfig, XPOTrainer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

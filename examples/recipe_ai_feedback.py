@@ -24,7 +24,8 @@ from xpo_fast.data import load_prompts
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.recipes import RECIPES, StoppingRule, override
-from xpo_fast.recipes.loop import Outcome, Setup, run
+from xpo_fast.recipes.loop import run
+from xpo_fast.recipes.setup import Outcome, Setup
 from xpo_fast.rewards.llm_judges import LLMJudge, TokenChoice
 from xpo_fast.rollout import Sampling
 

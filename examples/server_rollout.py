@@ -27,8 +27,7 @@ from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rl import RLTrainer
 from xpo_fast.rl.config import RLConfig
-from xpo_fast.rollout import RolloutError
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import RolloutError, ServerRollout
 
 
 def novelty(completions: list[Any], **_: Any) -> list[float]:

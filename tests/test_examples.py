@@ -29,10 +29,10 @@ from xpo_fast import data
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.recipes import StoppingRule
-from xpo_fast.rewards.llm_judges import GRADE, PAIRWISE, text_of
+from xpo_fast.rewards.judges import text_of
+from xpo_fast.rewards.llm_judges import GRADE, PAIRWISE
 from xpo_fast.rewards.report import summary
-from xpo_fast.rollout import Sampling
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import Sampling, ServerRollout
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo")

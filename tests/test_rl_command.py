@@ -157,7 +157,7 @@ def test_an_ensemble_is_measured_once(home, tmp_path, capsys, monkeypatch):
     assert [row["reward"] for row in rows[:8]] == pytest.approx([2 * x for x in first])
 
     assert go("parts", "--max-steps", "2") == 0
-    monkeypatch.setattr("xpo_fast.rewards.model.RewardEnsemble.standardise", pytest.fail)
+    monkeypatch.setattr("xpo_fast.rewards.ensemble.RewardEnsemble.standardise", pytest.fail)
     assert go("parts", "--max-steps", "3", "--resume") == 0
     weights = [models.load_model(str(tmp_path / x))[0].state_dict() for x in ("whole", "parts")]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))

@@ -117,7 +117,8 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
-    from ..rewards.model import RewardEnsemble, RewardModel
+    from ..rewards.ensemble import RewardEnsemble
+    from ..rewards.model import RewardModel
     from ..rewards.report import score_pairs
 
     given: dict[str, Any] = {name: value for name, value in options.length_rule(args).items() if value}
@@ -150,7 +151,7 @@ def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
 
 
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
-    from ..rewards.model import ImplicitReward
+    from ..rewards.implicit import ImplicitReward
 
     name = args.reference
     if name is None:

@@ -12,7 +12,7 @@ from .parser import UsageError
 from .settings import setting
 
 if TYPE_CHECKING:
-    from ..rewards.llm_judges import Judge
+    from ..rewards.judges import Judge
 
 JUDGE_SPECS = (
     "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), "
@@ -126,8 +126,9 @@ def run(args: argparse.Namespace) -> int:
     from transformers import logging as transformers_logging
 
     from ..models import load_model
-    from ..recipes import loop as recipe_loop
     from ..recipes import runs_in
+    from ..recipes.loop import run as run_recipe
+    from ..recipes.setup import Setup
     from ..rollout import GenerateRollout, Sampling
 
     transformers_logging.disable_progress_bar()
@@ -148,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
     }
     if twice := sorted(set(own) & set(dict(args.train))):
         raise UsageError(f"--train {twice[0]}: there is an option for it, see `xpo-fast recipe --help`")
-    outcome = recipe_loop.run(
+    outcome = run_recipe(
         recipe,
-        recipe_loop.Setup(
+        Setup(
             model=args.model,
             rows=rows,
             output=output,
@@ -232,7 +233,8 @@ def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     """Returns the judge that the specs name, see JUDGE_SPECS; None without a spec."""
-    from ..rewards.llm_judges import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
+    from ..rewards.judges import FunctionJudge, RewardJudge
+    from ..rewards.llm_judges import LLMJudge, SampledChoice, TokenChoice
 
     if not specs:
         return None
@@ -263,7 +265,7 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if kind == "server" and rest:
         from transformers import AutoTokenizer
 
-        from ..rollout.server import ServerRollout
+        from ..rollout import ServerRollout
 
         if not args.judge_tokenizer:
             raise UsageError("server: needs --judge-tokenizer, that of the model behind it")

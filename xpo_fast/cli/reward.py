@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     training.quiet(args)
 
     from ..models.value_head import load_value_head
-    from ..rewards.model import SPEC_FILE, load_spec
+    from ..rewards.spec import SPEC_FILE, load_spec
     from ..rewards.trainer import RewardTrainer, checked_settings
 
     if args.method == "gated" and not args.objectives and (Path(args.model) / SPEC_FILE).is_file():
@@ -182,7 +182,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
 def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     """Returns rows to train on, and rows held out or None, in the form that `RewardTrainer` reads."""
     from .. import data
-    from ..rewards.trainer import load_ratings
+    from ..rewards.ratings import load_ratings
 
     how = options.reading(args)
 

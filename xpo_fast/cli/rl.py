@@ -14,8 +14,7 @@ from .parser import HelpAll, Setting, UsageError
 from .typed import hyperparameters
 
 if TYPE_CHECKING:
-    from ..rl import RLTrainer
-    from ..rl.config import RLConfig
+    from ..rl import RLConfig, RLTrainer
 
 # Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig:
 # the parser is built for every command, and importing that takes seconds.
@@ -157,9 +156,9 @@ def run(args: argparse.Namespace) -> int:
     training.quiet(args)
 
     from ..rewards import Rewards
-    from ..rewards.model import RewardEnsemble
+    from ..rewards.ensemble import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
-    from ..rollout.server import ServerRollout
+    from ..rollout import ServerRollout
 
     output = Path(args.output_dir)
     checkpoint = None if args.dry_run else resuming.checkpoint(args, last_checkpoint)
@@ -235,7 +234,7 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[str, Any]) -> RLConfig:
-    from ..rl.config import RLConfig
+    from ..rl import RLConfig
 
     return RLConfig(
         method=args.method,

@@ -11,7 +11,7 @@ from .parser import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ..rewards.model import RewardEnsemble
+    from ..rewards.ensemble import RewardEnsemble
     from ..rl import RLTrainer
 
 ENSEMBLE_FILE = "reward_ensemble.json"
@@ -86,12 +86,13 @@ def reward_models(args: argparse.Namespace, device: torch.device) -> list[Any]:
         found.append(RewardModel.load(name, device=device))
         found[-1].model.to(device)
     if args.ensemble:
-        from ..rewards.model import RewardEnsemble
+        from ..rewards.ensemble import RewardEnsemble
 
         found = [RewardEnsemble(found, weighted(args.ensemble)[0], args.ensemble_coef)]
     if args.judge:
         from ..models import load_model
-        from ..rewards.llm_judges import LLMJudge, TokenChoice, win_rate
+        from ..rewards.judges import win_rate
+        from ..rewards.llm_judges import LLMJudge, TokenChoice
 
         model: Any
         model, tokenizer = load_model(weighted(args.judge)[0], device=device)

@@ -87,7 +87,7 @@ class Settings:
 
     @property
     def draws_rivals(self) -> bool:
-        return any("pos_score" in m.inputs for m in self.methods)
+        return any(m.draws_rivals for m in self.methods)
 
     @property
     def data_kind(self) -> str:
@@ -152,7 +152,7 @@ class Settings:
         for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):
             if given is not None and layouts != {"pairwise"}:
                 raise ValueError(f"{option}= is for pairwise methods, {names} is {self.method.layout}")
-            if given is not None and any("pos_score" in m.inputs for m in self.methods) and option != "wpo":
+            if given is not None and self.draws_rivals and option != "wpo":
                 raise ValueError(f"{option}= does not go with {names}, which looks at single tokens")
         if self.pairs:
             of_pairs = {n for m in self.methods for n in m.required if n in m.columns and m.axes(n) != ("",)}
