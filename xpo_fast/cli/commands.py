@@ -39,7 +39,8 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor.add_argument(
         "--check",
         action="store_true",
-        help="check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one fails",
+        help="check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if "
+        "one fails",
     )
     doctor.set_defaults(run=_doctor)
 

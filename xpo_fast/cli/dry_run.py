@@ -65,18 +65,20 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         short = sum(len(x) + config.max_new_tokens > limit for x in ids)
         none = sum(len(x) >= limit for x in ids)
         print(
-            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), {short} less "
-            f"than --max-new-tokens {config.max_new_tokens}"
+            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), "
+            f"{short} less than --max-new-tokens {config.max_new_tokens}"
         )
     rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
     print(f"rewards    {', '.join(names)}")
     print(f"method     {config.objective()}, advantages: {config.estimator}")
     print(
-        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most {config.max_new_tokens} tokens"
+        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most "
+        f"{config.max_new_tokens} tokens"
     )
     print(
-        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {_name(config.lr_scheduler_type)}"
+        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
+        f"{_name(config.lr_scheduler_type)}"
     )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
@@ -149,11 +151,12 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
     scored = sum(map(sum, shortened))
     print(
-        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} completions at the "
-        f"end, to --max-length {config.max_length}"
+        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} "
+        f"completions at the end, to --max-length {config.max_length}"
     )
     print(
-        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of completions, which are scored"
+        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of "
+        "completions, which are scored"
     )
 
 

@@ -87,8 +87,9 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluate_as_trained(model: Any) -> None:
     """Makes bitsandbytes compute on the CPU in evaluation as it does in training.
 
-    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
-    to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
+    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round
+    activations to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the
+    policy.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 

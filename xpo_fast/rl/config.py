@@ -288,7 +288,7 @@ class RLConfig(MethodConfig):
             if self.off_policy == "token" and by_row:
                 raise ValueError(
                     f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: "
-                    "'sequence'"
+                    "use 'sequence'"
                 )
         if self.draws > 1 and self.num_generations < 2:
             raise ValueError(
