@@ -18,14 +18,15 @@ from ..wording import did_you_mean
 
 def _of_methods(name: str) -> str:
     """Returns "10 for dapo, else 1": a default that follows the method, as the cards have it."""
-    plain, said = getattr(RLDefaults(), name), dict[Any, list[str]]()
+    plain, others = getattr(RLDefaults(), name), dict[Any, list[str]]()
     for method in METHODS.values():
         if (own := getattr(method.card.rl, name)) != plain:
-            said.setdefault(own, []).append(method.name)
-    return "".join(f"{own} for {', '.join(names)}, " for own, names in said.items()) + f"else {plain}"
+            others.setdefault(own, []).append(method.name)
+    return "".join(f"{own} for {', '.join(names)}, " for own, names in others.items()) + f"else {plain}"
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError where the value of the argument `name` is none of the choices."""
     if value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
