@@ -16,12 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import xpo_fast as xf
-from xpo_fast.data import load_prompts
+from xpo_fast.data import load_prompts, pad_rows
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.methods.advantages import group_normalised
 from xpo_fast.models import SMOLLM2, hidden_states, load_model
 from xpo_fast.rewards import Rewards
-from xpo_fast.rollout import GenerateRollout, Sampling, pad_rows
+from xpo_fast.rollout import GenerateRollout, Sampling
 
 TOKENS = 16  # that an answer may have
 

@@ -201,7 +201,7 @@ def log_probs(model: Any, batch: dict[str, Tensor], targets: Tensor) -> tuple[Te
     """Of the targets, (R, T): ours, and the model's own."""
     head = Head.from_model(model)
     own = model(**batch, use_cache=False).logits.float().log_softmax(dim=-1)
-    ours = token_logps(hidden_states(model, batch), head.weight, targets, **head.kwargs())
+    ours = token_logps(hidden_states(model, batch), head, targets)
     return ours, own.gather(-1, targets[..., None])[..., 0]
 
 

@@ -521,7 +521,7 @@ def model_loss(model: nn.Module, rows: slice, ranks: int) -> torch.Tensor:
     targets = xf.shift_labels(labels)
 
     def loss(hidden, head):
-        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+        logp = xf.token_logps(hidden, head, targets[rows], chunk_tokens=4)
         return -logp.sum() * ranks / (targets != oracle.IGNORE).sum()
 
     return model(input_ids=ids[rows], fused_loss=loss)
@@ -616,8 +616,8 @@ def zero_loss(model: Any, rows: slice, loss: str, heads: list | None = None) -> 
 
     def own(hidden, head):
         if loss == "objective":
-            return objective(hidden, head.weight, targets[rows], denominator=ROWS // 2, **head.kwargs()).loss
-        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+            return objective(hidden, head, targets[rows], denominator=ROWS // 2).loss
+        logp = xf.token_logps(hidden, head, targets[rows], chunk_tokens=4)
         return -logp.sum() / (targets != oracle.IGNORE).sum()
 
     def fused(hidden, head):

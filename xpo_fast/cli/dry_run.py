@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -202,10 +203,9 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
         return torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
 
     head = Head.from_model(causal_lm(model))
-    weight = shape_of(head.weight)
-    hidden = weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
-    options = {name: shape_of(value) for name, value in head.kwargs().items()}
-    return config.objective().plan(hidden, weight, targets.to(config.device), **options, **layout)
+    head = dataclasses.replace(head, **{name: shape_of(x) for name, x in vars(head).items()})
+    hidden = head.weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
+    return config.objective().plan(hidden, head, targets.to(config.device), **layout)
 
 
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:

@@ -48,7 +48,7 @@ class Head:
     The same call for all models:
 
         head = Head.from_model(model)
-        token_logps(head.inputs(hidden), head.weight, targets, **head.kwargs())
+        token_logps(hidden, head, targets)
     """
 
     weight: Tensor  # (V, D)
@@ -71,9 +71,10 @@ class Head:
         return cls(**_read(model))
 
     def inputs(self, hidden: Tensor) -> Tensor:
-        """Returns the hidden states that belong to `weight` and `kwargs()`.
+        """Returns what is multiplied: hidden (…, D) itself without an adapter, with one [h, x] (…, D + r).
 
-        Without an adapter hidden (…, D) itself, with one [h, x] (…, D + r).
+        A call that takes a Head does it where it is given hidden (…, D). Do it yourself where a wrapper must see it, as
+        `install_fused_loss` does, or if two calls are to share one dropout.
         """
         if self.project is None:
             return hidden

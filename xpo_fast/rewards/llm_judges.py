@@ -121,9 +121,7 @@ class TokenChoice:
 
         def fused(hidden: Tensor, head: Head) -> Tensor:
             at = hidden[torch.arange(len(rows), device=device), last.to(device)]  # (R, D)
-            return token_logps(
-                at[:, None].expand(-1, words.shape[1], -1).contiguous(), head.weight, words, **head.kwargs()
-            )
+            return token_logps(at[:, None].expand(-1, words.shape[1], -1).contiguous(), head, words)
 
         with evaluating(self.model):
             return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), fused_loss=fused).float()

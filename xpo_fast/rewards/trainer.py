@@ -288,13 +288,10 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
     def _logps(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         """Returns the summed log-prob of each row (R,); GRM's language model head is frozen."""
-        weight = head.weight
-        options: dict[str, Any] = head.kwargs()
         if not (self.method and self.method.trains_head):
-            weight = weight.detach()
-            options = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
-        options["backend"] = self.args.backend
-        return sequence_logps(hidden, weight, targets, **options)[0]
+            parts = {k: x.detach() for k, x in vars(head).items() if isinstance(x, Tensor)}
+            head = dataclasses.replace(head, **parts)
+        return sequence_logps(hidden, head, targets, backend=self.args.backend)[0]
 
     def _losses(
         self,

@@ -391,13 +391,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         scaled: dict[str, Any] = {"temperature": self.args.temperature, "denominator": denominator["policy"]}
 
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
-            of = head.kwargs()
             if "ptx_targets" in inputs:
                 text = inputs["ptx_targets"]
                 tiles: Any = {"backend": self.args.backend, "tile_bytes": self.objective.tile_bytes}
-                given["ptx_logp"] = token_logps(hidden[count:], head.weight, text, **of, **tiles)
+                given["ptx_logp"] = token_logps(hidden[count:], head, text, **tiles)
                 given["ptx_mask"] = text != IGNORE_INDEX
-            out = self.objective(hidden[:count], head.weight, targets, **of, **scaled, **given)
+            out = self.objective(hidden[:count], head, targets, **scaled, **given)
             loss, metrics, counts = out.loss, dict(out.metrics), dict(out.counts)
             if self.critic is not None:
                 value = self.critic(hidden[:count])[..., 0]
