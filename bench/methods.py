@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from measure import environment, table, write_json
 from xpo_fast import METHODS, Head, Objective, data
 from xpo_fast.models import SMOLLM2, install_fused_loss, load_model
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 
 # What has no default, or would leave a part of the method out.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Which dtype `auto` is, by instructions or by a measurement if they do not tell, and the warnings of explicit ones."""
+"""Which dtype `auto` is: by instructions, or a measurement where they do not tell; warnings for an explicit dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones that bitsandbytes quantises, with a head in 16 bits: log-probs and gradients against the model's own logits."""
+"""Backbones that bitsandbytes quantises, with a head in 16 bits: log-probs and gradients against its own logits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tells which dtypes a device multiplies natively, and so in which dtype a model is loaded and computed.
+"""Tells which dtypes a device multiplies natively; `dtype="auto"` and the head choose by it.
 
 A CPU without instructions for bfloat16 multiplies it in a scalar loop, 5 to 70 times slower than float32 (docs/log.md).
-There a model is faster in float32, whatever the dtype of its checkpoint, although it takes twice the memory.
+There a model is faster in float32, in whatever dtype its checkpoint was saved, although it takes twice the memory.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .files import cache_dir, publish
 HALVES = (torch.bfloat16, torch.float16)
 # If only a measurement can tell, a half is native if its products take at most this multiple of float32's time.
 _NATIVE_BELOW = 1.1
-# Variables that select other instructions than the CPU's best: with them, the CPU's flags do not tell what runs.
+# Environment variables that select other instructions than the CPU's best: with them its flags do not tell what runs.
 _SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_DEFAULT_FPMATH_MODE")
 _TOKENS, _WIDTH, _OUTPUTS = 32, 576, 1536  # of the product that is measured
 
 
 @dataclass(frozen=True)
 class Support:
-    """How a device multiplies a dtype."""
+    """Whether a device multiplies a dtype natively, and how that is known."""
 
     dtype: torch.dtype
     native: bool
@@ -45,10 +45,10 @@ class Support:
 
 
 def support(dtype: torch.dtype, device: torch.device) -> Support:
-    """Returns whether a device multiplies a dtype natively, by its instructions or, if they do not tell, a measurement.
+    """Tells whether a device multiplies a dtype natively: by its instructions, or by a measurement if they do not tell.
 
-    The measurement takes some milliseconds, once per processor, version of torch and setting. It is kept in the cache
-    folder, so that all processes that share the folder come to the same answer.
+    The measurement takes some milliseconds, once per processor, version of torch and setting: it is kept in the cache
+    folder, so that all processes that share the folder get the same answer.
     """
     if dtype not in HALVES:
         return Support(dtype, True, f"every device multiplies {name_of(dtype)}")
@@ -65,7 +65,7 @@ def support(dtype: torch.dtype, device: torch.device) -> Support:
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Returns whether a device multiplies a dtype natively."""
+    """Tells whether a device multiplies a dtype natively."""
     return support(dtype, device).native
 
 
@@ -83,8 +83,8 @@ def resolve(
 ) -> str | torch.dtype:
     """Returns the dtype to load a checkpoint in.
 
-    dtype: "auto", or the dtype the user asks for, which is kept, with one warning if the device is slow in it.
-    saved: the checkpoint's dtype, None if its config does not tell.
+    dtype: "auto", or the user's choice, which is kept, with one warning if the device is slow in it.
+    saved: the checkpoint's dtype; None if its config does not tell.
     "auto" is the checkpoint's dtype if the device multiplies it natively, else float32. A float32 checkpoint is not
     narrowed: that would change its numbers.
     """
@@ -99,7 +99,7 @@ def resolve(
 
 
 def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Converts a model to float32 in place if the device does not multiply its dtype natively; quantised ones stay."""
+    """Converts a model, unless quantised, to float32 in place if the device does not multiply its dtype natively."""
     device = default_device() if device is None else device
     if getattr(model, "is_quantized", False):
         return model
@@ -108,7 +108,7 @@ def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    """Warns, once per dtype and device, of a dtype that the device does not multiply natively and of its slowdown."""
+    """Warns, once per dtype and device, if a device does not multiply a dtype natively, and how much slower it is."""
     if dtype in HALVES and (dtype, device) not in _warned and not native(dtype, device):
         _warned.add((dtype, device))
         warnings.warn(
@@ -123,19 +123,19 @@ _warned: set[tuple[torch.dtype, torch.device]] = set()
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Returns the name of a dtype without `torch.`."""
+    """Returns a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def default_device() -> torch.device:
-    """Returns the device that training uses unless it is told otherwise: the accelerator, else the CPU."""
+    """Returns the device that training uses by default: the accelerator, else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else found
 
 
 @functools.cache
 def processor(device: torch.device) -> str:
-    """Returns a device's name, as its maker gives it."""
+    """Returns the name of a device's model, as its maker gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -149,30 +149,28 @@ def processor(device: torch.device) -> str:
 
 
 def instructions() -> str:
-    """Returns the vector instructions that torch uses on this CPU, and its matrix instructions for halves."""
-    has = [name for name, flag in _CPU_FLAGS.items() if flag()]
-    return ", ".join([torch.backends.cpu.get_cpu_capability(), *has])
+    """Returns the vector instructions that torch uses on this CPU, and those for products of halves that it has."""
+    found = [name for name, has in _CPU_FLAGS.items() if has()]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 
 def settings() -> dict[str, str]:
-    """Returns the environment variables that make torch use other instructions than the CPU's best."""
+    """Returns the environment variables, with values, that hold torch to other instructions than the CPU's best."""
     return {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
 
 
-# --- how it is known ----------------------------------------------------------------------------------------------
+# --- instructions and measurements ----------------------------------------------------------------------------------
 
 
-def _flag(name: str) -> Callable[[], bool]:
-    def has() -> bool:
-        return bool(getattr(torch.cpu, name, lambda: False)())
-
-    return has
+def _flag(name: str) -> bool:
+    """Tells whether torch finds an instruction set on this CPU; False if this torch does not know it."""
+    return bool(getattr(torch.cpu, name, lambda: False)())
 
 
-_CPU_FLAGS = {
-    "avx512_bf16": _flag("_is_avx512_bf16_supported"),
-    "amx": _flag("_is_amx_tile_supported"),
-    "amx_fp16": _flag("_is_amx_fp16_supported"),
+_CPU_FLAGS: dict[str, Callable[[], bool]] = {
+    "avx512_bf16": functools.partial(_flag, "_is_avx512_bf16_supported"),
+    "amx": functools.partial(_flag, "_is_amx_tile_supported"),
+    "amx_fp16": functools.partial(_flag, "_is_amx_fp16_supported"),
 }
 _NEEDED = {torch.bfloat16: ("avx512_bf16", "amx"), torch.float16: ("amx_fp16",)}
 
@@ -187,18 +185,18 @@ def _on_cuda(dtype: torch.dtype, device: torch.device) -> Support:
 
 
 def _by_instructions(dtype: torch.dtype) -> Support | None:
-    """The answer that oneDNN and the CPU's flags give; None if only a measurement can tell."""
+    """Tells what follows from oneDNN and the CPU's flags; None if only a measurement can tell."""
     if not torch.backends.mkldnn.is_available():
         return None
-    of_onednn: Any = torch.ops.mkldnn
-    has = of_onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else of_onednn._is_mkldnn_fp16_supported
+    onednn: Any = torch.ops.mkldnn
+    has = onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else onednn._is_mkldnn_fp16_supported
     if not has():
         held = "".join(f", held to {value} by {name}" for name, value in settings().items())
         return Support(dtype, False, f"oneDNN has no {name_of(dtype)} products for {instructions()}{held}")
     found = [name for name in _NEEDED[dtype] if _CPU_FLAGS[name]()]
     if found and not settings():
         return Support(dtype, True, f"the CPU has {', '.join(found)}")
-    return None  # oneDNN may emulate them, as it does bfloat16 with AVX-512 alone
+    return None  # oneDNN may emulate them, as it does bfloat16 on CPUs that have AVX-512 alone
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
@@ -229,6 +227,7 @@ def _folder() -> Path:
 
 
 def _kept(path: Any) -> float | None:
+    """Returns the factor in a file of the cache; None if it is missing or broken."""
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["times float32"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -236,7 +235,7 @@ def _kept(path: Any) -> float | None:
 
 
 def _measure(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of three times of x Wᵀ and dy W over that in float32; for the untransposed W torch picks other code."""
+    """Measures x Wᵀ and dy W (torch picks other code for the untransposed W), best of three, in turn in both dtypes."""
     x = torch.zeros(_TOKENS, _WIDTH, device=device)
     w = torch.zeros(_OUTPUTS, _WIDTH, device=device)
     dy = torch.zeros(_TOKENS, _OUTPUTS, device=device)
