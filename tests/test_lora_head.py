@@ -1,4 +1,4 @@
-"""LoRA on the LM head as a low-rank operand: against the effective weight W + s B A in float64, and PEFT's own layer."""
+"""LoRA on the LM head as a low-rank operand: against the weight W + s B A in float64, and PEFT's own layer."""
 
 from __future__ import annotations
 

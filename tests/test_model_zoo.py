@@ -355,8 +355,8 @@ def markdown() -> str:
     lines = [
         "# Models",
         "",
-        "Log-probs from `hidden_states(model, batch)` and `Head.from_model(model)` equal those of the model's own logits "
-        f"to 1e-4 for {len(causal) + len(multimodal)} of the {len(CLASSES)} classes that transformers "
+        "Log-probs from `hidden_states(model, batch)` and `Head.from_model(model)` equal those of the model's own "
+        f"logits to 1e-4 for {len(causal) + len(multimodal)} of the {len(CLASSES)} classes that transformers "
         f"{transformers.__version__.rsplit('.', 1)[0]} maps to causal language modelling or to image-and-text models: "
         "tiny ones, with random weights, their softcap, scale and bias set to something that matters. "
         f"{len(CLASSES) - len(causal) - len(multimodal)} do not pass; each has its reason. Made by "

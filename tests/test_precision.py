@@ -1,4 +1,4 @@
-"""Which dtype `auto` is: by instructions, or a measurement where they do not tell; the warning for an explicit dtype."""
+"""Which dtype `auto` is: by instructions, or a measurement where they do not tell; warnings for an explicit dtype."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from ..device import on_host
 from .sharded import gathered, refuse_sharded, unpartitioned
 from .spec import Scaling, cast_for_autocast
 from .vocab_parallel import VocabShard, shard_of
+
+_UNSCALED = Scaling()
 
 
 class HeadLike(Protocol):
@@ -51,7 +53,7 @@ class Operands:
     ref: Reference | None = None
     weight_grad: Tensor | None = None  # (V, D), to which the backward adds dW
     shard: VocabShard | None = None
-    scaling: Scaling = field(default_factory=Scaling)
+    scaling: Scaling = _UNSCALED
     ignore_index: int = -100
 
     @property

@@ -92,15 +92,16 @@ class VocabShard:
 
     @property
     def why(self) -> str:
-        """What a plan says of it."""
-        return f"; what {self.world} ranks found is exchanged once a tile"
+        """What a plan says about it."""
+        return f"; {self._part}: what {self.world} ranks found is exchanged once a tile"
+
+    @property
+    def _part(self) -> str:
+        return f"tokens {self.start}:{self.stop} of {self.vocab}, rank {dist.get_rank(self.group)} of {self.world}"
 
     def handle(self) -> str:
         """Returns the name by which an operator, which takes no object, finds this shard: `shard_of` of it."""
-        name = (
-            f"tokens {self.start}:{self.stop} of {self.vocab}, rank {dist.get_rank(self.group)} of {self.world}, "
-            f"group {self.group.group_name}"
-        )
+        name = f"{self._part}, group {self.group.group_name}"
         _in_use[name] = self
         return name
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..head.choice import named_backend
+from ..head.plan import PlanOptions
 from ..methods import Method
 from ..reduce import REDUCTIONS
 from .batch import PAIRS
+from .rivals import Rivals
 from .terms import parse_terms
 
 
@@ -43,7 +45,9 @@ class Settings:
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
         self.fixed_length = fixed_length
-        self.top_k, self.seed = top_k, seed
+        self.plan_options = PlanOptions(backend, tile_bytes)
+        self.rivals = Rivals(top_k, seed, self.plan_options)
+        self.state: dict[str, Tensor] = {}  # what the methods remember between calls
         self._check_modifiers()
 
     @property
@@ -102,7 +106,8 @@ class Settings:
         """Try the methods on made-up log-probs: ValueError for a hyperparameter or a number out of range.
 
         columns: the columns that there will be, with the numbers of some units or None; made up, too, if not given.
-            ValueError for a method that cannot do without another.
+            ValueError for a method that cannot do without another. `rejected` among them says that there are completions
+            under this name.
         """
         given = {name: x for name, x in (columns or {}).items() if x is not None and x.dim()}
         sizes = {"U": 1, "K": 2, "T": 1, "I": 1}
@@ -118,6 +123,10 @@ class Settings:
                 and (columns is None or name in known or name not in method.columns)
             }
             method(**inputs, **term.hyperparameters)
+        if columns is not None and self.pairs and "scores" not in columns:
+            raise ValueError("missing scores")
+        if columns is not None and self.has_rejected and "rejected" not in columns:
+            raise ValueError(f"{self.method.name}: missing rejected, the completion to move away from")
 
     def _check_modifiers(self) -> None:
         names = ", ".join(m.name for m in self.methods)
@@ -187,7 +196,7 @@ class Settings:
     def supplied(self) -> set[str]:
         """Columns that need not be given: what is remembered, and `nn`'s second reference if there is but one."""
         remembered = {n for m in self.methods if m.state for n in m.columns if m.axes(n) == ("",)}
-        return {"ref_pos_logp_l", *remembered}
+        return {"ref_pos_logp_l", *self.state, *remembered}
 
 
 def made_up(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:

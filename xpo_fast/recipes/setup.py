@@ -14,7 +14,7 @@ from ..models import load_model
 from ..rewards.judges import Judge
 from ..rewards.llm_judges import SelfRewardJudge
 from ..rewards.trainer import RewardConfig
-from ..rl.config import RLConfig
+from ..rl import RLConfig
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..trainer import XPOConfig
 from .recipe import Recipe

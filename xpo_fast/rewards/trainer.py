@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..data.kinds import KINDS, DataError, Kind
+from ..data import KINDS, DataError, Kind
 from ..head import sequence_logps
+from ..methods import get_method
 from ..methods.math import check_choice
-from ..methods.registry import get_method
 from ..methods.reward import odin
 from ..models import Head, install_fused_loss, load_model
 from ..models.fused_loss import causal_lm

@@ -1,6 +1,6 @@
 """Files that a trainer writes and reads beside transformers' own: complete or not at all, with errors that name them.
 
-Which checkpoint of a folder is the last complete one, and what it was made with, is told by ../resume.py.
+../resume.py finds the last complete checkpoint of a folder, and compares the settings it was made with.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class XPOTrainer(UnitTrainer):
         return {**super().made_with, **about}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Returns batches of eval_dataset, encoded and with its reference; default: of the trainer's own."""
+        """Returns batches of eval_dataset (default: the trainer's own), encoded and with its reference."""
         self.prepare()
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._with_reference(self._encode(eval_dataset), " (eval)")

@@ -40,7 +40,7 @@ def operands(
         weight = weight.to(hidden.dtype)
     if targets.dim() != 2:
         raise ValueError(f"expected padded rows, targets (B, T), got {tuple(targets.shape)}")
-    admitted = Operands(hidden, weight, targets, bias).admit()
+    admitted = Operands(hidden, weight, targets, bias, scaling=Scaling()).admit()
     return admitted.hidden, admitted.weight, admitted.bias
 
 
