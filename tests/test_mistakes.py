@@ -604,15 +604,13 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    hit(
-        *{
-            "loading": (loading, "load", 1),
-            "evaluating before": (XPOTrainer, "held_out", 1),
-            "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
-            "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),
-            "evaluating after": (XPOTrainer, "held_out", 2),
-        }[when]
-    )
+    hit(*{
+        "loading": (loading, "load", 1),
+        "evaluating before": (XPOTrainer, "held_out", 1),
+        "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
+        "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),
+        "evaluating after": (XPOTrainer, "held_out", 2),
+    }[when])  # fmt: skip
     assert run("train", out, *NEXT) == status
     (said,) = lines(capsys.readouterr().err)
     assert said.startswith(f"xpo-fast: stopped; {kept.format(out=out)}")

@@ -20,7 +20,7 @@ RL = {
     "kl_target": Setting(
         "NATS",
         float,
-        "adapt kl_coef, or the method's beta, towards this KL per completion (ppo_penalty: per token, from the sampler)",
+        "adapt kl_coef, or the method's beta, towards this KL per completion (ppo_penalty: per token, to the sampler)",
     ),
     "kl_horizon": Setting(
         "N", int, "a rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/N (default: 10000)"
