@@ -196,12 +196,7 @@ class Bench:
         return {**where, "flop": TASKS[case].gemms * shape.gemm_flop, **more}
 
     def check(
-        self,
-        made: Contender,
-        contender: str,
-        record: dict[str, Any],
-        batch: Batch,
-        truths: dict[str, Results] | None,
+        self, made: Contender, contender: str, record: dict[str, Any], batch: Batch, truths: dict[str, Results] | None
     ) -> None:
         """Makes the first call, which compiles, and a second one in poisoned memory, whose errors are recorded."""
         synchronize(self.device)

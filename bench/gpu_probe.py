@@ -114,12 +114,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
     driver = _first_line("nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader")
     peers = [name for name in PEERS if importlib.util.find_spec(name) is not None]
     tools = [name for name in ("nvcc", "compute-sanitizer", "ncu") if shutil.which(name)]
-    for what, value in (
-        ("driver", driver),
-        ("peers", peers),
-        ("tools", tools),
-        ("library", native.why_not()),
-    ):
+    for what, value in (("driver", driver), ("peers", peers), ("tools", tools), ("library", native.why_not())):
         found.append({"what": what, "value": value or "there"})
     n = 256 if probe.quick else 8192
     a = probe.normal(n, n)
@@ -128,11 +123,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
     copied = probe.ms(lambda: out.copy_(a))
     found.append({"what": f"copy of {a.nbytes / 1e6:.0f} MB, TB/s", "value": 2e-9 * a.nbytes / copied})
     for vocab in (1031, 4160):
-        hidden, weight, targets = (
-            probe.normal(40, 64),
-            probe.normal(vocab, 64, std=0.3),
-            probe.targets(vocab, 40),
-        )
+        hidden, weight, targets = (probe.normal(40, 64), probe.normal(vocab, 64, std=0.3), probe.targets(vocab, 40))
         truth, (wanted,) = _token_logps(xf, hidden.double(), weight.double(), targets, "dense")
         for backend in (*OURS, "auto"):
             record: dict[str, Any] = {"what": f"{backend}, V {vocab}"}
@@ -147,11 +138,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
                 error = (logps.double() - truth).abs().max().item()
                 slope = ((grad.double() - wanted).norm() / wanted.norm()).item()
                 name = choose_backend(backend, probe.device, torch.bfloat16)
-                record |= {
-                    "value": f"{error:.1e}, gradient {slope:.1e} ({name})",
-                    "logps": error,
-                    "grad": slope,
-                }
+                record |= {"value": f"{error:.1e}, gradient {slope:.1e} ({name})", "logps": error, "grad": slope}
                 bounds = TOLERANCES["bf16"]
                 record["right"] = error <= bounds["logps"] and slope <= bounds["hidden_grad"]
             found.append(record)

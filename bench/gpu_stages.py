@@ -155,13 +155,7 @@ def read_results(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def run_stage(
-    stage: Stage,
-    out: Path,
-    limit_s: float,
-    environment: dict[str, str],
-    *,
-    dry: bool,
-    without: Sequence[str] = (),
+    stage: Stage, out: Path, limit_s: float, environment: dict[str, str], *, dry: bool, without: Sequence[str] = ()
 ) -> Ended:
     """Runs a stage in a process group of its own, which has ended when this returns; its output goes to the log."""
     result = out / f"{stage.name}.json"
@@ -222,12 +216,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_call(
-    stages: Sequence[Stage],
-    out: Path,
-    environment: dict[str, str],
-    *,
-    dry: bool,
-    limit_s: float = float("inf"),
+    stages: Sequence[Stage], out: Path, environment: dict[str, str], *, dry: bool, limit_s: float = float("inf")
 ) -> list[Ended]:
     """Runs the stages in order until the time is used up, and writes the summary after each."""
     start, found = time.monotonic(), []

@@ -139,9 +139,7 @@ class Meter(TorchDispatchMode):
             mock.patch("xpo_fast.head.cuda.run", self.one_read_run),
             # As on a GPU: the meta device would get torch's row operations.
             mock.patch.object(
-                CudaRowOperations,
-                "others",
-                property(lambda own: TritonRowOperations(own.gemms, own.ref_gemms)),
+                CudaRowOperations, "others", property(lambda own: TritonRowOperations(own.gemms, own.ref_gemms))
             ),
             mock.patch("xpo_fast.head.plan.check_backend", lambda *_: None),
             mock.patch.dict(tiling.DEFAULT_TILE_BYTES, cuda=int(tiling.SHARE_OF_CARD * CARD_BYTES)),

@@ -105,10 +105,7 @@ def run_trainer(
 
     rows = rows_for(objective.data_kind, pairs, with_rejected="ref_pos_logp_l" in METHODS[name].inputs)
     encoded = data.encode(
-        data.load(rows, kind=objective.data_kind),
-        tokenizer,
-        kind=objective.data_kind,
-        max_length=args.max_length,
+        data.load(rows, kind=objective.data_kind), tokenizer, kind=objective.data_kind, max_length=args.max_length
     )
     with tempfile.TemporaryDirectory() as folder:
         config = XPOConfig(
@@ -167,10 +164,7 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
             if "ptx_logp" in METHODS[name].columns:  # the chosen rows stand for pretraining text
                 text = batch["targets"].clone()
                 text[rows:] = data.IGNORE_INDEX
-                more |= {
-                    "ptx_logp": token_logps(hidden, head.weight, text),
-                    "ptx_mask": text != data.IGNORE_INDEX,
-                }
+                more |= {"ptx_logp": token_logps(hidden, head.weight, text), "ptx_mask": text != data.IGNORE_INDEX}
             if objective.needs_reference:
                 more["ref_logps"] = start
             out = objective(hidden, head, batch["targets"], **more)
@@ -302,11 +296,7 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
         records.append(record)
         if args.json:
             kept = {**earlier(args.json), name: record}
-            content = {
-                "environment": environment(),
-                "options": options,
-                "methods": [kept[n] for n in sorted(kept)],
-            }
+            content = {"environment": environment(), "options": options, "methods": [kept[n] for n in sorted(kept)]}
             write_json(args.json, content)
     return records
 

@@ -57,11 +57,7 @@ COPY_BYTES: Range = (4.3e12, 4.0e12)  # per second: the rate that a copy was see
 ROW_BYTES: Range = (4.0e12, 3.3e12)
 # Per logit, of csrc/rows.cu, which at V 128k and 152k is bound by the instructions it issues: with a gradient, without
 # one, and with one if only one block fits a processor. There is no figure for V 32k.
-CUDA_S: dict[str, Range] = {
-    "gradient": (2.2e-12, 3.2e-12),
-    "none": (1.1e-12, 1.3e-12),
-    "long": (3.7e-12, 5.4e-12),
-}
+CUDA_S: dict[str, Range] = {"gradient": (2.2e-12, 3.2e-12), "none": (1.1e-12, 1.3e-12), "long": (3.7e-12, 5.4e-12)}
 LONG_ROW = 229_377
 LAUNCH_S: Range = (6.5e-6, 17e-6)  # of the host, per operator of torch: an objective's 230 or so take 4 ms
 U_S = 0.2e-3  # the loss of a group of units, all small kernels

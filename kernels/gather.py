@@ -214,10 +214,7 @@ def _problem(workload: launch.Workload, backward: bool) -> Iterator[launch.Probl
     yield launch.Problem(key, inputs, run_backward if backward else run_forward)
 
 
-_SHAPES = (
-    *((4096, 8), (4096, 16), (1024, 4), (2048, 4), (2048, 8)),
-    *((4096, 4), (8192, 8), (8192, 16), (16384, 16)),
-)
+_SHAPES = (*((4096, 8), (4096, 16), (1024, 4), (2048, 4), (2048, 8)), *((4096, 4), (8192, 8), (8192, 16), (16384, 16)))
 _CANDIDATES = launch.row_candidates(*_SHAPES, without={"sm_80": ((2048, 4),), "sm_100": ((4096, 8), (8192, 16))})
 for _kernel, _backward in ((gather_forward, False), (gather_backward, True)):
     _declared = launch.Tunable((_kernel,), _CANDIDATES, partial(_problem, backward=_backward))

@@ -285,11 +285,7 @@ def _problems(name: str, workload: launch.Workload) -> Iterator[launch.Problem]:
 # wide store.
 _WIDE = ((4096, 16), (2048, 16), (1024, 8), (1024, 4))
 for _name, _shapes, _without in (
-    (
-        _tunable((), True),
-        ((4096, 16), (2048, 8), (2048, 16), (2048, 4)),
-        {"sm_100": _WIDE, "gfx942": ((2048, 16),)},
-    ),
+    (_tunable((), True), ((4096, 16), (2048, 8), (2048, 16), (2048, 4)), {"sm_100": _WIDE, "gfx942": ((2048, 16),)}),
     (
         _tunable(STATISTICS, True),
         ((512, 4), (1024, 8), (1024, 4)),

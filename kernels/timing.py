@@ -36,10 +36,7 @@ class Trial:
 
 
 def sample_with_events(
-    calls: Mapping[Name, Callable[[Input], object]],
-    inputs: Sequence[Input],
-    repeats: int,
-    ahead_ms: float = 2.0,
+    calls: Mapping[Name, Callable[[Input], object]], inputs: Sequence[Input], repeats: int, ahead_ms: float = 2.0
 ) -> dict[Name, list[float]]:
     """Returns milliseconds of device time, one sample per call and repeat. Call each of `calls` once beforehand.
 
@@ -125,10 +122,7 @@ def difference(found: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 @contextlib.contextmanager
 def _poisoned_allocations() -> Iterator[None]:
     """Makes torch fill new memory with NaN, so that an element that a candidate does not write shows."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about operators that are not deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -107,11 +107,7 @@ def test_the_verdict_on_log_probs_holds_for_what_they_run(launches):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("case", "options"),
-    [
-        ("frozen", {}),
-        ("frozen, softcap", {"softcap": 30.0}),
-        ("entropy with its gradient", {"outputs": ("entropy",)}),
-    ],
+    [("frozen", {}), ("frozen, softcap", {"softcap": 30.0}), ("entropy with its gradient", {"outputs": ("entropy",)})],
 )
 def test_memory_is_the_plans(launches, case, options, backend):
     """All but what is as long as the hidden states is in the plan."""
@@ -161,13 +157,7 @@ def test_memory_of_a_small_call_is_the_plans(launches, n, backend):
 
 @pytest.mark.parametrize(
     ("options", "copies"),
-    [
-        ({}, 3),
-        ({"beta": 0.0}, 3),
-        ({"beta": 1.0}, 3),
-        ({"temperature": 2.0}, 4),
-        ({"divergence": "cosine"}, 3),
-    ],
+    [({}, 3), ({"beta": 0.0}, 3), ({"beta": 1.0}, 3), ({"temperature": 2.0}, 4), ({"divergence": "cosine"}, 3)],
     ids=str,
 )
 def test_memory_of_distillation(launches, options, copies, monkeypatch):

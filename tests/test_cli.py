@@ -306,11 +306,7 @@ def test_training_arguments_are_as_given():
                 "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
             ],
         ),
-        (
-            KeyboardInterrupt(),
-            130,
-            ["xpo-fast: stopped; no checkpoint had been written into xpo-fast-rl"],
-        ),
+        (KeyboardInterrupt(), 130, ["xpo-fast: stopped; no checkpoint had been written into xpo-fast-rl"]),
         (
             torch.OutOfMemoryError("no memory"),
             2,
@@ -361,10 +357,7 @@ def test_importing_the_core_imports_no_transformers():
 
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "xpo_fast.cli", "methods", "--card", "dpo"],
-        timeout=300,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "xpo_fast.cli", "methods", "--card", "dpo"], timeout=300, capture_output=True, text=True
     )
     assert done.returncode == 0 and "dpo" in done.stdout
 
@@ -579,11 +572,7 @@ def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
 
     def known(name: str, command: str) -> bool:
         parser = cli.parsers()[command]
-        if parser.named(name) is not None or name in (
-            *aliases.ALIASES,
-            *aliases.REFUSED,
-            *options.TRAINER_ARGUMENTS,
-        ):
+        if parser.named(name) is not None or name in (*aliases.ALIASES, *aliases.REFUSED, *options.TRAINER_ARGUMENTS):
             return True
         methods = {"train": ("dpo", "kto"), "rl": ("grpo", "sapo", "vespo"), "reward": ("bradley_terry",)}[command]
         return any(name in aliases.hyperparameters(method, command) for method in methods)
@@ -679,24 +668,12 @@ def test_a_negative_number_is_a_value(option, value):
     ("words", "message"),
     [
         (["--warmup-ratio", "5"], "--warmup-ratio must be a share in [0, 1), got 5"),
-        (
-            ["--warmup-steps", "2.5"],
-            "--warmup-steps must be a number of steps, or a share of them below 1, got 2.5",
-        ),
+        (["--warmup-steps", "2.5"], "--warmup-steps must be a number of steps, or a share of them below 1, got 2.5"),
         (["--adam_beta2", "high"], "--train adam_beta2: expected a number, got 'high'"),
         (["--train", "full_determinism=3"], "--train full_determinism: expected true or false, got 3"),
-        (
-            ["--optim", "galore_adamw"],
-            "--optim galore_adamw does not work here: You need to install `galore_torch`",
-        ),
-        (
-            ["--load-in-4bit", "--full"],
-            "--load-in-4bit freezes the weights and trains an adapter: leave --full out",
-        ),
-        (
-            ["--eval_strategy", "no", "--eval_steps", "5"],
-            "--eval-steps evaluates rows held out, and there are none",
-        ),
+        (["--optim", "galore_adamw"], "--optim galore_adamw does not work here: You need to install `galore_torch`"),
+        (["--load-in-4bit", "--full"], "--load-in-4bit freezes the weights and trains an adapter: leave --full out"),
+        (["--eval_strategy", "no", "--eval_steps", "5"], "--eval-steps evaluates rows held out, and there are none"),
         (
             ["--train", "run_name=12"],
             "--train run_name: expected text, got 12; write it as an option of its own, --run_name 12",
@@ -860,16 +837,7 @@ def test_a_dry_run_leaves_the_run_in_the_folder_alone(home, tmp_path, capsys):
 
 def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
     out = tmp_path / "out"
-    words = [
-        "--model",
-        str(home / "model"),
-        "--cpu",
-        "--dry-run",
-        "--output-dir",
-        str(out),
-        "--batch-size",
-        "2",
-    ]
+    words = ["--model", str(home / "model"), "--cpu", "--dry-run", "--output-dir", str(out), "--batch-size", "2"]
     assert cli.main(["reward", "--data", str(home / "pairs.jsonl"), *words]) == 0
     said = capsys.readouterr().out
     first = make_rows(20)[0]

@@ -92,16 +92,7 @@ def test_the_command_line_wins(parsed):
     text = (
         "data: a.jsonl\nlr: 1\nlora: true\neval-split: 5\nset: {beta: 1, label_smoothing: 0.1}\ngroup-by-length: true\n"
     )
-    words = [
-        "--data",
-        "b.jsonl",
-        "--full",
-        "--eval-data",
-        "c.jsonl",
-        "--set",
-        "beta=2",
-        "--no-group-by-length",
-    ]
+    words = ["--data", "b.jsonl", "--full", "--eval-data", "c.jsonl", "--set", "beta=2", "--no-group-by-length"]
     found = parsed(text, *words)
     assert (found["data"], found["lr"], found["full"], found["lora"]) == (["b.jsonl"], 1.0, True, False)
     assert (found["eval_data"], found["eval_split"], found["group_by_length"]) == ("c.jsonl", None, False)
@@ -260,20 +251,7 @@ def test_what_is_written_is_read_as_the_same_options(tmp_path, command, words):
 def test_a_run_is_repeated_to_the_bit_by_the_file_that_it_wrote(home, tmp_path, capsys):  # noqa: F811
     first, second = tmp_path / "a b", tmp_path / "second"
     assert (
-        train(
-            home,
-            first,
-            "--max-steps",
-            "4",
-            "--lr",
-            "0.02",
-            "--set",
-            "beta=0.3",
-            "--seed",
-            "7",
-            "--eval-split",
-            "4",
-        )
+        train(home, first, "--max-steps", "4", "--lr", "0.02", "--set", "beta=0.3", "--seed", "7", "--eval-split", "4")
         == 0
     )
     again = (first / "config.yaml").read_text().splitlines()[1]
@@ -312,17 +290,7 @@ def test_other_commands_write_the_file_too(home, tmp_path, capsys, command):  # 
             "2",
         ],
     }[command]
-    words = [
-        "--model",
-        str(home / "model"),
-        "--cpu",
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "4",
-        "--output-dir",
-        str(out),
-    ]
+    words = ["--model", str(home / "model"), "--cpu", "--max-steps", "1", "--batch-size", "4", "--output-dir", str(out)]
     assert cli.main([command, *more, *words]) == 0
     back = cli.parse([command, "--config", str(out / "config.yaml")])
     assert (back.model, back.max_steps, back.cpu) == (str(home / "model"), 1, True)

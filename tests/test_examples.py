@@ -450,14 +450,7 @@ def test_recipe_ai_feedback(model, tokenizer, tmp_path):
     story = example("recipe_ai_feedback")
 
     def run(name, **options):
-        small = {
-            "questions": 3,
-            "held_out": 4,
-            "draws": 3,
-            "tokens": 5,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-        }
+        small = {"questions": 3, "held_out": 4, "draws": 3, "tokens": 5, "max_steps": 2, "learning_rate": 1e-2}
         return story.main(str(tmp_path / "tiny"), tmp_path / name, **small, **options)
 
     def lines(path):

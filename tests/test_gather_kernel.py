@@ -251,8 +251,7 @@ def check_errors(logits, message):
     with pytest.raises(ValueError, match=message):
         gather(logits, targets)
     assert_close(
-        xf.gather_logps(logits, targets),
-        logits.log_softmax(-1).diagonal().to(xf.gather_logps(logits, targets)),
+        xf.gather_logps(logits, targets), logits.log_softmax(-1).diagonal().to(xf.gather_logps(logits, targets))
     )
     with pytest.raises(ValueError, match="no backend named 'cuda'; there are auto, torch, triton"):
         xf.gather_logps(logits, targets, backend="cuda")

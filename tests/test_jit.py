@@ -112,13 +112,7 @@ def head(out=(), upstream=(), grad=None, ref=False, **scaling):
         bias = torch.zeros(s.vocab) if scaling else None
         reference = {"ref_products": s.tile(), "ref_bias": bias} if ref else {}
         own = None if grad is None else s.tile(grad)
-        options = {
-            **reference,
-            **scaling,
-            "out": s.vectors(out),
-            "upstream": s.vectors(upstream),
-            "grad": own,
-        }
+        options = {**reference, **scaling, "out": s.vectors(out), "upstream": s.vectors(upstream), "grad": own}
         rows.run(s.tile(), s.targets(), bias=bias, values=s.vectors(("entropy", "reverse_kl")), **options)
 
     return launch

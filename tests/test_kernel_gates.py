@@ -150,11 +150,7 @@ BARRIERS = {
     "cuda": (("ptx", assembly.PTX, r"\bbar(?:rier)?\.sync\b"),),
     "hip": (
         ("amdgcn", assembly.AMD, r"\bs_barrier\b"),
-        (
-            "llir",
-            LLVM,
-            r'\bfence syncscope\("workgroup"\) release\b(?!.*!mmra).*\n.*@llvm\.amdgcn\.s\.barrier',
-        ),
+        ("llir", LLVM, r'\bfence syncscope\("workgroup"\) release\b(?!.*!mmra).*\n.*@llvm\.amdgcn\.s\.barrier'),
     ),
 }
 

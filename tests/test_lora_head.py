@@ -33,10 +33,7 @@ pytestmark = [
 VOCAB, WIDTH = 61, 32
 SCALE = 0.7  # of the adapter
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "dense"])
-HEADS = {
-    "plain": {},
-    "everything": {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.7},
-}
+HEADS = {"plain": {}, "everything": {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.7}}
 # Which of A, B, W, bias learn beside hidden.
 LEARN = {
     "adapter": (True, True, False, False),
@@ -368,11 +365,7 @@ OTHERS = {
     "IA3": ("of a kind that is not low-rank", peft.IA3Config, {"feedforward_modules": []}),
     "VeRA": ("of a kind that is not low-rank", peft.VeraConfig, {}),
     "LoHa": ("of a kind that is not low-rank", peft.LoHaConfig, {}),
-    "tokens": (
-        "of a kind that is not low-rank",
-        peft.LoraConfig,
-        {"trainable_token_indices": {"lm_head": [3]}},
-    ),
+    "tokens": ("of a kind that is not low-rank", peft.LoraConfig, {"trainable_token_indices": {"lm_head": [3]}}),
     "variant": ("variant of LoRA that is not supported", peft.LoraConfig, {"alora_invocation_tokens": [1]}),
     "dropout": ("DoRA adapter with dropout", peft.LoraConfig, {"use_dora": True, "lora_dropout": 0.1}),
 }

@@ -160,11 +160,7 @@ def test_nvcc_that_fails(clone, tmp_path, wanted):
 
 @pytest.mark.parametrize(
     ("unknown", "dropped"),
-    [
-        ("compute_100f", ["sm_100f"]),
-        ("a,code", ["sm_90a"]),
-        ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"]),
-    ],
+    [("compute_100f", ["sm_100f"]), ("a,code", ["sm_90a"]), ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"])],
 )
 def test_targets_that_nvcc_does_not_know_are_left_out(clone, tmp_path, unknown, dropped):
     """By name, whether or not the library is asked for; what it was built for is in it."""
@@ -388,14 +384,7 @@ def test_loads_without_a_gpu_and_links_no_cuda(library, built):
     assert not re.search("cuda|torch|c10", linked.replace(str(built), ""))
     symbols = subprocess.run(["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True).stdout
     names = {line.split()[-1] for line in symbols.splitlines()}
-    assert {
-        "xpo_rows",
-        "xpo_rows_planned",
-        "xpo_plan_rows",
-        "xpo_error",
-        "xpo_architectures",
-        "xpo_usable",
-    } <= names
+    assert {"xpo_rows", "xpo_rows_planned", "xpo_plan_rows", "xpo_error", "xpo_architectures", "xpo_usable"} <= names
     assert all(name.startswith("xpo_") for name in names)
 
 
@@ -507,12 +496,7 @@ def stub(tmp_path, monkeypatch):
         (35, 12090, 0, "supports CUDA 12.9, and the library was compiled with CUDA 13.0: update the driver"),
         (35, 0, 0, "there is no NVIDIA GPU here, or no driver for it"),
         (100, 13000, 0, "there is no NVIDIA GPU here, or no driver for it"),
-        (
-            209,
-            13000,
-            75,
-            r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'",
-        ),
+        (209, 13000, 75, r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'"),
         (2, 13000, 90, r"CUDA refuses it, out of memory \(2\): pass backend='triton'"),
     ],
 )

@@ -130,12 +130,7 @@ def ruled_out(n, vocab):
 
 
 DISTRIBUTIONS = (ordinary, confident, surprised, rivalled, crowded, flat, risen, rising, ruled_out)
-SHAPES = {
-    "ragged": (6, 300),
-    "whole blocks": (5, 2 * BLOCK),
-    "a block and one": (4, BLOCK + 1),
-    "odd": (5, 77),
-}
+SHAPES = {"ragged": (6, 300), "whole blocks": (5, 2 * BLOCK), "a block and one": (4, BLOCK + 1), "odd": (5, 77)}
 
 
 def truth(products, y, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):

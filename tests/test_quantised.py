@@ -18,10 +18,7 @@ if sys.platform != "linux":
     pytest.skip("the extra [dev] has bitsandbytes on Linux alone", allow_module_level=True)
 
 WIDTH, VOCAB = 64, 97
-BITS = {
-    4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16},
-    8: {"load_in_8bit": True},
-}
+BITS = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}, 8: {"load_in_8bit": True}}
 IDS = torch.randint(2, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

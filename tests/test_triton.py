@@ -341,10 +341,7 @@ def check_logps(shape, head, learn):
 @interpreted
 @pytest.mark.parametrize(
     ("shape", "head", "ref", "learn"),
-    [
-        ("one token", "everything", "same head", "frozen"),
-        ("all ignored", "everything", "same head", "trainable"),
-    ]
+    [("one token", "everything", "same head", "frozen"), ("all ignored", "everything", "same head", "trainable")]
     + [("tile of one", h, "own head", "trainable") for h in HEADS]
     + [("tile of one", "everything", "own head", learn) for learn in ("frozen", "bias only")],
 )

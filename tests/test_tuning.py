@@ -235,10 +235,7 @@ def test_corrupt(gpu, cache, content):
 def test_another_layout(gpu, cache):
     """Of another version of this package: not read, without a warning, and kept aside."""
     cache.parent.mkdir()
-    content = {
-        "version": launch.TUNING.version + 1,
-        "entries": {launch.entry("doubled", GPU, KEY): FAST.options},
-    }
+    content = {"version": launch.TUNING.version + 1, "entries": {launch.entry("doubled", GPU, KEY): FAST.options}}
     cache.write_text(json.dumps(content))
     assert launch.lookup("doubled", GPU, KEY) == SLOW
     store()
@@ -495,9 +492,7 @@ def heaviest():
                 }
                 for a_warp in {min(blocks), max(blocks)}:
                     yield pytest.param(
-                        blocks[a_warp],
-                        target,
-                        id=f"{variant.kernel.__name__}, {blocks[a_warp].name}, {target}",
+                        blocks[a_warp], target, id=f"{variant.kernel.__name__}, {blocks[a_warp].name}, {target}"
                     )
 
 

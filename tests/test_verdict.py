@@ -262,10 +262,7 @@ def raising(error):
         (OSError(28, "No space left on device"), False),
         (torch.OutOfMemoryError("no memory"), False),
         (RuntimeError("CUDA error: out of memory"), False),
-        (
-            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-            False,
-        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), False),
         (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
         (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), True),
@@ -299,18 +296,8 @@ ENDS = {
         "its process was ended by SIGSEGV: illegal access",
         True,
     ),
-    "ended by others": (
-        "os.kill(os.getpid(), signal.SIGKILL)",
-        False,
-        "its process was ended by SIGKILL",
-        False,
-    ),
-    "a status": (
-        "sys.exit('no such module')",
-        False,
-        "its process ended with status 1: no such module",
-        False,
-    ),
+    "ended by others": ("os.kill(os.getpid(), signal.SIGKILL)", False, "its process was ended by SIGKILL", False),
+    "a status": ("sys.exit('no such module')", False, "its process ended with status 1: no such module", False),
     "nothing said": ("pass", False, "its process ended with status 0", False),
     "half a line": (
         "print('verdict: {\"ok\": tr', flush=True); sys.exit(3)",

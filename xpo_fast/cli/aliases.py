@@ -16,11 +16,7 @@ from .typed import Typed, hyperparameters
 COMMANDS = ("train", "reward", "rl", "recipe")
 
 # Names of one thing: typing one of them overrides the others in a configuration.
-_SYNONYMS = (
-    {"method", "loss-type"},
-    {"dtype", "torch-dtype", "bf16", "fp16"},
-    {"lora", "full", "use-peft"},
-)
+_SYNONYMS = ({"method", "loss-type"}, {"dtype", "torch-dtype", "bf16", "fp16"}, {"lora", "full", "use-peft"})
 
 
 def overridden(name: str, typed: Typed) -> bool:

@@ -153,8 +153,7 @@ def markdown() -> str:
         ),
     )
     attributes = _markdown_table(
-        ("method", *ATTRIBUTES),
-        ((f"`{m.name}`", *(m.card.attributes[a] for a in ATTRIBUTES)) for m in methods),
+        ("method", *ATTRIBUTES), ((f"`{m.name}`", *(m.card.attributes[a] for a in ATTRIBUTES)) for m in methods)
     )
     return "\n".join(
         [

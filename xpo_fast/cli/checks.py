@@ -92,10 +92,7 @@ def check_names(args: argparse.Namespace) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for option, what, known in (
-        ("scheduler", "schedule", SchedulerType),
-        ("optim", "optimizer", OptimizerNames),
-    ):
+    for option, what, known in (("scheduler", "schedule", SchedulerType), ("optim", "optimizer", OptimizerNames)):
         value, names = getattr(args, option), [entry.value for entry in known]
         if value is not None and value not in names:
             near = did_you_mean(value, names)

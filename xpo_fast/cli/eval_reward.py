@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
     scored = list(_scored(args, pairs))
     config_file.write(args, output, "eval-reward")
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
-    report = {
-        **training.report_header(args),
-        "scorers": [summary(scores) for scores in scored],
-        "comparisons": against,
-    }
+    report = {**training.report_header(args), "scorers": [summary(scores) for scores in scored], "comparisons": against}
     write_json(output / "report.json", report)
     _write_scores(output / "scores.jsonl", pairs, scored)
     if can_plot():

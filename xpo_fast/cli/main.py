@@ -89,11 +89,7 @@ def _dest(parser: Parser, word: str) -> str | None:
 
 def _mistakes() -> tuple[type[BaseException], ...]:
     """Returns the errors that become one line. A module that no command has imported has raised none."""
-    late = (
-        ("xpo_fast.rewards", "RewardError"),
-        ("xpo_fast.rollout", "RolloutError"),
-        ("torch", "OutOfMemoryError"),
-    )
+    late = (("xpo_fast.rewards", "RewardError"), ("xpo_fast.rollout", "RolloutError"), ("torch", "OutOfMemoryError"))
     found = [getattr(sys.modules[module], name) for module, name in late if module in sys.modules]
     return (ValueError, ImportError, OSError, *found)
 

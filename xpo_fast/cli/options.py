@@ -331,11 +331,7 @@ def add_length_rule(group: Any) -> None:
 
 def length_rule(args: argparse.Namespace) -> dict[str, float | None]:
     """Returns the fields of a reward model's specification for the options of `add_length_rule`."""
-    return {
-        "length_alpha": args.length_alpha,
-        "length_target": args.length_target,
-        "length_lam": args.length_penalty,
-    }
+    return {"length_alpha": args.length_alpha, "length_target": args.length_target, "length_lam": args.length_penalty}
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:

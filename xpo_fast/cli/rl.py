@@ -178,12 +178,7 @@ def run(args: argparse.Namespace) -> int:
     rollout = None
     if args.server:
         rollout = ServerRollout(
-            args.server,
-            tokenizer,
-            model=args.server_model,
-            api_key=args.api_key,
-            push="lora",
-            folder=args.server_lora,
+            args.server, tokenizer, model=args.server_model, api_key=args.api_key, push="lora", folder=args.server_lora
         )
     trainer = RLTrainer(
         model,

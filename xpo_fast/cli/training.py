@@ -89,10 +89,7 @@ def report_header(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the first entries of results.json and report.json: options and versions."""
     from .doctor import versions
 
-    return {
-        "options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")},
-        "versions": versions(),
-    }
+    return {"options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")}, "versions": versions()}
 
 
 def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: str | None) -> dict[str, float]:

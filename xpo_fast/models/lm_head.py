@@ -28,10 +28,7 @@ _ACTS: dict[str, int | str] = {
 }
 _ALSO_CALLED = {"final_logit_softcapping": "logit_softcap"}  # a module that is made from the attribute
 # Model types for which an attribute has another power; 0: it acts before the head.
-ACTS_OF: dict[str, Mapping[str, int | str]] = {
-    "hyperclovax": {"logits_scaling": 1},
-    "minicpm3": {"logits_scaling": 0},
-}
+ACTS_OF: dict[str, Mapping[str, int | str]] = {"hyperclovax": {"logits_scaling": 1}, "minicpm3": {"logits_scaling": 0}}
 # Model types that change logits in a way no Head can express.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
 # Packages whose hooks on a head, and replacements of its forward, gather, move or cast and do not change its logits.
@@ -229,8 +226,7 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
         raise _refused(owner, "carries a DoRA adapter with lora_bias, whose norm has no agreed meaning")
     if not isinstance(layer.lora_dropout[name], nn.Identity):
         raise _refused(
-            owner,
-            "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0",
+            owner, "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0"
         )
     scale = layer.scaling[name]
     weight, a, b, magnitude = unpartitioned(

@@ -131,13 +131,7 @@ class SampledChoice:
     """A `Choice` by n sampled replies of a rollout (a server, for example): the first of the words in each reply."""
 
     def __init__(
-        self,
-        rollout: Rollout,
-        *,
-        n: int = 1,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        chat: bool = True,
+        self, rollout: Rollout, *, n: int = 1, sampling: Sampling | None = None, seed: int = 0, chat: bool = True
     ) -> None:
         self.rollout, self.n, self.seed, self.chat = rollout, n, seed, chat
         self.sampling = sampling or Sampling(max_new_tokens=8, temperature=0.0 if n == 1 else 1.0)

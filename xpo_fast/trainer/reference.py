@@ -157,11 +157,7 @@ class LiveReference:
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yields the reference model in eval mode and without gradient."""
         scored = model if self.copy is None else self.copy
-        with (
-            self.accelerator.autocast(),
-            without_adapter(self.accelerator.unwrap_model(scored)),
-            evaluating(scored),
-        ):
+        with self.accelerator.autocast(), without_adapter(self.accelerator.unwrap_model(scored)), evaluating(scored):
             yield scored
 
 
