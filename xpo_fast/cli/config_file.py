@@ -35,9 +35,10 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
     """
     alone = around(command, parser, typed)
     entries = [
-        (where, _repeated(parser, given, where))
+        (where, one)
         for where, given in _read(Path(path))
         if not aliases.overridden(given.name, alone)
+        for one in _repeated(parser, given, where)
     ]
     from_file = [word for _, given in entries for word in given.typed]
     both = around(command, parser, [*from_file, *typed])
@@ -204,21 +205,14 @@ def _value(node: Any) -> Any:
     return node.value
 
 
-def _repeated(parser: Parser, given: Given, where: str) -> Given:
-    """Returns the option; values that begin with dashes become one --name=VALUE each, if the option may be repeated."""
+def _repeated(parser: Parser, given: Given, where: str) -> list[Given]:
+    """Returns the option, once per value if values begin with dashes; UsageError if it may not be repeated."""
     dashed = next((word for word in given.words if word.startswith("--")), None)
     if dashed is None:
-        return given
-    action = parser.named(given.name)
-    if not isinstance(action, argparse._AppendAction):
+        return [given]
+    if not isinstance(parser.named(given.name), argparse._AppendAction):
         raise UsageError(f"{where}: {given.name}: no value of its list begins with --, got {dashed!r}")
-    return _Repeated(given.name, None, given.words)
-
-
-class _Repeated(Given):
-    @property
-    def typed(self) -> list[str]:
-        return [f"--{self.name}={word}" for word in self.words]
+    return [Given(given.name, word, []) for word in given.words]
 
 
 def _check_setting(given: Given, typed: Typed, where: str) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import loading, options
+from . import loading, options, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,20 +116,11 @@ def _batch(encoded: Any, collate: Any, config: Any) -> dict[str, Tensor]:
 
 
 def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit: str = "rows") -> None:
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    base = total if args.full else total - trained
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     bits = "4 bits" if args.load_in_4bit else "8 bits" if args.load_in_8bit else dtype
-    how = (
-        "every weight"
-        if args.full
-        else "the value head"
-        if getattr(args, "head_only", False)
-        else f"LoRA of rank {args.lora_rank}"
-    )
-    print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
+    how = "the value head" if getattr(args, "head_only", False) else f"LoRA of rank {args.lora_rank}"
+    how = "every weight" if args.full else how
+    print(f"model      {args.model}: {training.weights(model, full=args.full)[0]} weights in {bits}; {how} is trained")
     held = "none" if held_out is None else len(held_out)
     print(f"data       {options.sources(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..wording import did_you_mean
 from .aliases import ALIASES, REFUSALS
-from .loss_types import loss_types
 from .options import has_default
 from .parser import Parser, UsageError, option
+from .typed import loss_types
 
 REGENERATE = "xpo-fast help --markdown > docs/commands.md"
 

@@ -119,16 +119,23 @@ class Options(argparse.Namespace):
         self.parser = parser
 
 
+@dataclass(frozen=True)
 class Given:
     """One option as it was typed: its name without dashes, the text after `=` or None, and the words that follow it."""
 
-    def __init__(self, name: str, value: str | None, words: list[str]) -> None:
-        self.name, self.value, self.words = name, value, words
+    name: str
+    value: str | None
+    words: list[str]
 
     @property
     def values(self) -> list[str]:
         """The value after `=`, or the words that follow the option."""
         return self.words if self.value is None else [self.value]
+
+    @property
+    def first(self) -> str:
+        """The first of `values`; "true" for an option without a value."""
+        return self.values[0] if self.values else "true"
 
     @property
     def typed(self) -> list[str]:
@@ -137,9 +144,7 @@ class Given:
 
     def switch(self) -> bool | None:
         """Returns True or False for an option written as a switch, None for another value."""
-        if not self.values:
-            return True
-        word = self.values[0].lower()
+        word = self.first.lower()
         return True if word in TRUE else False if word in FALSE else None
 
 
