@@ -118,7 +118,7 @@ def mixed_precision(dtype: str) -> Alias:
 
 def level(given: Given, typed: Typed) -> list[str]:
     """Translates --importance_sampling_level, which the method implies here."""
-    if typed.has("loss-type"):
+    if "loss-type" in typed.options:
         return []  # read together with it
     by_sequence = given.values[:1] == ["sequence"]
     if typed.method not in (("gspo", "luspo") if by_sequence else {*POLICY_LOSS_TYPES} - {"luspo"}):
@@ -133,7 +133,7 @@ def epsilon(given: Given, typed: Typed) -> list[str]:
         raise UsageError(f"--{given.name}: cispo is capped by --epsilon_high alone, here --set cap=…")
     if "eps_low" in known:
         # TRL's epsilon is both bounds unless epsilon_high is given.
-        both = [] if typed.has("epsilon-high") else set_words(given, "eps_high")
+        both = [] if "epsilon-high" in typed.options else set_words(given, "eps_high")
         return [*set_words(given, "eps_low"), *both]
     return hyperparameter("eps").words(given, typed)
 
@@ -141,7 +141,7 @@ def epsilon(given: Given, typed: Typed) -> list[str]:
 def eval_strategy(given: Given, typed: Typed) -> list[str]:
     """Translates --eval_strategy."""
     value = given.first.lower()
-    if value in FALSE or (value == "steps" and typed.has("eval-steps")):
+    if value in FALSE or (value == "steps" and "eval-steps" in typed.options):
         return ["--eval-split=0"] * (value != "steps")
     raise UsageError(
         f"--{given.name} {value}: rows held out are evaluated before and after training, and every N steps by "
@@ -227,9 +227,7 @@ ALIASES: dict[str, Alias] = {
     "use_cpu": renamed("cpu"),
     "no_cuda": renamed("cpu"),
     # The method.
-    "loss_type": Alias(
-        "`--method`, by the table below", lambda given, typed: as_method(given, typed.command, typed.options)
-    ),
+    "loss_type": Alias("`--method`, by the table below", as_method),
     "loss_weights": Alias("`--set weights=[…]`", lambda given, typed: [f"--set=weights=[{', '.join(given.values)}]"]),
     "importance_sampling_level": Alias("`--method gspo` or `luspo`", level),
     "precompute_ref_log_probs": choices("`--reference cached`", true=["--reference=cached"], false=[]),
@@ -353,7 +351,7 @@ def overridden(name: str, typed: Typed) -> bool:
     """
     name = name.replace("_", "-")
     group = next((names for names in _SYNONYMS if name in names), set())
-    given = [typed.options[other] for other in group if typed.has(other)]
+    given = [typed.options[other] for other in group if other in typed.options]
     return any(g.name.replace("_", "-") == name or g.switch() is not False for g in given)
 
 

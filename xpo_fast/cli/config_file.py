@@ -20,10 +20,8 @@ from .typed import Typed, around, hyperparameters
 FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
-# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line
-# both.
-_MAPPINGS = ("set", "train", "columns")
-_SETTINGS = ("set", "train")
+_SETTINGS = ("set", "train")  # options NAME=VALUE that are taken from file and command line both
+_MAPPINGS = (*_SETTINGS, "columns")  # options that a file may write as a mapping
 
 
 def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:
@@ -259,14 +257,11 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
         else:
             if action is None:
                 raise UsageError(f"one value is taken there, got another, {word!r}")
-            if action.nargs in ("+", "*"):
-                first = (
-                    [] if any(dest == action.dest for _, dest in words) else [(action.option_strings[-1], action.dest)]
-                )
-                _of_type(parser, action, word)
-                words += [*first, (word, action.dest)]
-                continue
             repeated = any(dest == action.dest for _, dest in words)
+            if action.nargs in ("+", "*"):
+                _of_type(parser, action, word)
+                words += [*[(action.option_strings[-1], action.dest)] * (not repeated), (word, action.dest)]
+                continue
             if action.nargs == 0 or (repeated and not isinstance(action, argparse._AppendAction)):
                 raise argparse.ArgumentError(action, f"takes one value, got another, {word!r}")
             words.append((_of_type(parser, action, word), action.dest))

@@ -59,6 +59,15 @@ def accelerator_of(args: argparse.Namespace) -> str:
     return "cpu" if accelerator is None else str(accelerator)
 
 
+def placed(args: argparse.Namespace, name: str, dtype: str) -> tuple[Any, Any]:
+    """Returns a model on the accelerator, and its tokenizer."""
+    from ..models import load_model
+
+    model, tokenizer = load_model(name, dtype=dtype, device=device_of(args))
+    move: Any = model.to
+    return move(accelerator_of(args)), tokenizer
+
+
 def quantised(args: argparse.Namespace) -> dict[str, Any]:
     """Returns keyword arguments of `from_pretrained` for --load-in-4bit and --load-in-8bit."""
     import torch

@@ -70,13 +70,11 @@ def parsers(parser: Parser | None = None) -> dict[str, Parser]:
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False)
-    doctor.add_argument(
-        "--check",
-        action="store_true",
-        help="check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if "
-        "one fails",
+    about = (
+        "check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one fails"
     )
+    doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False)
+    doctor.add_argument("--check", action="store_true", help=about)
     doctor.set_defaults(run=_doctor)
 
 
@@ -106,14 +104,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = commands[command]
     try:
         typed = around(command, parser, words)
-        config = typed.options.get("config")
+        config, given = typed.options.get("config"), []
         if sum(isinstance(g, Given) and g.name == "config" for g in split(words)) > 1:
             raise UsageError("--config came twice; write the options into one file")
         if config is not None and config.values and parser.named("config") is not None:
-            given = config_file.words(config.values[0], command, parser, words)
+            given = config_file.words(config.first, command, parser, words)
             typed = around(command, parser, [*given, *words])
-        else:
-            given = []
         found, off = spelled(parser, words, lambda other: aliases.translate(other, typed))
         found = [word for word in found if not (word.startswith("--") and _dest(parser, word) in off)]
     except UsageError as error:
@@ -151,7 +147,7 @@ def _message(error: BaseException, args: argparse.Namespace) -> str:
 def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
     """Returns further lines that say what to do."""
     if _of_memory(error):
-        return [line for line in [_less_memory(args)] if line]
+        return _less_memory(args)
     checkpoint = getattr(error, "checkpoint", None)
     if checkpoint is not None and "resume" in args:
         return [f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"]
@@ -162,10 +158,10 @@ def _of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
 
 
-def _less_memory(args: argparse.Namespace) -> str | None:
+def _less_memory(args: argparse.Namespace) -> list[str]:
     """Returns what to do after memory ran out, by the options that the command has."""
     if not hasattr(args, "batch_size"):
-        return None
+        return []
     halve = "halve --batch-size"
     if hasattr(args, "grad_accum"):
         halve += " and double --grad-accum, which trains the same"
@@ -173,4 +169,4 @@ def _less_memory(args: argparse.Namespace) -> str | None:
     named = {name: f"--set {name}=N" for name in getattr(args, "parser", Parser).settings}
     named |= {name: f"--{name.replace('_', '-')}" for name in names if hasattr(args, name)}
     others = ", ".join(named[name] for name in names if name in named)
-    return f"{halve}; or use {others}" if others else halve
+    return [f"{halve}; or use {others}" if others else halve]

@@ -63,19 +63,14 @@ class Parser(argparse.ArgumentParser):
         """Returns the help with every option, and the settings after them."""
         formatter = self._get_formatter()
         formatter.start_section("settings, each as --set NAME=VALUE")
-        formatter.add_arguments(
-            [
-                argparse.Action([], name, help=s.about, metavar=f"{name}={s.metavar}")
-                for name, s in self.settings.items()
-            ]
-        )
+        for name, s in self.settings.items():
+            formatter.add_argument(argparse.Action([], name, help=s.about, metavar=f"{name}={s.metavar}"))
         formatter.end_section()
         return f"{super().format_help()}\n{formatter.format_help()}"
 
     def error(self, message: str) -> NoReturn:
         """Prints the message, with the nearest names of an unknown choice, and where to read on; exits with code 2."""
-        choice = _CHOICE.search(message)
-        if choice:
+        if choice := _CHOICE.search(message):
             message += did_you_mean(choice["given"], re.findall(r"[^\s',]+", choice["names"]))
         print(f"{self.prog}: error: {message}\nsee {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
@@ -187,10 +182,8 @@ def spelled(
         action = parser.named(given.name)
         negated = parser.negated(given.name)
         if action is not None:
-            if _own(action, given, found):
-                off.add(action.dest)
-            else:
-                off.discard(action.dest)
+            off.discard(action.dest)
+            off |= {action.dest} if _own(action, given, found) else set()
         elif negated is not None and given.value is None:
             off.add(negated.dest)
             found += given.words

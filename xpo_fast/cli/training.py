@@ -173,21 +173,16 @@ def json_log(args: argparse.Namespace) -> Any:
             nonlocal waiting
             if not state.is_world_process_zero:
                 return
-            first, waiting = waiting or [], None
-            if not state.global_step:
-                write_atomically(path, "".join(first).encode())
-                return
-            if not path.is_file():
-                return
-            kept, last = [], 0
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                try:
-                    step = json.loads(line)["step"]
-                except ValueError:  # was being written when the run died
-                    continue
-                if last <= step <= state.global_step:
-                    kept.append(line)
-                    last = step
+            kept, waiting = waiting or [], None
+            if state.global_step:
+                if not path.is_file():
+                    return
+                kept, last = [], 0
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                    with contextlib.suppress(ValueError):  # was being written when the run died
+                        if last <= json.loads(line)["step"] <= state.global_step:
+                            kept.append(line)
+                            last = json.loads(line)["step"]
             write_atomically(path, "".join(kept).encode())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

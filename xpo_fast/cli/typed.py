@@ -18,15 +18,11 @@ class Typed:
     parser: Parser
     options: Mapping[str, Given]  # by name, with dashes
 
-    def has(self, name: str) -> bool:
-        """Returns whether the option was typed; its name has dashes."""
-        return name in self.options
-
     @property
     def method(self) -> str:
         """The method of --method or --loss_type, by its name in this project, or the default."""
-        if self.has("loss-type") and not self.has("method"):
-            return as_method(self.options["loss-type"], self.command, self.options)[0].partition("=")[2]
+        if "loss-type" in self.options and "method" not in self.options:
+            return as_method(self.options["loss-type"], self)[0].partition("=")[2]
         given = self.options.get("method")
         return given.values[0] if given and given.values else self.parser.get_default("method") or ""
 
@@ -52,12 +48,6 @@ def hyperparameters(method: str, command: str) -> tuple[str, ...]:
     return (*dict.fromkeys(own), *(OBJECTIVE_OPTIONS if command == "train" else ()))
 
 
-# Loss types of TRL beyond those of its DPOTrainer that integrations/liger/pairs.py names: DPO's, KTO's, CPO's and
-# SFT's.
-_FURTHER_LOSS_TYPES = {
-    **{name: name for name in ("aot", "aot_unpaired", "sft", "kto", "apo_zero_unpaired", "simpo")},
-    **{"sigmoid_norm": "dpo_norm", "nll": "sft"},
-}
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -65,24 +55,24 @@ def loss_types() -> dict[str, str]:
     """Returns the method of each loss type of TRL's trainers on preferences, as docs/conversions.md has them."""
     from ..integrations.liger.pairs import DPO_METHODS
 
-    return {**DPO_METHODS, **_FURTHER_LOSS_TYPES}
+    same = ("aot", "aot_unpaired", "sft", "kto", "apo_zero_unpaired", "simpo")  # DPO's, KTO's, CPO's and SFT's
+    return {**DPO_METHODS, **{name: name for name in same}, "sigmoid_norm": "dpo_norm", "nll": "sft"}
 
 
-def as_method(given: Given, command: str, options: Mapping[str, Given]) -> list[str]:
+def as_method(given: Given, typed: Typed) -> list[str]:
     """Returns the words for --loss_type; raises UsageError for an unknown one, or other options against it."""
-    if "method" in options:
+    if "method" in typed.options:
         raise UsageError(f"--{given.name} and --method both say what the loss is: leave one out")
     names = given.values
-    if command == "rl":
-        known = {name: name for name in POLICY_LOSS_TYPES}
-    else:
+    known = dict(zip(POLICY_LOSS_TYPES, POLICY_LOSS_TYPES))
+    if typed.command != "rl":
         from ..methods import METHODS
 
         known = {name: name for name in METHODS} | loss_types()
     for name in names:
         if name not in known:
             raise UsageError(f"--{given.name}: no loss type named {name!r}{did_you_mean(name, known)}")
-    level = options.get("importance-sampling-level")
+    level = typed.options.get("importance-sampling-level")
     if level is not None and names:
         by_sequence = level.values[:1] == ["sequence"]
         if by_sequence and names[0] not in ("grpo", "luspo"):
@@ -90,7 +80,4 @@ def as_method(given: Given, command: str, options: Mapping[str, Given]) -> list[
         if not by_sequence and names[0] == "luspo":
             raise UsageError(f"--{level.name} token: luspo has the ratio of a sequence")
         known = {**known, "grpo": "gspo"} if by_sequence else known
-    found = [f"--method={' + '.join(known[name] for name in names)}"]
-    if "sppo_hard" in names:
-        found.append("--set=variant=hard")
-    return found
+    return [f"--method={' + '.join(known[name] for name in names)}", *["--set=variant=hard"] * ("sppo_hard" in names)]
