@@ -31,7 +31,7 @@ class SavingError(OSError):
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Raises SavingError, naming `path`, for what torch, safetensors, tokenizers and Python raise about files inside."""
+    """Raises SavingError, naming `path`, for what torch, safetensors, tokenizers and Python raise about files."""
     try:
         yield
     except SavingError:

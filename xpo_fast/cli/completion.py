@@ -18,7 +18,6 @@ def add_parser(commands: Any, whole: Parser) -> None:
     parser = commands.add_parser(
         "completion",
         help="tab completion for bash, zsh or fish",
-        allow_abbrev=False,
         description="Print the script that completes commands, options, files and names, for example: xpo-fast "
         "completion bash > ~/.local/share/bash-completion/completions/xpo-fast",
     )

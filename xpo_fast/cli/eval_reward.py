@@ -24,8 +24,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval-reward",
         help="measure reward models and policies on pairs",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Accuracy, calibration, dependence on length and distributions of scores, as figures and plots, "
         "of every --model (explicit rewards) and every --policy (implicit rewards) on the same pairs.",
     )

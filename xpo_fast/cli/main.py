@@ -49,7 +49,6 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="xpo-fast",
         description="Preference training, supervised fine-tuning and RL of language models, without logits in memory.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -70,18 +69,15 @@ def parsers(parser: Parser | None = None) -> dict[str, Parser]:
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    about = (
-        "check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one fails"
-    )
-    doctor = commands.add_parser("doctor", help="versions, devices, backends, and what is missing", allow_abbrev=False)
-    doctor.add_argument("--check", action="store_true", help=about)
-    doctor.set_defaults(run=_doctor)
+    def run(args: argparse.Namespace) -> int:
+        from . import doctor
 
+        return doctor.run(args)
 
-def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import run
-
-    return run(args)
+    parser = commands.add_parser("doctor", help="versions, devices, backends, and what is missing")
+    about = "check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one"
+    parser.add_argument("--check", action="store_true", help=f"{about} fails")
+    parser.set_defaults(run=run)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

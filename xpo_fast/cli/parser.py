@@ -36,6 +36,19 @@ class Setting:
     about: str
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, if there is one that is not said."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if has_default(action) else action.help
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Returns whether an option has a default that its help does not mention."""
+    value = action.default
+    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one or two lines, with the nearest names.
 
@@ -45,6 +58,9 @@ class Parser(argparse.ArgumentParser):
 
     rare: Collection[str] = ()
     settings: Mapping[str, Setting] = MappingProxyType({})
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(formatter_class=Help, allow_abbrev=False, **how)
 
     def format_help(self) -> str:
         """Returns the help without the rare options."""

@@ -27,8 +27,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "recipe",
         help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs "
         "are kept in --output-dir, and a run that was stopped goes on with --resume.",
     )

@@ -25,8 +25,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "reward",
         help="train a reward model",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Train a causal LM with a value head to score completions, and measure it on rows held out.",
     )
     parser.set_defaults(run=run)

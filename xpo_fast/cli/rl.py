@@ -70,8 +70,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "rl",
         help="train a model by rewards for its own completions",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Online RL: sample completions, score them by functions, reward models or a judge, and take "
         "steps of a policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
     )

@@ -68,8 +68,9 @@ def check_names(method: str, given: Iterable[str], own: Iterable[str], whose: st
     refused, own, further = sorted({*given} - {*own} - {*further}), [*own], [*further]
     if refused:
         raise UsageError(
-            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has {', '.join(own) or 'none'}"
-            f"; and {whose} has {', '.join(further)}{did_you_mean(refused[0], [*own, *further])}"
+            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; "
+            f"it has {', '.join(own) or 'none'}; and {whose} has {', '.join(further)}"
+            f"{did_you_mean(refused[0], [*own, *further])}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Ends a run on Ctrl-C and SIGTERM, after the step under way or at once; keeps it alive when no one reads its output."""
+"""Ends a run on Ctrl-C and SIGTERM, after its step or at once; keeps it alive when the reader of its output is gone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,6 @@ class _Outliving:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.closed_by_reader = False
 
     def write(self, text: str) -> int:
         try:
@@ -111,7 +110,6 @@ class _Outliving:
             self._give_up()
 
     def _give_up(self) -> None:
-        self.closed_by_reader = True
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())  # so does the rest of the buffers when Python ends
         os.close(null)

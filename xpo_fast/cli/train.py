@@ -31,8 +31,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model on pairs, lists, single rows or by supervised fine-tuning",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and report what "
         "it has learned on rows held out. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
     )
@@ -175,6 +173,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     from ..precision import name_of
 
     base, trained = training.weights(trainer.model, full=args.full)
+    dtype = name_of(next(trainer.model.parameters()).dtype)
     how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
     if trainer.accelerator.mixed_precision != "no":
         how += f", {trainer.accelerator.mixed_precision} mixed precision"
@@ -183,7 +182,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     step = args.batch_size * args.grad_accum * trainer.accelerator.num_processes
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
-        "model": f"{args.model}: {base} weights in {name_of(next(trainer.model.parameters()).dtype)}; {how}, {trained} trained",
+        "model": f"{args.model}: {base} weights in {dtype}; {how}, {trained} trained",
         "data": f"{options.sources(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, "
         f"{held}",
         "method": f"{trainer.objective}, lr {trainer.args.learning_rate:g}, {step} {what} a step",

@@ -64,7 +64,7 @@ def as_method(given: Given, typed: Typed) -> list[str]:
     if "method" in typed.options:
         raise UsageError(f"--{given.name} and --method both say what the loss is: leave one out")
     names = given.values
-    known = dict(zip(POLICY_LOSS_TYPES, POLICY_LOSS_TYPES))
+    known: dict[str, str] = dict(zip(POLICY_LOSS_TYPES, POLICY_LOSS_TYPES))
     if typed.command != "rl":
         from ..methods import METHODS
 

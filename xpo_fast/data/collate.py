@@ -34,8 +34,7 @@ class Collator:
     * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets (B, T')
       int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
     * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
-    * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a completion that
-      is missing.
+    * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a missing one.
 
     Raises DataError for a list with fewer reference log-probs than completions; ValueError for an unknown kind.
     """

@@ -44,7 +44,7 @@ def encode(
     Unpaired rows with a label also get `kl_completion_ids`, the mismatched completion of KTO's KL estimate: that of the
     next row (cyclic) with another prompt, cut to fit. It depends neither on batch size nor on `num_proc`.
 
-    dataset: from `load`, of this kind. kind: a key of `KINDS`. Lengths are in tokens. num_proc: processes that tokenize.
+    dataset: from `load`, of this kind. kind: a key of `KINDS`. Lengths are in tokens. num_proc: how many processes.
 
     Returns one column of ids for each column of text, ``…_ids`` (completions_ids: a list of lists), and the others.
     Raises DataError for a conversation without a chat template or refused by it, a prompt or completion without a
@@ -125,9 +125,9 @@ def encode_rows(
 ) -> dict[str, list]:
     """Tokenizes and cuts a batch of rows, see `encode`.
 
-    batch: columns, those of `load`; leading: from `leading_ids`, for rows of text. Returns also the counts `prompt_cut`,
-    `completions_cut`, `count` (of completions) and `rewritten` (whether the chat template writes the prompt differently
-    before an answer).
+    batch: columns, those of `load`. leading: from `leading_ids`, for rows of text. Returns also the counts
+    `prompt_cut`, `completions_cut`, `count` (of completions) and `rewritten` (whether the chat template writes the
+    prompt differently before an answer).
     """
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     row_kind = get_kind(kind)

@@ -45,10 +45,10 @@ def load(
 ) -> datasets.Dataset:
     """Reads preference data of any of the usual forms into one.
 
-    source: a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name for `datasets.load_dataset`,
+    source: a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name of `datasets.load_dataset`,
         a `datasets.Dataset` or `DatasetDict`, or a list of dicts; or a list of paths and names, read one after another.
-        A path or name may be followed by ``:SPLIT``, ``:WEIGHT`` or ``:SPLIT:WEIGHT``. What `load` has returned for this
-        kind stays as it is; rows that were changed since are checked again.
+        A path or name may be followed by ``:SPLIT``, ``:WEIGHT`` or ``:SPLIT:WEIGHT``. What `load` has returned for
+        this kind stays as it is; rows that were changed since are checked again.
     kind: a key of `KINDS`. A pair read as unpaired gives a desirable and an undesirable row; one with scores read as a
         list gives a list of two; read as rejected or chosen, it gives that half. Unpaired rows read as chosen are taken
         whatever their label.

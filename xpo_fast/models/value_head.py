@@ -50,7 +50,7 @@ class ValueHead(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Returns the values (…, K), float32, of hidden (…, D), or `Head.inputs` (…, D + r): the last r are not read."""
+        """Returns values (…, K), float32, of hidden (…, D), or of `Head.inputs` (…, D + r): the last r are not read."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden[..., : self.weight.shape[1]].float()
             return nn.functional.linear(hidden, self.weight.float(), self.bias.float())
