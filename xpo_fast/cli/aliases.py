@@ -141,8 +141,10 @@ def epsilon(given: Given, typed: Typed) -> list[str]:
 def eval_strategy(given: Given, typed: Typed) -> list[str]:
     """Translates --eval_strategy."""
     value = given.first.lower()
-    if value in FALSE or (value == "steps" and "eval-steps" in typed.options):
-        return ["--eval-split=0"] * (value != "steps")
+    if value in FALSE:
+        return ["--eval-split=0"]
+    if value == "steps" and "eval-steps" in typed.options:
+        return []
     raise UsageError(
         f"--{given.name} {value}: rows held out are evaluated before and after training, and every N steps by "
         "--eval-steps N; --eval-split 0 holds out none"

@@ -199,7 +199,8 @@ def spelled(
         negated = parser.negated(given.name)
         if action is not None:
             off.discard(action.dest)
-            off |= {action.dest} if _own(action, given, found) else set()
+            if _own(action, given, found):
+                off.add(action.dest)
         elif negated is not None and given.value is None:
             off.add(negated.dest)
             found += given.words

@@ -201,8 +201,12 @@ def run(args: argparse.Namespace) -> int:
     results["train"] = training.fit(trainer, args, "rl", checkpoint)
     if held_out:
         results["after"] = trainer.evaluate()
-        names = {"reward": "", "tokens": "completions/mean_length", "share truncated": "completions/clipped_ratio"}
-        shown = {label: (f"eval_{name or label}", ".3f") for label, name in names.items()}
+        names = {
+            "reward": "reward",
+            "tokens": "completions/mean_length",
+            "share truncated": "completions/clipped_ratio",
+        }
+        shown = {label: (f"eval_{name}", ".3f") for label, name in names.items()}
         training.print_held_out(say, f"held out: {len(held_out)} prompts", results, shown)
     training.finish(trainer, results, f"the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl")
     return 0

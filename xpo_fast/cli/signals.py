@@ -121,12 +121,10 @@ class _Outliving:
 @contextlib.contextmanager
 def outliving_readers() -> Iterator[None]:
     """Inside, nothing fails because the reader of stdout or stderr is gone."""
-    own = sys.stdout, sys.stderr
-    outliving: Any = [_Outliving(stream) for stream in own]
-    sys.stdout, sys.stderr = outliving
-    try:
-        yield
-    finally:
-        for stream in outliving:
-            stream.flush()
-        sys.stdout, sys.stderr = own
+    outliving: Any = [_Outliving(stream) for stream in (sys.stdout, sys.stderr)]
+    with contextlib.redirect_stdout(outliving[0]), contextlib.redirect_stderr(outliving[1]):
+        try:
+            yield
+        finally:
+            for stream in outliving:
+                stream.flush()

@@ -83,9 +83,9 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
 
 def weights(model: Any, *, full: bool) -> tuple[str, str]:
     """Returns the number of weights, those of an adapter left out, and of those that are trained, in millions."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(n for n, is_trained in sizes if is_trained)
-    return f"{(sum(n for n, _ in sizes) - (0 if full else trained)) / 1e6:.1f}M", f"{trained / 1e6:.2f}M"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{(total if full else total - trained) / 1e6:.1f}M", f"{trained / 1e6:.2f}M"
 
 
 def print_held_out(
@@ -106,10 +106,10 @@ def finish(
     use: str = "models import load_model; model, tokenizer = load_model",
 ) -> None:
     """Writes results.json, and prints what was saved and how it is used. files: what there is besides results.json."""
-    output = str(trainer.args.output_dir)
+    output = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
-        write_json(Path(output) / "results.json", results)
-    printer(trainer)(f"\nsaved in {output}: {files}, results.json\nuse it: from xpo_fast.{use}({output!r})")
+        write_json(output / "results.json", results)
+    printer(trainer)(f"\nsaved in {output}: {files}, results.json\nuse it: from xpo_fast.{use}({str(output)!r})")
 
 
 def printer(trainer: Trainer) -> Callable[[str], None]:

@@ -139,7 +139,7 @@ def encode_rows(
         prompt, completions, rewritten = split_ids(tokenizer, group, [next(ids) for _ in group])
         if isinstance(row["prompt"], str):
             completions = [_with_eos(completion, tokenizer.eos_token_id) for completion in completions]
-            if not row["prompt"] and completions[0][: len(leading)] == leading:  # the prompt: these, or one token
+            if not row["prompt"] and completions[0][: len(leading)] == leading:  # a text alone
                 start, [text] = len(leading) or 1, completions
                 prompt, completions = text[:start], [text[start:]]
             elif prompt[: len(leading)] != leading:
