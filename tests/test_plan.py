@@ -10,7 +10,7 @@ from xpo_fast.head import head_plan, row_operations, tiling
 from xpo_fast.head.gemms import Gemms
 from xpo_fast.head.plan import fit
 from xpo_fast.head.spec import Scaling
-from xpo_fast.head.tiling import Tiling, lanes_of, room, scratch_bytes
+from xpo_fast.head.tiling import Tiling, buffer_rows, lanes_of, scratch_bytes
 
 META, GPU = torch.device("meta"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -101,9 +101,9 @@ def test_a_device_without_mixed_gemms_is_in_place(dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 10, 300, 511, 512, 513, 1100, 4095, 4096, 5000])
 def test_memory_is_asked_for_in_few_sizes(rows):
-    got = room(rows, 4096)
+    got = buffer_rows(rows, 4096)
     assert min(rows, 4096) <= got <= min(max(2 * rows - 1, 1), 4096, rows + 512 if rows > 512 else 4096)
-    assert len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
+    assert len({buffer_rows(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
 
 
 def test_a_flat_row_in_float16(monkeypatch):

@@ -87,7 +87,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XPO_FAST_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(verdict, "_known", {})
-    choices._say.cache_clear()
+    choices._log_once.cache_clear()
     return tmp_path / "cache"
 
 

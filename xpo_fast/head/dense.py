@@ -1,4 +1,4 @@
-"""The oracle: every logit materialised, every gradient by autograd. Other backends are tested against it."""
+"""The reference implementation: all logits materialised, gradients by autograd. Other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
 
 
 def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Returns every statistic of the scored positions of flat operands, scattered to (N,), zero elsewhere."""
+    """Returns the statistics of flat operands by name, (N,) each, 0 at positions that are not scored."""
     hidden, weight, bias, scaling, ref = (
         operands.hidden,
         operands.weight,
@@ -65,5 +65,5 @@ def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]
 
 
 def _expectation(probs: Tensor, x: Tensor) -> Tensor:
-    """Σ p·x over the vocabulary, with 0·∞ = 0 for tokens that a bias of −∞ rules out."""
+    """Returns Σ p·x over the vocabulary, with 0·∞ = 0 for tokens that a bias of −∞ rules out."""
     return (probs * torch.where(probs > 0, x, 0.0)).sum(dim=1)

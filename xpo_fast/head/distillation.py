@@ -1,6 +1,6 @@
-"""Distillation from a teacher's head: both heads' tiles side by side, the loss and its gradient made while they are live.
+"""Distillation from a teacher's head: the loss and its gradient are computed while both heads' tiles are live.
 
-Nothing outside the tile decides a token's coefficient, so that a trainable head costs 3F and the teacher 1F of its own.
+A token's coefficients depend on its own logits only, so a trainable head costs 3F, and the teacher 1F of its own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .units import scaled_to
 
 Function = TypeVar("Function")
 DIVERGENCES = ("jsd", "cosine")
-# Beside the logits of a step, at the most and off the CPU: p, q and m, of their size.
+# Tensors of the size of a step's logits beside them on a device, at most: p, q and m.
 _COPIES = 3
-_TINY = 1e-12  # the least norm of logits that a cosine divides by
+_TINY = 1e-12  # lower bound of the norms that a cosine divides by
 
 
 class Distilled(NamedTuple):
-    """What `distillation_loss` returns: () each, the means over the scored tokens."""
+    """The result of `distillation_loss`: () each, means over the scored tokens."""
 
     loss: Tensor  # soft_weight · soft + hard_weight · hard; differentiable
     soft: Tensor  # the divergence from the teacher; detached
@@ -46,7 +46,7 @@ class _Recipe(NamedTuple):
 
 
 def _untraced(function: Function) -> Function:
-    """The function as torch.compile runs it, not traced: its tiles are in memory that is kept from call to call."""
+    """Returns the function excluded from torch.compile's tracing, since its tiles' memory outlives a call."""
     disabled: Any = torch.compiler.disable(function)
     return disabled
 
@@ -70,7 +70,7 @@ def distillation_loss(
     ignore_index: int = -100,
     tile_bytes: int | None = None,
 ) -> Distilled:
-    """soft_weight · (mean divergence from a teacher) + hard_weight · (mean cross-entropy), without the logits of either.
+    """Returns soft_weight · (divergence from a teacher) + hard_weight · (cross-entropy), without the logits of either.
 
     With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, at each token:
 
@@ -79,13 +79,14 @@ def distillation_loss(
         cosine:  β (1 − cos(z, t))
         hard:    −log softmax(z)_y
 
-    each the mean over the tokens whose target is not `ignore_index`, 0 with none. Where the teacher's vocabulary is larger
-    the student's logits are continued by zeros. Differentiable in hidden, weight and bias; the teacher gets no gradient.
-    parts: also compute the part whose weight is 0; it is 0 otherwise. Nothing at an ignored position is read.
+    Each is the mean over the tokens whose target is not `ignore_index`, 0 without any. Where the teacher's vocabulary is
+    larger, the student's logits are padded with zeros. Differentiable in hidden, weight and bias; the teacher gets no
+    gradient. Nothing at an ignored position is read.
+    parts: whether to compute a part whose weight is 0, too; it is returned as 0 otherwise.
 
-    1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head; F = 2·N·V·D FLOP.
-    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative, a temperature that is not positive, an unknown
-    divergence, and (on CPU) a target outside the vocabulary.
+    Costs 1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head;
+    F = 2·N·V·D FLOP. Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative (cosine), a
+    temperature that is not positive, an unknown divergence, and (on CPU) a target outside the vocabulary.
     """
     teacher = reference(teacher_hidden, teacher_weight, teacher_bias)
     operands = Operands(hidden, weight, targets, bias, ref=teacher, ignore_index=ignore_index)
@@ -128,12 +129,10 @@ class _Distillation(torch.autograd.Function):
         assert teacher is not None
         vocab = teacher.weight.shape[0]
         wider = vocab > weight.shape[0]
-        # The student's logits continued; and a softmax for each part where one does not do for both.
+        # The student's padded logits, and a second softmax where the two parts cannot share one.
         copies = _COPIES + wider + (wider or recipe.temperature != 1)
-        tiling, *_ = fit(
-            "torch", vocab, weight.dtype, weight.device, tile_bytes, heads=2, copies=copies, dz=any(needs),
-            learns=needs[1],
-        )  # fmt: skip
+        sizes: dict[str, Any] = {"heads": 2, "copies": copies, "dz": any(needs), "learns": needs[1]}
+        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, tile_bytes, **sizes)
         passes = Passes(operands if recipe.soft else replace(operands, ref=None), tiling, RowOperations)
         sums, grads = _pass(passes, recipe, needs)
         count = (operands.targets != operands.ignore_index).sum().to(sums.device).clamp(min=1)
@@ -156,11 +155,11 @@ class _Distillation(torch.autograd.Function):
 
 
 def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Σ soft and Σ hard over the scored tokens, (2,), and the gradients of their weighted sum."""
+    """Returns Σ soft and Σ hard over the scored tokens, (2,), and the gradients of their weighted sum."""
     with_dz = any(needs)
     spans = passes.spans(with_dz)
     found = torch.zeros((2, len(passes)), dtype=passes.gemms.dtype, device=passes.hidden.device)
-    # A loss scale comes with the backward: until then float16 would lose what is small.
+    # The loss scale is applied in the backward; before that, small gradients would underflow in float16.
     dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
     grads = Gradients(passes, spans, needs, dtype)
     at_target = found.new_full((1, 1), -recipe.hard_weight)
@@ -180,7 +179,7 @@ def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, ...]) -> tuple[Ten
                     if dz is not None and passes.ignored is not None:
                         dz.masked_fill_(passes.ignored[step.at][b].unsqueeze(1), 0)
                     tile_dz[b] = 0 if dz is None else dz
-                del dz  # before the next is made
+                del dz  # before the next one is allocated
         if step.last and with_dz:
             grads.add(step, None)
     return passes.masked(found).sum(dim=1), grads.finished()
@@ -194,7 +193,7 @@ def _losses(
     found: Tensor,  # (2, r), soft and hard, written
     at_target: Tensor | None,  # (1, 1), −hard_weight; None where no gradient is wanted
 ) -> Tensor | None:
-    """∂(weighted sum)/∂z (r, V), or None where it is 0 or not wanted."""
+    """Writes the losses of a block, and returns ∂(weighted sum)/∂z (r, V), or None if it is 0 or not wanted."""
     own, slope, scale = None, None, 0.0
     if recipe.hard:
         own = _softmax(z)
@@ -214,9 +213,9 @@ def _losses(
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax (r, V) in memory of its own, and log Σ e^z (r, 1).
+    """Returns softmax(z) (r, V) in new memory, and log Σ e^z (r, 1).
 
-    torch's own adds a row up one by one, which is off by 2e-5 at a vocabulary of 128k.
+    torch.softmax sums a row sequentially, which is off by 2e-5 at a vocabulary of 128k.
     """
     largest = z.amax(dim=1, keepdim=True)
     p = (z - largest).exp_()
@@ -225,11 +224,11 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, float]:
-    """The divergence of each row, (r,), and its gradient, (r, Vt) times a number. z and t are overwritten.
+    """Returns the divergence of each row (r,), and its gradient as a tensor (r, Vt) and a number that multiplies it.
 
-    own: what `_softmax` makes of z, if that is there; it is kept.
+    z and t are overwritten. own: `_softmax(z)`, if it is computed already; it is left unchanged.
 
-    With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, for the terms in log m cancel.
+    With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, since the terms in log m cancel.
     """
     beta, tau, more = recipe.beta, recipe.temperature, t.shape[1] - z.shape[1]
     if tau != 1:
@@ -246,7 +245,7 @@ def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | Non
         d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
         mean = (p * d).sum(dim=1)
         return mean, d.sub_(mean.unsqueeze(1)).mul_(p), 1 / tau
-    # Finite where a bias of −∞ rules a token out, so that 0 times it is 0. In logarithms, for m may be too small a number.
+    # Finite where a bias of −∞ rules a token out, so that 0 · log p = 0. In logarithms, since m may underflow.
     for x in (log_p, log_q):
         x.clamp_(min=torch.finfo(x.dtype).min / 4)
     log_m = log_q + (math.log(beta) - math.log1p(-beta))
@@ -258,7 +257,7 @@ def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | Non
 
 
 def _cosine(z: Tensor, t: Tensor, recipe: _Recipe) -> tuple[Tensor, Tensor, float]:
-    """As `_jsd`: β (1 − c), with gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0. Both are without a temperature."""
+    """Returns, as `_jsd` does, β (1 − c) and its gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0. No temperature applies."""
     norm, t_norm = (x.norm(dim=1, keepdim=True) for x in (z, t))
     zero, norm = norm == 0, norm.clamp_(min=_TINY)
     unit, t_unit = z.div_(norm), t.div_(t_norm.clamp_(min=_TINY))[:, : z.shape[1]]
