@@ -21,7 +21,7 @@ def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -
     """Reduces unit losses (U,) to a scalar; with reduction="none" returns them as they are.
 
     denominator: the divisor of "mean", the number of items (units, or tokens) of the whole optimizer step over all
-    micro-batches and ranks. A unit that does not count has loss 0 and is not among them. Without any item the mean is 0.
+    micro-batches and ranks. A unit that does not count has loss 0 and is no item. Without any item the mean is 0.
     """
     if reduction == "none":
         return losses

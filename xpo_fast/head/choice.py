@@ -29,8 +29,8 @@ class Choice(NamedTuple):
 def named_backend(backend: str, device: torch.device | None = None, *, sharded: bool = False) -> str:
     """Returns the backend named by the argument or, if that is "auto", by $XPO_FAST_BACKEND; else "auto".
 
-    The variable is ignored where it names triton or cuda and the device is no GPU, and for a vocabulary that is cut over
-    ranks (`sharded`). Raises ValueError for a backend that does not exist.
+    The variable is ignored where it names triton or cuda and the device is no GPU, and for a vocabulary that is cut
+    over ranks (`sharded`). Raises ValueError for a backend that does not exist.
     """
     if backend != "auto":
         return get_backend(backend).name
@@ -59,8 +59,8 @@ def choice(
     """Returns the backend to use: `auto` is triton on a GPU where it passed its check (head/verdict.py), else torch.
 
     The first call for a device and dtype may run the check. With run=False, while a CUDA graph is captured and while
-    torch.compile traces, only a recorded verdict is read. sharded: the vocabulary is cut over ranks. Raises ValueError for
-    a backend that does not exist.
+    torch.compile traces, only a recorded verdict is read. sharded: the vocabulary is cut over ranks. Raises ValueError
+    for a backend that does not exist.
     """
     named = named_backend(backend, device, sharded=sharded)
     if named != "auto":

@@ -1,10 +1,10 @@
 """The loops over tiles that all backends but `dense` share.
 
-A tile is the part of dz = ∂L/∂(product) that is in memory at once for the gradient GEMMs, (n, V). Its logits are computed
-in steps: one of torch's GEMMs gives products in float32 (float64 for float64 operands), and the backend's row operations
-turn them into statistics and into rows of the tile. On the CPU products and tile share memory, and a step is a whole
-tile. On a device the tile has the dtype of the gradient GEMMs; with two lanes the products of a step are computed while
-the row operations of the previous step run.
+A tile is the part of dz = ∂L/∂(product) that is in memory at once for the gradient GEMMs, (n, V). Its logits are
+computed in steps: one of torch's GEMMs gives products in float32 (float64 for float64 operands), and the backend's row
+operations turn them into statistics and into rows of the tile. On the CPU products and tile share memory, and a step is
+a whole tile. On a device the tile has the dtype of the gradient GEMMs; with two lanes the products of a step are
+computed while the row operations of the previous step run.
 """
 
 from __future__ import annotations
@@ -376,8 +376,8 @@ def unit_gradients(
     """Returns logp (N,) and the gradients of a loss that is a sum over units, evaluated while their tile is live.
 
     groups: the scored positions in order. Once a group is scored, coefficients(logp (n,), group) returns u = ∂L/∂logp
-    (n,), by which the rows of dz are scaled. A group that fits one tile costs 3F. Of a longer group all tiles but the last
-    are computed again: 4F.
+    (n,), by which the rows of dz are scaled. A group that fits one tile costs 3F. Of a longer group all tiles but the
+    last are computed again: 4F.
     """
     hidden, targets = operands.hidden, operands.targets
     order = torch.cat([group.positions for group in groups]) if groups else targets.new_empty(0, device=hidden.device)

@@ -1,4 +1,4 @@
-"""The reference implementation: all logits materialised, gradients by autograd. Other backends are tested against it."""
+"""The oracle: all logits are materialised, and gradients come from autograd. Other backends are tested against it."""
 
 from __future__ import annotations
 

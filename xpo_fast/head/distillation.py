@@ -72,16 +72,16 @@ def distillation_loss(
 ) -> Distilled:
     """Returns soft_weight · (divergence from a teacher) + hard_weight · (cross-entropy), without the logits of either.
 
-    With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, at each token:
+    With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, per token:
 
         jsd:     β KL(q‖m) + (1−β) KL(p‖m), m = β q + (1−β) p   (generalised Jensen–Shannon, GKD, arXiv 2306.13649)
                  β = 0: KL(q‖p); β = 1: KL(p‖q)
         cosine:  β (1 − cos(z, t))
         hard:    −log softmax(z)_y
 
-    Each is the mean over the tokens whose target is not `ignore_index`, 0 without any. Where the teacher's vocabulary is
-    larger, the student's logits are padded with zeros. Differentiable in hidden, weight and bias; the teacher gets no
-    gradient. Nothing at an ignored position is read.
+    Each is the mean over the tokens whose target is not `ignore_index`, 0 without any. Where the teacher's vocabulary
+    is larger, the student's logits are padded with zeros. Differentiable in hidden, weight and bias; the teacher gets
+    no gradient. Nothing at an ignored position is read.
     parts: whether to compute a part whose weight is 0, too; it is returned as 0 otherwise.
 
     Costs 1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head;
@@ -257,7 +257,7 @@ def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | Non
 
 
 def _cosine(z: Tensor, t: Tensor, recipe: _Recipe) -> tuple[Tensor, Tensor, float]:
-    """Returns, as `_jsd` does, β (1 − c) and its gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0. No temperature applies."""
+    """Returns β (1 − c) and its gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0, as `_jsd` does. No temperature applies."""
     norm, t_norm = (x.norm(dim=1, keepdim=True) for x in (z, t))
     zero, norm = norm == 0, norm.clamp_(min=_TINY)
     unit, t_unit = z.div_(norm), t.div_(t_norm.clamp_(min=_TINY))[:, : z.shape[1]]

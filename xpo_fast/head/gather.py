@@ -70,7 +70,7 @@ def _forward(
     overwrite: bool,
     fused: bool = False,  # by the Triton kernels
 ) -> tuple[Tensor, Tensor]:
-    """Returns logp (N,), and the normalisers of the rows that the Triton kernels' backward reads: (2, N), else (2, 0)."""
+    """Returns logp (N,), and the normalisers of the rows for the Triton kernels' backward: (2, N), else (2, 0)."""
     if fused:
         check_targets(targets, ignore_index, logits.shape[1])
         return _kernels().forward(logits, targets, temperature, ignore_index)
@@ -185,14 +185,14 @@ def gather_logps(
     """Returns log softmax(logits / temperature)[target], float32, shaped like targets, 0 where ignored.
 
     The logits are not copied to float32 as a whole: one block at a time is, of a cache's size on the CPU and of at most
-    half a GiB on a device; triton copies none. Differentiable in logits, once. With `overwrite_logits=True` the backward
-    writes the gradient over the logits, which nothing may read afterwards: this saves a tensor of their size, and allows
-    one backward only.
+    half a GiB on a device; triton copies none. Differentiable in logits, once. With `overwrite_logits=True` the
+    backward writes the gradient over the logits, which nothing may read afterwards: this saves a tensor of their size,
+    and allows one backward only.
 
     backend: "torch", or on CUDA and ROCm "triton": one kernel each for forward and backward, for float32, bfloat16 or
-    float16 logits with stride 1 along V. "auto" is triton for such logits where it passed its check (see `head.verdict`),
-    else torch. Raises ValueError for shapes, dtypes or a backend that do not fit, and (on CPU) for a target outside the
-    vocabulary.
+    float16 logits with stride 1 along V. "auto" is triton for such logits where it passed its check (see
+    `head.verdict`), else torch. Raises ValueError for shapes, dtypes or a backend that do not fit, and (on CPU) for a
+    target outside the vocabulary.
     """
     if not logits.is_floating_point() or logits.dim() < 1 or targets.shape != logits.shape[:-1]:
         raise ValueError(

@@ -134,8 +134,8 @@ class Gemms:
     def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
         """Writes (first=True) or adds dzᵀ h to out (V, D), which has the accumulation dtype: 1F.
 
-        If it is written, out may have the dtype of the GEMMs instead. The adapter's gradient is computed in the same way,
-        out (V, r) from x (n, r): see `parts`.
+        If it is written, out may have the dtype of the GEMMs instead. The adapter's gradient is computed in the same
+        way, out (V, r) from x (n, r): see `parts`.
         """
         beta = 0 if first else 1
         if first and out.dtype == self.gemm_dtype:
@@ -183,8 +183,8 @@ class Gemms:
 def on_huge_pages(memory: Tensor) -> Tensor:
     """Asks Linux to back a CPU tensor's untouched memory by huge pages, and returns the tensor.
 
-    A GEMM that writes fresh pages of 4 KiB out of order takes a fifth longer than one that writes used memory; fresh huge
-    pages cost it nothing. NumPy does the same.
+    A GEMM that writes fresh pages of 4 KiB out of order takes a fifth longer than one that writes used memory; fresh
+    huge pages cost it nothing. NumPy does the same.
     """
     if memory.device.type == "cpu" and sys.platform == "linux":
         first = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -195,8 +195,8 @@ def on_huge_pages(memory: Tensor) -> Tensor:
     return memory
 
 
-# The tiles of the last call on CPU, as bytes, kept for the next. The page faults of fresh memory cost 7% of the two GEMMs
-# of a small head.
+# The tiles of the last call on CPU, as bytes, kept for the next. The page faults of fresh memory cost 7% of the two
+# GEMMs of a small head.
 _used_tiles: list[Tensor] = []
 _KEEP_TILES, _KEEP_BYTES = 2, 256 * 2**20
 

@@ -73,8 +73,8 @@ class Operands:
 
         They are cast before they are gathered, so that a sharded parameter is gathered in the dtype in which it is
         multiplied. A HeadLike is first replaced by its fields.
-        gather: False leaves a DTensor as it is, for a plan. teacher: whether the reference is a teacher, whose vocabulary
-        may be larger. Raises ValueError for operands that do not fit together.
+        gather: False leaves a DTensor as it is, for a plan. teacher: whether the reference is a teacher, whose
+        vocabulary may be larger. Raises ValueError for operands that do not fit together.
         """
         given = self._without_heads()
         hidden, weight, bias, adapter = given.hidden, given.weight, given.bias, given.adapter
@@ -155,8 +155,8 @@ class Operands:
             theirs, ours = (head.softcap, float(head.logit_scale)), (scaling.softcap, scaling.logit_scale)
             if theirs != ours:
                 raise ValueError(
-                    f"the reference's Head has softcap and logit_scale {theirs} and the policy's {ours}: one call has one "
-                    "scaling; compute the reference's log-probs by token_logps and pass them as ref_logps="
+                    f"the reference's Head has softcap and logit_scale {theirs} and the policy's {ours}: one call has "
+                    "one scaling; compute the reference's log-probs by token_logps and pass them as ref_logps="
                 )
             if ref.bias is not None:
                 raise ValueError("ref_bias came beside a Head, which has its own: leave it out, or pass head.weight")

@@ -1,7 +1,7 @@
 """Row operations: from products to statistics and dz, between the GEMMs; in torch, in place, on any device.
 
-On the CPU they work on blocks of a few rows, which stay in cache between passes, so that memory is read and written once.
-On a device they work on all rows at once, since a launch per few rows would take longer than the work.
+On the CPU they work on blocks of a few rows, which stay in cache between passes, so that memory is read and written
+once. On a device they work on all rows at once, since a launch per few rows would take longer than the work.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def row_blocks(tile: Tensor) -> Iterator[slice]:
 def softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrites logits (r, V) by unnormalised probabilities, and returns what normalises them.
 
-    Returns the largest logit (r,), log Σ e^(z − largest) (r,), and the sum of each row (r,). The caller divides the row,
-    or whatever multiplies it later, by that sum. It is close to 1 on the CPU, where torch.softmax is used: that sums a row
-    sequentially, which is off by 2e-5 at a vocabulary of 128k, while torch.sum is accurate.
+    Returns the largest logit (r,), log Σ e^(z − largest) (r,), and the sum of each row (r,). The caller divides the
+    row, or whatever multiplies it later, by that sum. It is close to 1 on the CPU, where torch.softmax is used: that
+    sums a row sequentially, which is off by 2e-5 at a vocabulary of 128k, while torch.sum is accurate.
     """
     largest = z.amax(dim=1)
     if z.device.type == "cpu":
@@ -165,7 +165,7 @@ class RowOperations:
 
 
 class OutOfPlaceRowOperations(RowOperations):
-    """The row operations of `torch` with dz in a separate buffer for every dtype, so that a tile may have several steps."""
+    """The row operations of `torch` with dz in a separate buffer for any dtype: a tile may have several steps."""
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)

@@ -1,4 +1,4 @@
-"""The rows of positions: padded targets (B, T) and packed ones (N,) with offsets in one form, a row index per position."""
+"""Rows of positions: padded targets (B, T) and packed ones (N,) with offsets in one form, a row index per position."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def packed_rows(
     cu_seqlens: Tensor | None,  # (B + 1,)
     device: torch.device | None = None,
 ) -> tuple[Tensor, int]:
-    """Returns the row of every position, (N,) int64 on `device` (by default the targets' device), and the number of rows.
+    """Returns the row of every position, (N,) int64 on `device` (by default the targets'), and the number of rows.
 
-    Raises ValueError for offsets that do not fit; their values are checked only if they are on the host. The host does not
-    wait for a device.
+    Raises ValueError for offsets that do not fit; their values are checked only if they are on the host. The host does
+    not wait for a device.
     """
     device = targets.device if device is None else device
     if cu_seqlens is None:

@@ -51,8 +51,8 @@ def picked_logits(operands: Operands) -> Tensor:
 def sample_rivals(operands: Operands, tile_tokens: int, top_k: int, generator: torch.Generator | None = None) -> Tensor:
     """Samples a token at every scored position, from the softmax of the `top_k` most likely ones other than the target.
 
-    Returns (N,) int64 for flat operands, 0 where ignored. Costs 1F, tile by tile; the host does not wait for the device.
-    A generator's draws do not depend on the tiles.
+    Returns (N,) int64 for flat operands, 0 where ignored. Costs 1F, tile by tile; the host does not wait for the
+    device. A generator's draws do not depend on the tiles.
     """
     vocab, device, ignore_index = operands.vocab, operands.hidden.device, operands.ignore_index
     index = scored_positions(operands.targets, ignore_index, vocab, device)

@@ -17,16 +17,17 @@ def gathered(*, weight_grad: Tensor | None = None, **operands: Tensor | None) ->
     """Returns the operands as plain tensors, each gathered once; gradients flow back into the parts. None stays None.
 
     A DTensor (FSDP2) may be replicated or sharded, on any dimension, over a mesh of any number of dimensions. It is
-    gathered in the dtype it has here, so cast it before; its gradient is the mean over the ranks of its mesh. Inside the
-    forward of a model under `fully_shard` the head's weight is a plain tensor already, if its module is gathered with the
-    model's own; then nothing is done here.
+    gathered in the dtype it has here, so cast it before; its gradient is the mean over the ranks of its mesh. Inside
+    the forward of a model under `fully_shard` the head's weight is a plain tensor already, if its module is gathered
+    with the model's own; then nothing is done here.
 
-    A parameter of DeepSpeed's ZeRO-3 is gathered together with the others, and is whole only for this call and for as long
-    as a backward needs it. Its gradient is reduced by ZeRO-3's hook on it, as those of all other parameters are. Neither
-    this call nor the model's forward around it has to go through DeepSpeed's engine, but every rank has to make the call.
+    A parameter of DeepSpeed's ZeRO-3 is gathered together with the others, and is whole only for this call and for as
+    long as a backward needs it. Its gradient is reduced by ZeRO-3's hook on it, as those of all other parameters are.
+    Neither this call nor the model's forward around it has to go through DeepSpeed's engine, but every rank has to make
+    the call.
 
-    Raises ValueError for a DTensor that requires a gradient and has another placement (a partial sum), and for a sharded
-    operand beside weight_grad, since dW would be added to it without being summed over the ranks.
+    Raises ValueError for a DTensor that requires a gradient and has another placement (a partial sum), and for a
+    sharded operand beside weight_grad, since dW would be added to it without being summed over the ranks.
     """
     given: dict[int, tuple[str, Tensor]] = {}
     for name, x in operands.items():

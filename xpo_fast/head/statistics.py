@@ -40,7 +40,7 @@ def token_stats(
     tile_bytes: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """Computes statistics of softmax(z), z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, without the logits.
+    """Computes statistics of softmax(z), z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, without logits.
 
     In torch, for every position whose target is not `ignore_index`:
 
@@ -49,35 +49,36 @@ def token_stats(
         logprobs = (z / temperature).log_softmax(-1)
         logp = logprobs.gather(-1, targets[..., None])[..., 0]
 
-    softcap(x) = c·tanh(x/c). `outputs` names further statistics, see TokenStats; "kl" and "reverse_kl" need `ref_hidden`,
-    to which the same scaling applies. logp, lse, entropy, kl and reverse_kl are differentiable in hidden, weight and bias,
-    once. With a frozen head logp and lse cost 2F; one of the others, with gradient, costs a recomputation (3F frozen, 4F
-    trainable).
+    softcap(x) = c·tanh(x/c). `outputs` names further statistics, see TokenStats; "kl" and "reverse_kl" need
+    `ref_hidden`, to which the same scaling applies. logp, lse, entropy, kl and reverse_kl are differentiable in hidden,
+    weight and bias, once. With a frozen head logp and lse cost 2F; one of the others, with gradient, costs a
+    recomputation (3F frozen, 4F trainable).
 
     adapter: the B of LoRA. hidden is then [h, x] (…, D + r), x = s·dropout(h) Aᵀ (…, r), computed by the caller under
-    autograd, and the products are h Wᵀ + x Bᵀ: each pass costs r/D more, and no merged matrix (V, D) is computed. adapter
-    may have a wider dtype than weight (float32 beside bfloat16). With a frozen weight and a trainable adapter: 3F, and no
-    dW. A `Head` contains all of it. ref_hidden then needs ref_weight (and ref_bias), since weight and bias may contain
-    parts of the adapter, as with DoRA and lora_bias.
+    autograd, and the products are h Wᵀ + x Bᵀ: each pass costs r/D more, and no merged matrix (V, D) is computed.
+    adapter may have a wider dtype than weight (float32 beside bfloat16). With a frozen weight and a trainable adapter:
+    3F, and no dW. A `Head` contains all of it. ref_hidden then needs ref_weight (and ref_bias), since weight and bias
+    may contain parts of the adapter, as with DoRA and lora_bias.
 
-    weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64 operands).
-    The backward adds dW to it, and autograd gives weight no gradient: this saves memory for dW and a pass over it.
+    weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64
+    operands). The backward adds dW to it, and autograd gives weight no gradient: this saves memory for dW and a pass
+    over it.
 
-    With targets on the host, the host does not wait for a device; with targets on the device, a call waits once. While a
-    CUDA graph is captured, all positions are multiplied, ignored ones as zeros.
+    With targets on the host, the host does not wait for a device; with targets on the device, a call waits once. While
+    a CUDA graph is captured, all positions are multiplied, ignored ones as zeros.
 
-    A weight or bias that is a DTensor (FSDP2) is gathered once, and its gradient is the mean over the ranks of its mesh,
-    as in FSDP2. A parameter that ZeRO-3 keeps in parts is gathered once, too, and ZeRO-3 reduces its gradient: see
-    `head.sharded.gathered`.
-    vocab_shard: weight, bias, ref_weight, ref_bias and weight_grad are the rows that this rank of a group holds, and the
-    statistics are those of the whole vocabulary: see `VocabShard.agree`. Every rank must make the same calls, with the
-    same hidden states, targets and options. The number of passes is as above; the backend is torch.
+    A weight or bias that is a DTensor (FSDP2) is gathered once, and its gradient is the mean over the ranks of its
+    mesh, as in FSDP2. A parameter that ZeRO-3 keeps in parts is gathered once, too, and ZeRO-3 reduces its gradient:
+    see `head.sharded.gathered`.
+    vocab_shard: weight, bias, ref_weight, ref_bias and weight_grad are the rows that this rank of a group holds, and
+    the statistics are those of the whole vocabulary: see `VocabShard.agree`. Every rank must make the same calls, with
+    the same hidden states, targets and options. The number of passes is as above; the backend is torch.
 
     Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position makes
     only its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
 
-    chunk_tokens: tokens per tile; by default as many as are useful within tile_bytes. tile_bytes: by default 7% of a GPU's
-    memory, or 256 MiB on CPU, where the tile is kept for the next call; `release_tiles()` frees it.
+    chunk_tokens: tokens per tile; by default as many as are useful within tile_bytes. tile_bytes: by default 7% of a
+    GPU's memory, or 256 MiB on CPU, where the tile is kept for the next call; `release_tiles()` frees it.
     Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
     output or backend, and (on CPU) a target outside the vocabulary.
     """
@@ -170,7 +171,7 @@ def head_plan(
 ) -> Plan:
     """Returns the plan of `token_stats` on these operands in the current gradient mode.
 
-    weight: with a vocab_shard, without the rows of padding; the tiles are then the same on all ranks of the shard's group.
+    weight: with a vocab_shard, without the rows of padding; the tiles are then the same on all ranks of its group.
     unit_tokens: the scored tokens of the longest unit, if a tile should hold whole units. options: see `token_stats`.
     """
     plan_options = PlanOptions(**{name: options.pop(name) for name in PlanOptions._fields if name in options})

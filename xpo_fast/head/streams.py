@@ -19,8 +19,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class Lanes:
     """The caller's stream of a device and a side stream beside it, or with two=False the caller's alone.
 
-    `join` must be called at the end. Memory that both streams use may be freed only where an event orders the other stream
-    before that, since the allocator knows of one stream only.
+    `join` must be called at the end. Memory that both streams use may be freed only where an event orders the other
+    stream before that, since the allocator knows of one stream only.
     """
 
     def __init__(self, device: torch.device, two: bool) -> None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-# Default bytes of scratch memory. On the CPU it holds the tile of logits, and the reference's. On a device it holds dz and
-# the logits of a step, and is a share of the card's memory, whatever part of that is free, so that the same call always
-# has the same tiles; the bytes below apply where no card can be asked.
+# Default bytes of scratch memory. On the CPU it holds the tile of logits, and the reference's. On a device it holds dz
+# and the logits of a step, and is a share of the card's memory, whatever part of that is free, so that the same call
+# always has the same tiles; the bytes below apply where no card can be asked.
 DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2500 * 10**6}
 SHARE_OF_CARD = 0.07
 
@@ -31,7 +31,7 @@ class Tiling(NamedTuple):
 
 
 def buffer_rows(rows: int, most: int) -> int:
-    """Returns the rows of a buffer for `rows` of at most `most`, rounded up to few sizes, which an allocator can reuse."""
+    """Returns `rows`, of at most `most`, rounded up to one of few buffer sizes, which an allocator can reuse."""
     if rows >= most:
         return most
     part = -(-most // 8)
@@ -46,8 +46,8 @@ def whole_blocks(tokens: int) -> int:
 def lanes_of(device: torch.device) -> int:
     """Returns the number of streams that are worth their memory on a device, 1 or 2.
 
-    From sm_90 on, cuBLAS's GEMMs occupy all multiprocessors until they end, and another stream's kernels wait: 1. Before,
-    the last blocks of a GEMM leave multiprocessors to the row operations of the previous step: 2.
+    From sm_90 on, cuBLAS's GEMMs occupy all multiprocessors until they end, and another stream's kernels wait: 1.
+    Before, the last blocks of a GEMM leave multiprocessors to the row operations of the previous step: 2.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return 1

@@ -20,7 +20,7 @@ from .rows import Group
 
 
 def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]:
-    """Packs whole units, in order, into groups of as many as fit a tile; a unit longer than a tile is a group of its own.
+    """Packs whole units, in order, into groups that fit a tile; a unit longer than a tile is a group of its own.
 
     index (n,): the scored positions, sorted by unit. lengths: the number of scored positions of each unit.
     """

@@ -3,8 +3,8 @@
 The softmax over the whole vocabulary needs only a few sums over each rank's logits. For each row of a step's products a
 rank computes its largest logit, Σ e^(z − largest), the target's logit if it holds the target, and the like for other
 statistics. One all-gather exchanges them all, after which each rank has the exact softmax at its own columns. dz and dW
-stay local; dH is summed over the ranks once, when the backward leaves the head. The products cost what they cost without
-the cut, divided over the ranks.
+stay local; dH is summed over the ranks once, when the backward leaves the head. The products cost what they cost
+without the cut, divided over the ranks.
 
 The exchange is one collective per step, and another one per step of a gradient by recomputation, of a few float32 per
 token and rank. It is not overlapped with the products. Ranks combine the same numbers in the same order, so their
@@ -60,17 +60,18 @@ class VocabShard:
             shard = xf.VocabShard.agree(weight.shape[0], vocab=50257, group=tensor_parallel_group)
             logp = xf.token_logps(hidden, weight, targets, vocab_shard=shard)
 
-        rows: the rows of this rank's weight (and bias); ranks may have different numbers. vocab: the number of tokens, if
-            some rows are padding; by default the sum of all rows.
+        rows: the rows of this rank's weight (and bias); ranks may have different numbers. vocab: the number of tokens,
+            if some rows are padding; by default the sum of all rows.
         start: the first token of this rank; by default shards are in the order of ranks. group: by default all ranks.
-        sum_hidden_grad: whether dH is summed over the ranks here, as it must be for a `hidden` that every rank has; False
-            if the operation that computed `hidden` sums it, as the reduce-scatter of sequence parallelism does.
+        sum_hidden_grad: whether dH is summed over the ranks here, as it must be for a `hidden` that every rank has;
+            False if the operation that computed `hidden` sums it, as the reduce-scatter of sequence parallelism does.
 
         For a DTensor that is sharded on its rows over a mesh of one dimension, call
-        `agree(weight.to_local().shape[0], group=weight.device_mesh.get_group())` and pass `weight.to_local()` as the weight.
+        `agree(weight.to_local().shape[0], group=weight.device_mesh.get_group())` and pass `weight.to_local()` as the
+        weight.
 
-        Raises ValueError, on every rank alike, for shards that overlap, leave a gap or hold no token, and for ranks that
-        do not agree on `vocab` or `sum_hidden_grad`.
+        Raises ValueError, on every rank alike, for shards that overlap, leave a gap or hold no token, and for ranks
+        that do not agree on `vocab` or `sum_hidden_grad`.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError("a vocabulary is cut over the ranks of a process group: call init_process_group() first")
@@ -100,7 +101,7 @@ class VocabShard:
     @property
     def why(self) -> str:
         """Returns the words that `Plan.why` has about the shard."""
-        return f"; {self._part}: what {self.world} ranks found is exchanged once a tile"
+        return f"; {self._part}: {self.world} ranks exchange their sums once per tile"
 
     @property
     def _part(self) -> str:
@@ -120,8 +121,8 @@ class VocabShard:
         for name, x in operands.items():
             if x is not None and x.shape[:1] != (self.rows,):
                 raise ValueError(
-                    f"{name} is {tuple(x.shape)} and the ranks agreed on {self.rows} rows of this rank's: pass that shard, "
-                    "or make another VocabShard.agree(weight.shape[0], …) on every rank"
+                    f"{name} is {tuple(x.shape)} and the ranks agreed on {self.rows} rows of this rank's: pass that "
+                    "shard, or make another VocabShard.agree(weight.shape[0], …) on every rank"
                 )
         count = self.stop - self.start
         return [None if x is None else x if count == self.rows else x[:count] for x in operands.values()]
@@ -134,7 +135,7 @@ class VocabShard:
         return same
 
     def place(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns this rank's columns of target tokens (n,), 0 for other ranks' tokens, and which tokens are its own."""
+        """Returns this rank's columns of target tokens (n,), 0 for other ranks' tokens, and which are its own (n,)."""
         own = (y >= self.start) & (y < self.stop)
         return torch.where(own, y - self.start, 0), own
 
@@ -144,12 +145,12 @@ class VocabShard:
         return weight[columns] * own.unsqueeze(1)
 
     def tile_bytes(self, device: torch.device) -> int:
-        """Returns the default budget of a tile; not a share of this rank's card, since tiles must be equal on all ranks."""
+        """Returns the default budget of a tile, which ignores this rank's card: tiles must be equal on all ranks."""
         return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _check(table: Sequence[tuple[int | None, int, int | None, bool]]) -> tuple[list[tuple[int, int]], int]:
-    """Returns each rank's tokens (start, stop), and the vocabulary's size, from the arguments of all ranks' `agree`.
+    """Returns each rank's tokens (start, stop), and the vocabulary's size, from every rank's arguments of `agree`.
 
     table: (start, rows, vocab, sum_hidden_grad) of each rank.
     """

@@ -22,7 +22,7 @@ HARMLESS = {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5}
 
 
 def _columns(sides: Collection[str]) -> slice:
-    """Returns the columns of pairs (P, 2) that `sides` name; a slice, since indexing by a list would wait for a device."""
+    """Returns the columns of pairs (P, 2) that `sides` name; a slice, since an index list would wait for a device."""
     return slice(int("_w" not in sides), 1 + int("_l" in sides))
 
 
@@ -33,9 +33,9 @@ class Batch:
     list_size: rows per list, for layouts of lists. device: where the call computes; if not given, only counts can be
     computed, on the targets' device.
 
-    Since a call must know which positions are scored, the layout is computed on the host, and copied to the device as far
-    as needed there. The host waits once, here, for targets that are on a device. While a CUDA graph is captured nothing
-    may be read: the layout is then computed on the device, and all positions are scored, ignored ones, too.
+    Since a call must know which positions are scored, the layout is computed on the host, and copied to the device as
+    far as needed there. The host waits once, here, for targets that are on a device. While a CUDA graph is captured
+    nothing may be read: the layout is then computed on the device, and all positions are scored, ignored ones, too.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Batch:
         seen = index[:, read] if self.layout == "pairwise" else index
         counted = torch.zeros(self.count, dtype=torch.bool, device=flat.device)
         counted[seen] = valid[:, None].expand_as(seen)
-        # The targets that the head scores (N,), and the layout: on the host, or while a graph is captured on the device.
+        # The targets that the head scores (N,), and the layout: on the host, or under graph capture on the device.
         self.targets = torch.where(counted[rows], flat, ignore_index)
         self._row_tables = (rows, lengths, index, valid)
         # On the call's device: the row of each position (N,), scored tokens of each row (R,), rows of each unit
@@ -148,7 +148,7 @@ class Batch:
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
 
     def _rows_of_units(self, device: torch.device) -> Tensor:
-        """Returns the rows of each unit, (U, rows per unit). Raises ValueError for a number of rows that does not fit."""
+        """Returns the rows of each unit, (U, rows per unit). Raises ValueError if the number of rows does not fit."""
         order, list_size = torch.arange(self.count, device=device), self._list_size
         if self.layout == "pairwise":
             if self.count % 2:
@@ -173,7 +173,7 @@ class Batch:
     # --- counts and weights -------------------------------------------------------------------------------------------
 
     def items(self, method: Method) -> Tensor:
-        """Returns the number of items by which `reduction="mean"` divides the method's losses in this batch: () int64."""
+        """Returns the number of items by which `reduction="mean"` divides the method's losses: () int64."""
         if method.denominator == "tokens":
             return self.tokens(method).sum()
         if method.denominator == "local_tokens":
@@ -200,7 +200,7 @@ class Batch:
 
     @property
     def beyond_shorter(self) -> Tensor:
-        """Returns which positions are beyond the length of their pair's shorter completion, in scored tokens: (N,) bool."""
+        """Returns which positions are beyond their pair's shorter completion, in scored tokens: (N,) bool."""
         before = self.scored.long().cumsum(0) - self.scored.long()
         rank = before - torch.cat([before, before.new_zeros(1)])[self.starts[self.rows]]
         shorter = self.lengths[self.index].amin(dim=1).repeat(2)  # pairs are halves
@@ -350,7 +350,7 @@ class Batch:
         return columns
 
     def placed(self, name: str, x: Tensor) -> Tensor:
-        """Returns x on the call's device. Raises ValueError if it is elsewhere, and not on the host with the targets."""
+        """Returns x on the call's device. Raises ValueError if it is neither there nor on the host with the targets."""
         if x.device != self.device and not (self._targets_on_host and on_host(x)):
             raise ValueError(f"{self.name}: {name} is on {x.device} and hidden on {self.device}: move one of them")
         return to_device(x, self.device)
@@ -446,7 +446,7 @@ class Batch:
 
     @cached_property
     def unit_bounds(self) -> Tensor:
-        """Returns the offsets (R + 1,) of the rows among the positions of all groups, where a unit's rows are adjacent."""
+        """Returns the offsets (R + 1,) of the rows among all groups' positions, where a unit's rows are adjacent."""
         return self._bounds([size for rows in self._sorted_positions[1] for size in rows])
 
     def _bounds(self, sizes: list[int]) -> Tensor:

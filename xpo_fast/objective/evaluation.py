@@ -1,4 +1,4 @@
-"""The losses of a call from the policy's log-probs: of each method and unit, reduced, or as coefficients ∂loss/∂logp."""
+"""The losses of a call from the policy's log-probs: by method and unit, reduced, or as coefficients ∂loss/∂logp."""
 
 from __future__ import annotations
 

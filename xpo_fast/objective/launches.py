@@ -56,8 +56,8 @@ class Launches:
         """Returns the launches of a call, or None if the methods' pure functions must be evaluated instead.
 
         That is so for a method without a kernel and for an input with a gradient; while torch.compile traces, since it
-        fuses the functions itself; and for packed rows while a CUDA graph is captured, since their offsets are on the host,
-        from which nothing may be copied.
+        fuses the functions itself; and for packed rows while a CUDA graph is captured, since their offsets are on the
+        host, from which nothing may be copied.
         """
         columns = {**state, **known.columns}
         if (

@@ -45,19 +45,19 @@ class Objective(Settings):
         "none".
     pairs: for a pairwise method on lists of K scored completions: "all" pairs of a list, whose mean is its loss, or
         "extremes", its best against its worst.
-    ld_alpha: in [0, 1], multiplies the log-probs, the policy's and the reference's, of a pair's tokens beyond the length
-        of its shorter completion (LD-DPO, arXiv 2409.06411).
+    ld_alpha: in [0, 1], multiplies the log-probs, the policy's and the reference's, of a pair's tokens beyond the
+        length of its shorter completion (LD-DPO, arXiv 2409.06411).
     wpo: multiplies each loss by w_w·w_l, w the exponential of the mean over tokens of log p − log Σp², detached (WPO,
         arXiv 2406.11827). clamp: whether the factor is at most 1, as in its authors' code.
-    fixed_length: the number of tokens per row that `dr_grpo` divides by, the length of the longest completion that may be
-        sampled. Pass it: the default, the width of the batch, changes with the rows in it.
+    fixed_length: the number of tokens per row that `dr_grpo` divides by, the length of the longest completion that may
+        be sampled. Pass it: the default, the width of the batch, changes with the rows in it.
     top_k, seed: `cringe` draws its rival tokens from the top_k most likely ones, by a generator with this seed.
     tile_bytes: the budget of the tile of logits; by default 256 MiB on the CPU and 7% of a GPU's memory.
     Further keyword arguments are hyperparameters, passed to every method that has them.
 
-    `state` holds the statistics of earlier batches that `beta_dpo` and `bco` keep, see `state_dict`. It is updated in calls
-    with gradient, from the rows of all ranks. KTO's reference point is read from it where `kl` is not passed; the caller
-    that estimates the point writes it there.
+    `state` holds the statistics of earlier batches that `beta_dpo` and `bco` keep, see `state_dict`. It is updated in
+    calls with gradient, from the rows of all ranks. KTO's reference point is read from it where `kl` is not passed; the
+    caller that estimates the point writes it there.
 
     Raises ValueError for an unknown method, hyperparameter, reduction or backend.
     """
@@ -88,36 +88,36 @@ class Objective(Settings):
     ) -> LossOutput:
         """Computes the loss, differentiable in hidden, weight and bias, and detached metrics.
 
-        Rows: pairwise methods take R = 2P rows, the P chosen ones and then the P rejected ones. Listwise methods take the
-        K rows of a prompt side by side (K is `list_size`, or the width of `scores`), with empty rows where a list is
-        shorter; for `nn` the last row of a list is the rejected completion. Unpaired and policy methods take one row per
-        unit.
+        Rows: pairwise methods take R = 2P rows, the P chosen ones and then the P rejected ones. Listwise methods take
+        the K rows of a prompt side by side (K is `list_size`, or the width of `scores`), with empty rows where a list
+        is shorter; for `nn` the last row of a list is the rejected completion. A unit of other methods is one row.
         The reference is `ref_hidden` (with `ref_weight`, or the policy's head), or `ref_logps`, one number per row, or
         shaped as targets for methods that compare tokens. Methods without a reference ignore both.
-        denominator: divides the sum of losses: the items (`count_items`) of a whole optimizer step over micro-batches and
-        ranks; by default the items of this call. columns: the method's other inputs by name, with one entry per unit, one
-        number, or shaped as targets for inputs by token.
+        denominator: divides the sum of losses: the items (`count_items`) of a whole optimizer step over micro-batches
+        and ranks; by default the items of this call. columns: the method's other inputs by name, with one entry per
+        unit, one number, or shaped as targets for inputs by token.
 
-        weight_grad: as in `token_stats`. If the gradients are computed in this call (3F), dW · grad_scale is added to it
-        in this call. grad_scale: the number by which the loss will be multiplied before the backward, which checks it.
+        weight_grad: as in `token_stats`. If the gradients are computed in this call (3F), dW · grad_scale is added to
+        it in this call. grad_scale: the number that will multiply the loss before the backward, which checks it.
 
         adapter: as in `token_stats`; hidden is then (…, D + r), and ref_hidden needs ref_weight, and ref_bias.
         A weight that is a DTensor, or in parts by ZeRO-3, is gathered once per call, for policy and reference together.
-        vocab_shard: as in `token_stats`. The loss is then the same on every rank of the shard's group; for `beta_dpo` only
-        if the ranks have the same random seed, since it draws. `cringe` reads single logits and takes no vocab_shard.
+        vocab_shard: as in `token_stats`. The loss is then the same on every rank of the shard's group; for `beta_dpo`
+        only if the ranks have the same random seed, since it draws. `cringe` reads single logits, and refuses it.
 
         The host waits for a device once, at the start, to read which positions are scored; not at all if targets and
         cu_seqlens are on the CPU, where columns and the reference's log-probs may then be, too. A call that is captured
-        into a CUDA graph takes targets on the device and cu_seqlens on the CPU (row lengths are fixed in the graph), scores
-        every position, and returns the same; methods whose losses depend on the whole batch raise ValueError.
+        into a CUDA graph takes targets on the device and cu_seqlens on the CPU (row lengths are fixed in the graph),
+        scores every position, and returns the same. Methods with a state, or whose losses depend on the whole batch,
+        raise ValueError.
 
-        A unit does not count if one of its rows has no scored token (a list, or a row of a policy method: if it has none
-        at all). Its loss is 0, and it is not among the items. If no unit counts the loss is 0, with a graph. For the cost
-        of a call see `plan`.
+        A unit does not count if one of its rows has no scored token (a list, or a row of a policy method: if it has
+        none at all). Its loss is 0, and it is not among the items. If no unit counts the loss is 0, with a graph. For
+        the cost of a call see `plan`.
 
-        Raises ValueError for operands, rows or columns that do not fit, a missing reference or column, an unknown column,
-        and (on the CPU) a target outside the vocabulary or a column's number out of range; on a device these two trip a
-        device-side assertion.
+        Raises ValueError for operands, rows or columns that do not fit, a missing reference or column, an unknown
+        column, and (on the CPU) a target outside the vocabulary or a column's number out of range; on a device these
+        two trip a device-side assertion.
         """
         operands = Operands(
             hidden,
@@ -188,7 +188,7 @@ class Objective(Settings):
         return stats.logp
 
     def _launches(self, evaluation: Evaluation, operands: Operands) -> Launches | None:
-        """Returns the segment kernels of this call, or None if pure functions are to be evaluated, as for a modifier."""
+        """Returns the segment kernels of this call, or None if it needs the pure functions, as modifiers do."""
         batch = evaluation.batch
         backend = named_backend(self.backend, batch.device, sharded=operands.shard is not None)
         modified = self.pairs or self.wpo or self.ld_alpha is not None
@@ -223,7 +223,7 @@ class Objective(Settings):
             given = self._items(batch)
         elif isinstance(given, Tensor) and given.dim() and given.shape != (len(self.terms),):
             raise ValueError(
-                f"denominator must be () or ({len(self.terms)},), one entry a method, got {tuple(given.shape)}"
+                f"denominator must be () or ({len(self.terms)},), one entry per method, got {tuple(given.shape)}"
             )
         return to_device(given, batch.device) if isinstance(given, Tensor) else given
 
@@ -246,7 +246,7 @@ class Objective(Settings):
                     known.columns.update({n: remembered[n] for n in own})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the methods' statistics of earlier batches, equal on all ranks, and the state of `seed`'s generator."""
+        """Returns the methods' statistics of earlier batches, equal on all ranks, and the state of the generator."""
         state = {name: x.detach().clone() for name, x in self.state.items()}
         return state if self.rivals.state is None else {**state, "draws": self.rivals.state}
 

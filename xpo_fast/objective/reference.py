@@ -25,8 +25,8 @@ def add_reference(
 ) -> None:
     """Adds the rows' log-probs under the reference to `known`, and the tokens' if they are available.
 
-    Raises ValueError if a method needs a reference and none is given, or more of it than was given, or if it was given in
-    two ways.
+    Raises ValueError if a method needs a reference and none is given, or more of it than was given, or if it was given
+    in two ways.
     """
     ref = operands.ref
     reads = [term for term in settings.terms if term.reads_reference]

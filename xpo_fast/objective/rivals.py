@@ -1,4 +1,4 @@
-"""The rival tokens of `cringe`: for each rejected token another one that the policy finds likely; the logits of both."""
+"""The rival tokens of `cringe`: for each rejected token another one that the policy finds likely, and both logits."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Rivals:
     def _seeded(self, device: torch.device) -> torch.Generator | None:
         """Returns the generator of this call's draws, or None without a seed.
 
-        Calls with gradient share one generator; a call without gradient gets a new one, so that an evaluation is repeatable
-        and does not change the draws of training.
+        Calls with gradient share one generator; a call without gradient gets a new one, so that an evaluation is
+        repeatable and does not change the draws of training.
         """
         if self.seed is None:
             return None

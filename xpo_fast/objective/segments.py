@@ -1,7 +1,7 @@
 """Losses in one launch of csrc/segments.cu: from token log-probs to the loss, its metrics and ∂loss/∂logp.
 
-The pure functions of methods/ are the definition, against which tests check the kernels. `supports` returns why a method
-has no kernel; the caller then evaluates the pure function.
+The pure functions of methods/ are the definition, against which tests check the kernels. `supports` returns why a
+method has no kernel; the caller then evaluates the pure function.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _segments(
     by_token = family == _TOKENS and not integers[_numbers(family, _INT).index("sequence")]
     outputs = _outputs(family, logp, rows, by_token)
     u, sums, values, loss, means, counts, token_losses = outputs
-    # The ticket of the last block, and the number of entries of each row's metrics.
+    # The ticket, a counter of finished blocks, and then the number of entries of each row's metrics.
     scratch = offsets.new_empty(1 + (_METRICS[family] * rows if family == _TOKENS else 0), dtype=torch.int32)
 
     def at(x: Tensor | None) -> int | None:
@@ -357,8 +357,8 @@ _segments.register_autograd(_backward, setup_context=_save)
 class Evaluation:
     """The result of a launch; only the loss is differentiable, in the log-probs.
 
-    loss (). u (n,) = ∂loss/∂logp, 0 outside the rows. sums (R,) of the rows' log-probs. losses (U,) of the units, or (n,)
-    of token methods; 0 where a unit does not count.
+    loss (). u (n,) = ∂loss/∂logp, 0 outside the rows. sums (R,) of the rows' log-probs. losses (U,) of the units, or
+    (n,) of token methods; 0 where a unit does not count.
     """
 
     loss: Tensor
@@ -407,12 +407,12 @@ def evaluate(
     unit with a row that has no token does not count. loss = scale · Σ weights · losses / denominator, undivided if the
     denominator is 0.
 
-    inputs: the method's other inputs by name: by unit, or for policy methods by token: (N,) with logp[i] at positions[i],
-    or without positions (n,). Optional are `mask`, if every token counts, and lengths (int64), if they are those of the
-    segments.
+    inputs: the method's other inputs by name: by unit, or for policy methods by token: (N,) with logp[i] at
+    positions[i], or without positions (n,). Optional are `mask`, if every token counts, and lengths (int64), if they
+    are those of the segments.
 
-    Raises ValueError if `supports` returns a reason, for log-probs that are not float32 on a CUDA device, and for inputs
-    that are missing, unknown or do not fit; RuntimeError if there is no library, or a launch fails.
+    Raises ValueError if `supports` returns a reason, for log-probs that are not float32 on a CUDA device, and for
+    inputs that are missing, unknown or do not fit; RuntimeError if there is no library, or a launch fails.
     """
     kernel = _kernel(method, tuple(sorted(hyperparameters.items())))
     if isinstance(kernel, str):
@@ -433,8 +433,8 @@ def evaluate(
     if missing or unknown:
         found = (("missing", missing), ("unknown", unknown))
         raise ValueError(
-            f"{method}: {'; '.join(f'{what} {names}' for what, n in found if (names := ', '.join(n)))}. Beside log-probs "
-            f"and offsets its kernel takes {', '.join(kernel.inputs)}"
+            f"{method}: {'; '.join(f'{what} {names}' for what, n in found if (names := ', '.join(n)))}. "
+            f"Beside log-probs and offsets its kernel takes {', '.join(kernel.inputs)}"
         )
     converted = _Converter(method, logp, units)
     numbers = dict(kernel.numbers)

@@ -165,8 +165,8 @@ class Settings:
             of_pairs = {n for m in self.methods for n in m.required if n in m.columns and m.axes(n) != ("",)}
             if of_pairs - {"score_w", "score_l"} or any(m.denominator == "tokens" for m in self.methods):
                 raise ValueError(
-                    "pairs= is for methods whose only column of a pair is its scores and whose loss is a mean over pairs, "
-                    f"not {names}"
+                    "pairs= is for methods that need nothing but its scores beside a pair and whose loss is a mean "
+                    f"over pairs, not {names}"
                 )
         if self.ld_alpha is not None:
             if self.pairs:
