@@ -44,10 +44,7 @@ LAYOUTS = {
     "scored tokens": [Layout(4, 512, 2**15), Layout(16, 512, 2**15), Layout(64, 512, 2**15)],
     "T": [Layout(128, 128, 2**15), Layout(16, 1024, 2**15), Layout(2, 8192, 2**15)],
     "V": [Layout(8, 512, 2**15), Layout(8, 512, 2**17), Layout(8, 512, 2**18)],
-    "tile": [
-        Layout(8, 1024, 2**13, width=2048, tile_mib=64),
-        Layout(2, 1024, 2**16, width=1024, tile_mib=64),
-    ],
+    "tile": [Layout(8, 1024, 2**13, width=2048, tile_mib=64), Layout(2, 1024, 2**16, width=1024, tile_mib=64)],
 }
 SIDE_BY_SIDE = Layout(4, 2048, 2**15)
 QUICK = Layout(4, 64, 1009)

@@ -105,10 +105,7 @@ def run_trainer(
 
     rows = rows_for(objective.data_kind, pairs, with_rejected="ref_pos_logp_l" in METHODS[name].inputs)
     encoded = data.encode(
-        data.load(rows, kind=objective.data_kind),
-        tokenizer,
-        kind=objective.data_kind,
-        max_length=args.max_length,
+        data.load(rows, kind=objective.data_kind), tokenizer, kind=objective.data_kind, max_length=args.max_length
     )
     with tempfile.TemporaryDirectory() as folder:
         config = XPOConfig(
@@ -167,13 +164,10 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
             if "ptx_logp" in METHODS[name].columns:  # the chosen rows stand for pretraining text
                 text = batch["targets"].clone()
                 text[rows:] = data.IGNORE_INDEX
-                more |= {
-                    "ptx_logp": token_logps(hidden, head.weight, text),
-                    "ptx_mask": text != data.IGNORE_INDEX,
-                }
+                more |= {"ptx_logp": token_logps(hidden, head.weight, text), "ptx_mask": text != data.IGNORE_INDEX}
             if objective.needs_reference:
                 more["ref_logps"] = start
-            out = objective(hidden, head.weight, batch["targets"], **head.kwargs(), **more)
+            out = objective(hidden, head, batch["targets"], **more)
             return {"loss": out.loss}
 
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)["loss"]
@@ -212,9 +206,7 @@ def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> C
             if "logp_w" in method.inputs:
                 batch.setdefault("start", _row_logps(hidden, head, batch["targets"]).detach())
                 given = {n: x for n, x in given.items() if n in method.columns}
-                out = Objective(name, **hyper)(
-                    hidden, head.weight, batch["targets"], ref_logps=batch["start"], **head.kwargs(), **given
-                )
+                out = Objective(name, **hyper)(hidden, head, batch["targets"], ref_logps=batch["start"], **given)
                 return {"loss": out.loss}
             losses = method(**given, **hyper)[0]
             return {"loss": losses.sum() / (scored.sum() if losses.dim() == 2 else len(losses))}
@@ -228,7 +220,7 @@ def _row_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     from xpo_fast import sequence_logps
 
     with torch.no_grad():
-        return sequence_logps(hidden, head.weight, targets, **head.kwargs())[0]
+        return sequence_logps(hidden, head, targets)[0]
 
 
 def run_loop(
@@ -304,11 +296,7 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
         records.append(record)
         if args.json:
             kept = {**earlier(args.json), name: record}
-            content = {
-                "environment": environment(),
-                "options": options,
-                "methods": [kept[n] for n in sorted(kept)],
-            }
+            content = {"environment": environment(), "options": options, "methods": [kept[n] for n in sorted(kept)]}
             write_json(args.json, content)
     return records
 

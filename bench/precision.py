@@ -127,10 +127,7 @@ def main() -> None:
             found[name] = json.loads(path.read_text()) | {"variables": variables}
     names = list(found[next(iter(found))]["times"])
     rows = [
-        [
-            part,
-            *(f"{found[s]['times'][part]['float32_ms']:.1f}, {found[s]['times'][part]['ratio']:.2f}" for s in found),
-        ]
+        [part, *(f"{found[s]['times'][part]['float32_ms']:.1f}, {found[s]['times'][part]['ratio']:.2f}" for s in found)]
         for part in names
     ]
     rows.append(["`auto`, of a bfloat16 checkpoint", *(found[s]["auto"] for s in found)])

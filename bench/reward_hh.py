@@ -35,12 +35,7 @@ def main() -> int:
     add = parser.add_argument
     add("--data", required=True, help="pairs of chosen and rejected transcripts")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add(
-        "--json",
-        metavar="FILE",
-        type=Path,
-        help="write the figures there; runs that it has are not made again",
-    )
+    add("--json", metavar="FILE", type=Path, help="write the figures there; runs that it has are not made again")
     add("--plot", metavar="FILE", help="write the picture of the first seed's trained scores there")
     add("--held-out", type=int, default=900, help="pairs to measure on")
     add("--train-pairs", type=int, default=1412, help="pairs to train on")

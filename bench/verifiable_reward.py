@@ -51,11 +51,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for run in runs:
-        look: Any = {
-            "color": f"C{METHODS.index(run['method'])}",
-            "ls": ":" if run["shuffled"] else "-",
-            "lw": 1.2,
-        }
+        look: Any = {"color": f"C{METHODS.index(run['method'])}", "ls": ":" if run["shuffled"] else "-", "lw": 1.2}
         first = run["seed"] == min(r["seed"] for r in runs)
         label = run["method"] + (", shuffled" if run["shuffled"] else "") if first else None
         shown = (("reward",), ("objective/kl", "kl"), ("completions/mean_length",))
@@ -63,9 +59,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             values = curve(run, *names)
             axes.plot([*values], [*values.values()], label=label, **look)
     for axes, title in zip(
-        panels,
-        ("reward of the samples", "KL (PPO, RLOO: a completion; GRPO: a token)", "tokens"),
-        strict=True,
+        panels, ("reward of the samples", "KL (PPO, RLOO: a completion; GRPO: a token)", "tokens"), strict=True
     ):
         axes.set(title=title, xlabel="step")
     panels[0].legend(frameon=False, fontsize=8)

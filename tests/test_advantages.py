@@ -307,11 +307,7 @@ def test_k3s_variance_is_less_than_k1s_and_it_is_never_negative():
 
     assert variance(k3) < variance(k1) / 50
     d = torch.cat(
-        [
-            torch.linspace(-60, 60, 2001),
-            10 ** torch.linspace(-20, 0, 500),
-            -(10 ** torch.linspace(-20, 0, 500)),
-        ]
+        [torch.linspace(-60, 60, 2001), 10 ** torch.linspace(-20, 0, 500), -(10 ** torch.linspace(-20, 0, 500))]
     )
     for dtype in (torch.float32, F64):
         assert (k3(torch.zeros_like(d, dtype=dtype), d.to(dtype)) >= 0).all()

@@ -1,4 +1,4 @@
-"""What bench/launches.py counts: few launches, whatever the tokens; few bytes a logit; the memory that the plan says."""
+"""The counts of bench/launches.py: few launches for any number of tokens, few bytes per logit, the plan's memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from xpo_fast.head.plan import fit
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from xpo_fast.kernels import tuning
+from xpo_fast.kernels import launch
+
+from xpo_fast.head.triton import LOGPS
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -34,7 +36,7 @@ def shape(launches, scored=8192, width=4096, vocab=128256):
 
 @pytest.mark.parametrize(("backend", "most", "row_bytes"), [("torch", 120, 30), ("triton", 40, 6), ("cuda", 50, 6)])
 def test_frozen(launches, backend, most, row_bytes):
-    """Per step and tile, not per token: four times the tokens have at most four times the launches, and no more a step."""
+    """Per step and tile, not per token: four times the tokens launch at most four times as much, no more per step."""
     found = launches.measure("frozen", shape(launches), backend)
     assert found["launches"] <= most
     assert found["row_bytes_a_logit"] == row_bytes
@@ -74,7 +76,7 @@ def test_launches_and_memory(launches, case):
 
 @pytest.mark.parametrize("case", MOST)
 def test_blocks_of_a_cache_are_too_many(launches, case, monkeypatch):
-    """As a device would have it if its rows were worked on in blocks, here of 128 MiB: 2 MiB would take minutes to count."""
+    """As on a device, if rows were worked on in blocks, here of 128 MiB: 2 MiB would take minutes to count."""
     size = 64 * gemms.BLOCK_BYTES
 
     def of_a_cache(tile):
@@ -88,7 +90,7 @@ def test_blocks_of_a_cache_are_too_many(launches, case, monkeypatch):
 
 
 def test_cuda_leaves_the_rest_to_triton(launches):
-    """As on a GPU: what is not made by its kernel is made by Triton's, and by nothing of torch's as wide as the vocabulary."""
+    """As on a GPU: what its kernel does not compute, Triton's does, and nothing of torch as wide as the vocabulary."""
     cuda, triton = (
         launches.measure("entropy with its gradient", shape(launches), backend) for backend in ("cuda", "triton")
     )
@@ -98,18 +100,14 @@ def test_cuda_leaves_the_rest_to_triton(launches):
 
 def test_the_verdict_on_log_probs_holds_for_what_they_run(launches):
     """By tiles: the kernel whose source the measurement is bound to."""
-    (by_tiles, _) = tuning.tunable(tuning.LOGPS).kernels
+    (by_tiles, _) = launch.tunable(LOGPS).kernels
     assert launches.measure("log-probs", shape(launches), "triton")["kernels"][by_tiles.__name__]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("case", "options"),
-    [
-        ("frozen", {}),
-        ("frozen, softcap", {"softcap": 30.0}),
-        ("entropy with its gradient", {"outputs": ("entropy",)}),
-    ],
+    [("frozen", {}), ("frozen, softcap", {"softcap": 30.0}), ("entropy with its gradient", {"outputs": ("entropy",)})],
 )
 def test_memory_is_the_plans(launches, case, options, backend):
     """All but what is as long as the hidden states is in the plan."""
@@ -159,13 +157,7 @@ def test_memory_of_a_small_call_is_the_plans(launches, n, backend):
 
 @pytest.mark.parametrize(
     ("options", "copies"),
-    [
-        ({}, 3),
-        ({"beta": 0.0}, 3),
-        ({"beta": 1.0}, 3),
-        ({"temperature": 2.0}, 4),
-        ({"divergence": "cosine"}, 3),
-    ],
+    [({}, 3), ({"beta": 0.0}, 3), ({"beta": 1.0}, 3), ({"temperature": 2.0}, 4), ({"divergence": "cosine"}, 3)],
     ids=str,
 )
 def test_memory_of_distillation(launches, options, copies, monkeypatch):

@@ -106,7 +106,10 @@ TURNS = ({"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3 w4"})
 USER, ANSWER = ({"role": role, "content": "w1 w2"} for role in ("user", "assistant"))
 FORMS = {
     "messages": ({"messages": [USER, ANSWER]}, ["--method", "sft"]),
-    "parts of text": ({"messages": [{**USER, "content": [{"type": "text", "text": "w1"}]}, ANSWER]}, ["--method", "sft"]),
+    "parts of text": (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "w1"}]}, ANSWER]},
+        ["--method", "sft"],
+    ),
     "text": ({"text": "w1 w2 w3"}, ["--method", "sft"]),
     "prompt and completion": ({"prompt": "w1", "completion": " w2"}, ["--method", "sft"]),
     "sharegpt": ({"conversations": TURNS}, ["--method", "sft"]),
@@ -116,7 +119,8 @@ FORMS = {
         ["--method", "simpo"],
     ),
     "ultrafeedback, binarized": (
-        {"prompt": "w1 w2", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "w5"}], "score_chosen": 2.0,
+        {"prompt": "w1 w2", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "w5"}],
+         "score_chosen": 2.0,
          "score_rejected": 1.0, "messages": [USER, ANSWER]},
         ["--method", "odpo"],
     ),
@@ -146,7 +150,8 @@ def test_train_on_every_form(home, tmp_path, capsys, form):
         "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
     )
     assert cli.main([
-        "train", "--data", *map(str, files), "--model", str(home / "model"), "--output-dir", str(tmp_path / "out"), "--cpu",
+        "train", "--data", *map(str, files), "--model", str(home / "model"), "--output-dir",
+        str(tmp_path / "out"), "--cpu",
         "--max-steps", "1", "--eval-split", "0", "--chat-template", str(template), "--lora-targets", "q_proj", *options,
     ]) == 0, capsys.readouterr().err  # fmt: skip
     assert "data       a.jsonl (4), b.jsonl (4): 8 " in capsys.readouterr().out
@@ -223,7 +228,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     assert split(1)[1]["where"] == held["where"] != split(2)[1]["where"]
 
 
-COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor", "help", "completion")
+COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor", "tune", "help", "completion")
 
 
 def test_every_command_is_there_and_every_option_has_help(capsys):
@@ -269,8 +274,10 @@ def test_options_of_rl_are_fields_of_its_configuration_and_say_its_defaults():
 
 def test_training_arguments_are_as_given():
     args = cli.build_parser().parse_args([
-        "train", "--data", "x", "--full", "--dtype", "bfloat16", "--batch-size", "3", "--grad-accum", "2", "--lr", "0.5",
-        "--warmup-ratio", "0.25", "--max-grad-norm", "0.75", "--weight-decay", "0.125", "--eval-steps", "7", "--seed", "9",
+        "train", "--data", "x", "--full", "--dtype", "bfloat16", "--batch-size", "3", "--grad-accum", "2",
+        "--lr", "0.5",
+        "--warmup-ratio", "0.25", "--max-grad-norm", "0.75", "--weight-decay", "0.125", "--eval-steps", "7",
+        "--seed", "9",
     ])  # fmt: skip
     found = training.training_arguments(args, lr=1.0, evaluates=True)
     assert found | {
@@ -299,11 +306,7 @@ def test_training_arguments_are_as_given():
                 "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
             ],
         ),
-        (
-            KeyboardInterrupt(),
-            130,
-            ["xpo-fast: stopped; no checkpoint had been written into xpo-fast-rl"],
-        ),
+        (KeyboardInterrupt(), 130, ["xpo-fast: stopped; no checkpoint had been written into xpo-fast-rl"]),
         (
             torch.OutOfMemoryError("no memory"),
             2,
@@ -354,10 +357,7 @@ def test_importing_the_core_imports_no_transformers():
 
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "xpo_fast.cli", "methods", "--card", "dpo"],
-        timeout=300,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "xpo_fast.cli", "methods", "--card", "dpo"], timeout=300, capture_output=True, text=True
     )
     assert done.returncode == 0 and "dpo" in done.stdout
 
@@ -404,12 +404,14 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
          "--lr 1e-3 --epochs 2 --batch-size 3 --eval-batch-size 4"),
         ("--gradient_accumulation_steps 2 --lr_scheduler_type cosine --warmup_steps 10 --weight_decay 0.1",
          "--grad-accum 2 --scheduler cosine --warmup-steps 10 --weight-decay 0.1"),
-        ("--warmup_ratio 0.2 --logging_steps 3 --max_grad_norm 2 --seed 5", "--warmup-ratio 0.2 --logging-steps 3 --max-grad-norm 2 --seed 5"),
+        ("--warmup_ratio 0.2 --logging_steps 3 --max_grad_norm 2 --seed 5",
+         "--warmup-ratio 0.2 --logging-steps 3 --max-grad-norm 2 --seed 5"),
         ("--use_peft --lora_r 4 --lora_alpha 8 --lora_dropout 0.1 --lora_target_modules q_proj v_proj",
          "--lora --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-targets q_proj,v_proj"),
         ("--use_peft False --bf16", "--full --dtype bfloat16"),
         ("--full --fp16 true --bf16 false", "--full --dtype float16"),
-        ("--attn_implementation eager --torch_dtype float32 --gradient_checkpointing True", "--attn eager --dtype float32 --gradient-checkpointing"),
+        ("--attn_implementation eager --torch_dtype float32 --gradient_checkpointing True",
+         "--attn eager --dtype float32 --gradient-checkpointing"),
         ("--load_in_4bit --bnb_4bit_quant_type nf4 --use_bnb_nested_quant", "--load-in-4bit"),
         ("--resume_from_checkpoint True", "--resume"),
         ("--resume-from-checkpoint o/checkpoint-2 --save_strategy steps", "--resume o/checkpoint-2"),
@@ -419,15 +421,18 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--push_to_hub --hub_model_id me/it --hub_private_repo", "--push-to-hub me/it --hub-private"),
         ("--hub_model_id me/it --push_to_hub", "--push-to-hub me/it"),
         ("--beta 0.3 --label_smoothing 0.1", "--set beta=0.3 --set label_smoothing=0.1"),
-        ("--method simpo --simpo_gamma 0.4 --gamma-beta-ratio 0.5", "--method simpo --set gamma=0.4 --set gamma_beta_ratio=0.5"),
-        ("--method kto --desirable_weight 1.5 --undesirable_weight 0.5", "--method kto --set lambda_d=1.5 --set lambda_u=0.5"),
+        ("--method simpo --simpo_gamma 0.4 --gamma-beta-ratio 0.5",
+         "--method simpo --set gamma=0.4 --set gamma_beta_ratio=0.5"),
+        ("--method kto --desirable_weight 1.5 --undesirable_weight 0.5",
+         "--method kto --set lambda_d=1.5 --set lambda_u=0.5"),
         ("--loss_type ipo --beta 0.2", "--method ipo --set beta=0.2"),
         ("--loss_type sigmoid sft --loss_weights 1 0.5", "--method 'dpo + sft' --set 'weights=[1, 0.5]'"),
         ("--loss_type sppo_hard", "--method sppo --set variant=hard"),
         ("--loss_type discopop --discopop_tau 0.1", "--method discopop --set tau=0.1"),
         ("--precompute_ref_log_probs --ld_alpha 0.5", "--reference cached --set ld_alpha=0.5"),
         ("--use_weighting", "--set wpo=true --set clamp=false"),
-        ("--adam_beta2 0.95 --optim adamw_torch --run_name r", "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
+        ("--adam_beta2 0.95 --optim adamw_torch --run_name r",
+         "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
         ("--no-full --full", "--full"),
         ("--full --bf16 --bf16 false", "--full"),
         ("--full --no_full --cpu no", ""),
@@ -530,9 +535,11 @@ def test_names_of_trl_for_reward():
     [
         ("train", "--packing", "packed layouts do not exist yet: --group-by-length"),
         ("train", "--bf16", "--bf16 is mixed precision, which goes with --full; with an adapter, --dtype bfloat16"),
-        ("train", "--full --bf16 --fp16", "--bf16 is --dtype bfloat16, and --fp16 asks for another: leave one of them out"),
+        ("train", "--full --bf16 --fp16",
+         "--bf16 is --dtype bfloat16, and --fp16 asks for another: leave one of them out"),
         ("train", "--full --bf16 --dtype float32", "--bf16 is --dtype bfloat16, and --dtype float32 asks for another"),
-        ("train", "--full --torch_dtype=float32 --fp16", "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
+        ("train", "--full --torch_dtype=float32 --fp16",
+         "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
         ("train", "--eval_strategy epoch", "every N steps by --eval-steps N"),
         ("train", "--save_strategy no", "--save-steps"),
         ("train", "--loss_type sigmod", "no loss type named 'sigmod'; did you mean sigmoid"),
@@ -565,11 +572,7 @@ def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
 
     def known(name: str, command: str) -> bool:
         parser = cli.parsers()[command]
-        if parser.named(name) is not None or name in (
-            *aliases.ALIASES,
-            *aliases.REFUSED,
-            *options.TRAINER_ARGUMENTS,
-        ):
+        if parser.named(name) is not None or name in (*aliases.ALIASES, *aliases.REFUSED, *options.TRAINER_ARGUMENTS):
             return True
         methods = {"train": ("dpo", "kto"), "rl": ("grpo", "sapo", "vespo"), "reward": ("bradley_terry",)}[command]
         return any(name in aliases.hyperparameters(method, command) for method in methods)
@@ -665,24 +668,12 @@ def test_a_negative_number_is_a_value(option, value):
     ("words", "message"),
     [
         (["--warmup-ratio", "5"], "--warmup-ratio must be a share in [0, 1), got 5"),
-        (
-            ["--warmup-steps", "2.5"],
-            "--warmup-steps must be a number of steps, or a share of them below 1, got 2.5",
-        ),
+        (["--warmup-steps", "2.5"], "--warmup-steps must be a number of steps, or a share of them below 1, got 2.5"),
         (["--adam_beta2", "high"], "--train adam_beta2: expected a number, got 'high'"),
         (["--train", "full_determinism=3"], "--train full_determinism: expected true or false, got 3"),
-        (
-            ["--optim", "galore_adamw"],
-            "--optim galore_adamw does not work here: You need to install `galore_torch`",
-        ),
-        (
-            ["--load-in-4bit", "--full"],
-            "--load-in-4bit freezes the weights and trains an adapter: leave --full out",
-        ),
-        (
-            ["--eval_strategy", "no", "--eval_steps", "5"],
-            "--eval-steps evaluates rows held out, and there are none",
-        ),
+        (["--optim", "galore_adamw"], "--optim galore_adamw does not work here: You need to install `galore_torch`"),
+        (["--load-in-4bit", "--full"], "--load-in-4bit freezes the weights and trains an adapter: leave --full out"),
+        (["--eval_strategy", "no", "--eval_steps", "5"], "--eval-steps evaluates rows held out, and there are none"),
         (
             ["--train", "run_name=12"],
             "--train run_name: expected text, got 12; write it as an option of its own, --run_name 12",
@@ -707,8 +698,8 @@ def test_arguments_that_take_text_stay_text():
 
 def test_options_reach_the_trainers_arguments():
     args = cli.parse([
-        "train", "--data", "x", "--optim", "sgd", "--warmup-steps", "7", "--adam_beta2", "0.5", "--push-to-hub", "me/it",
-        "--hub-private", "--run_name", "r",
+        "train", "--data", "x", "--optim", "sgd", "--warmup-steps", "7", "--adam_beta2", "0.5", "--push-to-hub",
+        "me/it", "--hub-private", "--run_name", "r",
     ])  # fmt: skip
     found = training.training_arguments(args, lr=1.0, evaluates=False)
     assert found | {
@@ -846,16 +837,7 @@ def test_a_dry_run_leaves_the_run_in_the_folder_alone(home, tmp_path, capsys):
 
 def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
     out = tmp_path / "out"
-    words = [
-        "--model",
-        str(home / "model"),
-        "--cpu",
-        "--dry-run",
-        "--output-dir",
-        str(out),
-        "--batch-size",
-        "2",
-    ]
+    words = ["--model", str(home / "model"), "--cpu", "--dry-run", "--output-dir", str(out), "--batch-size", "2"]
     assert cli.main(["reward", "--data", str(home / "pairs.jsonl"), *words]) == 0
     said = capsys.readouterr().out
     first = make_rows(20)[0]
@@ -916,7 +898,10 @@ def test_completion(shell, capsys, tmp_path):
     done = subprocess.run([program, "-n", str(tmp_path / "script")], timeout=300, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     if shell == "bash":  # what a shell would offer behind `xpo-fast train --method simp` and `--opt`
-        ask = "source {script}; COMP_WORDS=(xpo-fast train {words}); COMP_CWORD={last}; {function}; echo ${{COMPREPLY[@]}}"
+        ask = (
+            "source {script}; COMP_WORDS=(xpo-fast train {words}); COMP_CWORD={last}; {function}; "
+            "echo ${{COMPREPLY[@]}}"
+        )
         function = re.search(r"complete .*-F (\S+) xpo-fast", script)[1]
         for words, offered in (("--method simp", "simpo"), ("--opti", "--optim")):
             code = ask.format(script=tmp_path / "script", words=words, last=1 + len(words.split()), function=function)

@@ -58,11 +58,7 @@ def batch(lengths: tuple[int, ...]) -> SimpleNamespace:
         for h in (hidden, ref_hidden)
     )
     given = {}
-    for name, values in {
-        "logp": logp.sum(1),
-        "ref_logp": ref_logp.sum(1),
-        "len": torch.tensor(lengths),
-    }.items():
+    for name, values in {"logp": logp.sum(1), "ref_logp": ref_logp.sum(1), "len": torch.tensor(lengths)}.items():
         given[name + "_w"], given[name + "_l"] = values.chunk(2)
     return SimpleNamespace(hidden=hidden, ref_hidden=ref_hidden, weight=weight, targets=targets, given=given)
 
@@ -204,11 +200,7 @@ def _():
 
 @row("f-DPO: divergence")
 def _():
-    for name, theirs in {
-        "reverse_kl": "reverse_kl",
-        "forward_kl": "forward_kl",
-        "js": "js_divergence",
-    }.items():
+    for name, theirs in {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js": "js_divergence"}.items():
         same(ours("f_dpo", beta=0.3, divergence=name),
              trl_dpo(RAGGED.given, "sigmoid", theirs, beta=0.3, label_smoothing=0.0))  # fmt: skip
 
@@ -238,10 +230,7 @@ def _():
         same(ours(name, beta=0.3), trl_dpo(RAGGED.given, theirs, beta=0.3, label_smoothing=0.0))
         same(ours(name, beta=0.3), liger("DPO", loss_type=theirs, beta=0.3))
     for name in ("aot", "aot_unpaired"):
-        same(
-            ours(name, beta=0.3, label_smoothing=0.1),
-            trl_dpo(RAGGED.given, name, beta=0.3, label_smoothing=0.1),
-        )
+        same(ours(name, beta=0.3, label_smoothing=0.1), trl_dpo(RAGGED.given, name, beta=0.3, label_smoothing=0.1))
 
 
 @row("DPO with SFT: weight")
@@ -271,11 +260,7 @@ def _():
         options = {"beta": 0.3, "label_smoothing": smoothing}
         same(ours("cpo", alpha=0.0, **options), trl_whole("cpo", RAGGED, cpo_alpha=0.0, **options))
         same(ours("cpo", alpha=0.0, **options), liger("CPO", alpha=0.0, **options))
-    flat = {
-        **RAGGED.given,
-        "ref_logp_w": torch.full((PAIRS,), -9.0),
-        "ref_logp_l": torch.full((PAIRS,), -9.0),
-    }
+    flat = {**RAGGED.given, "ref_logp_w": torch.full((PAIRS,), -9.0), "ref_logp_l": torch.full((PAIRS,), -9.0)}
     same(ours("cpo", beta=0.3, alpha=0.0), ours("dpo", flat, beta=0.3))
 
 
@@ -283,10 +268,7 @@ def _():
 def _():
     for theirs in (trl_whole("cpo", RAGGED, cpo_alpha=0.5, beta=0.3), liger("CPO", alpha=0.5, beta=0.3)):
         same(ours("cpo", alpha=0.0, beta=0.3) + 0.5 * ours("sft"), theirs)
-    for theirs in (
-        trl_whole("cpo", EQUAL, cpo_alpha=0.5, beta=0.3),
-        liger("CPO", EQUAL, alpha=0.5, beta=0.3),
-    ):
+    for theirs in (trl_whole("cpo", EQUAL, cpo_alpha=0.5, beta=0.3), liger("CPO", EQUAL, alpha=0.5, beta=0.3)):
         same(ours("cpo", EQUAL.given, alpha=0.5, beta=0.3, nll="mean"), theirs)
         same(ours("cpo", EQUAL.given, alpha=0.5 / LENGTH, beta=0.3), theirs)
 
@@ -363,11 +345,7 @@ def _():
 
 @row("DRO: τ")
 def _():
-    given = {
-        **UNPAIRED,
-        "reward": torch.tensor([1.0, -1.0, 0.5, 0.0]),
-        "value": torch.tensor([0.2, 0.1, -0.3, 0.4]),
-    }
+    given = {**UNPAIRED, "reward": torch.tensor([1.0, -1.0, 0.5, 0.0]), "value": torch.tensor([0.2, 0.1, -0.3, 0.4])}
     ratio = given["logp"] - given["ref_logp"]
     printed = (given["reward"] - given["value"] - 0.3 * ratio) ** 2 / 2
     same(ours("dro", given, beta=0.3, variant="square"), printed.mean())
@@ -418,13 +396,7 @@ def policy_peers(
     loss_type: str, *, delta: float | None = None, sapo=(1.0, 1.05), vespo=(2.0, 3.0, 3.0, 2.0), **options
 ):
     """TRL's and Liger's mean loss of SAMPLES."""
-    fields = {
-        "epsilon_low": 0.2,
-        "epsilon_high": 0.2,
-        "beta": 0.0,
-        "importance_sampling_level": "token",
-        **options,
-    }
+    fields = {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token", **options}
     trl()
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -509,10 +481,7 @@ def _():
     gradients = []
     for variant in ("plain", "clipped"):
         leaf = SAMPLES["token_logp"].clone().requires_grad_()
-        given = {k: SAMPLES[k] for k in ("advantage", "mask")} | {
-            "token_logp": leaf,
-            "old_logp": leaf.detach(),
-        }
+        given = {k: SAMPLES[k] for k in ("advantage", "mask")} | {"token_logp": leaf, "old_logp": leaf.detach()}
         gradients += torch.autograd.grad(xf.METHODS["rloo"](**given, variant=variant)[0].sum(), leaf)
     assert_close(*gradients)
 

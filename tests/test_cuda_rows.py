@@ -451,14 +451,7 @@ def test_nothing_finite_and_targets_outside(machine):
 )
 def test_calls_that_make_no_sense(machine, change, reason):
     x = torch.zeros(2, 4, device=machine.device)
-    good = {
-        "products": x.data_ptr(),
-        "targets": x.data_ptr(),
-        "n": 1,
-        "vocab": 4,
-        "stride": 4,
-        "grad_type": 0,
-    }
+    good = {"products": x.data_ptr(), "targets": x.data_ptr(), "n": 1, "vocab": 4, "stride": 4, "grad_type": 0}
     rows = cuda._Rows(**{**good, "gain": 1.0, **change})
     with pytest.raises(RuntimeError, match=f"xpo_rows: {reason}"):
         native.call("xpo_rows", ctypes.byref(rows), device=x.device)
@@ -688,11 +681,7 @@ def test_the_emulation_finds_faults(tmp_path):
         out = torch.ones(128)
         return library.faulty(which, ctypes.c_void_p(out.data_ptr()), right, reversed), out
 
-    right = {
-        0: (torch.arange(64) + 1.0) % 64,
-        1: torch.tensor([1.0, 0.0]),
-        2: torch.tensor([1.0, 1.0, 1.0, 0.0] * 32),
-    }
+    right = {0: (torch.arange(64) + 1.0) % 64, 1: torch.tensor([1.0, 0.0]), 2: torch.tensor([1.0, 1.0, 1.0, 0.0] * 32)}
     for which, want in right.items():
         for reversed in (False, True):
             code, found = launch(which, True, reversed)
@@ -705,20 +694,7 @@ def test_the_emulation_finds_faults(tmp_path):
 
 def test_the_emulation_rounds_as_torch(tmp_path):
     library = library_of(FAULTY.replace("cluster_", "xpo::cluster_"), tmp_path)
-    special = [
-        0.0,
-        -0.0,
-        torch.inf,
-        -torch.inf,
-        torch.nan,
-        65504.0,
-        65519.9,
-        65520.0,
-        2**-14,
-        2**-24,
-        2**-25,
-        3e38,
-    ]
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65504.0, 65519.9, 65520.0, 2**-14, 2**-24, 2**-25, 3e38]
     ties = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 1.5 * 2**-24, 2.5 * 2**-24, 2047.5])
     x = torch.cat([torch.tensor(special), ties, -ties, torch.logspace(-9, 6, 999), oracle.normal(999, seed=1).float()])
     bf16, half = (torch.zeros(len(x), dtype=torch.int32) for _ in range(2))

@@ -195,19 +195,11 @@ FORMS = {
         *([user("what")], *CAT_AND_DOG),
     ),
     "messages, prompt given and repeated": (
-        {
-            "prompt": [user("what")],
-            "chosen": [user("what"), answer("cat")],
-            "rejected": [user("what"), answer("dog")],
-        },
+        {"prompt": [user("what")], "chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")]},
         *([user("what")], *CAT_AND_DOG),
     ),
     "messages, prompt repeated as text": (
-        {
-            "prompt": "what",
-            "chosen": [user("what"), answer("cat")],
-            "rejected": [user("what"), answer("dog")],
-        },
+        {"prompt": "what", "chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("dog")]},
         *([user("what")], *CAT_AND_DOG),
     ),
     "prompt text, answers messages": ({**CHAT, "prompt": "what"}, [user("what")], *CAT_AND_DOG),
@@ -228,15 +220,9 @@ FORMS = {
         {"chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("cat")]},
         *([user("what")], [answer("cat")], [answer("cat")]),
     ),
-    "transcripts": (
-        HH,
-        *([user("hi"), answer("hello"), user("what")], [answer("a\n\ncat")], [answer("dog")]),
-    ),
+    "transcripts": (HH, *([user("hi"), answer("hello"), user("what")], [answer("a\n\ncat")], [answer("dog")])),
     "transcripts, a speaker twice in a row": (
-        {
-            "chosen": "\n\nHuman: hi\n\nAssistant: well\n\nAssistant: cat",
-            "rejected": "Human: hi\n\nAssistant: dog",
-        },
+        {"chosen": "\n\nHuman: hi\n\nAssistant: well\n\nAssistant: cat", "rejected": "Human: hi\n\nAssistant: dog"},
         *([user("hi")], [answer("well\n\ncat")], [answer("dog")]),
     ),
     "transcripts that are equal": (
@@ -389,11 +375,7 @@ def test_lists_may_differ_in_length():
     [
         (SCORED, "pair", {"score_chosen": 0.1, "score_rejected": -3.0}),
         # A method decides whether the order of scores matters.
-        (
-            {**PAIR, "score_chosen": 1, "score_rejected": 1},
-            "pair",
-            {"score_chosen": 1.0, "score_rejected": 1.0},
-        ),
+        ({**PAIR, "score_chosen": 1, "score_rejected": 1}, "pair", {"score_chosen": 1.0, "score_rejected": 1.0}),
         ({**PAIR, "prob": 1, "margin": -2}, "pair", {"prob": 1.0, "margin": -2.0}),
         ({**PAIR, "prob_chosen": 0.3, "prob": None}, "pair", {"prob": 0.3}),
         ({**UNPAIRED, "reward": -1, "value": 1e-30}, "unpaired", {"reward": -1.0, "value": 1e-30}),
@@ -531,33 +513,13 @@ FAULTY_ROWS = {
     "beyond any float": ({**UNPAIRED, "value": 10**400}, "unpaired", "value must be a finite number.*100"),
     "a list for a number": ({**PAIR, "prob": [1]}, "pair", r"prob must be a finite number.*\(list\)"),
     "a probability above 1": ({**PAIR, "prob": 1.5}, "pair", r"prob must be a probability in \[0, 1\].*1\.5"),
-    "a probability below 0": (
-        {**PAIR, "prob_chosen": -1e-9},
-        "pair",
-        "prob_chosen must be a probability.*-1e",
-    ),
+    "a probability below 0": ({**PAIR, "prob_chosen": -1e-9}, "pair", "prob_chosen must be a probability.*-1e"),
     "two probabilities": ({**PAIR, "prob": 0.5, "prob_chosen": 0.5}, "pair", "prob and prob_chosen.*remove"),
-    "score of chosen only": (
-        {**PAIR, "score_chosen": 1},
-        "pair",
-        "score_chosen is the only score.*score_rejected",
-    ),
-    "score of rejected only": (
-        {**PAIR, "score_rejected": 1},
-        "pair",
-        "score_rejected is the only score.*drop",
-    ),
+    "score of chosen only": ({**PAIR, "score_chosen": 1}, "pair", "score_chosen is the only score.*score_rejected"),
+    "score of rejected only": ({**PAIR, "score_rejected": 1}, "pair", "score_rejected is the only score.*drop"),
     "half of a pair": ({"prompt": "a", "chosen": "b"}, "unpaired", "rejected missing.*got chosen, prompt"),
-    "neither label nor reward": (
-        {**UNPAIRED, "label": None, "value": 1.0},
-        "unpaired",
-        "label missing or null",
-    ),
-    "completions missing": (
-        {"prompt": "a", "scores": [1, 2]},
-        "list",
-        "completions missing.*got prompt, scores",
-    ),
+    "neither label nor reward": ({**UNPAIRED, "label": None, "value": 1.0}, "unpaired", "label missing or null"),
+    "completions missing": ({"prompt": "a", "scores": [1, 2]}, "list", "completions missing.*got prompt, scores"),
     "list without prompt": ({**LIST, "prompt": None}, "list", "prompt missing or null"),
     "scores missing": ({**LIST, "scores": None}, "list", "scores missing.*expected prompt, completions and"),
     "a pair without scores as a list": (PAIR, "list", "score_chosen, score_rejected missing"),
@@ -565,52 +527,20 @@ FAULTY_ROWS = {
         {**PAIR, "score_chosen": 1.0},
         *("list", "score_rejected missing.*got chosen, prompt, rejected, score_chosen"),
     ),
-    "one completion": (
-        {**LIST, "completions": [" a"], "scores": [1]},
-        "list",
-        "two or more.*got 1; drop the row",
-    ),
+    "one completion": ({**LIST, "completions": [" a"], "scores": [1]}, "list", "two or more.*got 1; drop the row"),
     "no completion": ({**LIST, "completions": [], "scores": []}, "list", "two or more.*got 0; drop the row"),
-    "a text for a list": (
-        {**LIST, "completions": "abc"},
-        "list",
-        "completions must be a list.*got str; drop",
-    ),
+    "a text for a list": ({**LIST, "completions": "abc"}, "list", "completions must be a list.*got str; drop"),
     "a conversation for a list": (
         {"prompt": [user("a")], "completions": [answer("b"), answer("c")], "scores": [1, 2]},
         *("list", r"completions\[0\] must be text or a list of messages; got dict"),
     ),
-    "more completions than scores": (
-        {**LIST, "scores": [1, 2]},
-        "list",
-        "got 2 scores for 3 completions; give",
-    ),
-    "more scores than completions": (
-        {**LIST, "scores": [1, 2, 3, 4]},
-        "list",
-        "got 4 scores for 3 completions",
-    ),
-    "one number for scores": (
-        {**LIST, "scores": 1.0},
-        "list",
-        "scores must be a list.*got float; drop the row",
-    ),
-    "a score that is NaN": (
-        {**LIST, "scores": [1, float("nan"), 2]},
-        "list",
-        r"scores\[1\] must be a finite.*nan",
-    ),
+    "more completions than scores": ({**LIST, "scores": [1, 2]}, "list", "got 2 scores for 3 completions; give"),
+    "more scores than completions": ({**LIST, "scores": [1, 2, 3, 4]}, "list", "got 4 scores for 3 completions"),
+    "one number for scores": ({**LIST, "scores": 1.0}, "list", "scores must be a list.*got float; drop the row"),
+    "a score that is NaN": ({**LIST, "scores": [1, float("nan"), 2]}, "list", r"scores\[1\] must be a finite.*nan"),
     "a score that is null": ({**LIST, "scores": [1, 2, None]}, "list", r"scores\[2\] must be a finite.*None"),
-    "an empty completion of a list": (
-        {**LIST, "completions": ["a", "b", " "]},
-        "list",
-        r"completions\[2\] is empty",
-    ),
-    "a null completion of a list": (
-        {**LIST, "completions": ["a", None, "b"]},
-        "list",
-        r"completions\[1\] must be",
-    ),
+    "an empty completion of a list": ({**LIST, "completions": ["a", "b", " "]}, "list", r"completions\[2\] is empty"),
+    "a null completion of a list": ({**LIST, "completions": ["a", None, "b"]}, "list", r"completions\[1\] must be"),
     "an empty rejected of a list": ({**LIST, "rejected": ""}, "list", "rejected is empty"),
     "a list's completion ends with a user turn": (
         {**LIST, "completions": ["a", [answer("b"), user("c")], "d"]},
@@ -621,11 +551,7 @@ FAULTY_ROWS = {
     "empty rejected": ({"prompt": "a", "rejected": " "}, "rejected", "rejected is empty"),
     "empty chosen completion": ({"prompt": "a", "completion": ""}, "chosen", "completion is empty"),
     "one text without a prompt": ({"rejected": "what is it"}, "rejected", "no prompt.*add a prompt field"),
-    "one message without a prompt": (
-        {"chosen": [answer("a")]},
-        "chosen",
-        "no prompt.*beginning of chosen; add",
-    ),
+    "one message without a prompt": ({"chosen": [answer("a")]}, "chosen", "no prompt.*beginning of chosen; add"),
     "another conversation for an answer": (
         {"prompt": "what", "completion": [user("hi"), answer("cat")], "label": True},
         *("unpaired", "completion must begin and end.*begins with user"),
@@ -671,10 +597,7 @@ def test_one_data_set_has_one_form(kind):
 def test_the_first_row_that_lacks_what_others_have_is_named(kind, without, extra, tmp_path):
     with_it = {**without, **extra}
     names = ", ".join(extra)
-    for rows, lacks, has in (
-        ([with_it, with_it, without, with_it], 3, 1),
-        ([without, without, with_it], 1, 3),
-    ):
+    for rows, lacks, has in (([with_it, with_it, without, with_it], 3, 1), ([without, without, with_it], 1, 3)):
         path = write(tmp_path / "p.jsonl", rows)
         expected = rf"^p\.jsonl:{lacks}: {names} missing or null, which p\.jsonl:{has} has; give it in every row"
         with pytest.raises(DataError, match=expected):
@@ -687,17 +610,9 @@ BROKEN_GZIP[12:20] = b"\xff" * 8
 FAULTY_BYTES = {
     "broken line": ("p.jsonl", LINE + b'\n{"prompt": "a",}\n', r"^p\.jsonl:2: not valid JSON.*column \d+"),
     "line cut short": ("p.jsonl", LINE + b"\n" + LINE[:-9], r"^p\.jsonl:2: not valid JSON"),
-    "broken array": (
-        "p.json",
-        b"[\n" + LINE + b",\n" + LINE + b"\n" + LINE + b"]",
-        r"^p\.json:4: not valid JSON",
-    ),
+    "broken array": ("p.json", b"[\n" + LINE + b",\n" + LINE + b"\n" + LINE + b"]", r"^p\.json:4: not valid JSON"),
     "array cut short": ("p.json", b"[" + LINE + b",\n" + LINE, r"^p\.json:2: not valid JSON"),
-    "object over several lines": (
-        "p.json",
-        b'{\n"data": []}',
-        r"^p\.json:1: not valid JSON.*array of objects",
-    ),
+    "object over several lines": ("p.json", b'{\n"data": []}', r"^p\.json:1: not valid JSON.*array of objects"),
     "not UTF-8": ("p.jsonl", LINE + b'\n{"prompt": "\xe9"}', r"^p\.jsonl:2: not UTF-8"),
     "array not UTF-8": ("p.json", b'[\n\n"\xe9"]', r"^p\.json:3: not UTF-8"),
     "empty": ("p.jsonl", b"", r"^p\.jsonl: no rows; expected chosen and rejected"),
@@ -746,11 +661,7 @@ def test_a_folder_without_data_is_a_data_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [
-        ([], "rows: no rows"),
-        (3, "expected a .jsonl.*got int"),
-        ({"test": [PAIR]}, "no split 'train'; it has test"),
-    ],
+    [([], "rows: no rows"), (3, "expected a .jsonl.*got int"), ({"test": [PAIR]}, "no split 'train'; it has test")],
 )
 def test_sources_that_are_none(source, message):
     with pytest.raises(DataError, match=message):
@@ -778,22 +689,7 @@ def test_a_missing_dependency_names_the_extra(monkeypatch):
 
 # --- encode ---------------------------------------------------------------------------------------
 
-WORDS = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<u>",
-    "<a>",
-    "<think>",
-    "what",
-    "is",
-    "it",
-    "a",
-    "cat",
-    "dog",
-    "hi",
-    "hello",
-]
+WORDS = ["<unk>", "<s>", "</s>", "<u>", "<a>", "<think>", "what", "is", "it", "a", "cat", "dog", "hi", "hello"]
 WORDS += ["one", "two", "three", "four", "five", "six"]
 ID = {word: i for i, word in enumerate(WORDS)}
 TEMPLATE = (
@@ -820,12 +716,7 @@ def tokenizer(template=None, bos=False, eos: str | None = "</s>", adds_eos=False
         core.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
     extra = {"additional_special_tokens": ["<u>", "<a>", "<think>"]}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token=eos,
-        unk_token="<unk>",
-        chat_template=template,
-        **extra,
+        tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>", chat_template=template, **extra
     )
 
 
@@ -861,10 +752,7 @@ def test_a_token_across_the_boundary_leaves_the_prompt_as_generation_sees_it():
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_conversation_is_what_the_template_writes(bos, warnings_logged):
-    row = {
-        "prompt": [user("hi"), answer("hello"), user("what")],
-        **{k: CHAT[k] for k in ("chosen", "rejected")},
-    }
+    row = {"prompt": [user("hi"), answer("hello"), user("what")], **{k: CHAT[k] for k in ("chosen", "rejected")}}
     [got] = encoded([row], tokenizer(TEMPLATE, bos=bos))
     assert got["prompt_ids"] == words("<s> <u> hi <a> hello </s> <u> what <a>")
     assert (got["chosen_ids"], got["rejected_ids"]) == (words("cat </s>"), words("dog </s>"))
@@ -932,10 +820,7 @@ def test_lists_of_text():
         "scores": [0.5, -1.0, 2.0],
         "where": "rows[0]",
     }
-    assert second["completions_ids"] == [words("hello </s>"), words("hi </s>")] and second["scores"] == [
-        1.0,
-        0.1,
-    ]
+    assert second["completions_ids"] == [words("hello </s>"), words("hi </s>")] and second["scores"] == [1.0, 0.1]
 
 
 def test_lists_of_messages_with_a_rejected_one():
@@ -1055,11 +940,7 @@ def test_the_mismatched_completion_is_cut_to_fit_beside_its_prompt():
 def test_number_of_processes_changes_nothing(warnings_logged):
     rows = [{"prompt": w, "chosen": f" {w} a", "rejected": " cat"} for w in WORDS[6:12]]
     lists = [
-        {
-            "prompt": w,
-            "completions": [" a", " cat", " dog"][: 2 + i % 2],
-            "scores": [i, 1.0, 2.0][: 2 + i % 2],
-        }
+        {"prompt": w, "completions": [" a", " cat", " dog"][: 2 + i % 2], "scores": [i, 1.0, 2.0][: 2 + i % 2]}
         for i, w in enumerate(WORDS[6:12])
     ]
     one, two = (encoded(lists, tokenizer(), "list", num_proc=n) for n in (None, 2))
@@ -1172,10 +1053,7 @@ LABELLED = st.fixed_dictionaries(
 
 
 LISTED = st.fixed_dictionaries(
-    {
-        **dict.fromkeys(("prompt_ids", "rejected_ids"), IDS),
-        "completions_ids": st.lists(IDS, min_size=2, max_size=4),
-    }
+    {**dict.fromkeys(("prompt_ids", "rejected_ids"), IDS), "completions_ids": st.lists(IDS, min_size=2, max_size=4)}
 )
 
 
@@ -1265,12 +1143,7 @@ def test_a_batch_by_hand():
 
 def test_lists_by_hand():
     rows = [
-        {
-            "prompt_ids": [5, 6],
-            "completions_ids": [[7, EOS], [8], [9]],
-            "scores": [1.0, 0.1, -3.0],
-            "where": "a",
-        },
+        {"prompt_ids": [5, 6], "completions_ids": [[7, EOS], [8], [9]], "scores": [1.0, 0.1, -3.0], "where": "a"},
         {"prompt_ids": [5], "completions_ids": [[EOS], [9, 9, 4]], "scores": [2.0, 3.0], "where": "b"},
     ]
     batch = Collator(0, "list")(rows)
@@ -1299,10 +1172,7 @@ def test_a_rejected_one_is_the_last_of_its_list():
         {"prompt_ids": [1], "completions_ids": [[6], [7]], "rejected_ids": [4]},
     ]
     batch = Collator(0, "list")(rows)
-    assert batch["input_ids"].tolist() == [
-        *([5, 6], [5, 7], [5, 8], [5, 3]),
-        *([1, 6], [1, 7], [0, 0], [1, 4]),
-    ]
+    assert batch["input_ids"].tolist() == [*([5, 6], [5, 7], [5, 8], [5, 3]), *([1, 6], [1, 7], [0, 0], [1, 4])]
     assert batch["targets"][:, 0].tolist() == [6, 7, 8, 3, 6, 7, -100, 4]
     assert set(batch) == {"input_ids", "attention_mask", "targets", "list_lengths"}
 

@@ -58,10 +58,7 @@ READ = {
         *("chosen", {"prompt": [user("a b")], "chosen": [answer("cat")]}),
     ),
     "text": ({"text": "a cat", "id": 3}, "chosen", {"prompt": "", "chosen": "a cat"}),
-    "prompt and response": (
-        {"prompt": "what", "response": " cat"},
-        *("chosen", {"prompt": "what", "chosen": " cat"}),
-    ),
+    "prompt and response": ({"prompt": "what", "response": " cat"}, *("chosen", {"prompt": "what", "chosen": " cat"})),
     "sharegpt": (
         {"conversations": [{"from": "system", "value": "be brief"}, human("what"), gpt("cat")]},
         *("chosen", {"prompt": [SYSTEM, user("what")], "chosen": [answer("cat")]}),
@@ -197,10 +194,7 @@ def test_forms(form, tmp_path):
     [
         ({"question": "what", "answer": 4}, {"prompt": "what"}),
         ({"messages": TALK}, {"prompt": TALK}),
-        (
-            {"conversations": [human("what"), gpt("cat")]},
-            {"prompt": [user("what")], "chosen": [answer("cat")]},
-        ),
+        ({"conversations": [human("what"), gpt("cat")]}, {"prompt": [user("what")], "chosen": [answer("cat")]}),
         ({"instruction": "what", "input": "this"}, {"prompt": [user("what\nthis")]}),
         (
             {"instruction": "what", "output": ["cat", "dog"]},
@@ -255,10 +249,7 @@ def test_columns_of_other_names():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            {"prompt": "qestion"},
-            r"rows\[0\]: no column qestion: the row has question, r; did you mean question\?$",
-        ),
+        ({"prompt": "qestion"}, r"rows\[0\]: no column qestion: the row has question, r; did you mean question\?$"),
         ({"chosen": "r.bset"}, r"no column r\.bset: r has best, all, n; did you mean best\?$"),
         ({"chosen": "r.n.x"}, r"no column r\.n\.x: r\.n is int, expected a dict or a list of dicts"),
         ({"chosen": "r.all.2"}, r"no column r\.all\.2: r\.all has 1 items, counted from 0"),
@@ -669,10 +660,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"ensure_ascii": False}])
 def test_an_array_is_read_in_blocks_wherever_they_end(block, layout, tmp_path, monkeypatch):
     monkeypatch.setattr(SOURCES, "_BLOCK", block)
-    rows = [
-        {"text": 'a "\\ ] , \u00e9 \n[', "n": [1, 2.5e-3, {"x": None}]},
-        {"text": "b", "t": True, "m": -12},
-    ]
+    rows = [{"text": 'a "\\ ] , \u00e9 \n[', "n": [1, 2.5e-3, {"x": None}]}, {"text": "b", "t": True, "m": -12}]
     (tmp_path / "a.json").write_text(" " + json.dumps(rows * 3, **layout) + "\n \n", encoding="utf-8")
     assert [row for _, row in data.read(tmp_path / "a.json", "train")] == rows * 3
 
@@ -682,10 +670,7 @@ def test_an_array_is_read_in_blocks_wherever_they_end(block, layout, tmp_path, m
     ("content", "message"),
     [
         ('[{"text": "a"},\n{"text": "b"', r"^a\.json:2: not valid JSON"),
-        (
-            '[{"text": "a"},\n{"text" "b"}, {"text": "c"}]',
-            r"^a\.json:2: not valid JSON \(Expecting ':' delimiter\)",
-        ),
+        ('[{"text": "a"},\n{"text" "b"}, {"text": "c"}]', r"^a\.json:2: not valid JSON \(Expecting ':' delimiter\)"),
         ('[{"text": "a"}\n\n{"text": "b"}]', r"^a\.json:3: not valid JSON \(Expecting ',' delimiter\)"),
         ('[{"text": "a"}]\n\n{"text": "b"}', r"^a\.json:\d: not valid JSON \(Extra data\)"),
         ('[{"text": "a"},\n]', r"^a\.json:2: not valid JSON"),

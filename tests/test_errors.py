@@ -43,10 +43,7 @@ ERRORS = [
     ({"outputs": ("kl",), "ref_hidden": torch.zeros(2, 4)}, "of the reference: .*targets"),
     ({"outputs": ("kl",), "ref_hidden": torch.zeros(3, 6)}, "of the reference: weight"),
     ({"outputs": ("kl",), "ref_weight": torch.zeros(6, 4)}, "vocabulary of 5, got 6"),
-    (
-        {"outputs": ("kl",), "hidden": torch.zeros(3, 6), "adapter": torch.zeros(5, 2)},
-        "adapter.*pass ref_weight=",
-    ),
+    ({"outputs": ("kl",), "hidden": torch.zeros(3, 6), "adapter": torch.zeros(5, 2)}, "adapter.*pass ref_weight="),
 ]
 
 
@@ -122,10 +119,7 @@ CALL_ERRORS = [
     ({"method": "kto", "kl": torch.zeros(4)}, r"kl must be one number \(\)"),
     ({"method": "kto", "kl": torch.zeros((), device="meta")}, "kl is on meta"),
     ({"cu_seqlens": torch.tensor([0, 12])}, r"packed targets \(N,\), got \(4, 3\)"),
-    (
-        {"hidden": torch.randn(12, WIDTH), "targets": torch.ones(12).long()},
-        "for packed rows pass cu_seqlens=",
-    ),
+    ({"hidden": torch.randn(12, WIDTH), "targets": torch.ones(12).long()}, "for packed rows pass cu_seqlens="),
 ]
 SETUP_ERRORS = [
     (("dpoo",), {}, "no method named 'dpoo'; did you mean odpo, dpo.*There are .*dpo, "),

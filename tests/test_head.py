@@ -28,13 +28,7 @@ SHAPES = {
     "width one": (4, 9, 1, 4, 0.0),  # and exactly one full tile
     "primes": (37, 131, 11, 8, 0.3),  # nothing divides anything
     "tile of one": (6, 13, 4, 1, 0.3),
-    "row blocks": (
-        150,
-        4099,
-        3,
-        None,
-        0.0,
-    ),  # a tile that the row operations cut in blocks, the last one ragged
+    "row blocks": (150, 4099, 3, None, 0.0),  # a tile that the row operations cut in blocks, the last one ragged
     "all ignored": (6, 13, 4, 2, 1.0),
 }
 HEADS = {  # a bias, and what happens to logits after the product
@@ -110,8 +104,7 @@ def upstream(n, seed=7):
 @BACKENDS
 @LEARNS
 @pytest.mark.parametrize(
-    ("shape", "head"),
-    [(s, "everything") for s in SHAPES] + [("primes", h) for h in HEADS if h != "everything"],
+    ("shape", "head"), [(s, "everything") for s in SHAPES] + [("primes", h) for h in HEADS if h != "everything"]
 )
 def test_logps(shape, head, learn, backend):
     with_bias, options = HEADS[head]
@@ -150,15 +143,7 @@ def test_stats(shape, head, ref, learn, backend):
     hidden, weight, bias = operands
     ref = reference(ref, operands, targets)
     found = xf.token_stats(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        outputs=STATS,
-        chunk_tokens=chunk,
-        backend=backend,
-        **options,
-        **ref,
+        hidden, weight, targets, bias=bias, outputs=STATS, chunk_tokens=chunk, backend=backend, **options, **ref
     )
     want, wide = expected(operands, targets, {**options, **ref})
     for name in ("logp", "lse", *STATS):
@@ -202,15 +187,7 @@ def test_gradcheck(outputs, learn, backend):
 
     def call(hidden, weight, bias):
         s = xf.token_stats(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            outputs=outputs,
-            chunk_tokens=4,
-            backend=backend,
-            **options,
-            **ref,
+            hidden, weight, targets, bias=bias, outputs=outputs, chunk_tokens=4, backend=backend, **options, **ref
         )
         assert s.logp.dtype == torch.float64
         return (s.logp, s.lse, *(getattr(s, n) for n in outputs))
@@ -226,14 +203,7 @@ def test_half_precision(dtype, head, learn):
     operands, targets, chunk = problem("primes", with_bias, dtype, learn)
     hidden, weight, bias = operands
     found = xf.token_stats(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        outputs=("entropy",),
-        chunk_tokens=chunk,
-        backend="torch",
-        **options,
+        hidden, weight, targets, bias=bias, outputs=("entropy",), chunk_tokens=chunk, backend="torch", **options
     )
     want, wide = expected(operands, targets, options)
     u = upstream(len(targets))
@@ -382,12 +352,7 @@ def test_no_scored_token(shape, learn, backend):
     ]
     targets = torch.full(shape, oracle.IGNORE)
     found = xf.token_stats(
-        *operands[:2],
-        targets,
-        bias=operands[2],
-        outputs=STATS,
-        ref_hidden=torch.randn(*shape, 5),
-        backend=backend,
+        *operands[:2], targets, bias=operands[2], outputs=STATS, ref_hidden=torch.randn(*shape, 5), backend=backend
     )
     assert all(x.shape == shape and not x.any() for x in vars(found).values())
     (found.logp + found.lse + found.entropy + found.kl).sum().backward()
@@ -406,12 +371,7 @@ def test_operands_as_they_come(backend):
     want, wide = expected([hidden, weight, None], targets, {})
     hidden.retain_grad()
     logp = xf.token_logps(
-        hidden,
-        weight,
-        targets.where(targets >= 0, 99).int(),
-        ignore_index=99,
-        chunk_tokens=2,
-        backend=backend,
+        hidden, weight, targets.where(targets >= 0, 99).int(), ignore_index=99, chunk_tokens=2, backend=backend
     )
     assert_close(logp, want["logp"])
     logp.sum().backward()

@@ -16,14 +16,7 @@ from xpo_fast.recipes.revision import revised
 from xpo_fast.recipes.selection import SELECTORS, accepted
 from xpo_fast.rewards import Rewards
 from xpo_fast.rewards.judges import FunctionJudge, Judge, RewardJudge, group_scores, group_wins, text_of
-from xpo_fast.rewards.llm_judges import (
-    FIVE_POINTS,
-    LLMJudge,
-    SampledChoice,
-    SelfRewardJudge,
-    TokenChoice,
-    points_of,
-)
+from xpo_fast.rewards.llm_judges import FIVE_POINTS, LLMJudge, SampledChoice, SelfRewardJudge, TokenChoice, points_of
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 
 NAN = math.nan
@@ -189,15 +182,8 @@ def test_a_function_judges_by_order_and_sees_the_columns():
     judge = FunctionJudge(right)
     scores = judge.score(["p"] * 3, ["a", "b", "c"], answer=["a", "a", None])
     assert scores[:2].tolist() == [1.0, 0.0] and scores[2].isnan()
-    assert judge.compare(["p"] * 3, ["a", "b", "b"], ["b", "a", "c"], answer=["a"] * 3).tolist() == [
-        1,
-        0,
-        0.5,
-    ]
-    assert judge.compare(["p"] * 2, ["a", "b"], ["b", "a"], answer=["a", None]).isnan().tolist() == [
-        False,
-        True,
-    ]
+    assert judge.compare(["p"] * 3, ["a", "b", "b"], ["b", "a", "c"], answer=["a"] * 3).tolist() == [1, 0, 0.5]
+    assert judge.compare(["p"] * 2, ["a", "b"], ["b", "a"], answer=["a", None]).isnan().tolist() == [False, True]
     some = FunctionJudge(lambda completions, **_: [None if c == "?" else float(len(c)) for c in completions])
     (wins,) = group_wins(some, ["p"], [["aa", "?", "a"]])
     assert wins[[0, 0, 2], [2, 0, 0]].tolist() == [1.0, 0.5, 0.0]
@@ -351,9 +337,7 @@ def test_a_verdict_is_read_from_words():
 def test_reasons_come_before_the_verdict():
     thinks, choice = Says("A is rude."), Biased(0.0)
     choice.__class__ = type(
-        "Talks",
-        (Biased,),
-        {"__call__": lambda self, q, w: self.questions.extend(q) or torch.tensor([[0.25, 0.75]])},
+        "Talks", (Biased,), {"__call__": lambda self, q, w: self.questions.extend(q) or torch.tensor([[0.25, 0.75]])}
     )
     found = LLMJudge(choice, reason=thinks, both_orders=False).compare(["p"], ["x"], ["y"])
     assert found.item() == 0.25

@@ -15,18 +15,7 @@ from torch.testing import assert_close
 import oracle
 import test_objective
 import xpo_fast as xf
-from test_objective import (
-    TILES,
-    VOCAB,
-    T,
-    given_to,
-    gradients_match,
-    lay_out,
-    layouts,
-    learns,
-    operands,
-    targets_of,
-)
+from test_objective import TILES, VOCAB, T, given_to, gradients_match, lay_out, layouts, learns, operands, targets_of
 from test_segments import host, library  # noqa: F401
 from test_waits import UNCAPTURED, static  # noqa: F401
 from xpo_fast import native
@@ -93,8 +82,7 @@ def assert_same(ours, theirs):
 @every
 @layouts
 @pytest.mark.parametrize(
-    ("learn", "tile"),
-    [("frozen", "one tile"), ("head only", "several units"), *(("trainable", t) for t in TILES)],
+    ("learn", "tile"), [("frozen", "one tile"), ("head only", "several units"), *(("trainable", t) for t in TILES)]
 )
 def test_loss_and_gradients(name, packed, learn, tile, launches):
     test_objective.test_loss_and_gradients(name, packed, learn, "cuda", tile)

@@ -97,12 +97,7 @@ LITERALS = [
     # = -0.566667
     ("nn", {}, {"logps": FULL[0], "ref_logps": FULL[1]}, [0.568676522856, 1.01609358295]),
     # 2/3 + 0.5 * 2; -2/3 - 0.5 * 5
-    (
-        "nn",
-        {"gamma": 1.0, "alpha": 0.5},
-        {"logps": FULL[0], "ref_logps": FULL[1]},
-        [0.173007988886, 3.20794664606],
-    ),
+    ("nn", {"gamma": 1.0, "alpha": 0.5}, {"logps": FULL[0], "ref_logps": FULL[1]}, [0.173007988886, 3.20794664606]),
 ]
 PATHS = [(name, hyper, other) for name, hyper, other, _ in LITERALS]
 NAMES = ("lipo", "plackett_luce", "rrhf", "pro", "nn")
@@ -128,11 +123,7 @@ def test_literal(name, hyper, other, expected, dtype, rtol):
 
 
 METRICS = [  # of the best (chosen) and the worst (rejected); accuracies: the share of the pairs in order
-    (
-        "lipo",
-        {},
-        {"chosen": [-0.1, -0.3], "rejected": [0.2, 0.2], "margins": [-0.3, -0.5], "accuracies": [0, 0]},
-    ),
+    ("lipo", {}, {"chosen": [-0.1, -0.3], "rejected": [0.2, 0.2], "margins": [-0.3, -0.5], "accuracies": [0, 0]}),
     ("plackett_luce", {"beta": 0.5}, {"chosen": [-0.5, -1.5], "rejected": [1, 1], "margins": [-1.5, -2.5]}),
     ("rrhf", {}, {"chosen": [-3, -4], "rejected": [-4.5, -0.75], "accuracies": [2 / 3, 0]}),
     ("pro", {}, {"chosen": [-3, -4], "rejected": [-4.5, -0.75], "accuracies": [2 / 3, 0]}),
@@ -177,7 +168,7 @@ def plain_lipo(logps, ref_logps, scores, beta=0.1, kind="lambda"):
     weight = {
         "lambda": lambda i, j: (
             abs(2 ** psi[i] - 2 ** psi[j]) * abs(1 / math.log(1 + rank[i]) - 1 / math.log(1 + rank[j]))
-        ),
+        )
     }.get(kind, lambda i, j: 1)
     cost = (lambda x: torch.clamp(1 - x, min=0)) if kind == "pair_hinge" else soft
     return sum((weight(i, j) * cost(s[i] - s[j]) for i, j in better(psi)), s.sum() * 0)
@@ -212,13 +203,7 @@ def plain_nn(logps, ref_logps, logp_l, ref_pos_logp_l, gamma=0.1, alpha=0.1):
     return soft(gamma * (logps - ref_logps).mean() - alpha * (logp_l - ref_pos_logp_l))
 
 
-PLAIN = {
-    "lipo": plain_lipo,
-    "plackett_luce": plain_plackett_luce,
-    "rrhf": plain_rrhf,
-    "pro": plain_pro,
-    "nn": plain_nn,
-}
+PLAIN = {"lipo": plain_lipo, "plackett_luce": plain_plackett_luce, "rrhf": plain_rrhf, "pro": plain_pro, "nn": plain_nn}
 SIZES = (5, 4, 2, 3)
 
 

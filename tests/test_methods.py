@@ -185,8 +185,7 @@ def test_whole_numbers_may_be_floats(name, hyper):
     given = columns(name)
     whole = WHOLE_NUMBERS & given.keys()
     assert_close(
-        losses_of(name, given | {k: given[k].double() for k in whole}, **hyper),
-        losses_of(name, given, **hyper),
+        losses_of(name, given | {k: given[k].double() for k in whole}, **hyper), losses_of(name, given, **hyper)
     )
 
 

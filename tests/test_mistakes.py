@@ -320,12 +320,7 @@ def with_nan(path: Path) -> None:
         ("optimizer.pt", truncate, (), "it is broken, or of another model ("),
         ("adapter_model.safetensors", with_nan, (), "holds NaN or an infinity in "),
         ("adapter_model.safetensors", Path.unlink, (), "Can't find a valid checkpoint at"),
-        (
-            "trainer_state.json",
-            truncate,
-            (),
-            "no checkpoint there, expected a folder with trainer_state.json",
-        ),
+        ("trainer_state.json", truncate, (), "no checkpoint there, expected a folder with trainer_state.json"),
         (MADE_WITH, truncate, (), "cannot be read ("),
         (MADE_WITH, Path.unlink, ("--lora-rank", "8"), "it is broken, or of another model (size mismatch"),
         (None, None, ("--batch-size", "2"), "rows per step was 4 and is 2"),
@@ -401,12 +396,7 @@ def fill_the_disk(monkeypatch, writer: str, fragment: str) -> None:
         monkeypatch.setattr(owner, name, write)
 
     if writer == "torch":
-        failing(
-            torch,
-            "save",
-            lambda p: RuntimeError("[enforce fail at inline_container.cc:672] . pos 64 vs 0"),
-            1,
-        )
+        failing(torch, "save", lambda p: RuntimeError("[enforce fail at inline_container.cc:672] . pos 64 vs 0"), 1)
     elif writer == "safetensors":
         error = SafetensorError("I/O error: No space left on device (os error 28)")
         failing(peft.peft_model, "safe_save_file", lambda p: error, 1)
@@ -578,16 +568,10 @@ def heard():
     "when, kept",
     [
         ("loading", "the last whole checkpoint is {out}/checkpoint-2, and the same command with --resume"),
-        (
-            "evaluating before",
-            "the last whole checkpoint is {out}/checkpoint-2, and the same command with --resume",
-        ),
+        ("evaluating before", "the last whole checkpoint is {out}/checkpoint-2, and the same command with --resume"),
         ("caching the reference", "the last whole checkpoint is {out}/checkpoint-2, and the same"),
         ("saving a checkpoint", "the last whole checkpoint is {out}/checkpoint-2, and the same"),
-        (
-            "evaluating after",
-            "the trained model is in {out}; the last whole checkpoint is {out}/checkpoint-3",
-        ),
+        ("evaluating after", "the trained model is in {out}; the last whole checkpoint is {out}/checkpoint-3"),
     ],
 )
 def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, number, status):
@@ -620,10 +604,7 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
 def test_a_reader_that_has_enough_ends_nothing(home, out):
     """A closed pipe is no reason to give up what is being trained; a list just ends."""
     given = [x for x in COMMANDS["train"] if x != "--overwrite"]
-    for options, status in (
-        (["methods"], 0),
-        (["train", *given, "--output-dir", out, "--resume", *NEXT], 0),
-    ):
+    for options, status in ((["methods"], 0), (["train", *given, "--output-dir", out, "--resume", *NEXT], 0)):
         with subprocess.Popen(
             [sys.executable, "-m", "xpo_fast.cli", *options],
             stdout=subprocess.PIPE,

@@ -58,7 +58,7 @@ MROPE = {
         "rope_theta": 1e4,
         "mrope_section": [1, 1, 2],
         "partial_rotary_factor": 1.0,
-    },
+    }
 }
 HAVE_MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl")
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -201,7 +201,7 @@ def log_probs(model: Any, batch: dict[str, Tensor], targets: Tensor) -> tuple[Te
     """Of the targets, (R, T): ours, and the model's own."""
     head = Head.from_model(model)
     own = model(**batch, use_cache=False).logits.float().log_softmax(dim=-1)
-    ours = token_logps(hidden_states(model, batch), head.weight, targets, **head.kwargs())
+    ours = token_logps(hidden_states(model, batch), head, targets)
     return ours, own.gather(-1, targets[..., None])[..., 0]
 
 
@@ -254,11 +254,7 @@ def test_what_goes_before_the_head_is_taken_and_what_is_about_logits_is_not():
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     want = hidden_states(model, {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1)})
-    batch = {
-        "inputs_embeds": model.get_input_embeddings()(ids),
-        "attention_mask": mask,
-        "position_ids": mask.cumsum(1),
-    }
+    batch = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask, "position_ids": mask.cumsum(1)}
     of_logits = {"labels": ids, "targets": ids, "logits_to_keep": 1, "return_dict": False}
     assert_close(hidden_states(model, {**batch, **of_logits}), want)
     assert float((hidden_states(model, {"input_ids": ids}) - want)[0].abs().max()) > 0.01

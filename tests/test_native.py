@@ -1,4 +1,5 @@
-"""The CUDA library: how setup.py builds it, what the compiler says of its kernels, and what happens where something is missing.
+"""The CUDA library: how setup.py builds it, what the compiler reports of its kernels, and what is said if
+something is missing.
 
 What nvcc does is checked by a stand-in wherever that is enough; the library itself is built once, if there is an nvcc.
 """
@@ -159,11 +160,7 @@ def test_nvcc_that_fails(clone, tmp_path, wanted):
 
 @pytest.mark.parametrize(
     ("unknown", "dropped"),
-    [
-        ("compute_100f", ["sm_100f"]),
-        ("a,code", ["sm_90a"]),
-        ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"]),
-    ],
+    [("compute_100f", ["sm_100f"]), ("a,code", ["sm_90a"]), ("compute_[89]0", ["sm_80", "sm_90a", "compute_90"])],
 )
 def test_targets_that_nvcc_does_not_know_are_left_out(clone, tmp_path, unknown, dropped):
     """By name, whether or not the library is asked for; what it was built for is in it."""
@@ -281,8 +278,8 @@ def test_as_many_blocks_fit_as_plans_count_on(built):
     assert len(too_large({k: x._replace(shared=513) for k, x in kept.items()})) == len(kept)
 
 
-# Instructions per logit that the shortest way around a hot loop may have, without softcap: of a read that makes sums, and of
-# what turns kept columns, or columns read again, into dz.
+# Instructions per logit that the shortest way around a hot loop may have, without softcap: of a read that makes sums,
+# and of what turns kept columns, or columns read again, into dz.
 MOST_INSTRUCTIONS = {"sums": 20, "sums with statistics": 27, "kept to dz": 18, "read again to dz": 26}
 
 
@@ -387,14 +384,7 @@ def test_loads_without_a_gpu_and_links_no_cuda(library, built):
     assert not re.search("cuda|torch|c10", linked.replace(str(built), ""))
     symbols = subprocess.run(["nm", "-D", "--defined-only", str(built)], capture_output=True, text=True).stdout
     names = {line.split()[-1] for line in symbols.splitlines()}
-    assert {
-        "xpo_rows",
-        "xpo_rows_planned",
-        "xpo_plan_rows",
-        "xpo_error",
-        "xpo_architectures",
-        "xpo_usable",
-    } <= names
+    assert {"xpo_rows", "xpo_rows_planned", "xpo_plan_rows", "xpo_error", "xpo_architectures", "xpo_usable"} <= names
     assert all(name.startswith("xpo_") for name in names)
 
 
@@ -506,12 +496,7 @@ def stub(tmp_path, monkeypatch):
         (35, 12090, 0, "supports CUDA 12.9, and the library was compiled with CUDA 13.0: update the driver"),
         (35, 0, 0, "there is no NVIDIA GPU here, or no driver for it"),
         (100, 13000, 0, "there is no NVIDIA GPU here, or no driver for it"),
-        (
-            209,
-            13000,
-            75,
-            r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'",
-        ),
+        (209, 13000, 75, r"no code for the GPU, which is sm_75: .* sm_80, sm_90a, compute_90; pass backend='triton'"),
         (2, 13000, 90, r"CUDA refuses it, out of memory \(2\): pass backend='triton'"),
     ],
 )

@@ -74,11 +74,7 @@ def operands(learn="trainable", dtype=torch.float64, rows=10):
     hidden = oracle.normal(rows, T, WIDTH, seed=1, dtype=dtype)
     weight, bias = (oracle.normal(*s, seed=2, std=0.7, dtype=dtype) for s in ((VOCAB, WIDTH), (VOCAB,)))
     wants_hidden, wants_head = LEARN[learn]
-    return (
-        hidden.requires_grad_(wants_hidden),
-        weight.requires_grad_(wants_head),
-        bias.requires_grad_(wants_head),
-    )
+    return (hidden.requires_grad_(wants_hidden), weight.requires_grad_(wants_head), bias.requires_grad_(wants_head))
 
 
 def targets_of(lengths=LENGTHS):
@@ -544,10 +540,7 @@ def test_no_grad():
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    st.permutations(range(5)),
-    st.integers(1, 30),
-    st.lists(st.integers(0, T), min_size=10, max_size=10),
-    st.booleans(),
+    st.permutations(range(5)), st.integers(1, 30), st.lists(st.integers(0, T), min_size=10, max_size=10), st.booleans()
 )
 def test_order_tile_and_layout_do_not_matter(order, tile, lengths, packed):
     """Pairs of any lengths in another order, another tile, padded or packed: the same loss, dW and row gradients."""

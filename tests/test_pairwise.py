@@ -122,11 +122,7 @@ LITERALS = [
     # 2 (1 - e^(-d / 2)): (1.2642411, -1.2974425, 1.9988938), (-3.4365637, 1.2642411, 1.2642411)
     ("f_dpo", {"divergence": "alpha"}, [0.485478259476, 0.829411811581, 0.657089036482]),
     # 4 (1 - e^(-d / 4)): (1.5738774, -1.1361017, 3.9059290), (-2.5948851, 1.5738774, 1.5738774)
-    (
-        "f_dpo",
-        {"divergence": "alpha", "alpha": 0.25},
-        [0.506276782973, 0.837798160944, 0.58332732993],
-    ),
+    ("f_dpo", {"divergence": "alpha", "alpha": 0.25}, [0.506276782973, 0.837798160944, 0.58332732993]),
     # S28: h - 0.05 * (1.5, -2, 2.75) = (0.325, -0.2, 1.1625)
     ("tdpo", {}, [0.543792603978, 0.798138869382, 0.272088708621]),
     # beta = 0.3, alpha = 1: (1.2, -0.9, 3.9) - 0.3 * (1.5, -2, 2.75) = (0.75, -0.3, 3.075)
@@ -422,8 +418,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize(
-    ("name", "hyper"),
-    [(n, h) for n, h in EVERY_PATH if n in PLAIN and (n, h.get("keep")) != ("beta_dpo", None)],
+    ("name", "hyper"), [(n, h) for n, h in EVERY_PATH if n in PLAIN and (n, h.get("keep")) != ("beta_dpo", None)]
 )
 def test_is_the_plain_equation(name, hyper):
     given = columns(name, units=64, seed=1)
@@ -515,15 +510,7 @@ def test_dpo_gradient_is_the_papers():
 
 
 ONLY_DIFFERENCES = [
-    *(
-        ("dpo", {}),
-        ("dno", {}),
-        ("token_dpo", {}),
-        ("robust_dpo", {}),
-        ("rso", {}),
-        ("simpo", {}),
-        ("exo", {}),
-    ),
+    *(("dpo", {}), ("dno", {}), ("token_dpo", {}), ("robust_dpo", {}), ("rso", {}), ("simpo", {}), ("exo", {})),
     *(("odpo", {}), ("rdpo", {}), ("tdpo", {}), ("tdpo", {"version": 1}), ("discopop", {}), ("dpo_norm", {})),
     *(("ipo", {"variant": "sum"}), ("cpo", {"alpha": 0.0}), ("beta_dpo", {"keep": 1.0})),
     *(("aot", {}), ("aot_unpaired", {}), ("gpo", {"f": "savage"}), ("f_dpo", {})),
@@ -1083,24 +1070,14 @@ PEERS = [  # name, our hyperparameters, TRL's function, its hyperparameters
     ("bco_pair", {}, peers.trl_dpo, {"loss_type": "bco_pair", "beta": 0.1}),
     ("sppo", {"variant": "hard"}, peers.trl_dpo, {"loss_type": "sppo_hard", "beta": 0.001}),
     ("aot", {}, peers.trl_dpo, {"loss_type": "aot", "beta": 0.1, "label_smoothing": 0.0}),
-    (
-        "aot",
-        {"label_smoothing": 0.2},
-        peers.trl_dpo,
-        {"loss_type": "aot", "beta": 0.1, "label_smoothing": 0.2},
-    ),
+    ("aot", {"label_smoothing": 0.2}, peers.trl_dpo, {"loss_type": "aot", "beta": 0.1, "label_smoothing": 0.2}),
     ("aot_unpaired", {}, peers.trl_dpo, {"loss_type": "aot_unpaired", "beta": 0.1, "label_smoothing": 0.0}),
     ("apo_zero", {}, peers.trl_dpo, {"loss_type": "apo_zero", "beta": 0.1}),
     ("apo_down", {}, peers.trl_dpo, {"loss_type": "apo_down", "beta": 0.1}),
     ("discopop", {}, peers.trl_dpo, {"loss_type": "discopop", "beta": 0.1, "tau": 0.05}),
     ("dpo_norm", {}, peers.trl_dpo, {"loss_type": "sigmoid_norm", "beta": 0.1}),
     *(
-        (
-            "f_dpo",
-            {"divergence": ours},
-            peers.trl_dpo,
-            {"loss_type": "sigmoid", "beta": 0.1, "divergence": theirs},
-        )
+        ("f_dpo", {"divergence": ours}, peers.trl_dpo, {"loss_type": "sigmoid", "beta": 0.1, "divergence": theirs})
         for ours, theirs in DIVERGENCES.items()
     ),
     (  # TRL's alpha is 1 minus the paper's
@@ -1197,9 +1174,7 @@ BEYOND = (-1000.0, -200.0, -100.0, -88.0, -1.0, 0.0, 1.0, 88.0, 100.0, 1000.0)
 
 @BOTH
 @pytest.mark.parametrize(
-    "hyper",
-    [{"divergence": d} for d in F] + [{"divergence": "alpha", "alpha": a} for a in (1e-3, 0.999)],
-    ids=str,
+    "hyper", [{"divergence": d} for d in F] + [{"divergence": "alpha", "alpha": a} for a in (1e-3, 0.999)], ids=str
 )
 def test_f_dpo_beyond_the_range_of_exp(hyper, dtype):
     grid = torch.tensor(BEYOND, dtype=dtype)
@@ -1294,12 +1269,7 @@ OUT_OF_RANGE = [
     *(("beta_dpo", "keep", 0.0), ("beta_dpo", "keep", 1.5), ("beta_dpo", "keep", -0.1)),
     *(("tdpo", "version", 0), ("tdpo", "version", 3), ("cringe", "tau", 0.0), ("cringe", "tau", -1.0)),
     *(("ipo", "variant", "median"), ("dpop", "variant", "smaug"), ("rso", "loss", "squared")),
-    *(
-        ("cpo", "nll", "tokens"),
-        ("gpo", "f", "tanh"),
-        ("odpo", "offset", "sqrt"),
-        ("rdpo", "variant", "paper"),
-    ),
+    *(("cpo", "nll", "tokens"), ("gpo", "f", "tanh"), ("odpo", "offset", "sqrt"), ("rdpo", "variant", "paper")),
     *(("sppo", "variant", "easy"), ("f_dpo", "divergence", "kl")),
 ]
 
@@ -1313,18 +1283,8 @@ def test_hyperparameter_out_of_range(name, key, value):
 
 
 AT_THE_EDGE = [
-    *(
-        ("slic", "delta", 0.0),
-        ("slic", "lam", 0.0),
-        ("dpop", "lam", 0.0),
-        ("cpo", "alpha", 0.0),
-        ("orpo", "lam", 0.0),
-    ),
-    *(
-        ("dpo", "label_smoothing", 0.0),
-        ("robust_dpo", "label_smoothing", 0.0),
-        ("aot", "label_smoothing", 0.0),
-    ),
+    *(("slic", "delta", 0.0), ("slic", "lam", 0.0), ("dpop", "lam", 0.0), ("cpo", "alpha", 0.0), ("orpo", "lam", 0.0)),
+    *(("dpo", "label_smoothing", 0.0), ("robust_dpo", "label_smoothing", 0.0), ("aot", "label_smoothing", 0.0)),
     *(("beta_dpo", "keep", 1.0), ("beta_dpo", "alpha", 0.0), ("odpo", "alpha", 0.0), ("rdpo", "alpha", 0.0)),
     *(("tdpo", "alpha", 0.0), ("cringe", "alpha", 0.0), ("cringe", "b", -1.0), ("simpo", "gamma", 0.0)),
     *(("exo", "label_smoothing", 1e-9), ("nn", "gamma", 0.0), ("nn", "alpha", 0.0)),

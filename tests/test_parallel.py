@@ -214,14 +214,7 @@ def run_adapter(rank: int, group) -> dict[str, dict]:
         own |= {name: own_rows(own[name], cut, rank, VOCAB) for name in ("weight", "bias", "adapter")}
         hidden, weight, bias, adapter = (x.requires_grad_(name in learn) for name, x in own.items())
         logp = xf.token_logps(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            adapter=adapter,
-            vocab_shard=shard,
-            chunk_tokens=CHUNK,
-            **EVERYTHING,
+            hidden, weight, targets, bias=bias, adapter=adapter, vocab_shard=shard, chunk_tokens=CHUNK, **EVERYTHING
         )
         (logp * u).sum().backward()
         found[learn] = {"logp": logp.detach()} | {name: x.grad for name, x in own.items() if x.requires_grad}
@@ -521,7 +514,7 @@ def model_loss(model: nn.Module, rows: slice, ranks: int) -> torch.Tensor:
     targets = xf.shift_labels(labels)
 
     def loss(hidden, head):
-        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+        logp = xf.token_logps(hidden, head, targets[rows], chunk_tokens=4)
         return -logp.sum() * ranks / (targets != oracle.IGNORE).sum()
 
     return model(input_ids=ids[rows], fused_loss=loss)
@@ -541,11 +534,7 @@ def run_fsdp(tied: bool, apart: bool, shape: tuple[int, ...], rank: int) -> dict
     loss = model_loss(model, slice(rank * per_rank, (rank + 1) * per_rank), WORLD)
     loss.backward()
     grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return {
-        "loss": loss.detach() / WORLD,
-        "local": tuple(model.lm_head.weight.to_local().shape),
-        "grads": grads,
-    }
+    return {"loss": loss.detach() / WORLD, "local": tuple(model.lm_head.weight.to_local().shape), "grads": grads}
 
 
 def run_all(rank: int) -> dict:
@@ -616,8 +605,8 @@ def zero_loss(model: Any, rows: slice, loss: str, heads: list | None = None) -> 
 
     def own(hidden, head):
         if loss == "objective":
-            return objective(hidden, head.weight, targets[rows], denominator=ROWS // 2, **head.kwargs()).loss
-        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+            return objective(hidden, head, targets[rows], denominator=ROWS // 2).loss
+        logp = xf.token_logps(hidden, head, targets[rows], chunk_tokens=4)
         return -logp.sum() / (targets != oracle.IGNORE).sum()
 
     def fused(hidden, head):
@@ -861,16 +850,12 @@ def test_an_adapter_on_a_cut_vocabulary(ranks, learn):
 
 
 @pytest.mark.parametrize(
-    ("what", "passes", "gathers", "sums"),
-    [("nothing", 1, 8, 0), ("frozen", 2, 8, 1), ("trainable", 4, 16, 1)],
+    ("what", "passes", "gathers", "sums"), [("nothing", 1, 8, 0), ("frozen", 2, 8, 1), ("trainable", 4, 16, 1)]
 )
 def test_what_a_cut_vocabulary_costs(ranks, what, passes, gathers, sums):
     for own in (r["run_costs"][what] for r in ranks[:2]):
         assert own["passes"] == passes
-        assert own["planned"] in (
-            None,
-            (passes, 8),
-        )  # as many tokens a tile on both ranks, whose shards differ
+        assert own["planned"] in (None, (passes, 8))  # as many tokens a tile on both ranks, whose shards differ
         assert own["gathers"] == [(3, 8)] * gathers
         assert own["sums"] == [(64, 16)] * sums
         assert own["largest_bytes"] <= 2 * 2**20  # a block of rows; the tile is kept from call to call

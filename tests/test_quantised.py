@@ -18,10 +18,7 @@ if sys.platform != "linux":
     pytest.skip("the extra [dev] has bitsandbytes on Linux alone", allow_module_level=True)
 
 WIDTH, VOCAB = 64, 97
-BITS = {
-    4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16},
-    8: {"load_in_8bit": True},
-}
+BITS = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}, 8: {"load_in_8bit": True}}
 IDS = torch.randint(2, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -54,7 +51,7 @@ def of_logits(model):
 
 def of_hidden_states(model):
     head = xf.Head.from_model(model)
-    return xf.token_logps(hidden_states(model, {"input_ids": IDS}), head.weight, IDS, **head.kwargs())
+    return xf.token_logps(hidden_states(model, {"input_ids": IDS}), head, IDS)
 
 
 @pytest.mark.parametrize("bits", BITS)

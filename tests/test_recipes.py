@@ -218,22 +218,16 @@ def test_every_recipe_runs_an_iteration(home, tmp_path, name):
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(x.isfinite().all() for x in after.values())
     parts = sorted(p.name for p in tmp_path.glob("[0-9]-*"))
-    assert parts == {
-        "rlaif": ["1-rlaif", "2-ppo"],
-        "constitutional": ["1-constitutional", "2-rlaif", "3-ppo"],
-    }.get(name, [])
+    assert parts == {"rlaif": ["1-rlaif", "2-ppo"], "constitutional": ["1-constitutional", "2-rlaif", "3-ppo"]}.get(
+        name, []
+    )
     first = (tmp_path / parts[0] if parts else tmp_path) / "iteration-000"
     made = {p.name for p in first.iterdir()}
     if recipe.online:
         assert "samples.jsonl" in made
     elif recipe.draws:
         judged = {"judged-00000.jsonl", "judged-00001.jsonl"} if recipe.judge != "none" else set()
-        assert {
-            "samples-00000.jsonl",
-            "samples-00001.jsonl",
-            "selected.jsonl",
-            "summary.json",
-        } | judged <= made
+        assert {"samples-00000.jsonl", "samples-00001.jsonl", "selected.jsonl", "summary.json"} | judged <= made
     assert "train" not in made and logged(first) if name != "paft" else len(made) >= 4
 
 
@@ -298,10 +292,7 @@ def test_sdpo_takes_the_data_in_steps(home, tmp_path):
     loop = Loop(override(RECIPES["sdpo"], {"iterations": 3}), setup(home, tmp_path, rows=rows, judge=None))
     parts = [loop.rows(tmp_path, i, str(home)) for i in range(3)]
     assert [len(part) for part in parts] == [2, 2, 2] and [row for part in parts for row in part] == rows
-    run(
-        RECIPES["sdpo"],
-        setup(home, tmp_path, rows=rows, judge=None, training={"max_steps": 2, "learning_rate": 1e-2}),
-    )
+    run(RECIPES["sdpo"], setup(home, tmp_path, rows=rows, judge=None, training={"max_steps": 2, "learning_rate": 1e-2}))
     for i in range(2):
         losses = logged(tmp_path / f"iteration-00{i}")
         assert losses[0] == pytest.approx(math.log(2), abs=1e-5) != pytest.approx(losses[1], abs=1e-3)
@@ -379,14 +370,7 @@ def test_soft_labels_reach_the_reward_model(home, tmp_path, monkeypatch):
         "xpo_fast.rewards.trainer.RewardTrainer.__init__",
         lambda self, model, args, *, train_dataset, **_: seen.extend(train_dataset) or (_ for _ in ()).throw(Killed),
     )
-    row = {
-        "prompt": "w1",
-        "chosen": " w2",
-        "rejected": " w3",
-        "prob": 0.7,
-        "chosen_ids": [5],
-        "rejected_ids": [6],
-    }
+    row = {"prompt": "w1", "chosen": " w2", "rejected": " w3", "prob": 0.7, "chosen_ids": [5], "rejected_ids": [6]}
     with pytest.raises(Killed):
         train_reward(iteration(small("rlaif"), setup(home, tmp_path), [row]))
     assert seen == [{"prompt": "w1", "chosen": " w2", "rejected": " w3", "prob": 0.7}]
@@ -629,10 +613,7 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
 def test_killed_in_a_later_iteration_it_goes_on_with_the_models_it_has(home, tmp_path, held_out):
     """Passing the first iterations again, a resumed run must not remove the model of the last one."""
     recipe = override(small("iterative-dpo"), {"iterations": 3})
-    options = {
-        "held_out": load_prompts(make_rows(8, seed=5))[:held_out],
-        "stopping": StoppingRule(patience=3),
-    }
+    options = {"held_out": load_prompts(make_rows(8, seed=5))[:held_out], "stopping": StoppingRule(patience=3)}
     expected = run(recipe, setup(home, tmp_path / "whole", **options))
 
     def say(line: str) -> None:
@@ -651,10 +632,7 @@ def test_killed_in_a_later_iteration_it_goes_on_with_the_models_it_has(home, tmp
 
 def test_what_a_run_is_says_the_same_in_every_process(home, tmp_path):
     """The target modules are a set, whose order follows from the process's hash seed."""
-    run(
-        small("raft"),
-        setup(home, tmp_path, peft_config=lora(target_modules=["v_proj", "q_proj", "k_proj", "o_proj"])),
-    )
+    run(small("raft"), setup(home, tmp_path, peft_config=lora(target_modules=["v_proj", "q_proj", "k_proj", "o_proj"])))
     adapter = json.loads((tmp_path / "run.json").read_text())["adapter"]
     assert adapter["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 

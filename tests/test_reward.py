@@ -22,16 +22,7 @@ from inputs import gradients
 from oracle import normal
 from xpo_fast.methods.reward import ensemble, length_normalised, length_penalty, odin
 
-METHODS = (
-    "bradley_terry",
-    "k_wise",
-    "regression",
-    "gated",
-    "preference_model",
-    "discriminator",
-    "grm",
-    "haf",
-)
+METHODS = ("bradley_terry", "k_wise", "regression", "gated", "preference_model", "discriminator", "grm", "haf")
 
 # Differences of rewards (1, -1, 4), of log-ratios (4, -3, 13). Ranks: one list in order, one with two that
 # tie.

@@ -118,12 +118,7 @@ def test_train_resume_and_measure(home, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "ensemble (worst)" in text and "the longer completion" in text and "the same choice in 100.0%" in text
     report = json.loads((measured / "report.json").read_text())
-    assert [row["name"] for row in report["scorers"]] == [
-        "reward 1",
-        "reward 2",
-        "ensemble (worst)",
-        "reward 3",
-    ]
+    assert [row["name"] for row in report["scorers"]] == ["reward 1", "reward 2", "ensemble (worst)", "reward 3"]
     assert len(report["comparisons"]) == 6
     one, two, both, implicit = report["scorers"]
     assert one["accuracy"] == two["accuracy"] == both["accuracy"] and one["log_loss"] != implicit["log_loss"]
@@ -150,18 +145,7 @@ def test_objectives_then_a_gate(home, tmp_path):
 def test_lists_are_trained_on_and_measured_as_pairs(home, tmp_path):
     out, measured = tmp_path / "ranked", tmp_path / "measured"
     assert (
-        train(
-            home,
-            out,
-            "--method",
-            "k_wise",
-            "--full",
-            "--group-by-length",
-            "--max-steps",
-            1,
-            data="lists.jsonl",
-        )
-        == 0
+        train(home, out, "--method", "k_wise", "--full", "--group-by-length", "--max-steps", 1, data="lists.jsonl") == 0
     )
     options = ("--data", home / "lists.jsonl", "--model", out, "--output-dir", measured, "--cpu")
     assert run("eval-reward", *options, "--length-alpha", 2) == 0

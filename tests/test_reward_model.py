@@ -170,7 +170,7 @@ def test_values_and_log_probs_of_one_forward():
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
 
     def fused(hidden, lm_head: Head):
-        return head(hidden)[..., 0], xf.token_logps(hidden[:, :-1], lm_head.weight, ids[:, 1:], **lm_head.kwargs())
+        return head(hidden)[..., 0], xf.token_logps(hidden[:, :-1], lm_head, ids[:, 1:])
 
     values, logps = model(input_ids=ids, attention_mask=torch.ones_like(ids), fused_loss=fused)
     assert len(calls) == 1

@@ -77,13 +77,7 @@ def test_none_does_not_apply_and_nan_has_no_reward(caplog):
     # row 1: g alone; row 2: f is NaN; row 3: none applies; row 4: g is infinite
     assert torch.equal(scored.rewards.nan_to_num(-1), torch.tensor([11.0, 10.0, -1.0, -1.0, -1.0]))
     assert scored.valued.tolist() == [True, True, False, False, False]
-    assert scored.each.isnan().tolist() == [
-        [False] * 2,
-        [True, False],
-        [True, False],
-        [True] * 2,
-        [False] * 2,
-    ]
+    assert scored.each.isnan().tolist() == [[False] * 2, [True, False], [True, False], [True] * 2, [False] * 2]
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 2 and "'f'" in said[0] and "1 of 5" in said[0] and "row 2" in said[0]
     assert "'g'" in said[1] and "row 4" in said[1]
@@ -104,15 +98,7 @@ def test_a_weight_of_zero_does_not_revive_an_infinity():
         torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True),
         [1, 10**400, -3],
     ],
-    ids=[
-        "tuple",
-        "bool and numpy",
-        "0-d tensors",
-        "array",
-        "tensor",
-        "bfloat16 with a graph",
-        "beyond float",
-    ],
+    ids=["tuple", "bool and numpy", "0-d tensors", "array", "tensor", "bfloat16 with a graph", "beyond float"],
 )
 def test_kinds_of_numbers(values):
     scored = Rewards(returning(values))(make_samples())

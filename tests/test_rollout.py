@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_tokenizer
+from xpo_fast.data import pad_rows
 from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.rollout import (
     GenerateRollout,
@@ -27,7 +28,6 @@ from xpo_fast.rollout import (
     Sampling,
     ServerRollout,
     encode_prompts,
-    pad_rows,
     sample_logps,
 )
 

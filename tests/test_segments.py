@@ -151,12 +151,7 @@ def token_inputs(method, options, seed, scale=1.0, *, by_token=False, on_policy=
     mask[0] = False  # all there is in its row
     advantage = torch.randn(n if by_token else len(LENGTHS), generator=g, dtype=torch.float64)
     advantage[3] = 0.0
-    inputs = {
-        "mask": mask,
-        "advantage": advantage,
-        "old_logp": None if on_policy else old,
-        "ref_token_logp": ref,
-    }
+    inputs = {"mask": mask, "advantage": advantage, "old_logp": None if on_policy else old, "ref_token_logp": ref}
     takes = METHODS[method]
     inputs = {k: x for k, x in inputs.items() if takes.wants(k, options) and x is not None}
     for name in ("old_logp", "ref_token_logp"):
@@ -319,10 +314,7 @@ def test_a_segment_has_one_sum(host):
     _, logp, *_ = draw(4, LENGTHS)
     offsets, logp = offsets_of(LENGTHS), logp.float()
     alone = host.xpo_segment_sum
-    alone.restype, alone.argtypes = (
-        ctypes.c_float,
-        [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int],
-    )
+    alone.restype, alone.argtypes = (ctypes.c_float, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int])
     ends = list(itertools.pairwise(offsets.tolist()))
     expected = torch.tensor([alone(logp.data_ptr(), begin, end, LANES) for begin, end in ends])
     exact = torch.tensor([math.fsum(logp[begin:end].tolist()) for begin, end in ends], dtype=torch.float64)
@@ -461,10 +453,7 @@ def test_at_the_kinks(host):
     high, low = math.log1p(0.2), math.log1p(-0.2)
     for log_ratio, advantage in ((high, 1.0), (low, -1.0), (high, -1.0), (low, 1.0), (math.log(3.0), -1.0)):
         logp = torch.tensor([log_ratio], dtype=torch.float64)
-        inputs = {
-            "advantage": torch.tensor([advantage], dtype=torch.float64),
-            "old_logp": torch.zeros_like(logp),
-        }
+        inputs = {"advantage": torch.tensor([advantage], dtype=torch.float64), "old_logp": torch.zeros_like(logp)}
         call = ("ppo", {"dual_clip": 3.0}, logp, torch.tensor([0, 1]), inputs, torch.ones_like(logp), 1.0)
         assert_same(kernel(*call), pure(*call), 1e-15)
         assert (kernel(*call).u != 0).all()

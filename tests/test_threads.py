@@ -99,11 +99,7 @@ int main() {
 # name → (file, what stands there once, what the mutant has in its place; a statement, unless it tells itself by its NUMBER)
 MUTANTS = {
     "rows": {
-        "a block exits before others have read its memory": (
-            "rows.cu",
-            "if (a.ranks > 1) cluster_wait();",
-            "",
-        ),
+        "a block exits before others have read its memory": ("rows.cu", "if (a.ranks > 1) cluster_wait();", ""),
         "sums are not published": (
             "rows.cu",
             "            cluster_arrive();\n        } else",
@@ -111,20 +107,16 @@ MUTANTS = {
         ),
         "reads are not over when a block says so": (
             "rows.cu",
-            "cluster_arrive();  // a block that",
+            "cluster_arrive();  // tells the other",
             "cluster_arrive_relaxed();",
         ),
         "sums are read before they are there": ("rows.cu", "        cluster_wait();\n        s = merged", ""),
         "warps' sums are read before they are there": ("rows.cu", "__syncthreads();", ""),
-        "two threads opt in at once": (
-            "launch.h",
-            "guard(lock);",
-            "guard(lost == NUMBER ? *new std::mutex : lock);",
-        ),
+        "two threads opt in at once": ("launch.h", "guard(lock);", "guard(lost == NUMBER ? *new std::mutex : lock);"),
     },
     "segments": {
-        "no fence before the ticket": ("segments.cu", "__threadfence();  // what this block", ""),
-        "no fence after the ticket": ("segments.cu", "__threadfence();  // what the others", ""),
+        "no fence before the ticket": ("segments.cu", "__threadfence();  // orders this block", ""),
+        "no fence after the ticket": ("segments.cu", "__threadfence();  // orders the reads", ""),
         "a plain ticket": (
             "segments.cu",
             "scratch.last = atomicAdd(call.ticket, 1u) == gridDim.x - 1;",
@@ -135,11 +127,7 @@ MUTANTS = {
             "__syncthreads();\n    if (!scratch.last)",
             "",
         ),
-        "sums are overwritten while they are read": (
-            "segments.cu",
-            "__syncthreads();  // what stood there",
-            "",
-        ),
+        "sums are overwritten while they are read": ("segments.cu", "__syncthreads();  // the previous contents", ""),
         "a step of the tree before the one below": ("segments.cu", "__syncthreads();\n        tree_step", ""),
         "the sum is read before it is there": ("segments.cu", "    __syncthreads();\n#pragma unroll", ""),
     },

@@ -543,11 +543,7 @@ def test_an_adapter_on_the_lm_head_is_trained_and_is_not_the_references(tmp_path
 def test_a_trained_copy_of_the_lm_head_is_used_and_its_original_is_the_reference(tmp_path):
     config = lora(modules_to_save=["lm_head"])
     trainer = make_trainer(
-        tmp_path,
-        model=make_model(tie_word_embeddings=False),
-        peft_config=config,
-        max_steps=6,
-        learning_rate=3e-2,
+        tmp_path, model=make_model(tie_word_embeddings=False), peft_config=config, max_steps=6, learning_rate=3e-2
     )
     original = causal_lm(trainer.model).lm_head.original_module.weight.clone()
     trainer.train()
@@ -685,13 +681,7 @@ def test_micro_batches_of_other_data_equal_one_big_batch(tmp_path, method, args)
 def test_what_the_objective_remembers_is_in_the_checkpoints(tmp_path):
     """Three steps and three more after a restart are six: the running mean goes on where it was."""
     rows = rows_of("unpaired")
-    common = {
-        "method": "bco",
-        "rows": 8,
-        "per_device_train_batch_size": 3,
-        "save_strategy": "steps",
-        "save_steps": 3,
-    }
+    common = {"method": "bco", "rows": 8, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 3}
 
     def trainer(folder, steps):
         return make_trainer(tmp_path / folder, max_steps=steps, **common)

@@ -147,10 +147,7 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda w, g: (w, g[:-1]),
-            r"weight_grad must be torch.float64 \(57, 6\) on cpu, got torch.float64 \(56, 6\)",
-        ),
+        (lambda w, g: (w, g[:-1]), r"weight_grad must be torch.float64 \(57, 6\) on cpu, got torch.float64 \(56, 6\)"),
         (lambda w, g: (w, g.float()), "weight_grad must be torch.float64"),
         (lambda w, g: (w, g.T.contiguous().T), "weight_grad must be contiguous"),
         (lambda w, g: (w, g.requires_grad_()), "require no gradient"),

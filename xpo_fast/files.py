@@ -16,7 +16,7 @@ _PART = ".part"  # ends the names of temporary folders
 
 
 def cache_dir() -> Path:
-    """Returns the folder of converted models, reference log-probs and measurements: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
+    """Returns the folder for models, log-probs and measurements: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
     return Path(os.environ.get("XPO_FAST_CACHE") or Path.home() / ".cache" / "xpo_fast")
 
 
@@ -31,7 +31,8 @@ class SavingError(OSError):
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Raises SavingError, naming `path`, for what the writers of torch, safetensors, tokenizers and Python raise inside.
+    """Raises SavingError, naming `path`, for what the writers of torch, safetensors, tokenizers and Python raise
+    inside.
 
     Errors that are not about files pass unchanged.
     """
@@ -87,7 +88,7 @@ def size(count: float) -> str:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Raises ValueError, naming the option or argument `what`, if no file can be made in the folder, which need not exist."""
+    """Raises ValueError, naming the argument `what`, if no file can be made in the folder, which need not exist."""
     there = existing_part(folder)
     reason = None
     if not there.is_dir():
@@ -114,7 +115,7 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _folder_in(folder: Path, prefix: str) -> Iterator[Path]:
-    """Yields a new folder, deleted afterwards, under a name that no process on any machine has; its files follow the umask."""
+    """Yields a temporary folder, under a name of its own on any machine; its files follow the umask."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, suffix=_PART, ignore_cleanup_errors=True) as made:
         yield Path(made)
 
@@ -123,9 +124,9 @@ def _folder_in(folder: Path, prefix: str) -> Iterator[Path]:
 def appearing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or a folder to, and renames it to `path` when the block ends without an error.
 
-    A reader, or a run that was killed here, sees the old content or all of the new one. The parent folder is made if there is
-    none. Raises SavingError, naming `path`, for errors about files in the block.
-    sole_writer: no other process writes `path`; what a killed one left beside it is deleted first.
+    A reader, or a run that was killed here, sees the old content or all of the new one. The parent folder is made if
+    there is none. Raises SavingError, naming `path`, for errors about files in the block.
+    sole_writer: no other process writes `path`; the leftovers of a killed one are deleted first.
     """
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,13 +142,13 @@ def appearing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file, its folder too, in place of what is there: a reader, or a run that died here, never sees half of it."""
+    """Writes a file and its folder, in place of what is there; the file appears whole, see `appearing`."""
     with appearing(path) as part:
         part.write_bytes(content)
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Writes a file, its folder too, unless it is there: of several processes that write it at once, the first one's stays."""
+    """Writes a file and its folder, unless the file exists: if several processes write it, the first one wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _folder_in(path.parent, f".{path.name}.") as folder:
         (folder / path.name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Reduction of unit losses to a scalar by a global denominator, and of metrics to means."""
+"""Reduction of unit losses to a scalar by a global denominator, and of metrics to means: the one place for both."""
 
 from __future__ import annotations
 

@@ -8,12 +8,7 @@ from .wording import did_you_mean
 
 # Reporters for which the name in transformers' is_…_available, or the package's name on PyPI, differs from their own.
 _AVAILABLE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
-_PACKAGES = {
-    "azure_ml": "azureml-sdk",
-    "comet_ml": "comet-ml",
-    "dagshub": "dagshub mlflow",
-    "flyte": "flytekit",
-}
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
 
 
 def check_reporters(names: str | Sequence[str] | None) -> None:

@@ -33,6 +33,6 @@ class LossOutput:
 
     loss: Tensor  # (), or one entry per unit with reduction="none"
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)  # number of entries whose mean each metric is
+    counts: dict[str, Tensor] = field(default_factory=dict)  # number of entries in the mean of each metric
     losses: tuple[Tensor, ...] = ()  # the loss of each method of a sum, without its weight, detached
     token_reward: Tensor | None = None  # shaped as targets: token_dpo's β(log π − log ref)

@@ -1,9 +1,10 @@
-"""The command `xpo-fast`: train, reward and rl make models, eval-reward measures them, recipe repeats it all; methods and
-doctor list what there is; help and completion are about the command itself.
+"""The command `xpo-fast`: train, reward and rl train models, eval-reward measures them, recipe iterates; methods and
+doctor list methods and backends, and tune finds the fastest kernel launches; help and completion are about the command
+itself.
 
-One file per command; they share options.py, the checks of checks.py, and the steps of training.py. The words are rewritten
-into the form that the parser declares (parser.py, aliases.py, config_file.py). Nothing here imports torch or transformers
-before a command needs it.
+One file per command; they share options.py, the checks of checks.py, and the steps of training.py. The words are
+rewritten into the form that the parser declares (parser.py, aliases.py, config_file.py). Nothing here imports torch or
+transformers before a command needs it.
 """
 
 from .commands import build_parser, parsers

@@ -14,7 +14,10 @@ from .typed import Typed, hyperparameters
 
 @dataclass(frozen=True)
 class Alias:
-    """becomes: its equivalent here, for docs/commands.md. words: returns the options; raises UsageError if there are none."""
+    """An option of another library.
+
+    becomes: its equivalent here, for docs/commands.md. words: returns that equivalent, or raises UsageError.
+    """
 
     becomes: str
     words: Callable[[Given, Typed], list[str]]
@@ -41,7 +44,7 @@ def with_commas(option: str) -> Alias:
 
 
 def choices(what: str, **words_by_value: list[str] | str) -> Alias:
-    """Returns the alias of an option of few values: the words for each, or why it is refused; a switch has true and false."""
+    """Returns the alias of a switch (true, false) or choice: the words for each value, or why it is refused."""
 
     def words(given: Given, typed: Typed) -> list[str]:
         value = (given.values[0] if given.values else "true").lower()
@@ -105,8 +108,8 @@ def mixed_precision(dtype: str) -> Alias:
         every_weight = (full is not None and full.switch()) or (peft is not None and peft.switch() is False)
         if not every_weight or typed.command == "recipe":
             raise UsageError(
-                f"--{given.name} is mixed precision, which goes with --full; with an adapter, --dtype {dtype} keeps the frozen "
-                "weights in it, and the adapter stays float32"
+                f"--{given.name} is mixed precision, which goes with --full; with an adapter, --dtype {dtype} keeps "
+                "the frozen weights in it, and the adapter stays float32"
             )
         for name in ("dtype", "torch-dtype", "bf16", "fp16"):
             other = typed.options.get(name)
@@ -114,7 +117,8 @@ def mixed_precision(dtype: str) -> Alias:
                 continue
             if name not in ("bf16", "fp16") or other.switch() is not False:
                 raise UsageError(
-                    f"--{given.name} is --dtype {dtype}, and {' '.join(other.typed)} asks for another: leave one of them out"
+                    f"--{given.name} is --dtype {dtype}, and {' '.join(other.typed)} asks for another: leave one of "
+                    "them out"
                 )
         return [f"--dtype={dtype}"]
 

@@ -1,7 +1,7 @@
 """Accepts options by the names of TRL's and transformers' configurations, and hyperparameters of the method as options.
 
-An alias is accepted if it means here what it means there; else it is refused, by name, with what to use instead. Nothing is
-read and then ignored.
+An alias is accepted if it means here what it means there; else it is refused, by name, with what to use instead.
+Nothing is read and then ignored.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from .typed import Typed, hyperparameters
 COMMANDS = ("train", "reward", "rl", "recipe")
 
 # Names of one thing: typing one of them overrides the others in a configuration.
-_SYNONYMS = (
-    {"method", "loss-type"},
-    {"dtype", "torch-dtype", "bf16", "fp16"},
-    {"lora", "full", "use-peft"},
-)
+_SYNONYMS = ({"method", "loss-type"}, {"dtype", "torch-dtype", "bf16", "fp16"}, {"lora", "full", "use-peft"})
 
 
 def overridden(name: str, typed: Typed) -> bool:
@@ -151,7 +147,7 @@ ALIASES: dict[str, Alias] = {
         true=["--advantage=group"],
         none=["--advantage=group_mean"],
         false=["--advantage=group_mean"],
-        batch="see --advantage for what there is",
+        batch="see --advantage for its estimators",
     ),
     "num_completions_to_print": kinds.as_setting("show_samples"),
     "log_completions": kinds.choices("false: `--set show_samples=0`", true=[], false=["--set=show_samples=0"]),
@@ -185,44 +181,46 @@ REFUSALS = {
     "prompts lose their beginning, completions their end; --max-prompt-length bounds the first": "truncation_mode",
     _MODEL: "model_init_kwargs lora_target_parameters lora_modules_to_save bnb_4bit_quant_storage cast_lm_head_to_fp32 "
     "router_aux_loss_coef disable_dropout chat_template_path eos_token pad_token ignore_bias_buffers",
-    "write the weight behind the function: --reward FILE.py:FUNCTION=WEIGHT": "reward_weights multi_objective_aggregation",
+    "write the weight after the function: --reward FILE.py:FUNCTION=WEIGHT": "reward_weights "
+    "multi_objective_aggregation",
     "--prompts-per-rollout N says how many prompts a rollout has": "steps_per_generation",
-    "rl has --prompts-per-rollout for a rollout, and --set generation_batch_size=N for the completions sampled at a time": "generation_batch_size",
+    "rl has --prompts-per-rollout, and --set generation_batch_size=N for sampling": "generation_batch_size",
     "write --method f_dpo --set divergence=alpha --set alpha=1−X": "f_alpha_divergence_coef",
     "its term is a mean over the batch's tokens: add sft, as in --method 'simpo + 1.0*sft'": "cpo_alpha",
-    "--set ref_mixin=X of xpo-fast rl moves the reference after every rollout": "ref_model_mixup_alpha ref_model_sync_steps",
-    "samplers have --temperature, --top-p and --top-k": "min_p generation_kwargs repetition_penalty cache_implementation "
-    "chat_template_kwargs",
-    "vLLM is a server of its own here, see --server and --server-lora": "vllm_mode vllm_model_impl vllm_enable_sleep_mode "
-    "vllm_structured_outputs_regex vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
-    "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size use_transformers_paged "
-    "transformers_continuous_batching_config ds3_gather_for_generation",
-    "importance weights against the sampler are --set off_policy=… and off_policy_cap=…": "vllm_importance_sampling_correction "
-    "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min "
-    "vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl",
-    "the method's own entropy term is --set entropy_coef=…": "top_entropy_quantile use_adaptive_entropy entropy_coef_min "
-    "entropy_coef_max entropy_coef_delta entropy_target",
+    "--set ref_mixin=X of xpo-fast rl moves the reference after every rollout": "ref_model_mixup_alpha "
+    "ref_model_sync_steps",
+    "samplers have --temperature, --top-p and --top-k": "min_p generation_kwargs repetition_penalty "
+    "cache_implementation chat_template_kwargs",
+    "vLLM is a server of its own here, see --server and --server-lora": "vllm_mode vllm_model_impl "
+    "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_host vllm_server_port vllm_server_timeout "
+    "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
+    "use_transformers_paged transformers_continuous_batching_config ds3_gather_for_generation",
+    "importance weights against the sampler are --set off_policy=…, off_policy_cap=…": ""
+    "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
+    "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl",
+    "the method's own entropy term is --set entropy_coef=…": "top_entropy_quantile use_adaptive_entropy "
+    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
     "every completion is in samples.jsonl": "log_multimodal log_unique_prompts log_completions_hub_repo",
     "advantages are whitened by --advantage batch": "normalize_advantages reward_clip_range",
     "set HF_TOKEN, or log in with `hf auth login`: a token on the command line can be read by others": "hub_token",
-    "configure it with `accelerate config`, and start the command by `accelerate launch -m xpo_fast.cli`": "fsdp fsdp_config "
-    "deepspeed accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
-    "ddp_static_graph ddp_backend local_rank",
+    "configure it with `accelerate config`, and start the command by `accelerate launch -m xpo_fast.cli`": "fsdp "
+    "fsdp_config deepspeed accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank",
     "the loss is computed without logits already; leave it out": "use_liger_kernel liger_kernel_config use_cache "
     "average_tokens_across_devices",
     "label smoothing is the method's: --set label_smoothing=…": "label_smoothing_factor",
-    "leave it out, or train from Python: xpo_fast.trainer.XPOConfig and XPOTrainer": "shuffle_dataset pad_to_multiple_of "
-    "precompute_ref_batch_size activation_offloading packing_strategy completion_only_loss assistant_only_loss "
-    "max_tool_calling_iterations activation_checkpointing_kwargs bf16_full_eval fp16_full_eval torch_compile "
-    "torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size "
-    "logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level_replica "
-    "trackio_space_id trackio_bucket_id trackio_static_space_id eval_delay prediction_loss_only eval_on_start "
-    "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
-    "save_on_each_node enable_jit_checkpoint hub_always_push hub_revision load_best_model_at_end metric_for_best_model "
-    "greater_is_better ignore_data_skip restore_callback_states_from_checkpoint data_seed dataloader_drop_last "
-    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context dataloader_in_order label_names length_column_name skip_memory_metrics "
-    "optim_target_modules",
+    "leave it out, or train from Python: xpo_fast.trainer.XPOConfig and XPOTrainer": "shuffle_dataset "
+    "pad_to_multiple_of precompute_ref_batch_size activation_offloading packing_strategy completion_only_loss "
+    "assistant_only_loss max_tool_calling_iterations activation_checkpointing_kwargs bf16_full_eval fp16_full_eval "
+    "torch_compile torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps "
+    "auto_find_batch_size logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen "
+    "log_level_replica trackio_space_id trackio_bucket_id trackio_static_space_id eval_delay prediction_loss_only "
+    "eval_on_start eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics "
+    "batch_eval_metrics save_on_each_node enable_jit_checkpoint hub_always_push hub_revision load_best_model_at_end "
+    "metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint data_seed "
+    "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order label_names "
+    "length_column_name skip_memory_metrics optim_target_modules",
 }
 REFUSED = {name: what for what, names in REFUSALS.items() for name in names.split()}
 

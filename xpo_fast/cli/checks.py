@@ -55,8 +55,8 @@ def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
     check_names(args)
     if args.eval_steps is not None and not args.eval_data and args.eval_split == 0:
         raise UsageError(
-            "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, or hold "
-            "out rows by --eval-split or --eval-data"
+            "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, "
+            "or hold out rows by --eval-split or --eval-data"
         )
     if args.optim:
         check_optimizer(args.optim, arguments)
@@ -92,10 +92,7 @@ def check_names(args: argparse.Namespace) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for option, what, known in (
-        ("scheduler", "schedule", SchedulerType),
-        ("optim", "optimizer", OptimizerNames),
-    ):
+    for option, what, known in (("scheduler", "schedule", SchedulerType), ("optim", "optimizer", OptimizerNames)):
         value, names = getattr(args, option), [entry.value for entry in known]
         if value is not None and value not in names:
             near = did_you_mean(value, names)
@@ -142,7 +139,7 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
 
 
 def check_quantisation(args: argparse.Namespace) -> None:
-    """Raises UsageError for --load-in-4bit and --load-in-8bit with weights that are trained, or without bitsandbytes."""
+    """Raises UsageError for --load-in-4bit and --load-in-8bit of trained weights, or without bitsandbytes."""
     if not (args.load_in_4bit or args.load_in_8bit):
         return
     option = "--load-in-4bit" if args.load_in_4bit else "--load-in-8bit"
@@ -151,8 +148,8 @@ def check_quantisation(args: argparse.Namespace) -> None:
         raise UsageError(f"{option} freezes the weights and trains an adapter: leave {other} out")
     if (Path(args.model) / "adapter_config.json").is_file():
         raise UsageError(
-            f"{option}: {args.model} is an adapter, and merging it into quantised weights would round it away; merge it first: "
-            "xpo_fast.models.load_model, save_pretrained"
+            f"{option}: {args.model} is an adapter, and merging it into quantised weights would round it away; merge "
+            "it first: xpo_fast.models.load_model, save_pretrained"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{option} needs bitsandbytes: pip install bitsandbytes")
@@ -174,6 +171,6 @@ def check_hub() -> None:
     except Exception as error:  # each client of the hub has errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"--push-to-hub: the hub does not answer or does not know the token ({reason}); log in with `hf auth login`, or "
-            "leave --push-to-hub out and upload later with `hf upload`"
+            f"--push-to-hub: the hub does not answer or does not know the token ({reason}); log in with `hf auth "
+            "login`, or leave --push-to-hub out and upload later with `hf upload`"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import __version__
-from . import completion, eval_reward, manual, recipe, reward, rl, train
+from . import completion, eval_reward, manual, recipe, reward, rl, train, tune
 from . import methods as catalogue
 from .parser import Parser
 
@@ -22,6 +22,7 @@ def build_parser() -> Parser:
     for command in (train, reward, eval_reward, rl, recipe, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)
+    tune.add_parser(commands)
     manual.add_parser(commands, parser)
     completion.add_parser(commands, parser)
     return parser
@@ -39,7 +40,8 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor.add_argument(
         "--check",
         action="store_true",
-        help="check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one fails",
+        help="check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if "
+        "one fails",
     )
     doctor.set_defaults(run=_doctor)
 

@@ -20,8 +20,8 @@ def add_parser(commands: Any, whole: Parser) -> None:
         "completion",
         help="tab completion for bash, zsh or fish",
         allow_abbrev=False,
-        description="Print the script that completes commands, options, files and names, for example: xpo-fast completion bash "
-        "> ~/.local/share/bash-completion/completions/xpo-fast",
+        description="Print the script that completes commands, options, files and names, for example: xpo-fast "
+        "completion bash > ~/.local/share/bash-completion/completions/xpo-fast",
     )
     parser.add_argument("shell", choices=SHELLS, metavar="bash|zsh|fish", help="the shell")
     parser.set_defaults(run=partial(run, whole, commands.choices))

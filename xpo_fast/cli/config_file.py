@@ -14,13 +14,14 @@ from ..files import write_atomically
 from ..wording import did_you_mean
 from . import aliases
 from .options import NOT_OF_A_RUN
-from .parser import FALSE, TRUE, Given, Options, Parser, UsageError, spelled
+from .parser import FALSE, TRUE, Given, Parser, UsageError, spelled
 from .typed import Typed, around, hyperparameters
 
 FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
-# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line both.
+# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line
+# both.
 _MAPPINGS = ("set", "train", "columns")
 _SETTINGS = ("set", "train")
 
@@ -28,9 +29,9 @@ _SETTINGS = ("set", "train")
 def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:
     """Returns the options of a YAML or JSON file as words of a command line.
 
-    typed: the words of the command line, which win: an option of the file is left out if it was typed, or excludes one that
-    was; --set and --train are merged, name by name. Every value is checked by the type of its option. Raises UsageError with
-    the file and the line.
+    typed: the words of the command line, which win: an option of the file is left out if it was typed, or excludes one
+    that was; --set and --train are merged, name by name. Every value is checked by the type of its option. Raises
+    UsageError with the file and the line.
     """
     alone = around(command, parser, typed)
     entries = [
@@ -63,7 +64,7 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
     return found
 
 
-def write(args: Options | Any, output: Path, command: str, *, resumed: bool = False) -> None:
+def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool = False) -> None:
     """Writes the options of a run into its folder, as --config takes them, except those without a value.
 
     A resumed run keeps the file that it began with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -65,18 +66,20 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         short = sum(len(x) + config.max_new_tokens > limit for x in ids)
         none = sum(len(x) >= limit for x in ids)
         print(
-            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), {short} less "
-            f"than --max-new-tokens {config.max_new_tokens}"
+            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), "
+            f"{short} less than --max-new-tokens {config.max_new_tokens}"
         )
     rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
     print(f"rewards    {', '.join(names)}")
     print(f"method     {config.objective()}, advantages: {config.estimator}")
     print(
-        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most {config.max_new_tokens} tokens"
+        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most "
+        f"{config.max_new_tokens} tokens"
     )
     print(
-        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {_name(config.lr_scheduler_type)}"
+        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
+        f"{_name(config.lr_scheduler_type)}"
     )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
@@ -149,11 +152,12 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
     scored = sum(map(sum, shortened))
     print(
-        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} completions at the "
-        f"end, to --max-length {config.max_length}"
+        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} "
+        f"completions at the end, to --max-length {config.max_length}"
     )
     print(
-        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of completions, which are scored"
+        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of "
+        "completions, which are scored"
     )
 
 
@@ -199,10 +203,9 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
         return torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
 
     head = Head.from_model(causal_lm(model))
-    weight = shape_of(head.weight)
-    hidden = weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
-    options = {name: shape_of(value) for name, value in head.kwargs().items()}
-    return config.objective().plan(hidden, weight, targets.to(config.device), **options, **layout)
+    head = dataclasses.replace(head, **{name: shape_of(x) for name, x in vars(head).items()})
+    hidden = head.weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
+    return config.objective().plan(hidden, head, targets.to(config.device), **layout)
 
 
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:

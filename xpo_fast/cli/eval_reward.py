@@ -26,8 +26,8 @@ def add_parser(commands: Any) -> None:
         help="measure reward models and policies on pairs",
         formatter_class=options.Help,
         allow_abbrev=False,
-        description="Accuracy, calibration, dependence on length and distributions of scores, as figures and plots, of every "
-        "--model (explicit rewards) and every --policy (implicit rewards) on the same pairs.",
+        description="Accuracy, calibration, dependence on length and distributions of scores, as figures and plots, "
+        "of every --model (explicit rewards) and every --policy (implicit rewards) on the same pairs.",
     )
     parser.set_defaults(run=run)
     options.add_config(parser, dry_run=False)
@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
     scored = list(_scored(args, pairs))
     config_file.write(args, output, "eval-reward")
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
-    report = {
-        **training.report_header(args),
-        "scorers": [summary(scores) for scores in scored],
-        "comparisons": against,
-    }
+    report = {**training.report_header(args), "scorers": [summary(scores) for scores in scored], "comparisons": against}
     write_json(output / "report.json", report)
     _write_scores(output / "scores.jsonl", pairs, scored)
     if can_plot():
@@ -210,14 +206,15 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         correlation = row["length_correlation"]
         print(
             f"{row['name']:<28}{row['accuracy']:>10.3f}{row['standard_error']:>8.3f}{row['score_mean']:>9.3f}"
-            f"{row['score_std']:>9.3f}{row.get('log_loss', math.nan):>10.3f}{row.get('calibration_error', math.nan):>8.3f}"
+            f"{row['score_std']:>9.3f}{row.get('log_loss', math.nan):>10.3f}"
+            f"{row.get('calibration_error', math.nan):>8.3f}"
             f"{math.nan if correlation is None else correlation:>9.2f}"
         )
     longer, pairs = report["scorers"][0]["longer_wins"], report["scorers"][0]["pairs"]
     print(f"{'the longer completion':<28}{longer:>10.3f}   of {pairs} pairs")
     for row in report["comparisons"]:
         print(
-            f"{row['first']} − {row['second']}: {row['accuracy_difference']:+.3f} ± {row['standard_error']:.3f}, the same "
-            f"choice in {row['same_choice']:.1%}"
+            f"{row['first']} − {row['second']}: {row['accuracy_difference']:+.3f} ± {row['standard_error']:.3f}, the "
+            f"same choice in {row['same_choice']:.1%}"
         )
     print(f"\nin {output}: report.json, scores.jsonl, plots")

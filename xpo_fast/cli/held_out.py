@@ -40,7 +40,7 @@ def hold_out(args: argparse.Namespace, rows: datasets.Dataset) -> tuple[datasets
         if args.eval_split is None:
             return rows, None
         raise UsageError(
-            f"--eval-split {args.eval_split:g} of {len(rows)} rows with {len(order)} different prompts leaves {len(kept)} "
-            f"rows to train on and {len(held)} to evaluate; rows of one prompt stay together"
+            f"--eval-split {args.eval_split:g} of {len(rows)} rows with {len(order)} different prompts leaves "
+            f"{len(kept)} rows to train on and {len(held)} to evaluate; rows of one prompt stay together"
         )
     return rows.select(kept), rows.select(held)

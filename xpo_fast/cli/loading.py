@@ -10,12 +10,7 @@ from .options import SMOLLM2
 from .parser import UsageError
 
 # The options of an adapter, and the fields of peft's LoraConfig.
-LORA = {
-    "lora_rank": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_targets": "target_modules",
-}
+LORA = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_targets": "target_modules"}
 
 
 def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
@@ -75,10 +70,7 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
     config = BitsAndBytesConfig(load_in_8bit=True)
     if args.load_in_4bit:
         config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
     found: dict[str, Any] = {"quantization_config": config}
     return found | ({"device_map": "cpu"} if args.cpu else {})  # else that of the process
@@ -87,8 +79,9 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluate_as_trained(model: Any) -> None:
     """Makes bitsandbytes compute on the CPU in evaluation as it does in training.
 
-    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round activations
-    to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the policy.
+    It would repack 4-bit weights at the first evaluation, after which no gradient passes through them, and round
+    activations to 8 bits in evaluation alone: a reference policy, which is evaluated, would be another model than the
+    policy.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 

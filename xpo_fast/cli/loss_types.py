@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from ..wording import did_you_mean
 from .parser import Given, UsageError
 
-# Loss types of TRL beyond those of its DPOTrainer that integrations/liger/pairs.py names: DPO's, KTO's, CPO's and SFT's.
+# Loss types of TRL beyond those of its DPOTrainer that integrations/liger/pairs.py names: DPO's, KTO's, CPO's and
+# SFT's.
 _FURTHER_LOSS_TYPES = {
     **{name: name for name in ("aot", "aot_unpaired", "sft", "kto", "apo_zero_unpaired", "simpo")},
     **{"sigmoid_norm": "dpo_norm", "nll": "sft"},
@@ -23,7 +24,7 @@ def loss_types() -> dict[str, str]:
 
 
 def as_method(given: Given, command: str, options: Mapping[str, Given]) -> list[str]:
-    """Returns the words for --loss_type; raises UsageError for one that is unknown or does not go with the other options."""
+    """Returns the words for --loss_type; raises UsageError for an unknown one, or other options against it."""
     if "method" in options:
         raise UsageError(f"--{given.name} and --method both say what the loss is: leave one out")
     names = given.values

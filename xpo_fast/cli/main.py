@@ -20,8 +20,8 @@ from .typed import around
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
-    Returns the exit code: 0, 1 (unusable installation), 2 (wrong input, or no room to save), 130 (stopped by Ctrl-C), 143
-    (stopped by SIGTERM).
+    Returns the exit code: 0, 1 (unusable installation), 2 (wrong input, or no room to save), 130 (stopped by Ctrl-C),
+    143 (stopped by SIGTERM).
     """
     # Before torch is imported: its threads would wait by spinning, and take the core that another process needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -89,11 +89,7 @@ def _dest(parser: Parser, word: str) -> str | None:
 
 def _mistakes() -> tuple[type[BaseException], ...]:
     """Returns the errors that become one line. A module that no command has imported has raised none."""
-    late = (
-        ("xpo_fast.rewards", "RewardError"),
-        ("xpo_fast.rollout", "RolloutError"),
-        ("torch", "OutOfMemoryError"),
-    )
+    late = (("xpo_fast.rewards", "RewardError"), ("xpo_fast.rollout", "RolloutError"), ("torch", "OutOfMemoryError"))
     found = [getattr(sys.modules[module], name) for module, name in late if module in sys.modules]
     return (ValueError, ImportError, OSError, *found)
 

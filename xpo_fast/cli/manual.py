@@ -9,6 +9,7 @@ from typing import Any
 from ..wording import did_you_mean
 from .aliases import ALIASES, REFUSALS
 from .loss_types import loss_types
+from .options import has_default
 from .parser import Parser, UsageError, option
 
 REGENERATE = "xpo-fast help --markdown > docs/commands.md"
@@ -90,10 +91,8 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
     lines = [f"### {title}\n"] if title not in ("options", "positional arguments") else []
     if example and command in example.split()[1:2]:
         lines.append(f"    {example}\n")
-    elif example and title in _SHARED and f"xpo-fast {command}" in _SHARED_EXAMPLES:
-        lines.append(
-            f"    {example.replace('xpo-fast train --data pairs.jsonl', _SHARED_EXAMPLES[f'xpo-fast {command}'])}\n"
-        )
+    elif example and title in _SHARED and command in _BEGINNINGS:
+        lines.append(f"    {example.replace('xpo-fast train --data pairs.jsonl', _BEGINNINGS[command])}\n")
     lines += ["| option | what it does |", "| --- | --- |"]
     for action in actions:
         about = _help(action)
@@ -106,10 +105,10 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
 
 
 # Groups that commands share, and how their examples begin for commands other than train.
-_SHARED = ("configuration", "data", "method", "model", "optimisation", "head", "output")
-_SHARED_EXAMPLES = {
-    "xpo-fast reward": "xpo-fast reward --data pairs.jsonl",
-    "xpo-fast rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
+_SHARED = ("configuration", "data", "model", "optimisation", "head", "output")
+_BEGINNINGS = {
+    "reward": "xpo-fast reward --data pairs.jsonl",
+    "rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
 }
 
 
@@ -125,8 +124,7 @@ def _usage(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action) -> str:
     about = action.help or ""
-    shown = action.default not in (None, False, argparse.SUPPRESS) and action.default != [] and "(default" not in about
-    return _text(about + (f" (default: {action.default})" if shown else "")) + "."
+    return _text(about + (f" (default: {action.default})" if has_default(action) else "")) + "."
 
 
 def _text(text: str) -> str:
@@ -145,11 +143,11 @@ def _names_elsewhere() -> str:
 
 _OPENING = """# Commands
 
-Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `{regenerate}`.
+Every command and every option, as `xpo-fast COMMAND --help` shows them. Made by `{regenerate}`.
 
-- An option may be written with underscores (`--batch_size 4`), and its value after `=` (`--batch-size=4`). A switch takes
-  `true` or `false` as well (`--full true`), or `--no-` before its name.
-- `--config run.yaml` reads any option by its name; a list for one that may be repeated, a mapping for `set` and `train`:
+- An option may be written with underscores (`--batch_size 4`), and its value after `=` (`--batch-size=4`). A switch
+  takes `true` or `false` as well (`--full true`), or `--no-` before its name.
+- `--config run.yaml` reads any option by its name; a list for one that may be repeated, a mapping for `set`, `train`:
 
       data: pairs.jsonl
       method: simpo
@@ -157,29 +155,29 @@ Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `
       lr: 1e-5
       lora-targets: [q_proj, v_proj]
 
-  What is on the command line wins. Names of TRL and transformers are understood there, too. Each run writes its own
-  `config.yaml` into `--output-dir` (without `--api-key`), and `xpo-fast train --config OUT/config.yaml --output-dir OUT2`
-  repeats it.
-- A hyperparameter of the method is an option of `train`, `reward` and `rl`: `--beta 0.05` is `--set beta=0.05`. Where the
+  The command line wins. Names of TRL and transformers are understood there, too. Each run writes its own `config.yaml`
+  into `--output-dir` (without `--api-key`), and `xpo-fast train --config OUT/config.yaml --output-dir OUT2` repeats it.
+- A hyperparameter of the method is an option of `train`, `reward` and `rl`: `--beta 0.05` is `--set beta=0.05`. If the
   command has an option of that name itself (`--gamma` of `rl`, the discount), write `--set`.
 - `xpo-fast rl --help` shows the options that most runs need, and `--help-all` every one, with the settings of `--set`.
-- Names of TRL 1.16 and transformers are accepted where they mean the same, see [below](#names-from-trl-and-transformers).
-- Tab completion: `xpo-fast completion bash > ~/.local/share/bash-completion/completions/xpo-fast`; for zsh a file `_xpo-fast`
-  in a folder of `$fpath`; for fish `~/.config/fish/completions/xpo-fast.fish`.
+- Names of TRL 1.16 and transformers are accepted if they mean the same, see
+  [below](#names-from-trl-and-transformers).
+- Tab completion: `xpo-fast completion bash > ~/.local/share/bash-completion/completions/xpo-fast`; for zsh a file
+  `_xpo-fast` in a folder of `$fpath`; for fish `~/.config/fish/completions/xpo-fast.fish`.
 """
 
 _ELSEWHERE = """## Names from TRL and transformers
 
-On the command line and in a configuration file. One that cannot be honoured exactly is refused by name. One name is the same
-and means something else: bfloat16 or float16 as `--dtype` with an adapter is the dtype of the frozen weights. Defaults are
-those of the commands here.
+On the command line and in a configuration file. A name that cannot be honoured exactly is refused. One name is the same
+and means something else: bfloat16 or float16 as `--dtype` with an adapter is the dtype of the frozen weights. Defaults
+are those of the commands here.
 
 | there | here |
 | --- | --- |
 {rows}
 
-`--loss_type` of the trainers on preferences is `--method` here (several: their sum, with `--loss_weights`); `sppo_hard` also
-sets `variant=hard`. docs/conversions.md has what their numbers are here. Of GRPO the names are the same.
+`--loss_type` of the trainers on preferences is `--method` here (several: their sum, with `--loss_weights`); `sppo_hard`
+also sets `variant=hard`. docs/conversions.md converts their hyperparameters. GRPO's names are the same.
 
 | `loss_type` | `--method` |
 | --- | --- |

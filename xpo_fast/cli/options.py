@@ -11,8 +11,8 @@ from typing import Any
 from .parser import UsageError
 from .settings import setting
 
-# Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for --help
-# and for tab completion, and importing those takes seconds.
+# Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for
+# --help and for tab completion, and importing those takes seconds.
 BACKENDS = ("dense", "torch", "triton", "cuda")
 SMOLLM2 = "smollm2-135m"
 
@@ -34,8 +34,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to an option's help, if there is one that is not said."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unsaid = action.default in (None, False) or action.default == [] or "(default" in (action.help or "")
-        return action.help if unsaid else super()._get_help_string(action)
+        return super()._get_help_string(action) if has_default(action) else action.help
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Returns whether an option has a default that its help does not mention."""
+    value = action.default
+    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
 
 
 # --- types of options ---------------------------------------------------------------------------------------------
@@ -81,8 +86,8 @@ class _Push(argparse.Action):
 def add_option(group: Any, usage: str, about: str, default: Any = None, **how: Any) -> None:
     """Adds an option to a group of a parser.
 
-    usage: "--name", or "--name PLACEHOLDER". default: False makes a switch, [] an option that may be repeated; a number is
-    the type of the value, too.
+    usage: "--name", or "--name PLACEHOLDER". default: False makes a switch, [] an option that may be repeated; a number
+    is the type of the value, too.
     """
     name, _, metavar = usage.partition(" ")
     if default is False:
@@ -132,8 +137,8 @@ def add_config(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None
     add = adder(parser.add_argument_group("configuration"))
     add(
         "--config FILE",
-        "read options from a YAML or JSON file, one NAME: VALUE per option; the command line wins. A run writes its own as "
-        "config.yaml into --output-dir",
+        "read options from a YAML or JSON file, one NAME: VALUE per option; the command line wins. A run writes its "
+        "own as config.yaml into --output-dir",
     )
     if dry_run:
         about = "show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing"
@@ -166,8 +171,8 @@ def add_lengths(group: Any) -> None:
 
 def add_settings(group: Any, example: str, also: str = "") -> None:
     """Adds --set. example: of its help. also: what else it takes."""
-    about = f"a hyperparameter of the method, for example --set {example}{also}; may be repeated (default: the method's own)"
-    add_option(group, "--set NAME=VALUE", about, [], type=setting)
+    about = f"a hyperparameter of the method, for example --set {example}{also}"
+    add_option(group, "--set NAME=VALUE", f"{about}; may be repeated (default: the method's own)", [], type=setting)
 
 
 def add_model(
@@ -179,8 +184,8 @@ def add_model(
     add("--model", model, SMOLLM2)
     add(
         "--dtype",
-        "dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select mixed "
-        f"precision. auto: {AUTO_DTYPE} with --lora, float32 with --full",
+        "dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select "
+        f"mixed precision. auto: {AUTO_DTYPE} with --lora, float32 with --full",
         "auto",
         choices=DTYPES,
     )
@@ -248,8 +253,8 @@ def add_optimisation(
         add("--group-by-length", "batch rows of similar length: less padding", False)
     add(
         "--optim NAME",
-        "optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, sgd, … as in transformers (default: transformers "
-        "decides)",
+        "optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, sgd, … as in transformers (default: "
+        "transformers decides)",
     )
     add("--scheduler NAME", "learning rate schedule: linear, cosine, constant, … as in transformers", scheduler)
     warm = adder(group.add_mutually_exclusive_group())
@@ -296,9 +301,9 @@ def add_output(
     add("--report-to NAME", "tensorboard, wandb, … as in transformers", "none")
     add(
         "--push-to-hub NAME",
-        "upload --output-dir, except its checkpoints, to the Hugging Face hub with every checkpoint and at the end: the model, "
-        "config.yaml, results.json, train_log.jsonl and, of rl, samples.jsonl, which name your files and quote your prompts "
-        "(default NAME: that of --output-dir)",
+        "upload --output-dir, except its checkpoints, to the Hugging Face hub with every checkpoint and at the end: "
+        "the model, config.yaml, results.json, train_log.jsonl and, of rl, samples.jsonl, which name your files and "
+        "quote your prompts (default NAME: that of --output-dir)",
         nargs="?",
         const=True,
         action=_Push,
@@ -326,11 +331,7 @@ def add_length_rule(group: Any) -> None:
 
 def length_rule(args: argparse.Namespace) -> dict[str, float | None]:
     """Returns the fields of a reward model's specification for the options of `add_length_rule`."""
-    return {
-        "length_alpha": args.length_alpha,
-        "length_target": args.length_target,
-        "length_lam": args.length_penalty,
-    }
+    return {"length_alpha": args.length_alpha, "length_target": args.length_target, "length_lam": args.length_penalty}
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:

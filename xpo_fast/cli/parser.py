@@ -1,7 +1,9 @@
-"""Parses the words of a command: options with dashes or underscores, by the names of other libraries, with short errors.
+"""Parses the words of a command: options with dashes or underscores, by the names of other libraries, with short
+errors.
 
-The words are rewritten as the options that the parser declares (`spelled`), which argparse then reads. So a configuration
-file, a name of TRL's and an option as it is documented take the same way, and are checked by the same types.
+The words are rewritten as the options that the parser declares (`spelled`), which argparse then reads. So a
+configuration file, a name of TRL's and an option as it is documented take the same way, and are checked by the same
+types.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         return self._option_string_actions.get(f"--{name.lstrip('-').replace('_', '-')}")
 
     def negated(self, name: str) -> argparse.Action | None:
-        """Returns the action that `--no-…` turns off, or None; an option that may stand without a value is a switch, too."""
+        """Returns the action that `--no-…` turns off, or None; an option with an optional value is a switch, too."""
         if self.named(name) is not None or not re.match(r"no[-_]", name):
             return None
         action = self.named(name[3:])
@@ -168,8 +170,8 @@ def spelled(
 ) -> tuple[list[str], set[str]]:
     """Returns the words as the parser declares its options, and the destinations of the switches that are turned off.
 
-    The last one wins if a switch is turned on and off. translate: returns the words for an option that the parser does not
-    have; argparse refuses those that it returns unchanged.
+    The last one wins if a switch is turned on and off. translate: returns the words for an option that the parser does
+    not have; argparse refuses those that it returns unchanged.
     """
     found: list[str] = []
     off: set[str] = set()

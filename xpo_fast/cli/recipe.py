@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..rewards.judges import Judge
 
 JUDGE_SPECS = (
-    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), llm (that "
-    "of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a reward "
-    "function; may be repeated, the sum counts)"
+    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), "
+    "llm (that of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a "
+    "reward function; may be repeated, the sum counts)"
 )
 
 
@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
         help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
         formatter_class=options.Help,
         allow_abbrev=False,
-        description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs are kept "
-        "in --output-dir, and a run that was stopped goes on with --resume.",
+        description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs "
+        "are kept in --output-dir, and a run that was stopped goes on with --resume.",
     )
     parser.set_defaults(run=run)
     options.add_config(parser, dry_run=False)
@@ -38,12 +38,12 @@ def add_parser(commands: Any) -> None:
 
     group = parser.add_argument_group("data")
     add = options.adder(group)
-    about = "rows with a prompt, text or messages; chosen and rejected, or other columns, if the recipe or the judge needs them"
+    about = "rows with a prompt, text or messages; chosen and rejected, or other columns that recipe and judge need"
     options.add_source(group, f"{about}; may be repeated", required=False, action="append")
     add(
         "--held-out SHARE",
-        "prompts of --data for the stopping rule: a count, or a share below 1; the last ones. 0: no stopping rule, every "
-        "iteration is run",
+        "prompts of --data for the stopping rule: a count, or a share below 1; the last ones. 0: no stopping rule, "
+        "every iteration is run",
         0.0,
         type=options.share,
     )
@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     unasked = (recipe.judge == "none" and recipe.then is None and args.judge) or args.held_out_judge
     if unasked and not holds_out:
         raise UsageError(
-            f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out keeps none"
+            f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out "
+            "keeps none"
         )
     checks.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")

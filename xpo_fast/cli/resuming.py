@@ -48,7 +48,7 @@ def made_with(args: argparse.Namespace, rows: Any, method_args: dict[str, Any], 
 def check_resume(
     args: argparse.Namespace, checkpoint: str | None, rows: Any, method_args: dict[str, Any], *, lr: float
 ) -> dict[str, Any]:
-    """Raises ValueError for a checkpoint of another run, before the model is loaded; returns `made_with` of this one."""
+    """Raises ValueError for a checkpoint of another run, before loading the model; returns `made_with` of this one."""
     made = made_with(args, rows, method_args, lr=lr)
     if checkpoint is not None:
         check_made_with(checkpoint, made)
@@ -73,8 +73,8 @@ def kept(args: argparse.Namespace, began: float) -> str:
 def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | None = None) -> str | None:
     """Returns the checkpoint to resume from, or None.
 
-    Raises UsageError if checkpoints of another run would be mixed with those of this one. Changes nothing: `training.fit`
-    deletes what --overwrite names when training begins.
+    Raises UsageError if checkpoints of another run would be mixed with those of this one. Changes nothing:
+    `training.fit` deletes what --overwrite names when training begins.
     last: finds the last whole checkpoint in a folder, if that takes more than transformers' own files.
     """
     output, resume = Path(args.output_dir), args.resume

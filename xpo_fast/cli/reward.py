@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
-from . import checks, config_file, dry_run, held_out, loading, options, resuming, train_log, training
+from . import checks, dry_run, held_out, loading, options, resuming, train_log, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
 
@@ -34,9 +34,9 @@ def add_parser(commands: Any) -> None:
     options.add_config(parser)
     group = options.add_data(
         parser,
-        data="rows of prompt, chosen, rejected (with margin or prob if there is one); for k_wise of prompt, completions, "
-        "scores; for discriminator of prompt, completion, label; for regression of prompt, completion and the numbers named "
-        "by --objectives",
+        data="rows of prompt, chosen, rejected (with margin or prob if there is one); for k_wise of prompt, "
+        "completions, scores; for discriminator of prompt, completion, label; for regression of prompt, completion "
+        "and the numbers named by --objectives",
     )
     options.add_lengths(group)
 
@@ -53,7 +53,8 @@ def add_parser(commands: Any) -> None:
     add("--objective-weights NUMBERS", about, type=_numbers)
     add(
         "--reference",
-        "the reference policy of haf and of grm's dpo: the model with its adapter off, or a frozen copy; none: grm without one",
+        "the reference policy of haf and of grm's dpo: the model with its adapter off, or a frozen copy; none: grm "
+        "without one",
         "auto",
         choices=("auto", "adapter", "copy", "none"),
     )
@@ -61,8 +62,8 @@ def add_parser(commands: Any) -> None:
 
     trained = options.add_model(
         parser,
-        model=f"{SMOLLM2}, a folder, or a name on the Hugging Face hub; a reward model's folder to continue from: gated on "
-        "one of regression learns the gate alone",
+        model=f"{SMOLLM2}, a folder, or a name on the Hugging Face hub; a reward model's folder to continue from: "
+        "gated on one of regression learns the gate alone",
         lora="train a LoRA adapter and the value head (default)",
     )
     options.add_option(trained, "--head-only", "train the value head alone", False)
@@ -139,11 +140,7 @@ def run(args: argparse.Namespace) -> int:
     results = training.report_header(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "reward", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "reward", checkpoint)
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, output / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
-from . import checks, config_file, dry_run, loading, options, resuming, rl_rewards, settings, train_log, training
+from . import checks, dry_run, loading, options, resuming, rl_rewards, settings, train_log, training
 from .parser import HelpAll, Setting, UsageError
 from .typed import hyperparameters
 
 if TYPE_CHECKING:
     from ..rl import RLConfig, RLTrainer
 
-# Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig: the
-# parser is built for every command, and importing that takes seconds.
+# Options that are fields of RLConfig by the same name; settings.RL has those that few runs set. Not read off RLConfig:
+# the parser is built for every command, and importing that takes seconds.
 METHOD_FIELDS = {
     "advantage": Setting(
         "NAME",
@@ -31,8 +31,8 @@ METHOD_FIELDS = {
     "kl_coef": Setting(
         "X",
         float,
-        "weight of the KL penalty subtracted from the reward (default: the method's own, such as 0.05 for ppo, else 0); in the "
-        "loss it is --set beta=…",
+        "weight of the KL penalty subtracted from the reward (default: the method's own, such as 0.05 for ppo, else "
+        "0); in the loss it is --set beta=…",
     ),
 }
 ROLLOUT_FIELDS = {
@@ -46,8 +46,8 @@ ROLLOUT_FIELDS = {
     "max_draws": Setting(
         "N",
         int,
-        "redraw prompts whose rewards are all equal, at most N times (default: the method's own, such as 10 for dapo, else "
-        "1 = off)",
+        "redraw prompts whose rewards are all equal, at most N times (default: the method's own, such as 10 for "
+        "dapo, else 1 = off)",
     ),
     "overlong": Setting(
         "NAME",
@@ -59,10 +59,10 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 
 # Options that --help leaves to --help-all.
 _RARE = (
-    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout gamma lam no_whiten "
-    "value_head_lr continuous_batching stop server_model api_key attn trust_remote_code load_in_8bit lora_alpha lora_dropout "
-    "lora_targets optim scheduler warmup_ratio warmup_steps weight_decay max_grad_norm train backend tile_mib "
-    "save_total_limit report_to push_to_hub hub_private debug"
+    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout gamma lam "
+    "no_whiten value_head_lr continuous_batching stop server_model api_key attn trust_remote_code load_in_8bit "
+    "lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio warmup_steps weight_decay max_grad_norm train "
+    "backend tile_mib save_total_limit report_to push_to_hub hub_private debug"
 )
 
 
@@ -73,8 +73,8 @@ def add_parser(commands: Any) -> None:
         help="train a model by rewards for its own completions",
         formatter_class=options.Help,
         allow_abbrev=False,
-        description="Online RL: sample completions, score them by functions, reward models or a judge, and take steps of a "
-        "policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
+        description="Online RL: sample completions, score them by functions, reward models or a judge, and take "
+        "steps of a policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
     )
     parser.set_defaults(run=run)
     parser.rare, parser.settings = _RARE.split(), settings.RL
@@ -95,8 +95,9 @@ def add_parser(commands: Any) -> None:
     add = options.adder(group)
     add(
         "--method NAME",
-        "a method of `xpo-fast methods --where data=policy`, or a sum of them. A method brings what its authors add to the "
-        "loss, unless options say otherwise: ppo its critic and KL penalty, dapo dynamic sampling and the overlong penalty",
+        "a method of `xpo-fast methods --where data=policy`, or a sum of them. A method brings what its authors add "
+        "to the loss, unless options say otherwise: ppo its critic and KL penalty, dapo dynamic sampling and the "
+        "overlong penalty",
         "grpo",
     )
     options.add_settings(group, "beta=0.04", ", or a setting that --help-all lists")
@@ -112,7 +113,8 @@ def add_parser(commands: Any) -> None:
     add("--stop TEXT", "a text that ends a completion; may be repeated", [])
     add(
         "--server URL",
-        "sample from a server of OpenAI's /v1/completions instead of the model itself; --server-lora sends it the policy",
+        "sample from a server of OpenAI's /v1/completions instead of the model itself; --server-lora sends it the "
+        "policy",
     )
     add("--server-lora DIR", "folder of the adapters that the server loads (vLLM's runtime LoRA updating)")
     add("--server-model NAME", "the server's name of the base model (default: the only one that it serves)")
@@ -146,9 +148,7 @@ def run(args: argparse.Namespace) -> int:
     if args.server_lora and not args.server:
         raise UsageError("--server-lora is for --server")
     if args.server and (args.full or not args.server_lora):
-        raise UsageError(
-            "--server needs --lora and --server-lora DIR: else nobody tells it of the policy's new weights"
-        )
+        raise UsageError("--server needs --lora and --server-lora DIR, which send it the policy's new weights")
     method_args, fields = settings.divided(args.set, settings.RL)
     if known := hyperparameters(args.method, "rl"):
         further = (*settings.RL, *options.OBJECTIVE_OPTIONS)
@@ -171,21 +171,14 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = loading.load(args)
     functions += rl_rewards.reward_models(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
-    moments, members = (
-        output / rl_rewards.ENSEMBLE_FILE,
-        [name for name, _ in map(rl_rewards.weighted, args.reward_model)],
-    )
+    moments = output / rl_rewards.ENSEMBLE_FILE
+    members = [name for name, _ in map(rl_rewards.weighted, args.reward_model)]
     if ensemble is not None and checkpoint is not None:
         ensemble.load_moments(moments, members)
     rollout = None
     if args.server:
         rollout = ServerRollout(
-            args.server,
-            tokenizer,
-            model=args.server_model,
-            api_key=args.api_key,
-            push="lora",
-            folder=args.server_lora,
+            args.server, tokenizer, model=args.server_model, api_key=args.api_key, push="lora", folder=args.server_lora
         )
     trainer = RLTrainer(
         model,
@@ -209,11 +202,7 @@ def run(args: argparse.Namespace) -> int:
     results = training.report_header(args)
     if held_out:
         results["before"] = trainer.evaluate()
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "rl", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "rl", checkpoint)
     if held_out:
         results["after"] = trainer.evaluate()
         say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")
@@ -228,7 +217,8 @@ def run(args: argparse.Namespace) -> int:
     if trainer.is_world_process_zero():
         write_json(output / "results.json", results)
     say(
-        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl, results.json\n"
+        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, "
+        "samples.jsonl, train_log.jsonl, results.json\n"
         f"use it: from xpo_fast.models import load_model; model, tokenizer = load_model({str(output)!r})"
     )
     return 0
@@ -299,7 +289,8 @@ def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[s
     held = trainer.eval_dataset
     for name, text in {
         "model": f"{args.model}: {how}, {trained / 1e6:.2f}M trained",
-        "data": f"{options.sources(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, {len(held) if held else 'none'} held out",
+        "data": f"{options.sources(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, "
+        f"{len(held) if held else 'none'} held out",
         "rewards": ", ".join(f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)),
         "method": f"{trainer.objective}, advantages: {config.estimator}, lr {config.learning_rate:g}",
         "rollout": rollout,

@@ -24,8 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = options.adder(group)
     add(
         "--reward FILE.py:FUNCTION[=WEIGHT]",
-        "a function f(prompts, completions, completion_ids, **columns) that returns a number or None per completion; also "
-        "package.module:function; may be repeated",
+        "a function f(prompts, completions, completion_ids, **columns) that returns a number or None per completion; "
+        "also package.module:function; may be repeated",
         [],
     )
     about = "a model of `xpo-fast reward`, or a sequence classifier of transformers; may be repeated"
@@ -33,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--ensemble HOW[=WEIGHT]",
         "combine all --reward-model into one reward: their mean, the worst of them, or uncertainty (the mean minus "
-        f"--ensemble-coef times their variance), each standardised on {ENSEMBLE_SAMPLES} completions by the model at the start; "
-        f"{ENSEMBLE_FILE} keeps these moments, and --resume reads them from there",
+        f"--ensemble-coef times their variance), each standardised on {ENSEMBLE_SAMPLES} completions by the model at "
+        f"the start; {ENSEMBLE_FILE} keeps these moments, and --resume reads them from there",
     )
     add("--ensemble-coef X", "coefficient of uncertainty: mean − X·variance", 1.0)
     add("--judge MODEL[=WEIGHT]", "a language model that grades completions, see --judge-by")
@@ -102,7 +102,7 @@ def reward_models(args: argparse.Namespace, device: torch.device) -> list[Any]:
 
 
 def standardise(ensemble: RewardEnsemble, trainer: RLTrainer) -> None:
-    """Standardises the members on completions by the policy at the start; all processes use the moments of the first."""
+    """Standardises the members on completions of the policy at the start; all ranks use the moments of rank 0."""
     from accelerate.utils import broadcast_object_list
 
     prompts = [row["prompt"] for row in trainer.prompts[:ENSEMBLE_SAMPLES]]

@@ -17,15 +17,19 @@ RL = {
     "vf_coef": Setting("X", float, "weight of the critic's loss (default: 0.1)"),
     "value_clip": Setting("X", float, "clipping range of a value around its old value (default: 0.2)"),
     "ref_mixin": Setting("X", float, "share of the policy mixed into the reference after every rollout (default: 0)"),
-    "kl_target": Setting("NATS", float, "adapt kl_coef, or the method's beta, towards this KL per completion"),
+    "kl_target": Setting(
+        "NATS",
+        float,
+        "adapt kl_coef, or the method's beta, towards this KL per completion (ppo_penalty: per token, to the sampler)",
+    ),
     "kl_horizon": Setting(
         "N", int, "a rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/N (default: 10000)"
     ),
     "off_policy": Setting(
         "NAME",
         str,
-        "truncated importance weights, policy over sampler: none, token, sequence, or auto (default: by the method's ratio "
-        "if another program samples at temperature 1 and returns log-probs)",
+        "truncated importance weights, policy over sampler: none, token, sequence, or auto (default: by the method's "
+        "ratio if another program samples at temperature 1 and returns log-probs)",
     ),
     "off_policy_cap": Setting("X", float, "truncate these weights at X (default: 2)"),
     "generation_batch_size": Setting("N", int, "completions sampled at a time (default: 64)"),
@@ -37,8 +41,8 @@ RL = {
     "show_samples": Setting(
         "N",
         int,
-        "print N completions of the last rollout with every log, from the highest reward to the lowest (default: 3 completions); "
-        "samples.jsonl has all of them, for datasets.load_dataset('json', data_files=…)",
+        "print N completions of the last rollout with every log, from the highest reward to the lowest (default: 3 "
+        "completions); samples.jsonl has all of them, for datasets.load_dataset('json', data_files=…)",
     ),
 }
 
@@ -68,8 +72,9 @@ def check_names(method: str, given: Iterable[str], own: Iterable[str], whose: st
     refused, own, further = sorted({*given} - {*own} - {*further}), [*own], [*further]
     if refused:
         raise UsageError(
-            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has {', '.join(own) or 'none'}; "
-            f"and {whose} has {', '.join(further)}{did_you_mean(refused[0], [*own, *further])}"
+            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has "
+            f"{', '.join(own) or 'none'}; and {whose} has "
+            f"{', '.join(further)}{did_you_mean(refused[0], [*own, *further])}"
         )
 
 

@@ -50,11 +50,12 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_after_step(trainer: Trainer) -> Iterator[Sequence[int]]:
-    """Inside, Ctrl-C and SIGTERM end training after the step under way, with a checkpoint; a second one ends it at once.
+    """Inside, Ctrl-C and SIGTERM end training after the step under way, with a checkpoint; a second one ends it at
+    once.
 
     Before the first step and after the last one, the first signal ends it at once, too. Yields a list that holds the
-    signal's number once one has come. A run of several processes ends at once, because they would not stop after the same
-    step.
+    signal's number once one has come. A run of several processes ends at once, because they would not stop after the
+    same step.
     """
     from transformers import TrainerCallback
 

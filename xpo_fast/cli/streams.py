@@ -1,4 +1,4 @@
-"""Keeps a run alive when the reader of its output is gone: `xpo-fast train … | head -3` shows three lines and trains on."""
+"""Keeps a run alive when the reader of its output is gone, as in `xpo-fast train … | head -3`."""
 
 from __future__ import annotations
 

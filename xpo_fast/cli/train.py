@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..files import write_json
-from . import checks, config_file, dry_run, held_out, loading, options, resuming, settings, train_log, training
+from . import checks, dry_run, held_out, loading, options, resuming, settings, train_log, training
 from .options import OBJECTIVE_OPTIONS
 from .parser import UsageError
 
@@ -26,17 +26,17 @@ def add_parser(commands: Any) -> None:
         help="train a model on pairs, lists, single rows or by supervised fine-tuning",
         formatter_class=options.Help,
         allow_abbrev=False,
-        description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and report what it has "
-        "learned on rows held out. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
+        description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and report what "
+        "it has learned on rows held out. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
     )
     parser.set_defaults(run=run)
     options.add_config(parser)
     group = options.add_data(
         parser,
         data=".jsonl, .json, .parquet or .csv file, or a data set for datasets.load_dataset: rows of prompt, chosen, "
-        "rejected, or of prompt, completion, label; text or messages; with the columns that the method needs: score_chosen "
-        "and score_rejected, prob, reward, or prompt, completions, scores for lists; for sft messages, text, or prompt and "
-        "completion; also ShareGPT and Alpaca",
+        "rejected, or of prompt, completion, label; text or messages; with the columns that the method needs: "
+        "score_chosen and score_rejected, prob, reward, or prompt, completions, scores for lists; for sft messages, "
+        "text, or prompt and completion; also ShareGPT and Alpaca",
     )
     options.add_lengths(group)
 
@@ -46,8 +46,8 @@ def add_parser(commands: Any) -> None:
     options.add_settings(group, f"beta=0.05, or an option of the objective ({', '.join(OBJECTIVE_OPTIONS)})")
     add(
         "--reference",
-        "the reference policy: the model with its adapter off, log-probs cached on disk, or a frozen copy; auto: none if the "
-        "method has none, adapter with --lora, else cached",
+        "the reference policy: the model with its adapter off, log-probs cached on disk, or a frozen copy; auto: "
+        "none if the method has none, adapter with --lora, else cached",
         "auto",
         choices=("auto", "adapter", "cached", "copy", "none"),
     )
@@ -85,11 +85,7 @@ def run(args: argparse.Namespace) -> int:
         results["before"] = trainer.held_out()
         if trainer.objective.needs_reference:  # policy = reference, so rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "train", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "train", checkpoint)
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), trainer.kind, say)
@@ -103,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _objective(method: str, given: dict[str, Any]) -> Objective:
-    """Returns the objective; raises ValueError for a value of --set that it does not know or take, before anything is loaded."""
+    """Returns the objective; raises ValueError for an unknown name or wrong value of --set."""
     from .. import Objective
 
     objective = Objective(method)
@@ -209,7 +205,8 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
         "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
-        "data": f"{options.sources(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, {held}",
+        "data": f"{options.sources(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, "
+        f"{held}",
         "method": f"{trainer.objective}, lr {trainer.args.learning_rate:g}, {step} {what} a step",
         "reference": f"{trainer.reference}: {trainer.reference_reason}",
         "head": str(trainer.plan()),

@@ -13,8 +13,8 @@ from ..files import finite, saving, write_atomically
 def json_log(args: argparse.Namespace) -> Any:
     """Returns a callback that appends every log to train_log.jsonl in --output-dir.
 
-    The file of an earlier run stays until training begins. A resumed run removes the lines of steps after its checkpoint,
-    which it trains again, and does not write what it measures before them.
+    The file of an earlier run stays until training begins. A resumed run removes the lines of steps after its
+    checkpoint, which it trains again, and does not write what it measures before them.
     """
     from transformers import TrainerCallback
 

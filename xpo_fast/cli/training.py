@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import saving
+from . import config_file
 from .parser import UsageError
 from .signals import Stopped, stop_after_step
 
@@ -88,38 +89,34 @@ def report_header(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the first entries of results.json and report.json: options and versions."""
     from .doctor import versions
 
-    return {
-        "options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")},
-        "versions": versions(),
-    }
+    return {"options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")}, "versions": versions()}
 
 
-def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> dict[str, float]:
+def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: str | None) -> dict[str, float]:
     """Trains and saves; returns the trainer's metrics. Raises Stopped after Ctrl-C, with a checkpoint saved.
 
-    begin: called on the main process before the first step, once everything is checked and --overwrite has deleted the
-    checkpoints of the earlier run.
+    Nothing in the output folder is deleted or written before everything is checked and training begins.
     """
     from transformers import TrainerCallback
 
     output = Path(str(trainer.args.output_dir))
 
     class Begin(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, config: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:
                 return
             if not state.global_step:
                 for path in output.glob("checkpoint-*"):  # only with --overwrite, see `resuming.checkpoint`
                     shutil.rmtree(path)
-            begin()
+            config_file.write(args, output, command, resumed=checkpoint is not None)
 
     trainer.add_callback(Begin())
     with _alone(output), stop_after_step(trainer) as stopped:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         if stopped:
             printer(trainer)(
-                f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. Go on with "
-                "the same command and --resume"
+                f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. "
+                "Go on with the same command and --resume"
             )
             raise Stopped(stopped[0], told=True)
         trainer.save_model()
@@ -130,7 +127,7 @@ def fit(trainer: Trainer, checkpoint: str | None, begin: Callable[[], Any]) -> d
 
 @contextlib.contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Raises UsageError if another process trains into the folder; the system releases the lock when the process ends."""
+    """Raises UsageError if another process trains into the folder; the lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # not on Windows

@@ -1,4 +1,4 @@
-"""The command line around one of its options: what aliases and configuration files depend on."""
+"""Holds a command line as it was typed: the method and options that aliases and configuration files depend on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Typed:
 
     @property
     def method(self) -> str:
-        """The method that is asked for, in the names of this project."""
+        """The method of --method or --loss_type, by its name in this project, or the default."""
         if self.has("loss-type") and not self.has("method"):
             return loss_types.as_method(self.options["loss-type"], self.command, self.options)[0].partition("=")[2]
         given = self.options.get("method")

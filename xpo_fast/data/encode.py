@@ -227,11 +227,7 @@ def _with_eos(completion: list[int], eos: int | None) -> list[int]:
 
 
 def _cut(
-    prompt: list[int],
-    completions: list[list[int]],
-    bos: int | None,
-    max_length: int,
-    max_prompt_length: int | None,
+    prompt: list[int], completions: list[list[int]], bos: int | None, max_length: int, max_prompt_length: int | None
 ) -> tuple[list[int], list[list[int]]]:
     """Cuts the prompt from the left, then the completions from the right, so that both fit into `max_length`."""
     room = max(max_length - max(map(len, completions)), max_length // 2)

@@ -44,11 +44,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def read(
-    source: Any,
-    split: str,
-    *,
-    columns: Mapping[str, str] | None = None,
-    config: str | None = None,
+    source: Any, split: str, *, columns: Mapping[str, str] | None = None, config: str | None = None
 ) -> Iterator[tuple[str, Any]]:
     """Yields (place, row) for every row as it stands, columns renamed; several sources in their order, unmixed."""
     for one in sources(source, split, config):

@@ -110,8 +110,8 @@ class Passes:
             self.y.masked_fill_(self.ignored, 0)
         self.tiling = tiling
         self.block = 1 if device.type == "cpu" else ROWS
-        two = tiling.lanes == 2 and self.operations.own_memory and len(self) > tiling.step
-        self.lanes = Lanes(device, two)
+        two_lanes = tiling.lanes == 2 and self.operations.own_memory and len(self) > tiling.step
+        self.lanes = Lanes(device, two_lanes)
         self._multiplied: Any = None  # event after the gradient GEMMs of the previous tile read dz
 
     def __len__(self) -> int:
@@ -147,12 +147,12 @@ class Passes:
                     memory = aligned_rows(longest, self.gemms.vocab, dtype, self.hidden.device)
             stack.callback(self.lanes.join)  # before the memory is freed
             steps: deque[Step] = deque()
-            h, of_tile, used = None, -1, None
+            h, h_tile, used = None, -1, None
             for k, (tile, span, at) in enumerate(work):
                 if used is not None:
                     self.lanes.wait(used.done)
-                if tile != of_tile or h is None:
-                    h, of_tile = self.gathered(span.slice), tile
+                if tile != h_tile or h is None:
+                    h, h_tile = self.gathered(span.slice), tile
                 z, *z_ref = (x[: at.stop - at.start] for x in buffers[k % count])
                 self.gemms.logits(h[at.start - span.start : at.stop - span.start], z)
                 if self.ref is not None and self.ref_gemms is not None:
@@ -183,6 +183,7 @@ class Passes:
         return self._rows(self.gemms, self.hidden, at)
 
     def _rows(self, gemms: Gemms, hidden: Tensor, at: slice) -> Tensor:
+        """Returns the policy's or the reference's hidden states (n, D) of scored positions."""
         return gemms.rows(hidden, self.index[at], None if self.ignored is None else self.ignored[at])
 
     @contextmanager

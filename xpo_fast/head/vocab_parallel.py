@@ -101,7 +101,7 @@ class VocabShard:
     @property
     def why(self) -> str:
         """Returns the words that `Plan.why` has about the shard."""
-        return f"; {self._part}: {self.world} ranks exchange their sums once per tile"
+        return f"; {self._part}: what {self.world} ranks found is exchanged once a tile"
 
     @property
     def _part(self) -> str:

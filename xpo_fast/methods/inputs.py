@@ -74,10 +74,7 @@ _BY_AXES = {
         "pos_score": "logit of a token sampled in place of the rejected completion's",
         "neg_score": "logit of the rejected completion's token",
     },
-    "U UT": {
-        "advantage": "advantage of each row or token",
-        "value": "value of the prompt, or of each token's state",
-    },
+    "U UT": {"advantage": "advantage of each row or token", "value": "value of the prompt, or of each token's state"},
     "UT UK": {"mask": "entries that count: the completion's tokens, or those of the K that exist"},
     "II": {
         "ptx_logp": "log-prob of each token of the pretraining text",
@@ -109,9 +106,7 @@ LAYOUTS: Mapping[str, Layout] = {
         made=("token_logp", "ref_token_logp", "mask", "entropy"),
     ),
     "listwise": Layout(
-        "K completions per prompt",
-        told_by=("logps",),
-        made=("logps", "ref_logps", "lens", "mask", "logp_l"),
+        "K completions per prompt", told_by=("logps",), made=("logps", "ref_logps", "lens", "mask", "logp_l")
     ),
     "unpaired": Layout("single completions", told_by=("logp",), made=("logp", "ref_logp", "length")),
     "pairwise": Layout(

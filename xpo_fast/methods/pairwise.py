@@ -58,10 +58,7 @@ def dpo(
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
-@register(
-    paper="Provably Robust DPO (arXiv 2403.00409)",
-    equation="[−(1−ε) log σ(h) + ε log σ(−h)] / (1−2ε)",
-)
+@register(paper="Provably Robust DPO (arXiv 2403.00409)", equation="[−(1−ε) log σ(h) + ε log σ(−h)] / (1−2ε)")
 def robust_dpo(
     *,
     logp_w: Tensor,  # (P,)
@@ -134,11 +131,7 @@ def rso(
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
-@register(
-    paper="Smaug: DPO-Positive (arXiv 2402.13228)",
-    equation="−log σ(h − βλ max(0, −Δw))",
-    survey="S13",
-)
+@register(paper="Smaug: DPO-Positive (arXiv 2402.13228)", equation="−log σ(h − βλ max(0, −Δw))", survey="S13")
 def dpop(
     *,
     logp_w: Tensor,  # (P,)
@@ -188,10 +181,7 @@ def _remember_margins(
 ) -> dict[str, Tensor]:
     margins = (inputs["logp_w"] - inputs["ref_logp_w"]) - (inputs["logp_l"] - inputs["ref_logp_l"])
     m0, s = beta_dpo_state(
-        margins,
-        remembered.get("m0", margins.new_zeros(())),
-        remembered.get("s", margins.new_ones(())),
-        valid=valid,
+        margins, remembered.get("m0", margins.new_zeros(())), remembered.get("s", margins.new_ones(())), valid=valid
     )
     return {"m0": m0, "s": s}
 
@@ -684,10 +674,7 @@ def nca(
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
-@register(
-    paper="Binary Classifier Optimization (arXiv 2404.04656)",
-    equation="−log σ(βΔw) − log σ(−βΔl)",
-)
+@register(paper="Binary Classifier Optimization (arXiv 2404.04656)", equation="−log σ(βΔw) − log σ(−βΔl)")
 def bco_pair(
     *,
     logp_w: Tensor,  # (P,)
@@ -764,10 +751,7 @@ def aot_unpaired(
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
-@register(
-    paper="Anchored Preference Optimization (arXiv 2408.06266)",
-    equation="σ(−βΔw) + σ(βΔl)",
-)
+@register(paper="Anchored Preference Optimization (arXiv 2408.06266)", equation="σ(−βΔw) + σ(βΔl)")
 def apo_zero(
     *,
     logp_w: Tensor,  # (P,)
@@ -786,10 +770,7 @@ def apo_zero(
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
-@register(
-    paper="Anchored Preference Optimization (arXiv 2408.06266)",
-    equation="σ(βΔw) + σ(−h)",
-)
+@register(paper="Anchored Preference Optimization (arXiv 2408.06266)", equation="σ(βΔw) + σ(−h)")
 def apo_down(
     *,
     logp_w: Tensor,  # (P,)
@@ -837,9 +818,7 @@ def discopop(
 
 
 @register(
-    paper="Tülu 3 (arXiv 2411.15124)",
-    equation="−log σ(β(Δw/len_w − Δl/len_l))",
-    attributes={"length": "Control"},
+    paper="Tülu 3 (arXiv 2411.15124)", equation="−log σ(β(Δw/len_w − Δl/len_l))", attributes={"length": "Control"}
 )
 def dpo_norm(
     *,

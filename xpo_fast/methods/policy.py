@@ -456,12 +456,7 @@ def dapo(
     L = C(ε_low, ε_high) + β·k3. Dynamic sampling belongs to the rollout.
     """
     return _surrogate(
-        token_logp,
-        advantage,
-        mask,
-        old_logp,
-        (eps_low, eps_high),
-        (ref_token_logp, beta, entropy, entropy_coef),
+        token_logp, advantage, mask, old_logp, (eps_low, eps_high), (ref_token_logp, beta, entropy, entropy_coef)
     )
 
 
@@ -691,10 +686,7 @@ def nash_md(
     logp, scored = _inside(token_logp, mask), mask.any(dim=1)
     prob_w = torch.where(scored, prob_w, 0.5)
     check_rows(
-        (prob_w >= 0) & (prob_w <= 1),
-        "prob_w in [0, 1]",
-        "pass the probability itself, not its logit",
-        prob_w=prob_w,
+        (prob_w >= 0) & (prob_w <= 1), "prob_w in [0, 1]", "pass the probability itself, not its logit", prob_w=prob_w
     )
     kl = (logp - _inside(ref_token_logp, mask)).detach().sum(dim=1)
     advantage = (prob_w - 0.5 - beta * kl).detach()

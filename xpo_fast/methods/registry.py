@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..wording import did_you_mean
+from .advantages import ADVANTAGES
 from .inputs import INPUTS, LAYOUTS
 from .math import check_choice
 from .survey import attributes as survey_attributes
@@ -215,6 +216,7 @@ def register(
         unheard = [n for n, p in parameters.items() if "Tensor" in str(p.annotation) and n not in INPUTS]
         assert not unheard, f"{name}: {', '.join(unheard)} not in INPUTS: say there what it is"
         assert unit in UNITS and denominator in DENOMINATORS, f"{name}: {unit}, {denominator}"
+        assert rl.advantage in ADVANTAGES, f"{name}: {rl.advantage}"
         words = survey_attributes(attributes, reference=any(n.startswith("ref_") for n in parameters))
         card = Card(paper, equation, survey, words, rl)
         _METHODS[name] = Method(fn, card, unit, denominator, uses, axes, state, token_reward, trains_head)

@@ -127,12 +127,7 @@ def regression(
     """
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
     wrong = mask & ~torch.isfinite(targets)
-    check_rows(
-        ~wrong.any(1),
-        "finite targets",
-        "leave the missing ones out with mask=",
-        target=_first(targets, wrong),
-    )
+    check_rows(~wrong.any(1), "finite targets", "leave the missing ones out with mask=", target=_first(targets, wrong))
     error = torch.where(mask, rewards, 0.0) - torch.where(mask, targets, 0.0)
     return (error**2).sum(1), {
         "rewards/mean": _masked_mean(rewards, mask).detach(),
@@ -177,12 +172,7 @@ def preference_model(
 
     L = −p log σ(z) − (1−p) log σ(−z), z = `logit`, p = `prob_w`. ValueError for a p outside [0, 1].
     """
-    check_rows(
-        (prob_w >= 0) & (prob_w <= 1),
-        "prob_w in [0, 1]",
-        "turn scores into probabilities first",
-        prob_w=prob_w,
-    )
+    check_rows((prob_w >= 0) & (prob_w <= 1), "prob_w in [0, 1]", "turn scores into probabilities first", prob_w=prob_w)
     losses = -prob_w * logsigmoid(logit) - (1 - prob_w) * logsigmoid(-logit)
     return losses, {
         "accuracy": ((logit > 0) == (prob_w > 0.5)).to(logit.dtype),

@@ -128,12 +128,7 @@ def bco_state(rewards: Tensor, valid: Tensor, mean: Tensor, count: Tensor) -> tu
 
 
 def _remember_rewards(
-    remembered: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    valid: Tensor,
-    *,
-    beta: float,
-    **_: object,
+    remembered: Mapping[str, Tensor], inputs: Mapping[str, Tensor], valid: Tensor, *, beta: float, **_: object
 ) -> dict[str, Tensor]:
     rewards = beta * (inputs["logp"] - inputs["ref_logp"])
     mean, count = (remembered.get(name, rewards.new_zeros(())) for name in ("delta", "delta_count"))

@@ -2,16 +2,7 @@
 
 from .fused_loss import hidden_states, install_fused_loss, remove_fused_loss
 from .lm_head import Head
-from .loading import (
-    SMOLLM2,
-    check_ids,
-    embeddings,
-    hub_arguments,
-    load_model,
-    load_weights,
-    smollm2_gguf,
-    smollm2_path,
-)
+from .loading import SMOLLM2, check_ids, embeddings, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
 
 __all__ = [
     "SMOLLM2",

@@ -24,7 +24,7 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:
     Returns (R, T, D), or (R, T, D + r) with a LoRA adapter of rank r on the head, to go with `Head.from_model(model)`:
 
         head = Head.from_model(model)
-        objective(hidden_states(model, batch), head.weight, targets, **head.kwargs())
+        objective(hidden_states(model, batch), head, targets)
 
     The model may be a PEFT model. A model wrapped for several processes (DDP, FSDP, DeepSpeed) needs its wrapper around
     the loss, too: use `install_fused_loss`. Raises ValueError for a head that `Head.from_model` refuses.

@@ -28,10 +28,7 @@ _ACTS: dict[str, int | str] = {
 }
 _ALSO_CALLED = {"final_logit_softcapping": "logit_softcap"}  # a module that is made from the attribute
 # Model types for which an attribute has another power; 0: it acts before the head.
-ACTS_OF: dict[str, Mapping[str, int | str]] = {
-    "hyperclovax": {"logits_scaling": 1},
-    "minicpm3": {"logits_scaling": 0},
-}
+ACTS_OF: dict[str, Mapping[str, int | str]] = {"hyperclovax": {"logits_scaling": 1}, "minicpm3": {"logits_scaling": 0}}
 # Model types that change logits in a way no Head can express.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
 # Packages whose hooks on a head, and replacements of its forward, gather, move or cast and do not change its logits.
@@ -48,7 +45,7 @@ class Head:
     The same call for all models:
 
         head = Head.from_model(model)
-        token_logps(head.inputs(hidden), head.weight, targets, **head.kwargs())
+        token_logps(hidden, head, targets)
     """
 
     weight: Tensor  # (V, D)
@@ -71,9 +68,10 @@ class Head:
         return cls(**_read(model))
 
     def inputs(self, hidden: Tensor) -> Tensor:
-        """Returns the hidden states that belong to `weight` and `kwargs()`.
+        """Returns what is multiplied: hidden (…, D) itself without an adapter, with one [h, x] (…, D + r).
 
-        Without an adapter hidden (…, D) itself, with one [h, x] (…, D + r).
+        A call that takes a Head does it where it is given hidden (…, D). Do it yourself where a wrapper must see it, as
+        `install_fused_loss` does, or if two calls are to share one dropout.
         """
         if self.project is None:
             return hidden
@@ -228,8 +226,7 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
         raise _refused(owner, "carries a DoRA adapter with lora_bias, whose norm has no agreed meaning")
     if not isinstance(layer.lora_dropout[name], nn.Identity):
         raise _refused(
-            owner,
-            "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0",
+            owner, "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0"
         )
     scale = layer.scaling[name]
     weight, a, b, magnitude = unpartitioned(

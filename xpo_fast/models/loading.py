@@ -24,11 +24,7 @@ _FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of a complete
 
 
 def load_model(
-    name_or_path: str,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    **kwargs: Any,
+    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM and its tokenizer onto the CPU.
 
@@ -63,11 +59,7 @@ def load_model(
 
 
 def load_weights(
-    auto_class: Any,
-    path: str,
-    dtype: str | torch.dtype,
-    device: str | torch.device | None,
-    kwargs: dict[str, Any],
+    auto_class: Any, path: str, dtype: str | torch.dtype, device: str | torch.device | None, kwargs: dict[str, Any]
 ) -> Any:
     """Returns `auto_class.from_pretrained(path, **kwargs)` in the dtype that `precision.resolve` chooses."""
     from transformers import AutoConfig

@@ -25,13 +25,7 @@ class MixtureRollout(GenerateRollout):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        reference: nn.Module | None,
-        share: float,
-        batch_size: int = 64,
+        self, model: nn.Module, tokenizer: Any, *, reference: nn.Module | None, share: float, batch_size: int = 64
     ) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"expected a share of the reference in [0, 1], got {share!r}")
@@ -94,11 +88,7 @@ class AgainstMixture:
         self.rollout: MixtureRollout | None = None
 
     def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Completion],
-        completion_ids: Any = None,
-        **columns: Any,
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
     ) -> list[float]:
         """Returns the probabilities, one per completion."""
         assert self.rollout is not None

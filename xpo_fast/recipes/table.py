@@ -168,16 +168,7 @@ _TABLE = [
         merge={"combination_type": "ties", "density": 0.5},
     ),
     *(
-        Recipe(
-            name,
-            about,
-            paper,
-            (Train(name),),
-            (Draw(n),),
-            select="online",
-            reference="fixed",
-            iterations=1,
-        )
+        Recipe(name, about, paper, (Train(name),), (Draw(n),), select="online", reference="fixed", iterations=1)
         for name, about, paper, n in (
             ("ppo", "proximal policy optimisation with a value head", "arXiv 1707.06347, survey 3.1.1, S2", 1),
             ("grpo", "group-relative advantages, no value head", "arXiv 2402.03300", 8),

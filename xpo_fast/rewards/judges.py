@@ -70,11 +70,7 @@ class Judge:
         return type(self).compare is not Judge.compare
 
     def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Completion],
-        completion_ids: Any = None,
-        **columns: Any,
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
     ) -> list[float | None]:
         """Returns the scores as a reward function does, None where there is none."""
         if completion_ids is not None:

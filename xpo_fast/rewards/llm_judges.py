@@ -121,9 +121,7 @@ class TokenChoice:
 
         def fused(hidden: Tensor, head: Head) -> Tensor:
             at = hidden[torch.arange(len(rows), device=device), last.to(device)]  # (R, D)
-            return token_logps(
-                at[:, None].expand(-1, words.shape[1], -1).contiguous(), head.weight, words, **head.kwargs()
-            )
+            return token_logps(at[:, None].expand(-1, words.shape[1], -1).contiguous(), head, words)
 
         with evaluating(self.model):
             return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), fused_loss=fused).float()
@@ -133,13 +131,7 @@ class SampledChoice:
     """A `Choice` by n sampled replies of a rollout (a server, for example): the first of the words in each reply."""
 
     def __init__(
-        self,
-        rollout: Rollout,
-        *,
-        n: int = 1,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        chat: bool = True,
+        self, rollout: Rollout, *, n: int = 1, sampling: Sampling | None = None, seed: int = 0, chat: bool = True
     ) -> None:
         self.rollout, self.n, self.seed, self.chat = rollout, n, seed, chat
         self.sampling = sampling or Sampling(max_new_tokens=8, temperature=0.0 if n == 1 else 1.0)

@@ -345,11 +345,7 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def score_pairs(
-    name: str,
-    scorer: Any,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    is_logit: bool | None = None,
+    name: str, scorer: Any, rows: Sequence[Mapping[str, Any]], *, is_logit: bool | None = None
 ) -> PairScores:
     """Returns a scorer's scores of loaded pairs (`data.load(…, kind="pair")`).
 

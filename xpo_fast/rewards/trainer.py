@@ -70,8 +70,7 @@ class RewardConfig(XPOConfig):
         default=None, metadata={"help": "Weights of the objectives in the reward of regression. None: their mean."}
     )
     length_alpha: float | None = field(
-        default=None,
-        metadata={"help": "Divides the reward by this number + the tokens of the completion."},
+        default=None, metadata={"help": "Divides the reward by this number + the tokens of the completion."}
     )
     length_target: float = field(
         default=0.0, metadata={"help": "Length in tokens that costs nothing, with length_lam."}
@@ -277,24 +276,17 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             logps = self._logps(hidden, lm_head, rows[2]) if self._reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
-            return {
-                "loss": loss,
-                "metrics": mean_metrics(metrics, valid),
-                "counts": count_metrics(metrics, valid),
-            }
+            return {"loss": loss, "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid)}
 
         out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
         return out["loss"], (out["loss"].detach(),), out["metrics"], out["counts"]
 
     def _logps(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         """Returns the summed log-prob of each row (R,); GRM's language model head is frozen."""
-        weight = head.weight
-        options: dict[str, Any] = head.kwargs()
         if not (self.method and self.method.trains_head):
-            weight = weight.detach()
-            options = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
-        options["backend"] = self.args.backend
-        return sequence_logps(hidden, weight, targets, **options)[0]
+            parts = {k: x.detach() for k, x in vars(head).items() if isinstance(x, Tensor)}
+            head = dataclasses.replace(head, **parts)
+        return sequence_logps(hidden, head, targets, backend=self.args.backend)[0]
 
     def _losses(
         self,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import data
+from ..data import pad_rows
 from ..objective import Objective
-from ..rollout import pad_rows
 from ..seeds import permutation
 from ..types import IGNORE_INDEX
 from .config import RLConfig

@@ -56,7 +56,7 @@ class Collected:
 
 @dataclass
 class Collector:
-    """Sampler and scorer of completions. With several processes each does its share, and all of them know the result."""
+    """Sampler and scorer of completions; with several processes each does its share, and all know the result."""
 
     policy: Any  # the model that `rollout` samples from, not wrapped
     rollout: Rollout

@@ -18,14 +18,15 @@ from ..wording import did_you_mean
 
 def _of_methods(name: str) -> str:
     """Returns "10 for dapo, else 1": a default that follows the method, as the cards have it."""
-    plain, said = getattr(RLDefaults(), name), dict[Any, list[str]]()
+    plain, others = getattr(RLDefaults(), name), dict[Any, list[str]]()
     for method in METHODS.values():
         if (own := getattr(method.card.rl, name)) != plain:
-            said.setdefault(own, []).append(method.name)
-    return "".join(f"{own} for {', '.join(names)}, " for own, names in said.items()) + f"else {plain}"
+            others.setdefault(own, []).append(method.name)
+    return "".join(f"{own} for {', '.join(names)}, " for own, names in others.items()) + f"else {plain}"
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError where the value of the argument `name` is none of the choices."""
     if value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
@@ -82,7 +83,8 @@ class RLConfig(MethodConfig):
         default=None,
         metadata={
             "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
-            f"are drawn in their place, at most this many times per rollout. 1: never. None: {_of_methods('max_draws')}."
+            "are drawn in their place, at most this many times per rollout. 1: never. None: "
+            f"{_of_methods('max_draws')}."
         },
     )
     overlong: str = field(
@@ -285,7 +287,8 @@ class RLConfig(MethodConfig):
             by_row = [m.name for m in methods if "UT" not in m.axes("advantage")]
             if self.off_policy == "token" and by_row:
                 raise ValueError(
-                    f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: 'sequence'"
+                    f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: "
+                    "use 'sequence'"
                 )
         if self.draws > 1 and self.num_generations < 2:
             raise ValueError(

@@ -64,10 +64,10 @@ class Measure:
         return {"temperature": self.args.temperature, "tile_bytes": self.tile_bytes, "backend": self.args.backend}
 
     def _by_policy(self, hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
-        stats = token_stats(hidden, head.weight, targets, outputs=("entropy",), **head.kwargs(), **self._options)
+        stats = token_stats(hidden, head, targets, outputs=("entropy",), **self._options)
         assert stats.entropy is not None
         values = {} if self.critic is None else {"old_value": self.critic(hidden)[..., 0]}
         return {"old_logp": stats.logp, "entropy": stats.entropy, **values}
 
     def _by_reference(self, hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
-        return {"ref_token_logp": token_logps(hidden, head.weight, targets, **head.kwargs(), **self._options)}
+        return {"ref_token_logp": token_logps(hidden, head, targets, **self._options)}

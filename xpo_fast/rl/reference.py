@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def choose_reference(args: RLConfig, objective: Objective, model: nn.Module, *, penalises: bool) -> str:
+def choose_reference(args: RLConfig, objective: Objective, model: nn.Module, *, adapts_beta: bool) -> str:
     """Returns what serves as the reference: none, copy or adapter; raises ValueError where args ask for something else.
 
-    penalises: kl_target steers the divergence from the sampling policy, and needs no reference.
+    adapts_beta: kl_target steers the divergence from the sampling policy, and needs no reference.
     """
     needed = objective.needs_reference or args.reward_kl > 0
     adapted = hasattr(model, "disable_adapter")
@@ -30,7 +30,7 @@ def choose_reference(args: RLConfig, objective: Objective, model: nn.Module, *, 
         if args.reference in ("adapter", "copy"):
             raise ValueError(f'{why} has no reference: use reference="auto", got {args.reference!r}')
         for name in ("kl_target", "ref_mixin"):
-            if getattr(args, name) and not (name == "kl_target" and penalises):
+            if getattr(args, name) and not (name == "kl_target" and adapts_beta):
                 raise ValueError(f"{name} is about a reference, and {why} has none: set kl_coef, or the method's beta")
         return "none"
     if args.reference == "none":

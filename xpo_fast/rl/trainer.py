@@ -115,7 +115,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
         model = prepare_model(model, args, peft_config)
-        self.reference = choose_reference(args, self.objective, model, penalises=self._penalises)
+        self.reference = choose_reference(args, self.objective, model, adapts_beta=self._adapts_beta)
         if not args.ref_mixin:
             warn_of_trained_adapter(model, self.reference)
         if args.max_steps <= 0:
@@ -176,7 +176,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._collector.rollout = rollout
 
     @property
-    def _penalises(self) -> bool:
+    def _adapts_beta(self) -> bool:
         """Whether the divergence that kl_target steers is that from the sampling policy."""
         return any(m.card.rl.adapts_beta for m in self.objective.methods)
 
@@ -305,7 +305,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             if args.log_samples:
                 path = Path(str(args.output_dir)) / SAMPLES_FILE
                 progress.samples_bytes = append_lines(path, lines, progress.samples_bytes)
-        if args.kl_target is not None and not self._penalises and not math.isnan(metrics["objective/kl"]):
+        if args.kl_target is not None and not self._adapts_beta and not math.isnan(metrics["objective/kl"]):
             # Ziegler et al. (arXiv 1909.08593), section 2.2.
             error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
             factor = 1 + error * min(len(rows) / args.kl_horizon, 1.0)
@@ -391,13 +391,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         scaled: dict[str, Any] = {"temperature": self.args.temperature, "denominator": denominator["policy"]}
 
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
-            of = head.kwargs()
             if "ptx_targets" in inputs:
                 text = inputs["ptx_targets"]
                 tiles: Any = {"backend": self.args.backend, "tile_bytes": self.objective.tile_bytes}
-                given["ptx_logp"] = token_logps(hidden[count:], head.weight, text, **of, **tiles)
+                given["ptx_logp"] = token_logps(hidden[count:], head, text, **tiles)
                 given["ptx_mask"] = text != IGNORE_INDEX
-            out = self.objective(hidden[:count], head.weight, targets, **of, **scaled, **given)
+            out = self.objective(hidden[:count], head, targets, **scaled, **given)
             loss, metrics, counts = out.loss, dict(out.metrics), dict(out.counts)
             if self.critic is not None:
                 value = self.critic(hidden[:count])[..., 0]
@@ -409,7 +408,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
         out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], fused_loss=fused)
         loss, metrics, counts = out["loss"], out["metrics"], out["counts"]
-        if self._penalises and self.args.kl_target is not None:
+        if self._adapts_beta and self.args.kl_target is not None:
             self._penalty_means.add({"kl": metrics["kl"]}, {"kl": counts["kl"]})
         # On resuming, Trainer's own mean of the loss forgets the steps since the last log.
         share = self.args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -424,7 +423,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.experience = None
         if self.moving_reference is not None:
             self.moving_reference.follow()
-        if self._penalises and self.args.kl_target is not None:
+        if self._adapts_beta and self.args.kl_target is not None:
             kl = self._penalty_means.pop()["kl"]
             for k, term in enumerate(self.objective.terms):
                 if term.method.card.rl.adapts_beta and not math.isnan(kl):

@@ -2,7 +2,7 @@
 
 from .generate import GenerateRollout
 from .sampling import Prompt, Rollout, RolloutError, Samples, Sampling, encode_prompts
-from .scoring import pad_rows, sample_logps, score_tokens
+from .scoring import sample_logps, score_tokens
 from .server import ServerRollout
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Sampling",
     "ServerRollout",
     "encode_prompts",
-    "pad_rows",
     "sample_logps",
     "score_tokens",
 ]

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..data import pad_rows
 from ..head import token_logps
 from ..models import Head, install_fused_loss
 from ..models.modes import evaluating
-from ..types import IGNORE_INDEX
 from .sampling import Samples, unwrapped
 
 
@@ -41,8 +41,7 @@ def sample_logps(
     install_fused_loss(unwrapped(model))
 
     def score(hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
-        options = {**head.kwargs(), "temperature": temperature, "backend": backend}
-        return {"logps": token_logps(hidden, head.weight, targets, **options)}
+        return {"logps": token_logps(hidden, head, targets, temperature=temperature, backend=backend)}
 
     rows = list(zip(samples.prompt_ids, samples.completion_ids, strict=True))
     return score_tokens(model, rows, ("logps",), score, batch_size=batch_size)["logps"]
@@ -78,19 +77,3 @@ def score_tokens(
                     first, count = len(rows[i][0]) - 1, len(rows[i][1])
                     found[name][i, :count] = row[first : first + count]
     return found
-
-
-def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
-    """Returns R pairs (prompt ids, completion ids) right-padded: input_ids, attention_mask and targets, (R, T) each.
-
-    The last token of a row predicts nothing and is left out; the targets are the completion's tokens.
-    """
-    width = max(len(prompt) + len(ids) - 1 for prompt, ids in rows)
-    inputs = torch.full((len(rows), width), pad)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    targets = torch.full((len(rows), width), IGNORE_INDEX)
-    for k, (prompt, ids) in enumerate(rows):
-        row = torch.tensor([*prompt, *ids])
-        inputs[k, : len(row) - 1], mask[k, : len(row) - 1] = row[:-1], 1
-        targets[k, len(prompt) - 1 : len(row) - 1] = row[len(prompt) :]
-    return {"input_ids": inputs, "attention_mask": mask, "targets": targets}

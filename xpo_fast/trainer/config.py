@@ -31,8 +31,7 @@ class MethodConfig(TrainingArguments):
     # Other defaults than TrainingArguments has.
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
     remove_unused_columns: bool | None = field(
-        default=False,
-        metadata={"help": "Must be False: batches are made from columns that the model does not know."},
+        default=False, metadata={"help": "Must be False: batches are made from columns that the model does not know."}
     )
     report_to: Any = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, …"})
     logging_steps: float = field(default=10, metadata={"help": "Log every N steps."})
@@ -72,8 +71,7 @@ class XPOConfig(MethodConfig):
         default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
     )
     max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."},
+        default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."}
     )
     reference: str = field(
         default="auto",

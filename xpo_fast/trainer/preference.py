@@ -229,7 +229,7 @@ class XPOTrainer(UnitTrainer):
         head = Head.from_model(causal_lm(self.model))
         hidden = head.weight.new_zeros(()).expand(*targets.shape, head.width).requires_grad_()
         with torch.enable_grad():
-            return self.objective.plan(hidden, head.weight, targets, **head.kwargs(), **how)
+            return self.objective.plan(hidden, head, targets, **how)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class XPOTrainer(UnitTrainer):
 
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
             hidden = hidden.flatten(0, 1) if packed else hidden
-            out = self.objective(hidden, head.weight, targets, **head.kwargs(), denominator=denominator, **given)
+            out = self.objective(hidden, head, targets, denominator=denominator, **given)
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
         out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)

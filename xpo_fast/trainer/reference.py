@@ -91,7 +91,7 @@ def row_logps(
     """
 
     def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-        sums, lengths = sequence_logps(hidden, head.weight, targets, **head.kwargs(), backend=backend)
+        sums, lengths = sequence_logps(hidden, head, targets, backend=backend)
         return {"rows": torch.stack([sums.float(), lengths.to(torch.float32)], dim=1)}
 
     with evaluating(model):
@@ -139,8 +139,7 @@ class LiveReference:
         """Computes the reference's log-prob of each target, (R, T), 0 where there is none."""
 
         def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            options = {**head.kwargs(), "backend": self.backend}
-            return {"logps": token_logps(hidden, head.weight, targets, **options)}
+            return {"logps": token_logps(hidden, head, targets, backend=self.backend)}
 
         with self._scoring(model) as scored:
             return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
@@ -158,11 +157,7 @@ class LiveReference:
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yields the reference model in eval mode and without gradient."""
         scored = model if self.copy is None else self.copy
-        with (
-            self.accelerator.autocast(),
-            without_adapter(self.accelerator.unwrap_model(scored)),
-            evaluating(scored),
-        ):
+        with self.accelerator.autocast(), without_adapter(self.accelerator.unwrap_model(scored)), evaluating(scored):
             yield scored
 
 

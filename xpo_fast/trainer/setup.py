@@ -102,7 +102,7 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
                 f"expected one hidden state per token, {tuple(targets.shape)}, got {tuple(hidden.shape[:2])}: "
                 "the model or its adapter adds positions of its own, which is not supported"
             )
-        return token_logps(hidden, head.weight, targets, **head.kwargs(), backend=backend)
+        return token_logps(hidden, head, targets, backend=backend)
 
     with evaluating(model):
         logps = model(**inputs, fused_loss=fused)
