@@ -117,6 +117,14 @@ class Passes:
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    @property
+    def early_grad_dtype(self) -> torch.dtype:
+        """Returns the dtype of gradients computed in the forward: float32 for float16, where small ones underflow.
+
+        The loss scale, which prevents that, is applied in the backward only.
+        """
+        return self.gemms.dtype if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
     def spans(self, with_dz: bool, start: int = 0, stop: int | None = None) -> list[Span]:
         """Returns the tiles of the scored positions start … stop − 1, by default of all."""
         stop = len(self) if stop is None else stop
@@ -395,9 +403,7 @@ def unit_gradients(
         spans += (last, *before)
     found = torch.empty((2, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)  # logp, lse
     u, factor = torch.empty_like(found[0]), torch.empty_like(found[0])
-    # The loss scale is applied in the backward; before that, small gradients would underflow in float16.
-    dtype = passes.gemms.dtype if hidden.dtype == torch.float16 else hidden.dtype
-    grads = Gradients(passes, spans, needs, dtype, operands.weight_grad)
+    grads = Gradients(passes, spans, needs, passes.early_grad_dtype, operands.weight_grad)
 
     for step in passes.steps(spans):
         with passes.rows(step):

@@ -18,10 +18,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
         z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
-    z = z * scaling.logit_scale
-    if scaling.softcap is not None:
-        z = scaling.softcap * torch.tanh(z / scaling.softcap)
-    return z / scaling.temperature
+    return scaling.final(z)
 
 
 def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]:

@@ -159,9 +159,7 @@ def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, ...]) -> tuple[Ten
     with_dz = any(needs)
     spans = passes.spans(with_dz)
     found = torch.zeros((2, len(passes)), dtype=passes.gemms.dtype, device=passes.hidden.device)
-    # The loss scale is applied in the backward; before that, small gradients would underflow in float16.
-    dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
-    grads = Gradients(passes, spans, needs, dtype)
+    grads = Gradients(passes, spans, needs, passes.early_grad_dtype)
     at_target = found.new_full((1, 1), -recipe.hard_weight)
     for step in passes.steps(spans):
         with passes.rows(step):

@@ -134,12 +134,7 @@ def _(logits, targets, u, temperature, ignore_index, normaliser=None):
 
 @torch.library.custom_op("xpo_fast::gather_logps_overwrite", mutates_args=("logits",))
 def _overwrite(
-    logits: Tensor,
-    targets: Tensor,
-    u: Tensor,
-    temperature: float,
-    ignore_index: int,
-    normaliser: Tensor | None = None,
+    logits: Tensor, targets: Tensor, u: Tensor, temperature: float, ignore_index: int, normaliser: Tensor | None = None
 ) -> None:
     """Writes the gradient over the logits; an operator, so that autograd and torch.compile see the write."""
     _write_gradient(logits, targets, u, temperature, ignore_index, normaliser, logits)

@@ -238,11 +238,7 @@ def _inputs(head: HeadLike, hidden: Tensor) -> Tensor:
 
 
 def check_operands(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    adapter: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, adapter: Tensor | None = None
 ) -> None:
     """Raises ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together.
 

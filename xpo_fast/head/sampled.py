@@ -37,14 +37,11 @@ class _Products(torch.autograd.Function):
 
 def picked_logits(operands: Operands) -> Tensor:
     """Returns the final logit of each position's target, (N,), for flat operands: differentiable once, N·D memory."""
-    scaling, bias, tokens = operands.scaling, operands.bias, operands.targets
+    bias, tokens = operands.bias, operands.targets
     z: Any = _Products.apply(operands.hidden, operands.weight, tokens)
     if bias is not None:
         z = z + bias.to(z.dtype)[tokens]
-    z = z * scaling.logit_scale
-    if scaling.softcap is not None:
-        z = scaling.softcap * torch.tanh(z / scaling.softcap)
-    return z / scaling.temperature
+    return operands.scaling.final(z)
 
 
 @torch.no_grad()

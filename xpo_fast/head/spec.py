@@ -42,6 +42,13 @@ class Scaling:
         """Returns the bound on |z| that the softcap implies, or None without one."""
         return None if self.softcap is None else self.softcap / self.temperature
 
+    def final(self, z: Tensor) -> Tensor:
+        """Returns the final logits of h Wᵀ + b, under autograd."""
+        z = z * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of logits and statistics: float32, or float64 for float64 operands."""

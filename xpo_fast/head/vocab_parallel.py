@@ -79,14 +79,7 @@ class VocabShard:
         table: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(table, (start, rows, vocab, sum_hidden_grad), group)
         shards, vocab = _check(table)
-        return cls(
-            group,
-            vocab,
-            shards[dist.get_rank(group)][0],
-            rows,
-            max(b - a for a, b in shards),
-            sum_hidden_grad,
-        )
+        return cls(group, vocab, shards[dist.get_rank(group)][0], rows, max(b - a for a, b in shards), sum_hidden_grad)
 
     @property
     def stop(self) -> int:
@@ -260,13 +253,7 @@ class VocabParallelRows(RowOperations):
             super().statistics(z, None, y, (), torch.empty_like(rows[:2]), dz, factor)
 
     def gradient(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        y: Tensor,
-        u: Mapping[str, Tensor],
-        v: Mapping[str, Tensor],
-        dz: Tensor,
+        self, z: Tensor, z_ref: Tensor | None, y: Tensor, u: Mapping[str, Tensor], v: Mapping[str, Tensor], dz: Tensor
     ) -> None:
         """Exchanges sums with the other ranks, and then writes dz of this rank's columns."""
         y, _ = self._exchange(z, z_ref, y, ())

@@ -223,10 +223,7 @@ class Batch:
         mask = self.list_mask(None)
         finite = torch.where(mask, scores, 0.0).isfinite().all(dim=1)
         check_rows(
-            finite,
-            "finite scores",
-            "give each completion of the list one, or drop it",
-            scores=scores.sum(dim=1),
+            finite, "finite scores", "give each completion of the list one, or drop it", scores=scores.sum(dim=1)
         )
         self._chosen = list_pairs(scores, mask, self.pairs)
         if any(m.unit == "batch" for m in self.methods):  # for `counted_indices`

@@ -38,11 +38,6 @@ class Evaluation:
         self.settings, self.batch, self.known = settings, batch, known
         self.remembered, self.denominator = remembered, denominator
 
-    @property
-    def by_token(self) -> bool:
-        """Returns whether all methods have one loss per token."""
-        return all(m.unit == "token" for m in self.settings.methods)
-
     def denominator_of(self, k: int) -> float | Tensor:
         """Returns the denominator of the k-th method's sum of losses."""
         d = self.denominator
@@ -63,7 +58,7 @@ class Evaluation:
         """Returns ∂loss/∂logp (n,) at the positions of a group, from the log-probs (n,) there."""
         at, units = group.positions, group.units
         # Units in between that are not in the group have no scored token, and do not count.
-        some = None if self.by_token else torch.arange(units[0], units[-1] + 1, device=logp.device)
+        some = None if self.settings.by_token else torch.arange(units[0], units[-1] + 1, device=logp.device)
         with torch.enable_grad(), unchecked():
             leaf = logp.detach().requires_grad_()
             found = [self.losses(term, leaf, at, some)[0] for term in self.settings.terms]

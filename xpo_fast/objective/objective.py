@@ -40,7 +40,7 @@ class Objective(Settings):
 
     method: a name of METHODS; a sum of them, "dpo + 0.5*sft"; or a list of names, each of which may be paired with
         hyperparameters of its own, [("dpo", {"beta": 0.2}), "sft"], with `weights`. All must have one layout.
-    weights: one factor per method of a list.
+    weights: one factor per method, unless the sum names them.
     reduction: "mean" over the items of the method (units; tokens, rows or a fixed length: Method.denominator), "sum" or
         "none".
     pairs: for a pairwise method on lists of K scored completions: "all" pairs of a list, whose mean is its loss, or
@@ -162,7 +162,7 @@ class Objective(Settings):
         evaluate = self._launches(evaluation, operands) or evaluation
         plan = self._head_plan(operands, batch)
         operands = dataclasses.replace(operands, targets=batch.device_targets, ref=None)
-        groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=evaluation.by_token)
+        groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=self.by_token)
         outputs: list[LossOutput] = []
 
         def total(logp: Tensor) -> Tensor:
@@ -288,8 +288,7 @@ class Objective(Settings):
         passes, why = plan.passes, plan.why
         tokens = int((batch.targets != ignore_index).sum())
         if self._evaluates_live(operands):
-            by_token = all(m.unit == "token" for m in self.methods)
-            groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=by_token)
+            groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=self.by_token)
             sizes = [len(group.positions) for group in groups]
             again = sum(max(n - plan.tile_tokens, 0) for n in sizes)
             passes = passes - 1 + (again / tokens if tokens else 0)

@@ -66,6 +66,11 @@ class Settings:
         return "listwise" if self.pairs else self.method.layout
 
     @property
+    def by_token(self) -> bool:
+        """Returns whether all methods have one loss per token."""
+        return all(m.unit == "token" for m in self.methods)
+
+    @property
     def needs_reference(self) -> bool:
         """Returns whether a method needs a reference."""
         return any(term.method.reads_reference(term.hyperparameters) for term in self.terms)
@@ -192,11 +197,7 @@ class Settings:
     def outputs(self) -> tuple[str, ...]:
         """Returns the names of the statistics that the methods need beside the log-prob, see `TokenStats`."""
         wants = {n for t in self.terms for n in t.method.inputs if t.method.wants(n, t.hyperparameters)}
-        needed = {
-            "kl": {"kl_w", "kl_l"} & wants,
-            "entropy": {"entropy"} & wants,
-            "log_sum_sq_probs": self.wpo,
-        }
+        needed = {"kl": {"kl_w", "kl_l"} & wants, "entropy": {"entropy"} & wants, "log_sum_sq_probs": self.wpo}
         return tuple(name for name, needs in needed.items() if needs)
 
     def supplied(self) -> set[str]:
