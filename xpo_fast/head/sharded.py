@@ -84,9 +84,7 @@ def _wait_for_prefetched(parameters: Iterable[Any]) -> None:
     """Waits for the parameters that ZeRO-3 is prefetching, for which otherwise their module's forward would wait."""
     if all(x.ds_status.name != "INFLIGHT" for x in parameters):
         return
-    from deepspeed.runtime.zero.parameter_offload import (  # pyright: ignore[reportMissingImports]
-        FWD_MODULE_STACK,
-    )
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # pyright: ignore[reportMissingImports]
 
     registries = [m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")]
     for x in parameters:

@@ -238,7 +238,10 @@ class _NoLayer:
 
 
 def _add_fused_lm_head(
-    model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple[str, ...] = ("log_probs",)
+    model: Any,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
     """`trl.trainer.utils.add_fused_lm_head`, with LoRA and DoRA on the head, and with a head in an FSDP2 group of its own.
 
