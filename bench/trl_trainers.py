@@ -48,6 +48,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from measure import environment, peak_allocated_mib, table, write_json
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.integrations import trl as engine
+from xpo_fast.integrations.trl.head import HeadStatistics
 from xpo_fast.models import SMOLLM2, load_model
 
 TOLERANCE = 1e-4
@@ -412,7 +413,7 @@ def alternate(trainer: Any, theirs: type) -> Alternation:
     """Train with both in turn, timed."""
     timer = Alternation(trainer, theirs)
     trainer.add_callback(timer)
-    owners = (ChunkedLogProbFunction, importlib.import_module("xpo_fast.integrations.trl.install")._HeadFunction)
+    owners = (ChunkedLogProbFunction, HeadStatistics)
     saved = [(owner, name, owner.__dict__[name]) for owner in owners for name in ("forward", "backward")]
     for owner, name, function in saved:
         setattr(owner, name, staticmethod(timer.timed(function.__func__)))

@@ -40,8 +40,8 @@ with warnings.catch_warnings():
     import trl_trainers as runs
     from xpo_fast.integrations import trl as engine
     from xpo_fast.integrations.trl import experimental as trl_experimental
+    from xpo_fast.integrations.trl import fuse, seams
 
-SEAMS = importlib.import_module("xpo_fast.integrations.trl.install")  # whose name in the face is a function
 pytestmark = [
     # peft asks transformers under a name that transformers has deprecated.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -118,7 +118,7 @@ def test_runs_are_the_same(case, tmp_path):
 
 
 def test_dpo_loss_types_are_trls():
-    source = Path(SEAMS.dpo_trainer.__file__).read_text()
+    source = Path(seams.dpo_trainer.__file__).read_text()
     for name in engine.DPO_LOSS_TYPES:
         assert f'loss_type == "{name}"' in source
     assert source.count('loss_type == "') == len(engine.DPO_LOSS_TYPES)
@@ -901,7 +901,7 @@ def test_copy_of_an_adapted_model_runs_its_own_weights():
 
 
 def replaced():
-    return {place: getattr(*place, None) for place in SEAMS._THEIRS}
+    return {place: getattr(*place, None) for place in seams.THEIRS}
 
 
 def test_install_and_uninstall():
@@ -937,7 +937,7 @@ def test_what_others_have_taken_over_by_name(leave, monkeypatch):
     before.add_fused_lm_head = utils.add_fused_lm_head
     theirs = utils.add_fused_lm_head
     with engine.install():
-        assert before.add_fused_lm_head is SEAMS._add_fused_lm_head
+        assert before.add_fused_lm_head is fuse.add_fused_lm_head
         monkeypatch.setitem(sys.modules, "trl.after", after)
         after.add_fused_lm_head = utils.add_fused_lm_head
         if leave == "uninstall":
@@ -946,7 +946,7 @@ def test_what_others_have_taken_over_by_name(leave, monkeypatch):
         else:
             with engine.install(tile_bytes=1):
                 pass
-            assert after.add_fused_lm_head is SEAMS._add_fused_lm_head
+            assert after.add_fused_lm_head is fuse.add_fused_lm_head
     assert after.add_fused_lm_head is before.add_fused_lm_head is theirs
 
 
@@ -974,12 +974,12 @@ def test_another_signature(monkeypatch):
     def apply(ctx, hidden, weight, targets):
         pass
 
-    monkeypatch.setattr(SEAMS, "_SIGNATURES", ((apply, SEAMS._SIGNATURES[0][1]),))
+    monkeypatch.setattr(seams, "SIGNATURES", ((apply, seams.SIGNATURES[0][1]),))
     with pytest.raises(ValueError, match=r"takes \(ctx hidden weight targets\), expected \(ctx hidden weight bias"):
         engine.install()
 
 
-@pytest.mark.parametrize("place", SEAMS._THEIRS, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+@pytest.mark.parametrize("place", seams.THEIRS, ids=lambda place: f"{place[0].__name__}.{place[1]}")
 def test_somebody_else_was_there(place, monkeypatch):
     before = replaced()
     monkeypatch.setattr(*place, object())
