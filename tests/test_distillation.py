@@ -1,4 +1,4 @@
-"""head.distillation against the textbook computation in float64: values, every gradient, cost, edges."""
+"""integrations.liger.distillation against the textbook computation in float64: values, every gradient, cost, edges."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import oracle
-from xpo_fast.head.distillation import distillation_loss
+from xpo_fast.integrations.liger.distillation import distillation_loss
 
 # tokens, student's vocabulary and width, teacher's vocabulary and width, share ignored
 SHAPES = {

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 import oracle
 import xpo_fast as xf
 from peers import peer
+from xpo_fast.head.operands import Operands
 from xpo_fast.integrations import liger as ours
 from xpo_fast.integrations.liger import grpo
 from xpo_fast.integrations.liger.units import logit_sums
@@ -802,7 +803,8 @@ def test_logit_means_do_not_count_padding(name):
 
 def test_logit_means_take_no_product(tmp_path):
     case = Case(8, 20, 501, 8, ignored=0.4)
-    meter = oracle.Meter(lambda: logit_sums(case.hidden, case.weight, case.bias, case.scored), tmp_path)
+    operands = Operands(case.hidden, case.weight, case.target, case.bias)
+    meter = oracle.Meter(lambda: logit_sums(operands, case.scored), tmp_path)
     assert meter.products == []
     assert meter.largest_bytes < 20 * 501 * 4
 
