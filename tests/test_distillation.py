@@ -208,7 +208,7 @@ def test_extreme_logits(divergence):
     for beta in (0.0, 0.5, 1.0):
         found = distillation_loss(
             hidden, weight, targets, teacher_hidden=teacher, teacher_weight=weight, divergence=divergence, beta=beta
-        )  # fmt: skip
+        )
         (grad,) = torch.autograd.grad(found.loss, hidden)
         assert found.loss.isfinite() and grad.isfinite().all()
 

@@ -109,7 +109,7 @@ def check_equal(case, tmp_path, tolerance=TOLERANCE, **arguments):
     return logs[1]
 
 
-# --- the runs are TRL's ------------------------------------------------------------------------------------------------
+# --- the runs are TRL's -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", runs.CASES)
@@ -189,10 +189,20 @@ PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwi
 def own(loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True, peft_config=None, **arguments):
     """The DPOTrainer of this project, on the tiny model."""
     options = {
-        "output_dir": str(folder), "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": [], "max_steps": STEPS,
-        "per_device_train_batch_size": 4, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3,
-        "gradient_checkpointing": False, "seed": 3, "lr_scheduler_type": "constant",
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "report_to": [],
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "seed": 3,
+        "lr_scheduler_type": "constant",
+    }
     made = engine.DPOTrainer(
         runs.tiny_model() if model is None else model,
         runs.tiny_model(1) if ref_model else None,
@@ -297,9 +307,7 @@ def lora(**options):
     return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options})
 
 
-ALL = [
-    "SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo", "CPO simpo", "ORPO orpo", "TPO sigmoid",
-]  # fmt: skip
+ALL = ["SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo", "CPO simpo", "ORPO orpo", "TPO sigmoid"]
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -309,7 +317,7 @@ def test_adapter(case, tmp_path):
 
 
 def test_trained_adapter_as_reference(tmp_path):
-    """A PeftModel with an adapter of its own, of which TRL keeps a copy as the reference: no margin at the first step."""
+    """A PeftModel with a trained adapter, of which TRL keeps a copy as the reference: no margin at the first step."""
 
     def adapted():
         torch.manual_seed(5)
@@ -479,9 +487,7 @@ def call(function, xs, targets, outputs=OUTPUTS, temperature=1.0, **scaling):
     hidden, weight, bias = xs
     # One tile of TRL's is narrower than the vocabulary.
     options = {"final_logit_softcapping": None, "logit_scale": 1.0} | scaling
-    return function.apply(
-        hidden, weight, bias, targets, temperature, 128, *options.values(), outputs
-    )  # fmt: skip
+    return function.apply(hidden, weight, bias, targets, temperature, 128, *options.values(), outputs)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -1023,11 +1029,18 @@ def test_names_of_the_module():
         ("dpo", {"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ("dpo", {"discopop_tau": 0.1}, "tau"),
         ([], {}, "expected at least one loss type"),
-        ("dpo", {"torch_compile": True, "torch_compile_backend": "eager"}, r"compile the decoder, model.get_decoder\(\)"),
-        ("odpo", {"pairs": [{**row, **COLUMNS} for row in runs.tiny_pairs(PAIRS)], "eval_pairs": runs.tiny_pairs(2)},
-         "the evaluation's data has no column score_w, score_l"),
+        (
+            "dpo",
+            {"torch_compile": True, "torch_compile_backend": "eager"},
+            r"compile the decoder, model.get_decoder\(\)",
+        ),
+        (
+            "odpo",
+            {"pairs": [{**row, **COLUMNS} for row in runs.tiny_pairs(PAIRS)], "eval_pairs": runs.tiny_pairs(2)},
+            "the evaluation's data has no column score_w, score_l",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_losses(loss, arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         own(loss, tmp_path, **arguments)
@@ -1066,9 +1079,15 @@ def test_refused_losses_of_the_experimental(trainer, tmp_path):
 
 def test_refused_models(tmp_path):
     config = transformers.MixtralConfig(
-        vocab_size=runs.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
-    )  # fmt: skip
+        vocab_size=runs.VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        output_router_logits=True,
+    )
     model = transformers.MixtralForCausalLM(config)
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
         own("dpo", tmp_path, model=model)
@@ -1108,8 +1127,10 @@ def parts_gradients(rank):
             if "ZeRO" in made:
                 zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
                 config = {
-                    "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero,
-                }  # fmt: skip
+                    "train_micro_batch_size_per_gpu": 1,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_optimization": zero,
+                }
                 seen = HfDeepSpeedConfig(config)  # by which TRL knows, for as long as it lives
                 model = parts_model(made)
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -5,10 +5,10 @@
 Liger need not be installed. Every `liger_fused_linear_…` is a plain function with the arguments of Liger's
 `LigerFusedLinear…Function.apply`, by position or by name; those classes are here for their `apply`.
 
-Cost, in F = 2·N·V·D FLOP with N the scored tokens alone: 1F without gradient, 2F with a frozen head, 3F with a trainable
-one (4F for a pair or a sequence that is longer than a tile), and 1F for a reference or teacher; the means of logits need
-no product with the head. Memory is that of one tile, whatever the length. So `compiled` and `chunk_size` are accepted and
-change nothing: pairs are not chunked, and nothing is compiled.
+Cost, in F = 2·N·V·D FLOP with N the scored tokens alone: 1F without gradient, 2F with a frozen head, 3F with a
+trainable one (4F for a pair or a sequence that is longer than a tile), and 1F for a reference or teacher; the means of
+logits need no product with the head. Memory is that of one tile, whatever the length. So `compiled` and `chunk_size`
+are accepted and change nothing: pairs are not chunked, and nothing is compiled.
 
 Differences in values, where Liger is wrong:
 
@@ -24,9 +24,9 @@ Differences in values, where Liger is wrong:
 
 Differences in behaviour: nothing at an ignored position is read, so it may be NaN. No gradient is computed without
 gradient mode, nor for a tensor that requires none. The results beside the loss are detached (Liger silently drops
-gradients into them). ValueError is raised for an odd number of rows, shapes that do not fit, a missing reference, (on the
-CPU) ids outside the vocabulary, for options where Liger has assertions, for a `beta` out of a method's range, and for a
-`label_smoothing` that is not below ½ where it acts. `loss_type="ipo"` is an addition.
+gradients into them). ValueError is raised for an odd number of rows, shapes that do not fit, a missing reference, (on
+the CPU) ids outside the vocabulary, for options where Liger has assertions, for a `beta` out of a method's range, and
+for a `label_smoothing` that is not below ½ where it acts. `loss_type="ipo"` is an addition.
 """
 
 from .distillation import (

@@ -14,8 +14,8 @@ _SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 class Loss(torch.nn.Module):
     """Module of a function: the constructor takes the options, which become attributes, and forward takes the tensors.
 
-    A subclass names its function `of` and, in Liger's order, the function's parameters that are options and those that are
-    operands; `lin_weight` is its `weight`. Types and defaults are the function's, but for those in `defaults`.
+    A subclass names its function `of` and, in Liger's order, the function's parameters that are options and those that
+    are operands; `lin_weight` is its `weight`. Types and defaults are the function's, but for those in `defaults`.
     check: raises ValueError for options; the constructor calls it with those that it has a parameter for.
     """
 

@@ -75,23 +75,23 @@ def distillation_loss(
     ignore_index: int = -100,
     tile_bytes: int | None = None,
 ) -> Distilled:
-    """Computes soft_weight · (mean divergence from a teacher) + hard_weight · (mean cross-entropy), without logits of both.
+    """Computes soft_weight · (mean divergence from a teacher) + hard_weight · (mean cross-entropy), without the logits.
 
-    With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, at each token:
+    With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, a token has
 
         jsd:     β KL(q‖m) + (1−β) KL(p‖m), m = β q + (1−β) p   (generalised Jensen–Shannon, GKD, arXiv 2306.13649)
                  β = 0: KL(q‖p); β = 1: KL(p‖q)
         cosine:  β (1 − cos(z, t))
         hard:    −log softmax(z)_y
 
-    each averaged over the tokens whose target is not `ignore_index`; 0 if there are none. If the teacher's vocabulary is
-    larger, the student's logits are padded with zeros. Differentiable in hidden, weight and bias; the teacher gets no
-    gradient. parts: also compute the part whose weight is 0, which is returned as 0 otherwise. Nothing at an ignored
-    position is read.
+    each averaged over the tokens whose target is not `ignore_index`; 0 if there are none. If the teacher's vocabulary
+    is larger, the student's logits are padded with zeros. Differentiable in hidden, weight and bias; the teacher gets
+    no gradient. Nothing at an ignored position is read.
+    parts: also compute the part whose weight is 0, which is returned as 0 otherwise.
 
     1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head; F = 2·N·V·D FLOP.
-    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative, a temperature that is not positive,
-    an unknown divergence, and (on CPU) a target outside the vocabulary.
+    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative, a temperature that is not
+    positive, an unknown divergence, and (on CPU) a target outside the vocabulary.
     """
     teacher = reference(teacher_hidden, teacher_weight, teacher_bias)
     operands = Operands(hidden, weight, targets, bias, ref=teacher, ignore_index=ignore_index)

@@ -114,16 +114,17 @@ def liger_fused_linear_grpo(
 ) -> Found:
     """Computes GRPO (arXiv 2402.03300) or one of its family.
 
-    With r = exp(log π − log π_old), on-policy (r = 1 in value) without old_per_token_logps, or the geometric mean of r over
-    a row (importance_sampling_level="sequence", GSPO), the loss of each token is
+    With r = exp(log π − log π_old), on-policy (r = 1 in value) without old_per_token_logps, or the geometric mean of r
+    over a row (importance_sampling_level="sequence", GSPO), the loss of each token is
 
         −min(min(r, δ)·A, clip(r, 1 − epsilon_low, 1 + epsilon_high)·A)·s + β·k3
 
-    s = vllm_is_ratio. k3 against the reference is multiplied by r with `use_bias_correction_kl` (DeepSeek-V3.2). For cispo
-    (epsilon_high is its cap), sapo and vespo (s is part of its sequence ratio) the first term is that of `METHODS`.
-    The losses are averaged over each row's tokens, then over the B rows (grpo, sapo); over the batch's tokens (bnpo); over
-    the tokens of all ranks, or num_items_in_batch (dapo, cispo, vespo); divided by B·max_completion_length (dr_grpo); or
-    summed over a row and averaged over the B rows (luspo).
+    s = vllm_is_ratio. k3 against the reference is multiplied by r with `use_bias_correction_kl` (DeepSeek-V3.2). For
+    cispo (epsilon_high is its cap), sapo and vespo (s is part of its sequence ratio) the first term is that of
+    `METHODS`.
+    The losses are averaged over each row's tokens, then over the B rows (grpo, sapo); over the batch's tokens (bnpo);
+    over the tokens of all ranks, or num_items_in_batch (dapo, cispo, vespo); divided by B·max_completion_length
+    (dr_grpo); or summed over a row and averaged over the B rows (luspo).
 
     Returns loss (), (mean k3 over tokens () unless β is 0, share of clipped tokens ()).
     """
@@ -157,7 +158,7 @@ def liger_fused_linear_grpo(
     share = torch.ones_like(advantage) / _divisor(loss_type, mask, max_completion_length, num_items_in_batch)
 
     def evaluate(logp: Tensor, pick: Pick) -> Found:
-        """Returns the loss, and k3 (r, t) unless β is 0 and which tokens are clipped (r, t), both 0 outside the mask."""
+        """Returns the loss, k3 (r, t) unless β is 0, and which tokens are clipped (r, t); both 0 outside the mask."""
         inside, a = pick(mask), pick(advantage)
 
         def tokens_of(x: Tensor | None, absent: Tensor) -> Tensor:

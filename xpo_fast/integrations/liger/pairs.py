@@ -154,12 +154,14 @@ def liger_fused_linear_dpo(
 ) -> Found:
     """Computes DPO (arXiv 2305.18290) or a variant: mean over pairs of `loss_type` + α·NLL if `compute_nll_loss`.
 
-    loss_type: sigmoid (`METHODS["dpo"]`), hinge (`rso`), ipo, exo_pair (`exo`), nca_pair (`nca`), robust (`robust_dpo`),
-    bco_pair, sppo_hard (`sppo`), apo_zero, apo_down or discopop. use_ref_model: if False, the reference's log-probs are 0.
+    loss_type: sigmoid (`METHODS["dpo"]`), hinge (`rso`), ipo, exo_pair (`exo`), nca_pair (`nca`), robust
+    (`robust_dpo`), bco_pair, sppo_hard (`sppo`), apo_zero, apo_down or discopop.
+    use_ref_model: if False, the reference's log-probs are 0.
     average_log_prob: log-probs are means over a completion's tokens. NLL: the mean over all chosen tokens.
 
-    Returns loss (), (chosen_logps (P,), rejected_logps (P,), chosen_logits_mean (), rejected_logits_mean (), nll_loss (),
-    chosen_rewards (P,), rejected_rewards (P,)). Raises ValueError for arguments that do not fit, see the package.
+    Returns loss (), (chosen_logps (P,), rejected_logps (P,), chosen_logits_mean (), rejected_logits_mean (),
+    nll_loss (), chosen_rewards (P,), rejected_rewards (P,)).
+    Raises ValueError for arguments that do not fit, see the package.
     """
     _check_dpo(loss_type, label_smoothing)
     name = DPO_METHODS[loss_type]
@@ -281,8 +283,8 @@ def liger_fused_linear_orpo(
 ) -> Found:
     """Computes ORPO (arXiv 2403.07691): −β log σ(log odds ratio) of mean log-probs + NLL if `compute_nll_loss`.
 
-    nll_target: the targets of the NLL, in place of the chosen half of target: with the prompt's tokens, for instance. Each
-    position where it has another token costs one more scored token.
+    nll_target: the targets of the NLL, in place of the chosen half of target: with the prompt's tokens, for instance.
+    Each position where it has another token costs one more scored token.
     Returns what `liger_fused_linear_dpo` does, with log_odds_ratio () and log_odds_chosen () at the end.
     """
     return _paired(

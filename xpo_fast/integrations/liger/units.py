@@ -42,9 +42,9 @@ def unit_loss(operands: Operands, evaluate: Callable[[Tensor, Pick], Found], *, 
     """Returns the loss (), differentiable in the operands, and what `evaluate` finds beside it at all rows, detached.
 
     operands: those of `padded_rows`. evaluate(logp (r, T), pick) returns the part of the loss () of some rows, already
-    divided by what the loss is a mean over. Log-probs are 0 where ignored, and pick selects the same rows of other data. A
-    unit is the rows k, k + U, …, `unit_rows` of them, U = R/unit_rows; with 0 each token is a unit, and evaluate is given
-    tokens as rows (n, 1).
+    divided by what the loss is a mean over. Log-probs are 0 where ignored, and pick selects the same rows of other
+    data. A unit is the rows k, k + U, …, `unit_rows` of them, U = R/unit_rows; with 0 each token is a unit, and
+    evaluate is given tokens as rows (n, 1).
     """
     shape, width, ignore_index = operands.targets.shape, operands.targets.shape[1], operands.ignore_index
     beside: list[tuple[Tensor, ...]] = []

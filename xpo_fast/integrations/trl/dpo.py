@@ -70,15 +70,16 @@ class DPOConfig(dpo_config.DPOConfig):
 class DPOTrainer(dpo_trainer.DPOTrainer):
     """TRL's DPOTrainer, with the pairwise methods of this project as loss types, see `DPOConfig`.
 
-    Such a loss is computed by `xpo_fast.Objective` inside the model's forward: 3F with a trainable head, where log-probs
-    and then the loss of them take 4F. Its reference is TRL's: a reference model, the adapter disabled or kept as "ref", or
-    `precompute_ref_log_probs`; a method that needs no reference loads none. Columns of the data set that a method takes by
-    name (`score_w`, `score_l`, `prob_w`, …) are passed to it. Logged are the method's metrics and `num_tokens`; not
-    `entropy`, `logits/*` and `mean_token_accuracy`, which would cost another pass. The state of `beta_dpo` is part of the
-    checkpoints.
+    Such a loss is computed by `xpo_fast.Objective` inside the model's forward: 3F with a trainable head, where
+    log-probs and then the loss of them take 4F. Its reference is TRL's: a reference model, the adapter disabled or kept
+    as "ref", or `precompute_ref_log_probs`; a method that needs no reference loads none. Columns of the data set that a
+    method takes by name (`score_w`, `score_l`, `prob_w`, …) are passed to it. Logged are the method's metrics and
+    `num_tokens`; not `entropy`, `logits/*` and `mean_token_accuracy`, which would cost another pass. The state of
+    `beta_dpo` is part of the checkpoints.
 
     Raises ValueError at the start for a loss type that neither knows, hyperparameters out of range, a missing column, a
-    mixture-of-experts loss, images, and precomputed log-probs of the reference for a method that compares single tokens.
+    mixture-of-experts loss, images, and precomputed log-probs of the reference for a method that compares single
+    tokens.
     """
 
     model: Any
@@ -146,8 +147,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
                 raise ValueError(f"{objective} does not go with {what}")
         if objective.needs_reference_hidden and self._reference_head().adapter is not None:
             raise ValueError(
-                f"{objective} compares whole distributions, and the reference's lm_head carries an adapter: merge that one "
-                "first, or take lm_head out of its target_modules"
+                f"{objective} compares whole distributions, and the reference's lm_head carries an adapter: merge "
+                "that one first, or take lm_head out of its target_modules"
             )
 
     @torch.no_grad()
@@ -280,7 +281,8 @@ def _own_methods(loss_types: Sequence[str]) -> tuple[str, ...]:
 def _columns(objective: Objective, train: Any, evaluation: Any) -> tuple[str, ...]:
     """Returns the columns of the training data that the methods take.
 
-    Raises ValueError for a column that a method needs and the training data lack, or that only the evaluation data lack.
+    Raises ValueError for a column that a method needs and the training data lack, and for one of these that the
+    evaluation data lack.
     """
     present = set() if train is None else set(next(iter(train)))
     found = []
@@ -301,8 +303,8 @@ def _columns(objective: Objective, train: Any, evaluation: Any) -> tuple[str, ..
         missing = [] if dataset is None else [name for name in found if name not in next(iter(dataset))]
         if missing:
             raise ValueError(
-                f"the evaluation's data has no column {', '.join(missing)}, which the training's has: add it, or take it "
-                "out of both"
+                f"the evaluation's data has no column {', '.join(missing)}, which the training's has: add it, or take "
+                "it out of both"
             )
     return found
 

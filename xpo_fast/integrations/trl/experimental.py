@@ -45,8 +45,8 @@ class _WithoutLogits:
 def mean_logits(hidden: Tensor, head: Head) -> Tensor:
     """Computes the mean of each row's logits over positions and vocabulary, (R,), detached.
 
-    hidden: (R, T, D) or (R, T, D + r), as `Head.inputs` returns it. Without a softcap the mean is that of the hidden states
-    times the mean row of W.
+    hidden: (R, T, D) or (R, T, D + r), as `Head.inputs` returns it. Without a softcap the mean is that of the hidden
+    states times the mean row of W.
     """
     with torch.no_grad():
         if head.softcap is not None:

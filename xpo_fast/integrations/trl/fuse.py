@@ -45,8 +45,8 @@ def add_fused_lm_head(
     """Teaches a model's forward `fused_lm_head=True`, as TRL's function of this name, with an adapter on the head, too.
 
     Raises ValueError for a head that is not linear, is quantised, or carries an adapter of another kind than LoRA and
-    DoRA: TRL would multiply by whatever its `weight` is. And for a model whose logits TRL would compute otherwise than its
-    forward does.
+    DoRA: TRL would multiply by whatever its `weight` is. And for a model whose logits TRL would compute otherwise than
+    its forward does.
     """
     if NOT_FUSED.get():
         return
@@ -76,8 +76,8 @@ def add_fused_lm_head(
             return chunked(self, *args, fused_lm_head=fused_lm_head, **kwargs)
         if not installed():
             raise ValueError(
-                "TRL's own function leaves an adapter on lm_head out, and the gradient of a head in an FSDP2 group of its "
-                "own unaveraged: call install() again"
+                "TRL's own function leaves an adapter on lm_head out, and the gradient of a head in an FSDP2 group "
+                "of its own unaveraged: call install() again"
             )
         token = READ_FROM.set(self)
         try:
@@ -143,6 +143,6 @@ def _check_logits(model: Any, own: Any, head: Head, softcap: float | None, logit
     error = float((found - want.log_softmax(-1)).abs().max())
     if error > allowed:
         raise ValueError(
-            f"the forward of {name} does more to its hidden states before lm_head, or to its logits, than TRL knows of: "
-            f"log-probs would be off by {error:.1e}; {_INSTEAD}"
+            f"the forward of {name} does more to its hidden states before lm_head, or to its logits, than TRL knows "
+            f"of: log-probs would be off by {error:.1e}; {_INSTEAD}"
         )

@@ -40,9 +40,10 @@ READ_FROM: ContextVar[Any] = ContextVar("READ_FROM", default=None)
 class HeadFunction:
     """Replacement of TRL's `ChunkedLogProbFunction`: the same `apply`, by this engine.
 
-    With a frozen head the gradient is made while the tile is live: 2F, where TRL computes the tile again: 3F. A trainable
-    head takes 4F in both (3F with `DPOTrainer` of this package and the methods of this project). Logits are float32.
-    `is_top1` counts a tie for the largest logit as a hit; TRL does so only if the target is the first of the tied tokens.
+    With a frozen head the gradient is made while the tile is live: 2F, where TRL computes the tile again: 3F. A
+    trainable head takes 4F in both (3F with `DPOTrainer` of this package and the methods of this project). Logits are
+    float32. `is_top1` counts a tie for the largest logit as a hit; TRL does so only if the target is the first of the
+    tied tokens.
     """
 
     backend: str = "auto"

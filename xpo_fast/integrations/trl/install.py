@@ -45,8 +45,8 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     `uninstall()` undoes it, and so does leaving `with install():`.
 
     backend, tile_bytes: as in `token_stats`.
-    Raises ValueError for another TRL than 1.16, for one whose functions take other arguments than those of 1.16, and where
-    another package has replaced them.
+    Raises ValueError for another TRL than 1.16, for one whose functions take other arguments than those of 1.16, and
+    where another package has replaced them.
     """
     check_version()
     if named_backend(backend) == "dense":
