@@ -1,21 +1,22 @@
-"""The head on one GPU, in one run: correctness, then times and memory, ours and the peers side by side.
+"""Benchmarks the head on one GPU in one run: correctness, then times and memory, ours and the peers side by side.
 
     python bench/gpu.py --json bench/results/gpu.json
-    python bench/gpu.py --quick                          # tiny shapes, on the CPU where there is no GPU
+    python bench/gpu.py --quick                          # tiny shapes, on the CPU if there is no GPU
 
 bf16. Four cases: `frozen`, the log-probs of every token with a frozen head, forward and backward; `trainable`, DPO with
-a trainable head (peers that have cross-entropy alone run that: the same products); `logps`, log-probs without gradient;
-`gather`, log-probs of logits that exist, forward and backward, at the smallest N.
+a trainable head (peers that only have cross-entropy run that: the same products); `logps`, log-probs without gradient;
+and `gather`, log-probs of given logits, forward and backward, at the smallest N.
 
-Correctness first: every contender against float64 on fresh random data, in memory that held NaN; a wrong one gets no
-time. Times are of device events, the median over repeats that call everybody in turn on rotating inputs, with work
-queued ahead so that the host's launches are hidden. The floor is the GEMMs alone, by the platform's BLAS on real
-operands; of `gather`, reading the logits twice and writing once. Memory is the peak above the inputs and the gradients.
+Correctness comes first: every contender is compared with float64 on fresh random data, in memory that held NaN; a wrong
+one gets no time. Times are of device events: the median over repeats in which all contenders take turns on rotating
+inputs, with work queued ahead so that the host's launches are hidden. The floor is the GEMMs alone, by the platform's
+BLAS on real operands; for `gather`, reading the logits twice and writing them once. Memory is the peak above inputs and
+gradients.
 
-One process: what ends it (an illegal access stays with a process) ends it for everybody, so the result file is written
-after each contender and each case, and says what was being done. gpu_stages.py runs this and the other stages.
+All runs in one process, which an illegal access ends for everybody. So the result file is written after each contender
+and each case, and names what was being done. gpu_stages.py runs this and the other stages.
 
-Exit status 1: one of ours is wrong, fails, or (on a GPU) is missing; 3: the device is lost to this process.
+Exit status 1: one of ours is wrong, fails, or (on a GPU) is missing; 3: this process has lost its device.
 """
 
 from __future__ import annotations
@@ -28,504 +29,44 @@ import secrets
 import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from contenders import Missing
-from head import TOLERANCES, Shape, _errors
-from measure import MIB, environment, ratio, size_mib, table, time_interleaved
-from problem import BETA, IGNORE, LEANS, LOGIT_STD, LOSSES, Batch, Case, Results, float64_truth
+from gpu_contenders import CONTENDERS, OURS, TASKS, Contender, Task, make_floor, make_ours
+from gpu_device import capture_problem, float64_flops, lost, peak_mib, poison, synchronize, waits_for_device
+from gpu_inputs import find_gather_truth, find_truths, make_batch, make_logits, make_weight
+from gpu_report import accuracy, aim_line, aims, memory_aims, memory_cell, summary, time_cell
+from head import TOLERANCES, Shape, errors_of
+from measure import MIB, environment, ratio, time_interleaved
+from problem import Batch, Results
 from report import DEVICE_LOST, Report
 from xpo_fast.head.choice import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
-SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # until the time is used up
+SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # in this order, until the time is used up
 QUICK_SHAPES = [Shape(64, 48, 1009), Shape(128, 48, 777)]
-ROW_TOKENS = 1024  # a pair of rows fits a tile
 BATCHES = 3
-FLOOR_TOKENS = 8192  # of a GEMM of the floor: more make it no faster, and need not fit
 REPEATS = (3, 20)
-SAMPLE_S = 0.4  # a contender and case
-AHEAD_MS = 10.0  # an objective's call is some 200 kernels and copies beside its products: 2.5 to 4 ms of a host
-FIRST_CALLS_S = 60.0  # after this long in them, compiling, a contender takes no further part
+SAMPLE_S = 0.4  # per contender and case
+AHEAD_MS = 10.0  # an objective launches some 200 kernels and copies beside its products: 2.5 to 4 ms of the host
+FIRST_CALLS_S = 60.0  # a contender whose first calls, which compile, have taken longer is left out
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
-GATHER_TOKENS = 2048  # more logits say nothing new
-PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}  # wrong, not imprecise
-
-
-class Task(NamedTuple):
-    train_head: bool
-    loss: str | None  # "token" or "dpo"; None: no gradient
-    gemms: int  # of 2·N·V·D FLOP, the floor's; 0: the batch's hidden states are logits (R, T, V)
-
-
-TASKS = {
-    "frozen": Task(False, "token", 2),
-    "trainable": Task(True, "dpo", 3),
-    "logps": Task(False, None, 1),
-    "gather": Task(False, "token", 0),
-}
-
-
-class Contender(NamedTuple):
-    call: Callable[[Batch], Results]
-    loss: str | None  # what it computes, if not the task's
-    ours: bool = False
+GATHER_TOKENS = 2048  # with more logits nothing changes
+# Beyond these a peer is wrong, not imprecise.
+PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}
 
 
 class DeviceLost(Exception):
-    """An error of a kernel stays with the process: nothing more can be measured in it."""
-
-
-class Aim(NamedTuple):
-    """The baseline's time over ours should be at least `speedup`, with AIM_TOKENS or more."""
-
-    task: str
-    baseline: str
-    speedup: float
-    width: range = range(1, 2**20)
-
-
-AIM_TOKENS = 8192
-AIMS = (
-    *(Aim(task, "floor", 0.93, range(4096, 2**20)) for task in ("frozen", "trainable")),
-    *(Aim(task, "floor", 0.85, range(2048, 4096)) for task in ("frozen", "trainable")),
-    *(Aim(task, "TRL", 1.40) for task in ("frozen", "trainable")),
-    *(Aim(task, "Liger fused", 1.0) for task in ("frozen", "trainable", "logps")),
-    Aim("trainable", "QuACK CE", 1.0),
-)
-LOGPS_AIM_TFLOPS = 700  # log-probs alone
-# Largest absolute error of a log-prob. A product of bf16 operands is summed by the tensor cores, which cut off where they add to
-# float32 (Fasi et al. 2021): truncation.py makes that 1.2e-4 of it at a width of 4096, which no kernel after them can take back.
-LOGP_AIM = 2e-4
-ACCURACY_AIM = 100  # times as accurate as ACCURACY_PEER, whose logits pass through float16
-ACCURACY_PEER = "Liger fused"
-# Peak memory above inputs and gradients, with a vocabulary of MEMORY_VOCAB or a little more. A trainable head's takes what the
-# plan allows it, a share of the card: said, not aimed at.
-MEMORY_VOCAB = range(150_000, 160_000)
-MEMORY_CASES = ("frozen", "logps")
-MEMORY_AIM_MB, MEMORY_GROWTH_AIM_MB = 2600, 300  # in all; more for four times the tokens
-
-
-# Contenders. Every one is given all positions scored, (R, T); None: it has no such task.
-
-
-def _finish(
-    batch: Batch, task: Task, forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
-) -> Results:
-    """Run a forward that returns (loss, logps), of which it may have one, and the backward; name what came."""
-    if task.loss is None:
-        with torch.no_grad():
-            _, logps = forward(batch.hidden, batch.weight)
-        assert logps is not None
-        return {"logps": logps}
-    hidden = batch.hidden.detach().requires_grad_()
-    weight = batch.weight.detach().requires_grad_(task.train_head)
-    loss, logps = forward(hidden, weight)
-    if loss is None:
-        assert logps is not None
-        loss = LOSSES[task.loss](logps)
-    leaves = {"hidden_grad": hidden, "weight_grad": weight} if task.train_head else {"hidden_grad": hidden}
-    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    found["loss"] = loss.detach()
-    return found if logps is None else {**found, "logps": logps.detach()}
-
-
-def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
-    """With labels where a data loader has them, so that nothing has to wait for the device to tell which are scored."""
-    from xpo_fast import Objective, gather_logps, token_logps
-    from xpo_fast.head.backends import check_backend
-
-    try:
-        check_backend(backend, device)
-    except ValueError as error:
-        raise Missing(str(error)) from error
-    objective = Objective("dpo", beta=BETA, backend=backend)
-    labels: dict[int, Tensor] = {}
-
-    def call(batch: Batch) -> Results:
-        targets = batch.targets
-        if labels_on_host and task.gemms:
-            targets = labels.get(id(batch))
-            if targets is None:
-                targets = labels[id(batch)] = batch.targets.cpu()
-
-        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            if not task.gemms:
-                return None, gather_logps(hidden, targets, backend=backend)
-            if task.loss != "dpo":
-                return None, token_logps(hidden, weight, targets, backend=backend)
-            ref_logps = hidden.new_zeros(len(targets), dtype=torch.float32)
-            return objective(hidden, weight, targets, ref_logps=ref_logps).loss, None
-
-        return _finish(batch, task, forward)
-
-    return Contender(call, task.loss, ours=True)
-
-
-def make_materialised(task: Task, device: torch.device) -> Contender:
-    """What one writes without a library: logits in bf16, then a float32 log-softmax."""
-
-    def call(batch: Batch) -> Results:
-        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            logits = torch.nn.functional.linear(hidden, weight) if task.gemms else hidden
-            logprobs = logits.float().log_softmax(-1)
-            return None, logprobs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-
-        return _finish(batch, task, forward)
-
-    return Contender(call, task.loss)
-
-
-def make_trl(task: Task, device: torch.device) -> Contender | None:
-    """TRL's function with the tile width that TRL gives it and no optional output."""
-    if not task.gemms:
-        return None
-    try:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    except ImportError as error:
-        raise Missing(f"TRL 1.16 does not import ({error}): pip install trl==1.16.0") from error
-
-    def call(batch: Batch) -> Results:
-        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            logps, *_ = ChunkedLogProbFunction.apply(
-                hidden.flatten(0, 1), weight, None, batch.targets.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
-                None, 1.0, (),
-            )  # fmt: skip
-            return None, logps.view(batch.targets.shape)
-
-        return _finish(batch, task, forward)
-
-    return Contender(call, task.loss)
-
-
-def make_liger_dpo(task: Task, device: torch.device) -> Contender | None:
-    """Liger's class without a reference model, compiled as by default where there is a GPU."""
-    if task.loss != "dpo":
-        return None
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
-    compiled = device.type != "cpu"  # on a CPU it would need a C++ compiler
-    objective = LigerFusedLinearDPOLoss(IGNORE, beta=BETA, compiled=compiled, use_ref_model=False)
-
-    def call(batch: Batch) -> Results:
-        return _finish(batch, task, lambda h, w: (objective(w, h, batch.targets)[0], None))
-
-    return Contender(call, "dpo")
-
-
-def make_liger_ce(task: Task, device: torch.device) -> Contender | None:
-    if task.loss is None or not task.gemms:
-        return None
-    if device.type == "cpu":
-        raise Missing("Liger's cross-entropy needs a GPU")
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-    def call(batch: Batch) -> Results:
-        return _finish(batch, task, lambda h, w: (loss(w, h.flatten(0, 1), batch.targets.flatten()), None))
-
-    return Contender(call, "token")
-
-
-def make_liger_fused(task: Task, device: torch.device) -> Contender | None:
-    """Liger's log-probs a token, its own kernels on a Hopper; what the caller's loss makes of them is torch's."""
-    if not task.gemms:
-        return None
-    # Its check of the targets waits for the device: who knows the targets to be in range switches it off.
-    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
-    try:
-        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import _resolve_implementation
-
-        _resolve_implementation(device)  # imports the kernels' compiler
-    except ImportError as error:
-        raise Missing(
-            f"Liger 0.8.5's fused scaled cross-entropy does not import ({error}): "
-            "pip install liger-kernel==0.8.5 'nvidia-cutlass-dsl[cu13]>=4.6' apache-tvm-ffi"
-        ) from error
-
-    def call(batch: Batch) -> Results:
-        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            nll = function.apply(hidden.flatten(0, 1), weight, batch.targets.flatten())
-            return None, -nll.view(batch.targets.shape)
-
-        return _finish(batch, task, forward)
-
-    return Contender(call, task.loss)
-
-
-def make_cce(task: Task, device: torch.device) -> Contender | None:
-    if not task.gemms:
-        return None
-    if device.type == "cpu":
-        raise Missing("Cut Cross-Entropy needs a GPU")
-    try:
-        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise Missing(f"Cut Cross-Entropy does not import ({error}): pip install cut-cross-entropy") from error
-
-    def call(batch: Batch) -> Results:
-        return _finish(batch, task, lambda h, w: (None, -linear_cross_entropy(h, w, batch.targets, reduction="none")))
-
-    return Contender(call, task.loss)
-
-
-def make_quack(task: Task, device: torch.device) -> Contender | None:
-    if not task.train_head:
-        return None
-    if device.type == "cpu":
-        raise Missing("QuACK's chunked cross-entropy needs a GPU")
-    try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise Missing(f"QuACK does not import ({error}): pip install quack-kernels") from error
-
-    def call(batch: Batch) -> Results:
-        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            flat, targets = hidden.flatten(0, 1), batch.targets.flatten()
-            return chunked_linear_cross_entropy(flat, weight, targets, reduction="sum"), None
-
-        return _finish(batch, task, forward)
-
-    return Contender(call, "token")
-
-
-OURS = ("triton", "cuda", "torch")
-CONTENDERS: dict[str, Callable[[Task, torch.device], Contender | None]] = {
-    **{backend: partial(make_ours, backend=backend) for backend in OURS},
-    "plain": make_materialised,
-    "TRL": make_trl,
-    "Liger": make_liger_dpo,
-    "Liger CE": make_liger_ce,
-    "Liger fused": make_liger_fused,
-    "CCE": make_cce,
-    "QuACK CE": make_quack,
-}
-
-
-def make_floor(batch: Batch, task: Task) -> Contender:
-    """The bare products, or the bare traffic, into buffers made beforehand. Its call returns nothing."""
-    if not task.gemms:
-        gradient = torch.empty_like(batch.hidden)
-
-        def cross_memory(batch: Batch) -> Results:
-            gradient.copy_(batch.hidden)
-            half = len(gradient) // 2
-            gradient[:half].copy_(batch.hidden[:half])
-            return {}
-
-        return Contender(cross_memory, None)
-    hidden, weight = batch.hidden.flatten(0, 1), batch.weight
-    rows = min(FLOOR_TOKENS, len(hidden))
-    logits = hidden[:rows] @ weight.T
-    dz = torch.softmax(logits, dim=-1) if task.gemms > 1 else logits
-    hidden_grad = torch.empty_like(hidden)
-    weight_grad = torch.empty_like(weight) if task.train_head else None
-
-    def call(batch: Batch) -> Results:
-        for start in range(0, len(hidden_grad), rows):
-            h = batch.hidden.flatten(0, 1)[start : start + rows]
-            n = len(h)
-            torch.mm(h, weight.T, out=logits[:n])
-            if task.gemms > 1:
-                torch.mm(dz[:n], weight, out=hidden_grad[start : start + n])
-            if weight_grad is not None:
-                beta = 0 if start == 0 else 1
-                torch.addmm(weight_grad, dz[:n].T, h, beta=beta, out=weight_grad)
-        return {}
-
-    return Contender(call, None)
-
-
-# Inputs, as of problem.py, made on the device.
-
-
-def make_weight(shape: Shape, device: torch.device, seed: int) -> Tensor:
-    """(V, D) head that gives logits of standard deviation 3 on hidden states of unit variance."""
-    generator = torch.Generator(device).manual_seed(seed)
-    weight = torch.empty(shape.vocab, shape.width, dtype=torch.bfloat16, device=device)
-    return weight.normal_(std=LOGIT_STD / shape.width**0.5, generator=generator)
-
-
-def make_batch(weight: Tensor, scored: int, seed: int) -> Batch:
-    """Rows of random hidden states, each leaning towards or away from its target's row of the head."""
-    device, (vocab, width) = weight.device, weight.shape
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = max(2, scored // (2 * ROW_TOKENS) * 2)
-    assert scored % rows == 0, f"{scored} positions do not make {rows} equal rows"
-    targets = torch.randint(vocab, (rows, scored // rows), generator=generator, device=device)
-    lean = torch.empty(*targets.shape, 1, device=device).uniform_(*LEANS, generator=generator)
-    hidden = torch.randn(*targets.shape, width, generator=generator, device=device)
-    direction = weight[targets].float()  # (R, T, D)
-    hidden += lean * direction / direction.square().sum(-1, keepdim=True)
-    return Batch(hidden.to(weight.dtype), weight, targets)
-
-
-def make_logits(batch: Batch) -> Batch:
-    """The batch with its logits in place of its hidden states."""
-    return Batch(batch.hidden @ batch.weight.T, batch.weight, batch.targets)
-
-
-# Measuring.
-
-
-SMALL = 2**20  # bytes: what the allocator takes from a pool of its own, at most
-LARGE = 2**32  # more than any one buffer here
-
-
-def poison_sizes(free: int, segments: Sequence[dict[str, Any]]) -> list[int]:
-    """Bytes of the blocks to fill, so that whatever the allocator hands out next, of `free` bytes, was filled.
-
-    It hands out the smallest free block that is large enough, splits larger ones, and never joins blocks of two segments. So
-    blocks of LARGE, not many smaller ones, stand for what it has yet to ask the device for; and what it has to spare, in
-    segments (torch.cuda.memory_snapshot's) of which a part is in use, is taken block by block.
-    """
-    spare = []
-    for segment in segments:
-        sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
-        if segment["segment_type"] == "small":
-            sizes = [min(SMALL, size - at) for size in sizes for at in range(0, size, SMALL)]
-        spare += sizes
-    large = min(LARGE, free // 2)
-    return sorted([*spare, *[large] * min(4, free // 2 // large if large else 0)], reverse=True) + [SMALL] * 64
-
-
-def poison(device: torch.device) -> None:
-    """What the allocator hands out next, on any stream that it has served, holds NaN."""
-    if device.type == "cpu":
-        return
-    torch.cuda.synchronize(device)
-    streams = {0} | {segment["stream"] for segment in torch.cuda.memory_snapshot()}
-    torch.cuda.empty_cache()
-    for stream in streams:
-        segments = [
-            segment
-            for segment in torch.cuda.memory_snapshot()
-            if segment["stream"] == stream and segment.get("segment_pool_id", (0, 0)) == (0, 0)
-        ]
-        free, _ = torch.cuda.mem_get_info(device)
-        served = torch.cuda.ExternalStream(stream, device) if stream else torch.cuda.default_stream(device)
-        with torch.cuda.stream(served):
-            sizes = poison_sizes(free // len(streams), segments)
-            held = [torch.full((size // 4,), float("nan"), device=device) for size in sizes]
-            del held
-    torch.cuda.synchronize(device)
-
-
-def lost(device: torch.device) -> bool:
-    """Whether an error of a kernel has left this process without its device."""
-    try:
-        synchronize(device)
-    except RuntimeError:
-        return True
-    return False
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def peak_mib(call: Callable[[], Results], device: torch.device) -> float | None:
-    """Peak above what is allocated before and the gradients; None on CPU."""
-    if device.type == "cpu":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    found = call()
-    torch.cuda.synchronize(device)
-    gradients_mib = size_mib(x for name, x in found.items() if name.endswith("_grad"))
-    return (torch.cuda.max_memory_allocated(device) - before) / MIB - gradients_mib
-
-
-def waits_for_device(call: Callable[[], Results], device: torch.device) -> str | None:
-    """Where the host waits for the device, as far as torch can tell; None: nowhere."""
-    if device.type == "cpu":
-        return None
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{Path(at.filename).name}:{at.lineno}: {at.line}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return None
-
-
-def capture_problem(call: Callable[[], Results], device: torch.device) -> str | None:
-    """Why a call cannot be captured as a CUDA graph whose replay gives what the call gave; None: it can."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        want = call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            found = call()
-    except Exception as error:
-        torch.cuda.synchronize(device)
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    for x in found.values():
-        x.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize(device)
-    different = [name for name, x in found.items() if not torch.equal(x, want[name])]
-    return f"a replay gives another {', '.join(different)}" if different else None
-
-
-def float64_flops(device: torch.device) -> float:
-    """FLOP/s of a float64 GEMM."""
-    n = 256 if device.type == "cpu" else 4096
-    a = torch.randn(n, n, dtype=torch.float64, device=device)
-    torch.mm(a, a)
-    synchronize(device)
-    start = time.perf_counter()
-    torch.mm(a, a)
-    synchronize(device)
-    return 2 * n**3 / (time.perf_counter() - start)
-
-
-def find_truths(batch: Batch, names: Sequence[str]) -> dict[str, Results]:
-    """The results in float64 of each loss, head trained: what every task is held against."""
-    losses = {TASKS[name].loss for name in names} | {"token"}
-    with torch.device(batch.hidden.device):
-        return {loss: float64_truth(batch, Case(loss, train_head=True)) for loss in losses if loss}
-
-
-def find_gather_truth(batch: Batch) -> Results:
-    """The same of logits (R, T, V), a few rows at a time; the gradient in float32, for memory's sake."""
-    logits, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
-    logps = torch.empty(targets.shape, dtype=torch.float64, device=logits.device)
-    gradient = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    for block in torch.arange(len(logits), device=logits.device).split(64):
-        logprobs = logits[block].double().log_softmax(-1)
-        y = targets[block].unsqueeze(1)
-        logps[block] = logprobs.gather(1, y).squeeze(1)
-        gradient[block] = logprobs.exp().scatter_add_(1, y, -torch.ones_like(y, dtype=torch.float64)).float()
-    shape = batch.targets.shape
-    return {"logps": logps.view(shape), "loss": -logps.sum(), "hidden_grad": gradient.view_as(batch.hidden)}
+    """Raised if a kernel's error has made the device unusable for this process."""
 
 
 class Bench:
-    """One run: what is to be measured, what was found, and what went wrong."""
+    """One run: its settings, records and problems."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, facts: dict[str, Any]) -> None:
         self.args, self.device, self.facts = args, device, facts
@@ -547,16 +88,22 @@ class Bench:
         outcome = {"missing": self.missing, "skipped": self.skipped, "problems": self.problems}
         self.report.save(**found, **outcome)
 
+    def aims(self) -> list[dict[str, Any]]:
+        return aims(self.records, max(shape.scored for shape in self.args.shapes))
+
+    def memory_aims(self) -> list[str]:
+        return memory_aims(self.records, self.facts.get("device_memory_mib", 0))
+
     def begin(self, doing: str, contender: str = "") -> None:
         self.report.begin(doing, contender)
         self.save()
 
     def run(self) -> None:
-        """Measure shape after shape, as far as the time goes."""
+        """Measures shape after shape until the time is used up."""
         self.begin("measuring the rate of float64")
         float64_rate = float64_flops(self.device)
         for shape in self.args.shapes:
-            # No shape takes longer than in proportion to one that was measured.
+            # Estimate: no shape takes longer than in proportion to a measured one.
             bounds_s = [s * max(1.0, shape.gemm_flop / known.gemm_flop) for known, s in self.shapes_s.items()]
             if self.elapsed_s + min(bounds_s, default=0.0) > self.args.budget_s:
                 self.skipped.append(f"{shape}, after {self.elapsed_s:.0f} of {self.args.budget_s:.0f} s")
@@ -607,7 +154,7 @@ class Bench:
                     self.problems.append(f"missing: {error}")
                 continue
             except Exception as error:
-                # A peer may not go with the versions that are here, and say so as it likes.
+                # A peer may not support the installed versions, and fail in any way.
                 if contender in OURS:
                     raise
                 self.missing.setdefault(contender, f"{contender}: {type(error).__name__}: {error}"[:300])
@@ -623,7 +170,7 @@ class Bench:
                 if made.ours:
                     record["waits"] = waits_for_device(partial(made.call, batches[0]), self.device)
                     self.check_capture(contender, record, task, batches[0], where)
-            except Exception as error:  # a peer may fail as it likes
+            except Exception as error:  # a peer may fail in any way
                 failed = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{error}"
                 record["failed"] = f"{type(error).__name__}: {failed}"[:500]
                 if made.ours:
@@ -656,7 +203,7 @@ class Bench:
         batch: Batch,
         truths: dict[str, Results] | None,
     ) -> None:
-        """The first call, which compiles and takes streams; of a second one, in poisoned memory, the errors."""
+        """Makes the first call, which compiles, and a second one in poisoned memory, whose errors are recorded."""
         synchronize(self.device)
         start = time.perf_counter()
         found = made.call(batch)
@@ -671,7 +218,7 @@ class Bench:
             found = made.call(batch)
             truth = truths[made.loss or "token"]
             tolerances = TOLERANCES["bf16"] if made.ours else PEER_TOLERANCES
-            errors = _errors(found, truth)
+            errors = errors_of(found, truth)
             record["outside_tolerance"] = [n for n, e in errors.items() if e is None or e > tolerances[n]]
             if errors.get("logps") is not None:
                 excess = found["logps"].double() - truth["logps"]
@@ -679,7 +226,7 @@ class Bench:
             record["errors"] = errors
 
     def check_capture(self, backend: str, record: dict[str, Any], task: Task, batch: Batch, where: str) -> None:
-        """Once a case, at the fewest tokens; with labels on the device, as a graph must have them."""
+        """Tries to capture a call, once per case at the fewest tokens; a graph needs the labels on the device."""
         if self.device.type == "cpu" or batch.targets.numel() > min(shape.scored for shape in self.args.shapes):
             return
         made = make_ours(task, self.device, backend, labels_on_host=False)
@@ -698,11 +245,11 @@ class Bench:
         if self.device.type == "cpu":
             measure = time_interleaved
         else:
-            from xpo_fast.kernels.tuning import sample_with_events  # pyright: ignore[reportMissingImports]
+            from xpo_fast.kernels.timing import sample_with_events  # pyright: ignore[reportMissingImports]
 
             measure = partial(sample_with_events, ahead_ms=AHEAD_MS)
         gc.collect()
-        gc.freeze()  # or every collection would go over all modules
+        gc.freeze()  # keeps collections from visiting all modules
         gc.disable()
         try:
             for contender, samples_ms in measure(calls, batches, repeats).items():
@@ -710,152 +257,6 @@ class Bench:
         finally:
             gc.enable()
             gc.unfreeze()
-
-    def aims(self) -> list[dict[str, Any]]:
-        """Each aim with what each of our backends came to, where it comes nearest to missing it; met if one of them meets it."""
-        found = []
-        for aim in AIMS:
-            ours: dict[str, dict[str, Any]] = {}
-            for r in self._timed(aim.task):
-                of = next((x for x in self._timed(aim.task, aim.baseline) if x["shape"] == r["shape"]), None)
-                if r["shape"]["width"] in aim.width and of is not None:
-                    speedup = ratio(of["samples_ms"], r["samples_ms"])
-                    nearest(ours, r, speedup)
-            widths = [aim.width.start, aim.width.stop - 1]
-            what = f"{aim.task}: {aim.baseline}'s time over ours"
-            found += judged(what, aim.speedup, ours, case=aim.task, baseline=aim.baseline, widths=widths)
-        ours = {}
-        for r in self._timed("logps"):
-            nearest(ours, r, r["flop"] / r["median_ms"] / 1e9)
-        found += judged("logps: TFLOP/s", LOGPS_AIM_TFLOPS, ours, case="logps")
-        return found + self._accuracy_aims()
-
-    def _timed(self, case: str, contender: str | None = None) -> list[dict[str, Any]]:
-        """Records of a case with times and AIM_TOKENS or more; of our backends, or of one contender."""
-        return [
-            r
-            for r in self.records
-            if "samples_ms" in r
-            and r["case"] == case
-            and r["shape"]["scored"] >= min(AIM_TOKENS, max(s.scored for s in self.args.shapes))
-            and (r["contender"] in OURS if contender is None else r["contender"] == contender)
-        ]
-
-    def _accuracy_aims(self) -> list[dict[str, Any]]:
-        bounds, times = {}, {}
-        for r in self.records:
-            error = r.get("errors", {}).get("logps")
-            if r["contender"] not in OURS or r["case"] == "gather" or not error:
-                continue
-            nearest(bounds, r, LOGP_AIM / error)
-            for peer in self.records:
-                if (peer["case"], peer["contender"]) != (r["case"], ACCURACY_PEER):
-                    continue
-                if peer["shape"] == r["shape"] and peer.get("errors", {}).get("logps"):
-                    nearest(times, r, peer["errors"]["logps_rms"] / r["errors"]["logps_rms"])
-        return [
-            *judged(f"{LOGP_AIM:.0e} over the largest error of a log-prob", 1.0, bounds),
-            *judged(f"RMS error of a log-prob, {ACCURACY_PEER}'s over ours", ACCURACY_AIM, times),
-        ]
-
-    def memory_aims(self) -> list[str]:
-        """The peaks of our backends held to their aims, a line each; growth between shapes that fill a tile."""
-        peaks_mb = {
-            (r["contender"], r["case"], Shape(**r["shape"])): r["peak_mib"] * MIB / 1e6
-            for r in self.records
-            if r["contender"] in OURS and TASKS[r["case"]].gemms and r.get("peak_mib") is not None
-        }
-        card_mb = self.facts.get("device_memory_mib", 0) * MIB / 1e6
-        lines = []
-        for (ours, case, shape), peak_mb in peaks_mb.items():
-            if shape.vocab not in MEMORY_VOCAB:
-                continue
-            where = f"{ours}, {case} {shape}"
-            if case not in MEMORY_CASES:
-                lines.append(f"{where} takes {peak_mb:.0f} MB, {peak_mb / card_mb:.1%} of the card")
-                continue
-            bounds = [(f"{where} takes", peak_mb, MEMORY_AIM_MB)]
-            smaller = ours, case, shape._replace(scored=shape.scored // 4)
-            if smaller in peaks_mb and smaller[2].scored >= FLOOR_TOKENS:
-                growth_mb = peak_mb - peaks_mb[smaller]
-                bounds.append((f"{where} takes more than {smaller[2]} by", growth_mb, MEMORY_GROWTH_AIM_MB))
-            for what, found_mb, aim_mb in bounds:
-                verdict = "met" if found_mb < aim_mb else "MISSED"
-                lines.append(f"{verdict}: {what} {found_mb:.0f} MB (aim: {aim_mb})")
-        return lines
-
-
-def nearest(ours: dict[str, dict[str, Any]], record: dict[str, Any], value: float) -> None:
-    """Keep the least value of a backend, and where it was."""
-    known = ours.get(record["contender"])
-    if known is None or value < known["value"]:
-        ours[record["contender"]] = {"value": value, "at": f"{record['case']} {Shape(**record['shape'])}"}
-
-
-def judged(what: str, aim: float, ours: dict[str, dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    """An aim and what our backends came to; none where nothing was measured."""
-    if not ours:
-        return []
-    best = max(ours, key=lambda backend: ours[backend]["value"])
-    return [{"what": what, "aim": aim, "met": ours[best]["value"] >= aim, "best": best, "ours": ours, **more}]
-
-
-def aim_line(aim: dict[str, Any], auto: str) -> str:
-    """Met or missed by the best of our backends; every backend's value, and which is `auto`'s."""
-    values = ", ".join(
-        f"{backend}{' (auto)' if backend == auto else ''} {found['value']:.2f} at {found['at']}"
-        for backend, found in aim["ours"].items()
-    )
-    return f"{'met' if aim['met'] else 'MISSED'}: {aim['what']} {aim['aim']:g} or more: {values}"
-
-
-def summary(records: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], names: list[str]) -> str:
-    """A line a case and shape, a column a contender."""
-    lines: dict[tuple[str, str], dict[str, str]] = {}
-    for r in records:
-        key = r["case"], str(Shape(**r["shape"]))
-        lines.setdefault(key, {})[r["contender"]] = cell(r)
-    present = [n for n in names if any(n in cells for cells in lines.values())]
-    return table(
-        ["case, N×D×V", *present],
-        [[f"{case} {shape}", *(cells.get(n, "") for n in present)] for (case, shape), cells in lines.items()],
-    )
-
-
-def time_cell(r: dict[str, Any]) -> str:
-    if "failed" in r:
-        return "OOM" if "out of memory" in r["failed"] else "failed"
-    if "median_ms" not in r:
-        return "wrong"
-    share = "" if r["contender"] == "floor" else f" {r['of_floor']:.2f}"
-    return f"{r['median_ms']:.2f}{share}" + ("" if r.get("checked", True) else "?")
-
-
-def memory_cell(r: dict[str, Any]) -> str:
-    return "" if r.get("peak_mib") is None else f"{r['peak_mib']:.0f}"
-
-
-ERRORS = {
-    "logps": "log-prob, largest",
-    "logps_rms": "log-prob, RMS",
-    "hidden_grad": "hidden's gradient",
-    "weight_grad": "head's gradient",
-}
-
-
-def accuracy(records: list[dict[str, Any]]) -> str:
-    """A line a width and contender: the largest of each error over its cases and shapes."""
-    found: dict[tuple[int, str], dict[str, float]] = {}
-    for r in records:
-        errors = found.setdefault((r["shape"]["width"], r["contender"]), {}) if r.get("errors") else {}
-        for name, error in r.get("errors", {}).items():
-            if error is not None and r["case"] != "gather":
-                errors[name] = max(error, errors.get(name, 0.0))
-    lines = [
-        [f"D {width}, {contender}", *(f"{errors[n]:.1e}" if n in errors else "" for n in ERRORS)]
-        for (width, contender), errors in sorted(found.items(), key=lambda item: item[0][0])
-    ]
-    return table(["against float64", *ERRORS.values()], lines)
 
 
 def about(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
@@ -882,12 +283,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="NxDxV")
     parser.add_argument("--cases", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders")
-    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], help="of these contenders")
-    parser.add_argument("--budget-s", type=float, default=510.0, help="start no shape that would end later")
-    parser.add_argument("--check-s", type=float, default=15.0, help="check no shape whose truth takes longer")
-    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="of the data, if not fresh")
-    parser.add_argument("--commit", help="to name in the results where there is no git")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="measure only these contenders"
+    )
+    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], help="leave out these contenders")
+    parser.add_argument("--budget-s", type=float, default=510.0, help="start no shape that would end later than this")
+    parser.add_argument(
+        "--check-s", type=float, default=15.0, help="skip the check of shapes whose float64 results take longer"
+    )
+    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="seed of the data (default: fresh)")
+    parser.add_argument("--commit", help="commit to name in the results if there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two repeats: does everything run?")
     args = parser.parse_args()
@@ -910,7 +315,7 @@ def main() -> int:
     except DeviceLost as error:
         lost_by = True
         bench.problems.append(f"the device is lost to this process: {error}")
-    except Exception as error:  # what was measured before is worth having
+    except Exception as error:  # the earlier results are kept
         bench.problems.append(f"ended early: {type(error).__name__}: {error}")
     bench.save()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -932,7 +337,7 @@ def main() -> int:
         print(line)
     if lost_by:
         sys.stdout.flush()
-        os._exit(DEVICE_LOST)  # what would free the device's memory fails
+        os._exit(DEVICE_LOST)  # freeing the device's memory would fail
     return 1 if bench.problems else 0
 
 

@@ -1,13 +1,14 @@
-"""Every check of the kernels, on the GPU at hand, each with its outcome in a result file: the stage `checks` of gpu_stages.py.
+"""Runs every check of the kernels on the GPU at hand and records each outcome: the stage `checks` of gpu_stages.py.
 
     python bench/gpu_checks.py --json checks.json --jobs 8
-    python bench/gpu_checks.py --quick --select gather      # interpreted on the CPU where there is no GPU
+    python bench/gpu_checks.py --quick --select gather      # interpreted on the CPU if there is no GPU
 
-The checks of the kernels' tests (their functions check_*), those of the tests of csrc/ that run on a device, and the ones below,
-which need more than one launch: the kernels of objectives, graphs replayed on new data, threads beside each other.
+These are the checks of the kernels' tests (their functions check_*), those tests of csrc/ that run on a device, and the
+checks below, which need more than one launch: the kernels of objectives, graphs replayed on new data, concurrent
+threads.
 
-An illegal access stays with the process that made it: a worker whose device is lost ends at once, its check counts as failed, and
-another worker takes the rest. Exit status 1: a check failed or none was run.
+An illegal access affects only the process that made it: a worker whose device is lost ends at once, its check counts as
+failed, and another worker takes the rest. Exit status 1: a check failed or none was run.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from torch.testing import assert_close
 
 HERE = Path(__file__).resolve()
 TESTS = HERE.parent.parent / "tests"
-PARAMETER = "XPO_FAST_CHECKS_WITH"  # of the checks to run: a parameter that they have, as a device
+PARAMETER = "XPO_FAST_CHECKS_WITH"  # names a parameter that the checks to run must have, such as a device
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 OBJECTIVES = ("dpo", "simpo", "ipo", "cpo", "kto", "grpo", "gspo", "cispo", "dapo")
 HYPER: dict[str, dict[str, Any]] = {"cispo": {"eps": 0.2}}
 
 
-# --- checks of more than one launch --------------------------------------------------------------------------------------------
+# --- checks of more than one launch -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def backend():
-    """csrc's where it runs; on a CPU the torch backend stands in for it."""
+    """The cuda backend; on a CPU the torch backend stands in for it."""
     from xpo_fast.head.backends import check_backend
 
     try:
@@ -52,7 +53,7 @@ def backend():
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def check_objective_kernels(name, learn, backend):
-    """Loss, gradients and metrics beside the dense backend's, whose losses torch evaluates: float32, rows of many lengths."""
+    """Loss, gradients and metrics are those of the dense backend with torch's losses; float32, rows of many lengths."""
     import xpo_fast as xf
 
     rows, length, width, vocab = 12, 96, 64, 4099
@@ -80,7 +81,7 @@ def check_objective_kernels(name, learn, backend):
         gradients = {k: x.grad for k, x in leaves.items() if x.requires_grad}
         found.append({"loss": out.loss.detach(), **gradients, **out.metrics})
     for key, want in found[0].items():
-        # Of a metric that this call has not: a NaN each.
+        # A metric that this call does not have is NaN in both.
         size = want.double().nan_to_num(0).abs().max().item()
         assert_close(found[1][key], want, rtol=2e-4, atol=2e-5 * (size + 1e-9), equal_nan=True, msg=key)
 
@@ -88,7 +89,7 @@ def check_objective_kernels(name, learn, backend):
 @pytest.mark.skipif(not CUDA, reason="captures a graph, and there is no GPU")
 @pytest.mark.parametrize("which", ["triton", "cuda", "torch"])
 def check_graph_on_new_data(which):
-    """A replay is what a call would be, also on data that the captured call has not seen."""
+    """A replay gives what a call would, also on data that the captured call has not seen."""
     import xpo_fast as xf
 
     def problem(seed: int) -> list[torch.Tensor]:
@@ -125,7 +126,7 @@ def check_graph_on_new_data(which):
 
 @pytest.mark.parametrize("which", ["triton", "cuda", "torch"])
 def check_threads(which):
-    """Several vocabularies at once, each on a stream of its thread: the bits of one call alone."""
+    """Several vocabularies at once, each on a stream of its own thread, give the bits of a single call."""
     import xpo_fast as xf
     from xpo_fast.head.backends import check_backend
 
@@ -161,7 +162,7 @@ def check_threads(which):
                 for _ in range(repeats):
                     if not all(torch.equal(a, b) for a, b in zip(call(vocab), want[vocab], strict=True)):
                         wrong.append(f"V {vocab}: other bits")
-        except Exception as error:  # of a thread, which nobody else would see
+        except Exception as error:  # in a thread, where nobody else would see it
             wrong.append(f"V {vocab}: {type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=work, args=(vocab,)) for vocab in vocabs]
@@ -172,11 +173,11 @@ def check_threads(which):
     assert not wrong, wrong[:3]
 
 
-# --- running them --------------------------------------------------------------------------------------------------------------
+# --- running them -----------------------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Only those with the parameter that is asked for, of tests that also run elsewhere."""
+    """Keeps only the tests with the parameter that is asked for: the others run elsewhere."""
     wanted = os.environ.get(PARAMETER)
     if wanted:
         left = [x for x in items if wanted in getattr(getattr(x, "callspec", None), "params", {}).values()]
@@ -186,7 +187,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """The process ends with its device, if others can go on: what is left would fail for no reason of its own."""
+    """Ends a worker whose device is lost, since all its later checks would fail; other workers go on."""
     if "PYTEST_XDIST_WORKER" in os.environ and CUDA and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -196,7 +197,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 class Recorder:
-    """Keeps the outcome of every check, in the file at once if it is no success."""
+    """Records the outcome of every check; failures are written to the file at once."""
 
     def __init__(self, report: Any) -> None:
         self.report, self.found, self.problems = report, report.content["checks"], report.content["problems"]
@@ -221,7 +222,7 @@ class Recorder:
 
 
 def files_with_checks() -> list[str]:
-    """The test files that run their checks in a process of their own, and this one."""
+    """Returns the test files that run their checks in a process of their own, and this one."""
     return [
         *(str(path) for path in sorted(TESTS.glob("test_*.py")) if "run_checks(__file__" in path.read_text()),
         str(HERE),
@@ -232,10 +233,12 @@ def main() -> int:
     first, _, details = (__doc__ or "").partition("\n\n")
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE, as it comes")
-    parser.add_argument("--jobs", type=int, default=0, help="processes (needs pytest-xdist); 0: this one alone")
-    parser.add_argument("--select", metavar="EXPRESSION", help="as pytest's -k")
-    parser.add_argument("--quick", action="store_true", help="without a GPU, in the interpreter")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE as it comes")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="number of worker processes (needs pytest-xdist); 0: only this one"
+    )
+    parser.add_argument("--select", metavar="EXPRESSION", help="select checks, as pytest's -k does")
+    parser.add_argument("--quick", action="store_true", help="run in the interpreter, without a GPU")
     args = parser.parse_args()
     if not CUDA:
         if not args.quick:
@@ -246,7 +249,7 @@ def main() -> int:
 
     report = Report(args.json, checks=[])
     recorder = Recorder(report)
-    # Warnings of versions that this project was not tested with are no errors of the kernels.
+    # Warnings from untested versions of packages are not errors of the kernels.
     common = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "gpu_checks", "--tb=short"]
     common += [*(["-n", str(args.jobs)] if args.jobs else []), *(["-k", args.select] if args.select else [])]
     report.begin("the checks of the kernels")

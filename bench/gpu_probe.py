@@ -1,18 +1,18 @@
-"""Where the head's time goes on a GPU, and whether anything runs at all: the sections of gpu_stages.py.
+"""Shows where the head's time goes on a GPU, and whether anything runs at all, in sections that gpu_stages.py calls.
 
     python bench/gpu_probe.py smoke gemms rows steps host --json probes.json
-    python bench/gpu_probe.py smoke --quick                # tiny, on the CPU where there is no GPU
+    python bench/gpu_probe.py smoke --quick                # tiny, on the CPU if there is no GPU
 
     smoke   versions, driver, the two ceilings (a GEMM, a copy), each backend on a small problem against float64
-    gemms   TFLOP/s of h·Wᵀ by rows and by the dtype of its output: what a step costs beside the floor's product
-    rows    every kernel over a step's logits at its default launch: milliseconds, and picoseconds a logit
-    steps   one call by tokens a step and lanes: which of them the plan should choose
-    host    microseconds in which the host has launched a call, the device kept busy
-    tiny    every kernel and backend once on odd and aligned rows: what a memory checker can watch in seconds
+    gemms   TFLOP/s of h·Wᵀ by rows and by dtype of the output: what a step costs beside the floor's product
+    rows    every kernel over a step's logits in its default configuration: milliseconds, and picoseconds per logit
+    steps   one call by tokens per step and lanes: which of them the plan should choose
+    host    microseconds of host time to launch a call while the device is kept busy
+    tiny    every kernel and backend once on odd and on aligned rows: what a memory checker can watch in seconds
     tuning  the fastest launch of every kernel, kept in $XPO_FAST_CACHE
 
-Times are medians of device events on normal operands. Exit status 1: something of ours fails; 3: the device is lost to this
-process.
+Times are medians of device events on normally distributed operands. Exit status 1: something of ours fails; 3: this
+process has lost its device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu import AHEAD_MS, OURS, about, lost, make_weight, synchronize
+from gpu import AHEAD_MS, about
+from gpu_contenders import OURS
+from gpu_device import lost, synchronize
+from gpu_inputs import make_weight
 from head import TOLERANCES, Shape
 from measure import table
 from report import DEVICE_LOST, Report
@@ -44,13 +47,13 @@ TOKENS = 8192
 STEPS = (256, 384, 768, 1024, 1536)
 WIDE_STEPS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 ROWS = (128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
-STEP_TOKENS = 768  # of `rows`
-VOCABS = (128256, 151936, 151937)  # the last: rows that are not aligned
+STEP_TOKENS = 768  # in the section `rows`
+VOCABS = (128256, 151936, 151937)  # with the last one rows are not aligned
 PEERS = ("trl", "liger_kernel", "cutlass", "quack", "cut_cross_entropy")
 
 
 class Probe:
-    """The device, sizes for it, and how a call is timed on it."""
+    """The device, sizes that suit it, and how a call is timed on it."""
 
     def __init__(self, quick: bool, device: torch.device, report: Report, seed: int) -> None:
         self.quick, self.device, self.report, self.seed = quick, device, report, seed
@@ -60,13 +63,13 @@ class Probe:
         self.dtype = torch.bfloat16
 
     def ms(self, call: Callable[[], object], repeats: int = 8) -> float:
-        """Median of device time; of wall time on a CPU."""
+        """Returns the median device time of a call; on a CPU its wall time."""
         call()
         if self.device.type == "cpu":
             start = time.perf_counter()
             call()
             return (time.perf_counter() - start) * 1e3
-        from xpo_fast.kernels.tuning import sample_with_events  # pyright: ignore[reportMissingImports]
+        from xpo_fast.kernels.timing import sample_with_events  # pyright: ignore[reportMissingImports]
 
         return statistics.median(sample_with_events({"": lambda _: call()}, [None], repeats, ahead_ms=AHEAD_MS)[""])
 
@@ -79,15 +82,15 @@ class Probe:
         return make_weight(Shape(self.tokens, width, vocab), self.device, self.seed)
 
     def targets(self, vocab: int, tokens: int) -> Tensor:
-        """On the host, as a data loader has them."""
+        """Returns targets (N,) on the host, where a data loader has them."""
         return torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(self.seed))
 
     def logits(self, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised, rows aligned as the head aligns them."""
+        """Returns uninitialised logits whose rows are aligned as the head aligns them."""
         return torch.empty(rows, -(-vocab // 64) * 64, device=self.device, dtype=dtype)[:, :vocab]
 
     def backends(self) -> list[str]:
-        """Ours that run here."""
+        """Returns those of our backends that run here."""
         from xpo_fast.head.backends import check_backend
 
         found = []
@@ -99,7 +102,7 @@ class Probe:
 
 
 def smoke(probe: Probe) -> list[dict[str, Any]]:
-    """Whether anything else is worth its time."""
+    """Whether any other section is worth its time."""
     import importlib.util
 
     import xpo_fast as xf
@@ -136,7 +139,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
             try:
                 check_backend(backend, probe.device)
                 logps, (grad,) = _token_logps(xf, hidden, weight, targets, backend)
-            except Exception as error:  # one that fails must not hide the others
+            except Exception as error:  # a failing backend must not hide the others
                 record["value"] = f"{type(error).__name__}: {error}"[:300]
                 if lost(probe.device):
                     raise
@@ -152,7 +155,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
                 bounds = TOLERANCES["bf16"]
                 record["right"] = error <= bounds["logps"] and slope <= bounds["hidden_grad"]
             found.append(record)
-    if not any(record.get("right") for record in found):  # which of them are not is for the checks to say
+    if not any(record.get("right") for record in found):  # which of them are wrong is for the checks to find
         probe.problems.append("none of our backends gives the log-probs of a small problem")
     return found
 
@@ -185,7 +188,7 @@ def gemms(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def _product(probe: Probe, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    if probe.device.type == "cpu":  # has no product whose result is wider than its operands
+    if probe.device.type == "cpu":  # a CPU has no GEMM whose result is wider than its operands
         return lambda: (hidden @ weight.T).to(dtype)
     out = probe.logits(len(hidden), len(weight), dtype)
     if dtype == hidden.dtype:
@@ -194,13 +197,16 @@ def _product(probe: Probe, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 
 def _problems(probe: Probe, vocab: int, tokens: int, width: int = 48) -> Iterator[tuple[str, Any]]:
-    """Every kernel and what it is tuned on."""
-    from xpo_fast.kernels import tuning  # pyright: ignore[reportMissingImports]
+    """Yields every kernel with the problems it is tuned on."""
+    from xpo_fast.kernels import launch  # pyright: ignore[reportMissingImports]
 
-    workload = tuning.Workload(vocab, probe.dtype, tokens, width, probe.device)
-    for name in tuning.load():
-        if name != tuning.LOGPS:  # no kernel, but a choice of one
-            for problem in tuning.tunable(name).problems(workload):
+    from xpo_fast.cli import tune
+    from xpo_fast.head.triton import LOGPS
+
+    workload = launch.Workload(vocab, probe.dtype, tokens, width, probe.device)
+    for name in tune.load():
+        if name != LOGPS:  # not a kernel, but the choice between two
+            for problem in launch.tunable(name).problems(workload):
                 yield name, problem
 
 
@@ -228,7 +234,7 @@ def rows(probe: Probe) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def tiled(step: int, lanes: int) -> Iterator[None]:
-    """Plans with so many tokens a step, of the tile that they have, and so many lanes."""
+    """Fixes the tokens per step and the lanes of plans in a `with` block; tiles stay as planned."""
     from xpo_fast.head import plan as head
 
     fit = head.fit
@@ -236,7 +242,7 @@ def tiled(step: int, lanes: int) -> Iterator[None]:
     def fixed(*arguments: Any, **options: Any) -> Any:
         tiling, *more = fit(*arguments, **options)
         changed = {"step": min(step, tiling.tile), "lanes": lanes}
-        if tiling.step == tiling.tile:  # rows that work in place have no steps
+        if tiling.step == tiling.tile:  # in-place row operations have no steps
             changed["tile"] = changed["step"]
         return tiling._replace(**{k: v for k, v in changed.items() if k in tiling._fields}), *more
 
@@ -248,7 +254,7 @@ def tiled(step: int, lanes: int) -> Iterator[None]:
 
 
 def _calls(probe: Probe, width: int, vocab: int, tokens: int, backend: str) -> dict[str, Callable[[], object]]:
-    """A call of each case that makes its logits, by name."""
+    """Returns one call per case that makes its own logits, by name."""
     import xpo_fast as xf
 
     weight, hidden = probe.head(width, vocab), probe.normal(tokens // 4, 4, width).flatten(0, 1)
@@ -292,7 +298,7 @@ def steps(probe: Probe, wide: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def host(probe: Probe) -> Iterator[dict[str, Any]]:
-    """The device sleeps meanwhile, so that no queue is full and nothing waits for it."""
+    """The device sleeps meanwhile, so that the host neither fills a queue nor waits."""
     width, vocab = probe.heads[0]
     for backend in probe.backends():
         for tokens in (probe.tokens // 16, probe.tokens):
@@ -309,7 +315,7 @@ def host(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def tiny(probe: Probe) -> Iterator[dict[str, Any]]:
-    """Nothing is checked here but that it ends: a memory checker looks on."""
+    """Checks only that everything ends: a memory checker looks on."""
     for vocab in (1031, 4160):
         for name, problem in _problems(probe, vocab, 5):
             problem.run(*problem.inputs(probe.seed))
@@ -324,17 +330,19 @@ def tiny(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def tune(probe: Probe) -> Iterator[dict[str, Any]]:
-    """As `python -m xpo_fast.kernels.tuning`; interpreted, every candidate is tried and none is timed or kept."""
-    from xpo_fast.kernels import tuning  # pyright: ignore[reportMissingImports]
+    """As `xpo-fast tune`; in the interpreter every candidate is tried and none is timed or kept."""
+    from xpo_fast.kernels import launch, timing  # pyright: ignore[reportMissingImports]
+
+    from xpo_fast import cli
 
     if probe.device.type != "cpu":
-        status = tuning.main(["--vocab", *map(str, VOCABS[:2]), "--tokens", "4096", "--repeats", "20"])
+        status = cli.main(["tune", "--vocab", *map(str, VOCABS[:2]), "--tokens", "4096", "--repeats", "20"])
         if status:
             probe.problems.append(f"tuning ended with status {status}")
-        yield {"kept in": str(tuning.cache_file()), "status": status}
+        yield {"kept in": str(launch.TUNING.path), "status": status}
         return
     for name, problem in _problems(probe, 65, 3):
-        trials = tuning.tune(
+        trials = timing.time_candidates(
             name, problem, probe.device, timer=lambda calls, inputs, repeats: {c: [1.0] for c in calls}
         )
         refused = [f"{t.choice}: {t.refused}" for t in trials if t.refused]
@@ -352,7 +360,7 @@ SECTIONS: dict[str, Callable[[Probe], Any]] = {
     "tiny": tiny,
     "tuning": tune,
 }
-INTERPRETED = ("rows", "tiny", "tuning")  # on a CPU
+INTERPRETED = ("rows", "tiny", "tuning")  # sections that need the interpreter on a CPU
 
 
 def cell(value: Any) -> str:
@@ -373,20 +381,20 @@ def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
     parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="SECTION")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to FILE, as it comes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as they come")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--commit", help="to name in the results where there is no git")
-    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="of the data, if not fresh")
+    parser.add_argument("--commit", help="commit to name in the results if there is no git")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="seed of the data (default: fresh)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         if not args.quick:
             print("no GPU: --quick tries this script on a CPU", file=sys.stderr)
             return 2
         if set(args.sections) & set(INTERPRETED):
-            if os.environ.get("TRITON_INTERPRET") != "1":  # read when Triton is imported, which it is: begin again
+            if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it at import, which has happened: start again
                 os.environ["TRITON_INTERPRET"] = "1"
                 os.execv(sys.executable, [sys.executable, *sys.argv])
-            np.seterr(all="ignore")  # the interpreter's arithmetic is IEEE's
+            np.seterr(all="ignore")  # the interpreter computes with IEEE arithmetic, NaN and ∞ included
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.json)
     report.begin("reading the environment")
@@ -399,12 +407,12 @@ def main() -> int:
             for record in SECTIONS[name](probe):
                 records.append(record)
                 report.save(**{name: records})
-        except Exception as error:  # the other sections are worth having
+        except Exception as error:  # the other sections can still run
             probe.problems.append(f"{name}, after {len(records)} records: {type(error).__name__}: {error}"[:500])
             if lost(device):
                 report.save()
                 print("\n".join(probe.problems), flush=True)
-                os._exit(DEVICE_LOST)  # what would free the device's memory fails
+                os._exit(DEVICE_LOST)  # freeing the device's memory would fail
         show(name, records)
     report.end()
     for problem in probe.problems:

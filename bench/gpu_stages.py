@@ -1,4 +1,4 @@
-"""A first run on a GPU in two commands: stages, each a process of its own under its own time limit.
+"""A first run on a GPU in two commands: stages, each in a process of its own with its own time limit.
 
     python3 bench/gpu_stages.py plan                      # both commands, what to carry, what each stage decides
     python3 bench/gpu_stages.py pack build/gpu            # the packages that a machine without a network needs
@@ -6,12 +6,12 @@
     python3 bench/gpu_stages.py second --out OUT          # at most seven
     python3 bench/gpu_stages.py first --dry --out OUT     # tiny, on a CPU, with stand-ins for what needs a GPU
 
-Made for a machine with a GPU to which this folder is copied: nothing need be installed there but torch and Triton.
+Made for a machine with a GPU to which this folder is copied: only torch and Triton have to be installed there.
 
-An illegal access stays with the process that made it, and a hanging kernel with the process that waits for it: so no stage can
-take another's time or results. A stage writes its result file as it goes; one that ends before its time has named what it was
-doing, and where that was the work of a peer, it is run again without that peer. What came of all of it is in OUT/results.json, and
-what was printed in OUT/log.txt.
+An illegal access affects only the process that made it, and a hanging kernel only the process that waits for it; so no
+stage can cost another its time or results. A stage writes its result file as it goes. One that ends early has named
+what it was doing, and if that was the work of a peer, the stage is run again without that peer. All results are in
+OUT/results.json, and all output in OUT/log.txt.
 
 Exit status 1: a stage did not end well.
 """
@@ -36,9 +36,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = "site.tar.xz"
-# What the peers need beside the torch, Triton, transformers and pandas that the machine has: TRL's trainers import datasets.
+# Packages that the peers need beside the torch, Triton, transformers and pandas of the machine; TRL's trainers import
+# datasets.
 PACKAGES = ("trl==1.16.0", "liger_kernel==0.8.5", "datasets", "dill<0.4.2", "multiprocess<0.70.20")
-# And for Liger's kernels on Hopper NVIDIA's compiler of them, most of the archive. QuACK 0.6.5 imports with neither 4.7.0 nor 4.8.1.
+# NVIDIA's compiler for Liger's kernels on Hopper, most of the archive. QuACK 0.6.5 imports with neither 4.7.0 nor
+# 4.8.1.
 COMPILER = "4.8.1"
 COMPILED_PEERS = (
     *(f"nvidia-cutlass-dsl{part}=={COMPILER}" for part in ("", "-libs-core", "-libs-base", "-libs-cu13")),
@@ -48,20 +50,22 @@ PLATFORM = (
     *("--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:"),
     *(f"--platform=manylinux{n}_x86_64" for n in ("_2_28", "_2_27", "_2_24", "_2_17", "2014")),
 )
-GRACE_S = 5.0  # from being asked to end to being killed
-TAIL = 45  # lines of a stage that are printed; the log has all
-OURS = ("triton", "cuda", "torch")  # gpu.py's; a stage is not run again without one of them
+GRACE_S = 5.0  # between SIGTERM and SIGKILL
+TAIL = 45  # lines of a stage's output that are printed; the log has all
+OURS = ("triton", "cuda", "torch")  # the contenders of gpu.py that a stage is never run without
 
 
 class Stage(NamedTuple):
+    """A program with its time limit and the question that its results answer."""
+
     name: str
     limit_s: int
     decides: str
-    command: tuple[str, ...]  # of python; {out}: its result file
+    command: tuple[str, ...]  # arguments of python; {out} stands for the result file
     dry: tuple[str, ...] = ()  # further arguments of a dry run
-    under: tuple[str, ...] = ()  # what the command is run by; not in a dry run
-    gate: bool = False  # if it fails, nothing after it is worth its time
-    peers: bool = False  # takes --without PEER
+    under: tuple[str, ...] = ()  # a tool that runs the command; not in a dry run
+    gate: bool = False  # whether a failure ends the call
+    peers: bool = False  # whether it takes --without PEER
 
 
 def _head(name: str, limit_s: int, shapes: str, contenders: str, decides: str, cases: str = "") -> Stage:
@@ -117,18 +121,19 @@ CALLS: dict[str, tuple[Stage, ...]] = {
 
 # Seconds of a call: its stages, and unpacking the archive before them.
 LIMITS_S = {"first": 360, "second": 435}
-DRY_FACTOR = 4.0  # a CPU interprets the kernels
+DRY_FACTOR = 4.0  # longer limits on a CPU, which interprets the kernels
+BUILD = "XPO_FAST_CUDA=1 python setup.py build_ext --inplace"
 
 
 class Ended(NamedTuple):
-    """How a stage ended, in words that name it, and what it left."""
+    """How a stage ended, and how much of its results there is."""
 
     stage: str
     how: str
     well: bool
     seconds: float
     results: str  # whole, partial, broken, none
-    doing: str = ""  # when it ended before its time
+    doing: str = ""  # its work when it ended early
     contender: str = ""
 
     def __str__(self) -> str:
@@ -137,7 +142,7 @@ class Ended(NamedTuple):
 
 
 def read_results(path: Path) -> tuple[str, dict[str, Any]]:
-    """How much of a result file there is, and its content."""
+    """Returns how much of a result file there is ("none", "broken", "partial" or "whole"), and its content."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -158,7 +163,7 @@ def run_stage(
     dry: bool,
     without: Sequence[str] = (),
 ) -> Ended:
-    """Run it in a process group of its own, all of which has ended when this returns; its output goes to the log."""
+    """Runs a stage in a process group of its own, which has ended when this returns; its output goes to the log."""
     result = out / f"{stage.name}.json"
     result.unlink(missing_ok=True)
     arguments = [argument.replace("{out}", str(result)) for argument in (*stage.command, *(stage.dry if dry else ()))]
@@ -166,7 +171,7 @@ def run_stage(
     if stage.under and not dry and shutil.which(stage.under[0]) is None:
         return Ended(stage.name, f"not run: no {stage.under[0]} here", False, 0.0, "none")
     command = [*(() if dry else stage.under), sys.executable, *arguments]
-    if stage.under:  # a memory checker sees allocations, not the parts of one that a cache hands out
+    if stage.under:  # a memory checker sees allocations of the driver, not parts of one that a cache hands out
         environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
     with (out / "log.txt").open("ab") as log:
@@ -206,7 +211,7 @@ def run_stage(
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a process and of those it started, and wait for it as long as that may take."""
+    """Ends a process and those it started, and waits for it a limited time."""
     for kind, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 4 * GRACE_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
@@ -224,9 +229,9 @@ def run_call(
     dry: bool,
     limit_s: float = float("inf"),
 ) -> list[Ended]:
-    """The stages in their order, as far as the time goes; the summary is written after each."""
+    """Runs the stages in order until the time is used up, and writes the summary after each."""
     start, found = time.monotonic(), []
-    with_peers: dict[str, Any] = {}  # what a stage had found before it was run again
+    with_peers: dict[str, Any] = {}  # results of a stage before it was run again
 
     def save() -> None:
         results = {stage.name: read_results(out / f"{stage.name}.json")[1] for stage in stages} | with_peers
@@ -262,7 +267,7 @@ def run_call(
 
 @contextlib.contextmanager
 def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, str]]:
-    """The environment of the stages: this checkout as it would be installed, the packages of the archive, and no network."""
+    """Yields the stages' environment: this checkout as if installed, the packages of the archive, and no network."""
     with tempfile.TemporaryDirectory(prefix="gpu-site-") as site:
         if archive is not None:
             with tarfile.open(archive, "r:xz") as packed:
@@ -273,7 +278,7 @@ def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, s
             if path.name not in ("kernels", "__pycache__"):
                 (package / path.name).symlink_to(path)
         (package / "kernels").symlink_to(ROOT / "kernels")
-        # Packages come with *.pth files, which Python reads where packages are installed, and not on PYTHONPATH.
+        # Packages come with *.pth files, which Python reads in site folders but not on PYTHONPATH.
         (Path(site) / "sitecustomize.py").write_text(f"import site\n\nsite.addsitedir({site!r})\n")
         paths = [site, os.environ.get("PYTHONPATH", "")]
         environment = {
@@ -289,13 +294,13 @@ def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, s
 
 
 def pack(folder: Path, *, compiler: bool) -> Path:
-    """Put the packages for the machine's Python into one archive, small enough to be carried."""
+    """Puts the packages for the machine's Python into one archive, small enough to be carried, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [*PACKAGES, *(COMPILED_PEERS if compiler else ())]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
     with tempfile.TemporaryDirectory(dir=folder) as site:
         subprocess.run([*pip, *PLATFORM, "--target", site, *wanted], check=True)
-        # Most is machine code of x86: turned so that its jumps compress, and in one dictionary.
+        # Most is x86 machine code: filtered so that its jumps compress, and in one dictionary.
         filters = [
             {"id": lzma.FILTER_X86},
             {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * 2**20},
@@ -307,7 +312,7 @@ def pack(folder: Path, *, compiler: bool) -> Path:
 
 
 def plan(folder: Path) -> str:
-    """What to do, in the order in which to do it."""
+    """Returns the instructions for the run, in order."""
     archive = folder / ARCHIVE
     size = f"{archive.stat().st_size / 2**20:.0f} MiB" if archive.exists() else "not there yet"
     shown = archive.relative_to(ROOT) if archive.is_relative_to(ROOT) else archive
@@ -315,7 +320,7 @@ def plan(folder: Path) -> str:
     lines = [
         "To carry, beside the files of this repository:",
         f"  {shown} ({size}): TRL, Liger and what they need; made by `python3 bench/gpu_stages.py pack {shown.parent}`",
-        f"  xpo_fast/_native ({'built' if library else 'missing: ' + 'XPO_FAST_CUDA=1 python setup.py build_ext --inplace'})",
+        f"  xpo_fast/_native ({'built' if library else f'missing: {BUILD}'})",
     ]
     for name, stages in CALLS.items():
         lines += ["", f"The {name} call, at most {LIMITS_S[name]} s:", ""]
@@ -332,16 +337,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, stages in CALLS.items():
         call = commands.add_parser(name, help=", ".join(stage.name for stage in stages))
-        call.add_argument("--out", type=Path, required=True, help="the folder of the results")
-        call.add_argument("--archive", type=Path, help="packages that the machine lacks, as `pack` makes them")
-        call.add_argument("--limit-s", type=float, default=LIMITS_S[name], help="of the call: %(default)s")
-        call.add_argument("--only", nargs="+", choices=[s.name for s in stages], help="of the stages")
-        call.add_argument("--dry", action="store_true", help="tiny, on a CPU; longer limits")
+        call.add_argument("--out", type=Path, required=True, help="folder for the results")
+        call.add_argument("--archive", type=Path, help="archive of the packages that the machine lacks, made by `pack`")
+        call.add_argument(
+            "--limit-s", type=float, default=LIMITS_S[name], help="seconds of the whole call (default: %(default)s)"
+        )
+        call.add_argument("--only", nargs="+", choices=[s.name for s in stages], help="run only these stages")
+        call.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, with longer limits")
     for name in ("plan", "pack"):
         other = commands.add_parser(name)
         other.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "gpu")
         if name == "pack":
-            other.add_argument("--small", action="store_true", help="without the compiler of Hopper's kernels")
+            other.add_argument("--small", action="store_true", help="leave out the compiler for Hopper")
     return parser.parse_args(arguments)
 
 

@@ -99,7 +99,7 @@ def run_case(
     batches = [make_batch(weight, ROWS, length, case.prompts, seed) for seed in range(BATCHES)]
     contenders, missing = _available(case)
     truth = float64_truth(batches[0], case)
-    errors = {name: _errors(made.call(batches[0]), truth) for name, made in contenders.items()}  # and warm-up
+    errors = {name: errors_of(made.call(batches[0]), truth) for name, made in contenders.items()}  # and warm-up
     del truth
     outside = {name: _outside(errors[name], dtype) for name, made in contenders.items() if made.ours}
 
@@ -143,7 +143,7 @@ def _available(case: Case) -> tuple[dict[str, Contender], list[str]]:
     return contenders, missing
 
 
-def _errors(found: Results, truth: Results) -> dict[str, float | None]:
+def errors_of(found: Results, truth: Results) -> dict[str, float | None]:
     """Error by result; None if it is not a number, which JSON has no word for."""
     errors = {}
     for name, value in found.items():

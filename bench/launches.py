@@ -1,12 +1,12 @@
-"""How many launches a call of the head is on a device, what they move, and the memory they take: counted, not timed.
+"""Counts the launches of a call of the head on a device, the bytes they move, and the memory they take; times nothing.
 
     python bench/launches.py --json bench/results/launches.json
 
-The calls run on the meta device, which has shapes and no values, with the branches of a CUDA device. Every operator that
-works on the device is a launch (a few are several, listed in SEVERAL), every kernel of ours is one. Nothing reads the
-device: that would raise. `bytes a logit`: what all but the GEMMs read and write of tensors as wide as the vocabulary, and
-what the GEMMs read and write of them, by the scored tokens times V. `peak` is what the call holds at once above its operands,
-gradients included, on a card of 80 GB.
+The calls run on the meta device, which has shapes and no values, but take the branches of a CUDA device. Every operator
+that works on the device counts as one launch (a few as several: SEVERAL), and so does every kernel of ours. Nothing
+reads the device: that would raise. `bytes a logit`: the bytes of tensors as wide as the vocabulary that all but the
+GEMMs read and write, and those that the GEMMs read and write, each divided by scored tokens times V. `peak`: the most
+that the call holds at once beyond its operands, gradients included, on a card of 80 GB.
 """
 
 from __future__ import annotations
@@ -31,24 +31,19 @@ from measure import table, write_json
 
 META = torch.device("meta")
 GEMMS = ("mm", "addmm", "addmv_")
-FREE = (
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "alias",
-)  # no work
-SEVERAL = {"logsumexp": 7, "index_put": 2}
-OVERWRITES = ("copy_", "fill_", "zero_")  # what they write, without reading it
+FREE = (  # they launch nothing
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("detach", "alias"),
+)
+SEVERAL = {"logsumexp": 7, "index_put": 2}  # launches per operator
+OVERWRITES = ("copy_", "fill_", "zero_")  # they do not read what they write
 ROWS = ("index_select", "index_copy_")
-PICKS = ("gather", "scatter_add_")  # single entries
+PICKS = ("gather", "scatter_add_")  # they move single entries
 PADDING = 64  # columns that a tile may have beyond the vocabulary
 
 
 class Meter(TorchDispatchMode):
-    """Counts in a `with` block."""
+    """Counts launches and bytes in a `with` block."""
 
     def __init__(self, vocab: int, weight: Tensor) -> None:
         super().__init__()
@@ -63,7 +58,7 @@ class Meter(TorchDispatchMode):
 
         kwargs = kwargs or {}
         operators = {op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)}
-        if func in operators:  # not the shapes that it says it has: what it does
+        if func in operators:  # run the operator itself, instead of the shapes that it declares
             with self:
                 return operators[func](*args, **kwargs)
         self.note_freed()
@@ -89,7 +84,7 @@ class Meter(TorchDispatchMode):
             return
         written = [kwargs["out"]] if "out" in kwargs else [args[0]] if name.endswith("_") else after
         read = tree_leaves((args, {k: x for k, x in kwargs.items() if k != "out"}))
-        if name in ROWS:  # as many as are picked, not all there are
+        if name in ROWS:  # only the rows picked, not all
             read = written = [args[3] if name == "index_copy_" else after[0]]
         elif name in OVERWRITES or (name == "addmm" and kwargs.get("beta", 1) == 0):
             read = read[1:]
@@ -104,7 +99,7 @@ class Meter(TorchDispatchMode):
         self.kernels[name] = self.kernels.get(name, 0) + launches
 
     def wide_bytes(self, x: Tensor) -> int:
-        """Of a tensor of logits: not of the head, transposed for a GEMM."""
+        """The bytes of a tensor of logits; 0 for other tensors, and for the head, transposed for a GEMM."""
         wide = x.dim() == 2 and self.vocab <= x.shape[1] <= self.vocab + PADDING
         return x.numel() * x.itemsize if wide and x.untyped_storage()._cdata != self.head else 0
 
@@ -113,7 +108,7 @@ class Meter(TorchDispatchMode):
             if storage.expired():
                 del self.held[key]
 
-    # Kernels of ours, which have nothing to work on here.
+    # Stand-ins for our kernels, which cannot run here.
 
     def rows_run(self, products: Tensor, targets: Tensor, **options: Any) -> None:
         self.kernel("row_pass", products, options, reads=2 if options.get("grad") is not None else 1)
@@ -130,7 +125,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """In a `with` block kernels of ours are counted, and may be asked for."""
+        """Replaces our kernels by stand-ins that count, and allows every backend, in a `with` block."""
         from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
 
         from xpo_fast.head import tiling
@@ -142,7 +137,7 @@ class Meter(TorchDispatchMode):
             mock.patch.object(one_read, "run", self.one_read_run),
             mock.patch("xpo_fast.head.triton.prefers_fused", lambda *_: False),
             mock.patch("xpo_fast.head.cuda.run", self.one_read_run),
-            # As on a GPU, which the meta device is not taken for.
+            # As on a GPU: the meta device would get torch's row operations.
             mock.patch.object(
                 CudaRowOperations,
                 "others",
@@ -157,15 +152,15 @@ class Meter(TorchDispatchMode):
 
 ROW_TOKENS = 1024
 SHAPES = [Shape(n, d, v) for n in (8192, 32768) for d, v in ((4096, 128256), (2048, 151936), (4096, 32000))]
-CARD_BYTES = 80 * 10**9  # whose share is the scratch memory
-RANKS = 8  # that a vocabulary is cut over
+CARD_BYTES = 80 * 10**9  # the scratch memory is a share of it
+RANKS = 8  # over which a vocabulary is cut
 
 
 class Case(NamedTuple):
-    """call: with hidden (N, D), weight (V, D) and targets (N,) on the host, and a backend."""
+    """A call to be counted: it takes hidden (N, D), weight (V, D), targets (N,) on the host, and a backend."""
 
     call: Callable[[Tensor, Tensor, Tensor, str], Any]
-    learns: bool = False  # whether the head does
+    learns: bool = False  # whether the head is trainable
     backends: tuple[str, ...] = ("torch", "triton", "cuda")
 
 
@@ -206,7 +201,7 @@ def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> No
     from xpo_fast.head import gather
 
     logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
-    # Which are scored is asked of the device, the one thing that a call waits for.
+    # The one thing that a call waits for: it asks the device which positions are scored.
     every = torch.arange(hidden.shape[0], device=META)
     with mock.patch.object(gather, "scored_positions", lambda *_: every):
         logp, _ = gather._forward._init_fn(logits, targets, 1.0, -100, False, False)
@@ -250,7 +245,7 @@ CASES = {
 
 
 def measure(name: str, shape: Shape, backend: str) -> dict[str, Any]:
-    """One call: what it launches, moves and holds."""
+    """Returns the launches, bytes and peak memory of one call."""
     case = CASES[name]
     hidden = torch.empty(shape.scored, shape.width, dtype=torch.bfloat16, device=META, requires_grad=True)
     weight = torch.empty(shape.vocab, shape.width, dtype=torch.bfloat16, device=META, requires_grad=case.learns)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from measure import environment, table, write_json
 from xpo_fast import METHODS, Head, Objective, data
 from xpo_fast.models import SMOLLM2, install_fused_loss, load_model
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 
 # What has no default, or would leave a part of the method out.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -173,7 +173,7 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
                 }
             if objective.needs_reference:
                 more["ref_logps"] = start
-            out = objective(hidden, head.weight, batch["targets"], **head.kwargs(), **more)
+            out = objective(hidden, head, batch["targets"], **more)
             return {"loss": out.loss}
 
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], fused_loss=fused)["loss"]
@@ -212,9 +212,7 @@ def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> C
             if "logp_w" in method.inputs:
                 batch.setdefault("start", _row_logps(hidden, head, batch["targets"]).detach())
                 given = {n: x for n, x in given.items() if n in method.columns}
-                out = Objective(name, **hyper)(
-                    hidden, head.weight, batch["targets"], ref_logps=batch["start"], **head.kwargs(), **given
-                )
+                out = Objective(name, **hyper)(hidden, head, batch["targets"], ref_logps=batch["start"], **given)
                 return {"loss": out.loss}
             losses = method(**given, **hyper)[0]
             return {"loss": losses.sum() / (scored.sum() if losses.dim() == 2 else len(losses))}
@@ -228,7 +226,7 @@ def _row_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     from xpo_fast import sequence_logps
 
     with torch.no_grad():
-        return sequence_logps(hidden, head.weight, targets, **head.kwargs())[0]
+        return sequence_logps(hidden, head, targets)[0]
 
 
 def run_loop(

@@ -2,11 +2,11 @@
 
     python bench/rl_resume.py --kills 10 --steps 60 --json bench/results/rl-resume-cpu.json
 
-A tiny random model, or SmolLM2 with an adapter (--task smollm2), is trained with PPO (two epochs over two minibatches of each
-rollout, a critic, an adaptive KL, a reference that follows the policy), which has more to remember than any other method. The run
-is a process of its own. It gets SIGKILL a random time after a random step, ten times, in rollouts, in steps and while
-checkpoints are written, and goes on from the last whole checkpoint. Compared are the weights, every logged number but times, the held-out reward, and the table of samples.
-Exit status 1 if anything differs.
+A tiny random model, or SmolLM2 with an adapter (--task smollm2), is trained with PPO (two epochs over two minibatches
+of each rollout, a critic, an adaptive KL, a reference that follows the policy), which has more to remember than any
+other method. The run is a process of its own. It gets SIGKILL a random time after a random step, ten times, in
+rollouts, in steps and while checkpoints are written, and goes on from the last complete checkpoint. The weights, every
+logged number but times, the held-out reward, and the table of samples are compared. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 PROMPTS = [{"prompt": f"w{i} w{i + 1}"} for i in range(0, 20, 2)]
 
 
@@ -200,8 +195,7 @@ def main() -> int:
         about = {"task": args.task, "method": args.method, "steps": args.steps, "seed": args.seed}
         about["killed_after_steps"] = killed
         write_json(
-            args.json,
-            {**about, "different": wrong, "held_out": resumed["held_out"], "environment": environment()},
+            args.json, {**about, "different": wrong, "held_out": resumed["held_out"], "environment": environment()}
         )
     return 1 if wrong or len(killed) < args.kills else 0
 

@@ -1,4 +1,4 @@
-// What the kernels take of CUDA, in one place: emulate.h has the same names for a host compiler.
+// The features of CUDA that the kernels use, in one place; emulate.h defines the same names for a host compiler.
 #pragma once
 
 #if defined(XPO_EMULATE)
@@ -12,7 +12,7 @@
 
 #include "launch.h"
 
-// An array, and the dynamic memory that the launch asked for, in shared memory; once a kernel each.
+// An array in shared memory, and the dynamic shared memory of the launch; each can be declared once per kernel.
 #define XPO_SHARED(type, name, count) __shared__ type name[count]
 #define XPO_DYNAMIC_SHARED(type, name)                            \
     extern __shared__ __align__(16) unsigned char xpo_dynamic[];  \
@@ -20,8 +20,8 @@
 
 namespace xpo {
 
-// Copies of a thread from device memory to shared memory that it need not wait for. `wait_for_copies<N>` waits for all
-// but the last N groups that the thread has closed, and makes them visible to the thread.
+// A thread's asynchronous copies from device memory to shared memory. `wait_for_copies<N>` waits for all but the last N
+// groups that the thread has closed, and makes their data visible to the thread.
 __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes) {  // the rest of the 16 becomes 0
     const auto at = uint32_t(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
@@ -39,8 +39,8 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// A cluster's barrier in two halves, and the shared memory of another of its blocks. sm_90 and up. Those who wait have
-// before them what was done before a `cluster_arrive`, but not what was before a `cluster_arrive_relaxed`.
+// A cluster's barrier in two halves, and access to the shared memory of another of its blocks; from sm_90 on. A waiting
+// thread sees what was written before a `cluster_arrive`, but not what was written before a `cluster_arrive_relaxed`.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -70,7 +70,7 @@ __device__ __forceinline__ const T* of_rank(const T* shared, int rank) {
 #endif
 }
 
-// Two floats rounded to a narrower dtype, the first in the lower half.
+// Rounds two floats to a narrower dtype; the first goes into the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pair(float a, float b);
 

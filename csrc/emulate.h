@@ -1,10 +1,11 @@
-// The names of CUDA that the sources use, for a host compiler: those of kernels, and a runtime over a device that tests
-// describe. The threads of a launch are run by emulate_fibers.h (one after the other, in either order: for results) or,
-// with XPO_EMULATE_THREADS, by emulate_threads.h (all at once, for ThreadSanitizer: for what is not ordered).
+// The names of CUDA that the sources use, for a host compiler: those used in kernels, and a runtime over a device that
+// tests describe. The threads of a launch are run by emulate_fibers.h (one after the other, in either order, to test
+// results) or, with XPO_EMULATE_THREADS, by emulate_threads.h (all at once under ThreadSanitizer, to find missing
+// order).
 //
-// A launch fails where threads wait for each other for ever, write past their dynamic memory, access 16 bytes that are
-// not aligned or shuffle without a part of their warp, and where it asks for more shared memory than the kernel has
-// opted in to.
+// A launch fails if its threads wait for each other for ever, write past their dynamic memory, access 16 bytes that are
+// not aligned, or shuffle without all of their warp; and if it asks for more shared memory than the kernel has opted in
+// to.
 #pragma once
 
 #include <stdint.h>
@@ -41,7 +42,7 @@ inline const char* cudaGetErrorString(int) { return "error of the emulation"; }
 
 namespace xpo::emulate {
 
-// What the launch has run into, the first of all.
+// The first error of the launch.
 inline std::atomic<int> fault{0};
 inline void fail(int error) {
     int none = 0;
@@ -60,12 +61,12 @@ struct Shape {
 };
 inline Index block_size, grid_size;
 
-// Every thread of a launch through `body`; 0, or a cudaError_t.
+// Runs every thread of a launch through `body`; returns 0 or a cudaError_t.
 int run(const Shape& shape, const std::function<void()>& body);
 
 }  // namespace xpo::emulate
 
-// Four at once, whose address must be a multiple of 16.
+// Accesses of four at once, whose address must be a multiple of 16.
 template <typename T>
 struct Four {
     T x, y, z, w;
@@ -89,15 +90,15 @@ struct __half { uint16_t bits; };
 #include "emulate_fibers.h"
 #endif
 
-// --- the runtime -------------------------------------------------------------------------------------------------------
+// --- the runtime -----------------------------------------------------------------------------------------------------
 
 namespace xpo::emulate {
 
-constexpr int STATIC = 512, WITHOUT_OPT_IN = 48 * 1024;  // bytes of shared memory: of every kernel, of any launch
-inline int device = 0;                                   // another one whenever a test describes it anew
+constexpr int STATIC = 512, WITHOUT_OPT_IN = 48 * 1024;  // bytes of shared memory per block
+inline int device = 0;                                   // a new number whenever a test describes the device again
 inline int shared_bytes = 232448, clusters = 8, threads = 64;
-inline int hosted = 8;  // the most blocks of a cluster that there is a place for
-inline std::atomic<int> asked{0};  // how often a launch has asked for more than which device it is
+inline int hosted = 8;  // the largest cluster, in blocks, that can be scheduled
+inline std::atomic<int> asked{0};  // number of questions about the device beyond which one it is
 inline std::map<std::pair<const void*, int>, int> opted_in;
 
 }  // namespace xpo::emulate
@@ -200,9 +201,9 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
     return cudaSuccess;
 }
 
-#include "launch.h"  // before the names of its fields are those of threads
+#include "launch.h"  // included before names such as threadIdx are defined, which its fields use too
 
-// --- what threads do ---------------------------------------------------------------------------------------------------
+// --- what threads do -------------------------------------------------------------------------------------------------
 
 #define threadIdx (xpo::emulate::current->thread)
 #define blockIdx (xpo::emulate::current->block->index)
@@ -216,7 +217,7 @@ namespace xpo {
 
 namespace emulate {
 
-// All of a warp meet in a shuffle here, so the mask has to name them all.
+// Here all lanes of a warp take part in a shuffle, so the mask must name them all.
 template <typename T>
 T shuffled(unsigned mask, T x, int from) {
     if (mask != ~0u) fail(cudaErrorUnknown);
@@ -257,7 +258,7 @@ inline uint32_t narrow<__half>(float x) {
     if (!(size < 65520.0f)) return std::isnan(x) ? 0x7fffu : sign | 0x7c00u;
     int exponent;
     if (std::frexp(size, &exponent) == 0) return sign;
-    const int ulp = exponent - 11 > -24 ? exponent - 11 : -24;  // of its last bit
+    const int ulp = exponent - 11 > -24 ? exponent - 11 : -24;  // exponent of its last bit
     const auto steps = uint32_t(std::nearbyint(std::ldexp(size, -ulp)));
     return sign | (uint32_t(ulp + 24) * 0x400u + steps);
 }
@@ -274,7 +275,7 @@ T __shfl_sync(unsigned mask, T x, int lane) { return xpo::emulate::shuffled(mask
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T x, int by) { return xpo::emulate::shuffled(mask, x, int(threadIdx.x % 32) ^ by); }
 
-// The device that the launches find from here on.
+// Describes the device that later launches run on.
 extern "C" __attribute__((visibility("default"), used)) inline void xpo_emulate(int64_t shared_bytes, int clusters,
                                                                                 int threads, int reversed) {
     using namespace xpo;
@@ -284,7 +285,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void xpo_emulate(
     emulate::reversed = reversed != 0;
 }
 
-// Of how many blocks clusters are that it has a place for: none of more than one where its share is too small.
+// Sets the largest cluster that can be scheduled: 1 block if the device's share (MIG) is too small for more.
 extern "C" __attribute__((visibility("default"), used)) inline void xpo_emulate_hosted(int blocks) {
     ++xpo::emulate::device;
     xpo::emulate::hosted = blocks;

@@ -1,8 +1,8 @@
 // The threads of a launch as fibers, for tests of results: see emulate.h.
 //
-// A fiber runs until it has to wait for others, the blocks of a cluster together, one cluster after the other. So what
-// one thread writes another sees too early or too late wherever a barrier is missing: run in either order, such a kernel
-// gives something else. Shared memory begins as NaN, and an asynchronous copy lands when it is waited for.
+// A fiber runs until it has to wait for others; the blocks of a cluster run together, one cluster after the other. So
+// if a barrier is missing, a thread sees another's write too early or too late, and running in both orders gives
+// different results. Shared memory starts as NaN, and an asynchronous copy lands only when it is waited for.
 #pragma once
 
 #include <ucontext.h>
@@ -30,7 +30,7 @@ struct Block {
     Index index;
     Barrier barrier;
     std::vector<Warp> warps;
-    std::vector<long double> arena, dynamic;  // static and dynamic shared memory, as aligned as anything is
+    std::vector<long double> arena, dynamic;  // shared memory; long double for the strictest alignment
     char* shared() { return reinterpret_cast<char*>(arena.data()); }
 };
 
@@ -42,7 +42,7 @@ struct Fiber {
     Cluster* cluster = nullptr;
     Block* block = nullptr;
     Index thread;
-    size_t used = 0;  // of the arena
+    size_t used = 0;  // bytes of the arena in use
     std::vector<Copy> copies;
     int64_t closed = 0, cluster_phase = 0;
     Barrier* awaited = nullptr;
@@ -175,7 +175,7 @@ inline void cluster_wait() { emulate::wait(emulate::current->cluster->barrier, e
 
 inline void __syncthreads() { xpo::emulate::meet(xpo::emulate::current->block->barrier); }
 
-// Fibers take turns only where they wait, blocks one after another.
+// Fibers take turns only where they wait; blocks run one after another.
 inline void __threadfence() {}
 inline uint32_t atomicAdd(uint32_t* at, uint32_t by) {
     const uint32_t before = *at;

@@ -1,9 +1,9 @@
 // The threads of a launch as threads of the host, all blocks at once, for ThreadSanitizer: see emulate.h.
 //
-// Only what CUDA orders is ordered here: a block's barrier, and a cluster's between an arrival that releases and a wait.
-// Shuffles and relaxed arrivals carry values and no order. A fence orders what is around an atomic of the same thread,
-// before it or after it, and nothing else. A block's shared memory is another's as soon as its last thread is gone. What
-// the sanitizer then calls a race is one on a device: the order that is missing here is missing there, too.
+// Only what CUDA orders is ordered here: by a block's barrier, and by a cluster's between a releasing arrival and a
+// wait. Shuffles and relaxed arrivals carry values but no order. A fence orders only the accesses around an atomic of
+// the same thread, before or after it. A block's shared memory is reused as soon as its last thread has ended. So a
+// race that the sanitizer reports is one on a device too: the order that is missing here is missing there.
 #pragma once
 
 #include <limits.h>
@@ -18,18 +18,18 @@
 namespace xpo {
 namespace emulate {
 
-inline bool reversed = false;  // threads take no turns
+inline bool reversed = false;  // has no effect: threads take no turns
 constexpr size_t ARENA = 1 << 14;
 constexpr auto RELAXED = std::memory_order_relaxed, ACQUIRE = std::memory_order_acquire;
 constexpr auto RELEASE = std::memory_order_release;
 
-// Counts all arrivals there have been. Each is a read-modify-write, so whoever acquires the last of them has all that
-// released before it, whatever came in between. By futex: what the standard library waits with would order more.
+// Counts all arrivals. Each is a read-modify-write, so whoever acquires the last one sees everything that was released
+// before it, whatever came in between. It waits by futex, because the standard library's waits would order more.
 struct Barrier {
     uint32_t size = 0;
     std::atomic<uint32_t> arrived{0};
 
-    uint32_t arrive(std::memory_order order) {  // the count to wait for
+    uint32_t arrive(std::memory_order order) {  // returns the count to wait for
         const uint32_t before = arrived.fetch_add(1, order);
         if ((before + 1) % size == 0) syscall(SYS_futex, &arrived, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
         return (before / size + 1) * size;

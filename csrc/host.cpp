@@ -1,4 +1,5 @@
-// The segment kernels for the host, for tests: run by emulate_fibers.h, in float and in double, and the sum of a segment by itself.
+// The segment kernels on the host, for tests: run by emulate_fibers.h in float and in double, and the sum of one
+// segment.
 //   g++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -o libxpo_fast_host.so csrc/host.cpp
 #define XPO_EMULATE
 #include "emulate.h"
@@ -7,8 +8,8 @@
 
 const char* xpo_error(int) { return "refused"; }
 
-// Blocks as small as these leave threads without work in short rows and give them several tokens in longer ones; as few
-// take several units each.
+// Blocks so small that in short rows some threads have no work and in longer ones a thread has several tokens; and so
+// few that a block takes several units.
 constexpr int BLOCKS = 5, THREADS = 64;
 
 #define XPO_LAUNCHER(verb, Call)                                                                                 \
@@ -24,7 +25,7 @@ XPO_LAUNCHER(pairs, SegmentPairs)
 XPO_LAUNCHER(rows, SegmentRows)
 XPO_LAUNCHER(tokens, SegmentTokens)
 
-// x[begin … end) summed in a kernel's order, lane by lane.
+// Sums x[begin … end) in a kernel's order, lane by lane.
 template <typename T>
 T segment_sum(const T* x, int64_t begin, int64_t end, int lanes) {
     std::vector<T> partial(lanes);

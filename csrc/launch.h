@@ -1,7 +1,6 @@
-// How kernels are launched: host code over CUDA's runtime, or over what emulate.h has in its place.
+// How kernels are launched: host code over CUDA's runtime, or over emulate.h in its place.
 //
-// What is asked of a device, of a kernel and of a cluster never changes: it is asked once, and a launch costs a
-// look-up.
+// Properties of a device, a kernel and a cluster never change: each is queried once, and then a launch costs a look-up.
 #pragma once
 
 #include <stdint.h>
@@ -13,19 +12,19 @@
 namespace xpo {
 
 struct Limits {
-    int64_t shared_bytes;  // that a block can opt in to, static and dynamic together
-    int clusters;          // the most blocks of a cluster, 1 for none
-    int threads;           // of a block
+    int64_t shared_bytes;  // that a block can opt in to, static plus dynamic
+    int clusters;          // largest cluster in blocks; 1: no clusters
+    int threads;           // per block
 };
 
 struct Grid {
     int64_t blocks;
-    int threads;  // of a block
+    int threads;  // per block
     int64_t shared_bytes = 0;
-    int ranks = 1;  // blocks of a cluster
+    int ranks = 1;  // blocks per cluster
 };
 
-// What may be asked about: a device, a kernel on it, clusters of a kernel.
+// The subject of a question: a device, a kernel on it, or clusters of a kernel.
 struct Subject {
     int device;
     const void* kernel = nullptr;
@@ -36,7 +35,7 @@ struct Subject {
     bool operator<(const Subject& other) const { return all() < other.all(); }
 };
 
-// The answers to one question. An error is not remembered.
+// The answers to one question. Errors are not kept.
 template <typename Answer>
 class Asked {
 public:
@@ -58,8 +57,8 @@ private:
     std::map<Subject, Answer> answers;
 };
 
-// Asks a question, which is a type of its own, unless it has an answer. Answers are never destroyed: a thread may still
-// launch while the process exits.
+// Returns the answer to a question, which is a type of its own, and asks it only the first time. Answers are never
+// destroyed, because a thread may still launch while the process exits.
 template <typename Answer, typename Question>
 cudaError_t ask_once(const Subject& subject, Answer& answer, const Question& question) {
     static auto& asked = *new Asked<Answer>;
@@ -78,8 +77,9 @@ inline cudaError_t read_limits(int device, Limits& limits) {
     return ask_once(Subject{device}, limits, question);
 }
 
-// Lets a kernel take all the dynamic shared memory that a block can have beside its static memory. The attribute is the
-// kernel's on a device, not a launch's: set to what one launch needs, it would fail another thread's that needs more.
+// Lets a kernel use all the dynamic shared memory that a block can have beside its static memory. The attribute belongs
+// to the kernel on a device, not to a launch: set to the need of one launch, it would fail a larger one of another
+// thread.
 inline cudaError_t opt_in(const void* kernel, int device) {
     const auto question = [kernel, device](bool&) {
         Limits limits{};
@@ -89,7 +89,7 @@ inline cudaError_t opt_in(const void* kernel, int device) {
         const int most = int(limits.shared_bytes) - int(found.sharedSizeBytes);
         if (error == cudaSuccess)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-        // What a multiprocessor does not give to shared memory is cache, of which these kernels read nothing twice.
+        // Memory that is not shared memory serves as cache, which is useless here: these kernels read nothing twice.
         if (error == cudaSuccess)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                          cudaSharedmemCarveoutMaxShared);
@@ -99,7 +99,7 @@ inline cudaError_t opt_in(const void* kernel, int device) {
     return ask_once(Subject{device, kernel}, done, question);
 }
 
-// cudaErrorInvalidClusterSize where the device, or the share of it that is given (MIG), has no place for such a cluster.
+// Returns cudaErrorInvalidClusterSize if the device, or its share (MIG), cannot schedule such a cluster.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments... arguments) {
     const auto symbol = reinterpret_cast<const void*>(kernel);

@@ -1,8 +1,8 @@
-// The losses of xpo_fast/methods that the segment kernels take, each with its derivative, and the order in which a segment
-// is summed. Plain arithmetic for device and host; the pure functions in methods/ are the definition.
+// The losses of xpo_fast/methods that the segment kernels compute, each with its derivative, and the order in which a
+// segment is summed. Plain arithmetic for device and host; the pure functions in methods/ are the definition.
 //
-// A derivative at a kink is the one that autograd gives the pure function: relu'(0) = 0, a clamp passes its own bounds.
-// Comparisons are written so that NaN stays NaN.
+// At a kink the derivative is the one that autograd gives for the pure function: relu'(0) = 0, and a clamp passes the
+// gradient at its bounds. Comparisons are written so that NaN stays NaN.
 #pragma once
 
 #include <math.h>
@@ -16,9 +16,9 @@
 
 namespace xpo {
 
-// --- the sum of a segment ----------------------------------------------------------------------------------------------
-// Lane i of L adds x[i], x[i + L], …; then a binary tree over the lanes. The order depends on the segment's length and L
-// alone, so a sum is the same to the bit whatever stands around the segment, and nothing is 0.
+// --- the sum of a segment --------------------------------------------------------------------------------------------
+// Lane i of L adds x[i], x[i + L], …; then a binary tree adds the lanes. The order depends only on the segment's length
+// and L, so a sum is the same to the bit whatever surrounds the segment. An empty segment sums to 0.
 
 template <typename T, typename Fetch>
 XPO_BOTH T lane_sum(int64_t begin, int64_t end, int lane, int lanes, Fetch fetch) {
@@ -28,7 +28,8 @@ XPO_BOTH T lane_sum(int64_t begin, int64_t end, int lane, int lanes, Fetch fetch
     return total;
 }
 
-// One level of the tree over K arrays of `lanes` partial sums, x (K, lanes): by all lanes, `width` = lanes/2, …, 2, 1.
+// One level of the tree over K arrays of `lanes` partial sums, x (K, lanes). All lanes call it, `width` = lanes/2, …,
+// 2, 1.
 template <int K, typename T>
 XPO_BOTH void tree_step(T* x, int lane, int width, int lanes) {
     if (lane < width) {
@@ -37,8 +38,8 @@ XPO_BOTH void tree_step(T* x, int lane, int width, int lanes) {
     }
 }
 
-// Where a segment lies among the n values that a call has: values from `start` of what the offsets count. Whatever the
-// offsets say, 0 ≤ begin ≤ end ≤ n.
+// The place of a segment among the n values of a call, whose first has the offset `start`. For any offsets,
+// 0 ≤ begin ≤ end ≤ n.
 struct Segment {
     int64_t begin, end;
 };
@@ -50,7 +51,7 @@ XPO_BOTH Segment segment(const int64_t* offsets, int64_t row, int64_t start, int
     return {begin, end};
 }
 
-// --- pieces ------------------------------------------------------------------------------------------------------------
+// --- pieces ----------------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Slope {
@@ -74,7 +75,7 @@ XPO_BOTH Slope<T> relu(T x) {
     return x <= 0 ? Slope<T>{0, 0} : Slope<T>{x, 1};
 }
 
-// math.past_overflow's `top`, log of the largest number less 12, and its exponential.
+// `top` of math.past_overflow, the log of the largest number minus 12, and its exponential.
 template <typename T>
 struct Overflow;
 template <>
@@ -86,7 +87,7 @@ struct Overflow<double> {
     static constexpr double top = 697.782712893384, exp_top = 1.1045408366714095e303;
 };
 
-// eˣ, and past the overflow its tangent.
+// eˣ, and beyond `top` its tangent.
 template <typename T>
 XPO_BOTH Slope<T> exp_tangent(T x) {
     const T top = T(Overflow<T>::top);
@@ -95,7 +96,7 @@ XPO_BOTH Slope<T> exp_tangent(T x) {
     return {e, e};
 }
 
-// eˣ − 1, likewise; the slope is less 1, too: what k3 needs, without cancellation near 0.
+// eˣ − 1 likewise, and the slope minus 1, as k3 needs them: without cancellation near 0.
 template <typename T>
 XPO_BOTH Slope<T> expm1_tangent(T x) {
     const T top = T(Overflow<T>::top);
@@ -104,13 +105,13 @@ XPO_BOTH Slope<T> expm1_tangent(T x) {
     return {e, e};
 }
 
-// --- pairs -------------------------------------------------------------------------------------------------------------
+// --- pairs -----------------------------------------------------------------------------------------------------------
 
 enum PairKind : int64_t { LOGISTIC, HINGE, SQUARED, EXPONENTIAL, TRUNCATED_QUADRATIC, SAVAGE, PAIR_KINDS };
 
-// L = f(h) − likelihood·m_w, h = scale·(x_w − x_l) + price·(len_w − len_l) − shift, x = logp − ref_logp, or that over the
-// length; m_w = logp_w, or that over the length. f by `kind`: positive·softplus(−h) + negative·softplus(h);
-// max(0, target − h); (h − target)²; e⁻ʰ; max(0, 1 − h)²; σ(−h)². Rewards are reward_scale·x.
+// L = f(h) − likelihood·m_w, h = scale·(x_w − x_l) + price·(len_w − len_l) − shift, x = logp − ref_logp, or x divided
+// by the length; m_w = logp_w, or logp_w divided by the length. f by `kind`: positive·softplus(−h) +
+// negative·softplus(h); max(0, target − h); (h − target)²; e⁻ʰ; max(0, 1 − h)²; σ(−h)². Rewards are reward_scale·x.
 template <typename T>
 struct PairLoss {
     int64_t kind;
@@ -120,7 +121,7 @@ struct PairLoss {
 
 template <typename T>
 struct PairValue {
-    T loss, d_w, d_l;  // and the derivatives by logp_w and logp_l
+    T loss, d_w, d_l;  // the derivatives with respect to logp_w and logp_l
     T reward_w, reward_l, mean_w;
 };
 
@@ -173,12 +174,12 @@ XPO_BOTH PairValue<T> pair_loss(const PairLoss<T>& f, T logp_w, T logp_l, T ref_
             mean_w};
 }
 
-// --- rows --------------------------------------------------------------------------------------------------------------
+// --- rows ------------------------------------------------------------------------------------------------------------
 
 enum RowKind : int64_t { SIGMOID_GAIN, LOGISTIC_GAIN, ROW_KINDS };
 
-// With Δ = logp − ref_logp: SIGMOID_GAIN, KTO: λ_D σ(−g) where desirable, λ_U σ(g) where not, g = β(Δ − point);
-// LOGISTIC_GAIN, BCO: λ_D softplus(−g), λ_U softplus(g), g = βΔ − point.
+// With Δ = logp − ref_logp: SIGMOID_GAIN, KTO: λ_D σ(−g) if desirable, else λ_U σ(g), with g = β(Δ − point);
+// LOGISTIC_GAIN, BCO: λ_D softplus(−g) if desirable, else λ_U softplus(g), with g = βΔ − point.
 template <typename T>
 struct RowLoss {
     int64_t kind;
@@ -187,7 +188,7 @@ struct RowLoss {
 
 template <typename T>
 struct RowValue {
-    T loss, d, reward;  // d by logp
+    T loss, d, reward;  // d: the derivative with respect to logp
 };
 
 template <typename T>
@@ -200,17 +201,17 @@ XPO_BOTH RowValue<T> row_loss(const RowLoss<T>& f, T logp, T ref, bool desirable
     return {lambda * softplus(x), d, reward};
 }
 
-// --- tokens ------------------------------------------------------------------------------------------------------------
+// --- tokens ----------------------------------------------------------------------------------------------------------
 
 enum TokenKind : int64_t { CLIPPED, PENALISED, PLAIN, WEIGHTED, GATED, TOKEN_KINDS };
 
 // With r = e^log_ratio and A the advantage:
-// CLIPPED    −min(r·A, clip(r)·A), as a bound on log r: above log_high where A > 0, below log_low where A < 0, and there
-//            above log_cap (dual clip; ∞: none);
+// CLIPPED    −min(r·A, clip(r)·A), with bounds on log r: log_high from above if A > 0; log_low from below if A < 0, and
+//            then log_cap from above (dual clip; ∞: none);
 // PENALISED  −r·A + penalty·(r − 1 − log r);
 // PLAIN      −A·logp;
 // WEIGHTED   −sg(min(r, cap))·A·logp;
-// GATED      −(4/τ) σ(τ(r − 1))·A, τ = tau_pos where A > 0, else tau_neg.
+// GATED      −(4/τ) σ(τ(r − 1))·A, τ = tau_pos if A > 0, else tau_neg.
 template <typename T>
 struct TokenLoss {
     int64_t kind;
@@ -219,10 +220,10 @@ struct TokenLoss {
 
 template <typename T>
 struct TokenValue {
-    T loss, d;      // d by log_ratio, which is that by logp
-    T ratio;        // PLAIN: the log-prob
+    T loss, d;      // d: the derivative with respect to log_ratio, which is that with respect to logp
+    T ratio;        // of PLAIN: the log-prob
     bool low, high; // clipped
-    T kl;           // PENALISED: r − 1 − log r
+    T kl;           // of PENALISED: r − 1 − log r
 };
 
 template <typename T>
@@ -253,12 +254,13 @@ XPO_BOTH TokenValue<T> token_loss(const TokenLoss<T>& f, T logp, T log_ratio, T 
         default: {  // GATED
             const T tau = advantage > 0 ? f.tau_pos : f.tau_neg, x = tau * (ratio.value - 1);
             const T s = sigmoid(x);
-            return {-(4 / tau) * s * advantage, -4 * s * sigmoid(-x) * ratio.slope * advantage, ratio.value, false, false, 0};
+            return {-(4 / tau) * s * advantage, -4 * s * sigmoid(-x) * ratio.slope * advantage, ratio.value, false,
+                    false, 0};
         }
     }
 }
 
-// k3 = ref/π − 1 − log(ref/π), and its derivative by logp.
+// k3 = ref/π − 1 − log(ref/π), and its derivative with respect to logp.
 template <typename T>
 XPO_BOTH Slope<T> k3(T logp, T ref) {
     const T x = ref - logp;

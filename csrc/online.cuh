@@ -1,8 +1,9 @@
-// One pass over the logits of a row: the largest, Σ e^(z − largest) and what entropy, Σ p² and the mean are made of, by
-// parts that are merged in any grouping; and what is made of them. Plain arithmetic for device and host, in float32.
+// The sums of one pass over the logits of a row: the largest logit, Σ e^(z − largest), and the sums behind entropy, Σ
+// p² and the mean. Sums of parts can be merged in any grouping; the statistics follow from them. Plain arithmetic for
+// device and host, in float32.
 //
-// −∞ counts as nothing, a row of nothing else has lse −∞ and logp NaN; NaN and +∞ make every statistic of a row NaN, as in
-// torch.
+// A logit of −∞ adds nothing; a row of only −∞ has lse −∞ and logp NaN. NaN and +∞ make every statistic of a row NaN,
+// as in torch.
 #pragma once
 
 #include <math.h>
@@ -18,18 +19,18 @@
 
 namespace xpo {
 
-// In place of −∞, so that differences and their products with sums of exponentials are finite.
+// Stands for −∞: differences, and their products with sums of exponentials, stay finite.
 constexpr float FLOOR = -1e30f;
 
 XPO_BOTH float exponential(float x) {
 #if defined(__CUDA_ARCH__)
-    return __expf(x);  // off by |x|·2⁻²⁴ of e^x, which is itself e^−|x| of the largest
+    return __expf(x);  // relative error |x|·2⁻²⁴; and e^x itself is e^−|x| of the largest term
 #else
     return expf(x);
 #endif
 }
 
-// One rounding each, never fused: a target's logit and the largest are compared, wherever they were made.
+// One rounding each, never fused: the target's logit and the largest are compared, wherever each was computed.
 XPO_BOTH float rounded_sum(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fadd_rn(a, b);
@@ -46,7 +47,7 @@ XPO_BOTH float rounded_product(float a, float b) {
 #endif
 }
 
-// What is done to products: gain = logit_scale / temperature, inner = logit_scale / softcap, ceiling = softcap /
+// The scaling of products: gain = logit_scale / temperature, inner = logit_scale / softcap, ceiling = softcap /
 // temperature.
 struct Scaling {
     float gain, inner, ceiling;
@@ -59,7 +60,7 @@ XPO_BOTH float final_logit(float x, const Scaling& s) {
     return SOFTCAP ? rounded_product(tanhf(rounded_product(x, s.inner)), s.ceiling) : rounded_product(x, s.gain);
 }
 
-// The derivative of a final logit by its product.
+// The derivative of a final logit with respect to its product.
 template <bool SOFTCAP>
 XPO_BOTH float slope(float z, const Scaling& s) {
     const float t = SOFTCAP ? z * s.flat : 0.0f;
@@ -69,12 +70,12 @@ XPO_BOTH float slope(float z, const Scaling& s) {
 struct Sums {
     float top = FLOOR;      // the largest logit
     float total = 0;        // Σ e^(z − top)
-    float weighted = 0;     // Σ e^(z − top) (z − top); this and the others with STATISTICS alone
+    float weighted = 0;     // Σ e^(z − top) (z − top); this and the rest with STATISTICS only
     float squares = 0;      // Σ e^(2 (z − top))
     float plain = 0;        // Σ z
 };
 
-// max that a NaN passes by: it stays in the sums.
+// A max that ignores NaN: the NaN stays in the sums.
 XPO_BOTH float larger(float a, float b) { return fmaxf(a, b); }
 
 template <bool STATISTICS>
@@ -88,7 +89,7 @@ XPO_BOTH void raise(Sums& s, float top) {
     s.top = top;
 }
 
-// K logits more, of which the first `valid` are there; the others are −∞.
+// Adds K more logits, of which the first `valid` exist; the others are −∞.
 template <bool STATISTICS, int K>
 XPO_BOTH void add(Sums& s, const float (&z)[K], int valid) {
     float top = s.top;
@@ -107,7 +108,7 @@ XPO_BOTH void add(Sums& s, const float (&z)[K], int valid) {
     }
 }
 
-// Both sides of a pair get the same bits.
+// Merges two parts; both threads of a pair compute the same bits.
 template <bool STATISTICS>
 XPO_BOTH Sums merged(Sums a, Sums b) {
     const float top = larger(a.top, b.top);

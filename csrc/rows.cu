@@ -1,10 +1,11 @@
-// Everything that the head does to the rows of products h Wᵀ between its GEMMs, each logit read from device memory once.
+// Statistics and gradient of rows of products h Wᵀ, between the head's GEMMs; each logit is read from device memory
+// once.
 //
-// A block, or the blocks of a cluster with a part of the row each, copies its columns to shared memory asynchronously and
-// finds the sums of online.cuh on the way; the blocks read each other's sums, and then turn what they kept into
-// ∂L/∂(product). A row that no cluster can keep is read a second time, from its end, which L2 still has; without a
-// gradient one read is all there is and nothing is kept. No atomics, and every merge in a fixed order: the same input
-// gives the same bits.
+// A block, or each block of a cluster for its part of the row, copies its columns to shared memory asynchronously and
+// computes the sums of online.cuh on the way. The blocks read each other's sums, and then turn the columns they kept
+// into ∂L/∂(product). A row too long for any cluster is read a second time, from its end, which is still in L2. Without
+// a gradient a row is read once and nothing is kept. There are no atomics, and every merge has a fixed order: the same
+// input gives the same bits.
 #include <type_traits>
 
 #include "device.cuh"
@@ -15,13 +16,13 @@ namespace xpo {
 namespace {
 
 constexpr int MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / 32;
-// Blocks of a multiprocessor at least, so that while one waits for its cluster the others copy: MOST_BLOCKS of those that
-// keep their columns, where these are short enough; BLOCKS of the others.
+// The least number of blocks per multiprocessor, so that others copy while one waits for its cluster: MOST_BLOCKS if
+// they keep their columns and these are short enough, else BLOCKS.
 constexpr int MOST_BLOCKS = 3, BLOCKS = 2;
-constexpr int AHEAD = 8;      // vectors of 4 columns that a thread has on their way to shared memory
-constexpr int UNROLLED = 4;   // the same in registers
-constexpr int WHOLE = 8;      // columns: a vector of every dtype
-constexpr int STATIC_SHARED = 512, SYSTEM_SHARED = 1024;  // at most, bytes per block beside its columns
+constexpr int AHEAD = 8;      // vectors of 4 columns that a thread has in flight to shared memory
+constexpr int UNROLLED = 4;   // the same to registers
+constexpr int WHOLE = 8;      // columns: a multiple of a vector of every dtype
+constexpr int STATIC_SHARED = 512, SYSTEM_SHARED = 1024;  // upper bounds, bytes per block beside its columns
 
 struct Launch {
     XpoRows rows;
@@ -30,7 +31,7 @@ struct Launch {
     bool wide_products, wide_bias, wide_grad;  // whether every row is aligned to 16 bytes
 };
 
-// The sums of the first `lanes` lanes of a warp, in each of these.
+// Merges the sums of the first `lanes` lanes of a warp; each of these gets the result.
 template <bool STATISTICS>
 __device__ __forceinline__ Sums merged_over_lanes(Sums s, int lanes) {
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
@@ -47,8 +48,9 @@ __device__ __forceinline__ Sums merged_over_lanes(Sums s, int lanes) {
     return s;
 }
 
-// The sums of the block's threads, then of the cluster's blocks: every thread gets the same bits. What the block's threads
-// wrote to shared memory before can be read after it. A cluster's blocks have one `cluster_wait` more to do.
+// Merges the sums of the block's threads, then of the cluster's blocks: every thread gets the same bits. It is a
+// barrier for what the block's threads wrote to shared memory. The blocks of a cluster must call one more
+// `cluster_wait`.
 template <bool STATISTICS>
 __device__ __forceinline__ Sums merged_over_row(Sums s, int ranks) {
     XPO_SHARED(Sums, of_warp, MAX_WARPS);
@@ -63,13 +65,13 @@ __device__ __forceinline__ Sums merged_over_row(Sums s, int ranks) {
         if (threadIdx.x < 32) {
             cluster_arrive();
         } else {
-            cluster_arrive_relaxed();  // nothing of these warps' is read by others, and a release costs a fence
+            cluster_arrive_relaxed();  // others read nothing of these warps, and a release would cost a fence
         }
         cluster_wait();
         s = merged_over_lanes<STATISTICS>(lane < ranks ? *of_rank(of_block, lane) : Sums{}, 8);
-        cluster_arrive();  // a block that has waited for this one may exit: the reads of its memory are done
+        cluster_arrive();  // tells the other blocks that the reads of their memory are done, so that they may exit
     }
-    // Lanes beyond those that were merged have the sums of others.
+    // Lanes beyond the merged ones hold other sums.
     s.top = __shfl_sync(~0u, s.top, 0);
     s.total = __shfl_sync(~0u, s.total, 0);
     if (STATISTICS) {
@@ -80,7 +82,7 @@ __device__ __forceinline__ Sums merged_over_row(Sums s, int ranks) {
     return s;
 }
 
-// Four columns from device memory, 0 from `end` on.
+// Loads four columns from device memory, 0 from `end` on.
 __device__ __forceinline__ void read_4(const float* row, int column, int end, bool wide, float (&x)[4]) {
     if (wide && column + 4 <= end) {
         const float4 all = *reinterpret_cast<const float4*>(row + column);
@@ -91,7 +93,7 @@ __device__ __forceinline__ void read_4(const float* row, int column, int end, bo
     }
 }
 
-// Four columns of products on their way to shared memory; what is written there from `end` on is of no use.
+// Starts the copy of four columns of products to shared memory; the values from `end` on are meaningless.
 __device__ __forceinline__ void copy_4_columns(float* kept, const float* row, int column, int end, bool wide) {
     if (wide) {
         const int there = end - column;
@@ -103,7 +105,7 @@ __device__ __forceinline__ void copy_4_columns(float* kept, const float* row, in
     }
 }
 
-// Products to final logits, −∞ from `end` on.
+// Turns products into final logits, −∞ from `end` on.
 template <bool SOFTCAP>
 __device__ __forceinline__ void finish_4(const Launch& a, int column, int end, float (&x)[4]) {
     if (a.rows.bias != nullptr) {
@@ -116,7 +118,7 @@ __device__ __forceinline__ void finish_4(const Launch& a, int column, int end, f
     for (int k = 0; k < 4; ++k) x[k] = column + k < end ? final_logit<SOFTCAP>(x[k], a.scaling) : -INFINITY;
 }
 
-// dz of as many columns as 16 bytes hold, those before `end`.
+// Writes dz of as many columns as 16 bytes hold, up to `end`.
 template <typename Grad, int K>
 __device__ __forceinline__ void write(Grad* row, int column, int end, bool wide, const float (&dz)[K]) {
     if constexpr (sizeof(Grad) == 4) {
@@ -143,13 +145,13 @@ __device__ __forceinline__ void write(Grad* row, int column, int end, bool wide,
     }
 }
 
-// Grad: the dtype of dz, or void for none. KEPT: the columns stay in shared memory in between, as final logits.
+// Grad: the dtype of dz, or void for none. KEPT: whether the columns stay in shared memory in between, as final logits.
 template <typename Grad, bool KEPT, bool STATISTICS, bool SOFTCAP>
 __global__ void __launch_bounds__(MAX_THREADS, KEPT ? MOST_BLOCKS : BLOCKS) row_pass(const __grid_constant__ Launch a) {
     const int rank = int(blockIdx.x % unsigned(a.ranks)), threads = int(blockDim.x), thread = int(threadIdx.x);
     const int64_t n = blockIdx.x / unsigned(a.ranks);
     const int vocab = int(a.rows.vocab);
-    const int64_t first = int64_t(rank) * a.part;  // int64: the parts of 8 blocks may go beyond the vocabulary
+    const int64_t first = int64_t(rank) * a.part;  // int64: the parts of 8 blocks may extend beyond the vocabulary
     const int begin = int(first < vocab ? first : vocab), end = int(first + a.part < vocab ? first + a.part : vocab);
     const float* const row = a.rows.products + n * a.rows.stride;
     const int64_t target = a.rows.targets[n];
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(MAX_THREADS, KEPT ? MOST_BLOCKS : BLOCKS) row_
     const int vectors = (end - begin + 3) / 4;
     Sums sums;
     if constexpr (KEPT) {
-        // A thread takes what it copied itself, which needs no barrier.
+        // A thread reads only what it copied itself, which needs no barrier.
         XPO_DYNAMIC_SHARED(float, kept);
 #pragma unroll 1
         for (int d = 0; d < AHEAD; ++d) {
@@ -212,12 +214,12 @@ __global__ void __launch_bounds__(MAX_THREADS, KEPT ? MOST_BLOCKS : BLOCKS) row_
     if constexpr (!std::is_void<Grad>::value) {
         constexpr int K = 16 / sizeof(Grad);
         Grad* const out = static_cast<Grad*>(a.rows.grad) + n * a.rows.grad_stride;
-        float u = 0, factor = 0;  // of e_y and of p
+        float u = 0, factor = 0;  // coefficients of e_y and of p
         if (a.rows.u_logp != nullptr) u = a.rows.u_logp[n];
         if (a.rows.u_lse != nullptr) factor = a.rows.u_lse[n];
         if (a.rows.u_logp == nullptr && a.rows.u_lse == nullptr) u = 1;
         factor -= u;
-        // From the last vector on where the row is read again: what was read last is what a cache still has.
+        // If the row is read again, from its last vector on: what was read last is still in a cache.
         const int last = begin + (end - begin - 1) / K * K;
         for (int at = begin + K * thread; at < end; at += K * threads) {
             const int column = KEPT ? at : last - (at - begin);
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(MAX_THREADS, KEPT ? MOST_BLOCKS : BLOCKS) row_
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    // p_y − 1 before it is rounded: a confident token's gradient is that difference.
+                    // p_y − 1 is formed before it is rounded: it is the gradient of a confident token.
                     const float by_z = exponential(found.log_p(z[i])) * factor + (column + k + i == y ? u : 0.0f);
                     dz[k + i] = by_z * slope<SOFTCAP>(z[i], a.scaling);
                 }
@@ -296,8 +298,8 @@ int launch_planned(const XpoRows& r, const XpoRowPlan& plan, void* stream) {
 }  // namespace
 }  // namespace xpo
 
-// The smallest cluster of which a multiprocessor can have three blocks; else two; else the row is read twice: a block
-// that has a multiprocessor to itself leaves it idle wherever it waits.
+// Chooses the smallest cluster with three blocks per multiprocessor, else with two, else reads the row twice: a block
+// alone on a multiprocessor leaves it idle whenever it waits.
 int xpo_plan_rows(int64_t vocab, int64_t shared_limit, int32_t clusters, int32_t threads, int32_t with_grad,
                   XpoRowPlan* plan) {
     using namespace xpo;
@@ -348,7 +350,7 @@ int xpo_rows(const XpoRows* rows, void* stream) {
         int error = xpo_plan_rows(r.vocab, limits.shared_bytes, clusters, limits.threads, r.grad != nullptr, &plan);
         if (error == 0) error = xpo_rows_planned(&r, &plan, stream);
         if (error != cudaErrorInvalidClusterSize || plan.ranks == 1) return error;
-        clusters = plan.ranks / 2;  // there is no place for these
+        clusters = plan.ranks / 2;  // the device cannot schedule these
     }
 }
 

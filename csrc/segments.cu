@@ -1,8 +1,8 @@
 // One launch from token log-probs to the loss, its metrics and u = ∂loss/∂logp: see segments.h.
 //
-// A block takes one unit after another (a unit's rows are all its own): it sums the rows, evaluates the loss and writes u.
-// The block that finishes last then sums the units. No order depends on which block that is: results are the same to the
-// bit in every run.
+// A block takes one unit after another; no two units share a row. It sums the rows, evaluates the loss and writes u.
+// The block that finishes last then sums the units. No order depends on which block that is, so results are the same to
+// the bit in every run.
 #include <limits.h>
 
 #include "device.cuh"
@@ -13,7 +13,7 @@
 namespace xpo {
 namespace {
 
-// Shared memory: partial sums, K values a thread; counts; whether this block is the last.
+// Shared memory: partial sums, K values per thread; counts; whether this block is the last.
 template <typename T, int THREADS, int K, int M>
 struct Scratch {
     T lanes[K * THREADS];
@@ -21,11 +21,11 @@ struct Scratch {
     uint32_t last;
 };
 
-// Each of v (K) summed over the block, to all its threads. lanes (K, THREADS).
+// Sums each of v (K) over the block; all threads get the sums. lanes (K, THREADS).
 template <int THREADS, int K, typename T>
 __device__ void block_sum(T (&v)[K], T* lanes) {
     const int lane = int(threadIdx.x);
-    __syncthreads();  // what stood there has been read
+    __syncthreads();  // the previous contents have been read
 #pragma unroll
     for (int k = 0; k < K; ++k) lanes[k * THREADS + lane] = v[k];
     for (int width = THREADS / 2; width > 0; width /= 2) {
@@ -48,16 +48,16 @@ __device__ T weight(const SegmentCall<T>& call, int64_t unit) {
     return call.weights ? call.weights[unit] : T(1);
 }
 
-// In the block that gets here last: values (1 + M, U) → loss, means and counts. entries (M, U): how many entries a value
-// is the sum of; null: one, or if it is NaN none.
+// In the block that arrives last: values (1 + M, U) → loss, means and counts. entries (M, U): the number of entries
+// summed in a value; null: one, or none if the value is NaN.
 template <int THREADS, int K, int M, typename T>
 __device__ void finish(const SegmentCall<T>& call, const uint32_t* entries, Scratch<T, THREADS, K, M>& scratch) {
     static_assert(K >= 1 + M, "a loss and the metrics");
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // what this block wrote, before it counts as done
+        __threadfence();  // orders this block's writes before its ticket
         scratch.last = atomicAdd(call.ticket, 1u) == gridDim.x - 1;
-        __threadfence();  // what the others wrote, after they have been counted
+        __threadfence();  // orders the reads of the others' writes after their tickets
     }
     __syncthreads();
     if (!scratch.last) return;
@@ -86,7 +86,8 @@ __device__ void finish(const SegmentCall<T>& call, const uint32_t* entries, Scra
 }
 
 template <typename T>
-__device__ void write_values(const SegmentCall<T>& call, int64_t unit, bool valid, T loss, const T* metrics, int count) {
+__device__ void write_values(
+    const SegmentCall<T>& call, int64_t unit, bool valid, T loss, const T* metrics, int count) {
     call.values[unit] = valid ? loss : T(0);
     for (int m = 0; m < count; ++m) call.values[(1 + m) * call.units + unit] = valid ? metrics[m] : T(NAN);
 }
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(THREADS, 1) segment_pairs(SegmentPairs<T> args
         const int64_t len_w = args.len_w ? args.len_w[pair] : w.end - w.begin;
         const int64_t len_l = args.len_l ? args.len_l[pair] : l.end - l.begin;
         const bool valid = len_w > 0 && len_l > 0;
-        // Every thread for itself: a broadcast would wait for as long.
+        // Every thread computes it: a broadcast would take as long.
         const PairValue<T> value = pair_loss(f, sums[0], sums[1], args.ref_w ? args.ref_w[pair] : T(0),
                                              args.ref_l ? args.ref_l[pair] : T(0), T(len_w), T(len_l));
         const T scale = factor(call) * weight(call, pair);
@@ -175,8 +176,8 @@ __global__ void __launch_bounds__(THREADS, 1) segment_tokens(SegmentTokens<T> ar
     const auto log_ratio = [&](int64_t i) { return args.old ? call.logp[i] - args.old[place(i)] : T(0); };
     for (int64_t row = blockIdx.x; row < call.units; row += gridDim.x) {
         const Segment at = segment(call.offsets, row, call.start, call.tokens);
-        T row_ratio = 0, share = 1;  // the row's log r; what a token's loss is multiplied by in the row's
-        T each = 1;                  // what the row's log r is multiplied by in a token's
+        T row_ratio = 0, share = 1;  // the row's log r; the factor of a token's loss in the row's loss
+        T each = 1;                  // derivative of the row's log r with respect to a token's
         if (args.sequence) {
             T sums[2] = {
                 lane_sum<T>(at.begin, at.end, int(threadIdx.x), THREADS,
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(THREADS, 1) segment_tokens(SegmentTokens<T> ar
             if (args.sequence == MEAN_OF_ROW) share = each;
         }
         const T scale = factor(call) * weight(call, row) * share;
-        T sums[M + 3] = {};  // of the metrics, the losses, their derivatives by the row's log r, the log-probs
+        T sums[M + 3] = {};  // of metrics, losses, derivatives with respect to the row's log r, and log-probs
         uint32_t entries[M] = {};
         for (int64_t i = at.begin + threadIdx.x; i < at.end; i += THREADS) {
             T u = 0, loss = 0;
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, 1) segment_tokens(SegmentTokens<T> ar
                     u = T(args.beta) * kl.slope;
                 }
                 if (args.sequence) {
-                    sums[SLOPE] += value.d;  // comes to u when the row is through
+                    sums[SLOPE] += value.d;  // is added to u at the end of the row
                 } else {
                     u += value.d;
                 }
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(THREADS, 1) segment_tokens(SegmentTokens<T> ar
             call.values[row] = share * sums[LOSS];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                const bool of_row = args.sequence && m != KL_METRIC;  // one entry, the mean over its tokens
+                const bool of_row = args.sequence && m != KL_METRIC;  // one entry per row, the mean over its tokens
                 call.values[(1 + m) * call.units + row] = of_row && entries[m] ? sums[m] / T(entries[m]) : sums[m];
                 args.row_counts[m * call.units + row] = of_row ? uint32_t(entries[m] > 0) : entries[m];
             }
@@ -242,9 +243,9 @@ __global__ void __launch_bounds__(THREADS, 1) segment_tokens(SegmentTokens<T> ar
     finish(call, args.row_counts, *scratch);
 }
 
-// --- launches ----------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
-constexpr int64_t MOST = INT_MAX;  // units and tokens, which are counted in 32 bits
+constexpr int64_t MOST = INT_MAX;  // of units and of tokens: they are counted in 32 bits
 
 template <typename T>
 int check(const SegmentCall<T>& call) {
@@ -261,7 +262,7 @@ cudaError_t clear(T* memory, int64_t count, void* stream) {
     return cudaMemsetAsync(memory, 0, size_t(count) * sizeof(T), static_cast<cudaStream_t>(stream));
 }
 
-// Without units one block writes the loss of nothing; log-probs of no unit have u = 0.
+// Without units one block writes the empty loss; log-probs that belong to no unit get u = 0.
 template <int BLOCKS, int THREADS, typename Call>
 int launch_units(void (*kernel)(Call), const Call& args, void* stream) {
     const int64_t units = args.call.units;

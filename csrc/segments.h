@@ -1,41 +1,42 @@
-// xpo_segment_*: token log-probs and row offsets to sequence sums, the loss, metrics and u = ∂loss/∂logp, in one launch.
+// xpo_segment_*: from token log-probs and row offsets to sequence sums, loss, metrics and u = ∂loss/∂logp, in one
+// launch.
 //
-// Rows are segments: row i of R has the log-probs logp[offsets[i] − start … offsets[i + 1] − start), as far as there are any
-// of the n given. Every pointer but `struct` itself is of the device; "or null" says what may be left out. All arrays are
-// contiguous. T is float in the library; the host build of the tests has double, too. Every field is 8 bytes wide, so that
-// the layout is the order.
+// Rows are segments: row i of R has the log-probs logp[offsets[i] − start … offsets[i + 1] − start), cut to the n that
+// are given. Every pointer in a struct points to device memory; "or null" marks what may be left out. All arrays are
+// contiguous. T is float in the library, and also double in the tests' host build. Every field is 8 bytes wide, so that
+// the layout follows from the order.
 #pragma once
 
 #include <stdint.h>
 
 namespace xpo {
 
-// What all three have.
+// The fields that all three have.
 template <typename T>
 struct SegmentCall {
     int64_t tokens, start, units;  // n; the offset of logp[0]; units: pairs or rows
     const T* logp;                 // (n,)
     const int64_t* offsets;        // (R + 1,)
-    const T* weights;              // (U,) what a unit's loss is multiplied by before the sum, or null
-    const T* denominator;          // () what the sum is divided by, unless it is 0, or null
-    double scale;                  // what the loss and u are multiplied by
-    T* u;                          // (n,) ∂loss/∂logp, 0 for what is in no unit
-    T* sums;                       // (R,) of logp
-    T* values;                     // (1 + M, U) losses, 0 in units left out; metrics, NaN where there is none
+    const T* weights;              // (U,) factors of the units' losses, or null: 1
+    const T* denominator;          // () divisor of the sum, unless it is 0; or null
+    double scale;                  // factor of the loss and of u
+    T* u;                          // (n,) ∂loss/∂logp, 0 for log-probs of no unit
+    T* sums;                       // (R,) sums of logp
+    T* values;                     // (1 + M, U): losses, 0 for units left out; metrics, NaN if a unit has none
     T* loss;                       // ()
-    T* means;                      // (M,) of the metrics, NaN over none
-    int64_t* counts;               // (M,) what they are over
+    T* means;                      // (M,) means of the metrics, NaN over no entry
+    int64_t* counts;               // (M,) number of entries of each mean
     uint32_t* ticket;              // () scratch
 };
 
-// A unit is a pair, of a chosen and a rejected row: rows pair·pair_step and pair·pair_step + side_step. It is left out where
-// one of the two has no token. Metrics (7): rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
+// A unit is a pair of a chosen and a rejected row: rows pair·pair_step and pair·pair_step + side_step. It is left out
+// if one of the two has no token. Metrics (7): rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
 // logps/chosen, logps/rejected, nll_loss.
 template <typename T>
 struct SegmentPairs {
     SegmentCall<T> call;
     int64_t pair_step, side_step;
-    const T *ref_w, *ref_l;        // (P,) log-probs under the reference, or null: 0
+    const T *ref_w, *ref_l;        // (P,) reference log-probs, or null: 0
     const int64_t *len_w, *len_l;  // (P,) scored tokens, or null: the segments' lengths
     int64_t kind;                  // PairKind and PairLoss
     double scale, reward_scale, positive, negative, target, shift, price, likelihood;
@@ -54,9 +55,9 @@ struct SegmentRows {
     double beta, lambda_d, lambda_u;
 };
 
-// A unit is a row, its loss the sum of those of its tokens. Per-token arrays stand where all N tokens of a batch do:
-// that of logp[i] at positions[i]. Values are sums over a row, whose numbers of entries are row_counts. Metrics (5): ratio,
-// low-clipped, high-clipped, either, kl.
+// A unit is a row, and its loss the sum of its tokens' losses. Per-token arrays cover all N tokens of the batch: the
+// entry of logp[i] is at positions[i]. Values are sums over a row, and row_counts are their numbers of entries. Metrics
+// (5): ratio, low-clipped, high-clipped, either, kl.
 template <typename T>
 struct SegmentTokens {
     SegmentCall<T> call;
@@ -64,14 +65,14 @@ struct SegmentTokens {
     const uint8_t* mask;         // (N,) bool, or null: all; u is 0 outside
     const T* advantage;          // (R,), or (N,)
     const T* old;                // (N,) log-probs at sampling, or null: the policy's own
-    const T* ref;                // (N,) log-probs under the reference, or null: no kl
-    T* token_losses;             // (n,), 0 for what is in no row, or null
+    const T* ref;                // (N,) reference log-probs, or null: no kl
+    T* token_losses;             // (n,), 0 for log-probs of no row; or null
     uint32_t* row_counts;        // (M, R)
     int64_t advantage_by_token;  // else by row
-    int64_t sequence;            // BY_TOKEN: r by token; else r of a row, exp of its mean log r, and a mean or sum over it
+    int64_t sequence;            // BY_TOKEN; else r per row, exp of its mean log r, and a mean or sum over it
     int64_t kind;                // TokenKind and TokenLoss
     double log_low, log_high, log_cap, cap, penalty, tau_pos, tau_neg;
-    double beta;                 // of k3 with the reference
+    double beta;                 // coefficient of k3 with the reference
 };
 
 enum { PAIR_METRICS = 7, ROW_METRICS = 5, TOKEN_METRICS = 5, KL_METRIC = 4 };

@@ -2,8 +2,8 @@
 
     make demo        # or: python examples/demo.py --steps 64
 
-The packaged pairs prefer a direct, brief answer to an evasive or padded one. The last 60 are held out. The frozen weights
-are in the dtype in which they cost least here, and where one step takes long there are fewer of them.
+The packaged pairs prefer a direct, brief answer to an evasive or padded one. The last 60 are held out. The frozen
+weights have the dtype that is fastest on this machine, and if one step takes long, fewer steps are taken.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from xpo_fast import data, precision
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.files import cache_dir
 from xpo_fast.models import load_model
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.trainer import XPOConfig, XPOTrainer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from measure import peak_allocated_mib, time_interleaved
 
 HELD_OUT = 60
-BUDGET_S = 9.25 * 60  # what is measured at its beginning may be slower later
+BUDGET_S = 9.25 * 60  # steps may be slower later than when they are timed
 LEAST_STEPS = 4
-# What the rows held out cost, before and after training, in steps: three passes forward each, where a step of 16 rows has
-# two of them and a backward.
+# Cost of the held-out rows before and after training, in steps: three forward passes each, where a step of 16 rows has
+# two forward passes and a backward.
 STEPS_PER_HELD_OUT_PAIR = 2 * 6 / 60
 QUESTION = "How do I keep cut apples from going brown?"
 
@@ -63,7 +63,7 @@ def materialised(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
 
 
 def compare_losses(trainer: XPOTrainer) -> None:
-    """Time and peak memory of loss and gradient, from the same hidden states of one batch."""
+    """Prints time and peak memory of loss and gradient for the same hidden states of one batch."""
     batch = next(iter(trainer.get_train_dataloader()))
     model = causal_lm(trainer.model)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def compare_losses(trainer: XPOTrainer) -> None:
 
 
 def seconds_per_step(trainer: XPOTrainer) -> float:
-    """Of one batch, forward and backward, as training does it; nothing is learned from it."""
+    """Returns the time of forward and backward on one batch, as in training, without updating the weights."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
     start = time.perf_counter()
@@ -102,8 +102,8 @@ def seconds_per_step(trainer: XPOTrainer) -> float:
 
 
 def affordable(step_s: float, steps: int, left_s: float) -> tuple[int, int]:
-    """Steps and held-out pairs that fit into the time left: all, or half of the pairs and at least LEAST_STEPS."""
-    left = left_s / step_s - 2  # the two answers, about a step each
+    """Returns the steps and held-out pairs that fit: all, or half of the pairs and at least LEAST_STEPS."""
+    left = left_s / step_s - 2  # the two generated answers take about a step each
     if steps + STEPS_PER_HELD_OUT_PAIR * HELD_OUT <= left:
         return steps, HELD_OUT
     pairs = HELD_OUT // 2

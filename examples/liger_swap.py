@@ -1,11 +1,11 @@
-"""Liger's classes with the import replaced: its documented ORPO, on SmolLM2-135M-Instruct and packaged pairs.
+"""Liger's classes with the import replaced: its documented ORPO, on SmolLM2-135M-Instruct and the packaged pairs.
 
     python examples/liger_swap.py
 
     -from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
     +from xpo_fast.integrations.liger import LigerFusedLinearORPOLoss
 
-Where Liger is installed the same lines run with its own class, too, uncompiled, and the two are compared.
+If Liger is installed, the same lines also run with its own class, uncompiled, and the two are compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xpo_fast.models import SMOLLM2, hidden_states, load_model
 
 
 def main(model: Any, tokenizer: Any, pairs: int = 4) -> dict[str, tuple[float, Any, Any]]:
-    """Loss, gradient of the hidden states, gradient of the head; ours and, where it is installed, Liger's."""
+    """Returns the loss and the gradients of hidden states and head, ours and, if it is installed, Liger's."""
     data: Any = encode(load(PAIRS, kind="pair"), tokenizer, kind="pair", max_length=128)
     batch = Collator(tokenizer.pad_token_id, "pair")(list(data.select(range(pairs))))
     target = batch.pop("targets")  # (2P, T) aligned, the chosen rows first: as Liger has them
@@ -35,7 +35,7 @@ def main(model: Any, tokenizer: Any, pairs: int = 4) -> dict[str, tuple[float, A
         y, (chosen_logps, rejected_logps, *_) = orpo_loss(lm_head.weight, x, target)
         d_x, d_weight = torch.autograd.grad(y, (x, lm_head.weight))
         margin = (chosen_logps - rejected_logps).mean()
-        print(f"{name:<10}loss {y:.5f}  mean log-prob, chosen less rejected: {margin:+.5f}")
+        print(f"{name:<10}loss {y:.5f}  mean log-prob, chosen minus rejected: {margin:+.5f}")
         return y.item(), d_x, d_weight
 
     found = {"xpo_fast": run("xpo_fast", LigerFusedLinearORPOLoss())}

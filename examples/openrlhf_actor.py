@@ -1,4 +1,4 @@
-"""An Actor in OpenRLHF's shape (which is not run here): action log-probs without logits, and PPO on its samples."""
+"""An Actor with the interface of OpenRLHF (not run here): action log-probs without logits, and PPO on its samples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Actor(nn.Module):
         self.model, self.temperature = model, temperature
 
     def forward(self, sequences: Tensor, action_mask: Tensor, attention_mask: Tensor) -> Tensor:
-        """Log-probs (B, A), 0 outside action_mask (B, A), of the last A tokens of sequences (B, T)."""
+        """Returns log-probs (B, A) of the last A tokens of sequences (B, T), 0 outside action_mask (B, A)."""
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         batch = {"input_ids": sequences, "attention_mask": attention_mask, "position_ids": position_ids}
         head, first = xf.Head.from_model(self.model), sequences.shape[1] - action_mask.shape[1]
-        hidden = hidden_states(self.model, batch)[:, first - 1 : -1]  # (B, A, D) of the tokens before
+        hidden = hidden_states(self.model, batch)[:, first - 1 : -1]  # (B, A, D), each of the token before
         targets = sequences[:, first:].masked_fill(~action_mask, -100)
-        return xf.token_logps(hidden, head.weight, targets, temperature=self.temperature, **head.kwargs())
+        return xf.token_logps(hidden, head, targets, temperature=self.temperature)
 
 
 def main(model: Any, tokenizer: Any, samples: int = 4, epochs: int = 4, tokens: int = 24) -> list[float]:
@@ -35,9 +35,9 @@ def main(model: Any, tokenizer: Any, samples: int = 4, epochs: int = 4, tokens: 
     sequences = model.generate(**prompt, do_sample=True, top_k=0, max_new_tokens=tokens)
     actions = sequences[:, prompt["input_ids"].shape[1] :]  # (B, A)
     ends = (actions == tokenizer.eos_token_id).long()
-    mask = ends.cumsum(1) == ends  # up to the first EOS, that included
+    mask = ends.cumsum(1) == ends  # up to and including the first EOS
     texts = tokenizer.batch_decode(actions, skip_special_tokens=True)
-    rewards = torch.tensor([len(text.split()) / max(1, len(text)) for text in texts])  # words a character
+    rewards = torch.tensor([len(text.split()) / max(1, len(text)) for text in texts])  # words per character
     advantage = group_normalised(rewards.view(2, samples)).flatten()
     actor, losses = Actor(model), []
     inputs = sequences, mask, torch.cat([prompt["attention_mask"], mask], dim=1)

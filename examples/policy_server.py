@@ -1,9 +1,10 @@
-"""A policy behind OpenAI's /v1/completions, for a machine without vLLM; LoRA adapters are loaded and unloaded as vLLM does.
+"""A policy behind OpenAI's /v1/completions for a machine without vLLM; LoRA adapters are loaded as vLLM loads them.
 
     python examples/policy_server.py --port 8000
 
-One completion at a time, so that it is slow, but with vLLM's fields: token ids and their log-probs. server_rollout.py samples
-from it. It has no other memory than its process: started anew, it serves the base model and no adapter.
+It makes one completion at a time, so it is slow, but it has vLLM's fields: token ids and their log-probs.
+server_rollout.py samples from it. Nothing is kept between runs: after a restart it serves the base model and no
+adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from xpo_fast.rollout import GenerateRollout, Sampling
 
 
 class PolicyServer(HTTPServer):
-    """A model, and adapters on it by name; serves from a thread of its own until it is left as a context."""
+    """Server of a model and its adapters by name; runs in a thread of its own until the context is left."""
 
     def __init__(self, model: Any, tokenizer: Any, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -37,7 +38,7 @@ class PolicyServer(HTTPServer):
         self.server_close()
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
-        """KeyError for a policy that is not served."""
+        """Returns the response to a request; raises KeyError for a policy that is not served."""
         if path == "/v1/models":
             return {"data": [{"id": n, "parent": None if n == "base" else "base"} for n in self.policies]}
         if path == "/v1/load_lora_adapter":

@@ -1,12 +1,13 @@
-"""PPO against a reward model: a critic on the policy's trunk, adaptive KL, and the adapter switched off as the reference.
+"""PPO against a reward model, with a critic on the policy's trunk, adaptive KL, and the adapter off as the reference.
 
     python examples/ppo_reward_model.py
-    python examples/ppo_reward_model.py --reward-model runs/reward_model     # that of reward_model.py
+    python examples/ppo_reward_model.py --reward-model runs/reward_model     # the one that reward_model.py saves
 
-SmolLM2-135M-Instruct with LoRA answers the packaged questions. A reward model, trained for a moment on the packaged pairs if
-none is given, scores its answers, and one that is cut off before its end loses 1. The divergence from the reference is
-taken off the reward, times a coefficient that each rollout may move by a fifth: up above KL_TARGET nats an answer, down below.
-Answers to questions held out are scored before and after; reward, divergence and length of every rollout are printed.
+SmolLM2-135M-Instruct with LoRA answers the packaged questions. A reward model scores the answers (if none is given, one
+is trained briefly on the packaged pairs), and a truncated answer loses 1. The divergence from the reference, times a
+coefficient, is subtracted from the reward; each rollout may change the coefficient by up to a fifth, up if the
+divergence is above KL_TARGET nats per answer, down if it is below. Answers to held-out questions are scored before and
+after training, and the reward, divergence and length of every rollout are printed.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ def lora() -> LoraConfig:
 
 
 def trained(model: Any, tokenizer: Any, steps: int) -> RewardModel:
-    """A reward model from the pairs whose questions are not held out."""
-    args = RewardConfig(
-        "runs/ppo_reward_model/reward", max_steps=steps, per_device_train_batch_size=8, learning_rate=2e-4,
-        value_head_learning_rate=1e-3, max_length=128, logging_steps=4, save_strategy="no",
-    )  # fmt: skip
+    """Returns a reward model trained on the pairs whose questions are not held out."""
+    run: Any = {"max_steps": steps, "per_device_train_batch_size": 8, "logging_steps": 4, "save_strategy": "no"}
+    run |= {"learning_rate": 2e-4, "value_head_learning_rate": 1e-3, "max_length": 128}
+    args = RewardConfig("runs/ppo_reward_model/reward", **run)
     pairs: Any = load(PAIRS, kind="pair")
     pairs = pairs.select(range(len(pairs) - HELD_OUT))
     operands: Any = {"train_dataset": pairs, "processing_class": tokenizer, "peft_config": lora()}
@@ -49,50 +49,50 @@ def trained(model: Any, tokenizer: Any, steps: int) -> RewardModel:
 
 
 def main(
-    model: Any, tokenizer: Any, reward_model: RewardModel | None = None, *, rollouts: int = 8, prompts: int = 8,
-    generations: int = 2, tokens: int = 64, reward_steps: int = 12, folder: str = "runs/ppo_reward_model",
-) -> dict[str, Any]:  # fmt: skip
-    """Rewards of held-out questions before and after, the log of the rollouts, the policy and its reward model."""
-    if reward_model is None:
-        reward_model = trained(copy.deepcopy(model), tokenizer, reward_steps)
+    model: Any,
+    tokenizer: Any,
+    reward_model: RewardModel | None = None,
+    *,
+    rollouts: int = 8,
+    prompts: int = 8,
+    generations: int = 2,
+    tokens: int = 64,
+    reward_steps: int = 12,
+    folder: str = "runs/ppo_reward_model",
+) -> dict[str, Any]:
+    """Returns the evaluations before and after, the log of the rollouts, the policy and its reward model."""
+    reward_model = reward_model or trained(copy.deepcopy(model), tokenizer, reward_steps)
     rows = [{"prompt": row["prompt"]} for row in load_prompts(PAIRS)]
-    args = RLConfig(
-        folder, method="ppo", max_steps=2 * rollouts, epochs_per_rollout=2, prompts_per_rollout=prompts,
-        num_generations=generations, per_device_train_batch_size=prompts * generations, max_new_tokens=tokens,
-        kl_coef=0.05, kl_target=KL_TARGET, kl_horizon=prompts * generations, missing_eos_penalty=1.0,
-        vf_coef=0.1, value_clip=0.2, gamma=1.0, lam=0.95, learning_rate=1e-4, lr_scheduler_type="constant",
-        logging_steps=2, save_strategy="no",
-    )  # fmt: skip
-    trainer = RLTrainer(
-        model, reward_model, args, train_dataset=rows[:-HELD_OUT], eval_dataset=rows[-HELD_OUT:],
-        processing_class=tokenizer, peft_config=lora(),
-    )  # fmt: skip
+    answers = prompts * generations
+    rollout: Any = {"prompts_per_rollout": prompts, "num_generations": generations, "max_new_tokens": tokens}
+    reward: Any = {"kl_coef": 0.05, "kl_target": KL_TARGET, "kl_horizon": answers, "missing_eos_penalty": 1.0}
+    critic: Any = {"vf_coef": 0.1, "value_clip": 0.2, "gamma": 1.0, "lam": 0.95}
+    steps: Any = {"epochs_per_rollout": 2, "max_steps": 2 * rollouts, "per_device_train_batch_size": answers}
+    steps |= {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "logging_steps": 2, "save_strategy": "no"}
+    args = RLConfig(folder, method="ppo", **rollout, **reward, **critic, **steps)
+    data: Any = {"train_dataset": rows[:-HELD_OUT], "eval_dataset": rows[-HELD_OUT:], "processing_class": tokenizer}
+    trainer = RLTrainer(model, reward_model, args, peft_config=lora(), **data)
     before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate()
-    return {
-        "before": before,
-        "after": after,
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "policy": trainer.model,
-        "reward_model": reward_model,
-    }
+    found = {"before": before, "after": trainer.evaluate(), "policy": trainer.model, "reward_model": reward_model}
+    return found | {"log": [entry for entry in trainer.state.log_history if "loss" in entry]}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--reward-model", metavar="FOLDER")
     parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--reward-steps", type=int, default=12, help="of the reward model, if none is given")
+    parser.add_argument("--reward-steps", type=int, default=12, help="steps of the reward model, if none is given")
     given = parser.parse_args()
     scorer = given.reward_model and RewardModel.load(given.reward_model, dtype=fastest())
     smollm2 = load_model(SMOLLM2, dtype=fastest())
     found = main(*smollm2, scorer, rollouts=given.rollouts, reward_steps=given.reward_steps)
-    print("\nrollout   reward   KL, nats   times    tokens  cut off   variance explained by the critic")
+    print("\nrollout   reward   KL, nats   coef.    tokens  truncated   variance explained by the critic")
     for k, told in enumerate(found["log"]):
         print(
             f"{k + 1:>7}{told['reward']:>+9.3f}{told['objective/kl']:>+11.2f}{told['kl_coef']:>8.4f}"
-            f"{told['completions/mean_length']:>10.1f}{told['completions/clipped_ratio']:>9.0%}{told['value/explained']:>+23.2f}"
+            f"{told['completions/mean_length']:>10.1f}{told['completions/clipped_ratio']:>11.0%}"
+            f"{told['value/explained']:>+23.2f}"
         )
     for name in ("before", "after"):
         told = {key.removeprefix("eval_"): x for key, x in found[name].items()}

@@ -1,11 +1,11 @@
-"""A Bradley–Terry reward model, and beside it the reward that a DPO policy implies, on the same held-out pairs.
+"""A Bradley–Terry reward model, compared with the reward that a DPO policy implies, on the same held-out pairs.
 
     python examples/reward_model.py
 
-SmolLM2-135M-Instruct with LoRA, trained twice from the same start on the same packaged pairs: with a value head that
+SmolLM2-135M-Instruct with LoRA is trained twice from the same start on the same packaged pairs: with a value head that
 learns which answer is preferred (the explicit reward), and by DPO, whose policy scores an answer by β(log π − log ref)
-(the implicit one). Both are measured on the 60 pairs held out, the reward model before it is trained, and as it is loaded
-from the folder that it was saved in.
+(the implicit reward). Both are measured on 60 held-out pairs; the reward model before training, too, and after it has
+been loaded from the folder that it was saved in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from xpo_fast.data import load
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.precision import fastest
-from xpo_fast.rewards.model import ImplicitReward, RewardModel
+from xpo_fast.rewards.implicit import ImplicitReward
+from xpo_fast.rewards.model import RewardModel
 from xpo_fast.rewards.report import PairScores, compare, score_pairs, summary
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 from xpo_fast.trainer import XPOConfig, XPOTrainer
@@ -32,25 +33,31 @@ BETA = 0.1
 def main(
     model: Any, tokenizer: Any, steps: int = 16, batch: int = 8, folder: str = "runs/reward_model"
 ) -> dict[str, PairScores]:
-    """The scores of the held-out pairs by each scorer. The reward model is in `folder`, DPO's adapter in `folder`-dpo."""
+    """Returns the held-out scores by scorer; saves the reward model in `folder`, DPO's adapter in `folder`-dpo."""
     pairs: Any = load(PAIRS, kind="pair")
     cut = len(pairs) - HELD_OUT
     held_out = pairs.select(range(cut, len(pairs)))
     settings: Any = {
-        "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": 2e-4, "warmup_steps": 0.1,
-        "max_length": 128, "logging_steps": 8, "save_strategy": "no",
-    }  # fmt: skip
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": 2e-4,
+        "warmup_steps": 0.1,
+        "max_length": 128,
+        "logging_steps": 8,
+        "save_strategy": "no",
+    }
     operands: Any = {
-        "train_dataset": pairs.select(range(cut)), "processing_class": tokenizer,
+        "train_dataset": pairs.select(range(cut)),
+        "processing_class": tokenizer,
         "peft_config": LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
-    }  # fmt: skip
+    }
 
     args = RewardConfig(folder, method="bradley_terry", value_head_learning_rate=1e-3, **settings)
     trainer = RewardTrainer(copy.deepcopy(model), args, **operands)
     untrained = score_pairs("untrained", trainer.reward_model(), held_out)
     trainer.train()
     trainer.reward_model().save(folder)
-    loaded = RewardModel.load(folder, dtype=model.dtype)  # the adapter, on the base model that it names
+    loaded = RewardModel.load(folder, dtype=model.dtype)  # the adapter on the base model that it names
     explicit = score_pairs("explicit", loaded, held_out)
 
     args = XPOConfig(f"{folder}-dpo", method="dpo", method_args={"beta": BETA}, **settings)
@@ -64,7 +71,7 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16, help="of 8 pairs, of each training")
+    parser.add_argument("--steps", type=int, default=16, help="steps of 8 pairs in each training")
     parser.add_argument("--folder", default="runs/reward_model")
     given = parser.parse_args()
     found = main(*load_model(SMOLLM2, dtype=fastest()), steps=given.steps, folder=given.folder)
@@ -78,7 +85,7 @@ if __name__ == "__main__":
         )
     both = compare(found["explicit"], found["implicit"])
     print(
-        f"\nexplicit − implicit: {both['accuracy_difference']:+.3f} ± {both['standard_error']:.3f} of accuracy; the same choice in "
-        f"{both['same_choice']:.0%} of pairs, margins correlate by {both['margin_correlation']:.2f}"
+        f"\nexplicit − implicit: {both['accuracy_difference']:+.3f} ± {both['standard_error']:.3f} of accuracy; the "
+        f"same choice in {both['same_choice']:.0%} of pairs, margins correlate by {both['margin_correlation']:.2f}"
     )
     print(f"plots: xpo-fast eval-reward --model {given.folder} --policy {given.folder}-dpo --data {PAIRS}")

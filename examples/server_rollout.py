@@ -1,14 +1,15 @@
-"""GRPO whose samples come from a server that speaks OpenAI's API, and what becomes of it when the server is started anew.
+"""GRPO with samples from a server that speaks OpenAI's API, and what happens when that server is restarted.
 
     python examples/server_rollout.py
     python examples/server_rollout.py --url http://localhost:8000
 
-Without --url the server is that of policy_server.py, in a thread; with it that one in a process of its own, or vLLM with
---enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. Before every rollout the adapter is saved into a folder, which the
-server must see, and the server is told to load it. The off-policy weight that is printed, the policy's probability of a token
-over the one that the server said, is 1 where it did. A server that is gone for a while is waited for; one that was started
-anew comes back without the adapter. That happens here, in the middle of a rollout: the next request is refused, the trainer
-saves a checkpoint and raises, and a new one goes on from there. The reward is the share of an answer's words that differ.
+Without --url the server is that of policy_server.py, in a thread. With --url it is that one in a process of its own, or
+vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. Before every rollout the adapter is saved in a folder
+that the server must be able to read, and the server is told to load it. The off-policy weight that is printed is the
+ratio of the policy's probability of a token to the server's: 1 if the server samples from the current policy. The
+trainer waits for a server that is unreachable for a while. A restarted one comes back without the adapter, which
+happens here in the middle of a rollout: the next request is refused, the trainer saves a checkpoint and raises, and a
+new trainer continues from there. The reward is the share of an answer's words that are different from each other.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rl import RLTrainer
 from xpo_fast.rl.config import RLConfig
-from xpo_fast.rollout import RolloutError
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import RolloutError, ServerRollout
 
 
 def novelty(completions: list[Any], **_: Any) -> list[float]:
@@ -37,7 +37,7 @@ def novelty(completions: list[Any], **_: Any) -> list[float]:
 
 
 class Forgetful(PolicyServer):
-    """Has lost its adapters before completion number `at`, as if it had been started anew."""
+    """Server that loses its adapters before completion number `at`, as if it had been restarted."""
 
     at = 21
 
@@ -49,19 +49,17 @@ class Forgetful(PolicyServer):
 
 
 def main(model: Any, tokenizer: Any, url: str | None = None, *, steps: int = 5, tokens: int = 32) -> dict[str, Any]:
-    """The log of the steps, and what stopped the run on the way."""
+    """Returns the log of the steps, the errors that stopped the run, the policy and its rollout."""
     folder = tempfile.mkdtemp(prefix="server_rollout-")
-    args = RLConfig(
-        folder, method="grpo", max_steps=steps, num_generations=4, per_device_train_batch_size=8, max_new_tokens=tokens,
-        learning_rate=2e-4, lr_scheduler_type="constant", logging_steps=1,
-    )  # fmt: skip
+    sampling: Any = {"num_generations": 4, "per_device_train_batch_size": 8, "max_new_tokens": tokens}
+    optimizer: Any = {"learning_rate": 2e-4, "lr_scheduler_type": "constant", "max_steps": steps}
+    args = RLConfig(folder, method="grpo", logging_steps=1, **sampling, **optimizer)
 
     def trainer(url: str) -> RLTrainer:
         rollout = ServerRollout(url, tokenizer, concurrency=4, push="lora", folder=f"{folder}/adapters")
-        return RLTrainer(
-            copy.deepcopy(model), novelty, args, train_dataset=load_prompts(PAIRS), processing_class=tokenizer,
-            peft_config=LoraConfig(r=8, target_modules="all-linear"), rollout=rollout,
-        )  # fmt: skip
+        operands: Any = {"train_dataset": load_prompts(PAIRS), "processing_class": tokenizer, "rollout": rollout}
+        lora = LoraConfig(r=8, target_modules="all-linear")
+        return RLTrainer(copy.deepcopy(model), novelty, args, peft_config=lora, **operands)
 
     stopped = []
     with contextlib.ExitStack() as stack:
@@ -80,7 +78,7 @@ def main(model: Any, tokenizer: Any, url: str | None = None, *, steps: int = 5, 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--url", help="of a server of SmolLM2-135M-Instruct on this machine")
+    parser.add_argument("--url", help="address of a server of SmolLM2-135M-Instruct on this machine")
     found = main(*load_model(SMOLLM2, dtype="float32"), parser.parse_args().url)
     print(*found["stopped"], "step   reward   off-policy weight", sep="\n")
     for told in found["log"]:

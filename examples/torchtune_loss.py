@@ -1,7 +1,7 @@
-"""A loss in the shape of torchtune's LinearCrossEntropyLoss: SimPO on hidden states and the output projection.
+"""A loss with the interface of torchtune's LinearCrossEntropyLoss: SimPO on hidden states and the output projection.
 
-torchtune itself is not run here: `Decoder` stands for its TransformerDecoder and `main` for a recipe, which looks for
-its class SFTLoss, calls `set_model_output` once and `loss_fn(outputs, labels)` each step (here on the same pairs).
+torchtune itself is not run here: `Decoder` stands for its TransformerDecoder, and `main` for a recipe, which asks for a
+subclass of SFTLoss, calls `set_model_output` once and `loss_fn(outputs, labels)` per step (here on the same pairs).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LinearSimPOLoss(nn.Module):
         self.linear_projection = model.output
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """outputs (2P, T, D), the chosen rows and then the rejected; targets (2P, T) aligned, -100 ignored."""
+        """Returns the loss of outputs (2P, T, D), chosen rows first, and aligned targets (2P, T), -100 ignored."""
         return self.objective(outputs, self.linear_projection.weight, targets).loss
 
 

@@ -1,9 +1,9 @@
-"""Inside TRL: `install()` puts this engine under its trainers, and its DPOTrainer gains this project's losses.
+"""Inside TRL: `install()` puts this engine under TRL's trainers, and DPOTrainer gains this project's losses.
 
     python examples/trl_trainer.py
 
-Three runs of SmolLM2-135M-Instruct with LoRA, each from the same start: TRL alone; TRL with `install()`, whose losses are
-the same; and SimPO, which TRL's DPOTrainer does not have. The seconds are those of whole steps, TRL's work included.
+Three runs of SmolLM2-135M-Instruct with LoRA, each from the same start: TRL alone; TRL with `install()`, with the same
+losses; and SimPO, which TRL's DPOTrainer does not have. The seconds include TRL's own work.
 """
 
 from __future__ import annotations
@@ -21,14 +21,23 @@ from xpo_fast.models import SMOLLM2, load_model
 
 
 def main(model: Any, tokenizer: Any, steps: int = 3, folder: str = "runs/trl_trainer") -> dict[str, list[float]]:
-    """The losses of the steps of each run."""
+    """Returns the loss of each step of each run."""
     data = load(PAIRS, kind="pair").remove_columns("where")
 
     def run(name: str, module: Any, **options: Any) -> list[float]:
         args = module.DPOConfig(
-            folder, max_steps=steps, per_device_train_batch_size=2, learning_rate=2e-4, max_length=128, bf16=False,
-            gradient_checkpointing=False, logging_steps=1, save_strategy="no", dataloader_pin_memory=False, **options,
-        )  # fmt: skip
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            learning_rate=2e-4,
+            max_length=128,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+            **options,
+        )
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
         operands: Any = {"train_dataset": data, "processing_class": tokenizer, "peft_config": lora}
         trainer = module.DPOTrainer(copy.deepcopy(model), args=args, **operands)
@@ -38,7 +47,7 @@ def main(model: Any, tokenizer: Any, steps: int = 3, folder: str = "runs/trl_tra
         return losses
 
     found = {"TRL": run("TRL", trl)}
-    with engine.install():  # engine.install() alone stays until engine.uninstall()
+    with engine.install():  # engine.install() by itself lasts until engine.uninstall()
         found["installed"] = run("TRL, installed", trl)
     found["simpo"] = run("SimPO", engine, loss_type="simpo", hyperparameters={"beta": 2.0, "gamma": 1.0})
     return found

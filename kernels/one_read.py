@@ -1,9 +1,9 @@
-"""Log-probs, statistics and ∂logp/∂(product) of rows of products h Wᵀ, each product read from memory once.
+"""Log-probs, statistics and ∂logp/∂(product) of rows of products h Wᵀ, in one kernel that reads each product once.
 
-A softmax is two reads where e^(z − lse) has to be stored: lse is known at the end of the first. bfloat16 has float32's
-exponents, so that here e^(z − c) is stored instead, with a logit c of the row that is chosen beforehand, S = Σ e^(z − c) is
-summed beside it, and 1/S is a factor of the row, which goes into what the tile is multiplied by and into dH. No atomics:
-the same input gives the same bits.
+A softmax takes two reads if e^(z − lse) is stored, because lse is known only at the end of the first. But bfloat16 has
+float32's range of exponents. So this kernel stores e^(z − c) instead, where c is a logit of the row chosen beforehand,
+and sums S = Σ e^(z − c) beside it. 1/S is a factor of the row, which the caller applies to h and dH instead of the
+tile. No atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,39 +16,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .gates import Variant
-from .rows import _FLOOR, _logits
+from . import launch, logits
+from .logits import FLOOR
 
 STATISTICS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1")
-GRADIENTS = (torch.bfloat16, torch.float32)  # float16 has not the exponents
+GRADIENTS = (torch.bfloat16, torch.float32)  # float16 lacks the exponents
 
-# A row whose largest logit is further above c is read again, with the largest as c: sums of e^(z − c), and of their products
-# with an entry of the head, stay far below float32's e^88. Less far where z − c itself or squares of e^(z − c) are summed.
+# A row whose largest logit exceeds c by more than this is read again, with its largest logit as c. Then sums of e^(z −
+# c), and of its products with an entry of the head, stay far below float32's limit e^88. The gap is smaller if z − c
+# itself or the squares of e^(z − c) are summed.
 _GAP = tl.constexpr(40.0)
 _GAP_OF_STATISTICS = tl.constexpr(20.0)
 _TINY = tl.constexpr(1e-30)
+# Pointers to one element per program: their alignment is no reason to compile again. Nor is the vocabulary's size.
+_NOT_SPECIALIZED = ("targets", *STATISTICS, "factor", "vocab")
 
 
-@triton.jit(
-    # Read or written at one element a program: how they are aligned is no reason to compile again.
-    do_not_specialize=[
-        "targets", "logp", "lse", "entropy", "log_sum_sq_probs", "mean_logit", "top1", "factor", "vocab",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def one_read(
     products,  # (n, V) float32, rows `stride` apart
     bias,  # (V,) float32, or None
     targets,  # (n,) int64
-    # Results, (n,) float32, None where not wanted
+    # Results (n,) float32, None if not wanted
     logp,
     lse,
     entropy,
     log_sum_sq_probs,
     mean_logit,
     top1,  # 1 or 0
-    grad,  # (n, V) float32 or bfloat16, ∂logp/∂(product) up to the row's factor; or None
-    factor,  # (n,) float32, where grad is given
+    grad,  # ∂logp/∂(product) up to a factor per row, (n, V) float32 or bfloat16, or None
+    factor,  # (n,) float32, needed with grad
     stride,
     grad_stride,
     vocab,
@@ -58,41 +55,44 @@ def one_read(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With e = e^(z − c) and s = dz/d(product): grad = e·s but at the target, −s Σ e over all others; factor = −1/Σ e.
+    """Writes the statistics, grad = e·s, at the target −s Σ e over all others, and factor = −1/Σ e.
 
-    The sum over all others is exact where p_y − 1 would cancel. What is rounded is off by up to 2⁻⁸ of itself; of the entries
-    the target's and its likeliest rival's are the largest by far in most rows: the factor is the one with which the two
-    come closest to what they were (least squares), but for a softcap, where they need not be the largest.
+    Here e = e^(z − c) and s = dz/d(product).
+
+    The sum over all others is exact where p_y − 1 would cancel. Rounding to bfloat16 changes an entry by up to 2⁻⁸ of
+    itself. In most rows the entries of the target and of its likeliest rival are by far the largest. So the factor is
+    chosen by least squares to bring these two closest to their exact values; with a softcap it is not, since there they
+    need not be the largest.
     """
     n = tl.program_id(0).to(tl.int64)
     row = products + n * stride
     y = tl.load(targets + n).to(tl.int32)
     lane = tl.arange(0, BLOCK)
-    whole = vocab // BLOCK * BLOCK
+    full = vocab // BLOCK * BLOCK
 
-    # A target outside the vocabulary has no logit; the host asserts.
+    # A target outside the vocabulary has no logit; the caller asserts that there is none.
     known = (y >= 0) & (y < vocab)
-    z_y, slope_y = _logits(row, bias, tl.where(known, y, 0), vocab, gain, inner, ceiling, SOFTCAP)
+    z_y, slope_y = logits.final(row, bias, tl.where(known, y, 0), vocab, gain, inner, ceiling, SOFTCAP)
     z_y = tl.where(known, z_y, float("nan"))
-    some, _slope = _logits(row, bias, lane, vocab, gain, inner, ceiling, SOFTCAP)
+    some, _slope = logits.final(row, bias, lane, vocab, gain, inner, ceiling, SOFTCAP)
     c = tl.maximum(tl.max(some, axis=0), z_y)
     largest = c
     rival = c  # the largest of all but the target
-    others = 0.0  # Σ e of all but the target
-    gaps = 0.0  # Σ e (z − c) of all but the target, and so on
+    others = 0.0  # Σ e over all but the target
+    gaps = 0.0  # Σ e (z − c) over all but the target; `squares` likewise
     squares = 0.0
     plain = 0.0
     again = vocab > 0
-    while again:  # once, but for rows that c does not suit
+    while again:  # a second round only for rows where c was too small
         total = tl.zeros((BLOCK,), tl.float32)
         weighted = tl.zeros((BLOCK,), tl.float32)
         squared = tl.zeros((BLOCK,), tl.float32)
         summed = tl.zeros((BLOCK,), tl.float32)
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         for TAIL in tl.static_range(2):
-            for start in range(whole if TAIL else 0, vocab if TAIL else whole, BLOCK):
+            for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
                 at = start + lane
-                z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                z, slope = logits.final(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
                 if mean_logit is not None:
                     summed += tl.where(at < vocab, z, 0.0)
                 z = tl.where(at == y, float("-inf"), z)
@@ -100,7 +100,7 @@ def one_read(
                 e = tl.exp(z - c)
                 total += e
                 if entropy is not None:
-                    weighted += e * tl.where(z < _FLOOR, _FLOOR, z - c)
+                    weighted += e * tl.where(z < FLOOR, FLOOR, z - c)
                 if log_sum_sq_probs is not None:
                     squared += e * e
                 if grad is not None:
@@ -127,10 +127,10 @@ def one_read(
     if logp is not None:
         tl.store(logp + n, (z_y - c) - log_s)
     if lse is not None:
-        # Without a finite logit: −∞, as in torch.
+        # Without a finite logit lse is −∞, as in torch.
         tl.store(lse + n, tl.where(c == float("-inf"), c, c + log_s))
     if entropy is not None:
-        gap_y = tl.where(z_y < _FLOOR, _FLOOR, z_y - c)
+        gap_y = tl.where(z_y < FLOOR, FLOOR, z_y - c)
         tl.store(entropy + n, log_s - (gaps + e_y * gap_y) / total_y)
     if log_sum_sq_probs is not None:
         tl.store(log_sum_sq_probs + n, tl.log(squares + e_y * e_y) - 2.0 * log_s)
@@ -150,13 +150,13 @@ def one_read(
             y_rounded = -rounded.to(tl.float32) / others
             nearest = (y_rounded + e * e_rounded) / (y_rounded * y_rounded + e_rounded * e_rounded)
             tl.store(factor + n, tl.where(others > _TINY, nearest, 1.0) * -gain / total_y)
-        # After the zero that another thread has written there.
+        # Another thread has written e there in the loop: this store must come after it.
         tl.debug_barrier()
         tl.store(grad + n * grad_stride + y, rounded, mask=known)
 
 
 def _tunable(names: Iterable[str], gradient: bool) -> str:
-    """Four, since what statistics add up is kept in registers."""
+    """Returns the name of the launch: four are tuned apart, because the sums of statistics take registers."""
     statistics = set(names) - {"logp", "lse", "top1"}
     return "one_read" + ("_statistics" if statistics else "") + ("_gradient" if gradient else "")
 
@@ -170,10 +170,10 @@ def run(
     softcap: float | None = None,
     temperature: float = 1.0,
     out: Mapping[str, Tensor],  # statistic → (n,) float32, written
-    grad: Tensor | None = None,  # (n, V) float32 or bfloat16, other memory than the products, written
-    factor: Tensor | None = None,  # (n,) float32, written where grad is
+    grad: Tensor | None = None,  # (n, V) float32 or bfloat16, written; not the products' memory
+    factor: Tensor | None = None,  # (n,) float32, written; needed with grad
 ) -> None:
-    """Write the statistics in `out` and, up to a factor of each row, ∂logp/∂products = factor · grad."""
+    """Writes the statistics named in `out` and, if `grad` is given, ∂logp/∂products = factor · grad, factor per row."""
     assert set(out) <= set(STATISTICS) and (grad is None) == (factor is None)
     vectors = (*out.values(), *(() if factor is None else (factor,)))
     for x in (products, *(() if bias is None else (bias,)), *vectors):
@@ -183,9 +183,9 @@ def run(
         return
     if grad is not None:
         assert grad.shape == products.shape and grad.dtype in GRADIENTS and grad.stride(1) == 1
-        assert grad.data_ptr() != products.data_ptr()  # which may be read again
-    key = None if grad is None else grad.dtype, tuning.bucket(vocab)
-    config = tuning.lookup(_tunable(out, grad is not None), products.device, key)
+        assert grad.data_ptr() != products.data_ptr()  # a row may be read again
+    key = None if grad is None else grad.dtype, launch.bucket(vocab)
+    config = launch.lookup(_tunable(out, grad is not None), products.device, key)
     with torch.cuda.device_of(products):
         one_read[(n,)](
             products,
@@ -197,23 +197,21 @@ def run(
             products.stride(0),
             0 if grad is None else grad.stride(0),
             vocab,
-            logit_scale / temperature,
-            0.0 if softcap is None else logit_scale / softcap,
-            0.0 if softcap is None else softcap / temperature,
+            *logits.scalars(logit_scale, softcap, temperature),
             SOFTCAP=softcap is not None,
             **config.narrowed(vocab).options,
-            enable_fp_fusion=False,  # the target's logit and the largest are compared: rounded alike
+            enable_fp_fusion=False,  # rounds the target's logit and the largest alike: they are compared
         )
 
 
-def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
+def _problems(name: str, workload: launch.Workload) -> Iterator[launch.Problem]:
     w = workload
     names = STATISTICS if "statistics" in name else ("logp", "lse")
 
     def inputs(seed: int) -> tuple[Tensor, Tensor]:
-        return tuning.normal(w, seed, w.tokens, w.vocab).float().mul_(3), tuning.tokens(w, seed)
+        return w.normal(seed, w.tokens, w.vocab).float().mul_(3), w.targets(seed)
 
-    def launch(products: Tensor, targets: Tensor) -> list[Tensor]:
+    def call(products: Tensor, targets: Tensor) -> list[Tensor]:
         made = {s: products.new_empty(w.tokens) for s in names}
         if "gradient" not in name:
             run(products, targets, out=made)
@@ -223,14 +221,15 @@ def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
         return [*made.values(), grad, factor]
 
     if "gradient" not in name:
-        yield tuning.Problem((None, tuning.bucket(w.vocab)), inputs, launch)
+        yield launch.Problem((None, launch.bucket(w.vocab)), inputs, call)
     elif w.dtype in GRADIENTS:
-        yield tuning.Problem((w.dtype, tuning.bucket(w.vocab)), inputs, launch)
+        yield launch.Problem((w.dtype, launch.bucket(w.vocab)), inputs, call)
 
 
-# Without what spills with one Triton or another; and on gfx942 what gives a thread too little for a wide store.
+# Left out: shapes that spill with some version of Triton, and on gfx942 those with too few columns per thread for a
+# wide store.
 for _name, _shapes, _without in (
-    # Few warps a row: many rows are under way, and the last of them leave few processors idle.
+    # Few warps per row: many rows run at once, and the last ones leave few processors idle.
     ("one_read", ((1024, 4), (1024, 8), (512, 4)), {"sm_80": ((1024, 4),)}),
     (
         "one_read_gradient",
@@ -244,14 +243,12 @@ for _name, _shapes, _without in (
         {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), ((1024, 4),)), "gfx942": ((1024, 8),)},
     ),
 ):
-    tuning.declare(
-        _name,
-        tuning.Tunable((one_read,), tuning.row_candidates(*_shapes, without=_without), partial(_problems, _name)),
-    )
+    _candidates = launch.row_candidates(*_shapes, without=_without)
+    launch.declare(_name, launch.Tunable((one_read,), _candidates, partial(_problems, _name)))
 
 
-def variants() -> Iterator[Variant]:
-    """What `gates` compiles: what the head asks for, with everything that can be done to logits and with nothing."""
+def variants() -> Iterator[launch.Variant]:
+    """Yields what gates.py compiles: the calls that the head makes, with softcap and bias and without."""
     some = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
     cases = (  # name, statistics, dtype of the gradient
         ("log-probs", (), None),
@@ -263,27 +260,23 @@ def variants() -> Iterator[Variant]:
     for name, statistics, dtype in cases:
         out = ("logp", "lse", *statistics)
         for everything in (True, False):
-            wanted = {
-                "bias": everything,
-                **{s: s in out for s in STATISTICS},
-                "factor": dtype is not None,
-            }
+            wanted = {"bias": everything, **{s: s in out for s in STATISTICS}, "factor": dtype is not None}
             signature = dict.fromkeys(("products", *(x for x, there in wanted.items() if there)), "*fp32")
             signature |= {"targets": "*i64"} | dict.fromkeys(("stride", "grad_stride", "vocab"), "i32")
             signature |= dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
-            nothing: dict[str, object] = {x: None for x, there in wanted.items() if not there}
+            absent: dict[str, object] = {x: None for x, there in wanted.items() if not there}
             if dtype is None:
-                nothing["grad"] = None
+                absent["grad"] = None
             else:
                 signature["grad"] = f"*{dtype}"
-            yield Variant(
+            yield launch.Variant(
                 one_read,
                 name + (", softcap and bias" if everything else ""),
                 signature,
-                {**nothing, "SOFTCAP": everything},
+                {**absent, "SOFTCAP": everything},
                 divisible=("products", "bias", "grad", "stride", "grad_stride"),
                 fp_fusion=False,
-                tunable=tuning.tunable(_tunable(out, dtype is not None)),
+                tunable=launch.tunable(_tunable(out, dtype is not None)),
                 wide_loops=1,
                 instructions=(32 if statistics else 18) + 50 * everything,
                 representative=name == "log-probs and their gradient",

@@ -1,10 +1,10 @@
-"""Everything that the head does to the rows of products h Wᵀ between its GEMMs, in one kernel.
+"""Statistics of rows of products h Wᵀ, and gradients with respect to them, by one kernel that reads a row up to twice.
 
-One program per row. The first read of the row finds, a lane at a time and joined at the end, the largest logit and
-log Σ e^z (online softmax), and with them the statistics; the second read, where there is something to be made of
-probabilities, writes ∂L/∂(product) for the gradient GEMMs and adds up the divergences from a reference's row. It begins
-where the first has ended: that is still in cache. Bias, scale, softcap and temperature are applied on the fly, in float32.
-No atomics: the same input gives the same bits. What needs no second read is one_read.py's.
+One program per row. The first read finds, per lane and joined at the end, the largest logit and log Σ e^z (online
+softmax), and with them the statistics. The second read happens only if probabilities are needed: it writes
+∂L/∂(product) for the gradient GEMMs, and sums the divergences from a reference's row. It starts where the first ended,
+since that is still in the cache. Bias, scale, softcap and temperature are applied on the fly, in float32. No atomics:
+the same input gives the same bits. Calls that need no second read are one_read.py's.
 """
 
 from __future__ import annotations
@@ -17,74 +17,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .gates import Variant
-
-# In place of −∞, so that differences and their products with sums of exponentials are finite.
-_FLOOR = tl.constexpr(-1e30)
+from . import launch, logits
+from .logits import FLOOR
 
 STATISTICS = ("logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1")
 DIFFERENTIABLE = ("logp", "lse", "entropy", "kl", "reverse_kl")
-
-
-@triton.jit
-def _tanh(x):
-    # A Padé approximant, right to a rounding below 1, where 1 − e^(−2|x|) would cancel.
-    s = x * x
-    near = x * (135135.0 + s * (17325.0 + s * (378.0 + s))) / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _logits(products, bias, at, vocab, gain, inner, ceiling, SOFTCAP: tl.constexpr, MASKED: tl.constexpr = True):
-    """Final logits at some columns, −∞ beyond the vocabulary if it is MASKED, and their derivatives by the products."""
-    inside = at < vocab
-    if MASKED:
-        x = tl.load(products + at, mask=inside, other=0.0)
-        if bias is not None:
-            x += tl.load(bias + at, mask=inside, other=0.0)
-    else:
-        x = tl.load(products + at)
-        if bias is not None:
-            x += tl.load(bias + at)
-    if SOFTCAP:
-        t = _tanh(x * inner)
-        z = t * ceiling
-        slope = gain * (1.0 - t * t)
-    else:
-        z = x * gain
-        slope = gain
-    if MASKED:
-        z = tl.where(inside, z, float("-inf"))
-    return z, slope
+_VALUES = ("entropy", "reverse_kl")  # statistics whose own gradient needs them
+# Pointers to one element per program: their alignment is no reason to compile again. Nor is the vocabulary's size.
+_NOT_SPECIALIZED = (
+    *("targets", *STATISTICS),
+    *(f"u_{name}" for name in DIFFERENTIABLE),
+    *(f"v_{name}" for name in _VALUES),
+    "vocab",
+)
 
 
 @triton.jit
 def _joined(top, total):
-    """The largest logit and log Σ e^(z − largest) of a row from its lanes; and what rescales each lane's sum."""
+    """Returns the largest logit and log Σ e^(z − largest) of a row, and the factor that rescales each lane's sum."""
     largest = tl.max(top, axis=0)
     share = tl.exp(top - largest)
-    # Without a finite logit: NaN, as in torch.
-    largest = tl.where(largest == _FLOOR, float("-inf"), largest)
+    # Without a finite logit the results are NaN, as in torch.
+    largest = tl.where(largest == FLOOR, float("-inf"), largest)
     return largest, tl.log(tl.sum(total * share, axis=0)), share
 
 
-@triton.jit(
-    # Read or written at one element a program: how they are aligned is no reason to compile again.
-    do_not_specialize=[
-        "targets", "logp", "lse", "entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1",
-        "u_logp", "u_lse", "u_entropy", "u_kl", "u_reverse_kl", "v_entropy", "v_reverse_kl", "vocab",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def row_pass(
     products,  # (n, V) float32, rows `stride` apart
     ref_products,  # (n, V) float32, rows `ref_stride` apart, or None
     bias,  # (V,) float32, or None
     ref_bias,  # (V,) float32, or None
     targets,  # (n,) int64
-    # Results, (n,) float32, None where not wanted
+    # Results (n,) float32, None if not wanted
     logp,
     lse,
     entropy,
@@ -94,12 +59,12 @@ def row_pass(
     mean_logit,
     top1,  # 1 or 0
     grad,  # ∂L/∂(product), (n, V), or None; may be the products
-    u_logp,  # (n,) float32, ∂L/∂logp, and so on; None where there is none
+    u_logp,  # ∂L/∂logp (n,) float32, None for 0; so with the others
     u_lse,
     u_entropy,
     u_kl,
     u_reverse_kl,
-    v_entropy,  # (n,) the statistic itself, where u_entropy is given
+    v_entropy,  # the entropy itself (n,), needed with u_entropy
     v_reverse_kl,
     stride,
     ref_stride,
@@ -111,7 +76,7 @@ def row_pass(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of softmax(z), z the final logits, and the gradient of any function of the differentiable ones.
+    """Writes statistics of softmax(z), z the final logits, and the gradient of any function of the differentiable ones.
 
     ∂logp/∂z = e_y − p; ∂lse/∂z = p; ∂entropy/∂z = −p (log p + entropy); ∂kl/∂z = p − q;
     ∂reverse_kl/∂z = p (log p − log q − reverse_kl), with p = softmax z and q the reference's.
@@ -120,25 +85,25 @@ def row_pass(
     row = products + n.to(tl.int64) * stride
     y = tl.load(targets + n).to(tl.int32)
     lane = tl.arange(0, BLOCK)
-    whole = vocab // BLOCK * BLOCK  # columns in full blocks, whose loads and stores are wide whatever V is
+    full = vocab // BLOCK * BLOCK  # the columns in full blocks: their loads and stores are wide for any V
     if ref_products is not None:
         ref_row = ref_products + n.to(tl.int64) * ref_stride
 
-    z_y, _slope_y = _logits(row, bias, y, vocab, gain, inner, ceiling, SOFTCAP)
-    top = tl.full((BLOCK,), _FLOOR, tl.float32)
+    z_y, _slope_y = logits.final(row, bias, y, vocab, gain, inner, ceiling, SOFTCAP)
+    top = tl.full((BLOCK,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top)
     weighted = tl.zeros((BLOCK,), tl.float32)  # Σ e^(z − top) (z − top)
     squares = tl.zeros((BLOCK,), tl.float32)  # Σ e^(2 (z − top))
     plain = tl.zeros((BLOCK,), tl.float32)  # Σ z
-    ref_top = tl.full((BLOCK,), _FLOOR, tl.float32)
+    ref_top = tl.full((BLOCK,), FLOOR, tl.float32)
     ref_total = tl.zeros((BLOCK,), tl.float32)
     for TAIL in tl.static_range(1, -1, -1):
-        for back in range(0, vocab - whole if TAIL else whole, BLOCK):
-            at = (whole if TAIL else whole - BLOCK - back) + lane
-            z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+        for back in range(0, vocab - full if TAIL else full, BLOCK):
+            at = (full if TAIL else full - BLOCK - back) + lane
+            z, slope = logits.final(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
             if mean_logit is not None:
                 plain += tl.where(at < vocab, z, 0.0)
-            z = tl.where(z < _FLOOR, _FLOOR, z)  # not maximum, which would drop a NaN
+            z = tl.where(z < FLOOR, FLOOR, z)  # not maximum, which would drop a NaN
             gap = z - top
             rises = gap > 0
             e = tl.exp(-tl.abs(gap))  # one exponential, whichever of the two is the larger
@@ -149,8 +114,8 @@ def row_pass(
             total = tl.where(rises, total * e + 1.0, total + e)
             top = tl.maximum(top, z)
             if ref_products is not None:
-                z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
-                z = tl.where(z < _FLOOR, _FLOOR, z)
+                z, _ref_slope = logits.final(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                z = tl.where(z < FLOOR, FLOOR, z)
                 gap = z - ref_top
                 e = tl.exp(-tl.abs(gap))
                 ref_total = tl.where(gap > 0, ref_total * e + 1.0, ref_total + e)
@@ -178,7 +143,7 @@ def row_pass(
         sum_reverse = tl.zeros((BLOCK,), tl.float32)
         if grad is not None:
             out = grad + n.to(tl.int64) * grad_stride
-            factor = 0.0  # of p
+            factor = 0.0  # the coefficient of p
             if u_logp is not None:
                 ul = tl.load(u_logp + n)
                 factor -= ul
@@ -194,16 +159,16 @@ def row_pass(
                 ur = tl.load(u_reverse_kl + n)
                 factor -= ur * tl.load(v_reverse_kl + n)
         for TAIL in tl.static_range(2):
-            for start in range(whole if TAIL else 0, vocab if TAIL else whole, BLOCK):
+            for start in range(full if TAIL else 0, vocab if TAIL else full, BLOCK):
                 at = start + lane
-                z, slope = _logits(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                z, slope = logits.final(row, bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
                 log_p = (z - m) - log_s
                 p = tl.exp(log_p)
                 if ref_products is not None:
-                    z, _ref_slope = _logits(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
+                    z, _ref_slope = logits.final(ref_row, ref_bias, at, vocab, gain, inner, ceiling, SOFTCAP, TAIL)
                     log_q = (z - ref_m) - ref_log_s
                     q = tl.exp(log_q)
-                    # 0·∞ = 0 for tokens that a bias of −∞ rules out.
+                    # 0·∞ = 0: a bias of −∞ rules a token out.
                     if kl is not None:
                         sum_kl += tl.where(q == 0, 0.0, q * (log_q - log_p))
                     if reverse_kl is not None:
@@ -217,7 +182,7 @@ def row_pass(
                     if u_kl is not None:
                         dz -= q * uk
                     if u_logp is not None:
-                        # p_y − 1 before it is rounded: a confident token's gradient is that difference.
+                        # p_y − 1 is formed before it is rounded: it is the gradient of a confident token.
                         dz += tl.where(at == y, ul, 0.0)
                     dz *= slope
                     if TAIL:
@@ -231,7 +196,7 @@ def row_pass(
 
 
 def _tunable(names: Iterable[str], gradient: bool) -> str:
-    """Three, since what statistics add up is kept in registers."""
+    """Returns the name of the launch: three are tuned apart, because the sums of statistics take registers."""
     if not gradient:
         return "row_pass_divergences"
     return "row_pass" if set(names) <= {"logp", "lse"} else "row_pass_statistics"
@@ -249,12 +214,12 @@ def run(
     temperature: float = 1.0,
     out: Mapping[str, Tensor] | None = None,  # statistic → (n,) float32, written
     upstream: Mapping[str, Tensor] | None = None,  # differentiable statistic → (n,) ∂L/∂statistic
-    values: Mapping[str, Tensor] | None = None,  # entropy, reverse_kl (n,) where upstream has them
+    values: Mapping[str, Tensor] | None = None,  # entropy, reverse_kl (n,), if upstream has them
     grad: Tensor | None = None,  # (n, V) written
 ) -> None:
-    """Read the rows of a tile, once or twice; write the statistics in `out` and, given `grad`, ∂L/∂products.
+    """Writes the statistics named in `out` and, if `grad` is given, ∂L/∂products.
 
-    grad may be memory of any float dtype, or the products themselves.
+    z = softcap(logit_scale (products + bias)) / temperature. grad: of any float dtype, or the products themselves.
     """
     out, upstream, values = dict(out or {}), dict(upstream or {}), values or {}
     assert set(out) <= set(STATISTICS) and set(upstream) <= set(DIFFERENTIABLE)
@@ -266,8 +231,8 @@ def run(
     if n == 0:
         return
     assert grad is None or grad.dtype == products.dtype or grad.data_ptr() != products.data_ptr()
-    key = None if grad is None else grad.dtype, ref_products is not None, tuning.bucket(vocab)
-    config = tuning.lookup(_tunable({*out, *upstream}, grad is not None), products.device, key)
+    key = None if grad is None else grad.dtype, ref_products is not None, launch.bucket(vocab)
+    config = launch.lookup(_tunable({*out, *upstream}, grad is not None), products.device, key)
     with torch.cuda.device_of(products):
         row_pass[(n,)](
             products,
@@ -278,32 +243,27 @@ def run(
             *(out.get(name) for name in STATISTICS),
             grad,
             *(upstream.get(name) for name in DIFFERENTIABLE),
-            values.get("entropy"),
-            values.get("reverse_kl"),
+            *(values.get(name) for name in _VALUES),
             products.stride(0),
             0 if ref_products is None else ref_products.stride(0),
             0 if grad is None else grad.stride(0),
             vocab,
-            logit_scale / temperature,
-            0.0 if softcap is None else logit_scale / softcap,
-            0.0 if softcap is None else softcap / temperature,
+            *logits.scalars(logit_scale, softcap, temperature),
             SOFTCAP=softcap is not None,
             **config.narrowed(vocab).options,
-            enable_fp_fusion=False,  # the target's logit and the largest are compared: rounded alike
+            enable_fp_fusion=False,  # rounds the target's logit and the largest alike: they are compared
         )
 
 
-def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
+def _problems(name: str, workload: launch.Workload) -> Iterator[launch.Problem]:
     w = workload
-    alone = name == _tunable((), True)
+    alone = name == _tunable((), True)  # log-probs and their gradient, without other statistics
 
     def inputs(with_ref: bool, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        products, *ref = (
-            tuning.normal(w, s, w.tokens, w.vocab).float().mul_(3) for s in range(seed, seed + 1 + with_ref)
-        )
-        return products, ref[0] if ref else None, tuning.tokens(w, seed)
+        products, *ref = (w.normal(s, w.tokens, w.vocab).float().mul_(3) for s in range(seed, seed + 1 + with_ref))
+        return products, ref[0] if ref else None, w.targets(seed)
 
-    def launch(dtype: torch.dtype | None, products: Tensor, ref: Tensor | None, targets: Tensor) -> list[Tensor]:
+    def call(dtype: torch.dtype | None, products: Tensor, ref: Tensor | None, targets: Tensor) -> list[Tensor]:
         names = ("logp", "lse") if alone else tuple(s for s in STATISTICS if ref is not None or "kl" not in s)
         made = {s: products.new_empty(w.tokens) for s in names}
         if dtype is None:
@@ -311,18 +271,18 @@ def _problems(name: str, workload: tuning.Workload) -> Iterator[tuning.Problem]:
             return [*made.values()]
         ones = products.new_ones(w.tokens)
         upstream = dict.fromkeys((s for s in DIFFERENTIABLE if s in made), ones)
-        values: dict[str, Tensor] = dict.fromkeys(("entropy", "reverse_kl"), ones)
+        values: dict[str, Tensor] = dict.fromkeys(_VALUES, ones)
         grad = torch.empty_like(products, dtype=dtype)
         run(products, targets, ref_products=ref, out=made, upstream=upstream, values=values, grad=grad)
         return [*made.values(), grad]
 
     dtype = None if name == _tunable((), False) else w.dtype
     for with_ref in (False,) if alone else (True,) if dtype is None else (False, True):
-        key = dtype, with_ref, tuning.bucket(w.vocab)
-        yield tuning.Problem(key, partial(inputs, with_ref), partial(launch, dtype))
+        yield launch.Problem((dtype, with_ref, launch.bucket(w.vocab)), partial(inputs, with_ref), partial(call, dtype))
 
 
-# What spills with one Triton or another; and on gfx942 what gives a thread too little for a wide store.
+# Left out: shapes that spill with some version of Triton, and on gfx942 those with too few columns per thread for a
+# wide store.
 _WIDE = ((4096, 16), (2048, 16), (1024, 8), (1024, 4))
 for _name, _shapes, _without in (
     (
@@ -341,17 +301,15 @@ for _name, _shapes, _without in (
         {"sm_80": ((512, 4), (1024, 4)), "sm_90": _WIDE, "sm_100": _WIDE, "gfx942": ((512, 4), (256, 4))},
     ),
 ):
-    tuning.declare(
-        _name,
-        tuning.Tunable((row_pass,), tuning.row_candidates(*_shapes, without=_without), partial(_problems, _name)),
-    )
+    _candidates = launch.row_candidates(*_shapes, without=_without)
+    launch.declare(_name, launch.Tunable((row_pass,), _candidates, partial(_problems, _name)))
 
 
-def variants() -> Iterator[Variant]:
-    """What `gates` compiles: what the head asks for, with everything that can be done to logits and with nothing."""
+def variants() -> Iterator[launch.Variant]:
+    """Yields what gates.py compiles: the calls that the head makes, with softcap and bias and without."""
     some = ("entropy", "log_sum_sq_probs", "mean_logit", "top1")
     both = ("kl", "reverse_kl")
-    cases = (  # name, statistics out, upstream, dtype of the gradient, instructions a logit at the most
+    cases = (  # name, statistics, upstream, dtype of the gradient, the most instructions per logit
         ("log-probs and their gradient, float16", ("logp", "lse"), ("logp",), "fp16", 18),
         ("statistics and gradient, float16", ("logp", "lse", *some[1:]), ("logp",), "fp16", 28),
         ("divergences", ("logp", "lse", *some, *both), (), None, 52),
@@ -359,6 +317,7 @@ def variants() -> Iterator[Variant]:
         ("gradient of entropy", (), ("logp", "lse", "entropy"), "bf16", 28),
         ("gradient of divergences", (), DIFFERENTIABLE, "bf16", 44),
     )
+    sizes = ("stride", "ref_stride", "grad_stride")
     for name, out, upstream, dtype, most in cases:
         ref = bool({*both} & {*out, *upstream})
         for everything in (True, False):
@@ -369,25 +328,23 @@ def variants() -> Iterator[Variant]:
                 "ref_bias": everything and ref,
                 **{s: s in out for s in STATISTICS},
                 **{f"u_{s}": s in upstream for s in DIFFERENTIABLE},
-                **{f"v_{s}": s in upstream for s in ("entropy", "reverse_kl")},
+                **{f"v_{s}": s in upstream for s in _VALUES},
             }
             signature = {x: "*fp32" for x, there in wanted.items() if there} | {"targets": "*i64"}
-            nothing: dict[str, object] = {x: None for x, there in wanted.items() if not there}
+            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
+            absent: dict[str, object] = {x: None for x, there in wanted.items() if not there}
             if dtype is None:
-                nothing["grad"] = None
+                absent["grad"] = None
             else:
                 signature["grad"] = f"*{dtype}"
-            sizes = ("stride", "ref_stride", "grad_stride")
-            signature |= dict.fromkeys((*sizes, "vocab"), "i32") | dict.fromkeys(("gain", "inner", "ceiling"), "fp32")
-            tiles = ("products", "ref_products", "bias", "ref_bias", "grad")
-            yield Variant(
+            yield launch.Variant(
                 row_pass,
                 name + (", softcap and bias" if everything else ""),
                 signature,
-                {**nothing, "SOFTCAP": everything},
-                divisible=(*tiles, *sizes),
+                {**absent, "SOFTCAP": everything},
+                divisible=("products", "ref_products", "bias", "ref_bias", "grad", *sizes),
                 fp_fusion=False,
-                tunable=tuning.tunable(_tunable({*out, *upstream}, dtype is not None)),
+                tunable=launch.tunable(_tunable({*out, *upstream}, dtype is not None)),
                 wide_loops=2,
                 instructions=most + (88 if ref else 50) * everything,
                 representative=everything and name in ("gradient", "divergences"),

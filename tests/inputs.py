@@ -1,7 +1,7 @@
 """What the tests of methods are run on: a method's inputs, made from the names in its signature.
 
 Literal values for pairs and rows, chosen so that the arithmetic can be done by hand; drawn ones, by their axes, for
-every other input and layout. A method that is registered later is covered as soon as its names are in `AXES`.
+every other input and layout. A method that is registered later is covered as soon as its names are in `INPUTS`.
 """
 
 import math

@@ -1,5 +1,7 @@
-"""Where the kernels of Triton are checked: it reads TRITON_INTERPRET when a kernel is declared, so a file's checks, its functions
-check_*, run in a process of their own, interpreted on the CPU, and on a GPU where there is one.
+"""Where the kernels of Triton are checked: interpreted on the CPU, and on a GPU if there is one.
+
+Triton reads TRITON_INTERPRET when a kernel is declared. So the checks of a file, its functions check_*, run in a
+process of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def run_checks(file: str, *, interpreted: bool) -> None:
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Memory that is handed out holds NaN or no token: what is not written shows. No warning of what IEEE arithmetic defines."""
+    """New memory holds NaN or an invalid token, so that what is not written shows; IEEE arithmetic does not warn."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     with np.errstate(all="ignore"):
         yield

@@ -1,5 +1,6 @@
-"""What measures on a GPU runs where there is none: tiny shapes, tables and result files. And what no GPU is needed to know: how its
-stages end, whether its poison reaches what it should, what precision a tensor core leaves.
+"""The benchmarks for a GPU run without one: tiny shapes, tables and result files.
+
+And the parts that need no GPU: how stages end, whether the poison reaches all memory, the precision of a tensor core.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 
 import gpu
+import gpu_device
+import gpu_report
 import gpu_stages
 import truncation
 from gpu_stages import CALLS, LIMITS_S, Stage
@@ -117,7 +120,7 @@ def test_a_lost_device_ends_the_process_and_names_who_lost_it(tmp_path, monkeypa
     assert not found["ended"] and found["contender"] == "TRL" and "is lost" in found["problems"][0]
 
 
-# --- stages ------------------------------------------------------------------------------------------------------------
+# --- stages -----------------------------------------------------------------------------------------------------------
 
 
 def stub(name, body, limit_s=20, **more):
@@ -251,7 +254,7 @@ def test_report_is_whole_at_every_step(tmp_path):
 
 
 def test_dry_run(tmp_path):
-    """The real stage of one section, by the command that a GPU gets, with its environment and an archive of packages."""
+    """The real stage of one section, by the command for a GPU, with its environment and an archive of packages."""
     site = tmp_path / "site"
     (site / "inner").mkdir(parents=True)
     (site / "inner" / "quack.py").touch()  # one of the peers that it looks for, where a *.pth file says
@@ -270,7 +273,7 @@ def test_dry_run(tmp_path):
     assert "quack" in next(record["value"] for record in smoke["smoke"] if record["what"] == "peers")
 
 
-# --- poison ------------------------------------------------------------------------------------------------------------
+# --- poison -----------------------------------------------------------------------------------------------------------
 
 
 class Allocator:
@@ -368,7 +371,7 @@ def warm():
 def test_poison_reaches_what_is_allocated_next():
     model = warm()
     model.empty_cache()
-    held = [model.fill(size) for size in gpu.poison_sizes(CARD, model.snapshot())]
+    held = [model.fill(size) for size in gpu_device.poison_sizes(CARD, model.snapshot())]
     for block in held:
         model.free(block)
     assert all(model.poisoned(model.allocate(size)) for size in WANTED)
@@ -386,19 +389,19 @@ def test_many_smaller_blocks_would_not():
 
 @pytest.mark.parametrize("free", [0, 2**20, 2**31, CARD])
 def test_poison_leaves_half_of_what_is_free(free):
-    large = [size for size in gpu.poison_sizes(free, []) if size > gpu.SMALL]
+    large = [size for size in gpu_device.poison_sizes(free, []) if size > gpu_device.SMALL]
     assert sum(large) <= free // 2
     assert free < 2**31 or large
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------
+# --- precision --------------------------------------------------------------------------------------------------------
 
 
 def test_what_a_tensor_core_leaves_of_a_log_prob():
-    """Twice the width, twice the error; far above what rounding would leave, far below what float16 does. The aim has room."""
+    """Twice the width, twice the error; far above that of rounding, far below float16's. The aim has room."""
     found = {width: truncation.logp_errors(width, 1024, 32) for width in (2048, 4096)}
     largest = {width: {k: np.abs(e).max() for k, e in errors.items()} for width, errors in found.items()}
-    assert 2e-5 < largest[2048]["cut off"] < 8e-5 < largest[4096]["cut off"] < gpu.LOGP_AIM
+    assert 2e-5 < largest[2048]["cut off"] < 8e-5 < largest[4096]["cut off"] < gpu_report.LOGP_AIM
     for errors in largest.values():
         assert errors["rounded"] < errors["cut off"] / 5
         assert errors["cut off, then float16"] > 10 * errors["cut off"]

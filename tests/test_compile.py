@@ -171,7 +171,7 @@ ON_GPU = {
 @pytest.mark.parametrize("name", ON_GPU)
 def test_on_a_gpu(name, on_host, gpu, monkeypatch):
     """One graph; it asks neither what is captured nor how much memory is free, reads no file and begins no check."""
-    for forbidden in ("_read", "_found_out", "in_child"):
+    for forbidden in ("_read", "_determine", "check_in_child"):
         monkeypatch.setattr(verdict, forbidden, None)
     verdict._known[0, torch.float32] = verdict.Verdict(True)
     assert traced(ON_GPU[name], on_host=on_host) == ["torch" if name == "float64" else "triton"]
@@ -191,7 +191,7 @@ def test_what_is_written_down_on_a_gpu(gpu, caplog):
 @pytest.mark.parametrize("known", [None, verdict.Verdict(False, "off by a mile"), "XPO_FAST_BACKEND"])
 def test_torch_on_a_gpu(known, gpu, monkeypatch):
     """Unless triton is known to be right: the check is not run here."""
-    monkeypatch.setattr(verdict, "_found_out", None)
+    monkeypatch.setattr(verdict, "_determine", None)
     if known is not None:
         verdict._known[0, torch.float32] = verdict.Verdict(True) if isinstance(known, str) else known
     if isinstance(known, str):

@@ -29,16 +29,16 @@ from xpo_fast import data
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.recipes import StoppingRule
-from xpo_fast.rewards.llm_judges import GRADE, PAIRWISE, text_of
+from xpo_fast.rewards.judges import text_of
+from xpo_fast.rewards.llm_judges import GRADE, PAIRWISE
 from xpo_fast.rewards.report import summary
-from xpo_fast.rollout import Sampling
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import Sampling, ServerRollout
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo")
-SHORT = (  # the loss in other people's loops; the stories of whole trainings are a little longer
-    *("plain_loop", "hf_trainer", "trl_trainer", "liger_swap", "torchtune_loss", "openrlhf_actor"),
-)
+# The loss in a bare loop and in other people's; the stories of whole trainings are a little longer.
+SHORT = ("dpo_loop", "hf_trainer", "trl_trainer", "liger_swap", "torchtune_loss", "openrlhf_actor")
+LONGEST = {**dict.fromkeys(SHORT, 60), "rl_loop": 81}
 SERVES = ("policy_server",)  # until it is interrupted
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> ' }}{% endfor %}"
 
@@ -93,10 +93,18 @@ def model(tokenizer, tmp_path):
     """
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, eos_token_id=1, pad_token_id=2,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        eos_token_id=1,
+        pad_token_id=2,
         bos_token_id=None,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     return load_model(str(tmp_path / "tiny"))[0].eval()
@@ -135,8 +143,7 @@ def falls(losses):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_short(name):
-    most = 60 if name in SHORT else 100
-    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < most
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < LONGEST.get(name, 100)
     assert f"[{name}.py]({name}.py)" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
@@ -156,14 +163,20 @@ def test_as_a_script(name, model, tokenizer, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
-def test_plain_loop(model, tokenizer):
-    steps, lr = 4, 1e-3
-    policy, reference = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    found = example("plain_loop").main(model, tokenizer, steps=steps, pairs=2, lr=lr)
+def with_adapter(model, **lora):
+    """A copy of the model with the adapter of a loop, seeded as there."""
+    torch.manual_seed(0)
+    return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear", **lora))
+
+
+def test_dpo_loop(model, tokenizer):
+    steps, lr = 4, 1e-2
+    policy, reference = with_adapter(model, r=16, lora_alpha=32), copy.deepcopy(model)
+    found = example("dpo_loop").main(model, tokenizer, steps=steps, pairs=2, lr=lr)
     optimizer, expected = torch.optim.AdamW(policy.parameters(), lr=lr), []
     for step in range(steps):
         batch = batch_of(tokenizer, range(2 * step, 2 * step + 2))
-        chosen, rejected = (textbook(policy, batch)[0] - textbook(reference, batch)[0]).chunk(2)
+        chosen, rejected = (textbook(policy, batch)[0] - textbook(reference, batch)[0].detach()).chunk(2)
         loss = -logsigmoid(0.1 * (chosen - rejected)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -172,6 +185,37 @@ def test_plain_loop(model, tokenizer):
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
     assert found == pytest.approx(expected, abs=1e-4)
     assert max(abs(loss - math.log(2)) for loss in found[1:]) > 1e-2
+
+
+def test_rl_loop(model, tokenizer):
+    """Rewards and losses are those of the samples, by every logit: the second step clips the ratio to the first."""
+    module, prompts, answers, lr = example("rl_loop"), 2, 3, 3e-2
+    policy = with_adapter(model, r=16, lora_alpha=32)
+    found = module.main(model, tokenizer, rollouts=2, prompts=prompts, answers=answers, lr=lr)
+    questions = [row["prompt"] for row in data.load_prompts(PAIRS)]
+    optimizer, expected = torch.optim.AdamW(policy.parameters(), lr=lr), []
+    for k in range(2):
+        asked = questions[prompts * k : prompts * (k + 1)]
+        sampler = module.GenerateRollout(policy, tokenizer)
+        samples = sampler.generate(asked, answers, sampling=Sampling(module.TOKENS), seed=k)
+        reward = torch.tensor(module.short_words(samples.completions), dtype=torch.float64).view(prompts, answers)
+        advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
+        old: list[Any] = []
+        for step in range(2):
+            losses = []
+            for row, (prompt, ids) in enumerate(zip(samples.prompt_ids, samples.completion_ids)):
+                logp = policy(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+                logp = logp[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+                old += [logp.detach()] if step == 0 else []
+                ratio, a = (logp - old[row]).exp(), advantage.flatten()[row]
+                losses.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean())
+            optimizer.zero_grad()
+            loss = torch.stack(losses).mean()
+            loss.backward()
+            optimizer.step()
+        expected.append((reward.mean().item(), loss.item()))
+    assert [x for pair in found for x in pair] == pytest.approx([x for pair in expected for x in pair], abs=1e-4)
+    assert all(loss < -1e-3 for _, loss in found)  # what the first step has gained
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])

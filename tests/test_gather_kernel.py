@@ -85,14 +85,14 @@ def check_values_and_gradient(shape, dtype, temperature, overwrite):
 @pytest.mark.parametrize("block", [16, 8192])
 def check_other_blocks(block):
     """Many blocks to a row, and one that is wider than it."""
-    from xpo_fast.kernels import tuning
+    from xpo_fast.kernels import launch
 
     logits, targets = problem("a block and one", torch.float32)
     u = oracle.normal(*targets.shape, seed=2).to(DEVICE)
     want, gradient = expected(logits, targets, u)
     logits.requires_grad_()
-    config = tuning.config(1, 2, BLOCK=block)
-    with tuning.override("gather_forward", config), tuning.override("gather_backward", config):
+    config = launch.config(1, 2, BLOCK=block)
+    with launch.override("gather_forward", config), launch.override("gather_backward", config):
         logp = gather(logits, targets)
         (logp * u).sum().backward()
     assert_close(logp.double(), want, atol=2e-5, rtol=0)

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from xpo_fast.kernels import gates, gather, logps, one_read, rows, topk, tuning
+from xpo_fast.kernels import gates, gather, launch, logps, one_read, rows
 
 from xpo_fast.head.gemms import aligned_rows
 
@@ -66,16 +66,16 @@ def gpu(monkeypatch):
     found = Driver()
     monkeypatch.setattr(driver, "_active", found)
     for module in gates.modules():
-        for kernel in vars(gates._module(module)).values():
+        for kernel in vars(gates.module(module)).values():
             if isinstance(kernel, JITFunction):
                 monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    monkeypatch.setattr(tuning, "target", lambda device: "sm_90")
-    monkeypatch.setattr(tuning, "_entries", dict)  # what was measured on this machine
+    monkeypatch.setattr(launch, "target", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_entries", dict)  # what was measured on this machine
     monkeypatch.setattr(logps, "_shared_limit", lambda device: 227 * 1024)
     monkeypatch.setattr(logps, "_processors", lambda device: 132)
-    tuning._chosen.cache_clear()
+    launch._chosen.cache_clear()
     yield found
-    tuning._chosen.cache_clear()
+    launch._chosen.cache_clear()
 
 
 class Shape(NamedTuple):
@@ -152,11 +152,6 @@ def gather_gradient(dtype, in_place):
     return launch
 
 
-def likeliest(**scaling):
-    bias = {"bias": torch.zeros} if scaling else {}
-    return lambda s: topk.run(s.tile(), s.targets(), 5, **{k: x(s.vocab) for k, x in bias.items()}, **scaling)
-
-
 class Launch(NamedTuple):
     kernels: tuple[str, ...]  # in their order
     launch: Callable[[Shape], object]
@@ -177,7 +172,9 @@ LAUNCHES = {
     "log-probs, statistics and dz": Launch(
         ("one_read",), once(one_read.STATISTICS, torch.float32, **EVERYTHING), (*TILE, *DZ, "bias"), most=1
     ),
-    "log-probs and dz in float16": Launch(("row_pass",), head(("logp", "lse"), ("logp",), torch.float16), (*TILE, *DZ), most=1),
+    "log-probs and dz in float16": Launch(
+        ("row_pass",), head(("logp", "lse"), ("logp",), torch.float16), (*TILE, *DZ), most=1
+    ),
     "statistics": Launch(("row_pass",), head(rows.STATISTICS, ref=True, **EVERYTHING), (*TILE, *REF, "bias"), most=1),
     "gradient": Launch(
         ("row_pass",), head((), rows.DIFFERENTIABLE, torch.float16, ref=True), (*TILE, *REF, *DZ), compiled=True, most=1
@@ -192,13 +189,12 @@ LAUNCHES = {
     ),
     "gather": Launch(("gather_forward",), gathered(torch.bfloat16), ("logits", "stride", "ALIGNED"), compiled=True),
     "gather's gradient": Launch(
-        ("gather_backward",), gather_gradient(torch.bfloat16, False), ("logits", "stride", *DZ, "ALIGNED"), compiled=True
+        ("gather_backward",), gather_gradient(torch.bfloat16, False), ("logits", "stride", *DZ, "ALIGNED"),
+        compiled=True,
     ),
     "gather's gradient in place": Launch(
         ("gather_backward",), gather_gradient(torch.float16, True), ("logits", "stride", *DZ, "ALIGNED")
     ),
-    "top k": Launch(("top_k",), likeliest(), TILE, compiled=True),
-    "top k, bias and softcap": Launch(("top_k",), likeliest(**EVERYTHING), (*TILE, "bias")),
 }  # fmt: skip
 VOCABULARIES = (4096, 4099, 4112, 4100, 4104, 32000, 50257, 128256, 151936, 151937)
 
@@ -207,7 +203,7 @@ launchers = pytest.mark.parametrize("name", LAUNCHES)
 
 @pytest.fixture
 def specialised(gpu, monkeypatch):
-    """What would be compiled, nothing of which is: (kernel, its key) → names of the arguments that it takes as aligned or True."""
+    """What would be compiled, without compiling it: (kernel, its key) → names of arguments taken as aligned or True."""
     found = {}
 
     def hook(*, fn, compile, **_):
@@ -292,7 +288,7 @@ def test_no_kernel_is_left_out():
     kernels = {
         x.__name__
         for module in gates.modules()
-        for name, x in vars(gates._module(module)).items()
+        for name, x in vars(gates.module(module)).items()
         if isinstance(x, JITFunction) and not name.startswith("_")
     }
     assert {kernel for entry in LAUNCHES.values() for kernel in entry.kernels} == kernels

@@ -10,23 +10,19 @@ import torch
 
 from test_trainer import WORDS, make_model, make_tokenizer
 from xpo_fast import METHODS
+from xpo_fast.methods.math import win_rates
 from xpo_fast.recipes.mixture import AgainstMixture, MixtureRollout
-from xpo_fast.recipes.selection import SELECTORS, accepted, win_rates
+from xpo_fast.recipes.revision import revised
+from xpo_fast.recipes.selection import SELECTORS, accepted
 from xpo_fast.rewards import Rewards
+from xpo_fast.rewards.judges import FunctionJudge, Judge, RewardJudge, group_scores, group_wins, text_of
 from xpo_fast.rewards.llm_judges import (
     FIVE_POINTS,
-    FunctionJudge,
-    Judge,
     LLMJudge,
-    RewardJudge,
     SampledChoice,
     SelfRewardJudge,
     TokenChoice,
-    group_scores,
-    group_wins,
     points_of,
-    revised,
-    text_of,
 )
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 
@@ -160,7 +156,7 @@ def test_accepted_candidates_are_distributed_as_the_reweighted_reference(beta):
 
 
 def test_all_pairs_make_sppo_regress_to_win_rates():
-    """Σ over pairs of sppo has the gradient of Σ_i (K − 1)(Δ_i − (p_i − ½)/β)², p_i the win rate against the others."""
+    """Σ over pairs of sppo has the gradient of Σ_i (K − 1)(Δ_i − (p_i − ½)/β)², p_i the win rate against others."""
     g = generator(2)
     upper = torch.rand(4, 4, generator=g, dtype=torch.float64).triu(1)
     wins = upper + (1 - upper.T).tril(-1) + 0.5 * torch.eye(4, dtype=torch.float64)
@@ -392,9 +388,15 @@ def test_the_model_judges_itself_by_the_mean_of_what_it_says():
 def test_critique_and_revision_go_round():
     rollout, kept = Says("too curt", "better"), []
     out = revised(
-        rollout, ["p", "q"], ["a", "b"], sampling=Sampling(), seed=0, rounds=2, principles=("kind?", "true?"),
+        rollout,
+        ["p", "q"],
+        ["a", "b"],
+        sampling=Sampling(),
+        seed=0,
+        rounds=2,
+        principles=("kind?", "true?"),
         say=lambda r, critiques, revisions: kept.append((r, critiques, revisions)),
-    )  # fmt: skip
+    )
     assert out == ["too curt", "better"] and [r for r, _, _ in kept] == [0, 1]
     first, second = rollout.asked[:2], rollout.asked[2:4]
     assert first[0].startswith("pa\n\n") and "kind?" in first[0] and "true?" in first[1]

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 import triton
 import triton.language as tl
 from triton.runtime import JITFunction
-from xpo_fast.kernels import gates
+from xpo_fast.kernels import assembly, gates
 
 REPRESENTATIVE = [
     pytest.param(variant, target, id=f"{module}: {variant.kernel.__name__}, {variant.name}, {target}")
@@ -38,7 +38,7 @@ def test_compiles_without_a_spill(variant, target):
 @pytest.mark.parametrize("module", gates.modules())
 def test_no_kernel_is_left_out(module):
     """What a file launches is among its variants; a name with an underscore is a part of other kernels."""
-    kernels = [x for name, x in vars(gates._module(module)).items() if not name.startswith("_")]
+    kernels = [x for name, x in vars(gates.module(module)).items() if not name.startswith("_")]
     kernels = {x.__name__ for x in kernels if isinstance(x, JITFunction)}
     variants = gates.variants(module)
     assert kernels and {variant.kernel.__name__ for variant in variants} == kernels
@@ -133,12 +133,13 @@ def once(x, out, total, stride, vocab, FULL_BLOCKS: tl.constexpr, BLOCK: tl.cons
     tl.store(out + lane, tl.load(x + lane))
 
 
-# kernels/one_read.py writes a row in a loop, then its entry at the target again: another thread's store, which must come after.
+# kernels/one_read.py writes a row in a loop, then its entry at the target again: another thread's store, which must
+# come after.
 
-# By backend: outputs of the compiler, how they are written, and what makes all threads of a program wait until what each of
-# them has stored in global memory is there for the others. PTX's bar.sync does; on AMD s_barrier with LLVM's fence before it,
-# unless that is marked as of local memory alone.
-LLVM = gates._Assembly(
+# By backend: outputs of the compiler, how they are written, and what makes all threads of a program wait until what
+# each of them has stored in global memory is there for the others. PTX's bar.sync does; on AMD s_barrier with LLVM's
+# fence before it, unless that is marked as of local memory alone.
+LLVM = assembly.Assembly(
     label=r"^([\w.]+):",
     branch=r"\blabel %([\w.]+)",
     access=r"^\s.*?\b(load|store)\b.*(addrspace\([18]\))",
@@ -146,9 +147,9 @@ LLVM = gates._Assembly(
     instruction=r"^\s",
 )
 BARRIERS = {
-    "cuda": (("ptx", gates._PTX, r"\bbar(?:rier)?\.sync\b"),),
+    "cuda": (("ptx", assembly.PTX, r"\bbar(?:rier)?\.sync\b"),),
     "hip": (
-        ("amdgcn", gates._AMD, r"\bs_barrier\b"),
+        ("amdgcn", assembly.AMD, r"\bs_barrier\b"),
         (
             "llir",
             LLVM,
@@ -174,7 +175,7 @@ def last_store_is_ordered(text, assembly, barrier):
 
 def unordered(variant, target):
     """The outputs of the compiler without such a barrier."""
-    compiled = gates._compiled(variant, target)
+    compiled = gates.compiled(variant, target)
     return [
         kind
         for kind, assembly, barrier in BARRIERS[gates.TARGETS[target].backend]
@@ -259,13 +260,13 @@ SASS = """
 
 
 def test_instructions_of_a_loop_that_is_unrolled():
-    first, second = gates._loops(gates._SASS, SASS)
-    assert first == gates._Loop(instructions=7, loads=32, stores=16, wide=True)
-    assert second == gates._Loop(instructions=2, loads=2, stores=0, wide=False)
-    assert gates._loops(gates._PTX, PTX)[0] == gates._Loop(4, 16, 8, True)
+    first, second = assembly.loops(assembly.SASS, SASS)
+    assert first == assembly.Loop(instructions=7, loads=32, stores=16, wide=True)
+    assert second == assembly.Loop(instructions=2, loads=2, stores=0, wide=False)
+    assert assembly.loops(assembly.PTX, PTX)[0] == assembly.Loop(4, 16, 8, True)
     # 2 rounds of 4 columns in the wide loop; where there is none, all of them count.
-    assert gates._instructions_a_logit(PTX, SASS, 4) == 0.88
-    assert gates._instructions_a_logit(PTX, SASS.replace("E.64", "E"), 4) == 0.5
+    assert assembly.instructions_per_logit(PTX, SASS, 4) == 0.88
+    assert assembly.instructions_per_logit(PTX, SASS.replace("E.64", "E"), 4) == 0.5
 
 
 @pytest.mark.parametrize("module", gates.modules())

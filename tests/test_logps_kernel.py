@@ -79,7 +79,7 @@ def test_operands_that_are_taken():
 @needs_triton
 def test_choice_of_configuration(monkeypatch):
     """Large blocks are for 16-bit rows that can be copied asynchronously, on a GPU with memory for them."""
-    from xpo_fast.kernels import logps, tuning
+    from xpo_fast.kernels import launch, logps
 
     memory = torch.zeros(2, 4096, dtype=torch.bfloat16)
     hidden, weight = memory[0, :96].view(3, 32), memory[1, :160].view(5, 32)
@@ -96,7 +96,7 @@ def test_choice_of_configuration(monkeypatch):
     with monkeypatch.context() as little:
         little.setattr(logps, "_shared_limit", lambda _: 48 * 1024)
         assert logps.choose_config(hidden, weight, False) == logps.SMALL
-    with tuning.override("logps_pass", tuning.config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=16, PARTS=1)):
+    with launch.override("logps_pass", launch.config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_D=16, PARTS=1)):
         assert logps.choose_config(hidden, weight, False).num_warps == 4
 
 
@@ -160,11 +160,11 @@ TARGETS = ["own"] if DEVICE == "cuda" else ["sm_80", "sm_90", "sm_100", "gfx942"
 @pytest.mark.parametrize("target", [*TARGETS, None])
 def check_default_configurations(target):
     """Each one's blocks, a row and a word beyond the first, and the small one's."""
-    from xpo_fast.kernels import logps, tuning
+    from xpo_fast.kernels import launch, logps
 
     if target == "own":
-        target = tuning.target(torch.device(DEVICE))
-    candidates = tuning.tunable("logps_pass").candidates
+        target = launch.target(torch.device(DEVICE))
+    candidates = launch.tunable("logps_pass").candidates
     config = candidates[target][0] if target else logps.SMALL
     dtype = torch.float16 if DEVICE == "cuda" else torch.float32
     hidden, weight, targets, bias = problem((257, 257, 80), dtype, bias=True)

@@ -1,4 +1,4 @@
-"""LoRA on the LM head as a low-rank operand: against the effective weight W + s B A in float64, and against PEFT's own layer."""
+"""LoRA on the LM head as a low-rank operand: against the weight W + s B A in float64, and PEFT's own layer."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ TARGETS = oracle.tokens((2, 9), VOCAB, ignored=0.2)
 
 def ours(model):
     head = xf.Head.from_model(model)
-    return xf.token_logps(hidden_states(model, BATCH), head.weight, TARGETS, **head.kwargs(), chunk_tokens=5)
+    return xf.token_logps(hidden_states(model, BATCH), head, TARGETS, chunk_tokens=5)
 
 
 def theirs(model):
@@ -326,7 +326,7 @@ def test_a_fused_loss_takes_the_adapter_along():
 
     def fused(model):
         def loss(hidden, head):
-            return xf.token_logps(hidden, head.weight, TARGETS, **head.kwargs())
+            return xf.token_logps(hidden, head, TARGETS)
 
         return model(**BATCH, fused_loss=loss)
 
@@ -483,11 +483,11 @@ def test_the_references_head_is_the_base_models_which_has_to_be_given(make):
         base, ref = xf.Head.from_model(model), {"ref_hidden": hidden_states(model, BATCH)}
         want = theirs(model)
     with pytest.raises(ValueError, match=r"DoRA scales the rows.*lora_bias adds.*pass ref_weight=, and ref_bias="):
-        xf.token_stats(hidden, head.weight, TARGETS, outputs=("kl",), **head.kwargs(), **ref)
+        xf.token_stats(hidden, head, TARGETS, outputs=("kl",), **ref)
     with pytest.raises(ValueError, match="pass ref_weight=, and ref_bias="):
-        xf.Objective("dpo")(hidden, head.weight, TARGETS, **head.kwargs(), **ref)
+        xf.Objective("dpo")(hidden, head, TARGETS, **ref)
     ref |= {"ref_weight": base.weight, "ref_bias": base.bias}
-    found = xf.Objective("dpo")(hidden, head.weight, TARGETS, **head.kwargs(), **ref)
+    found = xf.Objective("dpo")(hidden, head, TARGETS, **ref)
     margin = (theirs(model) - want).sum(dim=1)
     assert_close(found.loss.double(), -nn.functional.logsigmoid(0.1 * (margin[0] - margin[1])))
 
@@ -519,7 +519,7 @@ def test_fsdp_may_have_the_head_in_a_group_of_its_own(one_rank, options):
     def fused(model):
         def loss(hidden, head):
             assert is_sharded(causal_lm(model).lm_head.lora_A["default"].weight)
-            logp = xf.token_logps(hidden, head.weight, TARGETS, **head.kwargs())
+            logp = xf.token_logps(hidden, head, TARGETS)
             return logp.clone()  # FSDP2 warns of views
 
         return model(**BATCH, fused_loss=loss)

@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
-from xpo_fast.cli import training
+from xpo_fast.cli import loading, train_log
 from xpo_fast.models import load_model
 from xpo_fast.recipes import get_recipe
-from xpo_fast.recipes import loop as recipe_loop
+from xpo_fast.recipes.loop import run as run_recipe
+from xpo_fast.recipes.setup import Setup
 from xpo_fast.resume import MADE_WITH, last_checkpoint
 from xpo_fast.trainer import XPOTrainer
 
@@ -286,7 +287,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_the_model_is_loaded(out, 
     def load(args):
         raise AssertionError("loaded a model")
 
-    monkeypatch.setattr(training, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     before = contents(out)
     assert run("train", out, "--max-steps", "4", *options.split()) == 2
     (said,) = lines(capsys.readouterr().err)
@@ -371,9 +372,9 @@ def test_two_runs_into_one_folder(out, capsys):
 
 def test_a_recipe_that_is_to_overwrite_a_folder_deletes_nothing_but_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    setup = recipe_loop.Setup("model", [{"prompt": "w1"}], tmp_path, overwrite=True)
+    setup = Setup("model", [{"prompt": "w1"}], tmp_path, overwrite=True)
     with pytest.raises(ValueError, match=r"overwrite deletes a run of a recipe, and .* holds something else"):
-        recipe_loop.run(get_recipe("sdpo"), setup)
+        run_recipe(get_recipe("sdpo"), setup)
     assert (tmp_path / "thesis.tex").is_file()
 
 
@@ -542,7 +543,7 @@ def test_a_limit_on_the_size_of_files(home, out):
 
 def at_step(monkeypatch, step: int, action) -> None:
     """Let a run do this as its step number `step` begins."""
-    json_log = training.json_log
+    json_log = train_log.json_log
 
     def acting(args):
         callback = json_log(args)
@@ -551,7 +552,7 @@ def at_step(monkeypatch, step: int, action) -> None:
         )
         return callback
 
-    monkeypatch.setattr(training, "json_log", acting)
+    monkeypatch.setattr(train_log, "json_log", acting)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -603,15 +604,13 @@ def test_a_signal_at_any_other_moment(out, capsys, monkeypatch, when, kept, numb
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    hit(
-        *{
-            "loading": (training, "load", 1),
-            "evaluating before": (XPOTrainer, "held_out", 1),
-            "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
-            "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),
-            "evaluating after": (XPOTrainer, "held_out", 2),
-        }[when]
-    )
+    hit(*{
+        "loading": (loading, "load", 1),
+        "evaluating before": (XPOTrainer, "held_out", 1),
+        "caching the reference": (XPOTrainer, "_prepare_to_train", 1),
+        "saving a checkpoint": (transformers.TrainerState, "save_to_json", 1),
+        "evaluating after": (XPOTrainer, "held_out", 2),
+    }[when])  # fmt: skip
     assert run("train", out, *NEXT) == status
     (said,) = lines(capsys.readouterr().err)
     assert said.startswith(f"xpo-fast: stopped; {kept.format(out=out)}")

@@ -1,4 +1,4 @@
-"""Every causal LM of `transformers`, tiny and random: log-probs from its hidden states and `Head` against its own logits.
+"""Every causal LM of `transformers`, tiny and random: log-probs from hidden states and `Head` against its own logits.
 
 python tests/test_model_zoo.py --markdown > docs/models.md
 """
@@ -30,12 +30,13 @@ VOCAB = 97
 # Whatever a config calls its sizes. Those of a name that a config does not have are left out.
 SIZES = {
     32: "hidden_size d_model n_embd n_embed dim embed_dim emb_dim dim_model embedding_size width out_hidden_size",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers "
-    "depth num_experts_per_tok moe_k moe_topk top_k_experts num_key_value_heads eos_token_id",
+    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
+    "num_decoder_layers depth num_experts_per_tok moe_k moe_topk top_k_experts num_key_value_heads eos_token_id",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads linear_num_key_heads linear_num_value_heads linear_num_heads "
-    "num_experts num_local_experts n_routed_experts moe_num_experts",
-    48: "intermediate_size n_inner ffn_dim dff d_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dim_ff mlp_dim",
+    "num_encoder_attention_heads num_decoder_attention_heads linear_num_key_heads linear_num_value_heads "
+    "linear_num_heads num_experts num_local_experts n_routed_experts moe_num_experts",
+    48: "intermediate_size n_inner ffn_dim dff d_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size dim_ff "
+    "mlp_dim",
     64: "max_position_embeddings n_positions n_ctx max_seq_len",
     16: "q_lora_rank kv_lora_rank",
     8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim linear_key_head_dim linear_value_head_dim "
@@ -52,8 +53,13 @@ OF_LOGITS = re.compile(r"logits?_.*(cap|scal|mult)|lm_head_mult|output_mult|logi
 NOT_OF_LOGITS = re.compile(r"attn|attention|router|init|max_")
 # Of a model type, where sizes that fit every other one do not.
 MROPE = {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0},
-}  # fmt: skip
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 1.0,
+    },
+}
 HAVE_MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl")
 OVERRIDES: dict[str, dict[str, Any]] = {
     **{f"{name}_text": MROPE for name in HAVE_MROPE},
@@ -195,7 +201,7 @@ def log_probs(model: Any, batch: dict[str, Tensor], targets: Tensor) -> tuple[Te
     """Of the targets, (R, T): ours, and the model's own."""
     head = Head.from_model(model)
     own = model(**batch, use_cache=False).logits.float().log_softmax(dim=-1)
-    ours = token_logps(hidden_states(model, batch), head.weight, targets, **head.kwargs())
+    ours = token_logps(hidden_states(model, batch), head, targets)
     return ours, own.gather(-1, targets[..., None])[..., 0]
 
 
@@ -349,10 +355,10 @@ def markdown() -> str:
     lines = [
         "# Models",
         "",
-        f"Log-probs from `hidden_states(model, batch)` and `Head.from_model(model)` equal those of the model's own logits to "
-        f"1e-4 for {len(causal) + len(multimodal)} of the {len(CLASSES)} classes that transformers "
-        f"{transformers.__version__.rsplit('.', 1)[0]} maps to causal language modelling or to image-and-text models: tiny ones, "
-        "with random weights, their softcap, scale and bias set to something that matters. "
+        "Log-probs from `hidden_states(model, batch)` and `Head.from_model(model)` equal those of the model's own "
+        f"logits to 1e-4 for {len(causal) + len(multimodal)} of the {len(CLASSES)} classes that transformers "
+        f"{transformers.__version__.rsplit('.', 1)[0]} maps to causal language modelling or to image-and-text models: "
+        "tiny ones, with random weights, their softcap, scale and bias set to something that matters. "
         f"{len(CLASSES) - len(causal) - len(multimodal)} do not pass; each has its reason. Made by "
         "`python tests/test_model_zoo.py --markdown`, held by `tests/test_model_zoo.py`.",
         "",

@@ -1,4 +1,5 @@
-"""The CUDA library: how setup.py builds it, what the compiler says of its kernels, and what happens where something is missing.
+"""The CUDA library: how setup.py builds it, what the compiler reports of its kernels, and what is said if
+something is missing.
 
 What nvcc does is checked by a stand-in wherever that is enough; the library itself is built once, if there is an nvcc.
 """
@@ -281,8 +282,8 @@ def test_as_many_blocks_fit_as_plans_count_on(built):
     assert len(too_large({k: x._replace(shared=513) for k, x in kept.items()})) == len(kept)
 
 
-# Instructions per logit that the shortest way around a hot loop may have, without softcap: of a read that makes sums, and of
-# what turns kept columns, or columns read again, into dz.
+# Instructions per logit that the shortest way around a hot loop may have, without softcap: of a read that makes sums,
+# and of what turns kept columns, or columns read again, into dz.
 MOST_INSTRUCTIONS = {"sums": 20, "sums with statistics": 27, "kept to dz": 18, "read again to dz": 26}
 
 

@@ -29,7 +29,7 @@ def rising(shape):
     return torch.arange(shape.numel(), dtype=torch.float64).view(shape) % 7 / 7
 
 
-# What a caller gives, by the shape that AXES gives the input: (U,), (U, K) or (R, T).
+# What a caller gives, by the shape that INPUTS gives the input: (U,), (U, K) or (R, T); else `drawn`.
 COLUMNS = {
     "desirable": lambda shape: torch.arange(shape.numel()) % 3 != 1,
     "kl": lambda shape: torch.tensor(0.3, dtype=torch.float64),
@@ -45,9 +45,13 @@ COLUMNS = {
     "old_logp": lambda shape: -oracle.normal(*shape, seed=14).abs() - 3,
     "ptx_logp": lambda shape: -oracle.normal(3, 4, seed=15).abs(),
     "ptx_mask": lambda shape: torch.ones(3, 4, dtype=torch.bool).tril(),
-    **{name: lambda shape: oracle.normal(*shape, seed=13) for name in ("reward", "reward_w", "reward_l", "value")},
-    "advantage": lambda shape: oracle.normal(*shape, seed=13),
 }
+
+
+def drawn(shape):
+    return oracle.normal(*shape, seed=13)
+
+
 # Settings that bring a method's optional inputs into play, or leave chance out.
 HYPER = {"beta_dpo": {"keep": 1.0}, "cispo": {"eps": 0.2}}
 SAMPLED = {"cringe"}  # draws tokens: test_cringe
@@ -105,7 +109,7 @@ def given_to(method, rows):
     units = {"pairwise": rows // 2, "listwise": rows // size}.get(method.layout, rows)
     size = size - ("logp_l" in method.inputs)  # the last row of a list is the rejected one
     shapes = {"": (), "U": (units,), "UK": (units, size), "UT": (rows, T), "II": ()}
-    columns = {n: COLUMNS[n](torch.Size(shapes[method.axes(n)[0]])) for n in method.columns}
+    columns = {n: COLUMNS.get(n, drawn)(torch.Size(shapes[method.axes(n)[0]])) for n in method.columns}
     reads = method.reads_reference(hyper_of(method))
     return columns, {"ref_hidden": oracle.normal(rows, T, WIDTH, seed=12)} if reads else {}
 

@@ -37,13 +37,13 @@ def small_blocks(monkeypatch):
     if not INTERPRETED and DEVICE != "cuda":
         yield
         return
-    from xpo_fast.kernels import one_read, tuning  # noqa: F401, declares what is overridden
+    from xpo_fast.kernels import launch, one_read  # noqa: F401, declares what is overridden
 
     if INTERPRETED:
         rounded_to_nearest(monkeypatch)
     with contextlib.ExitStack() as stack:
         for name in (n + m for n in ("one_read", "one_read_statistics") for m in ("", "_gradient")):
-            stack.enter_context(tuning.override(name, tuning.config(4, 3, BLOCK=BLOCK)))
+            stack.enter_context(launch.override(name, launch.config(4, 3, BLOCK=BLOCK)))
         yield
 
 
@@ -268,7 +268,7 @@ def check_small(shape):
 
 
 def check_out_of_the_ordinary():
-    """Huge logits; one finite logit alone, the target or not; none; +∞; NaN, of the target or not, stays with its row."""
+    """Huge logits; a single finite logit, the target or not; none; +∞; NaN, of the target or not, stays in its row."""
     vocab = 270
     products, _ = ordinary(8, vocab)
     products[0] *= 1e4
@@ -293,11 +293,11 @@ def check_out_of_the_ordinary():
 
 def check_negative_scale_and_full_blocks(monkeypatch):
     """At the width that GPUs are given, with a logit_scale below 0; again, for the same bits."""
-    from xpo_fast.kernels import tuning
+    from xpo_fast.kernels import launch
 
     products, y = ordinary(2 if INTERPRETED else 300, 2 * 1024 + 1000)
     want, dz = truth(products, y, logit_scale=-0.7)
-    with tuning.override("one_read_gradient", tuning.config(4, 3, BLOCK=1024)):
+    with launch.override("one_read_gradient", launch.config(4, 3, BLOCK=1024)):
         first, second = (run(products, y, ("logp",), torch.bfloat16, logit_scale=-0.7) for _ in range(2))
     assert_close(first[0]["logp"], want["logp"], atol=1e-5, rtol=1e-6)
     assert (row_errors(first[1].double() * first[2][:, None], dz) < 2**-8).all()

@@ -1,5 +1,6 @@
-"""Heads in parts, on two to four processes, against the textbook computation in one: vocabulary-parallel, FSDP2, DTensors, ZeRO-3.
+"""Heads in parts, on two to four processes, against the textbook computation in one process.
 
+The parts are vocabulary-parallel shards, or those of FSDP2, DTensors and ZeRO-3.
 A world of gloo processes runs every case once and saves what each rank found. Tolerances: 1e-5 in float32, for
 gradients in norm, 1e-10 in float64; statistics of a cut vocabulary are the same bit by bit on its ranks.
 """
@@ -236,7 +237,7 @@ def run_partial(rank: int, group) -> dict[str, torch.Tensor]:
 
 
 def unit_loss(rank: int | None, group=None):
-    """A trainable head's loss of single tokens, −Σ u·logp, made while their tile is live; rank None: of the whole head."""
+    """A trainable head's loss of single tokens, −Σ u·logp, made while their tile is live; rank None: the whole head."""
     case = Case("four, padded", dtype=torch.float64, options=EVERYTHING)
     whole = problem(case)
     shard, operands = None, whole
@@ -520,7 +521,7 @@ def model_loss(model: nn.Module, rows: slice, ranks: int) -> torch.Tensor:
     targets = xf.shift_labels(labels)
 
     def loss(hidden, head):
-        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+        logp = xf.token_logps(hidden, head, targets[rows], chunk_tokens=4)
         return -logp.sum() * ranks / (targets != oracle.IGNORE).sum()
 
     return model(input_ids=ids[rows], fused_loss=loss)
@@ -615,8 +616,8 @@ def zero_loss(model: Any, rows: slice, loss: str, heads: list | None = None) -> 
 
     def own(hidden, head):
         if loss == "objective":
-            return objective(hidden, head.weight, targets[rows], denominator=ROWS // 2, **head.kwargs()).loss
-        logp = xf.token_logps(hidden, head.weight, targets[rows], chunk_tokens=4, **head.kwargs())
+            return objective(hidden, head, targets[rows], denominator=ROWS // 2).loss
+        logp = xf.token_logps(hidden, head, targets[rows], chunk_tokens=4)
         return -logp.sum() / (targets != oracle.IGNORE).sum()
 
     def fused(hidden, head):
@@ -723,9 +724,13 @@ def run_zero_calls(rank: int) -> dict:
         xf.token_logps(hidden, layer.weight, targets, weight_grad=torch.zeros_like(weight))
     assert layer.weight.shape == layer.bias.shape == (0,)
     return {
-        "logp": logp.detach(), "d_weight": d_weight, "d_bias": d_bias, "half": half.detach(), "half wanted": want.detach(),
+        "logp": logp.detach(),
+        "d_weight": d_weight,
+        "d_bias": d_bias,
+        "half": half.detach(),
+        "half wanted": want.detach(),
         "collectives": [sum(mode.get_comm_counts().values()) for mode in (forward, backward)],
-    }  # fmt: skip
+    }
 
 
 def run_all_zero(rank: int) -> dict:

@@ -1,4 +1,4 @@
-"""Which dtype `auto` is: by instructions, by a measurement where they do not tell, and what is said of explicit wishes."""
+"""Which dtype `auto` is: by instructions, or a measurement where they do not tell; warnings for an explicit dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones that bitsandbytes quantises, with a head in 16 bits: log-probs and gradients against the model's own logits."""
+"""Backbones that bitsandbytes quantises, with a head in 16 bits: log-probs and gradients against its own logits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def of_logits(model):
 
 def of_hidden_states(model):
     head = xf.Head.from_model(model)
-    return xf.token_logps(hidden_states(model, {"input_ids": IDS}), head.weight, IDS, **head.kwargs())
+    return xf.token_logps(hidden_states(model, {"input_ids": IDS}), head, IDS)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,5 +1,6 @@
 """Recipes: every one of them for an iteration on a tiny model, references, stopping, and runs that are killed."""
 
+import contextlib
 import json
 import logging
 import math
@@ -14,10 +15,12 @@ from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_
 from xpo_fast import cli, recipes
 from xpo_fast.data import load_prompts
 from xpo_fast.models import load_model
-from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table
-from xpo_fast.recipes import loop as recipe_loop
-from xpo_fast.recipes.loop import _L1, Setup, _Loop, run
-from xpo_fast.rewards.llm_judges import FunctionJudge, Judge, LLMJudge, text_of
+from xpo_fast.recipes import RECIPES, StoppingRule, Train, get_recipe, override, paired, table, training
+from xpo_fast.recipes.loop import Loop, run
+from xpo_fast.recipes.setup import Policies, Setup
+from xpo_fast.recipes.training import L1, Iteration, train_reward, with_reference
+from xpo_fast.rewards.judges import FunctionJudge, Judge, text_of
+from xpo_fast.rewards.llm_judges import LLMJudge
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 
 pytestmark = [
@@ -81,14 +84,27 @@ def small(name: str, **settings):
 
 def setup(home: Path, output: Path, *, said: list | None = None, **options) -> Setup:
     training = {
-        "use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1,
-        "save_strategy": "no", **options.pop("training", {}),
-    }  # fmt: skip
+        "use_cpu": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        **options.pop("training", {}),
+    }
     defaults = {
-        "rows": load_prompts(make_rows(4)), "judge": FunctionJudge(letters), "sampling": Sampling(max_new_tokens=5),
-        "block": 3, "say": (said if said is not None else []).append,
-    }  # fmt: skip
+        "rows": load_prompts(make_rows(4)),
+        "judge": FunctionJudge(letters),
+        "sampling": Sampling(max_new_tokens=5),
+        "block": 3,
+        "say": (said if said is not None else []).append,
+    }
     return Setup(model=str(home), output=output, training=training, **{**defaults, **options})
+
+
+def iteration(recipe, given: Setup, rows=(), models=None) -> Iteration:
+    models = [given.model] if models is None else models
+    return Iteration(recipe, given, Policies(given), 0, given.output, list(rows), models)
 
 
 def lines(path: Path) -> list[dict]:
@@ -123,7 +139,7 @@ def test_every_row_of_the_table_of_methods_is_there_and_listed():
 def test_a_recipe_is_changed_by_names():
     recipe = override(
         RECIPES["rso"],
-        {"iterations": 2, "draws.n": 16, "draws[0].temperature": 0.5, "select.beta": 0.1, "method.beta": 0.2},
+        {"iterations": 2, "draws.n": 16, "draws.temperature": 0.5, "select.beta": 0.1, "method.beta": 0.2},
     )
     assert (recipe.iterations, recipe.draws[0].n, recipe.draws[0].temperature) == (2, 16, 0.5)
     assert recipe.select_args == {"n": 8, "beta": 0.1} and recipe.train == (Train("rso", {"beta": 0.2}),)
@@ -140,7 +156,7 @@ def test_a_recipe_is_changed_by_names():
         ("rso", {"gamma": 1}, "recipe rso has no 'gamma'; it has iterations"),
         ("rso", {"method.gamma": 1}, "method.beta"),
         ("sdpo", {"draws.n": 1}, "has no 'draws.n'"),
-        ("rso", {"draws[3].n": 1}, "it has 1 draws"),
+        ("rso", {"draws[3].n": 1}, r"has no 'draws\[3\].n'"),
         ("rso", {"iterations": 0}, "at least one iteration, got 0"),
         ("rso", {"judge": "none"}, "a judge for rejection"),
         ("rso", {"reference": "last"}, "reference to be one of none, fixed"),
@@ -153,7 +169,8 @@ def test_a_recipe_is_changed_by_names():
         ("raft", {"iterations": 1.5}, "at least one iteration, got 1.5"),
         ("raft", {"draws.n": 2.5}, "draws of n >= 1, got 2.5"),
         ("raft", {"draws.temperature": "hot"}, "temperature >= 0, got 'hot'"),
-        ("raft", {"draws[x].n": 2}, r"draws\[0\] the first of them"),
+        ("raft", {"l1": 0.1}, "has no 'l1'"),
+        ("raft", {"merge.density": 0.1}, "has no 'merge.density'"),
         ("paft", {"l1": "much"}, "l1 >= 0, got 'much'"),
         ("raft", {"select.min_gap": 1}, "select=best with .*unexpected keyword argument 'min_gap'"),
         ("rso", {"select.beta": 0}, "select=rejection with .*expected beta > 0"),
@@ -278,8 +295,8 @@ def test_gold_answers_are_candidates_and_revisions_are_kept(home, tmp_path):
 def test_sdpo_takes_the_data_in_steps(home, tmp_path):
     """Each step begins at ln 2: its reference is the model that it begins with."""
     rows = load_prompts(make_rows(6))
-    loop = _Loop(override(RECIPES["sdpo"], {"iterations": 3}), setup(home, tmp_path, rows=rows, judge=None))
-    parts = [loop._rows(tmp_path, i, str(home)) for i in range(3)]
+    loop = Loop(override(RECIPES["sdpo"], {"iterations": 3}), setup(home, tmp_path, rows=rows, judge=None))
+    parts = [loop.rows(tmp_path, i, str(home)) for i in range(3)]
     assert [len(part) for part in parts] == [2, 2, 2] and [row for part in parts for row in part] == rows
     run(
         RECIPES["sdpo"],
@@ -305,10 +322,11 @@ def test_negating_negatives_has_two_references(home, tmp_path):
     other = make_model(7, max_position_embeddings=1024)
     other.save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    loop = _Loop(RECIPES["nn"], setup(home, tmp_path / "out", judge=None))
     rows = {"prompt_ids": [5, 6], "completions_ids": [[7, 8], [9]], "rejected_ids": [10, 11, 12]}
     dataset = datasets.Dataset.from_list([rows, {**rows, "prompt_ids": [20]}])
-    found = loop._with_reference(dataset, RECIPES["nn"].train[0], [str(home), str(tmp_path / "other")])["ref_logp"]
+    models = [str(home), str(tmp_path / "other")]
+    it = iteration(RECIPES["nn"], setup(home, tmp_path / "out", judge=None), models=models)
+    found = with_reference(it, dataset, RECIPES["nn"].train[0])["ref_logp"]
     for prompt, logps in zip(([5, 6], [20]), found, strict=True):
         for ids, logp, model in zip(([7, 8], [9], [10, 11, 12]), logps, (home, home, tmp_path / "other"), strict=True):
             with torch.no_grad():
@@ -337,15 +355,17 @@ def test_paft_merges_two_adapters_of_one_base(home, tmp_path):
 
 
 def test_paft_killed_as_an_adapter_appears(home, tmp_path, monkeypatch):
-    appear, deaths = recipe_loop._appear, []
+    appearing, deaths = training.appearing, []
 
-    def dying(path, write):
-        appear(path, write)
+    @contextlib.contextmanager
+    def dying(path, **how):
+        with appearing(path, **how) as part:
+            yield part
         if path.name.startswith("adapter") and len(deaths) < 2:
             deaths.append(path)
             raise Killed
 
-    monkeypatch.setattr(recipe_loop, "_appear", dying)
+    monkeypatch.setattr(training, "appearing", dying)
     options = {"peft_config": lora(), "judge": None, "training": {"max_steps": 1}}
     for _ in range(2):
         with pytest.raises(Killed):
@@ -359,7 +379,6 @@ def test_soft_labels_reach_the_reward_model(home, tmp_path, monkeypatch):
         "xpo_fast.rewards.trainer.RewardTrainer.__init__",
         lambda self, model, args, *, train_dataset, **_: seen.extend(train_dataset) or (_ for _ in ()).throw(Killed),
     )
-    loop = recipe_loop._Loop(small("rlaif"), setup(home, tmp_path))
     row = {
         "prompt": "w1",
         "chosen": " w2",
@@ -369,7 +388,7 @@ def test_soft_labels_reach_the_reward_model(home, tmp_path, monkeypatch):
         "rejected_ids": [6],
     }
     with pytest.raises(Killed):
-        loop._train_reward(tmp_path, 0, [row], [str(home)], [])
+        train_reward(iteration(small("rlaif"), setup(home, tmp_path), [row]))
     assert seen == [{"prompt": "w1", "chosen": " w2", "rejected": " w3", "prob": 0.7}]
 
 
@@ -379,7 +398,7 @@ def test_l1_adds_the_sign_of_each_weight_to_its_gradient():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[2.0, -3.0]]))
     layer.weight.grad = torch.tensor([[1.0, 1.0]])
-    _L1(0.25).on_pre_optimizer_step(None, None, None, model=layer)
+    L1(0.25).on_pre_optimizer_step(None, None, None, model=layer)
     assert layer.weight.grad.tolist() == [[1.25, 0.75]] and layer.bias.grad is None
 
 
@@ -396,7 +415,7 @@ def test_a_judge_that_compares_rewards_by_win_rates(home, tmp_path):
 
 
 def test_iterations_raise_what_the_judge_likes(home, tmp_path):
-    """Samples with more of w1 … w9 are preferred; after three iterations of RAFT held-out answers have more of them."""
+    """Samples with more of w1 … w9 are preferred; held-out answers have more of them after three iterations of RAFT."""
 
     def low(completions, **_):
         return [float(sum(len(word) == 2 for word in c.split())) for c in completions]
@@ -405,10 +424,16 @@ def test_iterations_raise_what_the_judge_likes(home, tmp_path):
     outcome = run(
         override(RECIPES["raft"], {"iterations": 3}),
         setup(
-            home, tmp_path, rows=prompts[:16], held_out=prompts[8:], judge=FunctionJudge(low), block=16,
-            training={"max_steps": 20, "learning_rate": 1e-2}, stopping=StoppingRule(patience=3),
+            home,
+            tmp_path,
+            rows=prompts[:16],
+            held_out=prompts[8:],
+            judge=FunctionJudge(low),
+            block=16,
+            training={"max_steps": 20, "learning_rate": 1e-2},
+            stopping=StoppingRule(patience=3),
         ),
-    )  # fmt: skip
+    )
     start, *after = outcome.history
     assert len(after) == 3 and max(after) == after[outcome.best - 1] > start + 0.5
 
@@ -497,9 +522,10 @@ def test_the_loop_stops_and_gives_back_the_best(home, tmp_path):
 
     said: list[str] = []
     options = {
-        "held_out": load_prompts(make_rows(3, seed=5)), "held_out_judge": FunctionJudge(fading),
+        "held_out": load_prompts(make_rows(3, seed=5)),
+        "held_out_judge": FunctionJudge(fading),
         "stopping": StoppingRule(patience=2),
-    }  # fmt: skip
+    }
     recipe = override(small("iterative-dpo"), {"iterations": 6})
     outcome = run(recipe, setup(home, tmp_path, said=said, **options))
     assert outcome.history == [0.0, 1.0, 0.5, 0.75] and outcome.best == 1
@@ -533,10 +559,14 @@ def test_the_policy_judges_its_samples_and_the_start_what_is_held_out(home, tmp_
     outcome = run(
         override(small("self-rewarding"), {"iterations": 2}),
         setup(
-            home, tmp_path, judge=None, rollout=Watched, held_out=load_prompts(make_rows(2, seed=5)),
+            home,
+            tmp_path,
+            judge=None,
+            rollout=Watched,
+            held_out=load_prompts(make_rows(2, seed=5)),
             stopping=StoppingRule(patience=2),
         ),
-    )  # fmt: skip
+    )
     start = weights(home)["model.embed_tokens.weight"].sum().item()
     samples, held_out = ([x for count, x in asked if (count == 2) == of_two] for of_two in (False, True))
     assert len(samples) == 4 and samples[:2] == [start] * 2 and start not in samples[2:]
@@ -567,10 +597,11 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     """Killed again and again, each time a word later than the last: the same files and the same weights."""
     recipe = override(small(name), {"iterations": 2 if name == "iterative-dpo" else 1, "reference": "previous"})
     options = {
-        "held_out": load_prompts(make_rows(2, seed=5)), "stopping": StoppingRule(patience=2),
+        "held_out": load_prompts(make_rows(2, seed=5)),
+        "stopping": StoppingRule(patience=2),
         "peft_config": lora(lora_dropout=0.2),
         "training": {"max_steps": 3, "save_strategy": "steps", "save_steps": 1},
-    }  # fmt: skip
+    }
     whole: list[str] = []
     expected = run(recipe, setup(home, tmp_path / "whole", said=whole, **options))
     deaths = []
@@ -758,10 +789,32 @@ def test_the_command_lists_and_runs(home, tmp_path, capsys, monkeypatch):
         "def length(completions, **_):\n    return [float(len(c)) for c in completions]\n"
     )
     base = (
-        "raft", "--data", str(data), "--model", str(home), "--cpu", "--full", "--max-steps", "1", "--max-new-tokens", "4",
-        "--output-dir", str(tmp_path / "out"), "--held-out", "2", "--patience", "2", "--train", "max_grad_norm=0.5",
-        "--judge", f"function:{tmp_path / 'reward.py'}:length", "--set", "draws.n=3", "--set", "iterations=1",
-    )  # fmt: skip
+        "raft",
+        "--data",
+        str(data),
+        "--model",
+        str(home),
+        "--cpu",
+        "--full",
+        "--max-steps",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--held-out",
+        "2",
+        "--patience",
+        "2",
+        "--train",
+        "max_grad_norm=0.5",
+        "--judge",
+        f"function:{tmp_path / 'reward.py'}:length",
+        "--set",
+        "draws.n=3",
+        "--set",
+        "iterations=1",
+    )
     assert command(*base) == 0
     told = capsys.readouterr().out
     assert "iteration 1, sft: step 1 of 1" in told and "held-out score at the start:" in told
@@ -817,10 +870,28 @@ def test_an_llm_judge_by_the_command(home, tmp_path):
     load_model(str(home))[0].save_pretrained(tmp_path / "judge")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(4)))
-    assert command(
-        "online-rlhf", "--data", str(data), "--model", str(tmp_path / "judge"), "--judge", "llm", "--cpu", "--full",
-        "--max-steps", "1", "--max-new-tokens", "4", "--output-dir", str(tmp_path / "out"), "--set", "iterations=1",
-    ) == 0  # fmt: skip
+    assert (
+        command(
+            "online-rlhf",
+            "--data",
+            str(data),
+            "--model",
+            str(tmp_path / "judge"),
+            "--judge",
+            "llm",
+            "--cpu",
+            "--full",
+            "--max-steps",
+            "1",
+            "--max-new-tokens",
+            "4",
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--set",
+            "iterations=1",
+        )
+        == 0
+    )
     for row in lines(tmp_path / "out" / "iteration-000" / "judged-00000.jsonl"):
         (a, b), (c, d) = row["wins"]
         assert a == d == 0.5 and b + c == pytest.approx(1) and b != 0.5

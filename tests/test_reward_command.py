@@ -50,8 +50,25 @@ def run(*options) -> int:
 
 
 def train(home, output, *options, data="pairs.jsonl") -> int:
-    return run("reward", "--data", home / data, "--model", home / "model", "--output-dir", output, "--cpu", "--batch-size", 4,
-               "--logging-steps", 1, "--lora-targets", "q_proj,v_proj", "--max-length", 64, *options)  # fmt: skip
+    return run(
+        "reward",
+        "--data",
+        home / data,
+        "--model",
+        home / "model",
+        "--output-dir",
+        output,
+        "--cpu",
+        "--batch-size",
+        4,
+        "--logging-steps",
+        1,
+        "--lora-targets",
+        "q_proj,v_proj",
+        "--max-length",
+        64,
+        *options,
+    )
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
@@ -77,8 +94,27 @@ def test_train_resume_and_measure(home, tmp_path, capsys):
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
     measured = tmp_path / "measured"
-    assert run("eval-reward", "--data", home / "pairs.jsonl", "--model", out, "--model", out, "--ensemble", "worst", "--policy",
-               out, "--beta", 0.5, "--output-dir", measured, "--cpu") == 0  # fmt: skip
+    assert (
+        run(
+            "eval-reward",
+            "--data",
+            home / "pairs.jsonl",
+            "--model",
+            out,
+            "--model",
+            out,
+            "--ensemble",
+            "worst",
+            "--policy",
+            out,
+            "--beta",
+            0.5,
+            "--output-dir",
+            measured,
+            "--cpu",
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "ensemble (worst)" in text and "the longer completion" in text and "the same choice in 100.0%" in text
     report = json.loads((measured / "report.json").read_text())

@@ -30,7 +30,10 @@ from xpo_fast.models.value_head import (
     save_value_head,
     value_head,
 )
-from xpo_fast.rewards.model import USES, ImplicitReward, RewardEnsemble, RewardModel, RewardSpec
+from xpo_fast.rewards.ensemble import RewardEnsemble
+from xpo_fast.rewards.implicit import ImplicitReward
+from xpo_fast.rewards.model import RewardModel
+from xpo_fast.rewards.spec import USES, RewardSpec
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -68,12 +71,22 @@ def rows_for(method: str, count: int = 8, seed: int = 0) -> list[dict]:
 
 def make_trainer(tmp_path, method="bradley_terry", *, model=None, rows=None, peft_config=None, eval_rows=None, **args):
     defaults = {
-        "output_dir": str(tmp_path / "out"), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
-        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": 1, "seed": 3, "max_grad_norm": 0.0,
-        "max_length": 64, "objectives": OBJECTIVES if method in ("regression", "gated") else None,
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "max_steps": 1,
+        "seed": 3,
+        "max_grad_norm": 0.0,
+        "max_length": 64,
+        "objectives": OBJECTIVES if method in ("regression", "gated") else None,
         "train_sampling_strategy": "sequential",
-    }  # fmt: skip
+    }
     return RewardTrainer(
         make_model() if model is None else model,
         RewardConfig(method=method, **{**defaults, **args}),
@@ -157,7 +170,7 @@ def test_values_and_log_probs_of_one_forward():
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
 
     def fused(hidden, lm_head: Head):
-        return head(hidden)[..., 0], xf.token_logps(hidden[:, :-1], lm_head.weight, ids[:, 1:], **lm_head.kwargs())
+        return head(hidden)[..., 0], xf.token_logps(hidden[:, :-1], lm_head, ids[:, 1:])
 
     values, logps = model(input_ids=ids, attention_mask=torch.ones_like(ids), fused_loss=fused)
     assert len(calls) == 1
@@ -198,8 +211,14 @@ def test_the_loss_begins_at_ln_2(tmp_path):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_value_head_has_a_learning_rate_of_its_own(tmp_path, adapter):
     def moved(rate):
-        trainer = make_trainer(tmp_path, value_head_learning_rate=rate, learning_rate=1e-3, max_steps=2, optim="sgd",
-                               peft_config=lora() if adapter else None)  # fmt: skip
+        trainer = make_trainer(
+            tmp_path,
+            value_head_learning_rate=rate,
+            learning_rate=1e-3,
+            max_steps=2,
+            optim="sgd",
+            peft_config=lora() if adapter else None,
+        )
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.train()
         groups = trainer.optimizer.optimizer.param_groups
@@ -224,8 +243,13 @@ def test_the_value_head_has_a_learning_rate_of_its_own(tmp_path, adapter):
 def test_micro_batches_of_a_step_are_one_batch(tmp_path, method):
     found = []
     for size, steps in ((6, 1), (4, 2)):  # 4 + 2
-        trainer = make_trainer(tmp_path, method, rows=rows_for(method, 6), per_device_train_batch_size=size,
-                               gradient_accumulation_steps=steps)  # fmt: skip
+        trainer = make_trainer(
+            tmp_path,
+            method,
+            rows=rows_for(method, 6),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
         kept = Gradients()
         trainer.add_callback(kept)
         trainer.train()
@@ -242,8 +266,16 @@ def test_micro_batches_of_a_step_are_one_batch(tmp_path, method):
 def test_every_method_learns_its_rows_and_is_saved(tmp_path, home, method, adapter):
     model, _ = load_model(str(home))
     rows = rows_for(method)
-    trainer = make_trainer(tmp_path, method, model=model, rows=rows, eval_rows=rows, max_steps=16,
-                           learning_rate=2e-2 if adapter else 5e-3, peft_config=lora() if adapter else None)  # fmt: skip
+    trainer = make_trainer(
+        tmp_path,
+        method,
+        model=model,
+        rows=rows,
+        eval_rows=rows,
+        max_steps=16,
+        learning_rate=2e-2 if adapter else 5e-3,
+        peft_config=lora() if adapter else None,
+    )
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -336,9 +368,16 @@ def test_odin_of_the_batch(tmp_path):
     w, l = (plain_outputs(model, head, rows, name) for name in ("chosen", "rejected"))  # noqa: E741
     sizes = {n: torch.tensor([len(row[n].split()) + 1 for row in rows]) for n in ("chosen", "rejected")}
     expected = odin(
-        quality_w=w[:, 0], quality_l=l[:, 0], length_w=w[:, 1], length_l=l[:, 1], len_w=sizes["chosen"],
-        len_l=sizes["rejected"], weight_quality=head.weight[0], weight_length=head.weight[1], lambda_length=0.5,
-    )  # fmt: skip
+        quality_w=w[:, 0],
+        quality_l=l[:, 0],
+        length_w=w[:, 1],
+        length_l=l[:, 1],
+        len_w=sizes["chosen"],
+        len_l=sizes["rejected"],
+        weight_quality=head.weight[0],
+        weight_length=head.weight[1],
+        lambda_length=0.5,
+    )
     trainer.train()
     assert log(trainer)[0] == pytest.approx(float(expected.detach()), rel=1e-5)
     score = trainer.reward_model().score([rows[0]["prompt"]], [rows[0]["chosen"]])
@@ -355,8 +394,9 @@ ON_TWO_RANKS = ("bradley_terry", "k_wise", "haf")
 
 def one_step(folder, method: str, batch: int, **args) -> tuple[float, float, dict]:
     rows = rows_for(method, 5)  # in batches of 3 on two ranks, the last is filled up with a row that must not count
-    trainer = make_trainer(folder, method, rows=rows, eval_rows=rows_for(method, 5, 1), per_device_train_batch_size=batch,
-                           **args)  # fmt: skip
+    trainer = make_trainer(
+        folder, method, rows=rows, eval_rows=rows_for(method, 5, 1), per_device_train_batch_size=batch, **args
+    )
     kept = Gradients()
     trainer.add_callback(kept)
     trainer.train()
@@ -380,9 +420,18 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_resume(tmp_path, adapter):
     def run(folder, steps, resume=None):
-        trainer = make_trainer(folder, rows=rows_for("haf", 12), max_steps=steps, save_strategy="steps", save_steps=2,
-                               method="haf", lr_scheduler_type="constant", peft_config=lora() if adapter else None,
-                               train_sampling_strategy="random", value_head_learning_rate=3e-2)  # fmt: skip
+        trainer = make_trainer(
+            folder,
+            rows=rows_for("haf", 12),
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            method="haf",
+            lr_scheduler_type="constant",
+            peft_config=lora() if adapter else None,
+            train_sampling_strategy="random",
+            value_head_learning_rate=3e-2,
+        )
         trainer.train(resume_from_checkpoint=resume)
         return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -540,7 +589,8 @@ def test_implicit_reward():
 @pytest.mark.parametrize(
     "method, change, message",
     [
-        ("regression", {"safe": ...}, r"rows\[1\]: safe missing; expected prompt, completion and the numbers helpful, safe"),
+        ("regression", {"safe": ...},
+         r"rows\[1\]: safe missing; expected prompt, completion and the numbers helpful, safe"),
         ("regression", {"safe": "good"}, r"rows\[1\]: safe must be a finite number or null; got 'good'"),
         ("regression", {"helpful": None, "safe": None}, r"rows\[1\]: helpful, safe are null"),
         ("discriminator", {"label": ...}, "label"),

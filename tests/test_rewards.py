@@ -58,9 +58,12 @@ def test_trl_signature_and_columns():
 
     Rewards(f)(make_samples(2), {"answer": ["a", "b"], "other": [1, 2]})
     assert seen == {
-        "prompts": ["p0", "p1"], "completions": ["x", "xx"], "ids": [[5], [5, 5]], "answer": ["a", "b"],
+        "prompts": ["p0", "p1"],
+        "completions": ["x", "xx"],
+        "ids": [[5], [5, 5]],
+        "answer": ["a", "b"],
         "rest": {"other": [1, 2]},
-    }  # fmt: skip
+    }
 
 
 def test_without_var_keywords_a_function_gets_what_it_names():

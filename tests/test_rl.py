@@ -15,11 +15,12 @@ import transformers
 
 import xpo_fast as xf
 from test_trainer import Gradients, assert_same_gradients, lora, make_model, make_tokenizer
+from xpo_fast.methods.advantages import advantages
 from xpo_fast.rewards import RewardError
-from xpo_fast.rewards.llm_judges import Judge, win_rate
+from xpo_fast.rewards.judges import Judge, win_rate
 from xpo_fast.rl import RLTrainer, last_checkpoint
+from xpo_fast.rl.batches import Batches
 from xpo_fast.rl.config import RLConfig
-from xpo_fast.rl.experience import advantages
 from xpo_fast.rl.sample_log import table
 from xpo_fast.rollout import GenerateRollout
 from xpo_fast.trainer import Means
@@ -125,8 +126,14 @@ def group_advantages(rewards, how):
 
 @pytest.mark.parametrize(
     ("method", "how"),
-    [("grpo", "group"), ("dr_grpo", "group_mean"), ("dapo", "group"), ("rloo", "leave_one_out"), ("reinforce", "batch_mean")],
-)  # fmt: skip
+    [
+        ("grpo", "group"),
+        ("dr_grpo", "group_mean"),
+        ("dapo", "group"),
+        ("rloo", "leave_one_out"),
+        ("reinforce", "batch_mean"),
+    ],
+)
 def test_first_step_is_the_textbook_gradient(tmp_path, method, how):
     """−Σ A ∇log π over what the method's mean divides by, with rows without reward left out of it; and a dull group."""
     args = {"max_draws": 1, "overlong": "keep"}
@@ -141,9 +148,12 @@ def test_first_step_is_the_textbook_gradient(tmp_path, method, how):
     tokens = sum(len(logp) for _, logp in rows)
     assert any(a == 0 for a, _ in rows) or method == "reinforce"
     divide = {
-        "grpo": lambda logp: len(rows) * len(logp), "dr_grpo": lambda logp: len(rows) * NEW, "dapo": lambda logp: tokens,
-        "rloo": lambda logp: len(rows), "reinforce": lambda logp: tokens,
-    }[method]  # fmt: skip
+        "grpo": lambda logp: len(rows) * len(logp),
+        "dr_grpo": lambda logp: len(rows) * NEW,
+        "dapo": lambda logp: tokens,
+        "rloo": lambda logp: len(rows),
+        "reinforce": lambda logp: tokens,
+    }[method]
     sum(-(a * logp / divide(logp)).sum() for a, logp in rows).backward()
     want = {n: p.grad for n, p in reference.named_parameters()}
     assert_same_gradients(want, got, rtol=1e-5)
@@ -265,17 +275,18 @@ def test_a_learnable_reward_rises(tmp_path, method):
     assert after["eval_rewards/share_of_even/mean"] == after["eval_reward"]
 
 
-def test_every_row_once_an_epoch(tmp_path):
+def test_every_row_once_an_epoch(tmp_path, monkeypatch):
     """Two minibatches an epoch, two epochs: each completion once an epoch, in another order."""
     seen = []
 
-    class Watch(RLTrainer):
-        def _batch(self, experience, rows, ptx_at):
-            seen.append([] if rows is None else rows.tolist())
-            return super()._batch(experience, rows, ptx_at)
+    inner = Batches.batch
 
+    def watched(self, experience, rows, first_text):
+        seen.append([] if rows is None else rows.tolist())
+        return inner(self, experience, rows, first_text)
+
+    monkeypatch.setattr(Batches, "batch", watched)
     trainer = make_trainer(tmp_path, prompts_per_rollout=4, epochs_per_rollout=2, max_steps=4, method="grpo")
-    trainer.__class__ = Watch
     trainer.train()
     first, second = [i for rows in seen[:4] for i in rows], [i for rows in seen[4:] for i in rows]
     assert len(seen) == 8 and all(len(rows) <= 4 for rows in seen)
@@ -356,13 +367,7 @@ def test_a_raising_reward_leaves_a_checkpoint_to_go_on_from(tmp_path):
 
 def test_lora_has_its_base_model_as_the_reference(tmp_path):
     trainer = make_trainer(
-        tmp_path,
-        method="ppo",
-        peft_config=lora(),
-        max_steps=2,
-        learning_rate=1e-2,
-        save_strategy="steps",
-        save_steps=1,
+        tmp_path, method="ppo", peft_config=lora(), max_steps=2, learning_rate=1e-2, save_strategy="steps", save_steps=1
     )
     assert trainer.reference == "adapter"
     trainer.train()
@@ -399,7 +404,7 @@ def test_the_reference_follows_the_policy(tmp_path):
     trainer = make_trainer(tmp_path, kl_coef=0.1, ref_mixin=0.25, max_steps=1)
     start = {n: p.clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    for name, p in trainer._live.copy.named_parameters():
+    for name, p in trainer.moving_reference.copy.named_parameters():
         policy = dict(trainer.model.named_parameters())[name]
         torch.testing.assert_close(p, 0.75 * start[name] + 0.25 * policy)
 
@@ -425,12 +430,7 @@ def test_a_comparing_judge_rewards_by_win_rates(tmp_path):
 
     reward = win_rate(Longer())
     tags = ["a"] * 3 + ["b"]
-    assert reward(prompts=["p"] * 3 + ["q"], completions=["xxx", "x", "xx", "x"], tag=tags) == [
-        1,
-        0,
-        0.5,
-        0.5,
-    ]
+    assert reward(prompts=["p"] * 3 + ["q"], completions=["xxx", "x", "xx", "x"], tag=tags) == [1, 0, 0.5, 0.5]
     # Two equal prompts of a rollout are two.
     twice = {"prompts": ["p"] * 4, "completions": ["xxx", "x", "xxxx", "xx"], "tag": ["a"] * 4}
     assert reward(**twice, prompt_index=[0, 0, 1, 1]) == [1, 0, 1, 0]
@@ -510,7 +510,7 @@ def test_the_reference_follows_the_adapter(tmp_path):
 
 
 def test_dapo_is_more_than_its_loss(tmp_path):
-    """Dynamic sampling and the penalty of the last fifth come with it, and can be switched off; no other method has them."""
+    """Dynamic sampling and the penalty of the last fifth come with it and can be switched off; no other has them."""
 
     def config(**args):
         return RLConfig(str(tmp_path), per_device_train_batch_size=8, max_new_tokens=100, **args)
@@ -604,17 +604,11 @@ def test_advantages():
     [
         ({"method": "dpo"}, "dpo does not learn from scored completions .*; these do: .*grpo"),
         ({"method": "ppo_value"}, "ppo_value does not learn"),
-        (
-            {"method": "reinforce", "epochs_per_rollout": 2},
-            "reinforce is on-policy: one step a rollout, got 2",
-        ),
+        ({"method": "reinforce", "epochs_per_rollout": 2}, "reinforce is on-policy: one step a rollout, got 2"),
         ({"method": "rloo", "advantage": "gae"}, "rloo takes one advantage a completion"),
         ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ({"num_generations": 3}, "a step of 8 completions has no whole number of prompts with 3 each"),
-        (
-            {"prompts_per_rollout": 3},
-            "a rollout of 3 prompts × 4 completions is not cut into whole steps of 8",
-        ),
+        ({"prompts_per_rollout": 3}, "a rollout of 3 prompts × 4 completions is not cut into whole steps of 8"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"show_samples": -1}, "show_samples must be 0 or more"),
@@ -636,10 +630,7 @@ def test_advantages():
         ),
         ({"method": "nash_md", "off_policy": "sequence"}, "weighs advantages, and nash_md has none"),
         ({"method": "rloo", "off_policy": "token"}, "rloo takes one a completion"),
-        (
-            {"method": "ppo", "num_generations": 1, "max_draws": 2},
-            "num_generations must be at least 2, got 1",
-        ),
+        ({"method": "ppo", "num_generations": 1, "max_draws": 2}, "num_generations must be at least 2, got 1"),
     ],
 )
 def test_arguments_that_do_not_go_together(tmp_path, args, said):
@@ -662,11 +653,7 @@ def test_a_long_prompt_is_found_before_the_run(tmp_path):
 @pytest.mark.parametrize("asked", [False, True])
 def test_continuous_batching_is_a_choice(tmp_path, asked):
     args = RLConfig(
-        str(tmp_path),
-        use_cpu=True,
-        num_generations=2,
-        per_device_train_batch_size=2,
-        continuous_batching=asked,
+        str(tmp_path), use_cpu=True, num_generations=2, per_device_train_batch_size=2, continuous_batching=asked
     )
     trainer = RLTrainer(make_model(), share_of_even, args, train_dataset=PROMPTS, processing_class=make_tokenizer())
     assert trainer.rollout.continuous is (None if asked else False)

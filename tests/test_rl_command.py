@@ -12,8 +12,7 @@ from transformers import TrainerState
 
 from test_trainer import PEFT_WARNING, make_model, make_tokenizer
 from xpo_fast import cli, models
-from xpo_fast.cli import rl as rl_command
-from xpo_fast.cli import training as common
+from xpo_fast.cli import rl_rewards, train_log, training
 from xpo_fast.models.value_head import attach_value_head
 from xpo_fast.rewards.model import RewardModel
 
@@ -44,11 +43,32 @@ def home(tmp_path_factory):
 
 
 def run(home, output, *options, reward="share") -> int:
-    return cli.main([
-        "rl", "--data", str(home / "prompts.jsonl"), "--model", str(home / "model"), "--output-dir", str(output), "--cpu",
-        *(["--reward", f"{home / 'reward.py'}:{reward}"] if reward else []), "--batch-size", "8", "--num-generations", "4",
-        "--max-new-tokens", "5", "--lora-targets", "q_proj,v_proj", *options,
-    ])  # fmt: skip
+    return cli.main(
+        [
+            "rl",
+            *(
+                "--data",
+                str(home / "prompts.jsonl"),
+                "--model",
+                str(home / "model"),
+                "--output-dir",
+                str(output),
+                "--cpu",
+            ),
+            *(["--reward", f"{home / 'reward.py'}:{reward}"] if reward else []),
+            *(
+                "--batch-size",
+                "8",
+                "--num-generations",
+                "4",
+                "--max-new-tokens",
+                "5",
+                "--lora-targets",
+                "q_proj,v_proj",
+            ),
+            *options,
+        ]
+    )
 
 
 def test_a_run_and_going_on_with_it(home, tmp_path, capsys):
@@ -95,7 +115,7 @@ def test_what_comes_with_dapo_is_said(home, tmp_path, capsys):
     assert run(home, tmp_path / "dapo", "--method", "dapo", "--max-steps", "1") == 0
     said = capsys.readouterr().out
     assert "replaced, in 10 draws at most (--max-draws); the last 1 of 5 tokens cost up to 1 (--overlong)" in said
-    options = "--max-draws", "1", "--overlong", "mask", "--show-samples", "0"
+    options = "--max-draws", "1", "--overlong", "mask", "--set", "show_samples=0"
     assert run(home, tmp_path / "less", "--method", "dapo", "--max-steps", "1", *options) == 0
     less = capsys.readouterr().out
     assert "draws at most" not in less and "truncated completions are not trained on" in less
@@ -137,7 +157,7 @@ def test_an_ensemble_is_measured_once(home, tmp_path, capsys, monkeypatch):
     assert [row["reward"] for row in rows[:8]] == pytest.approx([2 * x for x in first])
 
     assert go("parts", "--max-steps", "2") == 0
-    monkeypatch.setattr("xpo_fast.rewards.model.RewardEnsemble.standardise", pytest.fail)
+    monkeypatch.setattr("xpo_fast.rewards.ensemble.RewardEnsemble.standardise", pytest.fail)
     assert go("parts", "--max-steps", "3", "--resume") == 0
     weights = [models.load_model(str(tmp_path / x))[0].state_dict() for x in ("whole", "parts")]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
@@ -163,14 +183,20 @@ def test_mistakes(home, tmp_path, capsys):
         (("--reward", f"{home / 'reward.py'}:none"), "there are absent, brevity, share"),
         (("--reward", f"{home / 'reward.py'}:share=much"), "expected NAME=WEIGHT with a number"),
         (("--reward-model", "a", "--ensemble", "mean"), "two or more --reward-model, got 1"),
-        (("--reward-model", "a", "--reward-model", "b", "--ensemble", "best"), "expected mean, worst, uncertainty, got 'best'"),
+        (
+            ("--reward-model", "a", "--reward-model", "b", "--ensemble", "best"),
+            "expected mean, worst, uncertainty, got 'best'",
+        ),
         (("--reward-model", "a=2", "--reward-model", "b", "--ensemble", "mean"), "--ensemble HOW=WEIGHT"),
         (("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0"), "--value-head-lr must be positive"),
-        (("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0.1"), "value_head_learning_rate is the critic's"),
+        (
+            ("--reward", f"{home / 'reward.py'}:share", "--value-head-lr", "0.1"),
+            "value_head_learning_rate is the critic's",
+        ),
         (("--reward", f"{home / 'reward.py'}:share", "--method", "dpo"), "dpo does not learn from scored completions"),
         (("--reward", f"{home / 'reward.py'}:share", "--server", "http://x", "--full"), "--server needs --lora"),
         (("--reward", f"{home / 'reward.py'}:share", "--eval-split", "10"), "leaves none to train on"),
-    ):  # fmt: skip
+    ):
         assert run(home, out, *options, reward=None) == 2
         assert said in capsys.readouterr().err
     assert run(home, out, "--max-steps", "1", reward="absent") == 2
@@ -187,17 +213,15 @@ def test_models_that_reward_go_where_the_policy_is(home, tmp_path):
         args = argparse.Namespace(
             reward_model=[str(tmp_path)], judge=str(home / "model"), judge_by=judge_by, ensemble=None
         )
-        reward, judge = rl_command._models_that_reward(args, torch.device("meta"))
+        reward, judge = rl_rewards.reward_models(args, torch.device("meta"))
         assert {p.device.type for p in reward.model.parameters()} == {"meta"}
-    judge = rl_command._models_that_reward(
-        argparse.Namespace(**{**vars(args), "judge_by": "grade"}), torch.device("meta")
-    )[1]
+    judge = rl_rewards.reward_models(argparse.Namespace(**{**vars(args), "judge_by": "grade"}), torch.device("meta"))[1]
     assert {p.device.type for p in judge.choice.model.parameters()} == {"meta"}
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path), resume="last", overwrite=False)
-    callback, path = common.json_log(args), tmp_path / "train_log.jsonl"
+    callback, path = train_log.json_log(args), tmp_path / "train_log.jsonl"
 
     def log(*steps):
         for step in steps:
@@ -210,15 +234,15 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     path.write_text(path.read_text() + "\n")
-    callback = common.json_log(args)
+    callback = train_log.json_log(args)
     log(0)  # the measurement before training, again
     callback.on_train_begin(None, TrainerState(global_step=2), None)
     log(3, 4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
-    common.json_log(args).on_train_begin(None, TrainerState(global_step=0), None)  # a run of its own
+    train_log.json_log(args).on_train_begin(None, TrainerState(global_step=0), None)  # a run of its own
     assert path.read_text() == ""
 
 
 def test_a_key_is_in_no_file():
     args = argparse.Namespace(api_key="secret", seed=1, run=None)
-    assert common.begun(args)["options"] == {"seed": 1}
+    assert training.report_header(args)["options"] == {"seed": 1}

@@ -21,8 +21,7 @@ from test_rollout import StandIn
 from test_trainer import PEFT_WARNING, lora
 from xpo_fast.rewards import RewardError, Rewards
 from xpo_fast.rl import last_checkpoint
-from xpo_fast.rollout import RolloutError
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.rollout import RolloutError, ServerRollout
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -102,10 +101,14 @@ def whole(tmp_path_factory):
         (returns(iter([0.5] * 8)), RewardError, "'reward': .* got list_iterator"),
         (returns([math.nan] * 8), ValueError, "no completion of rollout 2 has a reward: reward returned NaN or None"),
         (returns([None] * 8), ValueError, "no completion of rollout 2 has a reward"),
-        (returns([3e38, -3e38] * 4), ValueError, "advantages of rollout 2 are not finite: rewards from -3e\\+38 to 3e\\+38"),
+        (
+            returns([3e38, -3e38] * 4),
+            ValueError,
+            "advantages of rollout 2 are not finite: rewards from -3e\\+38 to 3e\\+38",
+        ),
     ],
     ids=["raises", "exits", "None", "wrong length", "strings", "iterator", "NaN", "Nones", "beyond float32"],
-)  # fmt: skip
+)
 def test_a_reward_function_that_fails(tmp_path, whole, fault, error, said):
     with pytest.raises(error, match=said):
         run(tmp_path, at_third(fault))
@@ -175,8 +178,9 @@ def test_all_that_is_remembered_comes_back(tmp_path, capsys):
         resumed = run(folder, resume=True, **args)
         assert tables(capsys) == shown
         assert_same_run(resumed, whole)
-        assert resumed._average.keys() == whole._average.keys() and len(whole._average) > 0
-        assert all(torch.equal(x, whole._average[n]) for n, x in resumed._average.items())
+        average, want = resumed.moving_reference.average, whole.moving_reference.average
+        assert average.keys() == want.keys() and len(want) > 0
+        assert all(torch.equal(x, want[n]) for n, x in average.items())
 
 
 def test_samples_wait_in_the_checkpoint(tmp_path, capsys):
@@ -194,13 +198,7 @@ def test_samples_wait_in_the_checkpoint(tmp_path, capsys):
 def served(folder: Path, server: StandIn, model, **options):
     """A trainer whose completions come from a server that has the policy's weights."""
     trainer = make_trainer(folder, reward, model=model, **{**ARGS, "eval_dataset": None, "temperature": 1.0})
-    options = {
-        "retries": 1,
-        "backoff_s": 0.01,
-        "concurrency": 2,
-        "push": lambda model, rollout: None,
-        **options,
-    }
+    options = {"retries": 1, "backoff_s": 0.01, "concurrency": 2, "push": lambda model, rollout: None, **options}
     trainer.rollout = ServerRollout(server.url, make_tokenizer(), **options)
     return trainer
 

@@ -31,23 +31,13 @@ class Fixed:
         )  # fmt: skip
 
 
-ON_TWO_RANKS = {
-    "grpo": {},
-    "ppo": {"kl_coef": 0.1, "epochs_per_rollout": 2},
-    "bnpo": {},
-}
+ON_TWO_RANKS = {"grpo": {}, "ppo": {"kl_coef": 0.1, "epochs_per_rollout": 2}, "bnpo": {}}
 
 
 def fixed_run(folder: Path, method: str, ranks: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4 // ranks}
     trainer = make_trainer(
-        folder,
-        with_holes_by_id,
-        method=method,
-        prompts_per_rollout=4,
-        max_steps=2,
-        **cut,
-        **ON_TWO_RANKS[method],
+        folder, with_holes_by_id, method=method, prompts_per_rollout=4, max_steps=2, **cut, **ON_TWO_RANKS[method]
     )
     trainer.rollout = Fixed()
     _, gradients = step(trainer)

@@ -52,7 +52,7 @@ def test_resumed_is_the_same(tmp_path, whole, after):
         assert torch.equal(a, b), name
     assert [timeless(x) for x in trainer.state.log_history] == [timeless(x) for x in whole.state.log_history]
     assert trainer.progress == whole.progress
-    for a, b in zip(whole._live.copy.parameters(), trainer._live.copy.parameters(), strict=True):
+    for a, b in zip(whole.moving_reference.copy.parameters(), trainer.moving_reference.copy.parameters(), strict=True):
         assert torch.equal(a, b)
     assert (folder / "samples.jsonl").read_bytes() == (Path(whole.args.output_dir) / "samples.jsonl").read_bytes()
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

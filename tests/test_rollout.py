@@ -19,9 +19,17 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_tokenizer
-from xpo_fast.models.fused_loss import causal_lm
-from xpo_fast.rollout import GenerateRollout, RolloutError, Samples, Sampling, encode_prompts, pad_rows, sample_logps
-from xpo_fast.rollout.generate import ServerRollout
+from xpo_fast.data import pad_rows
+from xpo_fast.models.lm_head import causal_lm
+from xpo_fast.rollout import (
+    GenerateRollout,
+    RolloutError,
+    Samples,
+    Sampling,
+    ServerRollout,
+    encode_prompts,
+    sample_logps,
+)
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -29,7 +37,8 @@ EOS, PAD = 1, 2
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w3 w1", "w12 w13 w14 w15"]  # ragged
 MANY_ENDS = [EOS, *range(20, 36)]  # so many that completions of all lengths come up
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }} {% if not loop.last or m.role != 'assistant' %}<eos> {% endif %}"
+    "{% for m in messages %}{{ m.role }} {{ m.content }} "
+    "{% if not loop.last or m.role != 'assistant' %}<eos> {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 
@@ -469,9 +478,12 @@ class StandIn(ThreadingHTTPServer):
 
     def complete(self, body: dict) -> dict:
         sampling = Sampling(
-            body["max_tokens"], body["temperature"], body["top_p"], None if body.get("top_k", -1) == -1 else body["top_k"],
+            body["max_tokens"],
+            body["temperature"],
+            body["top_p"],
+            None if body.get("top_k", -1) == -1 else body["top_k"],
             tuple(body.get("stop", ())),
-        )  # fmt: skip
+        )
         prompt = self.tokenizer.decode(body["prompt"])
         with self.lock:
             samples = self.rollout.generate([prompt], sampling=sampling, seed=body["seed"])

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import xpo_fast as xf
 from ranks import run_world
 from xpo_fast.models import install_fused_loss, load_model, remove_fused_loss
-from xpo_fast.models.fused_loss import causal_lm
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.resume import last_checkpoint
 from xpo_fast.trainer import XPOConfig, XPOTrainer, reference
 
@@ -662,7 +662,7 @@ def test_every_method_trains_on_its_data(tmp_path, name):
     ids=str,
 )
 def test_micro_batches_of_other_data_equal_one_big_batch(tmp_path, method, args):
-    """Loss and gradients of a step do not depend on how it is cut: lists of other lengths, two denominators, dead rows."""
+    """Loss and gradients of a step do not depend on how it is cut: other list lengths, two denominators, dead rows."""
     found = []
     for batch, accumulation in ((6, 1), (2, 3), (4, 2)):
         tokenizer = make_tokenizer()

@@ -76,7 +76,7 @@ DIFFERENTIABLE = test_head.DIFFERENTIABLE
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Blocks so small that a short row has several, and tiles several steps; no warning of what IEEE arithmetic defines."""
+    """Blocks so small that a short row has several, and tiles several steps; no warnings about IEEE arithmetic."""
     if INTERPRETED or DEVICE == "cuda":
         monkeypatch.setattr("xpo_fast.head.plan._step_tokens", lambda *_: 3)
     with np.errstate(all="ignore"), blocks(128):
@@ -89,14 +89,14 @@ def blocks(columns):
     if not INTERPRETED and DEVICE != "cuda":
         yield
         return
-    from xpo_fast.kernels import one_read, rows, tuning
+    from xpo_fast.kernels import launch, one_read, rows
 
     with contextlib.ExitStack() as stack:
         for names, n in (((), columns), (STATISTICS, columns // 2)):
-            config = tuning.config(max(1, min(16, n // 128)), 2, BLOCK=n)
+            config = launch.config(max(1, min(16, n // 128)), 2, BLOCK=n)
             for gradient in (False, True):
-                stack.enter_context(tuning.override(rows._tunable(names, gradient), config))
-                stack.enter_context(tuning.override(one_read._tunable(names, gradient), config))
+                stack.enter_context(launch.override(rows._tunable(names, gradient), config))
+                stack.enter_context(launch.override(one_read._tunable(names, gradient), config))
         yield
 
 

@@ -56,8 +56,8 @@ ways = pytest.mark.parametrize(
 class NoWaits(TorchFunctionMode):
     """A `with` block in which waiting for the device raises.
 
-    Reading a value, or making a shape of it, raises on the meta device anyway. Here is what CUDA does by waiting and the
-    meta device in silence: a blocking copy from the host, an index on the host, a tensor made of Python's numbers.
+    Reading a value, or making a shape of it, raises on the meta device anyway. Here is what CUDA does by waiting and
+    the meta device in silence: a blocking copy from the host, an index on the host, a tensor made of Python's numbers.
     """
 
     class Below(TorchDispatchMode):
@@ -250,7 +250,7 @@ def test_targets_on_the_device_are_waited_for_once(learn, packed, monkeypatch):
 @pytest.mark.parametrize("name", CAPTURED)
 @ways
 def test_captured(name, learn, packed, capturing):
-    """All on the device but the offsets of packed rows, which are as the graph is, and nothing is copied from the host."""
+    """All on the device but the offsets of packed rows, which are as the graph is; nothing is copied from the host."""
     xs, y, cu, columns, ref = arguments(name, learn, packed)
     xs, y = [there(x) for x in xs], there(y)
     given = {n: there(x) for n, x in {**columns, **ref}.items()}
@@ -319,7 +319,7 @@ def test_captured_packed_rows_of_unknown_lengths(name, learn, capturing):
 @learns
 @layouts
 def test_captured_is_the_same(name, learn, packed, static):
-    """Loss, metrics and gradients, with whatever there may be at ignored positions; tiles of one token and of several."""
+    """Loss, metrics and gradients, whatever there may be at ignored positions; tiles of one token and of several."""
     xs, y, cu, columns, ref = arguments(name, learn, packed)
     if not packed:
         with torch.no_grad():

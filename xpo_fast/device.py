@@ -1,7 +1,7 @@
-"""What it takes to keep a device busy: what may be read without waiting for it, and copies that nobody waits for.
+"""Keeps a device busy: tells which tensors can be read without waiting for it, and copies without waiting.
 
-A tensor of the host is read at once. One of a device is read only after all work before it is done, and not at all while
-a CUDA graph is being captured: there the work is recorded, and done later, with other values.
+A tensor on the host is read at once. Reading one on a device waits for all work before it, and is impossible while a
+CUDA graph is captured: there the work is recorded, and done later, with other values.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ def has_triton() -> bool:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether reading x waits for nothing."""
+    """Returns whether x is on the CPU, where reading it waits for nothing."""
     return x.device.type == "cpu"
 
 
 def static_shapes(x: Tensor) -> bool:
-    """Whether no shape may depend on the values of x, nor any decision: x is on a device whose work is being captured."""
+    """Returns whether no shape or branch may depend on the values of x: its device's work is being captured."""
     return not on_host(x) and capturing()
 
 
 def capturing() -> bool:
-    """Whether the current device's work is being captured as a CUDA graph."""
-    if torch.compiler.is_compiling():  # which cannot trace the question
+    """Returns whether the current device's work is being captured as a CUDA graph."""
+    if torch.compiler.is_compiling():  # it cannot trace the question
         return False
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device, from the host by a copy that nothing waits for; x itself if it is there."""
+    """Returns x on a device, copied from the host without waiting; x itself if it is there.
+
+    Raises ValueError while a CUDA graph is captured, since replaying it would not copy x again.
+    """
     if x.device == device:
         return x
     if not on_host(x):
@@ -49,10 +52,10 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
             f"a CUDA graph is being captured, and a tensor {tuple(x.shape)} of the call is on the CPU, where a replay "
             f"would not look again: move targets, columns and what the objective remembers to {device} before"
         )
-    pinned = device.type == "cuda" and not x.requires_grad  # which pinning would cut off
+    pinned = device.type == "cuda" and not x.requires_grad  # pinning would cut its graph
     return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
 
 
 def to_host(x: Tensor) -> Tensor:
-    """x where it can be read. From a device this waits."""
+    """Returns x on the CPU, where it can be read; waits for the device."""
     return x.cpu()

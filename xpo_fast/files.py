@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all, where they are kept, what is said where they cannot be written, and values as JSON takes
-them."""
+"""Writes files and folders that appear whole or not at all, and says why one cannot be written."""
 
 from __future__ import annotations
 
@@ -13,16 +12,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_PART = ".part"  # ends the names of temporary folders
+
 
 def cache_dir() -> Path:
-    """Return where converted models, reference log-probs and measurements are kept: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
+    """Returns the folder for models, log-probs and measurements: $XPO_FAST_CACHE, or ~/.cache/xpo_fast."""
     return Path(os.environ.get("XPO_FAST_CACHE") or Path.home() / ".cache" / "xpo_fast")
 
 
 class SavingError(OSError):
-    """Raised where something cannot be written: what, why, and how much room is left. Nothing half-written stays behind.
+    """Names what cannot be written, why, and how much room is left. Nothing half-written stays behind.
 
-    checkpoint: the last whole checkpoint of the run, where the error is about one and there is one.
+    checkpoint: the last whole checkpoint of the run, if the error is about one and there is one.
     """
 
     checkpoint: str | None = None
@@ -30,9 +31,10 @@ class SavingError(OSError):
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Raise SavingError, which names `path`, for what the writers of torch, safetensors, tokenizers and Python raise inside.
+    """Raises SavingError, naming `path`, for what the writers of torch, safetensors, tokenizers and Python raise
+    inside.
 
-    Other errors go through: they are not about files.
+    Errors that are not about files pass unchanged.
     """
     try:
         yield
@@ -46,20 +48,20 @@ def saving(path: str | Path) -> Iterator[None]:
 
 
 def existing_part(path: Path) -> Path:
-    """Return the path, or the nearest of its parents that exists."""
+    """Returns the path, or the nearest of its parents that exists."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _why_not_written(error: Exception) -> str | None:
-    """The reason in the system's words; None for an error that is not about writing a file."""
+    """Returns the reason in the system's words; None for an error that is not about writing a file."""
     kind, text = type(error), " ".join(str(error).split())
     if isinstance(error, OSError):
         reason = error.strerror or text
     elif kind.__name__ == "SafetensorError" or kind is Exception:  # the latter is what tokenizers raises
         reason = text
     elif isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
-        reason = "the file ended before all of it was written"  # torch says nothing of why
+        reason = "the file ended before all of it was written"  # torch does not say why
     else:
         return None
     limited = ("too large", "ended before")
@@ -68,6 +70,7 @@ def _why_not_written(error: Exception) -> str | None:
 
 
 def _room(path: Path) -> str:
+    """Returns " (1.5 GiB free there)", or "" if the disk does not answer."""
     try:
         free = shutil.disk_usage(existing_part(path)).free
     except OSError:  # the disk itself is gone
@@ -76,7 +79,7 @@ def _room(path: Path) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in the unit that reads best."""
+    """Formats a number of bytes: "512 bytes", "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -85,14 +88,14 @@ def size(count: float) -> str:
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Raise ValueError, naming the option or argument `what`, where no file can be made in the folder, which need not exist."""
+    """Raises ValueError, naming the argument `what`, if no file can be made in the folder, which need not exist."""
     there = existing_part(folder)
     reason = None
     if not there.is_dir():
         reason = f"{there} is a file, not a folder"
     else:
         try:
-            # A folder and a file in it: /proc lets nobody make one, and says so only then.
+            # A folder and a file in it: in /proc, only making one shows that it is refused.
             with _folder_in(there, ".xpo-fast-") as probe:
                 (probe / "probe").write_bytes(b"probe")
         except OSError as error:
@@ -102,7 +105,7 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None: JSON has none of them."""
+    """Returns the value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -112,20 +115,40 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _folder_in(folder: Path, prefix: str) -> Iterator[Path]:
-    """A new folder that goes afterwards, under a name that no process on any machine has; files in it are as the umask says."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, ignore_cleanup_errors=True) as made:
+    """Yields a temporary folder, under a name of its own on any machine; its files follow the umask."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=prefix, suffix=_PART, ignore_cleanup_errors=True) as made:
         yield Path(made)
 
 
+@contextlib.contextmanager
+def appearing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
+    """Yields a path to write a file or a folder to, and renames it to `path` when the block ends without an error.
+
+    A reader, or a run that was killed here, sees the old content or all of the new one. The parent folder is made if
+    there is none. Raises SavingError, naming `path`, for errors about files in the block.
+    sole_writer: no other process writes `path`; the leftovers of a killed one are deleted first.
+    """
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sole_writer:
+            for left in path.parent.glob(f".{path.name}.*{_PART}"):
+                shutil.rmtree(left, ignore_errors=True)
+        with _folder_in(path.parent, f".{path.name}.") as folder:
+            part = folder / path.name
+            yield part
+            if part.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Elsewhere first, then renamed: a reader, or a run that died here, never sees half of it."""
-    with saving(path), _folder_in(path.parent, f".{path.name}.") as folder:
-        (folder / path.name).write_bytes(content)
-        os.replace(folder / path.name, path)
+    """Writes a file and its folder, in place of what is there; the file appears whole, see `appearing`."""
+    with appearing(path) as part:
+        part.write_bytes(content)
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Write a file, its folder too, unless it is there: of several processes that write it at once, the first one's stays."""
+    """Writes a file and its folder, unless the file exists: if several processes write it, the first one wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _folder_in(path.parent, f".{path.name}.") as folder:
         (folder / path.name).write_bytes(content)
@@ -134,7 +157,6 @@ def publish(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a value as JSON, its folder too, with NaN and infinities as null; the file appears whole."""
     text = json.dumps(finite(value), indent=1, ensure_ascii=ensure_ascii) + "\n"
     write_atomically(path, text.encode())

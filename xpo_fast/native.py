@@ -1,6 +1,6 @@
-"""The CUDA library of csrc/: loaded by ctypes where it was built, and otherwise the reason why it is not there.
+"""Loads the CUDA library of csrc/ by ctypes and calls it, or says why it cannot be loaded or used.
 
-Loading needs neither a GPU nor a driver and asks neither for anything; `why_not` of a device does, before the first launch.
+Loading needs neither a GPU nor a driver; `why_not(device)` asks both, before the first launch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ HOW_TO_BUILD = (
     "install CUDA's nvcc (12.9 or later for all targets, an older one for fewer) and run `XPO_FAST_CUDA=1 pip install "
     "--force-reinstall --no-deps .` in a clone of xpo-fast"
 )
-# Of CUDA's errors: there is no driver or an old one, no GPU, no code for the GPU.
+# CUDA's errors: no driver or an old one, no GPU, no code for the GPU.
 _INSUFFICIENT_DRIVER, _NO_DEVICE, _NO_IMAGE = 35, 100, 209
 
-# Called before each launch with its name, what it reads and what it writes: tests hold these against the waits between
-# streams.
+# Called before each launch with its name, the tensors it reads and those it writes: tests compare these with the waits
+# between streams.
 watch: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None] | None = None
 
 
@@ -35,7 +35,7 @@ class Usable(ctypes.Structure):
 
 @cache
 def _load(path: Path) -> ctypes.CDLL | str:
-    """The library, or why it cannot be had."""
+    """Returns the library, or why it cannot be loaded."""
     if not path.exists():
         return "xpo-fast was installed without it"
     try:
@@ -49,7 +49,7 @@ def _load(path: Path) -> ctypes.CDLL | str:
 
 
 def why_not(device: torch.device | None = None) -> str | None:
-    """Say why the library cannot be had, or given a device, used there, and what to do; None if it can."""
+    """Returns why the library cannot be loaded, or used on a device if one is given, and what to do; else None."""
     found = _load(PATH)
     if isinstance(found, str):
         return f"{found}: {HOW_TO_BUILD}, or pass backend='torch'"
@@ -63,11 +63,11 @@ def why_not(device: torch.device | None = None) -> str | None:
     return reason
 
 
-_usable: set[tuple[Path, int | None]] = set()  # libraries, and the devices that are known to run them
+_usable: set[tuple[Path, int | None]] = set()  # libraries, and devices known to run them
 
 
 def _unusable() -> str | None:
-    """What keeps the current device from running the kernels."""
+    """Returns why the current device cannot run the kernels, or None."""
     found = Usable()
     code = library().xpo_usable(ctypes.byref(found))
     if code == 0:
@@ -89,11 +89,12 @@ def _unusable() -> str | None:
 
 
 def _version(number: int) -> str:
-    """As CUDA's releases are called: 12090 is 12.9."""
+    """Returns the name of a CUDA release: "12.9" for 12090."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def library() -> ctypes.CDLL:
+    """Returns the library; raises RuntimeError if it cannot be loaded."""
     found = _load(PATH)
     if isinstance(found, str):
         raise RuntimeError(f"there is no CUDA library, {found}: {HOW_TO_BUILD}")
@@ -101,12 +102,12 @@ def library() -> ctypes.CDLL:
 
 
 def architectures() -> tuple[str, ...]:
-    """What the library was compiled for: machine code, and as compute_90 PTX, which the driver compiles for what is newer."""
+    """Returns the targets of the library: machine code, and compute_90 PTX that the driver compiles for newer GPUs."""
     return tuple(library().xpo_architectures().decode().split())
 
 
 def check(code: int, name: str) -> None:
-    """RuntimeError for the code that a call has returned, but for 0."""
+    """Raises RuntimeError for the code of a call, unless it is 0."""
     if code:
         raise RuntimeError(f"{name}: {library().xpo_error(code).decode()} ({code})")
 
@@ -118,7 +119,7 @@ def call(
     reads: Sequence[Tensor | None] = (),
     writes: Sequence[Tensor | None] = (),
 ) -> None:
-    """Launch on a device's current stream; RuntimeError if that fails. reads, writes: for `watch`."""
+    """Launches on a device's current stream; raises RuntimeError if that fails. reads, writes: for `watch`."""
     if watch is not None:
         watch(name, [x for x in reads if x is not None], [x for x in writes if x is not None])
     with _on(device):
@@ -131,5 +132,5 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 def _on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    """The device as the current one, if it is a GPU."""
+    """Makes the device the current one inside, if it is a GPU."""
     return torch.cuda.device(device) if _is_gpu(device) else nullcontext()

@@ -1,7 +1,7 @@
-"""Which dtypes a device multiplies natively: what `dtype="auto"` loads, and what the head widens.
+"""Tells which dtypes a device multiplies natively; `dtype="auto"` and the head choose by it.
 
 A CPU without instructions for bfloat16 multiplies it in a scalar loop, 5 to 70 times slower than float32 (docs/log.md).
-There a model is faster in float32, whatever its checkpoint was saved in, although it takes twice the memory.
+There a model is faster in float32, in whatever dtype its checkpoint was saved, although it takes twice the memory.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch import nn
 from .files import cache_dir, publish
 
 HALVES = (torch.bfloat16, torch.float16)
-# Where only a measurement can tell, a half is native if its products take at most this much of float32's time.
+# If only a measurement can tell, a half is native if its products take at most this multiple of float32's time.
 _NATIVE_BELOW = 1.1
-# Variables that choose other instructions than the CPU's best: with them its flags do not tell what runs.
+# Environment variables that select other instructions than the CPU's best: with them its flags do not tell what runs.
 _SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_DEFAULT_FPMATH_MODE")
 _TOKENS, _WIDTH, _OUTPUTS = 32, 576, 1536  # of the product that is measured
 
 
 @dataclass(frozen=True)
 class Support:
-    """How a device multiplies a dtype."""
+    """Whether a device multiplies a dtype natively, and how that is known."""
 
     dtype: torch.dtype
     native: bool
@@ -45,10 +45,10 @@ class Support:
 
 
 def support(dtype: torch.dtype, device: torch.device) -> Support:
-    """Tell whether a device multiplies a dtype natively, by its instructions; by a measurement where they do not tell.
+    """Tells whether a device multiplies a dtype natively: by its instructions, or by a measurement if they do not tell.
 
-    The measurement takes some milliseconds, once per processor, version of torch and setting: it is kept in the cache folder,
-    so that all processes which share that folder come to the same answer.
+    The measurement takes some milliseconds, once per processor, version of torch and setting: it is kept in the cache
+    folder, so that all processes that share the folder get the same answer.
     """
     if dtype not in HALVES:
         return Support(dtype, True, f"every device multiplies {name_of(dtype)}")
@@ -65,12 +65,12 @@ def support(dtype: torch.dtype, device: torch.device) -> Support:
 
 
 def native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether a device multiplies a dtype natively."""
+    """Tells whether a device multiplies a dtype natively."""
     return support(dtype, device).native
 
 
 def fastest(device: torch.device | None = None) -> torch.dtype:
-    """Return the dtype in which frozen weights cost least on a device: bfloat16 if it is native there, else float32.
+    """Returns the dtype in which frozen weights cost least on a device: bfloat16 if it is native there, else float32.
 
     float16 is never chosen: its range is too small for the activations of many models.
     """
@@ -81,10 +81,10 @@ def fastest(device: torch.device | None = None) -> torch.dtype:
 def resolve(
     dtype: str | torch.dtype, saved: torch.dtype | None, device: torch.device | None = None
 ) -> str | torch.dtype:
-    """Return the dtype to load a checkpoint in.
+    """Returns the dtype to load a checkpoint in.
 
-    dtype: "auto", or what the user asks for, which is kept, with one warning where the device is slow in it.
-    saved: the checkpoint's dtype, None if its config does not tell.
+    dtype: "auto", or the user's choice, which is kept, with one warning if the device is slow in it.
+    saved: the checkpoint's dtype; None if its config does not tell.
     "auto" is the checkpoint's dtype if the device multiplies it natively, else float32. A float32 checkpoint is not
     narrowed: that would change its numbers.
     """
@@ -99,7 +99,7 @@ def resolve(
 
 
 def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Convert a model in a dtype that the device does not multiply natively to float32, in place; a quantised one stays."""
+    """Converts a model, unless quantised, to float32 in place if the device does not multiply its dtype natively."""
     device = default_device() if device is None else device
     if getattr(model, "is_quantized", False):
         return model
@@ -108,13 +108,13 @@ def widened(model: nn.Module, device: torch.device | None = None) -> nn.Module:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    """Warn, once per dtype and device, of a dtype that a device does not multiply natively, and by what factor it is slow."""
+    """Warns, once per dtype and device, if a device does not multiply a dtype natively, and how much slower it is."""
     if dtype in HALVES and (dtype, device) not in _warned and not native(dtype, device):
         _warned.add((dtype, device))
         warnings.warn(
             f"{processor(device)} does not multiply {name_of(dtype)} natively: its products take "
-            f"{slowdown(dtype, device):.2g} times as long as float32's. It is used as asked for; float32, which dtype 'auto' "
-            "is here, is faster and takes twice the memory",
+            f"{slowdown(dtype, device):.2g} times as long as float32's. It is used as asked for; float32, which dtype "
+            "'auto' is here, is faster and takes twice the memory",
             stacklevel=3,
         )
 
@@ -123,18 +123,19 @@ _warned: set[tuple[torch.dtype, torch.device]] = set()
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def default_device() -> torch.device:
-    """Return the device that training uses unless it is told otherwise: the accelerator, else the CPU."""
+    """Returns the device that training uses by default: the accelerator, else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else found
 
 
 @functools.cache
 def processor(device: torch.device) -> str:
-    """Return a device's name, as its maker gives it."""
+    """Returns the name of a device's model, as its maker gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -148,30 +149,28 @@ def processor(device: torch.device) -> str:
 
 
 def instructions() -> str:
-    """Return the vector instructions that torch uses on this CPU, and the matrix ones for halves that it has."""
-    has = [name for name, flag in _CPU_FLAGS.items() if flag()]
-    return ", ".join([torch.backends.cpu.get_cpu_capability(), *has])
+    """Returns the vector instructions that torch uses on this CPU, and those for products of halves that it has."""
+    found = [name for name, has in _CPU_FLAGS.items() if has()]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 
 def settings() -> dict[str, str]:
-    """Return the environment variables that hold torch to other instructions than the CPU's best."""
+    """Returns the environment variables, with values, that hold torch to other instructions than the CPU's best."""
     return {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
 
 
-# --- how it is known ----------------------------------------------------------------------------------------------
+# --- instructions and measurements ----------------------------------------------------------------------------------
 
 
-def _flag(name: str) -> Callable[[], bool]:
-    def has() -> bool:
-        return bool(getattr(torch.cpu, name, lambda: False)())
-
-    return has
+def _flag(name: str) -> bool:
+    """Tells whether torch finds an instruction set on this CPU; False if this torch does not know it."""
+    return bool(getattr(torch.cpu, name, lambda: False)())
 
 
-_CPU_FLAGS = {
-    "avx512_bf16": _flag("_is_avx512_bf16_supported"),
-    "amx": _flag("_is_amx_tile_supported"),
-    "amx_fp16": _flag("_is_amx_fp16_supported"),
+_CPU_FLAGS: dict[str, Callable[[], bool]] = {
+    "avx512_bf16": functools.partial(_flag, "_is_avx512_bf16_supported"),
+    "amx": functools.partial(_flag, "_is_amx_tile_supported"),
+    "amx_fp16": functools.partial(_flag, "_is_amx_fp16_supported"),
 }
 _NEEDED = {torch.bfloat16: ("avx512_bf16", "amx"), torch.float16: ("amx_fp16",)}
 
@@ -186,22 +185,22 @@ def _on_cuda(dtype: torch.dtype, device: torch.device) -> Support:
 
 
 def _by_instructions(dtype: torch.dtype) -> Support | None:
-    """What oneDNN and the CPU's flags settle; None where only a measurement can tell."""
+    """Tells what follows from oneDNN and the CPU's flags; None if only a measurement can tell."""
     if not torch.backends.mkldnn.is_available():
         return None
-    of_onednn: Any = torch.ops.mkldnn
-    has = of_onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else of_onednn._is_mkldnn_fp16_supported
+    onednn: Any = torch.ops.mkldnn
+    has = onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else onednn._is_mkldnn_fp16_supported
     if not has():
         held = "".join(f", held to {value} by {name}" for name, value in settings().items())
         return Support(dtype, False, f"oneDNN has no {name_of(dtype)} products for {instructions()}{held}")
     found = [name for name in _NEEDED[dtype] if _CPU_FLAGS[name]()]
     if found and not settings():
         return Support(dtype, True, f"the CPU has {', '.join(found)}")
-    return None  # oneDNN may emulate them, as it does bfloat16 where there is AVX-512 alone
+    return None  # oneDNN may emulate them, as it does bfloat16 on CPUs that have AVX-512 alone
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the time of a linear layer's products, forward and backward, in a dtype over the time in float32."""
+    """Returns the time of a linear layer's products, forward and backward, in a dtype over the time in float32."""
     setting = "".join(f" {name}={value}" for name, value in settings().items())
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
     key = f"{processor(device)} {capability}{setting} {name_of(dtype)} torch {torch.__version__}"
@@ -216,7 +215,7 @@ def _slowdown(dtype: torch.dtype, device: torch.device, key: str) -> float:
         factor = _measure(dtype, device)
         content = json.dumps({"what": key, "times float32": round(factor, 3)}) + "\n"
         with suppress(OSError):  # a cache that cannot be written costs the next process the same milliseconds
-            if path.exists() and _kept(path) is None:  # half a file, of a process that was killed
+            if path.exists() and _kept(path) is None:  # half a file, left by a process that was killed
                 path.unlink()
             publish(path, content.encode())
             factor = _kept(path) or factor
@@ -228,6 +227,7 @@ def _folder() -> Path:
 
 
 def _kept(path: Any) -> float | None:
+    """Returns the factor in a file of the cache; None if it is missing or broken."""
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["times float32"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -235,7 +235,7 @@ def _kept(path: Any) -> float | None:
 
 
 def _measure(dtype: torch.dtype, device: torch.device) -> float:
-    """Best of three of x Wᵀ and dy W each, in turn in both dtypes: torch picks other code for the untransposed W."""
+    """Measures x Wᵀ and dy W (torch picks other code for the untransposed W), best of three, in turn in both dtypes."""
     x = torch.zeros(_TOKENS, _WIDTH, device=device)
     w = torch.zeros(_OUTPUTS, _WIDTH, device=device)
     dy = torch.zeros(_TOKENS, _OUTPUTS, device=device)

@@ -1,4 +1,4 @@
-"""Where transformers can report a run to, and whether it can here: known before a run loads anything."""
+"""Checks, before a run loads anything, that transformers can report to the services that are asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .wording import did_you_mean
 
-# What transformers' function that looks for a reporter is called, and what pip calls the package, where not as the reporter.
+# Reporters for which the name in transformers' is_…_available, or the package's name on PyPI, differs from their own.
 _AVAILABLE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
 _PACKAGES = {
     "azure_ml": "azureml-sdk",
@@ -17,7 +17,7 @@ _PACKAGES = {
 
 
 def check_reporters(names: str | Sequence[str] | None) -> None:
-    """Raise ValueError for a reporter that transformers does not know, or that is not installed."""
+    """Raises ValueError for a reporter that transformers does not know, or whose package is not installed."""
     from transformers.integrations import integration_utils as integrations
 
     known = list(integrations.INTEGRATION_TO_CALLBACK)

@@ -1,8 +1,8 @@
-"""What a run was made with, kept in each checkpoint, and the comparison with the run that wants to go on from it.
+"""From which checkpoint a run may resume: the last complete one, and one that was made with the same settings.
 
-One file, `made_with.json`, in every checkpoint. A name in it is that of an option of the command line (`--lora-rank`) or of a
-trainer's argument (`method`). What is not in it may change between the two runs, and acts from then on: the number of steps, the
-schedule of the learning rate and its warm-up, logging, saving, and how evaluation is done.
+The settings are in one file per checkpoint, `made_with.json`, by the names of command-line options (`--lora-rank`) or
+of a trainer's arguments (`method`). A setting that is not in it may differ in the resumed run, and takes effect from
+then on: the number of steps, the learning rate's schedule and warm-up, logging, saving, and how evaluation is done.
 """
 
 from __future__ import annotations
@@ -19,53 +19,44 @@ if TYPE_CHECKING:
     import datasets
 
 MADE_WITH = "made_with.json"
-OF_THE_OPTIMIZER = (  # arguments of TrainingArguments that the checkpoint's optimizer brings along, whatever is asked for
-    "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-)  # fmt: skip
-_STATE = "trainer_state.json"  # the last file of a checkpoint
-_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a file of weights
+# Arguments of TrainingArguments that a resumed run takes from the checkpoint's optimizer, whatever is asked for.
+OF_THE_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_LAST_WRITTEN = "trainer_state.json"  # the last file of a checkpoint to be written
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # per file of weights
 
 
-def checkpoints(output_dir: str | Path, *files: str) -> dict[int, str]:
-    """Return the whole checkpoints of a run by their steps, the last one last.
+def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
+    """Returns the last complete checkpoint in a run's folder; None if there is none.
 
-    One that was being written when the run died is passed over. files: what it must hold beside trainer_state.json.
+    A checkpoint that was being written when the run died is left out.
+    files: names of files that the checkpoint must have beside transformers' own.
     """
     found = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
         if step.isdigit() and is_checkpoint(folder) and all((folder / name).is_file() for name in files):
             found[int(step)] = str(folder)
-    return dict(sorted(found.items()))
-
-
-def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
-    """Return the last of `checkpoints`, or None."""
-    return next(reversed(checkpoints(output_dir, *files).values()), None)
+    return found[max(found)] if found else None
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Return whether the folder holds a checkpoint that was written to its end."""
+    """Tells whether the folder is a checkpoint that was written to its end."""
     try:
-        json.loads((Path(folder) / _STATE).read_text(encoding="utf-8"))
+        json.loads((Path(folder) / _LAST_WRITTEN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True
 
 
-def as_json(value: Any) -> Any:
-    """Return the value as a file gives it back: sets sorted, everything else that JSON has not as text."""
-    return json.loads(json.dumps(value, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
-
-
 def write_made_with(folder: str | Path, made_with: Mapping[str, Any]) -> None:
+    """Writes the settings of a run into a checkpoint."""
     write_atomically(Path(folder) / MADE_WITH, (json.dumps(as_json(made_with), indent=1) + "\n").encode())
 
 
 def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming both values, where the checkpoint was made with something else than `now`.
+    """Raises ValueError, naming both values, if the checkpoint was made with other settings than `now`.
 
-    Only names that both have are compared; a checkpoint without the file, which other versions wrote, is let through.
+    Only names that both have are compared; a checkpoint without the file, written by another version, is accepted.
     """
     path = Path(folder) / MADE_WITH
     if not path.is_file():
@@ -78,17 +69,17 @@ def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
     changed = [name for name in now if name in was and not _same(was[name], now[name])]
     if not changed:
         return
-    said = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(now[name])}" for name in changed)
+    changes = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(now[name])}" for name in changed)
     raise ValueError(
-        f"{folder} is of another run, where {said}: go on with the same options and data, or begin a new run in another "
-        f"output folder, with the model {folder} if it is to begin with these weights"
+        f"{folder} is of another run, where {changes}: go on with the same options and data, or begin a new run in "
+        f"another output folder, with the model {folder} if it is to begin with these weights"
     )
 
 
 def model_identity(name: str) -> Any:
-    """Return what tells a model from another: its name, and of a folder a hash of its configuration and of samples of its weights.
+    """Returns a model's identity: its name and, for a folder, a hash of its configuration and samples of its weights.
 
-    Two folders with the same hash are the same model, wherever they lie.
+    Two folders with the same hash are the same model, wherever they are.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -108,7 +99,7 @@ def model_identity(name: str) -> Any:
 
 
 def rows_identity(dataset: datasets.Dataset | list[dict[str, Any]]) -> str:
-    """Return a hash of a data set's rows, but for where each stands in its file."""
+    """Returns a hash of a data set's rows without the column `where`, a row's place in its file."""
     import pyarrow as pa
 
     digest = hashlib.sha256()
@@ -125,6 +116,11 @@ def rows_identity(dataset: datasets.Dataset | list[dict[str, Any]]) -> str:
             writer.write_table(table.replace_schema_metadata().combine_chunks())
         digest.update(sink.getvalue())
     return digest.hexdigest()[:16]
+
+
+def as_json(value: Any) -> Any:
+    """Returns the value as JSON gives it back: sets as sorted lists, anything else that JSON does not have as text."""
+    return json.loads(json.dumps(value, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
 
 
 def _same(was: Any, now: Any) -> bool:

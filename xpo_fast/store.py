@@ -1,4 +1,4 @@
-"""What processes of a machine find out for one another: entries of a JSON file in the cache folder, and a lock of theirs."""
+"""Shares measurements between processes of a machine: JSON files in the cache folder, and locks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from typing import Any
 
 from .files import cache_dir, write_json
 
-WAIT_S = 10.0  # for who writes; to write takes milliseconds
+WAIT_S = 10.0  # longest wait for another writer; writing takes milliseconds
 
 
 @dataclass(frozen=True)
 class Store:
-    """A file of the cache folder. version: of its layout, or of what an entry means."""
+    """A JSON file of entries in the cache folder. version: of its layout, or of the meaning of an entry."""
 
     name: str
     version: int
 
     @property
     def path(self) -> Path:
+        """The file; FileNotFoundError if the user has no home and XPO_FAST_CACHE is not set."""
         return _folder() / self.name
 
     def read(self) -> dict[str, Any]:
-        """Return the entries; none where there is no file, or one of another version. OSError, or ValueError for no file of ours."""
+        """Returns the entries; none if there is no file, or one of another version.
+
+        Raises OSError if the file cannot be read, ValueError if it is not a file of this class.
+        """
         try:
             content = json.loads(self.path.read_bytes())
         except FileNotFoundError:
@@ -42,9 +46,9 @@ class Store:
         return content["entries"]
 
     def add(self, entries: Mapping[str, Any]) -> None:
-        """Add entries, where they take the place of older ones; others', written meanwhile too, stay.
+        """Adds entries in place of those of the same key; entries that other processes have added stay.
 
-        What is no file of ours, or one of another version, is kept beside it. Raises OSError where nothing can be written.
+        A file of another kind or version is kept beside it. Raises OSError if nothing can be written.
         """
         with locked(self.path.stem, WAIT_S):
             known = {}
@@ -55,16 +59,20 @@ class Store:
             write_json(self.path, {"version": self.version, "entries": {**known, **entries}})
 
 
+TUNING = Store("tuning.json", version=1)  # what `xpo-fast tune` measures
+
+
 def _folder() -> Path:
+    """Returns `cache_dir()`, with FileNotFoundError for a user without a home."""
     try:
         return cache_dir()
-    except RuntimeError as error:  # of a user without a home
+    except RuntimeError as error:
         raise FileNotFoundError(f"no folder to keep it in, set XPO_FAST_CACHE to one: {error}") from error
 
 
 @contextlib.contextmanager
 def locked(name: str, seconds: float) -> Iterator[None]:
-    """While no other process is inside; or, where there are no locks or another holds it too long, all the same."""
+    """Holds a lock; without locks, or if another process holds it longer than `seconds`, continues all the same."""
     try:
         import fcntl
 
@@ -89,5 +97,5 @@ def locked(name: str, seconds: float) -> Iterator[None]:
         try:
             yield
         finally:
-            if held:  # by name: a process that was forked meanwhile has the file open, too
+            if held:  # explicitly: a process forked meanwhile has the file open, too
                 fcntl.flock(lock, fcntl.LOCK_UN)

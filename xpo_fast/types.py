@@ -1,4 +1,4 @@
-"""The values that travel between the arrows: head in, token statistics out, loss out."""
+"""The results of the head and of the objective: token statistics, and the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IGNORE_INDEX = -100  # the target of a position that is not scored
 class TokenStats:
     """Statistics of the next-token distribution at every position, each shaped like `targets`.
 
-    float32 (float64 for float64 operands); 0, or False, where the target is ignored; None if not asked for.
+    float32 (float64 for float64 operands); 0 or False where the target is ignored; None if not requested.
     With z the final logits (scaled, capped, divided by the temperature) and p = softmax z:
     """
 
@@ -24,15 +24,15 @@ class TokenStats:
     reverse_kl: Tensor | None = None  # KL(policy ‖ ref); differentiable in the policy
     log_sum_sq_probs: Tensor | None = None  # log Σ p²; detached
     mean_logit: Tensor | None = None  # mean of z over the vocabulary; detached
-    top1: Tensor | None = None  # bool: no token is likelier than the target
+    top1: Tensor | None = None  # bool: no token is more likely than the target
 
 
 @dataclass
 class LossOutput:
-    """What an objective returns: a differentiable scalar and detached tensors to log."""
+    """The result of an objective: a differentiable scalar, and detached tensors to log."""
 
-    loss: Tensor  # (), or one entry a unit with reduction="none"
+    loss: Tensor  # (), or (U,) with reduction="none"
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)  # how many entries each metric is the mean of
-    losses: tuple[Tensor, ...] = ()  # the loss of each method of a sum, before its weight, detached
+    counts: dict[str, Tensor] = field(default_factory=dict)  # number of entries in the mean of each metric
+    losses: tuple[Tensor, ...] = ()  # detached loss of each method of a sum, before its weight
     token_reward: Tensor | None = None  # shaped as targets: token_dpo's β(log π − log ref)

@@ -1,4 +1,4 @@
-"""What is known to be wrong before data and model are loaded: names, packages, devices, the hub."""
+"""Checks options before data and model are loaded: numbers, names, packages, folders, the hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from typing import Any
 
 from ..files import check_writable
 from ..wording import did_you_mean
-from . import options
-from .options import TRAINER_ARGUMENTS, UsageError
+from .loading import read_template
+from .options import TRAINER_ARGUMENTS
+from .parser import UsageError
+from .settings import check_like
+
+_AT_LEAST_ONE = (
+    *("batch_size", "grad_accum", "lora_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps"),
+    *("eval_batch_size", "num_proc", "max_pairs"),
+)
+_POSITIVE = ("lr", "epochs", "lora_alpha", "tile_mib", "value_head_lr")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check the options of any command: numbers, files to read, folders to write into, packages that report."""
-    options.check_numbers(args)
+    """Raises UsageError for options of any command: numbers, files to read, folders to write into, reporters."""
+    _check_numbers(args)
     given = vars(args)
     if not 0 <= given.get("seed", 0) < 2**32:
         raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
@@ -40,15 +48,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
-    """Check the options of a training command. arguments: those of TrainingArguments, see `training.training_arguments`."""
+    """Raises UsageError for options of a training command. arguments: see `training.training_arguments`."""
     check(args)
     check_further(args)
     check_quantisation(args)
     check_names(args)
     if args.eval_steps is not None and not args.eval_data and args.eval_split == 0:
         raise UsageError(
-            "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, or hold "
-            "out rows by --eval-split or --eval-data"
+            "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, "
+            "or hold out rows by --eval-split or --eval-data"
         )
     if args.optim:
         check_optimizer(args.optim, arguments)
@@ -58,17 +66,29 @@ def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
         raise UsageError("--hub-private is for --push-to-hub")
 
 
-def read_template(name: str) -> str:
-    """Return the text of a chat template."""
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--chat-template {name}: {reason}; expected the file of a Jinja template") from error
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in _POSITIVE:
+        value = getattr(args, name, None)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in ("warmup_ratio", "warmup_steps"):
+        value = getattr(args, name, None)
+        bound = 1 if name == "warmup_ratio" else math.inf
+        # transformers reads a value of 1 and more as steps, and below 1 as a share.
+        if value is not None and not (0 <= value < bound and (value < 1 or value == int(value))):
+            expected = "a share in [0, 1)" if bound == 1 else "a number of steps, or a share of them below 1"
+            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value:g}")
+    steps = getattr(args, "max_steps", -1)
+    if steps == 0 or steps < -1:
+        raise UsageError(f"--max-steps must be at least 1, or -1 for --epochs; got {steps}")
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Check the optimizer's and the scheduler's names."""
+    """Raises UsageError for an optimizer or a schedule that transformers does not know."""
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
@@ -84,7 +104,7 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def check_further(args: argparse.Namespace) -> None:
-    """Check the names and the values of --train."""
+    """Raises UsageError for names and values of --train."""
     from transformers import TrainingArguments
 
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments)}
@@ -93,7 +113,7 @@ def check_further(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--train {name}: it takes {', '.join(TRAINER_ARGUMENTS)}{did_you_mean(name, TRAINER_ARGUMENTS)}"
             )
-        options.check_like(f"--train {name}", fields[name].default, value)
+        check_like(f"--train {name}", fields[name].default, value)
         if fields[name].type in (str, str | None) and not (value is None or type(value) is str):
             raise UsageError(
                 f"--train {name}: expected text, got {value!r}; write it as an option of its own, --{name} {value}"
@@ -101,26 +121,28 @@ def check_further(args: argparse.Namespace) -> None:
 
 
 def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
-    """Make the optimizer and take a step with it on a small matrix: its package and its device are there, or UsageError."""
+    """Takes a step of the optimizer on a small matrix; raises UsageError if its package or device is missing."""
     import torch
     from transformers import Trainer, TrainingArguments
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what packages say of themselves when they are imported
+        warnings.simplefilter("ignore")  # of packages when they are imported
         given = TrainingArguments(**arguments)
         try:
-            layer: Any = torch.nn.Linear(128, 128, bias=False, device=given.device)  # as many as are quantised
-            made, options = Trainer.get_optimizer_cls_and_kwargs(given, layer)
+            layer: Any = torch.nn.Linear(
+                128, 128, bias=False, device=given.device
+            )  # large enough for optimizers that quantise
+            optimizer, keywords = Trainer.get_optimizer_cls_and_kwargs(given, layer)
             layer.weight.grad = torch.ones_like(layer.weight)
-            made(layer.parameters(), **options).step()
-        except Exception as error:  # of any package that an optimizer comes from
+            optimizer(layer.parameters(), **keywords).step()
+        except Exception as error:  # any package may provide the optimizer
             raise UsageError(
                 f"--optim {name} does not work here: {str(error).strip() or type(error).__name__}"
             ) from error
 
 
 def check_quantisation(args: argparse.Namespace) -> None:
-    """Check --load-in-4bit and --load-in-8bit against what is trained, and that bitsandbytes is there."""
+    """Raises UsageError for --load-in-4bit and --load-in-8bit of trained weights, or without bitsandbytes."""
     if not (args.load_in_4bit or args.load_in_8bit):
         return
     option = "--load-in-4bit" if args.load_in_4bit else "--load-in-8bit"
@@ -129,15 +151,15 @@ def check_quantisation(args: argparse.Namespace) -> None:
         raise UsageError(f"{option} freezes the weights and trains an adapter: leave {other} out")
     if (Path(args.model) / "adapter_config.json").is_file():
         raise UsageError(
-            f"{option}: {args.model} is an adapter, and merging it into quantised weights would round it away; merge it first: "
-            "xpo_fast.models.load_model, save_pretrained"
+            f"{option}: {args.model} is an adapter, and merging it into quantised weights would round it away; merge "
+            "it first: xpo_fast.models.load_model, save_pretrained"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"{option} needs bitsandbytes: pip install bitsandbytes")
 
 
 def check_hub() -> None:
-    """Check that the hub can be reached and knows who is there, before hours of training."""
+    """Raises UsageError if the hub does not answer or does not know the token, before hours of training."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -149,9 +171,9 @@ def check_hub() -> None:
         raise UsageError("--push-to-hub: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write")
     try:
         huggingface_hub.HfApi().whoami()
-    except Exception as error:  # whichever client the hub's package uses has errors of its own
+    except Exception as error:  # each client of the hub has errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"--push-to-hub: the hub does not answer or does not know the token ({reason}); log in with `hf auth login`, or "
-            "leave --push-to-hub out and upload later with `hf upload`"
+            f"--push-to-hub: the hub does not answer or does not know the token ({reason}); log in with `hf auth "
+            "login`, or leave --push-to-hub out and upload later with `hf upload`"
         ) from error

@@ -1,4 +1,4 @@
-"""`--config run.yaml`: options from a file, and the options of a run as a file that repeats it."""
+"""Reads options from the file of --config, and writes the options of a run as such a file."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import saving, write_atomically
+from ..files import write_atomically
 from ..wording import did_you_mean
 from . import aliases
-from .options import NOT_OF_A_RUN, UsageError
-from .parser import FALSE, TRUE, Given, Parser, spelled
+from .options import NOT_OF_A_RUN
+from .parser import FALSE, TRUE, Given, Parser, UsageError, spelled
+from .typed import Typed, around, hyperparameters
 
 FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
-# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line both.
+# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line
+# both.
 _MAPPINGS = ("set", "train", "columns")
 _SETTINGS = ("set", "train")
 
 
 def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:
-    """Return the options of a YAML or JSON file as words of a command line, those left out that were typed, too.
+    """Returns the options of a YAML or JSON file as words of a command line.
 
-    typed: the words of the command line, which win: options of both are the command line's, and what may not stand beside
-    one of those is left out; --set and --train are taken from both, name by name. Every value is checked by the type of
-    its option. Raises UsageError with the file and the line.
+    typed: the words of the command line, which win: an option of the file is left out if it was typed, or excludes one
+    that was; --set and --train are merged, name by name. Every value is checked by the type of its option. Raises
+    UsageError with the file and the line.
     """
-    alone = aliases.around(command, parser, typed)
+    alone = around(command, parser, typed)
     entries = [
         (where, _repeated(parser, given, where))
         for where, given in _read(Path(path))
-        if not aliases.answered(given.name, alone)
+        if not aliases.overridden(given.name, alone)
     ]
     from_file = [word for _, given in entries for word in given.typed]
-    around = aliases.around(command, parser, [*from_file, *typed])
-    taken, off = spelled(parser, typed, lambda given: aliases.translate(given, around))
+    both = around(command, parser, [*from_file, *typed])
+    taken, off = spelled(parser, typed, lambda given: aliases.translate(given, both))
     kept_out = set(off)
     for word in taken:
         action = parser.named(word.partition("=")[0]) if word.startswith("--") else None
@@ -47,14 +49,14 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
             kept_out |= {action.dest, *(other.dest for other in parser.exclusive(action))}
     found: list[str] = []
     for where, given in entries:
-        if aliases.answered("method", alone):
-            _check_setting(given, around, where)
-        if parser.named(given.name) is None and not _known(given, around):
+        if aliases.overridden("method", alone):
+            _check_setting(given, both, where)
+        if parser.named(given.name) is None and not _known(given, both):
             options = [a.option_strings[-1].lstrip("-") for a in parser.documented()]
-            near = did_you_mean(given.name, [*options, *aliases.names(around)])
+            near = did_you_mean(given.name, [*options, *aliases.names(both)])
             raise UsageError(f"{where}: xpo-fast {command} has no option {given.name}{near}")
         try:
-            own, _ = spelled(parser, given.typed, lambda other: aliases.translate(other, around))
+            own, _ = spelled(parser, given.typed, lambda other: aliases.translate(other, both))
             parsed = _checked(parser, own)
         except (UsageError, argparse.ArgumentError) as error:
             raise UsageError(f"{where}: {error}") from error
@@ -63,24 +65,22 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
 
 
 def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool = False) -> None:
-    """Write the options of a run into its folder, as --config takes them; what was not given and has no default is left out.
+    """Writes the options of a run into its folder, as --config takes them, except those without a value.
 
-    A run that goes on keeps the file that it began with.
+    A resumed run keeps the file that it began with.
     """
     if resumed and (output / FILE).is_file():
         return
-    from . import parsers
-
-    parser, options = parsers()[command], {}
+    parser, options = args.parser, {}
     for action in parser.documented():
         value = getattr(args, action.dest, None)
         if action.dest in NOT_OF_A_RUN or value is None or value == []:
             continue
-        if action.dest == "lora" and not value:  # unasked there is one: false would read as none
+        if action.dest == "lora" and not value:  # an adapter is the default: false would mean none
             continue
         beside = [other for other in parser.exclusive(action) if getattr(args, other.dest) != other.default]
         if beside and value == action.default:
-            continue  # the default that another option has taken the place of
+            continue  # a default that another option replaces
         name = action.option_strings[-1].lstrip("-")
         if action.dest in _MAPPINGS:
             pairs = [pair for one in value for pair in (one.items() if isinstance(one, dict) else [one])]
@@ -91,15 +91,12 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
     folder, positional = str(output), [str(args.name)] if command == "recipe" else []
     again = ["xpo-fast", command, *positional, "--config", f"{folder}/{FILE}", "--output-dir", f"{folder}-2"]
     comment = f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
-    with saving(output / FILE):
-        output.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        output / FILE, (comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)).encode()
-    )
+    text = comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)
+    write_atomically(output / FILE, text.encode())
 
 
 def _plain(value: Any) -> Any:
-    """A value of --set as it is read back: text that looks like JSON comes back as text."""
+    """Returns a value of --set as the file has it: text that looks like JSON is quoted, so it is read back as text."""
     if isinstance(value, str):
         try:
             json.loads(value)
@@ -121,7 +118,7 @@ def _yaml() -> Any:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Given]]:
-    """Yield (where, option) of every entry; lists and mappings become what the command line would have."""
+    """Yields (where, option) for every entry; lists and mappings become the options of a command line."""
     yaml = _yaml()
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
@@ -134,7 +131,7 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
             json.loads(text)
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-        text = text.replace("\t", " ")  # JSON is YAML but for tabs, which stand between its values alone
+        text = text.replace("\t", " ")  # JSON is YAML except for tabs, which are only between its values
     try:
         document = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -160,7 +157,7 @@ def _read(path: Path) -> Iterator[tuple[str, Given]]:
 def _given(name: str, node: Any, where: str) -> Iterator[Given]:
     dest = name.replace("-", "_")
     if node.tag.endswith(":null"):
-        return  # as if it were not there
+        return  # as if the entry were not there
     if dest in _MAPPINGS:
         if node.id == "mapping":
             yield from (Given(name, f"{key.value}={_setting(value)}", []) for key, value in node.value)
@@ -180,20 +177,20 @@ def _given(name: str, node: Any, where: str) -> Iterator[Given]:
 
 
 def _text(node: Any, where: str) -> str:
-    """A value as it is written: 1e-4 is no number in YAML, and 1.10 is text for an option that takes text."""
+    """Returns a value as it is written: 1e-4 is no number in YAML, and 1.10 may be text."""
     if node.id != "scalar":
         raise UsageError(f"{where}: expected a value, got a {node.id}")
-    return node.value.encode("utf-16", "surrogatepass").decode("utf-16")  # of JSON's pairs of escapes
+    return node.value.encode("utf-16", "surrogatepass").decode("utf-16")  # JSON's pairs of escapes
 
 
 def _setting(node: Any) -> str:
-    """The VALUE of NAME=VALUE: text as it is written, everything else as JSON."""
+    """Returns the VALUE of NAME=VALUE: text as it is written, everything else as JSON."""
     value = _value(node)
     return node.value if isinstance(value, str) else json.dumps(value)
 
 
 def _value(node: Any) -> Any:
-    """A value inside another one, its plain numbers read as JSON reads them: 1e-1 is text in YAML 1.1, and 0.1 here."""
+    """Returns a nested value, with plain numbers as JSON reads them: 1e-1 is text in YAML 1.1, and 0.1 here."""
     if node.id == "mapping":
         return {str(key.value): _value(value) for key, value in node.value}
     if node.id == "sequence":
@@ -208,7 +205,7 @@ def _value(node: Any) -> Any:
 
 
 def _repeated(parser: Parser, given: Given, where: str) -> Given:
-    """The option, a list of an option that may be repeated as one word for each: a value may begin with dashes."""
+    """Returns the option; values that begin with dashes become one --name=VALUE each, if the option may be repeated."""
     dashed = next((word for word in given.words if word.startswith("--")), None)
     if dashed is None:
         return given
@@ -224,17 +221,17 @@ class _Repeated(Given):
         return [f"--{self.name}={word}" for word in self.words]
 
 
-def _check_setting(given: Given, around: aliases.Typed, where: str) -> None:
-    """Refuse a hyperparameter of the file that the method of the command line does not have."""
+def _check_setting(given: Given, typed: Typed, where: str) -> None:
+    """Raises UsageError for a hyperparameter of the file that the method of the command line does not have."""
     from ..methods import METHODS
 
-    method = around.method
-    if not aliases.hyperparameters(method, "rl"):
-        return  # it is unknown, which is told later
+    method = typed.method
+    if not hyperparameters(method, "rl"):
+        return  # the method is unknown, which is an error later
     name = (given.value or "").partition("=")[0].strip() if given.name == "set" else given.name.replace("-", "_")
-    known = aliases.hyperparameters(method, around.command)
+    known = (*hyperparameters(method, typed.command), *typed.parser.settings)
     elsewhere = {key for entry in METHODS.values() for key in entry.defaults}
-    declared = given.name != "set" and (around.parser.named(given.name) is not None or name in aliases.ALIASES)
+    declared = given.name != "set" and (typed.parser.named(given.name) is not None or name in aliases.ALIASES)
     if not declared and name in elsewhere and name not in known:
         raise UsageError(
             f"{where}: {name} is no hyperparameter of {method}, the method of the command line; it has "
@@ -242,7 +239,7 @@ def _check_setting(given: Given, around: aliases.Typed, where: str) -> None:
         )
 
 
-def _known(given: Given, typed: aliases.Typed) -> bool:
+def _known(given: Given, typed: Typed) -> bool:
     try:
         return aliases.translate(given, typed) != given.typed
     except UsageError:
@@ -250,7 +247,7 @@ def _known(given: Given, typed: aliases.Typed) -> bool:
 
 
 def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
-    """(word, destination) of each, after the type and the choices of its option; a list becomes the option repeated."""
+    """Returns (word, destination) for each, checked by type and choices; a list becomes the option repeated."""
     words: list[tuple[str, str]] = []
     action: argparse.Action | None = None
     for word in found:

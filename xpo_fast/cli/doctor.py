@@ -1,4 +1,4 @@
-"""`xpo-fast doctor`: what is installed, what computes, and what is missing."""
+"""`xpo-fast doctor`: prints what is installed, which backends work, and what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..head.choice import choice
 from ..models import SMOLLM2, smollm2_gguf
 from ..wording import one_line
 
-# What `pip install 'xpo-fast[extra]'` brings: the module to look for, and the distribution that has it.
+# The modules that `pip install 'xpo-fast[extra]'` installs.
 EXTRAS = {
     "train": ("transformers", "accelerate", "peft", "datasets", "matplotlib"),
     "demo": ("gguf",),
@@ -29,8 +29,8 @@ EXTRAS = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what there is; exit code 1 if the core itself does not compute, or a check that was asked for fails."""
-    # First: a GPU may be one that a single process can use at a time.
+    """Prints the findings; returns 1 if the head itself does not compute, or if a check that was asked for fails."""
+    # The checks come first: some GPUs can be used by one process at a time only.
     problems = _check() if args.check else []
     passed = not problems
     print("versions")
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {line}")
     print("backends")
     best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Before the others are tried: a fault of one on a GPU would be everybody's.
+    # Before the other backends: a fault on a GPU would make all later ones fail.
     core = _try_auto(best)
     for name in BACKENDS:
         print(f"  {name:<16} {_try_backend(name, best)}")
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of this package and of those it works with, as far as they are installed."""
     found = {"xpo-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "transformers", "accelerate", "peft", "datasets", "trl", "liger-kernel"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -99,7 +100,7 @@ def _devices() -> list[str]:
 
 
 def _dtypes() -> list[str]:
-    """How each half is multiplied on every device, and what `--dtype auto` makes of a checkpoint in it."""
+    """Returns, per device, how each half precision is multiplied and in what dtype `--dtype auto` loads checkpoints."""
     lines = []
     for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
         for dtype in precision.HALVES:
@@ -108,13 +109,15 @@ def _dtypes() -> list[str]:
             lines.append(f"{f'{device} {name}':<16} {found}; products take {factor:.2g} times as long as in float32")
         kept = [precision.name_of(d) for d in precision.HALVES if precision.native(d, device)]
         widened = [precision.name_of(d) for d in precision.HALVES if not precision.native(d, device)]
-        what = [f"{' and '.join(kept)} as saved"] * bool(kept) + [f"{' and '.join(widened)} as float32"] * bool(widened)
-        lines.append(f"{f'{device} auto':<16} loads checkpoints in {', in '.join(what)}, in float32 as saved")
+        loaded = [f"{' and '.join(kept)} as saved"] * bool(kept) + [f"{' and '.join(widened)} as float32"] * bool(
+            widened
+        )
+        lines.append(f"{f'{device} auto':<16} loads checkpoints in {', in '.join(loaded)}, in float32 as saved")
     return lines
 
 
 def _check() -> list[str]:
-    """Check triton's kernels anew on every GPU, and say what was found; the problems."""
+    """Checks triton's kernels again on every GPU, prints the verdicts, and returns the problems."""
     print("checks")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if not devices:
@@ -135,7 +138,7 @@ def _check() -> list[str]:
 
 
 def _choices() -> list[str]:
-    """What `auto` is on every device, by what is written down; nothing is run."""
+    """Returns what `auto` stands for on every device, by the recorded verdicts; runs nothing."""
     places = [(torch.device("cpu"), torch.float32)]
     places += [
         (torch.device("cuda", i), dtype) for i in range(torch.cuda.device_count()) for dtype in verdict.TRITON_DTYPES
@@ -145,7 +148,7 @@ def _choices() -> list[str]:
         name = "cpu" if device.type == "cpu" else f"{device} {precision.name_of(dtype)}"
         try:
             found = choice("auto", device, dtype, run=False)
-        except Exception as error:  # of $XPO_FAST_BACKEND, of importing triton
+        except Exception as error:  # $XPO_FAST_BACKEND names no backend, or triton does not import
             lines.append(f"auto on {name:<8} {one_line(error)}")
         else:
             lines.append(f"auto on {name:<8} {found.backend}: {found.why or 'the kernels of the others are for GPUs'}")
@@ -153,7 +156,7 @@ def _choices() -> list[str]:
 
 
 def _try_auto(device: torch.device) -> str:
-    """`_try_backend` of what `auto` is."""
+    """Returns `_try_backend` of the backend that `auto` stands for."""
     try:
         name = choice("auto", device, torch.float32, run=False).backend
     except Exception as error:  # as in `_choices`
@@ -162,7 +165,7 @@ def _try_auto(device: torch.device) -> str:
 
 
 def _library() -> str:
-    """For which GPUs the CUDA library was compiled, and whether it runs here; else why it is not there."""
+    """Returns for which GPUs the CUDA library was compiled and whether it runs here, or why it is absent."""
     absent = native.why_not()
     if absent is not None:
         return f"absent, {absent}"
@@ -172,10 +175,10 @@ def _library() -> str:
 
 
 def _try_backend(name: str, device: torch.device) -> str:
-    """Whether a small head gives the right log-prob; else the reason why not."""
+    """Returns "works" if a small head gives the right log-probs, else what is wrong."""
     hidden, weight = torch.ones(2, 8, device=device), torch.zeros(5, 8, device=device)
     try:
         logp = token_logps(hidden, weight, torch.tensor([1, 4], device=device), backend=name)
-    except Exception as error:  # a backend may fail in any way; all of them are worth a line
+    except Exception as error:  # a backend may fail in any way, and each gets its line
         return f"does not run: {one_line(error)}"
     return "works" if torch.allclose(logp.cpu(), torch.full((2,), -math.log(5.0))) else f"wrong result {logp.tolist()}"

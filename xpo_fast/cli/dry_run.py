@@ -1,13 +1,14 @@
-"""`--dry-run`: what a run would train on and how, from the tokenizer and the model's configuration, without its weights."""
+"""Reports for --dry-run what a run would train on and how, from the tokenizer and the model's configuration alone."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import options, training
+from . import loading, options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ OPEN, CLOSE = "⟦", "⟧"
 
 
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
-    """Print what `xpo-fast train` would do. config: its XPOConfig."""
+    """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
     from ..trainer import layout
     from ..trainer.reference import choose
@@ -38,7 +39,7 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
 
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
-    """Print what `xpo-fast reward` would do. config: its RewardConfig."""
+    """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
     from ..rewards.trainer import RewardCollator
 
     spec = config.spec()
@@ -53,7 +54,7 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
-    """Print what `xpo-fast rl` would do. config: its RLConfig; names: of the rewards."""
+    """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
     from ..rollout import encode_prompts
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
@@ -65,18 +66,20 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         short = sum(len(x) + config.max_new_tokens > limit for x in ids)
         none = sum(len(x) >= limit for x in ids)
         print(
-            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), {short} less "
-            f"than --max-new-tokens {config.max_new_tokens}"
+            f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), "
+            f"{short} less than --max-new-tokens {config.max_new_tokens}"
         )
     rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
     print(f"rewards    {', '.join(names)}")
     print(f"method     {config.objective()}, advantages: {config.estimator}")
     print(
-        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most {config.max_new_tokens} tokens"
+        f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most "
+        f"{config.max_new_tokens} tokens"
     )
     print(
-        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, {_name(config.lr_scheduler_type)}"
+        f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
+        f"{_name(config.lr_scheduler_type)}"
     )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
@@ -87,11 +90,11 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
 
 
 def _without_weights(args: argparse.Namespace, *, adapter: bool) -> tuple[Any, Any]:
-    """The model as it is trained, its shapes alone, and its tokenizer."""
+    """Returns the model as it is trained, with shapes but no weights, and its tokenizer."""
     from ..trainer import with_adapter, with_tokenizer
 
-    model, tokenizer = with_tokenizer(*training.load(args, device_map="meta"))
-    return (with_adapter(model, training.lora(args)) if adapter else model), tokenizer
+    model, tokenizer = with_tokenizer(*loading.load(args, device_map="meta"))
+    return (with_adapter(model, loading.lora(args)) if adapter else model), tokenizer
 
 
 def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
@@ -128,16 +131,16 @@ def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit
     )
     print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
     held = "none" if held_out is None else len(held_out)
-    print(f"data       {options.came_of(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
+    print(f"data       {options.sources(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
 
 
 def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) -> None:
-    """Tokens of prompts, completions and both, before they are cut, and how many are cut."""
+    """Prints the tokens of prompts, completions and both before they are cut, and how many are cut."""
     from .. import data
 
-    whole = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
-    prompt = [len(ids) for ids in whole["prompt_ids"]]
-    completions = list(_completions(whole, kind))
+    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
+    prompt = [len(ids) for ids in uncut["prompt_ids"]]
+    completions = list(_completions(uncut, kind))
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]
     kept = [len(ids) for ids in encoded["prompt_ids"]]
     shortened = [[len(ids) for ids in row] for row in _completions(encoded, kind)]
@@ -149,11 +152,12 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
     scored = sum(map(sum, shortened))
     print(
-        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} completions at the "
-        f"end, to --max-length {config.max_length}"
+        f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} "
+        f"completions at the end, to --max-length {config.max_length}"
     )
     print(
-        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of completions, which are scored"
+        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of "
+        "completions, which are scored"
     )
 
 
@@ -175,7 +179,7 @@ def _table(lengths: dict[str, list[int]]) -> None:
 
 
 def _steps(config: Any, rows: int) -> None:
-    """As transformers.Trainer counts them: the batches of an epoch that are left over make a step of their own."""
+    """Prints the steps as transformers.Trainer counts them: the last batches of an epoch make a step of their own."""
     batches = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
     per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
@@ -187,7 +191,7 @@ def _steps(config: Any, rows: int) -> None:
 
 
 def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> Any:
-    """The head's plan for a batch; of its operands the shapes count, and no memory is taken for them."""
+    """Returns the head's plan for a batch, from operands of the right shapes that take no memory."""
     import torch
 
     from ..models import Head
@@ -199,14 +203,13 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
         return torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
 
     head = Head.from_model(causal_lm(model))
-    weight = shape_of(head.weight)
-    hidden = weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
-    options = {name: shape_of(value) for name, value in head.kwargs().items()}
-    return config.objective().plan(hidden, weight, targets.to(config.device), **options, **layout)
+    head = dataclasses.replace(head, **{name: shape_of(x) for name, x in vars(head).items()})
+    hidden = head.weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
+    return config.objective().plan(hidden, head, targets.to(config.device), **layout)
 
 
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:
-    """Each sequence of a batch as text, what is scored between ⟦ and ⟧."""
+    """Prints each sequence of a batch as text, the scored tokens between ⟦ and ⟧."""
     targets, ids, mask = batch["targets"], batch["input_ids"], batch["attention_mask"]
     print(f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):")
     for r in range(len(ids)):

@@ -1,17 +1,20 @@
-"""`xpo-fast help`: the help of a command, or all of them as docs/commands.md."""
+"""`xpo-fast help`: prints the help of a command, or of all of them as docs/commands.md."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from ..wording import did_you_mean
-from .options import UsageError
-from .parser import Parser, option
+from .aliases import ALIASES, REFUSALS
+from .loss_types import loss_types
+from .options import has_default
+from .parser import Parser, UsageError, option
 
 REGENERATE = "xpo-fast help --markdown > docs/commands.md"
 
-# A line for each group of options, and for options that need one.
+# An example for each group of options, and for options that need one.
 EXAMPLES = {
     "configuration": "xpo-fast train --config run.yaml --lr 1e-5",
     "data": "xpo-fast train --data pairs.jsonl --eval-split 0.1",
@@ -24,7 +27,7 @@ EXAMPLES = {
     "rollouts": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short --num-generations 8 --max-new-tokens 128",
     "recipe": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --set iterations=2",
     "model and optimisation": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --lr 1e-5",
-    "filters": "xpo-fast methods --data unpaired",
+    "filters": "xpo-fast methods --where data=unpaired",
     "options": "xpo-fast eval-reward --data pairs.jsonl --model xpo-fast-reward --policy xpo-fast-out",
     "--config": "xpo-fast train --config xpo-fast-out/config.yaml --output-dir again",
     "--dry-run": "xpo-fast train --data pairs.jsonl --dry-run",
@@ -41,19 +44,16 @@ EXAMPLES = {
 }
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, whole: Parser) -> None:
+    """Adds `xpo-fast help`. whole: the parser that has the commands."""
     parser = commands.add_parser("help", help="the help of a command", allow_abbrev=False)
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="a command; none: the list of them")
     parser.add_argument("--markdown", action="store_true", help="all commands with all options, in Markdown")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, whole, commands.choices))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the help that is asked for."""
-    from . import build_parser, parsers
-
-    whole = build_parser()
-    commands = parsers(whole)
+def run(whole: Parser, commands: dict[str, Parser], args: argparse.Namespace) -> int:
+    """Prints the help that is asked for."""
     if args.markdown:
         print(markdown(commands), end="")
     elif args.command is None:
@@ -69,15 +69,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def markdown(commands: dict[str, Parser]) -> str:
-    """Return docs/commands.md."""
+    """Returns docs/commands.md."""
     parts = [_OPENING.format(regenerate=REGENERATE)]
     for name, parser in commands.items():
         parts.append(f"## xpo-fast {name}\n\n{_text(parser.description or '')}".rstrip() + "\n")
-        told: set[str] = set()  # an example stands once in a command
+        told: set[str] = set()  # an example is shown once per command
         for group in parser._action_groups:
             actions = [a for a in group._group_actions if a.dest != "help"]
             if actions:
                 parts.append(_group(str(group.title), actions, name, told))
+        if parser.settings:
+            rows = "\n".join(f"| `{key}={s.metavar}` | {_text(s.about)}. |" for key, s in parser.settings.items())
+            parts.append(
+                f"### settings, each as --set NAME=VALUE\n\n| setting | what it does |\n| --- | --- |\n{rows}\n"
+            )
     return "\n".join(parts) + "\n" + _names_elsewhere()
 
 
@@ -86,10 +91,8 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
     lines = [f"### {title}\n"] if title not in ("options", "positional arguments") else []
     if example and command in example.split()[1:2]:
         lines.append(f"    {example}\n")
-    elif example and title in _SHARED and f"xpo-fast {command}" in _SHARED_EXAMPLES:
-        lines.append(
-            f"    {example.replace('xpo-fast train --data pairs.jsonl', _SHARED_EXAMPLES[f'xpo-fast {command}'])}\n"
-        )
+    elif example and title in _SHARED and command in _BEGINNINGS:
+        lines.append(f"    {example.replace('xpo-fast train --data pairs.jsonl', _BEGINNINGS[command])}\n")
     lines += ["| option | what it does |", "| --- | --- |"]
     for action in actions:
         about = _help(action)
@@ -101,11 +104,11 @@ def _group(title: str, actions: list[argparse.Action], command: str, told: set[s
     return "\n".join(lines) + "\n"
 
 
-# Groups that commands share, and how another command than train begins.
-_SHARED = ("configuration", "data", "method", "model", "optimisation", "head", "output")
-_SHARED_EXAMPLES = {
-    "xpo-fast reward": "xpo-fast reward --data pairs.jsonl",
-    "xpo-fast rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
+# Groups that commands share, and how their examples begin for commands other than train.
+_SHARED = ("configuration", "data", "model", "optimisation", "head", "output")
+_BEGINNINGS = {
+    "reward": "xpo-fast reward --data pairs.jsonl",
+    "rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
 }
 
 
@@ -121,8 +124,7 @@ def _usage(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action) -> str:
     about = action.help or ""
-    shown = action.default not in (None, False, argparse.SUPPRESS) and action.default != [] and "(default" not in about
-    return _text(about + (f" (default: {action.default})" if shown else "")) + "."
+    return _text(about + (f" (default: {action.default})" if has_default(action) else "")) + "."
 
 
 def _text(text: str) -> str:
@@ -130,12 +132,10 @@ def _text(text: str) -> str:
 
 
 def _names_elsewhere() -> str:
-    from .aliases import _REFUSALS, ALIASES, loss_types
-
     rows = "\n".join(f"| `{name}` | {_text(alias.becomes)} |" for name, alias in ALIASES.items())
     refused = "\n".join(
         f"| {', '.join(f'`{name}`' for name in sorted(names.split()))} | {_text(what)} |"
-        for what, names in _REFUSALS.items()
+        for what, names in REFUSALS.items()
     )
     losses = "\n".join(f"| `{theirs}` | `{ours}` |" for theirs, ours in loss_types().items())
     return _ELSEWHERE.format(rows=rows, refused=refused, losses=losses)
@@ -143,11 +143,11 @@ def _names_elsewhere() -> str:
 
 _OPENING = """# Commands
 
-Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `{regenerate}`.
+Every command and every option, as `xpo-fast COMMAND --help` shows them. Made by `{regenerate}`.
 
-- An option may be written with underscores (`--batch_size 4`), and its value after `=` (`--batch-size=4`). A switch takes
-  `true` or `false` as well (`--full true`), or `--no-` before its name.
-- `--config run.yaml` reads any option by its name; a list for one that may be repeated, a mapping for `set` and `train`:
+- An option may be written with underscores (`--batch_size 4`), and its value after `=` (`--batch-size=4`). A switch
+  takes `true` or `false` as well (`--full true`), or `--no-` before its name.
+- `--config run.yaml` reads any option by its name; a list for one that may be repeated, a mapping for `set`, `train`:
 
       data: pairs.jsonl
       method: simpo
@@ -155,29 +155,29 @@ Every command and every option, as `xpo-fast COMMAND --help` has them. Made by `
       lr: 1e-5
       lora-targets: [q_proj, v_proj]
 
-  What is on the command line wins. Names of TRL and transformers are understood there, too. Each run writes its own
-  `config.yaml` into `--output-dir` (without `--api-key`), and `xpo-fast train --config OUT/config.yaml --output-dir OUT2`
-  repeats it.
-- A hyperparameter of the method is an option of `train`, `reward` and `rl`: `--beta 0.05` is `--set beta=0.05`. Where the
+  The command line wins. Names of TRL and transformers are understood there, too. Each run writes its own `config.yaml`
+  into `--output-dir` (without `--api-key`), and `xpo-fast train --config OUT/config.yaml --output-dir OUT2` repeats it.
+- A hyperparameter of the method is an option of `train`, `reward` and `rl`: `--beta 0.05` is `--set beta=0.05`. If the
   command has an option of that name itself (`--gamma` of `rl`, the discount), write `--set`.
-- Names of TRL 1.16 and transformers are accepted where they mean the same, see [below](#names-from-trl-and-transformers).
-- Tab completion: `xpo-fast completion bash > ~/.local/share/bash-completion/completions/xpo-fast`; for zsh a file `_xpo-fast`
-  in a folder of `$fpath`; for fish `~/.config/fish/completions/xpo-fast.fish`.
+- `xpo-fast rl --help` shows the options that most runs need, and `--help-all` every one, with the settings of `--set`.
+- Names of TRL 1.16 and transformers are accepted if they mean the same, see
+  [below](#names-from-trl-and-transformers).
+- Tab completion: `xpo-fast completion bash > ~/.local/share/bash-completion/completions/xpo-fast`; for zsh a file
+  `_xpo-fast` in a folder of `$fpath`; for fish `~/.config/fish/completions/xpo-fast.fish`.
 """
 
 _ELSEWHERE = """## Names from TRL and transformers
 
-On the command line and in a configuration file. One that cannot be honoured exactly is refused by name. Two names are the same and
-mean something else: `--generation_batch_size` is here how many completions are sampled at a time, not those of a rollout
-(`--prompts-per-rollout`), and a half as `--dtype` with an adapter is the dtype of its frozen weights. Defaults are those of
-the commands here.
+On the command line and in a configuration file. A name that cannot be honoured exactly is refused. One name is the same
+and means something else: bfloat16 or float16 as `--dtype` with an adapter is the dtype of the frozen weights. Defaults
+are those of the commands here.
 
 | there | here |
 | --- | --- |
 {rows}
 
-`--loss_type` of the trainers on preferences is `--method` here (several: their sum, with `--loss_weights`); `sppo_hard` also
-sets `variant=hard`. docs/conversions.md has what their numbers are here. Of GRPO the names are the same.
+`--loss_type` of the trainers on preferences is `--method` here (several: their sum, with `--loss_weights`); `sppo_hard`
+also sets `variant=hard`. docs/conversions.md converts their hyperparameters. GRPO's names are the same.
 
 | `loss_type` | `--method` |
 | --- | --- |

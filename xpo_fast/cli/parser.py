@@ -1,7 +1,9 @@
-"""The parser of a command: options with dashes or underscores, by the names of other libraries, in short errors.
+"""Parses the words of a command: options with dashes or underscores, by the names of other libraries, with short
+errors.
 
-What is typed becomes the options that the parser declares (`spelled`), and then argparse reads it. So a configuration file, a
-name of TRL's and an option as it is documented go the same way, and are checked by the same types.
+The words are rewritten as the options that the parser declares (`spelled`), which argparse then reads. So a
+configuration file, a name of TRL's and an option as it is documented take the same way, and are checked by the same
+types.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ..wording import did_you_mean
@@ -19,11 +23,57 @@ _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _CHOICE = re.compile(r"invalid choice: '?(?P<given>.*?)'? \(choose from (?P<names>.*)\)$", re.DOTALL)
 
 
+class UsageError(ValueError):
+    """Options that do not go together; printed as one line."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value of --set: the placeholder of its value, the value's type, and its help."""
+
+    metavar: str
+    type: type
+    about: str
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are a line or two, with the nearest names."""
+    """An ArgumentParser whose errors are one or two lines, with the nearest names.
+
+    rare: destinations of the options that --help leaves to --help-all.
+    settings: what --set takes beside the hyperparameters of the method, by name; --help-all lists it, too.
+    """
+
+    rare: Collection[str] = ()
+    settings: Mapping[str, Setting] = MappingProxyType({})
+
+    def format_help(self) -> str:
+        """Returns the help without the rare options."""
+        shown = [action for action in self._actions if action.dest not in self.rare]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, shown, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([action for action in group._group_actions if action in shown])
+            formatter.end_section()
+        return formatter.format_help()
+
+    def format_help_all(self) -> str:
+        """Returns the help with every option, and the settings after them."""
+        formatter = self._get_formatter()
+        formatter.start_section("settings, each as --set NAME=VALUE")
+        formatter.add_arguments(
+            [
+                argparse.Action([], name, help=s.about, metavar=f"{name}={s.metavar}")
+                for name, s in self.settings.items()
+            ]
+        )
+        formatter.end_section()
+        return f"{super().format_help()}\n{formatter.format_help()}"
 
     def error(self, message: str) -> NoReturn:
-        """Print the message, with the nearest names where a choice is unknown, and where to read on; exit with code 2."""
+        """Prints the message, with the nearest names of an unknown choice, and where to read on; exits with code 2."""
         choice = _CHOICE.search(message)
         if choice:
             message += did_you_mean(choice["given"], re.findall(r"[^\s',]+", choice["names"]))
@@ -31,44 +81,62 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def named(self, name: str) -> argparse.Action | None:
-        """Return the action of `--name`, typed with dashes or underscores, or None."""
+        """Returns the action of `--name`, typed with dashes or underscores, or None."""
         return self._option_string_actions.get(f"--{name.lstrip('-').replace('_', '-')}")
 
     def negated(self, name: str) -> argparse.Action | None:
-        """Return the action that `--no-…` turns off, or None; an option that may stand without a value is a switch, too."""
+        """Returns the action that `--no-…` turns off, or None; an option with an optional value is a switch, too."""
         if self.named(name) is not None or not re.match(r"no[-_]", name):
             return None
         action = self.named(name[3:])
         return action if action is not None and action.nargs in (0, "?") else None
 
     def documented(self) -> list[argparse.Action]:
-        """Return the actions that have an option, --help left out."""
+        """Returns the actions that have an option, except --help and --help-all."""
         return [a for a in self._actions if a.option_strings and a.dest != "help"]
 
     def exclusive(self, action: argparse.Action) -> list[argparse.Action]:
-        """Return the actions that may not stand beside `action`."""
+        """Returns the actions that exclude `action`."""
         groups = [g._group_actions for g in self._mutually_exclusive_groups]
         return [a for group in groups if action in group for a in group if a is not action]
 
 
+class HelpAll(argparse.Action):
+    """--help-all: prints every option and setting, and exits."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        print(parser.format_help_all(), end="")
+        raise SystemExit(0)
+
+
+class Options(argparse.Namespace):
+    """The options of one run. parser: declares them; it is no option, so `vars` does not list it."""
+
+    __slots__ = ("parser",)
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
 class Given:
-    """One option as it was typed: its name without dashes, what was written behind `=`, and the words that follow it."""
+    """One option as it was typed: its name without dashes, the text after `=` or None, and the words that follow it."""
 
     def __init__(self, name: str, value: str | None, words: list[str]) -> None:
         self.name, self.value, self.words = name, value, words
 
     @property
     def values(self) -> list[str]:
-        """The value behind `=`, or the words that follow the option."""
+        """The value after `=`, or the words that follow the option."""
         return self.words if self.value is None else [self.value]
 
     @property
     def typed(self) -> list[str]:
-        """The words that it was typed as."""
+        """The words of the command line that make this option."""
         return [f"--{self.name}" + ("" if self.value is None else f"={self.value}"), *self.words]
 
     def switch(self) -> bool | None:
-        """Return True or False for an option that is written as a switch, None where its value is another one."""
+        """Returns True or False for an option written as a switch, None for another value."""
         if not self.values:
             return True
         word = self.values[0].lower()
@@ -76,7 +144,7 @@ class Given:
 
 
 def split(words: Sequence[str]) -> Iterator[Given | str]:
-    """Yield the options of a command line with what follows each, and the words before the first option."""
+    """Yields the words before the first option, then each option with the words that follow it."""
     found: Given | None = None
     for i, word in enumerate(words):
         if word == "--":
@@ -100,10 +168,10 @@ def split(words: Sequence[str]) -> Iterator[Given | str]:
 def spelled(
     parser: Parser, words: Sequence[str], translate: Callable[[Given], list[str]]
 ) -> tuple[list[str], set[str]]:
-    """Return the words as the parser declares its options, and the destinations of the switches that are turned off.
+    """Returns the words as the parser declares its options, and the destinations of the switches that are turned off.
 
-    Of a switch that is turned on and off the last wins. translate: the words for an option that the parser does not have;
-    what it leaves as it is, argparse refuses.
+    The last one wins if a switch is turned on and off. translate: returns the words for an option that the parser does
+    not have; argparse refuses those that it returns unchanged.
     """
     found: list[str] = []
     off: set[str] = set()
@@ -132,7 +200,7 @@ def spelled(
 
 
 def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
-    """Append an option that the parser has; returns whether it is a switch that is turned off."""
+    """Appends an option that the parser has to `found`; returns whether it is a switch that is turned off."""
     option, words = action.option_strings[-1], given.words
     if action.nargs == 0:
         if given.value is None and words and words[0].lower() in (*TRUE, *FALSE):
@@ -143,7 +211,7 @@ def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
             found += words
             return True
         else:
-            found += [f"{option}={given.value}", *words]  # argparse says what is wrong with it
+            found += [f"{option}={given.value}", *words]  # argparse says what is wrong
         return False
     if action.nargs == "?" and given.switch() is not None and given.values:  # as a configuration writes them
         found += [*([option] if given.switch() else []), *given.values[1:]]
@@ -158,9 +226,9 @@ def _own(action: argparse.Action, given: Given, found: list[str]) -> bool:
 
 
 def unknown(parser: Parser, words: Sequence[str], names: Sequence[str], others: Iterable[Parser] = ()) -> str:
-    """Return what is said of words that nothing takes.
+    """Returns the error message for words that nothing takes.
 
-    names: what the command also takes beside its options. others: the parsers of other commands.
+    names: what the command takes besides its options. others: the parsers of other commands.
     """
     said = f"unrecognized arguments: {' '.join(words)}"
     first = next((w for w in words if w.startswith("-")), "").partition("=")[0]
@@ -172,5 +240,5 @@ def unknown(parser: Parser, words: Sequence[str], names: Sequence[str], others: 
 
 
 def option(action: argparse.Action) -> Any:
-    """Return the option as it is documented, or the placeholder of a positional argument."""
+    """Returns the option as it is documented, or the placeholder of a positional argument."""
     return action.option_strings[-1] if action.option_strings else action.metavar

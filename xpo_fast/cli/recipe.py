@@ -1,4 +1,4 @@
-"""`xpo-fast recipe`: run a recipe of recipes.py, or show the table of them."""
+"""`xpo-fast recipe`: runs a recipe, or shows the table of recipes."""
 
 from __future__ import annotations
 
@@ -6,83 +6,98 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checks, config_file, options, training
-from .options import SMOLLM2, UsageError
+from . import checks, config_file, loading, options, training
+from .options import SMOLLM2
+from .parser import UsageError
+from .settings import setting
 
 if TYPE_CHECKING:
-    from ..rewards.llm_judges import Judge
+    from ..rewards.judges import Judge
 
 JUDGE_SPECS = (
-    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), llm (that "
-    "of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a reward "
-    "function; may be repeated, the sum counts)"
+    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), "
+    "llm (that of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a "
+    "reward function; may be repeated, the sum counts)"
 )
 
 
-# fmt: off
 def add_parser(commands: Any) -> None:
+    """Adds `xpo-fast recipe`."""
     parser = commands.add_parser(
-        "recipe", help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
-        formatter_class=options.Help, allow_abbrev=False,
-        description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs are "
-        "kept in --output-dir, and a run that was stopped goes on with --resume.",
+        "recipe",
+        help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
+        formatter_class=options.Help,
+        allow_abbrev=False,
+        description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs "
+        "are kept in --output-dir, and a run that was stopped goes on with --resume.",
     )
     parser.set_defaults(run=run)
     options.add_config(parser, dry_run=False)
-    add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help="a recipe that --list shows")
-    add("--list", action="store_true", help="show the recipes as a table; with NAME, that one in full")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe that --list shows")
+    options.add_option(parser, "--list", "show the recipes as a table; with NAME, that one in full", False)
 
-    add = parser.add_argument_group("data").add_argument
-    options.add_source(add, "rows with a prompt, text or messages; chosen and rejected, or other columns, where the recipe or "
-        "the judge wants them; may be repeated", required=False, action="append")
-    add("--held-out", metavar="SHARE", type=options.share, default=0.0,
-        help="prompts of --data that the stopping rule is held against: a count, or a share below 1; the last ones. "
-        "0: no stopping rule, every iteration is run")
-    add("--held-out-data", metavar="FILE", help="the same from a file of its own")
-    add("--max-length", metavar="TOKENS", type=int, default=1024, help="longest prompt and completion of the data's own rows")
-
-    add = parser.add_argument_group("recipe").add_argument
-    add("--judge", metavar="SPEC", action="append", default=[], help=JUDGE_SPECS)
-    add("--held-out-judge", metavar="SPEC", action="append", default=[],
-        help="another judge for the held-out prompts (default: --judge; where the policy judges itself, the model at the start)")
-    add("--judge-tokenizer", metavar="NAME", help="folder or name of the tokenizer of the model behind server:")
-    add("--set", metavar="NAME=VALUE", action="append", default=[], type=options.setting,
-        help="change the recipe: iterations, draws.n, draws.temperature, select.beta, method.beta, reference, …; "
-        "may be repeated")
-    add("--patience", metavar="N", type=int, default=1, help="stop after N iterations that are no better held out")
-    add("--min-gain", metavar="X", type=float, default=0.0, help="better means by more than this")
-    add("--z", metavar="Z", type=float, default=0.0, help="and by Z standard errors of the paired difference")
-    add("--generation-batch-size", metavar="N", type=int, default=64, help="completions sampled at a time")
-    add("--max-new-tokens", metavar="N", type=int, default=256, help="longest completion")
-    add("--stop", metavar="TEXT", action="append", default=[], help="a text that ends a completion; may be repeated")
-
-    add = parser.add_argument_group("model and optimisation").add_argument
-    add("--model", default=SMOLLM2, help=f"{SMOLLM2}, a folder, or a name on the Hugging Face hub")
-    add("--dtype", choices=options.DTYPES, default="float32",
-        help="of the weights; each iteration's adapter is merged into them, and a half would round much of it away")
-    add("--trust-remote-code", action="store_true", help="run code that comes with a model of the hub")
-    add("--full", action="store_true", help="train every weight, not an adapter")
-    options.add_lora(add)
-    options.add_steps(
-        add, lr="5e-5 with an adapter, 1e-6 with --full", epochs="an iteration's data", max_steps="stop an iteration",
-        batch="pairs or rows at a time",
+    group = parser.add_argument_group("data")
+    add = options.adder(group)
+    about = "rows with a prompt, text or messages; chosen and rejected, or other columns that recipe and judge need"
+    options.add_source(group, f"{about}; may be repeated", required=False, action="append")
+    add(
+        "--held-out SHARE",
+        "prompts of --data for the stopping rule: a count, or a share below 1; the last ones. 0: no stopping rule, "
+        "every iteration is run",
+        0.0,
+        type=options.share,
     )
-    add("--train", metavar="NAME=VALUE", action="append", default=[], type=options.setting,
-        help="any other argument of the trainer (XPOConfig, RLConfig), for example --train warmup_steps=10")
-    add("--seed", metavar="N", type=int, default=42, help="of samples, selection, adapter and order")
+    add("--held-out-data FILE", "prompts for the stopping rule, from a file of their own")
+    add("--max-length TOKENS", "longest prompt and completion of the data's own rows", 1024)
 
-    add = parser.add_argument_group("output").add_argument
-    add("--output-dir", metavar="DIR", help="for everything (default: xpo-fast-NAME)")
-    add("--resume", action="store_true", help="go on with the run in --output-dir")
-    add("--overwrite", action="store_true", help="start anew although --output-dir has a run; it is deleted")
-    add("--keep-models", action="store_true", help="keep every iteration's model, not only the best and the last")
-    add("--save-steps", metavar="N", type=int, default=100, help="write a checkpoint every N steps")
-    options.add_device(add, "run")
-# fmt: on
+    group = parser.add_argument_group("recipe")
+    add = options.adder(group)
+    add("--judge SPEC", JUDGE_SPECS, [])
+    about = "judge of the held-out prompts (default: --judge; where the policy judges itself, the model at the start)"
+    add("--held-out-judge SPEC", about, [])
+    add("--judge-tokenizer NAME", "folder or name of the tokenizer of the model behind server:")
+    about = "change the recipe: iterations, draws.n, draws.temperature, select.beta, method.beta, reference, …"
+    add("--set NAME=VALUE", f"{about}; may be repeated", [], type=setting)
+    add("--patience N", "stop after N iterations without a better held-out score", 1)
+    add("--min-gain X", "a better score is higher by more than X", 0.0)
+    add("--z Z", "and by Z standard errors of the paired difference", 0.0)
+    add("--generation-batch-size N", "completions sampled at a time", 64)
+    add("--max-new-tokens N", "longest completion", 256)
+    add("--stop TEXT", "a text that ends a completion; may be repeated", [])
+
+    group = parser.add_argument_group("model and optimisation")
+    add = options.adder(group)
+    add("--model", f"{SMOLLM2}, a folder, or a name on the Hugging Face hub", SMOLLM2)
+    about = (
+        "dtype of the weights; each iteration's adapter is merged into them, and 16 bits would round much of it away"
+    )
+    add("--dtype", about, "float32", choices=options.DTYPES)
+    add("--trust-remote-code", "run code that comes with a model of the hub", False)
+    add("--full", "train every weight, not an adapter", False)
+    options.add_lora(group)
+    options.add_steps(
+        group,
+        lr="5e-5 with an adapter, 1e-6 with --full",
+        epochs="an iteration's data",
+        max_steps="stop an iteration",
+        batch="pairs or rows per batch",
+    )
+    about = "any other argument of the trainer (XPOConfig, RLConfig), for example --train warmup_steps=10"
+    add("--train NAME=VALUE", about, [], type=setting)
+    add("--seed N", "seed of samples, selection, adapter and order", 42)
+
+    group = parser.add_argument_group("output")
+    add = options.adder(group)
+    add("--output-dir DIR", "folder for everything (default: xpo-fast-NAME)")
+    add("--resume", "go on with the run in --output-dir", False)
+    add("--overwrite", "start anew although --output-dir has a run; it is deleted", False)
+    add("--keep-models", "keep every iteration's model, not only the best and the last", False)
+    add("--save-steps N", "write a checkpoint every N steps", 100)
+    options.add_device(group, "run")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the recipe, or shows it with --list."""
     from ..recipes import StoppingRule, get_recipe, override, table
 
     if args.list:
@@ -99,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     unasked = (recipe.judge == "none" and recipe.then is None and args.judge) or args.held_out_judge
     if unasked and not holds_out:
         raise UsageError(
-            f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out keeps none"
+            f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out "
+            "keeps none"
         )
     checks.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
@@ -110,8 +126,9 @@ def run(args: argparse.Namespace) -> int:
     from transformers import logging as transformers_logging
 
     from ..models import load_model
-    from ..recipes import loop as recipe_loop
     from ..recipes import runs_in
+    from ..recipes.loop import run as run_recipe
+    from ..recipes.setup import Setup
     from ..rollout import GenerateRollout, Sampling
 
     transformers_logging.disable_progress_bar()
@@ -132,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
     }
     if twice := sorted(set(own) & set(dict(args.train))):
         raise UsageError(f"--train {twice[0]}: there is an option for it, see `xpo-fast recipe --help`")
-    outcome = recipe_loop.run(
+    outcome = run_recipe(
         recipe,
-        recipe_loop.Setup(
+        Setup(
             model=args.model,
             rows=rows,
             output=output,
@@ -144,9 +161,9 @@ def run(args: argparse.Namespace) -> int:
             stopping=StoppingRule(args.patience, args.min_gain, args.z),
             sampling=Sampling(max_new_tokens=args.max_new_tokens, stop=tuple(args.stop)),
             training=dict(args.train) | own,
-            peft_config=None if args.full else training.lora(args),
+            peft_config=None if args.full else loading.lora(args),
             rollout=lambda model, tokenizer: GenerateRollout(model, tokenizer, batch_size=args.generation_batch_size),
-            load=lambda name: load_model(name, dtype=args.dtype, device=training.device_of(args), **further),
+            load=lambda name: load_model(name, dtype=args.dtype, device=loading.device_of(args), **further),
             seed=args.seed,
             overwrite=args.overwrite and bool(runs_in(output)),
             begin=lambda: config_file.write(args, output, "recipe", resumed=args.resume),
@@ -201,7 +218,7 @@ def _begin(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Rows to train on, and rows that the stopping rule is held against."""
+    """Returns rows to train on, and rows for the stopping rule."""
     from ..data import load_prompts
 
     how = options.reading(args)
@@ -215,8 +232,9 @@ def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
 
 
 def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
-    """The judge that specs (`JUDGE_SPECS`) name; None for none."""
-    from ..rewards.llm_judges import FunctionJudge, LLMJudge, RewardJudge, SampledChoice, TokenChoice
+    """Returns the judge that the specs name, see JUDGE_SPECS; None without a spec."""
+    from ..rewards.judges import FunctionJudge, RewardJudge
+    from ..rewards.llm_judges import LLMJudge, SampledChoice, TokenChoice
 
     if not specs:
         return None
@@ -233,20 +251,21 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if kind == "reward" and rest:
         from ..rewards.model import RewardModel
 
-        model = RewardModel.load(rest, device=training.device_of(args))
-        _place(args, model.model)
+        model = RewardModel.load(rest, device=loading.device_of(args))
+        model.model.to(loading.accelerator_of(args))
         return RewardJudge(model)
     if kind == "llm":
         from ..models import load_model
 
         model, tokenizer = load_model(
-            rest or args.model, dtype="auto" if rest else args.dtype, device=training.device_of(args)
+            rest or args.model, dtype="auto" if rest else args.dtype, device=loading.device_of(args)
         )
-        return LLMJudge(TokenChoice(_place(args, model), tokenizer))
+        move: Any = model.to
+        return LLMJudge(TokenChoice(move(loading.accelerator_of(args)), tokenizer))
     if kind == "server" and rest:
         from transformers import AutoTokenizer
 
-        from ..rollout.generate import ServerRollout
+        from ..rollout import ServerRollout
 
         if not args.judge_tokenizer:
             raise UsageError("server: needs --judge-tokenizer, that of the model behind it")
@@ -254,10 +273,3 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
         chat = bool(tokenizer.chat_template)
         return LLMJudge(SampledChoice(ServerRollout(rest, tokenizer), chat=chat))
     raise UsageError(f"--judge {specs[0]}: expected {JUDGE_SPECS}")
-
-
-def _place(args: argparse.Namespace, model: Any) -> Any:
-    import torch
-
-    device = "cpu" if args.cpu else torch.accelerator.current_accelerator() or "cpu"
-    return model.to(device)

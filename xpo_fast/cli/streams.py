@@ -1,4 +1,4 @@
-"""Output that outlives its reader: `xpo-fast train … | head -3` shows three lines, and the run goes on to its end."""
+"""Keeps a run alive when the reader of its output is gone, as in `xpo-fast train … | head -3`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Outliving:
-    """A stream whose text goes nowhere once its reader has closed the pipe."""
+    """A stream that drops text once its reader has closed the pipe."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -32,7 +32,7 @@ class _Outliving:
     def _give_up(self) -> None:
         self.closed_by_reader = True
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())  # what is left in buffers goes there, too, when Python ends
+        os.dup2(null, self._stream.fileno())  # so does the rest of the buffers when Python ends
         os.close(null)
 
     def __getattr__(self, name: str) -> Any:
@@ -41,7 +41,7 @@ class _Outliving:
 
 @contextlib.contextmanager
 def outliving_readers() -> Iterator[None]:
-    """Inside, nothing fails because the reader of stdout or stderr has gone."""
+    """Inside, nothing fails because the reader of stdout or stderr is gone."""
     own = sys.stdout, sys.stderr
     outliving: Any = [_Outliving(stream) for stream in own]
     sys.stdout, sys.stderr = outliving

@@ -1,4 +1,4 @@
-"""`xpo-fast train`: train a model on preferences, and say what it has learned on rows held out."""
+"""`xpo-fast train`: trains a model on preferences, and reports what it has learned on rows held out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..files import write_json
-from ..wording import did_you_mean
-from . import checks, config_file, dry_run, options, training
-from .options import OBJECTIVE_OPTIONS, UsageError
+from . import checks, dry_run, held_out, loading, options, resuming, settings, train_log, training
+from .options import OBJECTIVE_OPTIONS
+from .parser import UsageError
 
 if TYPE_CHECKING:
     from .. import Objective
@@ -19,68 +19,73 @@ if TYPE_CHECKING:
     from ..trainer import XPOConfig, XPOTrainer
 
 
-# fmt: off
 def add_parser(commands: Any) -> None:
+    """Adds `xpo-fast train`."""
     parser = commands.add_parser(
-        "train", help="train a model on pairs, lists, single rows or by supervised fine-tuning", formatter_class=options.Help, allow_abbrev=False,
-        description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and say what it has learned on rows held out. "
-        "On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
+        "train",
+        help="train a model on pairs, lists, single rows or by supervised fine-tuning",
+        formatter_class=options.Help,
+        allow_abbrev=False,
+        description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and report what "
+        "it has learned on rows held out. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
     )
     parser.set_defaults(run=run)
     options.add_config(parser)
-    options.add_lengths(options.add_data(
+    group = options.add_data(
         parser,
         data=".jsonl, .json, .parquet or .csv file, or a data set for datasets.load_dataset: rows of prompt, chosen, "
-        "rejected, or of prompt, completion, label; text or messages; with what the method needs beside: score_chosen and "
-        "score_rejected, prob, reward, or prompt, completions, scores for lists; for sft messages, text, or prompt and "
-        "completion; also ShareGPT and Alpaca",
-    ))
+        "rejected, or of prompt, completion, label; text or messages; with the columns that the method needs: "
+        "score_chosen and score_rejected, prob, reward, or prompt, completions, scores for lists; for sft messages, "
+        "text, or prompt and completion; also ShareGPT and Alpaca",
+    )
+    options.add_lengths(group)
 
-    add = parser.add_argument_group("method").add_argument
-    add("--method", default="dpo", metavar="NAME",
-        help="a name that `xpo-fast methods` lists, or a sum of them: 'dpo + 0.5*sft'")
-    options.add_settings(add, f"beta=0.05, or an option of the objective ({', '.join(OBJECTIVE_OPTIONS)})")
-    add("--reference", choices=("auto", "adapter", "cached", "copy", "none"), default="auto",
-        help="the reference policy: the model with its adapter off, log-probs cached on disk, or a frozen copy; auto: "
-        "none if the method has none, adapter with --lora, else cached")
-    add("--ref-cache", metavar="DIR",
-        help="where cached reference log-probs are kept (default: $XPO_FAST_CACHE or ~/.cache/xpo_fast)")
+    group = parser.add_argument_group("method")
+    add = options.adder(group)
+    add("--method NAME", "a name that `xpo-fast methods` lists, or a sum of them: 'dpo + 0.5*sft'", "dpo")
+    options.add_settings(group, f"beta=0.05, or an option of the objective ({', '.join(OBJECTIVE_OPTIONS)})")
+    add(
+        "--reference",
+        "the reference policy: the model with its adapter off, log-probs cached on disk, or a frozen copy; auto: "
+        "none if the method has none, adapter with --lora, else cached",
+        "auto",
+        choices=("auto", "adapter", "cached", "copy", "none"),
+    )
+    add("--ref-cache DIR", "folder of cached reference log-probs (default: $XPO_FAST_CACHE or ~/.cache/xpo_fast)")
 
     options.add_model(parser)
     options.add_optimisation(
-        parser, lr="5e-5 with --lora, 1e-6 with --full; ten times as much for sft", batch="pairs or rows at a time on every device",
-        seed="of order, held-out rows, adapter and dropout",
+        parser,
+        lr="5e-5 with --lora, 1e-6 with --full; ten times as much for sft",
+        batch="pairs or rows per batch and device",
+        seed="seed of order, held-out rows, adapter and dropout",
     )
     options.add_head(parser)
     options.add_output(parser, folder="xpo-fast-out", files="train_log.jsonl and results.json")
-# fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
+    """Trains, or with --dry-run only reports."""
     objective = _objective(args.method, dict(args.set))
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
-    output, checkpoint = Path(args.output_dir), None if args.dry_run else training.checkpoint(args)
+    output, checkpoint = Path(args.output_dir), None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
-    # Data first: a mistake in it should not wait for a model to load.
+    # Data first: a mistake in it is reported before a model is loaded.
     train_rows, eval_rows = _rows(args, objective)
     if args.dry_run:
         dry_run.preferences(args, objective, _config(args, eval_rows), train_rows, eval_rows)
         return 0
-    made_with = training.check_resume(args, checkpoint, train_rows, lr=_learning_rate(args))
+    made_with = resuming.check_resume(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
     trainer = _trainer(args, train_rows, eval_rows)
     trainer.given |= made_with
-    say = training.say(trainer)
+    say = training.printer(trainer)
     _print_header(trainer, args, say)
-    results = training.begun(args)
+    results = training.report_header(args)
     if eval_rows is not None:
         results["before"] = trainer.held_out()
-        if trainer.objective.needs_reference:  # policy = reference still, and rewards are rounding errors
+        if trainer.objective.needs_reference:  # policy = reference, so rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = training.fit(
-        trainer,
-        checkpoint,
-        lambda: config_file.write(args, output, "train", resumed=checkpoint is not None),
-    )
+    results["train"] = training.fit(trainer, args, "train", checkpoint)
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         _print_held_out(results["before"], results["after"], len(eval_rows), trainer.kind, say)
@@ -93,32 +98,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _objective(method: str, settings: dict[str, Any]) -> Objective:
-    """The objective; ValueError for a setting that it does not know or take, before anything is loaded."""
+def _objective(method: str, given: dict[str, Any]) -> Objective:
+    """Returns the objective; raises ValueError for an unknown name or wrong value of --set."""
     from .. import Objective
 
     objective = Objective(method)
     defaults = {k: v for term in objective.terms for k, v in term.method.defaults.items()}
-    refused = sorted(set(settings) - set(defaults) - set(OBJECTIVE_OPTIONS))
-    if refused:
-        raise UsageError(
-            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has "
-            f"{', '.join(defaults) or 'none'}; and the objective has {', '.join(OBJECTIVE_OPTIONS)}"
-            f"{did_you_mean(refused[0], [*defaults, *OBJECTIVE_OPTIONS])}"
-        )
-    for name, value in settings.items():
-        options.check_like(f"--set {name}", defaults.get(name), value)
+    settings.check_names(method, given, defaults, "the objective", OBJECTIVE_OPTIONS)
+    for name, value in given.items():
+        settings.check_like(f"--set {name}", defaults.get(name), value)
     try:
-        objective = Objective(method, **settings)
+        objective = Objective(method, **given)
         objective.rehearse()
-    except TypeError as error:  # of a value whose default, None, does not tell what it should be
-        given = ", ".join(f"{name}={value}" for name, value in settings.items())
-        raise UsageError(f"--set {given}: {method} cannot compute with it ({error}); give numbers") from error
+    except TypeError as error:  # of a value whose default is None, which does not tell its type
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UsageError(f"--set {shown}: {method} cannot compute with it ({error}); give numbers") from error
     return objective
 
 
 def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
-    """Rows to train on, and rows held out or None, with every column that the objective asks for."""
+    """Returns rows to train on, and rows held out or None, with every column that the objective needs."""
     from .. import data
 
     how = options.reading(args)
@@ -126,7 +125,7 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     if args.eval_data:
         held = data.load(args.eval_data, kind=objective.data_kind, **how)
     else:
-        rows, held = training.hold_out(args, rows)
+        rows, held = held_out.hold_out(args, rows)
     for one in (rows, held):
         if one is not None:
             data.check_columns(one, objective.data_kind, objective.rehearse)
@@ -157,15 +156,15 @@ def _config(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
 def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTrainer:
     from ..trainer import XPOTrainer
 
-    model, tokenizer = training.load(args)
+    model, tokenizer = loading.load(args)
     return XPOTrainer(
         model,
         _config(args, eval_rows),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=None if args.full else training.lora(args),
-        callbacks=[training.json_log(args)],
+        peft_config=None if args.full else loading.lora(args),
+        callbacks=[train_log.json_log(args)],
     )
 
 
@@ -206,7 +205,8 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
         "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
-        "data": f"{options.came_of(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, {held}",
+        "data": f"{options.sources(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, "
+        f"{held}",
         "method": f"{trainer.objective}, lr {trainer.args.learning_rate:g}, {step} {what} a step",
         "reference": f"{trainer.reference}: {trainer.reference_reason}",
         "head": str(trainer.plan()),

@@ -1,10 +1,10 @@
 """The `cuda` backend: the loops of chunked.py with cuBLAS products, and for their rows the kernel of csrc/rows.cu.
 
-That kernel reads each logit from device memory once where a row fits a cluster's shared memory, else twice. It makes
-log-probs, the statistics that need no reference, and the gradient of log-probs and log-sum-exps; divergences and the gradient
-of entropy are left to Triton's kernel, or to torch where there is no Triton. float64 operands take torch's row operations. The
-launch needs no operator of its own: it is part of `xpo_fast::token_stats` and the others of autograd.py, which torch.compile
-does not look into.
+That kernel reads each logit from device memory once if a row fits the shared memory of a cluster, else twice. It
+computes log-probs, the statistics that need no reference, and the gradient of log-probs and log-sum-exps. Divergences
+and the gradient of entropy are left to Triton's kernel, or to torch where Triton is not installed. float64 operands
+take torch's row operations. The launch needs no operator of its own: it runs inside `xpo_fast::token_stats` and the
+other operators of autograd.py, which torch.compile does not look into.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Rows(ctypes.Structure):
 
 
 class RowPlan(ctypes.Structure):
-    """XpoRowPlan of csrc/xpo.h: how the rows of a vocabulary are read."""
+    """XpoRowPlan of csrc/xpo.h: how the rows of a vocabulary size are read."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("ranks", "part", "kept", "threads")),
@@ -65,7 +65,10 @@ def run(
     grad: Tensor | None = None,  # (n, V) written; float32 may be the products themselves
     plan: RowPlan | None = None,
 ) -> None:
-    """Run the kernel, as `kernels.rows.run` without a reference. A plan is for checks: else the device has one for itself."""
+    """Writes the statistics named in `out` and, if `grad` is given, ∂L/∂products, as `kernels.rows.run` does.
+
+    plan: for checks only; by default the device plans for itself.
+    """
     out, upstream = dict(out or {}), dict(upstream or {})
     assert set(out) <= set(STATISTICS) and set(upstream) <= set(DIFFERENTIABLE)
     n, vocab = products.shape
@@ -107,7 +110,7 @@ def run(
 
 
 class CudaRowOperations(RowOperations):
-    """`RowOperations` by the kernel; dz is exact, without a factor."""
+    """`RowOperations` by the kernel of csrc/rows.cu; its dz is exact, with a factor of 1."""
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
@@ -117,7 +120,7 @@ class CudaRowOperations(RowOperations):
 
     @property
     def others(self) -> RowOperations:
-        """What makes the rest."""
+        """The row operations for what this kernel does not compute: Triton's, or torch's."""
         if self._others is None:
             if has_triton() and self.gemms.weight.device.type == "cuda":
                 from .triton import TritonRowOperations
@@ -160,5 +163,6 @@ class CudaRowOperations(RowOperations):
 
 
 def row_operations(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:
+    """Returns the row operations of a call: by the kernel, or by torch for float64."""
     kind = CudaRowOperations if gemms.dtype == torch.float32 else RowOperations
     return kind(gemms, ref_gemms)

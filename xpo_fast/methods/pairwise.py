@@ -9,55 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..reduce import sum_over_ranks
-from .math import check, check_choice, check_rows, log_odds, past_overflow
+from .math import (
+    Losses,
+    check,
+    check_beta,
+    check_lengths,
+    check_rows,
+    check_smoothing,
+    log_odds,
+    pair_metrics,
+    past_overflow,
+    smoothed,
+)
 from .registry import register
-
-Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-def _metrics(reward_w: Tensor, reward_l: Tensor, logp_w: Tensor, logp_l: Tensor, **others: Tensor) -> dict:
-    named = {
-        "rewards/chosen": reward_w,
-        "rewards/rejected": reward_l,
-        "rewards/accuracies": (reward_w > reward_l).to(reward_w.dtype),
-        "rewards/margins": reward_w - reward_l,
-        "logps/chosen": logp_w,
-        "logps/rejected": logp_l,
-        **others,
-    }
-    return {name: value.detach() for name, value in named.items()}
-
-
-def _lengths(length: Tensor | None, name: str, why: str) -> Tensor:
-    if length is None:
-        raise ValueError(f"missing {name}: {why} needs the completions' lengths in tokens")
-    return length
-
-
-def _check_beta(beta: float) -> None:
-    check(beta > 0, "beta > 0", beta)
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    check(0 <= label_smoothing < 0.5, "label_smoothing in [0, 0.5)", label_smoothing)
-
-
-def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
-    """−(1−ε) log σ(h) − ε log σ(−h)."""
-    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
+from .survey import NO_REWARD
 
 
 @register(
     paper="Direct Preference Optimization (arXiv 2305.18290); smoothing: cDPO, Mitchell 2023",
     equation="−(1−ε) log σ(h) − ε log σ(−h)",
     survey="S10, S12",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def dpo(
     *,
@@ -73,17 +51,16 @@ def dpo(
     L = −(1−ε) log σ(h) − ε log σ(−h); ε = `label_smoothing`, the probability that a label is flipped (cDPO).
     Survey S10, S12. At policy = reference every loss is ln 2.
     """
-    _check_beta(beta)
-    _check_smoothing(label_smoothing)
+    check_beta(beta)
+    check_smoothing(label_smoothing)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
-    losses = _smoothed(reward_w - reward_l, label_smoothing)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    losses = smoothed(reward_w - reward_l, label_smoothing)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Provably Robust DPO (arXiv 2403.00409)",
     equation="[−(1−ε) log σ(h) + ε log σ(−h)] / (1−2ε)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def robust_dpo(
     *,
@@ -98,19 +75,19 @@ def robust_dpo(
 
     L = [−(1−ε) log σ(h) + ε log σ(−h)] / (1−2ε). Its mean over flips is the clean DPO loss. It can be negative.
     """
-    _check_beta(beta)
-    _check_smoothing(label_smoothing)
+    check_beta(beta)
+    check_smoothing(label_smoothing)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h, eps = reward_w - reward_l, label_smoothing
     losses = (-(1 - eps) * logsigmoid(h) + eps * logsigmoid(-h)) / (1 - 2 * eps)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="SLiC-HF (arXiv 2305.10425)",
     equation="max(0, δ − logp_w + logp_l) − λ logp_sft",
     survey="S3",
-    attributes="- - - - Preference Human Pair Uncontrol KL Hybrid Offline Separate",
+    attributes={**NO_REWARD, "policy": "Hybrid"},
 )
 def slic(
     *,
@@ -128,14 +105,14 @@ def slic(
     check(lam >= 0, "lam >= 0", lam)
     logp_sft = logp_w if logp_sft is None else logp_sft
     losses = torch.relu(delta - logp_w + logp_l) - lam * logp_sft
-    return losses, _metrics(logp_w, logp_l, logp_w, logp_l)
+    return losses, pair_metrics(logp_w, logp_l, logp_w, logp_l)
 
 
 @register(
     paper="Statistical Rejection Sampling Improves Preference Optimization (arXiv 2309.06657)",
     equation="max(0, 1 − h)",
     survey="S4 (sampling)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Hybrid Offline Separate",
+    attributes={"policy": "Hybrid"},
 )
 def rso(
     *,
@@ -144,25 +121,23 @@ def rso(
     ref_logp_w: Tensor,  # (P,)
     ref_logp_l: Tensor,  # (P,)
     beta: float = 0.1,
-    loss: str = "hinge",
+    loss: Literal["hinge", "sigmoid"] = "hinge",
 ) -> Losses:
     """The losses of RSO (its rejection sampling belongs to the data).
 
     `loss="hinge"`: L = max(0, 1 − h), the normalised SLiC hinge. `loss="sigmoid"`: L = −log σ(h), which is `dpo`.
     """
-    _check_beta(beta)
-    check_choice("loss", loss, ("hinge", "sigmoid"))
+    check_beta(beta)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l
     losses = torch.relu(1 - h) if loss == "hinge" else -logsigmoid(h)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Smaug: DPO-Positive (arXiv 2402.13228)",
     equation="−log σ(h − βλ max(0, −Δw))",
     survey="S13",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def dpop(
     *,
@@ -172,34 +147,33 @@ def dpop(
     ref_logp_l: Tensor,  # (P,)
     beta: float = 0.3,
     lam: float = 50.0,
-    variant: str = "paper",
+    variant: Literal["paper", "survey"] = "paper",
 ) -> Losses:
     """DPO-Positive: a penalty when the chosen completion falls below its reference log-prob.
 
     `variant="paper"`: L = −log σ(h − βλ·max(0, −Δw)). `variant="survey"`, as S13 prints it, with the penalty
     outside: L = −log σ(h) + λ·max(0, −Δw).
     """
-    _check_beta(beta)
+    check_beta(beta)
     check(lam >= 0, "lam >= 0", lam)
-    check_choice("variant", variant, ("paper", "survey"))
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h, penalty = reward_w - reward_l, lam * torch.relu(ref_logp_w - logp_w)
     losses = -logsigmoid(h - beta * penalty) if variant == "paper" else -logsigmoid(h) + penalty
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 def beta_dpo_state(
     margins: Tensor, m0: Tensor, s: Tensor, momentum: float = 0.9, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The running mean and standard deviation (m0, s) of `beta_dpo`'s margins, moved towards those of a batch.
+    """Returns the running mean and standard deviation (m0, s) of `beta_dpo`'s margins, moved towards a batch's.
 
     margins (P,): M = Δw − Δl in nats, without β; valid (P,) bool: the pairs that count, all if not given; m0, s ().
-    x ← momentum·x + (1 − momentum)·(x of the batch over all ranks, the deviation with n − 1). One pair has no
-    deviation and leaves s as it is; none leaves both. Call it before `beta_dpo`, as the authors do. Begin with m0 = 0
-    and s = 1: the authors' s = 0 divides 0 by 0 while the policy is still the reference.
+    x ← momentum·x + (1 − momentum)·(x of the batch over all ranks, the deviation with n − 1). A batch of one pair has
+    no deviation and leaves s as it is; an empty batch leaves both. Call it before `beta_dpo`, as the authors do. Begin
+    with m0 = 0 and s = 1: the authors' s = 0 divides 0 by 0 while the policy is still the reference.
     """
     check(0 <= momentum < 1, "momentum in [0, 1)", momentum)
-    # Around m0, where the sum of squares does not cancel.
+    # Squares are summed around m0, where they do not cancel.
     x = margins.detach() - m0
     x = x if valid is None else torch.where(valid, x, 0.0)
     count = x.new_full((), x.numel()) if valid is None else valid.sum().to(x.dtype)
@@ -223,10 +197,10 @@ def _remember_margins(
 
 
 def _keep(log_weights: Tensor, keep: float) -> Tensor:
-    """A mask (P,) of ⌊keep·P⌋ entries, at least one, drawn without replacement with weights e^log_weights.
+    """Returns a mask (P,) of ⌊keep·P⌋ entries, at least one, drawn without replacement with weights e^log_weights.
 
-    By exponential races, in logs: what torch.multinomial draws from the same state of the generator, with no weight
-    lost to underflow and nothing read from the device.
+    It runs exponential races in log space: the same draw as torch.multinomial's from the same state of the generator,
+    but no weight underflows and nothing is read from the device.
     """
     units = log_weights.shape[0]
     count = min(units, max(1, math.floor(keep * units + 1e-6)))
@@ -240,7 +214,6 @@ def _keep(log_weights: Tensor, keep: float) -> Tensor:
     paper="β-DPO: Direct Preference Optimization with Dynamic β (arXiv 2407.08639)",
     equation="−log σ(β_batch M), β_batch = max(β(1 + α(mean M − m0)), 1e-3), M = Δw − Δl",
     survey="S14",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
     unit="batch",
     state=_remember_margins,
 )
@@ -260,11 +233,11 @@ def beta_dpo(
 
     L = −log σ(β_batch·M) of the kept pairs, 0 of the others; M = Δw − Δl in nats,
     β_batch = max(β(1 + α(mean(M) − m0)), 1e-3) without gradient, the mean over the kept pairs of all ranks (so every
-    rank must call). A fraction `keep`, at least one pair, is drawn on each rank by torch's generator, without
+    rank must call it). A fraction `keep`, at least one pair, is drawn on each rank by torch's generator, without
     replacement, with weights exp(−½((M − m0)/s)²); keep = 1 draws nothing. Survey S14; M without β, the draw and the
     floor of 1e-3 follow the authors' code. The metrics' rewards are βΔ; dropped pairs are left out of them.
     """
-    _check_beta(beta)
+    check_beta(beta)
     check(alpha >= 0, "alpha >= 0", alpha)
     check(0 < keep <= 1, "keep in (0, 1]", keep)
     ratio_w, ratio_l = logp_w - ref_logp_w, logp_l - ref_logp_l
@@ -276,7 +249,9 @@ def beta_dpo(
     ).unbind()
     beta_batch = (beta * (1 + alpha * (total / count.clamp(min=1) - m0))).clamp(min=1e-3)
     losses = torch.where(kept, -logsigmoid(beta_batch * margin), 0.0)
-    metrics = _metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l, beta=beta_batch.expand_as(known).to(known.dtype))
+    metrics = pair_metrics(
+        beta * ratio_w, beta * ratio_l, logp_w, logp_l, beta=beta_batch.expand_as(known).to(known.dtype)
+    )
     return losses, {name: torch.where(kept, x, float("nan")) for name, x in metrics.items()}
 
 
@@ -284,7 +259,7 @@ def beta_dpo(
     paper="A General Theoretical Paradigm to Understand Learning from Human Preferences (arXiv 2310.12036)",
     equation="(u_w − u_l − 1/(2β))², u = Δ/len",
     survey="S17",
-    attributes="Implicit Preference Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+    attributes={"reward-form": "Preference"},
 )
 def ipo(
     *,
@@ -295,21 +270,20 @@ def ipo(
     len_w: Tensor | None = None,  # (P,) needed by variant="mean"
     len_l: Tensor | None = None,  # (P,)
     beta: float = 0.1,
-    variant: str = "mean",
+    variant: Literal["mean", "sum"] = "mean",
 ) -> Losses:
     """Identity preference optimisation: a squared distance to a target margin, so it cannot overfit a sure label.
 
     L = (u_w − u_l − 1/(2β))². `variant="mean"`: u = Δ/len, the authors' correction. `variant="sum"`: u = Δ, as
     S17 prints it. The metrics' rewards are βu.
     """
-    _check_beta(beta)
-    check_choice("variant", variant, ("mean", "sum"))
+    check_beta(beta)
     u_w, u_l = logp_w - ref_logp_w, logp_l - ref_logp_l
     if variant == "mean":
-        u_w = u_w / _lengths(len_w, "len_w", 'variant="mean"')
-        u_l = u_l / _lengths(len_l, "len_l", 'variant="mean"')
+        u_w = u_w / check_lengths(len_w, "len_w", 'variant="mean"')
+        u_l = u_l / check_lengths(len_l, "len_l", 'variant="mean"')
     losses = (u_w - u_l - 1 / (2 * beta)) ** 2
-    return losses, _metrics(beta * u_w, beta * u_l, logp_w, logp_l)
+    return losses, pair_metrics(beta * u_w, beta * u_l, logp_w, logp_l)
 
 
 _GPO = {
@@ -326,7 +300,6 @@ _GPO = {
     paper="Generalized Preference Optimization (arXiv 2402.05749)",
     equation="f(h), f a loss of binary classification",
     survey="S18",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def gpo(
     *,
@@ -335,23 +308,21 @@ def gpo(
     ref_logp_w: Tensor,  # (P,)
     ref_logp_l: Tensor,  # (P,)
     beta: float = 0.1,
-    f: str = "logistic",
+    f: Literal["logistic", "hinge", "squared", "exponential", "truncated_quadratic", "savage"] = "logistic",
 ) -> Losses:
     """Generalised preference optimisation: any loss of binary classification, of the margin h.
 
     L = f(h). Survey S18; f by the paper's Table 1: logistic log(1 + e⁻ʰ), which is `dpo`; hinge max(0, 1 − h);
     squared (h − 1)²; exponential e⁻ʰ; truncated_quadratic max(0, 1 − h)²; savage 1/(1 + eʰ)².
     """
-    _check_beta(beta)
-    check_choice("f", f, _GPO)
+    check_beta(beta)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
-    return _GPO[f](reward_w - reward_l), _metrics(reward_w, reward_l, logp_w, logp_l)
+    return _GPO[f](reward_w - reward_l), pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Direct Preference Optimization with an Offset (arXiv 2402.10571)",
     equation="−log σ(h − α log(score_w − score_l))",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def odpo(
     *,
@@ -363,28 +334,27 @@ def odpo(
     score_l: Tensor,  # (P,)
     beta: float = 0.1,
     alpha: float = 1.0,
-    offset: str = "log",
+    offset: Literal["log", "identity"] = "log",
 ) -> Losses:
     """DPO with an offset: the margin asked for grows with how much better the chosen completion was scored.
 
     L = −log σ(h − α·log(score_w − score_l)). `offset="identity"`: − α·(score_w − score_l), the paper's ablation.
     ValueError for a chosen completion that is not scored higher.
     """
-    _check_beta(beta)
+    check_beta(beta)
     check(alpha >= 0, "alpha >= 0", alpha)
-    check_choice("offset", offset, ("log", "identity"))
     gap = score_w - score_l
     check_rows(gap > 0, "score_w > score_l", "drop the pair or swap it", score_w=score_w, score_l=score_l)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l - alpha * (gap.log() if offset == "log" else gap)
-    return -logsigmoid(h), _metrics(reward_w, reward_l, logp_w, logp_l)
+    return -logsigmoid(h), pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Disentangling Length from Quality in Direct Preference Optimization (arXiv 2403.19159)",
     equation="−log σ(h + α(len_w − len_l))",
     survey="S44–46",
-    attributes="Implicit Point Response Positive Preference Human Pair Control KL Off Offline Merge",
+    attributes={"length": "Control", "sft": "Merge"},
 )
 def rdpo(
     *,
@@ -396,27 +366,26 @@ def rdpo(
     len_l: Tensor,  # (P,)
     beta: float = 0.1,
     alpha: float = 0.01,
-    variant: str = "derived",
+    variant: Literal["derived", "survey"] = "derived",
 ) -> Losses:
-    """Regularised DPO: a price of α a token, so that a preference that length explains teaches less.
+    """Regularised DPO: a price of α per token, so that a preference that length explains teaches less.
 
-    `variant="derived"`: L = −log σ(h + α(len_w − len_l)), what follows from the objective S44: its optimum has
-    r = βΔ + α·len + const. `variant="survey"`: −log σ(h − α(len_w − len_l)), the sign that S46 prints.
+    `variant="derived"`: L = −log σ(h + α(len_w − len_l)), which follows from the objective S44: its optimum has
+    r = βΔ + α·len + const. `variant="survey"`: −log σ(h − α(len_w − len_l)), with the sign that S46 prints.
     """
-    _check_beta(beta)
+    check_beta(beta)
     check(alpha >= 0, "alpha >= 0", alpha)
-    check_choice("variant", variant, ("derived", "survey"))
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     price = alpha * (len_w - len_l).to(reward_w.dtype)
     h = reward_w - reward_l + (price if variant == "derived" else -price)
-    return -logsigmoid(h), _metrics(reward_w, reward_l, logp_w, logp_l)
+    return -logsigmoid(h), pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="SimPO (arXiv 2405.14734)",
     equation="−log σ(β·logp_w/len_w − β·logp_l/len_l − γ)",
     survey="S47",
-    attributes="- - - - Preference Human Pair Control - Off Offline Merge",
+    attributes={**NO_REWARD, "length": "Control", "divergence": "-", "sft": "Merge"},
 )
 def simpo(
     *,
@@ -435,19 +404,19 @@ def simpo(
     γ is absolute, in units of reward; the authors' scripts give it as a ratio to β: `gamma_beta_ratio`, and then
     γ = ratio·β and `gamma` is not used.
     """
-    _check_beta(beta)
-    _check_smoothing(label_smoothing)
+    check_beta(beta)
+    check_smoothing(label_smoothing)
     gamma = gamma if gamma_beta_ratio is None else gamma_beta_ratio * beta
     reward_w, reward_l = beta * logp_w / len_w, beta * logp_l / len_l
-    losses = _smoothed(reward_w - reward_l - gamma, label_smoothing)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    losses = smoothed(reward_w - reward_l - gamma, label_smoothing)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="ORPO (arXiv 2403.07691)",
     equation="−logp_w/len_w − λ log σ(o_w − o_l), o = log odds of exp(logp/len)",
     survey="S42",
-    attributes="- - - - Preference Human Pair Uncontrol - Off Offline Merge",
+    attributes={**NO_REWARD, "divergence": "-", "sft": "Merge"},
 )
 def orpo(
     *,
@@ -466,7 +435,7 @@ def orpo(
     mean_w, mean_l = logp_w / len_w, logp_l / len_l
     ratio = log_odds(mean_w) - log_odds(mean_l)
     losses = -mean_w - lam * logsigmoid(ratio)
-    return losses, _metrics(
+    return losses, pair_metrics(
         lam * mean_w,
         lam * mean_l,
         logp_w,
@@ -481,7 +450,7 @@ def orpo(
     paper="Contrastive Preference Optimization (arXiv 2401.08417)",
     equation="−log σ(β(logp_w − logp_l)) − α·logp_w",
     survey="S54",
-    attributes="Implicit Point Response Negative - Human - Uncontrol KL Off Offline Merge",
+    attributes={"reward-sign": "Negative", "feedback": "-", "feedback-form": "-", "sft": "Merge"},
 )
 def cpo(
     *,
@@ -490,28 +459,27 @@ def cpo(
     len_w: Tensor | None = None,  # (P,) needed by nll="mean"
     beta: float = 0.1,
     alpha: float = 1.0,
-    nll: str = "sum",
+    nll: Literal["sum", "mean"] = "sum",
     label_smoothing: float = 0.0,
 ) -> Losses:
     """Contrastive preference optimisation: DPO with a uniform reference plus the chosen completion's likelihood.
 
     L = −log σ(β(logp_w − logp_l)) smoothed as in `dpo`, − α·logp_w. Survey S54. `nll="mean"`: − α·logp_w/len_w.
     """
-    _check_beta(beta)
-    _check_smoothing(label_smoothing)
+    check_beta(beta)
+    check_smoothing(label_smoothing)
     check(alpha >= 0, "alpha >= 0", alpha)
-    check_choice("nll", nll, ("sum", "mean"))
     reward_w, reward_l = beta * logp_w, beta * logp_l
-    nll_w = -logp_w if nll == "sum" else -logp_w / _lengths(len_w, "len_w", 'nll="mean"')
-    losses = _smoothed(reward_w - reward_l, label_smoothing) + alpha * nll_w
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l, nll_loss=nll_w)
+    nll_w = -logp_w if nll == "sum" else -logp_w / check_lengths(len_w, "len_w", 'nll="mean"')
+    losses = smoothed(reward_w - reward_l, label_smoothing) + alpha * nll_w
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l, nll_loss=nll_w)
 
 
 @register(
     paper="Self-Play Preference Optimization (arXiv 2405.00675)",
     equation="(Δw − (P − ½)/β)² + (Δl − (½ − P)/β)²",
     survey="S60–61",
-    attributes="- Preference Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes={"reward": "-", "reward-form": "Preference", "policy": "On"},
 )
 def sppo(
     *,
@@ -521,7 +489,7 @@ def sppo(
     ref_logp_l: Tensor,  # (P,)
     prob_w: Tensor | None = None,  # (P,) not needed by variant="hard"
     beta: float = 0.001,
-    variant: str = "soft",
+    variant: Literal["soft", "hard", "survey"] = "soft",
 ) -> Losses:
     """Self-play preference optimisation: each log-ratio regresses to its completion's win rate less a half, over β.
 
@@ -531,8 +499,7 @@ def sppo(
     P/β − log Z and (1 − P)/β − log Z, Z = ½(e^{P/β} + e^{(1−P)/β}).
     ValueError for a P outside [0, 1].
     """
-    _check_beta(beta)
-    check_choice("variant", variant, ("soft", "hard", "survey"))
+    check_beta(beta)
     ratio_w, ratio_l = logp_w - ref_logp_w, logp_l - ref_logp_l
     if variant == "hard":
         target_w, target_l = 0.5 / beta, -0.5 / beta
@@ -545,14 +512,14 @@ def sppo(
             # P/β − log ½(e^{P/β} + e^{(1−P)/β}) = log 2 + log σ((2P − 1)/β)
             target_w, target_l = (math.log(2.0) + logsigmoid(2 * t) for t in (target_w, target_l))
     losses = (ratio_w - target_w) ** 2 + (ratio_l - target_l) ** 2
-    return losses, _metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l)
+    return losses, pair_metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l)
 
 
 @register(
     paper="Direct Nash Optimization (arXiv 2404.03715)",
     equation="dpo, the reference being the previous iterate",
     survey="S62",
-    attributes="- Preference Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes={"reward": "-", "reward-form": "Preference", "policy": "On"},
 )
 def dno(
     *,
@@ -563,7 +530,7 @@ def dno(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Direct Nash optimisation: `dpo` against the previous iterate, on pairs with a large margin of win rates.
+    """Direct Nash optimisation: `dpo` against the previous iterate, on pairs whose win rates differ by a wide margin.
 
     L = −(1−ε) log σ(h) − ε log σ(−h), ref = π^t. Survey S62, the practical algorithm.
     """
@@ -581,7 +548,7 @@ def dno(
     paper="From r to Q*: Your Language Model is Secretly a Q-Function (arXiv 2404.12358)",
     equation="dpo, h the difference of sums of token rewards β(log π − log ref)",
     survey="S23–24",
-    attributes="Implicit Point Token Positive Preference Human Pair Uncontrol KL Off Offline Separate",
+    attributes={"reward-level": "Token"},
     token_reward=True,
 )
 def token_dpo(
@@ -621,7 +588,7 @@ _DIVERGENCES = {
     paper="Beyond Reverse KL: f-divergences (arXiv 2309.16240)",
     equation="−log σ(β(g(Δw) − g(Δl))), g(Δ) = f′(e^Δ)",
     survey="S63–67",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol Multiple Hybrid Offline Separate",
+    attributes={"divergence": "Multiple", "policy": "Hybrid"},
 )
 def f_dpo(
     *,
@@ -630,7 +597,7 @@ def f_dpo(
     ref_logp_w: Tensor,  # (P,)
     ref_logp_l: Tensor,  # (P,)
     beta: float = 0.1,
-    divergence: str = "reverse_kl",
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
     alpha: float = 0.5,
 ) -> Losses:
     """DPO under another divergence from the reference.
@@ -639,18 +606,17 @@ def f_dpo(
     forward_kl: −e^(−Δ); js: log 2 + log σ(Δ); alpha: (1 − e^(−αΔ))/α, α in (0, 1) as in the paper, 1 − α in TRL.
     Where e^(−Δ) would overflow, g goes on along its tangent. The metrics' rewards are βΔ, as in TRL.
     """
-    _check_beta(beta)
-    check_choice("divergence", divergence, _DIVERGENCES)
+    check_beta(beta)
     check(0 < alpha < 1, "alpha in (0, 1)", alpha)
     g, ratio_w, ratio_l = _DIVERGENCES[divergence], logp_w - ref_logp_w, logp_l - ref_logp_l
     losses = -logsigmoid(beta * (g(ratio_w, alpha) - g(ratio_l, alpha)))
-    return losses, _metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l)
+    return losses, pair_metrics(beta * ratio_w, beta * ratio_l, logp_w, logp_l)
 
 
 @register(
     paper="Negative Preference Optimization (arXiv 2404.05868)",
     equation="(2/β) log(1 + e^{βΔl})",
-    attributes="Implicit Point Response Negative - Human - Uncontrol KL Off Offline Separate",
+    attributes={"reward-sign": "Negative", "feedback": "-", "feedback-form": "-"},
 )
 def npo(
     *,
@@ -663,7 +629,7 @@ def npo(
     L = (2/β)·log(1 + e^{βΔl}). At policy = reference every loss is (2/β) ln 2; as β → 0 its gradient is that of
     gradient ascent on the rejected completion's loss.
     """
-    _check_beta(beta)
+    check_beta(beta)
     reward_l = beta * (logp_l - ref_logp_l)
     metrics = {"rewards/rejected": reward_l.detach(), "logps/rejected": logp_l.detach()}
     return -2 / beta * logsigmoid(-reward_l), metrics
@@ -672,7 +638,6 @@ def npo(
 @register(
     paper="Towards Efficient Exact Optimization of Language Model Alignment (arXiv 2402.00856)",
     equation="KL([σ(h), σ(−h)] ‖ [1−ε, ε])",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def exo(
     *,
@@ -688,19 +653,18 @@ def exo(
     L = σ(h)[log σ(h) − log(1−ε)] + σ(−h)[log σ(−h) − log ε], ε = `label_smoothing` in (0, 0.5). The paper's Eq. 16,
     as TRL's `exo_pair`. It is 0 where σ(h) = 1 − ε.
     """
-    _check_beta(beta)
+    check_beta(beta)
     check(0 < label_smoothing < 0.5, "label_smoothing in (0, 0.5)", label_smoothing)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l
     losses = torch.sigmoid(h) * (logsigmoid(h) - math.log1p(-label_smoothing))
     losses = losses + torch.sigmoid(-h) * (logsigmoid(-h) - math.log(label_smoothing))
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Noise Contrastive Alignment of Language Models with Explicit Rewards (arXiv 2402.05369)",
     equation="−log σ(βΔw) − ½ log σ(−βΔw) − ½ log σ(−βΔl)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def nca(
     *,
@@ -714,16 +678,15 @@ def nca(
 
     L = −log σ(βΔw) − ½ log σ(−βΔw) − ½ log σ(−βΔl), as TRL's `nca_pair`.
     """
-    _check_beta(beta)
+    check_beta(beta)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     losses = -logsigmoid(reward_w) - 0.5 * (logsigmoid(-reward_w) + logsigmoid(-reward_l))
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Binary Classifier Optimization (arXiv 2404.04656)",
     equation="−log σ(βΔw) − log σ(−βΔl)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def bco_pair(
     *,
@@ -733,25 +696,24 @@ def bco_pair(
     ref_logp_l: Tensor,  # (P,)
     beta: float = 0.1,
 ) -> Losses:
-    """Binary classifier optimisation, on pairs: chosen and rejected are told from the reference each by itself.
+    """Binary classifier optimisation, on pairs: chosen and rejected are each compared with the reference alone.
 
     L = −log σ(βΔw) − log σ(−βΔl), as TRL's `bco_pair`, without the shift δ that `bco` has.
     """
-    _check_beta(beta)
+    check_beta(beta)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     losses = -logsigmoid(reward_w) - logsigmoid(-reward_l)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 def _matched(x: Tensor, y: Tensor) -> Tensor:
-    """For each entry of x (P,) the entry of y (P,) that has its rank: optimal transport on the line."""
+    """Returns for each entry of x (P,) the entry of y (P,) of equal rank: optimal transport on the line."""
     return y.sort(stable=True).values[x.argsort(stable=True).argsort()]
 
 
 @register(
     paper="Distributional Preference Alignment of LLMs via Optimal Transport (arXiv 2406.05882)",
     equation="−log σ(β(x_(i) − y_(i))), x = logp_w − logp_l, y = ref_logp_w − ref_logp_l, sorted",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
     unit="batch",
 )
 def aot(
@@ -768,18 +730,17 @@ def aot(
     L = −(1−ε) log σ(βd) − ε log σ(−βd), d = x_(i) − y_(i), the differences of the sorted margins x = logp_w − logp_l
     and y = ref_logp_w − ref_logp_l of a rank's batch; as TRL's `aot`. A pair's loss is the one that its x enters.
     """
-    _check_beta(beta)
-    _check_smoothing(label_smoothing)
+    check_beta(beta)
+    check_smoothing(label_smoothing)
     margin = logp_w - logp_l
-    losses = _smoothed(beta * (margin - _matched(margin, ref_logp_w - ref_logp_l)), label_smoothing)
+    losses = smoothed(beta * (margin - _matched(margin, ref_logp_w - ref_logp_l)), label_smoothing)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Distributional Preference Alignment of LLMs via Optimal Transport (arXiv 2406.05882)",
     equation="−log σ(β(x_(i) − y_(i))), x = Δw, y = Δl, sorted",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
     unit="batch",
 )
 def aot_unpaired(
@@ -796,17 +757,16 @@ def aot_unpaired(
     L = −(1−ε) log σ(βd) − ε log σ(−βd), d = x_(i) − y_(i), the differences of the sorted log-ratios x = Δw and y = Δl
     of a rank's batch; as TRL's `aot_unpaired`. A pair's loss is the one that its Δw enters.
     """
-    _check_beta(beta)
-    _check_smoothing(label_smoothing)
+    check_beta(beta)
+    check_smoothing(label_smoothing)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
-    losses = _smoothed(reward_w - _matched(reward_w, reward_l), label_smoothing)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    losses = smoothed(reward_w - _matched(reward_w, reward_l), label_smoothing)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Anchored Preference Optimization (arXiv 2408.06266)",
     equation="σ(−βΔw) + σ(βΔl)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def apo_zero(
     *,
@@ -820,16 +780,15 @@ def apo_zero(
 
     L = 1 − σ(βΔw) + σ(βΔl). The paper's Eq. 7, as TRL's `apo_zero`.
     """
-    _check_beta(beta)
+    check_beta(beta)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     losses = torch.sigmoid(-reward_w) + torch.sigmoid(reward_l)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Anchored Preference Optimization (arXiv 2408.06266)",
     equation="σ(βΔw) + σ(−h)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def apo_down(
     *,
@@ -843,16 +802,15 @@ def apo_down(
 
     L = σ(βΔw) + 1 − σ(h). The paper's Eq. 8, as TRL's `apo_down`.
     """
-    _check_beta(beta)
+    check_beta(beta)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     losses = torch.sigmoid(reward_w) + torch.sigmoid(reward_l - reward_w)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Discovering Preference Optimization Algorithms with and for LLMs (arXiv 2406.08414)",
     equation="−log σ(h)·(1 − m) + e⁻ʰ·m, m = σ(h/τ)",
-    attributes="Implicit Point Response Positive Preference Human Pair Uncontrol KL Off Offline Separate",
 )
 def discopop(
     *,
@@ -868,20 +826,20 @@ def discopop(
     L = −log σ(h)·(1 − m) + e⁻ʰ·m, m = σ(h/τ). The paper's Eq. 5, as TRL's `discopop`. Not convex; at h = 0 it is
     ½(ln 2 + 1).
     """
-    _check_beta(beta)
+    check_beta(beta)
     check(tau > 0, "tau > 0", tau)
     reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l
-    # e⁻ʰ·m in one exponent: apart, at h ≪ 0, they are ∞ and 0.
+    # e⁻ʰ·m in one exponent: as two factors they are ∞ and 0 at h ≪ 0.
     exponential = past_overflow(torch.exp, logsigmoid(h / tau) - h)
     losses = exponential - logsigmoid(h) * torch.sigmoid(-h / tau)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Tülu 3 (arXiv 2411.15124)",
     equation="−log σ(β(Δw/len_w − Δl/len_l))",
-    attributes="Implicit Point Response Positive Preference Human Pair Control KL Off Offline Separate",
+    attributes={"length": "Control"},
 )
 def dpo_norm(
     *,
@@ -897,17 +855,17 @@ def dpo_norm(
 
     L = −log σ(β(Δw/len_w − Δl/len_l)), as TRL's `sigmoid_norm`. The metrics' rewards are βΔ/len.
     """
-    _check_beta(beta)
+    check_beta(beta)
     reward_w = beta * (logp_w - ref_logp_w) / len_w
     reward_l = beta * (logp_l - ref_logp_l) / len_l
     losses = -logsigmoid(reward_w - reward_l)
-    return losses, _metrics(reward_w, reward_l, logp_w, logp_l)
+    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(
     paper="Supervised fine-tuning: maximum likelihood of the chosen completion",
     equation="−logp_w, over tokens",
-    attributes="- - - - - Human - Uncontrol - Off Offline Separate",
+    attributes={**NO_REWARD, "feedback": "-", "feedback-form": "-", "divergence": "-"},
     denominator="tokens",
 )
 def sft(

@@ -1,45 +1,46 @@
 """Losses of sampled completions with advantages: policy gradients by token or by sequence.
 
-Every function takes (B, T) float tensors of the tokens' log-probs in nats and a `mask` (B, T) of the
-completions' tokens; `advantage` is (B,) or (B, T). What stands outside the mask does not matter, NaN
-included: the loss there is 0 and so is its gradient. Returned are losses (B, T), or (B,) where said, and
-detached metrics, NaN outside the mask and in rows without a token. Symbols: A = advantage,
-r = exp(token_logp − old_logp), sg stop-gradient,
+Every function takes (B, T) float tensors of the tokens' log-probs in nats and a `mask` (B, T) of the completions'
+tokens; `advantage` is (B,) or (B, T). Values outside the mask do not matter, NaN included: the loss there is 0 and so
+is its gradient. A function returns losses (B, T), or (B,) where its docstring says so, and detached metrics, NaN
+outside the mask and in rows without a token. Symbols: A = advantage, r = exp(token_logp − old_logp), sg stop-gradient,
 
     C(a, b) = −min(r·A, clip(r, 1−a, 1+b)·A),
     k3 = ref/π − 1 − log(ref/π), see math.k3.
 
-`old_logp` are the log-probs at sampling; without it the step is on-policy, r = 1 with a gradient. The methods
-of GRPO's family take `beta`·k3 with `ref_token_logp`, and `entropy_coef`·`entropy` is subtracted, both token
-by token before anything is summed over a row. They differ in what the mean over losses divides by, see
-Method.denominator. Advantages are data and come without a gradient. Out-of-range hyperparameters and bad data
-raise ValueError.
+`old_logp` are the log-probs at sampling; without it the step is on-policy, r = 1 with a gradient. The methods of
+GRPO's family add `beta`·k3 with `ref_token_logp` and subtract `entropy_coef`·`entropy`, both token by token before
+anything is summed over a row. They differ in what the mean over losses divides by, see Method.denominator. Advantages
+are data and come without a gradient. Out-of-range hyperparameters and bad data raise ValueError.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .math import check, check_choice, check_rows, k3, past_overflow
-from .registry import register
-
-Losses = tuple[Tensor, dict[str, Tensor]]
+from .math import Losses, check, check_beta, check_rows, k3, past_overflow
+from .registry import RLDefaults, register
 
 _USES = {"ref_token_logp": "beta", "entropy": "entropy_coef"}
 
+_ATTRIBUTES = {"reward": "Explicit", "policy": "On"}
+_PPO = RLDefaults(advantage="gae", kl_coef=0.05)
+
 
 def _inside(x: Tensor, mask: Tensor) -> Tensor:
-    """x (B,) or (B, T) as (B, T), 0 outside the mask."""
+    """Returns x (B,) or (B, T) as (B, T), 0 outside the mask."""
     return torch.where(mask, x[:, None] if x.dim() == 1 else x, 0.0)
 
 
 def _tokens(
     token_logp: Tensor, advantage: Tensor, mask: Tensor, old_logp: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mask, log π, log r and A, each (B, T), 0 outside the mask."""
+    """Returns mask, log π, log r and A, each (B, T), 0 outside the mask."""
     mask = mask.bool()
     logp = _inside(token_logp, mask)
     old = logp.detach() if old_logp is None else _inside(old_logp, mask)
@@ -51,7 +52,7 @@ def _ratio(log_ratio: Tensor) -> Tensor:
 
 
 def _bounds(eps_low: float, eps_high: float) -> tuple[float, float]:
-    """log(1 − eps_low) and log(1 + eps_high): no lower bound from eps_low = 1 on."""
+    """Returns log(1 − eps_low) and log(1 + eps_high); −∞, no lower bound, for eps_low ≥ 1."""
     check(eps_low > 0, "eps_low (or eps) > 0", eps_low)
     check(eps_high > 0, "eps_high (or eps) > 0", eps_high)
     return math.log1p(-eps_low) if eps_low < 1 else -math.inf, math.log1p(eps_high)
@@ -60,9 +61,9 @@ def _bounds(eps_low: float, eps_high: float) -> tuple[float, float]:
 def _clipped(
     log_ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float, cap: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """C(eps_low, eps_high), with r at most `cap` where A < 0; and its metrics, outside the mask too."""
-    # The minimum bounds r above where A > 0 and below where A < 0. Bounding log r is the same, overflows
-    # nowhere that the loss does not, and leaves the bounded side without a gradient.
+    """Returns C(eps_low, eps_high), with r at most `cap` where A < 0, and its metrics, not masked yet."""
+    # The minimum bounds r above where A > 0 and below where A < 0. Bounding log r is the same, overflows only where the
+    # loss itself does, and leaves the bounded side without a gradient.
     low, high = _bounds(eps_low, eps_high)
     negative, positive = advantage < 0, advantage > 0
     highest = None if cap is None else math.log(cap)
@@ -78,11 +79,12 @@ def _clipped(
 
 
 def _by_token(metrics: dict[str, Tensor], mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the metrics detached, NaN outside the mask."""
     return {name: torch.where(mask, x.detach().to(dtype), torch.nan) for name, x in metrics.items()}
 
 
 def _by_row(metrics: dict[str, Tensor], mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """(B,) means over the row's tokens, NaN without any."""
+    """Returns means (B,) over each row's tokens, NaN for a row without tokens."""
     count = mask.sum(dim=1)
     return {name: _inside(x.detach().to(dtype), mask).sum(dim=1) / count for name, x in metrics.items()}
 
@@ -94,7 +96,7 @@ _Regularisers = tuple[Tensor | None, float, Tensor | None, float]
 def _regularised(
     losses: Tensor, metrics: dict[str, Tensor], mask: Tensor, logp: Tensor, regularisers: _Regularisers
 ) -> Losses:
-    """losses + β·k3 − entropy_coef·entropy, (B, T), with the metrics of what was given."""
+    """Returns losses + β·k3 − entropy_coef·entropy, (B, T), and the metrics with those of the inputs given."""
     ref_token_logp, beta, entropy, entropy_coef = regularisers
     check(beta >= 0, "beta >= 0", beta)
     check(entropy_coef >= 0, "entropy_coef >= 0", entropy_coef)
@@ -120,7 +122,7 @@ def _surrogate(
     eps: tuple[float, float],
     regularisers: _Regularisers,
 ) -> Losses:
-    """C(eps) + β·k3 − entropy_coef·entropy by token."""
+    """Returns C(eps) + β·k3 − entropy_coef·entropy by token."""
     mask, logp, log_ratio, advantage = _tokens(token_logp, advantage, mask, old_logp)
     losses, metrics = _clipped(log_ratio, advantage, *eps)
     losses, metrics = _regularised(losses, metrics, mask, logp, regularisers)
@@ -136,7 +138,7 @@ def _sequence_surrogate(
     regularisers: _Regularisers,
     mean: bool,
 ) -> Losses:
-    """The same with each token's log r replaced by its row's mean; then the row's mean or sum: (B,)."""
+    """Returns `_surrogate` with each token's log r replaced by its row's mean; then the row's mean or sum: (B,)."""
     mask, logp, log_ratio, advantage = _tokens(token_logp, advantage, mask, old_logp)
     count = mask.sum(dim=1).clamp(min=1)
     log_ratio = _inside(log_ratio.sum(dim=1) / count, mask)
@@ -152,10 +154,11 @@ def _sequence_surrogate(
 @register(
     paper="Proximal Policy Optimization Algorithms (arXiv 1707.06347); dual clip: arXiv 1912.09729",
     equation="C(ε, ε); with dual clip c and A < 0: min(C(ε, ε), −c·A)",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
     uses={"entropy": "entropy_coef"},
+    rl=_PPO,
 )
 def ppo(
     *,
@@ -170,9 +173,8 @@ def ppo(
 ) -> Losses:
     """Proximal policy optimisation, the clipped surrogate.
 
-    L = C(ε, ε). With `dual_clip` c > 1, where A < 0: L = min(C(ε, ε), −c·A), so that a token which has become
-    far more likely than when it was sampled stops counting. A divergence from a reference belongs to the
-    reward (InstructGPT).
+    L = C(ε, ε). With `dual_clip` c > 1, where A < 0: L = min(C(ε, ε), −c·A), so that a token which has become far more
+    likely than when it was sampled has no gradient. A divergence from a reference belongs to the reward (InstructGPT).
     """
     check(dual_clip is None or dual_clip > 1, "dual_clip > 1", dual_clip)
     mask, logp, log_ratio, advantage = _tokens(token_logp, advantage, mask, old_logp)
@@ -184,7 +186,7 @@ def ppo(
 @register(
     paper="Proximal Policy Optimization Algorithms (arXiv 1707.06347); clipping the value: its authors' code",
     equation="½ max((V − R)², (clip(V, V_old ± c) − R)²)",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
 )
@@ -198,8 +200,8 @@ def ppo_value(
 ) -> Losses:
     """The critic's loss in PPO.
 
-    L = ½ max((V − R)², (clip(V, V_old − c, V_old + c) − R)²), c = `value_clip`, R = `returns`, see
-    advantages.gae. The metric is the share of tokens whose clipped value counts.
+    L = ½ max((V − R)², (clip(V, V_old − c, V_old + c) − R)²), c = `value_clip`, R = `returns`, see advantages.gae. The
+    metric is the share of tokens whose clipped value counts.
     """
     check(value_clip > 0, "value_clip > 0", value_clip)
     mask = mask.bool()
@@ -213,9 +215,10 @@ def ppo_value(
 @register(
     paper="Proximal Policy Optimization Algorithms (arXiv 1707.06347)",
     equation="−r·A + β·k3(old ‖ new)",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
+    rl=replace(_PPO, adapts_beta=True),
 )
 def ppo_penalty(
     *,
@@ -227,8 +230,8 @@ def ppo_penalty(
 ) -> Losses:
     """PPO with a penalty on the divergence from the sampling policy, in place of clipping.
 
-    L = −r·A + β·k3(old ‖ new), k3 = r − 1 − log r in tokens drawn from the old policy. `adapt` changes β with
-    the metric "kl".
+    L = −r·A + β·k3(old ‖ new), k3 = r − 1 − log r in tokens drawn from the old policy. `adapt` changes β with the
+    metric "kl".
     """
     check(beta >= 0, "beta >= 0", beta)
     mask, _, log_ratio, advantage = _tokens(token_logp, advantage, mask, old_logp)
@@ -238,8 +241,8 @@ def ppo_penalty(
 
 
 def adapt(beta: float, kl: float | Tensor, target: float) -> float:
-    """The β of `ppo_penalty`'s next step: doubled if kl > 1.5·target, halved if kl < target/1.5."""
-    check(beta > 0, "beta > 0", beta)
+    """Returns the β of `ppo_penalty`'s next step: doubled if kl > 1.5·target, halved if kl < target/1.5."""
+    check_beta(beta)
     check(target > 0, "target > 0", target)
     kl = float(kl)
     return 2 * beta if kl > 1.5 * target else beta / 2 if kl < target / 1.5 else beta
@@ -249,10 +252,11 @@ def adapt(beta: float, kl: float | Tensor, target: float) -> float:
     paper="Training language models to follow instructions with human feedback (arXiv 2203.02155)",
     equation="C(ε, ε) + β·k3 − γ·mean of ptx_logp",
     survey="S2",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
     uses={"ref_token_logp": "beta"},
+    rl=_PPO,
 )
 def ppo_ptx(
     *,
@@ -267,12 +271,11 @@ def ppo_ptx(
     gamma: float = 1.0,
     beta: float = 0.0,
 ) -> Losses:
-    """PPO with pretraining gradients mixed in, against the alignment tax: `ppo` − γ·log-likelihood of
-    pretraining text.
+    """PPO with pretraining gradients mixed in, against the alignment tax.
 
-    L = C(ε, ε) + β·k3 − γ·(mean of ptx_logp over ptx_mask) at every token of the mask, so that the mean over
-    tokens is that of `ppo` − γ·(mean log-likelihood of a pretraining token). Survey S2. InstructGPT takes the
-    divergence from the reference off the rewards, hence β = 0 here; with `beta` it is a term of the loss.
+    L = C(ε, ε) + β·k3 − γ·(mean of ptx_logp over ptx_mask) at every token of the mask, so that the mean over tokens is
+    that of `ppo` − γ·(mean log-likelihood of a pretraining token). Survey S2. InstructGPT subtracts the divergence from
+    the reference from the rewards, hence β = 0 here; with `beta` it is a term of the loss.
     """
     check(gamma >= 0, "gamma >= 0", gamma)
     losses, metrics = _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, None, 0.0))
@@ -289,9 +292,10 @@ def ppo_ptx(
     paper="Simple statistical gradient-following algorithms, Williams 1992; of language models: Back to "
     "Basics (arXiv 2402.14740)",
     equation="−A·token_logp",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
+    rl=RLDefaults(advantage="batch_mean"),
 )
 def reinforce(
     *,
@@ -308,9 +312,11 @@ def reinforce(
     paper="Back to Basics: Revisiting REINFORCE Style Optimization for RLHF (arXiv 2402.14740)",
     equation="−A Σ_t token_logp",
     survey="S48",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="row",
     denominator="units",
+    axes={"advantage": ("U",)},
+    rl=RLDefaults(advantage="leave_one_out", reuse={"variant": "clipped"}),
 )
 def rloo(
     *,
@@ -319,17 +325,13 @@ def rloo(
     mask: Tensor,  # (B, T)
     old_logp: Tensor | None = None,  # (B, T)
     eps: float = 0.2,
-    variant: str = "plain",
+    variant: Literal["plain", "clipped"] = "plain",
 ) -> Losses:
-    """REINFORCE leave-one-out, a completion being one action: (B,).
+    """REINFORCE leave-one-out, each completion being one action: (B,).
 
-    `variant="plain"`, the paper's: L = −A Σ_t token_logp. Survey S48. `variant="clipped"`, TRL's: C(ε, ε)
-    with the ratio of whole sequences, r = exp(Σ_t token_logp − old_logp). The two have one gradient
-    on-policy.
+    `variant="plain"`, the paper's: L = −A Σ_t token_logp. Survey S48. `variant="clipped"`, TRL's: C(ε, ε) with the
+    ratio of whole sequences, r = exp(Σ_t token_logp − old_logp). The two have the same gradient on-policy.
     """
-    check_choice("variant", variant, ("plain", "clipped"))
-    if advantage.dim() != 1:
-        raise ValueError(f"rloo takes one advantage a completion, (B,), got {tuple(advantage.shape)}")
     mask, logp, log_ratio, _ = _tokens(token_logp, advantage, mask, old_logp)
     scored = mask.any(dim=1)
     advantage, log_ratio = torch.where(scored, advantage, 0.0), log_ratio.sum(dim=1)
@@ -345,7 +347,7 @@ def rloo(
 @register(
     paper="DeepSeekMath (arXiv 2402.03300)",
     equation="C(ε, ε) + β·k3",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="row_means",
     uses=_USES,
@@ -372,10 +374,11 @@ def grpo(
 @register(
     paper="Dr. GRPO: Understanding R1-Zero-Like Training (arXiv 2503.20783)",
     equation="C(ε, ε) + β·k3",
-    attributes="Explicit Point Response Positive Preference Human Pair Control KL On Offline Separate",
+    attributes={**_ATTRIBUTES, "length": "Control"},
     unit="token",
     denominator="fixed_length",
     uses=_USES,
+    rl=RLDefaults(advantage="group_mean"),
 )
 def dr_grpo(
     *,
@@ -389,11 +392,11 @@ def dr_grpo(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Losses:
-    """GRPO done right: `grpo` divided by a fixed length, with advantages that are not scaled, so that neither
-    the length of a wrong answer nor the difficulty of a prompt sets its weight.
+    """GRPO done right: `grpo` divided by a fixed length, with advantages that are not scaled.
 
-    L = C(ε, ε) + β·k3; the sum over rows × a fixed number of tokens. Advantages: group_normalised(…,
-    scale=False).
+    L = C(ε, ε) + β·k3; the mean is the sum divided by rows × a fixed number of tokens. Advantages:
+    group_normalised(…, scale=False). Neither the length of a wrong answer nor the difficulty of a prompt sets its
+    weight.
     """
     return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
@@ -401,7 +404,7 @@ def dr_grpo(
 @register(
     paper="BNPO: Beta Normalization Policy Optimization (arXiv 2506.02864); as a reduction: TRL",
     equation="C(ε, ε) + β·k3",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="local_tokens",
     uses=_USES,
@@ -418,10 +421,10 @@ def bnpo(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Losses:
-    """`grpo` averaged over the tokens of the micro-batch, which is what TRL means by the name.
+    """`grpo` averaged over the tokens of the micro-batch, which is TRL's meaning of the name.
 
-    L = C(ε, ε) + β·k3; the mean over micro-batches of each one's mean over its tokens. The paper's own
-    subject, a Beta normalisation of rewards, is a matter of the advantages.
+    L = C(ε, ε) + β·k3; the mean over micro-batches of each one's mean over its tokens. The paper's own subject, a Beta
+    normalisation of rewards, is a matter of the advantages.
     """
     return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
@@ -429,10 +432,11 @@ def bnpo(
 @register(
     paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale (arXiv 2503.14476)",
     equation="C(ε_low, ε_high) + β·k3",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
     uses=_USES,
+    rl=RLDefaults(max_draws=10, overlong="penalty"),  # as its authors run it (verl's max_num_gen_batches)
 )
 def dapo(
     *,
@@ -464,7 +468,7 @@ def dapo(
 @register(
     paper="Group Sequence Policy Optimization (arXiv 2507.18071)",
     equation="C(ε_low, ε_high) with r = exp(mean_t log r_t)",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="row",
     denominator="units",
     uses=_USES,
@@ -482,11 +486,10 @@ def gspo(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Losses:
-    """Group sequence policy optimisation: one ratio a sequence, the geometric mean of its tokens': (B,).
+    """Group sequence policy optimisation: one ratio per sequence, the geometric mean of its tokens': (B,).
 
-    L = C(ε_low, ε_high) with r = exp(mean over tokens of token_logp − old_logp), + β·(mean of k3). With an
-    advantage a token, the mean over tokens of C. As TRL 1.16 with importance_sampling_level="sequence",
-    loss_type="grpo".
+    L = C(ε_low, ε_high) with r = exp(mean over tokens of token_logp − old_logp), + β·(mean of k3). With one advantage
+    per token, the mean over tokens of C. As TRL 1.16 with importance_sampling_level="sequence", loss_type="grpo".
     """
     return _sequence_surrogate(
         token_logp,
@@ -502,7 +505,7 @@ def gspo(
 @register(
     paper="Length-Unbiased Sequence Policy Optimization (arXiv 2602.05261)",
     equation="length · C(ε_low, ε_high) with r = exp(mean_t log r_t)",
-    attributes="Explicit Point Response Positive Preference Human Pair Control KL On Offline Separate",
+    attributes={**_ATTRIBUTES, "length": "Control"},
     unit="row",
     denominator="units",
     uses=_USES,
@@ -539,10 +542,11 @@ def luspo(
 @register(
     paper="CISPO: MiniMax-M1 (arXiv 2506.13585)",
     equation="−sg(min(r, cap))·A·token_logp",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="tokens",
     uses=_USES,
+    rl=RLDefaults(settings={"cap": 5.0}, unless=("eps",)),  # ScaleRL (arXiv 2510.13786)
 )
 def cispo(
     *,
@@ -559,8 +563,8 @@ def cispo(
 ) -> Losses:
     """Clipped importance sampling: the weight is clipped, and no token loses its gradient.
 
-    L = −sg(min(r, cap))·A·token_logp + β·k3. Exactly one of `cap`, TRL's epsilon_high (ScaleRL, arXiv
-    2510.13786: 5), and `eps`, cap = 1 + eps, must be given.
+    L = −sg(min(r, cap))·A·token_logp + β·k3. Exactly one of `cap`, TRL's epsilon_high (ScaleRL, arXiv 2510.13786: 5),
+    and `eps`, cap = 1 + eps, must be given.
     """
     if (cap is None) == (eps is None):
         raise ValueError(f"expected exactly one of cap= and eps=, got cap={cap}, eps={eps}")
@@ -580,7 +584,7 @@ def cispo(
 @register(
     paper="Soft Adaptive Policy Optimization (arXiv 2511.20347)",
     equation="−(4/τ) σ(τ(r − 1))·A, τ = τ_pos where A > 0, else τ_neg",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="token",
     denominator="row_means",
     uses=_USES,
@@ -600,8 +604,8 @@ def sapo(
 ) -> Losses:
     """Soft adaptive policy optimisation: a smooth gate in place of the clip.
 
-    L = −(4/τ) σ(τ(r − 1))·A + β·k3, τ = `tau_pos` where A > 0, else `tau_neg`. At r = 1 its gradient is that
-    of `grpo`.
+    L = −(4/τ) σ(τ(r − 1))·A + β·k3, τ = `tau_pos` where A > 0, else `tau_neg`. At r = 1 its gradient is that of
+    `grpo`.
     """
     check(tau_pos > 0, "tau_pos > 0", tau_pos)
     check(tau_neg > 0, "tau_neg > 0", tau_neg)
@@ -616,7 +620,7 @@ def sapo(
 @register(
     paper="VESPO: Variational Sequence-Level Soft Policy Optimization (arXiv 2602.10693)",
     equation="−sg(φ)·A·token_logp, φ = w^k e^{λ(1 − w)}, w = Π_t r_t",
-    attributes="Explicit Point Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="row",
     denominator="tokens",
     uses=_USES,
@@ -636,19 +640,13 @@ def vespo(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Losses:
-    """Variational sequence-level soft policy optimisation: each token weighted by a smooth function of its
-    whole sequence's ratio; a loss a token, (B, T).
+    """Variational sequence-level soft policy optimisation: a smooth function of the sequence's ratio as weight.
 
-    L = −sg(φ)·A·token_logp + β·k3, φ = w^k e^{λ(1 − w)}, w = exp(Σ_t token_logp − old_logp); (k, λ) =
-    (`k_pos`, `lambda_pos`) where A ≥ 0, else (`k_neg`, `lambda_neg`). As in TRL 1.16, a token's log-ratio is
-    clamped to ±20, log w to [log 1e-8, 20], and λ to at least 1e-4.
+    L = −sg(φ)·A·token_logp + β·k3, one loss per token, (B, T); φ = w^k e^{λ(1 − w)}, w = exp(Σ_t token_logp −
+    old_logp); (k, λ) = (`k_pos`, `lambda_pos`) where A ≥ 0, else (`k_neg`, `lambda_neg`). As in TRL 1.16, a token's
+    log-ratio is clamped to ±20, log w to [log 1e-8, 20], and λ to at least 1e-4.
     """
-    for name, x in (
-        ("k_pos", k_pos),
-        ("lambda_pos", lambda_pos),
-        ("k_neg", k_neg),
-        ("lambda_neg", lambda_neg),
-    ):
+    for name, x in {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}.items():
         check(x >= 0, f"{name} >= 0", x)
     mask, logp, log_ratio, advantage = _tokens(token_logp, advantage, mask, old_logp)
     log_w = log_ratio.detach().clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
@@ -670,9 +668,10 @@ def vespo(
     paper="Nash Learning from Human Feedback (arXiv 2312.00886)",
     equation="−sg(prob_w − ½ − β Σ_t log(π/ref))·Σ_t token_logp",
     survey="S55–59",
-    attributes="- Preference Response Positive Preference Human Pair Uncontrol KL On Offline Separate",
+    attributes={**_ATTRIBUTES, "reward": "-", "reward-form": "Preference"},
     unit="row",
     denominator="units",
+    rl=RLDefaults(advantage="reward"),
 )
 def nash_md(
     *,
@@ -684,8 +683,8 @@ def nash_md(
 ) -> Losses:
     """Nash mirror descent: a policy gradient on the regularised preference against a mixture policy, (B,).
 
-    L = −sg(prob_w − ½ − β Σ_t log(π/ref))·Σ_t token_logp. Survey S55–59. The completion is the policy's own;
-    its rival comes from the geometric mixture π^{1−c}·ref^c of the distributions of the next token.
+    L = −sg(prob_w − ½ − β Σ_t log(π/ref))·Σ_t token_logp. Survey S55–59. The completion is the policy's own; its rival
+    comes from the geometric mixture π^{1−c}·ref^c of the distributions of the next token.
     """
     check(beta >= 0, "beta >= 0", beta)
     mask = mask.bool()

@@ -1,41 +1,42 @@
 """Losses that train a reward or preference model, and functions of its rewards.
 
-A method takes a model's outputs, one entry a pair (P,) or row (B,), or K of them, and returns (losses, metrics of
+A method takes a model's outputs, one entry or K of them per pair (P,) or row (B,), and returns (losses, metrics of
 detached tensors). Symbols: r_w, r_l the rewards of the chosen and the rejected completion, σ the logistic function,
 BT = −log σ(r_w − r_l), ε = `label_smoothing`. Out-of-range hyperparameters and bad data raise ValueError.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .math import check, check_bool, check_choice, check_rows
-from .pairwise import _check_beta, _check_smoothing, _smoothed, dpo
+from .math import (
+    Losses,
+    check,
+    check_beta,
+    check_bool,
+    check_choice,
+    check_rows,
+    check_smoothing,
+    pair_metrics,
+    smoothed,
+)
+from .pairwise import dpo
 from .registry import register
 
-Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-def _metrics(reward_w: Tensor, reward_l: Tensor, **others: Tensor) -> dict[str, Tensor]:
-    named = {
-        "rewards/chosen": reward_w,
-        "rewards/rejected": reward_l,
-        "rewards/accuracies": (reward_w > reward_l).to(reward_w.dtype),
-        "rewards/margins": reward_w - reward_l,
-        **others,
-    }
-    return {name: value.detach() for name, value in named.items()}
+_ATTRIBUTES = {"reward": "Explicit", "length": "-", "divergence": "-", "policy": "-"}
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the last dimension where mask; NaN, which the reduction leaves out, where there is nothing."""
+    """Returns the mean over the last dimension where mask; NaN, which the reduction leaves out, for an empty row."""
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1)
 
 
 def _first(x: Tensor, mask: Tensor) -> Tensor:
-    """The first entry of each row (U, K) where mask; 0 where there is none."""
+    """Returns the first entry of each row (U, K) where mask; 0 where there is none."""
     return torch.where(mask & (mask.cumsum(1) == 1), x, 0).sum(1)
 
 
@@ -44,7 +45,7 @@ def _first(x: Tensor, mask: Tensor) -> Tensor:
     "(arXiv 2307.09288); smoothing: arXiv 2401.06080; centring: arXiv 2312.09244",
     equation="−(1−ε) log σ(h) − ε log σ(−h) + c(r_w + r_l)², h = r_w − r_l − margin",
     survey="S1",
-    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Separate",
+    attributes=_ATTRIBUTES,
 )
 def bradley_terry(
     *,
@@ -60,20 +61,20 @@ def bradley_terry(
     a pair around 0 (they are defined up to a constant). Survey S1 with K = 2. `center` is TRL's
     center_rewards_coefficient.
     """
-    _check_smoothing(label_smoothing)
+    check_smoothing(label_smoothing)
     check(center >= 0, "center >= 0", center)
     h = reward_w - reward_l if margin is None else reward_w - reward_l - margin
-    losses = _smoothed(h, label_smoothing)
+    losses = smoothed(h, label_smoothing)
     if center:
         losses = losses + center * (reward_w + reward_l) ** 2
-    return losses, _metrics(reward_w, reward_l)
+    return losses, pair_metrics(reward_w, reward_l)
 
 
 @register(
     paper="Training language models to follow instructions with human feedback (arXiv 2203.02155)",
     equation="−1/C(K,2) Σ log σ(r_i − r_j) over rank_i < rank_j",
     survey="S1",
-    attributes="Explicit Point Response Positive Preference Human List - - - Offline Separate",
+    attributes={**_ATTRIBUTES, "feedback-form": "List"},
     unit="list",
 )
 def k_wise(
@@ -111,12 +112,12 @@ def k_wise(
     paper="ArmoRM: Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts (arXiv "
     "2406.12845), first stage",
     equation="Σ_k (r_k − target_k)²",
-    attributes="Explicit Point Response Positive - Human - - - - Offline Separate",
+    attributes={**_ATTRIBUTES, "feedback": "-", "feedback-form": "-"},
     unit="row",
 )
 def regression(
     *,
-    rewards: Tensor,  # (B, K) one reward an objective
+    rewards: Tensor,  # (B, K) one reward per objective
     targets: Tensor,  # (B, K) the annotators' ratings
     mask: Tensor | None = None,  # (B, K) bool, where a completion is not rated on every objective
 ) -> Losses:
@@ -143,7 +144,7 @@ def regression(
     paper="ArmoRM: Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts (arXiv "
     "2406.12845), second stage",
     equation="−(1−ε) log σ(h) − ε log σ(−h), h = R_w − R_l, R = Σ_k softmax(gate)_k r_k",
-    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Separate",
+    attributes=_ATTRIBUTES,
 )
 def gated(
     *,
@@ -153,19 +154,19 @@ def gated(
     gate_l: Tensor,  # (P, K) ArmoRM's gate sees the prompt alone: gate_w again
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Bradley–Terry on a gated mixture of K rewards; who trains the gate alone detaches the rewards.
+    """Bradley–Terry on a gated mixture of K rewards; to train the gate alone, detach the rewards.
 
     L = −(1−ε) log σ(h) − ε log σ(−h), h = R_w − R_l, R = Σ_k softmax(gate)_k r_k.
     """
-    _check_smoothing(label_smoothing)
+    check_smoothing(label_smoothing)
     reward_w, reward_l = (gate_w.softmax(1) * rewards_w).sum(1), (gate_l.softmax(1) * rewards_l).sum(1)
-    return _smoothed(reward_w - reward_l, label_smoothing), _metrics(reward_w, reward_l)
+    return smoothed(reward_w - reward_l, label_smoothing), pair_metrics(reward_w, reward_l)
 
 
 @register(
     paper="Nash Learning from Human Feedback (arXiv 2312.00886), its preference model",
     equation="−p log σ(z) − (1−p) log σ(−z)",
-    attributes="Explicit Preference Response Positive Preference Human Pair - - - Offline Separate",
+    attributes={**_ATTRIBUTES, "reward-form": "Preference"},
 )
 def preference_model(
     *,
@@ -192,7 +193,7 @@ def preference_model(
 @register(
     paper="A General Language Assistant as a Laboratory for Alignment (arXiv 2112.00861), binary discrimination",
     equation="desirable: −log σ(z); undesirable: −log σ(−z)",
-    attributes="Explicit Point Response Positive Binary Human - - - - Offline Separate",
+    attributes={**_ATTRIBUTES, "feedback": "Binary", "feedback-form": "-"},
     unit="row",
 )
 def discriminator(
@@ -212,7 +213,7 @@ def discriminator(
 @register(
     paper="GRM: Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs (arXiv 2406.10216)",
     equation='(1−α)·BT + α·reg; reg "sft": −log σ(β·logp_w), "dpo": −log σ(h)',
-    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Merge",
+    attributes={**_ATTRIBUTES, "sft": "Merge"},
 )
 def grm(
     *,
@@ -224,7 +225,7 @@ def grm(
     ref_logp_l: Tensor | None = None,  # (P,)
     alpha: float = 0.01,
     beta: float = 0.1,
-    regulariser: str = "sft",
+    regulariser: Literal["sft", "dpo"] = "sft",
 ) -> Losses:
     """Bradley–Terry with a text-generation loss on the same trunk, which keeps its features general.
 
@@ -232,8 +233,7 @@ def grm(
     h = β(Δw − Δl), or β(logp_w − logp_l) where no reference is given.
     """
     check(0 <= alpha <= 1, "alpha in [0, 1]", alpha)
-    _check_beta(beta)
-    check_choice("regulariser", regulariser, ("sft", "dpo"))
+    check_beta(beta)
     if regulariser == "sft":
         reg = -logsigmoid(beta * logp_w)
     else:
@@ -246,13 +246,14 @@ def grm(
             ratio = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
         reg = -logsigmoid(beta * ratio)
     bt = -logsigmoid(reward_w - reward_l)
-    return (1 - alpha) * bt + alpha * reg, _metrics(reward_w, reward_l, reward_loss=bt, policy_loss=reg)
+    return (1 - alpha) * bt + alpha * reg, pair_metrics(reward_w, reward_l, reward_loss=bt, policy_loss=reg)
 
 
 @register(
     paper="HAF-RM: A Hybrid Alignment Framework for Reward Model Training (arXiv 2407.04185)",
     equation="BT − α log σ(h)",
-    attributes="Explicit Point Response Positive Preference Human Pair - - - Offline Merge",
+    attributes={**_ATTRIBUTES, "sft": "Merge"},
+    trains_head=True,
 )
 def haf(
     *,
@@ -272,7 +273,7 @@ def haf(
     check(alpha >= 0, "alpha >= 0", alpha)
     bt = -logsigmoid(reward_w - reward_l)
     policy, _ = dpo(logp_w=logp_w, logp_l=logp_l, ref_logp_w=ref_logp_w, ref_logp_l=ref_logp_l, beta=beta)
-    return bt + alpha * policy, _metrics(reward_w, reward_l, reward_loss=bt, policy_loss=policy)
+    return bt + alpha * policy, pair_metrics(reward_w, reward_l, reward_loss=bt, policy_loss=policy)
 
 
 # --- functions of rewards -----------------------------------------------------------------------------------------
@@ -283,10 +284,10 @@ def ensemble(
     how: str = "mean",
     coef: float = 1.0,
 ) -> Tensor:
-    """One reward (...) from those of E models: "mean", "worst" (their minimum) or "uncertainty".
+    """Computes one reward (...) from those of E models: "mean", "worst" (their minimum) or "uncertainty".
 
-    uncertainty: mean − coef·variance, the variance over the models with E, as in Reward Model Ensembles Help Mitigate
-    Overoptimization (arXiv 2310.02743). E = 1 gives the reward itself in all three.
+    uncertainty: mean − coef·variance, the variance over the models divided by E, as in Reward Model Ensembles Help
+    Mitigate Overoptimization (arXiv 2310.02743). E = 1 gives the reward itself in all three.
     """
     check_choice("how", how, ("mean", "worst", "uncertainty"))
     check(coef >= 0, "coef >= 0", coef)
@@ -301,7 +302,7 @@ def length_normalised(
     length: Tensor,  # (...) tokens
     alpha: float,
 ) -> Tensor:
-    """reward / (α + length). α ≥ 0 in tokens: completions much shorter than α keep their order."""
+    """Returns reward / (α + length), α ≥ 0 in tokens: completions much shorter than α keep their order."""
     check(alpha >= 0, "alpha >= 0", alpha)
     return reward / (alpha + length)
 
@@ -311,7 +312,7 @@ def length_penalty(
     target: float,
     lam: float,
 ) -> Tensor:
-    """λ·|length − target|: to be added to a loss or taken from a reward."""
+    """Returns λ·|length − target|, to be added to a loss or subtracted from a reward."""
     check(lam >= 0, "lam >= 0", lam)
     return lam * (length - target).abs()
 
@@ -329,7 +330,7 @@ def odin(
     lambda_length: float = 1.0,
     lambda_orthogonal: float = 1.0,
 ) -> Tensor:
-    """ODIN's total loss (), of a reward model with a head for quality and a head for length (arXiv 2402.07319).
+    """Computes ODIN's total loss (), of a reward model with a head for quality and one for length (arXiv 2402.07319).
 
     L = mean −log σ(q_w + l_w − q_l − l_l) + λ_L(|ρ(q, len)| − ρ(l, len)) + λ_O |cos(W_q, W_l)|, ρ Pearson's correlation
     over the 2P completions. The sum of the heads is trained to rank, the length head to follow the length, the quality
@@ -353,6 +354,6 @@ def _centred(*xs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of two vectors; 0, with gradient 0, if one of them is 0."""
+    """Returns the cosine of two vectors; 0, with gradient 0, if one of them is 0."""
     norms = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
     return torch.where(norms > 0, (x * y).sum() / torch.where(norms > 0, norms, 1.0), 0.0)

@@ -1,23 +1,25 @@
-"""Losses of one completion and a thumbs up or down. Conventions as in pairwise.py, one row a unit: (B,)."""
+"""Losses of one completion and a thumbs up or down. Conventions as in pairwise.py; one row is one unit: (B,)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..reduce import sum_over_ranks
-from .math import check, check_bool, check_choice
+from .math import Losses, check, check_beta, check_bool
 from .registry import register
+from .survey import NO_REWARD
 
-Losses = tuple[Tensor, dict[str, Tensor]]
+_ATTRIBUTES = {**NO_REWARD, "feedback": "Binary", "feedback-form": "-"}
 
 
 def _metrics(desirable: Tensor, reward: Tensor, logp: Tensor, **others: Tensor) -> dict[str, Tensor]:
     reward, logp = reward.detach(), logp.detach()
-    # A mean over the rows of one kind: NaN marks the others, and the reduction leaves them out.
+    # Each is a mean over the rows of one kind: NaN marks the others, and the reduction leaves them out.
     return {
         "rewards/chosen": torch.where(desirable, reward, torch.nan),
         "rewards/rejected": torch.where(desirable, torch.nan, reward),
@@ -28,15 +30,15 @@ def _metrics(desirable: Tensor, reward: Tensor, logp: Tensor, **others: Tensor) 
 
 
 def kto_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KTO's reference point: max(0, mean of logp − ref_logp over mismatched rows), over the rows of all ranks.
+    """Returns KTO's reference point: max(0, mean of logp − ref_logp) over the mismatched rows of all ranks.
 
     logp, ref_logp (B,): log-probs of another prompt's completion after each prompt, under policy and reference.
-    Returns a detached () tensor in nats, without β. Survey S34. ValueError if there is one row in all.
+    Returns a detached () tensor in nats, without β. Survey S34. Raises ValueError if there is one row in all.
     """
     ratio = (logp - ref_logp).detach()
     own = torch.stack([ratio.sum(), ratio.new_full((), ratio.numel())])
     total = sum_over_ranks(own)
-    # The rows of this rank are known without a look at the device; of all ranks, only one that is alone need look.
+    # This rank's rows are known without reading from the device; a rank with fewer than two reads the sum of all.
     rows = ratio.numel()
     if rows < 2 and total is not own:
         rows = int(total[1])
@@ -52,7 +54,7 @@ def kto_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     paper="KTO: Model Alignment as Prospect Theoretic Optimization (arXiv 2402.01306)",
     equation="desirable: λ_D(1 − σ(β(Δ − kl))); undesirable: λ_U(1 − σ(β(kl − Δ)))",
     survey="S32–34",
-    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="row",
 )
 def kto(
@@ -70,12 +72,10 @@ def kto(
     L = λ_D(1 − σ(β(Δ − kl))) where desirable, λ_U(1 − σ(β(kl − Δ))) where not; Δ = logp − ref_logp. Survey S32–34.
     `kl` carries no gradient.
     """
-    check(beta > 0, "beta > 0", beta)
+    check_beta(beta)
     check(lambda_d >= 0, "lambda_d >= 0", lambda_d)
     check(lambda_u >= 0, "lambda_u >= 0", lambda_u)
     check_bool("desirable", desirable)
-    if kl.dim() != 0:
-        raise ValueError(f"kl must be one number () for all rows, see kto_kl; got a tensor {tuple(kl.shape)}")
     ratio = logp - ref_logp
     gain = beta * (ratio - kl.detach())
     losses = torch.where(desirable, lambda_d * torch.sigmoid(-gain), lambda_u * torch.sigmoid(gain))
@@ -86,8 +86,9 @@ def kto(
     paper="Direct Reward Optimisation: Offline Regularised RL for LLMs Alignment (arXiv 2405.19107)",
     equation="½(reward − sg value − βΔ)²/β + ½(reward − value − β sg Δ)²",
     survey="S35–39",
-    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="row",
+    axes={"value": ("U",)},
 )
 def dro(
     *,
@@ -96,7 +97,7 @@ def dro(
     reward: Tensor,  # (B,)
     value: Tensor,  # (B,) V(x), learned beside the policy; may carry gradient
     beta: float = 1.0,
-    variant: str = "split",
+    variant: Literal["split", "square"] = "split",
 ) -> Losses:
     """Direct reward optimisation: βΔ regresses to the reward less a learned value of the prompt.
 
@@ -104,10 +105,7 @@ def dro(
     the policy, that of S37 rescaled by 1/β as the authors do, and S39 for the value.
     `variant="square"`: L = ½(reward − value − βΔ)², S37 as printed.
     """
-    check(beta > 0, "beta > 0", beta)
-    check_choice("variant", variant, ("split", "square"))
-    if value.dim() > 1:
-        raise ValueError(f"value must be V(x) (B,), one number a row, got a tensor {tuple(value.shape)}")
+    check_beta(beta)
     implicit, advantage = beta * (logp - ref_logp), reward - value
     if variant == "split":
         losses = (advantage.detach() - implicit) ** 2 / (2 * beta) + (advantage - implicit.detach()) ** 2 / 2
@@ -118,10 +116,10 @@ def dro(
 
 
 def bco_state(rewards: Tensor, valid: Tensor, mean: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The running mean of `bco`'s rewards and the number of rows it is over, with a batch's rows of all ranks added.
+    """Returns the running mean of `bco`'s rewards and its number of rows, with a batch's rows of all ranks added.
 
-    rewards (B,): βΔ; valid (B,) bool: the rows that count; mean, count (), both 0 at first. Every row seen weighs the
-    same, as in TRL's running moments. Call it before `bco`, whose `delta` is the mean.
+    rewards (B,): βΔ; valid (B,) bool: the rows that count; mean, count (), both 0 at first. Every row seen has the
+    same weight, as in TRL's running moments. Call it before `bco`, whose `delta` is the mean.
     """
     excess = torch.where(valid, rewards.detach() - mean, 0.0).sum()
     total, rows = sum_over_ranks(torch.stack([excess, valid.sum().to(excess.dtype)])).unbind()
@@ -146,7 +144,7 @@ def _remember_rewards(
 @register(
     paper="Binary Classifier Optimization for Large Language Model Alignment (arXiv 2404.04656)",
     equation="desirable: −log σ(βΔ − delta); undesirable: −log σ(delta − βΔ)",
-    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="batch",
     state=_remember_rewards,
 )
@@ -164,7 +162,7 @@ def bco(
     reward and without gradient, is the running mean of βΔ (TRL's; the paper's is midway between the means of the two
     kinds of rows).
     """
-    check(beta > 0, "beta > 0", beta)
+    check_beta(beta)
     check_bool("desirable", desirable)
     reward = beta * (logp - ref_logp)
     logit = reward - delta.detach()
@@ -175,7 +173,7 @@ def bco(
 @register(
     paper="Anchored Preference Optimization (arXiv 2408.06266)",
     equation="desirable: λ_D(1 − σ(βΔ)); undesirable: λ_U σ(βΔ)",
-    attributes="- - - - Binary Human - Uncontrol KL Off Offline Separate",
+    attributes=_ATTRIBUTES,
     unit="row",
 )
 def apo_zero_unpaired(
@@ -191,7 +189,7 @@ def apo_zero_unpaired(
 
     L = λ_D(1 − σ(βΔ)) where desirable, λ_U·σ(βΔ) where not; as TRL's loss type of KTOTrainer.
     """
-    check(beta > 0, "beta > 0", beta)
+    check_beta(beta)
     check(lambda_d >= 0, "lambda_d >= 0", lambda_d)
     check(lambda_u >= 0, "lambda_u >= 0", lambda_u)
     check_bool("desirable", desirable)

@@ -1,19 +1,17 @@
-"""What training asks of a `transformers` model: to be loaded by name, and to run a loss in place of its logits."""
+"""A `transformers` causal LM as training uses it: loaded by name, its LM head read, a loss in place of its logits."""
 
-from .fused_loss import (
+from .fused_loss import hidden_states, install_fused_loss, remove_fused_loss
+from .lm_head import Head
+from .loading import (
     SMOLLM2,
     check_ids,
     embeddings,
-    hidden_states,
     hub_arguments,
-    install_fused_loss,
     load_model,
     load_weights,
-    remove_fused_loss,
     smollm2_gguf,
     smollm2_path,
 )
-from .lm_head import Head
 
 __all__ = [
     "SMOLLM2",

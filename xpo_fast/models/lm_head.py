@@ -1,4 +1,4 @@
-"""What a causal LM makes of its last hidden states, read off the model: the layer, its adapter, scale and softcap."""
+"""Reads the LM head of a `transformers` causal LM: its layer, its adapter, and the scale and softcap of its logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a text config calls what a model's forward does to the products h Wᵀ: a softcap, or the power to which it is a
-# factor. It counts only if that forward speaks of it: a multimodal model may leave out what its text model does.
+from ..head.sharded import gathered, is_sharded, unpartitioned
+
+# Attributes of a text config by which a model's forward changes the products h Wᵀ: a softcap, or a factor with its
+# power. They count only if the code of that forward names them: a multimodal model may leave out what its text model
+# does.
 _CAP = "softcap"
 _ACTS: dict[str, int | str] = {
     "final_logit_softcapping": _CAP,
@@ -23,28 +26,29 @@ _ACTS: dict[str, int | str] = {
     "output_multiplier": 1,
     "logits_scaling": -1,
 }
-_ALSO_CALLED = {"final_logit_softcapping": "logit_softcap"}  # a module made of it
-# Where a model type means something else by a name; 0 is what it does before the head.
+_ALSO_CALLED = {"final_logit_softcapping": "logit_softcap"}  # a module that is made from the attribute
+# Model types for which an attribute has another power; 0: it acts before the head.
 ACTS_OF: dict[str, Mapping[str, int | str]] = {
     "hyperclovax": {"logits_scaling": 1},
     "minicpm3": {"logits_scaling": 0},
 }
-# Model types that do to logits what no Head has.
+# Model types that change logits in a way no Head can express.
 _NOT_HEADS = {"chameleon": "sets the logits of image tokens to the least number"}
-# Whose hooks on a head, and forwards in place of its own, gather, move or cast, and leave its logits what they are.
-_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", "xpo_fast")
-# Rows of the weight beyond this many are padding, whose logits the model drops.
+# Packages whose hooks on a head, and replacements of its forward, gather, move or cast and do not change its logits.
+_LEAVE_LOGITS = ("accelerate", "deepspeed", "torch.distributed", "trl", __name__.split(".")[0])
+# Attribute of a config: the rows of the weight beyond this number are padding, whose logits the model drops.
 _UNPADDED = "unpadded_vocab_size"
+_KEEP = "keep it in 16 or 32 bits (llm_int8_skip_modules, modules_to_not_convert)"
 
 
 @dataclass
 class Head:
-    """An LM head: z = softcap(logit_scale · (h Wᵀ + x Bᵀ + bias)), x = project(h) where a LoRA adapter is on it.
+    """An LM head: z = softcap(logit_scale · (h Wᵀ + x Bᵀ + bias)), with x = project(h) if a LoRA adapter is on it.
 
-    One call for all models:
+    The same call for all models:
 
         head = Head.from_model(model)
-        token_logps(head.inputs(hidden), head.weight, targets, **head.kwargs())
+        token_logps(hidden, head, targets)
     """
 
     weight: Tensor  # (V, D)
@@ -56,40 +60,44 @@ class Head:
 
     @classmethod
     def from_model(cls, model: Any) -> Head:
-        """Read the head of a causal LM of `transformers`, with what its forward does to logits.
+        """Reads the head of a causal LM of `transformers`, with what its forward does to logits.
 
-        A PEFT model's is read as its adapters are at the moment: LoRA as `adapter`, DoRA as a copy of the weight with
-        scaled rows and an `adapter`, merged and disabled ones as the plain layer, modules_to_save as the trained copy.
-        Raises ValueError, with the reason, for a head that is not linear, for a quantised one, for one with a forward or
-        with forward hooks put on it (but those that gather, move or cast: FSDP's, DeepSpeed's, accelerate's, TRL's), for an
-        adapter of another kind, and for an encoder-decoder.
+        A PEFT model's head is read as its adapters are at the moment: LoRA as `adapter`, DoRA as a copy of the weight
+        with scaled rows and an `adapter`, merged or disabled adapters as the plain layer, modules_to_save as the
+        trained copy. Raises ValueError, with the reason, for a head that is not linear or is quantised, for one whose
+        forward was replaced or has hooks (except those that gather, move or cast: FSDP's, DeepSpeed's, accelerate's,
+        TRL's), for an adapter of another kind, and for an encoder-decoder.
         """
-        return cls(**read(model))
+        return cls(**_read(model))
 
     def inputs(self, hidden: Tensor) -> Tensor:
-        """What goes with `weight` and `kwargs()`: hidden (…, D) itself, or with an adapter [h, x] (…, D + r)."""
+        """Returns what is multiplied: hidden (…, D) itself without an adapter, with one [h, x] (…, D + r).
+
+        A call that takes a Head does it where it is given hidden (…, D). Do it yourself where a wrapper must see it, as
+        `install_fused_loss` does, or if two calls are to share one dropout.
+        """
         if self.project is None:
             return hidden
         return torch.cat([hidden, self.project(hidden).to(hidden.dtype)], dim=-1)
 
     @property
     def width(self) -> int:
-        """Of `inputs`: D, or D + r."""
+        """The width of `inputs`: D, or D + r with an adapter."""
         return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
 
     def kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of `token_stats` that this head implies, apart from its weight."""
+        """Returns the keyword arguments of `token_stats` that this head determines."""
         given = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         return given if self.adapter is None else given | {"adapter": self.adapter}
 
 
 def causal_lm(model: Any) -> Any:
-    """The `transformers` causal LM inside a PEFT model; the model itself otherwise."""
+    """Returns the `transformers` causal LM inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head_layer(lm: Any) -> nn.Module:
-    """The module that a causal LM calls on its last hidden states to get logits; ValueError if it has none."""
+    """Returns the module that a causal LM calls on its last hidden states to get logits; ValueError if it has none."""
     layer = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if layer is None:
         raise ValueError(
@@ -99,26 +107,26 @@ def head_layer(lm: Any) -> nn.Module:
     return layer
 
 
-def read(model: Any) -> dict[str, Any]:
-    """The fields of `Head` for a causal LM of `transformers`, PEFT-wrapped or not, as its adapters are now."""
+def _read(model: Any) -> dict[str, Any]:
+    """Returns the fields of `Head` for a causal LM of `transformers`, PEFT-wrapped or not, as its adapters are now."""
     lm = causal_lm(model)
     layer = head_layer(lm)
     if (why := _NOT_HEADS.get(getattr(lm.config, "model_type", ""))) is not None:
         raise _refused(type(lm).__name__, why, "take its logits")
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"expected a decoder-only causal LM, got {type(lm).__name__}: an encoder-decoder's logits are not those of its "
-            "head alone (Bart and Marian add final_logits_bias)"
+            f"expected a decoder-only causal LM, got {type(lm).__name__}: an encoder-decoder's logits are not those of "
+            "its head alone (Bart and Marian add final_logits_bias)"
         )
     active = _active(layer)
     fields = _read_layer(active, type(lm).__name__) | {"logit_scale": 1.0, "softcap": None}
     for x in dict.fromkeys((layer, active, getattr(active, "base_layer", active))):
         _refuse_changes(x, type(lm).__name__)
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
-    spoken = _spoken_of(lm, layer)
+    named = _names_behind_head(lm, layer)
     for attribute, act in {**_ACTS, **ACTS_OF.get(getattr(config, "model_type", ""), {})}.items():
         value = getattr(config, attribute, None)
-        if value is None or not spoken & {attribute, _ALSO_CALLED.get(attribute)}:
+        if value is None or not named & {attribute, _ALSO_CALLED.get(attribute)}:
             continue
         if act == _CAP:
             fields["softcap"] = float(value)
@@ -127,13 +135,13 @@ def read(model: Any) -> dict[str, Any]:
     vocab = getattr(config, _UNPADDED, None)
     if vocab is not None and vocab < _shape(fields["weight"])[0]:
         names = [x for x in ("weight", "bias", "adapter") if fields[x] is not None]
-        cut = _unpartitioned(*(fields[x] for x in names))
+        cut = unpartitioned(*(fields[x] for x in names))
         fields |= {name: x[:vocab] for name, x in zip(names, cut, strict=True)}
     return fields
 
 
-def _spoken_of(lm: nn.Module, layer: nn.Module) -> set[str]:
-    """Names and strings in the code of the forwards that a head's output passes on its way out."""
+def _names_behind_head(lm: nn.Module, layer: nn.Module) -> set[str]:
+    """Returns the names and strings in the code of the forwards through which a head's output is returned."""
     paths = [name.split(".") for name, x in lm.named_modules(remove_duplicate=False) if x is layer]
     above = {".".join(path[:k]) for path in paths for k in range(len(path))} | {""}
     return set().union(*(_names_in_forward(type(lm.get_submodule(name))) for name in above))
@@ -141,7 +149,7 @@ def _spoken_of(lm: nn.Module, layer: nn.Module) -> set[str]:
 
 @cache
 def _names_in_forward(kind: type) -> frozenset[str]:
-    """Of a class's forward, and of those of its bases as far as they call super()."""
+    """Returns the names and strings in a class's forward, and in those of its bases as far as they call super()."""
     found: set[str] = set()
     for base in kind.__mro__:
         if "forward" in vars(base):
@@ -155,7 +163,7 @@ def _names_in_forward(kind: type) -> frozenset[str]:
 
 
 def _active(layer: nn.Module) -> nn.Module:
-    """Of a PEFT wrapper that holds trained copies of a module (modules_to_save), the one in use."""
+    """Returns the copy in use if a PEFT wrapper holds trained copies of the layer (modules_to_save), else the layer."""
     if not hasattr(layer, "modules_to_save") or not hasattr(layer, "original_module"):
         return layer
     wrapper: Any = layer
@@ -164,7 +172,7 @@ def _active(layer: nn.Module) -> nn.Module:
 
 
 def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
-    """weight, bias, adapter and project of a head that is linear, with or without LoRA."""
+    """Returns weight, bias, adapter and project of a linear head, with or without LoRA."""
     if not hasattr(layer, "base_layer") and not hasattr(layer, "token_adapter"):
         return _linear(layer, owner) | {"adapter": None, "project": None}
     try:
@@ -184,38 +192,35 @@ def _read_layer(layer: nn.Module, owner: str) -> dict[str, Any]:
         variant = layer.lora_variant.get(x)
         if variant is not None and type(variant) is not DoraLinearVariant:
             raise _refused(owner, f"carries a variant of LoRA that is not supported ({type(variant).__name__})")
-    columns: list[Any] = _unpartitioned(*(layer.lora_B[x].weight for x in names))
-    fields["adapter"] = torch.cat(columns, dim=1)
+    adapters: dict[str, Any] = {x: layer.lora_B[x] for x in names}
+    fields["adapter"] = torch.cat(unpartitioned(*(b.weight for b in adapters.values())), dim=1)
     fields["project"] = partial(_project, layer, names)
-    for x in names:
-        own = layer.lora_B[x].bias
-        if own is not None:
-            bias, own = _unpartitioned(fields["bias"], own)
-            own = own * layer.scaling[x]
-            fields["bias"] = own if bias is None else bias + own
+    for x, b in adapters.items():
+        if b.bias is not None:
+            bias, added = unpartitioned(fields["bias"], b.bias)
+            added = added * layer.scaling[x]
+            fields["bias"] = added if bias is None else bias + added
     if any(x in layer.lora_variant for x in names):
         _scale_rows(layer, names, fields, owner)
     return fields
 
 
 def _project(layer: Any, names: list[str], hidden: Tensor) -> Tensor:
-    """What the B of LoRA adapters are multiplied by: s·dropout(h) Aᵀ of each, side by side, (…, Σr)."""
-    from ..head.sharded import gathered, is_sharded  # which imports this module
-
+    """Computes what the matrices B of LoRA adapters meet: s·dropout(h) Aᵀ of each adapter, side by side, (…, Σr)."""
     parts = []
     for x in names:
         a = layer.lora_A[x]
         h = layer.lora_dropout[x](hidden.to(a.weight.dtype))
-        # ZeRO-3 gathers for a module that is called; FSDP2 has a head in a group of its own in parts here.
-        own = nn.functional.linear(h, *gathered(weight=a.weight)) if is_sharded(a.weight) else a(h)
-        parts.append(own * layer.scaling[x])
+        # ZeRO-3 gathers for a module that is called; under FSDP2 a head in a group of its own is still in parts here.
+        product = nn.functional.linear(h, *gathered(weight=a.weight)) if is_sharded(a.weight) else a(h)
+        parts.append(product * layer.scaling[x])
     return torch.cat(parts, dim=-1)
 
 
 def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str) -> None:
-    """DoRA (arXiv 2402.09353, eq. 5): the rows of W and B times m / ‖W + s B A‖, the norm taken as a constant.
+    """Applies DoRA (arXiv 2402.09353, eq. 5): the rows of W and B times m / ‖W + s B A‖, the norm taken as a constant.
 
-    The scaled W is a copy, (V, D), and m has its gradient by way of that copy's.
+    The scaled W is a copy, (V, D), through which the gradient reaches m.
     """
     if len(names) > 1:
         raise _refused(owner, f"carries {len(names)} active adapters, of which one is DoRA: activate one")
@@ -228,7 +233,7 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
             "carries a DoRA adapter with dropout, which would multiply by the weight twice: set lora_dropout=0",
         )
     scale = layer.scaling[name]
-    weight, a, b, magnitude = _unpartitioned(
+    weight, a, b, magnitude = unpartitioned(
         fields["weight"], *(x[name].weight for x in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
     )
     with torch.no_grad():
@@ -245,10 +250,10 @@ def _scale_rows(layer: Any, names: list[str], fields: dict[str, Any], owner: str
 
 
 def _linear(layer: Any, owner: str) -> dict[str, Any]:
-    """weight and bias of a layer, if it is h Wᵀ + b with a float weight (V, D)."""
-    # An attribute of a module is gathered by ZeRO-3 as it is read, and then for all of the model's forward and backward.
-    own = dict(layer.named_parameters(recurse=False))
-    weight, bias = (own[x] if x in own else getattr(layer, x, None) for x in ("weight", "bias"))
+    """Returns weight and bias of a layer h Wᵀ + b with a float weight (V, D); ValueError for another layer."""
+    # Reading a module's attribute makes ZeRO-3 gather it, and then for all of the model's forward and backward.
+    parameters = dict(layer.named_parameters(recurse=False))
+    weight, bias = (parameters[x] if x in parameters else getattr(layer, x, None) for x in ("weight", "bias"))
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         kind = f"({type(layer).__module__}.{type(layer).__name__})"
         if _quantised(layer, weight):
@@ -261,17 +266,19 @@ def _linear(layer: Any, owner: str) -> dict[str, Any]:
 
 
 def _refuse_changes(layer: Any, owner: str) -> None:
-    """ValueError for hooks and a forward put on a layer that may change what it takes or gives."""
+    """Raises ValueError for hooks or a replaced forward that may change what a layer takes or returns."""
     hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
-    on_it = [("a forward hook", hook) for hook in hooks]
+    changes = [("a forward hook", hook) for hook in hooks]
     if "forward" in vars(layer):
-        on_it.append(("a forward of its own", layer.forward))
-        moved = getattr(layer, "_hf_hook", None)  # of accelerate, whose forward runs it around the one before
-        on_it += [("a forward hook", hook) for hook in getattr(moved, "hooks", [moved]) if hook is not None]
-        before = getattr(layer, "_old_forward", None)
-        if getattr(before, "__func__", before) is not type(layer).forward and before is not None:
-            on_it.append(("a forward of its own", before))
-    for what, x in on_it:
+        changes.append(("a forward of its own", layer.forward))
+        accelerates = getattr(layer, "_hf_hook", None)  # accelerate's forward runs it around the previous forward
+        changes += [
+            ("a forward hook", hook) for hook in getattr(accelerates, "hooks", [accelerates]) if hook is not None
+        ]
+        previous = getattr(layer, "_old_forward", None)
+        if getattr(previous, "__func__", previous) is not type(layer).forward and previous is not None:
+            changes.append(("a forward of its own", previous))
+    for what, x in changes:
         while isinstance(x, partial):
             x = x.func
         module = getattr(x, "__module__", None) or type(x).__module__
@@ -281,28 +288,15 @@ def _refuse_changes(layer: Any, owner: str) -> None:
 
 
 def _shape(x: Any) -> tuple[int, ...]:
-    """Of a parameter that ZeRO-3 has in parts, the shape of it all."""
+    """Returns the shape of a parameter, of the complete one if ZeRO-3 keeps it in parts."""
     return tuple(getattr(x, "ds_shape", x.shape))
 
 
-def _unpartitioned(*parameters: Any) -> list[Any]:
-    """Parameters that something is to be made of: those of ZeRO-3 whole, others, and None, as they are."""
-    from ..head.sharded import unpartitioned  # which imports this module
-
-    return unpartitioned(*parameters)
-
-
 def _quantised(layer: Any, weight: Any) -> bool:
-    """Whether a layer's weight is packed, or a tensor of somebody's own class that unpacks itself."""
+    """Tells whether a layer's weight is packed, or a tensor of another library's class that unpacks itself."""
     if not isinstance(weight, Tensor):
         return hasattr(layer, "qweight")
-    return not weight.is_floating_point() or type(weight).__module__.split(".")[0] not in (
-        "torch",
-        "deepspeed",
-    )
-
-
-_KEEP = "keep it in 16 or 32 bits (llm_int8_skip_modules, modules_to_not_convert)"
+    return not weight.is_floating_point() or type(weight).__module__.split(".")[0] not in ("torch", "deepspeed")
 
 
 def _refused(owner: str, why: str, what_to_do: str | None = None) -> ValueError:
@@ -311,7 +305,7 @@ def _refused(owner: str, why: str, what_to_do: str | None = None) -> ValueError:
 
 
 class _Reached(BaseException):
-    """Carries what the head was called with out of a forward that need not go on."""
+    """Ends a forward at its head, and carries the hidden states that the head was called with."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
@@ -322,9 +316,10 @@ def _stop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def before_head(model: Any, run: Callable[[], Any]) -> Tensor:
-    """The hidden states (R, T, D) with which run(), a call of the model's forward, comes to its head; it ends there.
+    """Runs the model's forward up to its head and returns the hidden states (R, T, D) that it calls the head with.
 
-    Whatever the forward does between its decoder and its head, a cast, a division, a transform, is in them.
+    run: calls the model's forward, which ends at the head. What the forward does between its decoder and its head (a
+    cast, a division, a transform) is applied.
     """
     lm = causal_lm(model)
     hook: Any = _stop

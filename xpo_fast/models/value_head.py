@@ -1,17 +1,16 @@
 """A value head on a causal LM: a linear map of the hidden states that its LM head reads, for rewards and for critics.
 
-It is a submodule `value_head` of the causal LM, so that wrappers (PEFT, DDP, FSDP) and optimizers see it. The model's own
-forward is as before; with `install_fused_loss`, values and token log-probs come from one forward:
+It is a submodule `value_head` of the causal LM, so that wrappers (PEFT, DDP, FSDP) and optimizers see it. The model's
+own forward is unchanged; with `install_fused_loss`, values and token log-probs come from one forward:
 
     head = attach_value_head(model)
     model(input_ids=…, attention_mask=…, fused_loss=lambda hidden, lm_head: head(hidden))    # (R, T, K)
 
-It is saved beside the model, never in it: the folder stays a plain causal LM, or a plain adapter.
+It is saved beside the model, not in it: the folder remains that of a plain causal LM, or of a plain adapter.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import write_atomically
 from .lm_head import causal_lm, head_layer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -26,11 +26,11 @@ _NAME = "value_head"
 
 
 class ValueHead(nn.Module):
-    """values (…, K) = hidden (…, D) Wᵀ + b, in float32 whatever the dtype of hidden and the autocast in force.
+    """Computes values (…, K) = hidden (…, D) Wᵀ + b in float32, whatever the dtype of hidden and autocast.
 
-    std: of the normal distribution that W (K, D) is drawn from; b (K,) begins at 0. With the default, 0, every value
-    begins at 0, which is what a critic should say of a policy that it knows nothing of; but then columns with one loss
-    stay alike, and the trunk has no gradient at the first step.
+    std: standard deviation of the normal distribution from which W (K, D) is drawn; b (K,) starts at 0. With the
+        default, 0, every value starts at 0, which is what a critic should predict for a policy it has not seen; but
+        then outputs that share a loss stay equal, and the trunk has no gradient at the first step.
     """
 
     def __init__(self, width: int, outputs: int = 1, dtype: torch.dtype = torch.float32, *, std: float = 0.0) -> None:
@@ -47,25 +47,29 @@ class ValueHead(nn.Module):
 
     @property
     def outputs(self) -> int:
+        """The number of values per hidden state, K."""
         return self.weight.shape[0]
 
     def forward(
         self,
         hidden: Tensor,  # (…, D), or (…, D + r), `Head.inputs` with LoRA on the LM head: the last r are not read
     ) -> Tensor:
+        """Returns the values (…, K), float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden[..., : self.weight.shape[1]].float()
             return nn.functional.linear(hidden, self.weight.float(), self.bias.float())
 
     def extra_repr(self) -> str:
+        """Describes the sizes in the module's repr."""
         return f"width={self.weight.shape[1]}, outputs={self.outputs}"
 
 
 def attach_value_head(model: nn.Module, outputs: int = 1, *, std: float = 0.0) -> ValueHead:
-    """The value head of a causal LM of `transformers`, PEFT-wrapped or not: made, or the one that it has.
+    """Returns the value head of a causal LM of `transformers`, PEFT-wrapped or not; makes one if it has none.
 
-    It is trainable after this call, on the LM head's device, and in float32. Call it after `get_peft_model`, which
-    freezes whatever it finds. std: see `ValueHead`. ValueError if the model has one with another number of outputs.
+    The value head is trainable after this call; a new one is float32 and on the LM head's device. Call this after
+    `get_peft_model`, which freezes everything it finds. std: see `ValueHead`. Raises ValueError if the model has a
+    value head with another number of outputs.
     """
     lm = causal_lm(model)
     present = value_head(model)
@@ -87,12 +91,12 @@ def attach_value_head(model: nn.Module, outputs: int = 1, *, std: float = 0.0) -
 
 
 def value_head(model: nn.Module) -> ValueHead | None:
-    """The value head of a model, or None."""
+    """Returns the value head of a model, or None."""
     return getattr(causal_lm(model), _NAME, None)
 
 
 def detach_value_head(model: nn.Module) -> None:
-    """Undo `attach_value_head`."""
+    """Removes the value head, if any, from a model."""
     lm, present = causal_lm(model), value_head(model)
     if present is not None:
         lm._keys_to_ignore_on_save = set(lm._keys_to_ignore_on_save) - set(_keys(present))
@@ -104,9 +108,9 @@ def _keys(head: ValueHead) -> list[str]:
 
 
 def save_value_head(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write the value head into folder/value_head.safetensors; the file appears whole. Nothing for a model without.
+    """Writes the value head, if the model has one, into folder/value_head.safetensors, which appears complete.
 
-    state_dict: of the whole model, where its parameters are in parts (FSDP, ZeRO-3).
+    state_dict: the whole model's, if its parameters are kept in parts (FSDP, ZeRO-3).
     """
     from safetensors.torch import save
 
@@ -119,19 +123,13 @@ def save_value_head(model: nn.Module, folder: str | Path, state_dict: Mapping[st
         names = {key: name for name in _keys(present) for key in state_dict if key.endswith(name)}
         found = {name.removeprefix(f"{_NAME}."): state_dict[key] for key, name in names.items()}
     path = Path(folder) / VALUE_HEAD_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(save({name: x.detach().cpu().contiguous() for name, x in found.items()}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save({name: x.detach().cpu().contiguous() for name, x in found.items()}))
 
 
 def load_value_head(model: nn.Module, folder: str | Path) -> ValueHead:
-    """Read folder/value_head.safetensors into the model's value head, which is attached if there is none.
+    """Reads folder/value_head.safetensors into the model's value head, which is attached if there is none.
 
-    ValueError where there is no such file, or its shapes are not those of the model.
+    Raises ValueError if there is no such file, or if its shapes are not those of the model.
     """
     from safetensors.torch import load_file
 
@@ -147,16 +145,16 @@ def load_value_head(model: nn.Module, folder: str | Path) -> ValueHead:
     return present
 
 
-def _own_rate(optimizer: torch.optim.Optimizer, head: ValueHead | None, rate: float) -> None:
-    """Groups of their own for the parameters of the value head, with this learning rate."""
-    own = set() if head is None else {id(p) for p in head.parameters()}
+def _set_rate(optimizer: torch.optim.Optimizer, head: ValueHead | None, rate: float) -> None:
+    """Moves the parameters of the value head into groups with this learning rate."""
+    left = set() if head is None else {id(p) for p in head.parameters()}
     for group in list(optimizer.param_groups):
-        mine = [p for p in group["params"] if id(p) in own]
-        if mine:
-            group["params"] = [p for p in group["params"] if id(p) not in own]
-            optimizer.add_param_group({**group, "params": mine, "lr": rate})
-            own -= {id(p) for p in mine}
-    if head is None or own:
+        found = [p for p in group["params"] if id(p) in left]
+        if found:
+            group["params"] = [p for p in group["params"] if id(p) not in left]
+            optimizer.add_param_group({**group, "params": found, "lr": rate})
+            left -= {id(p) for p in found}
+    if head is None or left:
         raise ValueError(
             "value_head_learning_rate needs a value head whose parameters are the optimizer's own; "
             + ("the model has none" if head is None else "those of this model are not: leave it out")
@@ -164,18 +162,19 @@ def _own_rate(optimizer: torch.optim.Optimizer, head: ValueHead | None, rate: fl
 
 
 class SavesValueHead:
-    """Mixin, to stand before `transformers.Trainer`: checkpoints and saved models have the value head beside them.
+    """Mixin, before `transformers.Trainer`, that saves and loads the value head beside checkpoints and saved models.
 
-    A model without a value head is saved and loaded as ever. args.value_head_learning_rate, where there is one, is the
-    value head's own learning rate; the schedule is the same for all.
+    A model without a value head is saved and loaded as usual. args.value_head_learning_rate, if set, is the value
+    head's initial learning rate; the schedule is the same for all parameters.
     """
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Creates Trainer's optimizer, with groups of their own for a value head that has its own learning rate."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         rate = self.args.value_head_learning_rate
         if fresh and rate is not None:
-            _own_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
+            _set_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
         return optimizer
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

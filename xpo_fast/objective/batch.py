@@ -86,7 +86,7 @@ class Batch:
         # The targets (N,) there; those that are scored (N,); each position's place in its row (N,), where rows are laid out.
         self.device_targets = to_device(self.targets, self.device)
         self.scored = self.device_targets != ignore_index
-        if self.layout == "policy" or any("pos_score" in m.inputs for m in methods):
+        if self.layout == "policy" or any(m.draws_rivals for m in methods):
             self.offsets = torch.arange(rows.shape[0], device=self.device) - self.starts[self.rows]
 
     def _check_capture(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import native
 from ..device import to_device
 from ..head.rows import Group
-from ..methods.registry import AXES
+from ..methods.inputs import INPUTS
 from ..types import LossOutput
 from . import segments
 from .batch import Batch
@@ -152,10 +152,10 @@ def _inputs(
             continue
         if batch.per_token(name, x):
             others[name] = x.reshape(-1)
-        elif "U" in AXES[name]:
+        elif "U" in INPUTS[name].axes:
             of_units[name] = x.expand(batch.units)
         else:  # one number for all tokens, or all there is
-            others[name] = x.expand(batch.scored.shape) if "UT" in AXES[name] else x
+            others[name] = x.expand(batch.scored.shape) if "UT" in INPUTS[name].axes else x
 
     def read(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         takes = {n: x for n, x in inputs.items() if method.wants(n, term.hyperparameters) or n in _LENGTHS}

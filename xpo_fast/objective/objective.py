@@ -14,15 +14,18 @@ from ..head import VocabShard
 from ..head.backends import get_backend
 from ..head.choice import named_backend
 from ..head.operands import HeadLike, Operands, reference, take_operands
-from ..head.plan import Plan, PlanOptions, plan_of
+from ..head.plan import Plan, plan_of
+from ..head.rows import sum_rows
 from ..head.spec import Scaling, accumulation_dtype
+from ..head.statistics import statistics
 from ..head.units import unit_loss
+from ..methods.vocabulary import wpo_weights
 from ..types import LossOutput
 from .batch import Batch
 from .evaluation import Evaluation
-from .known import Known, add_reference, add_statistics
+from .known import Known
 from .launches import Launches
-from .rivals import Rivals
+from .reference import add_reference
 from .settings import Settings
 
 _IGNORED_BY_PLAN = {"denominator", "grad_scale", "ref_logps", "ref_token_logp"}
@@ -57,12 +60,6 @@ class Objective(Settings):
 
     Raises ValueError for an unknown method, hyperparameter, reduction or backend.
     """
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self._options = PlanOptions(self.backend, self.tile_bytes)
-        self._rivals = Rivals(self.top_k, self.seed, self._options)
-        self.state: dict[str, Tensor] = {}
 
     def __call__(
         self,
@@ -140,14 +137,14 @@ class Objective(Settings):
         operands = dataclasses.replace(operands.flat(), targets=batch.targets)
         if self.draws_rivals:
             _refuse_for_rivals(batch.name, operands)
-        add_reference(known, batch, self, operands, self._options, ref_logps, ref_tokens)
+        add_reference(known, batch, self, operands, ref_logps, ref_tokens)
         if self.draws_rivals:
-            self._rivals.add(known, batch, operands)
+            self.rivals.add(known, batch, operands)
         evaluation = Evaluation(self, batch, known, self.state, self._denominator(denominator, batch))
         if self._evaluates_live(operands):
             out, logp = self._live(evaluation, operands, grad_scale)
         else:
-            logp = add_statistics(known, batch, self, operands, self._options)
+            logp = self._statistics(known, batch, operands)
             self._update_state(evaluation, logp)
             out = (self._launches(evaluation, operands) or evaluation).whole(logp)
         for term in self.terms:
@@ -176,6 +173,19 @@ class Objective(Settings):
             loss = loss + evaluation.own_gradient(logp)
         return dataclasses.replace(outputs[0], loss=loss), logp
 
+    def _statistics(self, known: Known, batch: Batch, operands: Operands) -> Tensor:
+        """Returns the policy's log-probs (N,); adds the further statistics that the methods need to `known`."""
+        stats = statistics(operands, self.outputs(), self.plan_options)
+        if stats.kl is not None:
+            known.rows["kl"] = (sum_rows(stats.kl, batch.rows, batch.count), 0.0)
+        if stats.entropy is not None:
+            known.tokens["entropy"] = stats.entropy
+        if stats.log_sum_sq_probs is not None:
+            logp = sum_rows(stats.logp.detach(), batch.rows, batch.count)
+            squares = sum_rows(stats.log_sum_sq_probs, batch.rows, batch.count)
+            known.row_weight = wpo_weights(logp, squares, batch.lengths, clamp=False)
+        return stats.logp
+
     def _launches(self, evaluation: Evaluation, operands: Operands) -> Launches | None:
         """Returns the segment kernels for this call; None where the pure functions are called for, as with a modifier."""
         batch = evaluation.batch
@@ -186,9 +196,6 @@ class Objective(Settings):
         denominators = [evaluation.denominator_of(k) for k in range(len(self.terms))]
         options = self.reduction, self.fixed_length, accumulation_dtype(operands.weight.dtype)
         return Launches.of(self.terms, batch, evaluation.known, self.state, denominators, *options)
-
-    def supplied(self) -> set[str]:
-        return super().supplied() | set(self.state)
 
     def _batch(
         self,
@@ -238,11 +245,11 @@ class Objective(Settings):
     def state_dict(self) -> dict[str, Tensor]:
         """What the methods remember of earlier batches, the same on every rank, and where `seed` has got to."""
         state = {name: x.detach().clone() for name, x in self.state.items()}
-        return state if self._rivals.state is None else {**state, "draws": self._rivals.state}
+        return state if self.rivals.state is None else {**state, "draws": self.rivals.state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.state = {name: x.detach().clone() for name, x in state.items() if name != "draws"}
-        self._rivals.state = state.get("draws")
+        self.rivals.state = state.get("draws")
 
     def _items(self, batch: Batch) -> Tensor:
         items = [batch.items(m) for m in self.methods]
@@ -294,7 +301,7 @@ class Objective(Settings):
     def _head_plan(self, operands: Operands, batch: Batch) -> Plan:
         live = self._evaluates_live(operands)
         outputs = () if live else self.outputs()
-        return plan_of(operands, outputs, self._options, batch.longest_unit if live else 0)
+        return plan_of(operands, outputs, self.plan_options, batch.longest_unit if live else 0)
 
     def _evaluates_live(self, operands: Operands) -> bool:
         """Whether the gradient is made at 3F, unit by unit, in the forward."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..head.choice import named_backend
+from ..head.plan import PlanOptions
 from ..methods import Method
 from ..reduce import REDUCTIONS
 from .batch import PAIRS
+from .rivals import Rivals
 from .terms import parse_terms
 
 
@@ -43,7 +45,9 @@ class Settings:
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
         self.fixed_length = fixed_length
-        self.top_k, self.seed = top_k, seed
+        self.plan_options = PlanOptions(backend, tile_bytes)
+        self.rivals = Rivals(top_k, seed, self.plan_options)
+        self.state: dict[str, Tensor] = {}  # what the methods remember between calls
         self._check_modifiers()
 
     @property
@@ -83,7 +87,7 @@ class Settings:
 
     @property
     def draws_rivals(self) -> bool:
-        return any("pos_score" in m.inputs for m in self.methods)
+        return any(m.draws_rivals for m in self.methods)
 
     @property
     def data_kind(self) -> str:
@@ -148,7 +152,7 @@ class Settings:
         for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):
             if given is not None and layouts != {"pairwise"}:
                 raise ValueError(f"{option}= is for pairwise methods, {names} is {self.method.layout}")
-            if given is not None and any("pos_score" in m.inputs for m in self.methods) and option != "wpo":
+            if given is not None and self.draws_rivals and option != "wpo":
                 raise ValueError(f"{option}= does not go with {names}, which looks at single tokens")
         if self.pairs:
             of_pairs = {n for m in self.methods for n in m.required if n in m.columns and m.axes(n) != ("",)}
@@ -192,7 +196,7 @@ class Settings:
     def supplied(self) -> set[str]:
         """Columns that need not be given: what is remembered, and `nn`'s second reference if there is but one."""
         remembered = {n for m in self.methods if m.state for n in m.columns if m.axes(n) == ("",)}
-        return {"ref_pos_logp_l", *remembered}
+        return {"ref_pos_logp_l", *self.state, *remembered}
 
 
 def made_up(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:

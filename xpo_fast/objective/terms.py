@@ -71,9 +71,9 @@ def parse_terms(
     terms = []
     for name, own, scale in parsed:
         found = get_method(name)
+        own = {**{k: v for k, v in shared.items() if k in found.defaults}, **own}
         found.check_hyperparameters(own)
-        takes = {k: v for k, v in shared.items() if k in found.defaults}
-        terms.append(Term(found, {**found.defaults, **takes, **own}, scale))
+        terms.append(Term(found, {**found.defaults, **own}, scale))
     nobody = {k: v for k, v in shared.items() if not any(k in t.method.defaults for t in terms)}
     if nobody:
         if len(terms) == 1:

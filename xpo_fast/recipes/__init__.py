@@ -1,23 +1,11 @@
-"""Recipes: iterative alignment as data, one loop and a table of choices (recipe_loop.py runs them)."""
+"""Recipes: iterative alignment as data (table.py), run by one loop (loop.py)."""
 
-from .recipe import (
-    FROM_DATA,
-    JUDGES,
-    RECIPES,
-    REFERENCES,
-    Draw,
-    Recipe,
-    StoppingRule,
-    Train,
-    get_recipe,
-    override,
-    paired,
-    runs_in,
-    table,
-)
+from .recipe import JUDGES, REFERENCES, Draw, Recipe, Train, override
+from .run_folder import runs_in
+from .stopping import StoppingRule, paired
+from .table import RECIPES, get_recipe, table
 
 __all__ = [
-    "FROM_DATA",
     "JUDGES",
     "RECIPES",
     "REFERENCES",

@@ -1,10 +1,9 @@
-"""The geometric mixture of policy and reference that Nash mirror descent plays against (arXiv 2312.00886, survey S58)."""
+"""The geometric mixture of policy and reference, Nash mirror descent's opponent (arXiv 2312.00886, survey S58)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,16 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.lm_head import causal_lm
-from ..rewards.llm_judges import Completion, Judge
+from ..models.modes import evaluating, without_adapter
+from ..rewards.judges import Completion, Judge
 from ..rollout import GenerateRollout, Prompt, Samples, Sampling
-from ..trainer.reference import evaluating, without_adapter
+from ..seeds import seed_of_repr
 
 
 class MixtureRollout(GenerateRollout):
-    """Completions of π^{1−c}·ref^{c}, the mixture of the next-token distributions, normalised at every token.
+    """Rollout of π^{1−c}·ref^{c}, the mixture of the next-token distributions, normalised at every token.
 
-    model: the policy; reference: another causal LM with the same vocabulary, or None for the policy with its adapter
-    switched off. share: c in [0, 1]; 0 is the policy and 1 the reference. Temperature and cuts come on top.
+    model: the policy. reference: another causal LM with the same vocabulary, or None for the policy with its adapter
+    switched off. share: c in [0, 1]; 0 is the policy, 1 the reference. Temperature, top_p and top_k act on the mixture.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class MixtureRollout(GenerateRollout):
         self.reference, self.share = reference, share
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
-        """n completions of each prompt, those of a prompt side by side."""
+        """Returns n completions per prompt, those of a prompt side by side."""
         with self._mixed():
             return super().generate(prompts, n, sampling=sampling, seed=seed)
 
     @contextlib.contextmanager
     def _mixed(self) -> Iterator[None]:
-        """The policy's forward gives the mixture's logits for a while."""
+        """Replaces the policy's forward by one that returns the mixture's logits, and restores it afterwards."""
         lm: Any = causal_lm(self.model)
         own, forward = lm.__dict__.get("forward"), lm.forward
         other: Any = forward if self.reference is None else self.reference
@@ -76,16 +76,16 @@ class MixtureRollout(GenerateRollout):
                     lm.forward = own
 
     def _mix(self, policy: Tensor, reference: Tensor) -> Tensor:
-        """(…, V) logits each → (…, V) log-probs of the mixture, up to a constant."""
+        """Returns the log-probs of the mixture, up to a constant, of logits (…, V)."""
         logps = (x.float().log_softmax(dim=-1) for x in (policy, reference))
         pi, ref = logps
         return (1 - self.share) * pi + self.share * ref
 
 
 class AgainstMixture:
-    """A reward function: P(the completion beats one of the mixture's), which is what `nash_md` takes for a reward.
+    """Reward function of `nash_md`: P(the completion beats a rival drawn from the mixture).
 
-    The rival of a completion follows from the seed and from the call's prompts and completions. `rollout` is to be set
+    The rivals are a deterministic function of the seed and the call's prompts and completions. `rollout` must be set
     before the first call.
     """
 
@@ -100,8 +100,8 @@ class AgainstMixture:
         completion_ids: Any = None,
         **columns: Any,
     ) -> list[float]:
+        """Returns the probabilities, one per completion."""
         assert self.rollout is not None
-        about = repr((self.seed, list(prompts), list(completions))).encode()
-        seed = int.from_bytes(hashlib.sha256(about).digest()[:4], "big") >> 1
+        seed = seed_of_repr(self.seed, list(prompts), list(completions))
         rivals = self.rollout.generate(prompts, 1, sampling=self.sampling, seed=seed)
         return self.judge.compare(prompts, completions, rivals.completions, **columns).tolist()

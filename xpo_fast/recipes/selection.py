@@ -1,11 +1,11 @@
-"""Selectors: from K judged completions of a prompt to what is trained on.
+"""Selectors: from K judged completions of a prompt to the rows that are trained on.
 
-A selector is a pure function of what the judge said: it takes the scores (K,) or the win probabilities (K, K), and returns
-picks, dicts of indices into the completions with the numbers that the method is to be told:
+A selector is a pure function of the judge's scores (K,) or win probabilities (K, K). It returns picks: dicts of indices
+into the completions, with the numbers that the method reads:
 
     {"chosen": i}    {"chosen": i, "rejected": j, "prob": P(i beats j), "score_chosen": …}    {"completions": [i, …]}
 
-A completion whose score is no finite number is never picked, and nothing is picked where nothing is better than anything else.
+A completion without a finite score is never picked, and nothing is picked if no completion is better than another.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.math import win_rates
+
 Pick = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Selector:
-    """function: of scores or wins, as `needs` says ("scores", "wins", or "nothing", then of how many there are), a
-    generator, and keyword arguments; kind: of data, as `data.load` names it."""
+    """A selector and what it reads and returns.
+
+    function: (judged, generator, **arguments) → picks. needs: what `judged` is: "scores", "wins", or "nothing", when it
+    is the number of completions. kind: the kind of data of the picks, as `data.load` names it.
+    """
 
     function: Callable[..., list[Pick]]
     needs: str
@@ -35,25 +40,25 @@ class Selector:
 
 
 def best(scores: Tensor, generator: torch.Generator) -> list[Pick]:  # (K,)
-    """The completion of the highest score (RAFT, arXiv 2304.06767), the first of several."""
+    """Picks the completion with the highest score, of equal ones the first (RAFT, arXiv 2304.06767)."""
     known = _known(scores)
     return [{"chosen": max(known, key=scores.tolist().__getitem__)}] if known else []
 
 
 def best_worst(scores: Tensor, generator: torch.Generator, *, min_gap: float = 0.0) -> list[Pick]:  # (K,)
-    """The highest score against the lowest, the first of several, if they differ by more than min_gap.
+    """Picks the highest score against the lowest, of equal ones the first, if they differ by more than min_gap.
 
-    The best-of-n enhancer: the best is the enhancer's completion and the worst the policy's (survey 3.1.4).
+    This is the best-of-n enhancer: the best completion is the enhancer's, the worst the policy's (survey 3.1.4).
     """
     known, value = _known(scores), scores.tolist().__getitem__
     return _pairs(scores, [(max(known, key=value), min(known, key=value))] if known else [], min_gap)
 
 
 def all_pairs(wins: Tensor, generator: torch.Generator) -> list[Pick]:  # (K, K)
-    """All K(K−1)/2 pairs with the probability that the first wins; a draw is a pair, too.
+    """Picks all K(K−1)/2 pairs, with the probability that the first wins; a draw is a pair, too.
 
-    With `sppo` the sum over them regresses each log-ratio Δ_i to (p_i − ½)/β, p_i the mean of P(i beats j) over the
-    others j: the win rates of survey S61 (there the mean has i itself in it, which multiplies 1/β by (K−1)/K).
+    With `sppo` the sum over the pairs regresses each log-ratio Δ_i to (p_i − ½)/β, where p_i is the mean of P(i beats
+    j) over the others j: the win rates of survey S61 (whose mean includes i itself, which multiplies 1/β by (K−1)/K).
     """
     picks = []
     for i in range(len(wins)):
@@ -66,16 +71,16 @@ def all_pairs(wins: Tensor, generator: torch.Generator) -> list[Pick]:  # (K, K)
 
 
 def pair(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.0) -> list[Pick]:  # (K, K)
-    """The pairs of which one is likelier to win: |P − ½| > min_gap/2."""
+    """Picks the pairs in which one completion is likelier to win: |P − ½| > min_gap/2."""
     return [pick for pick in all_pairs(wins, generator) if 2 * pick["prob"] - 1 > min_gap]
 
 
 def large_margin(wins: Tensor, generator: torch.Generator, *, min_gap: float = 0.2) -> list[Pick]:  # (K, K)
-    """All pairs whose win rates differ by min_gap or more, up to a rounding (DNO, arXiv 2404.03715, survey 3.11.3)."""
+    """Picks pairs whose win rates differ by min_gap or more, up to rounding (DNO, arXiv 2404.03715, survey 3.11.3)."""
     rates = win_rates(wins)
     known = sorted(_known(rates), key=lambda i: -rates[i].item())
     picks = _pairs(rates, [(a, b) for n, a in enumerate(known) for b in known[n + 1 :]], 0.0)
-    # Five verdicts make rates of whole fifths: 0.6 − 0.4 is a gap of 0.2, and less in binary.
+    # Five verdicts make rates in fifths: the gap 0.6 − 0.4 is 0.2, and less in binary.
     return [pick for pick in picks if pick["score_chosen"] - pick["score_rejected"] >= min_gap - 1e-6]
 
 
@@ -87,10 +92,10 @@ def rejection(
     beta: float = 0.5,
     rank: str = "first-round",
 ) -> list[Pick]:
-    """Pairs of n completions that statistical rejection sampling accepts (RSO, arXiv 2309.06657; survey S4).
+    """Picks pairs of n completions that statistical rejection sampling accepts (RSO, arXiv 2309.06657; survey S4).
 
-    rank: "first-round" makes n/2 pairs of neighbours in the order of acceptance; "tournament" goes on with the winners
-    until one is left, n − 1 pairs. The higher score of a pair is chosen; of equal ones there is none.
+    rank: "first-round" makes n/2 pairs of neighbours in the order of acceptance; "tournament" continues with the
+    winners until one is left, n − 1 pairs. The higher score of a pair is chosen; a pair of equal scores is left out.
     """
     if rank not in ("first-round", "tournament"):
         raise ValueError(f"rank must be first-round or tournament, got {rank!r}")
@@ -105,11 +110,11 @@ def rejection(
 
 
 def accepted(scores: Tensor, generator: torch.Generator, *, n: int, beta: float) -> list[int]:
-    """Indices of n of K candidates, in the order of acceptance (RSO's algorithm 1).
+    """Returns the indices of n of K candidates, in the order of acceptance (RSO's algorithm 1).
 
-    A candidate is accepted where u < exp((r − r_max)/β), u uniform, r_max the highest reward of those that are left; the
-    passes go on over the rest until n are accepted (or none is left). Accepted candidates are distributed
-    as π·exp(r/β) where the candidates are π's and many. β → ∞ accepts all, β → 0 those of the highest reward.
+    A candidate is accepted if u < exp((r − r_max)/β), with u uniform and r_max the highest reward of the candidates
+    left; passes over those left are repeated until n are accepted, or none is left. The accepted are distributed as
+    π·exp(r/β) if the candidates are many and drawn from π. β → ∞ accepts all, β → 0 those with the highest reward.
     """
     if not (beta > 0 and n >= 1):
         raise ValueError(f"expected beta > 0 and n >= 1, got beta={beta}, n={n}")
@@ -124,12 +129,12 @@ def accepted(scores: Tensor, generator: torch.Generator, *, n: int, beta: float)
 
 
 def against_rejected(count: Tensor, generator: torch.Generator) -> list[Pick]:  # ()
-    """All completions, against the data's rejected one (NN)."""
+    """Picks all completions, against the data's rejected one (NN)."""
     return [{"completions": list(range(int(count)))}] if count else []
 
 
 def only(count: Tensor, generator: torch.Generator) -> list[Pick]:  # ()
-    """Every completion, unjudged."""
+    """Picks every completion, unjudged."""
     return [{"chosen": i} for i in range(int(count))]
 
 
@@ -143,13 +148,6 @@ SELECTORS: Mapping[str, Selector] = {
     "large-margin": Selector(large_margin, "wins", "pair"),
     "against-rejected": Selector(against_rejected, "nothing", "list"),
 }
-
-
-def win_rates(wins: Tensor) -> Tensor:  # (K, K) → (K,)
-    """The mean probability of each to beat the others, NaN where none is known; a lone one has ½."""
-    if len(wins) == 1:
-        return torch.full((1,), 0.5)
-    return wins.masked_fill(torch.eye(len(wins), dtype=torch.bool), math.nan).nanmean(dim=1)
 
 
 def _known(scores: Tensor) -> list[int]:

@@ -1,5 +1,5 @@
-"""Reward functions: TRL's signature, several of them weighted, and every fault named or left out, never averaged in."""
+"""Rewards: reward functions; judges, reward models, their training and reports in the files of this folder."""
 
-from .functions import OWN_COLUMNS, PROMPT_INDEX, RewardError, RewardFunction, Rewards, Scored, load_reward, logger
+from .functions import OWN_COLUMNS, PROMPT_INDEX, RewardError, RewardFunction, Rewards, Scored, load_reward
 
-__all__ = ["OWN_COLUMNS", "PROMPT_INDEX", "RewardError", "RewardFunction", "Rewards", "Scored", "load_reward", "logger"]
+__all__ = ["OWN_COLUMNS", "PROMPT_INDEX", "RewardError", "RewardFunction", "Rewards", "Scored", "load_reward"]

@@ -1,4 +1,4 @@
-"""Reward functions: TRL's signature, several of them weighted, and every fault named or left out, never averaged in."""
+"""Reward functions with TRL's signature, weighted and summed; a fault raises an error or leaves its row out."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ logger = logging.getLogger("xpo_fast")
 
 RewardFunction = Callable[..., Any]
 
-PROMPT_INDEX = "prompt_index"  # a column of online runs: a number that the completions of one prompt share
-OWN_COLUMNS = ("prompts", "completions", "completion_ids")  # what a function is given of the samples
+PROMPT_INDEX = "prompt_index"  # a column of online runs: the number that the completions of one prompt share
+OWN_COLUMNS = ("prompts", "completions", "completion_ids")  # the arguments that come from the samples
 
 
 class RewardError(RuntimeError):
-    """A reward function failed as a whole: it raised, took too long, or returned no list of R numbers."""
+    """Raised if a reward function failed as a whole: it raised, took too long, or returned no list of R numbers."""
 
 
 @dataclass
 class Scored:
-    """What reward functions say of R samples."""
+    """The rewards of R samples by F reward functions."""
 
-    rewards: Tensor  # (R,) float32, the weighted sum; NaN where it could not be had
+    rewards: Tensor  # (R,) float32, the weighted sum; NaN where there is none
     each: Tensor  # (R, F) float32; NaN where a function returned None
     names: list[str]  # of the F functions
 
     @property
     def valued(self) -> Tensor:
-        """(R,) bool: the rows that have a reward."""
+        """The rows that have a reward, (R,) bool."""
         return ~self.rewards.isnan()
 
 
 class Rewards:
-    """Several reward functions as one: a weighted sum for every sample.
+    """Several reward functions as one: a weighted sum per sample.
 
         rewards = Rewards([accuracy, brevity], weights=[1.0, 0.2], timeout_s=60)
         scored = rewards(samples, {"answer": answers})
 
-    functions: one or more, each called as f(prompts=, completions=, completion_ids=, **columns) and returning R entries,
-        numbers or None (TRL's signature, without its trainer_state and loggers; a function without **kwargs is given
-        only what it names). It may be `async`. A reward model is such a function.
-    weights: one a function, 1 each if not given.
-    timeout_s: the longest that one call of one function may take. A function with a limit runs in a thread of its own,
-        for nothing else can be given up waiting for; what blocks stays behind in that thread until the process
-        ends. Without a limit it runs in the caller's thread, where signals work, too.
+    functions: one or more, each called as f(prompts=, completions=, completion_ids=, **columns) and returning R
+        entries, numbers or None (TRL's signature, without its trainer_state and loggers; a function without **kwargs
+        receives only the arguments that it names). It may be `async`. A reward model is such a function.
+    weights: one per function; default 1.
+    timeout_s: the limit in seconds for one call of one function. A function with a limit runs in a thread of its own,
+        since only a thread can be abandoned; a blocked call remains in that thread until the process ends. Without a
+        limit the function runs in the caller's thread, where signals work, too.
 
-    None: the function does not apply to the row, and the others' sum is its reward. NaN or an infinity: the row has
-    no reward, and a warning says so; likewise for a sum beyond float32. No function applies: no reward either. Such rows
-    are NaN in `Scored.rewards`. Raises RewardError, naming the function, if one raises (SystemExit too, which code under
-    test likes to raise; KeyboardInterrupt goes through), needs a column that the data have not, returns something other
+    An entry None means that the function does not apply to the row, whose reward is the sum of the others. A row has no
+    reward if no function applies, or, with a warning, if an entry is NaN or infinite or the sum is beyond float32. Such
+    rows are NaN in `Scored.rewards`. Raises RewardError, naming the function, if one raises (SystemExit too, which code
+    under test may raise; KeyboardInterrupt goes through), needs a column that the data lack, returns something other
     than R numbers, or takes longer than `timeout_s`.
     """
 
@@ -88,7 +88,10 @@ class Rewards:
         self.names = _names(self.functions)
 
     def __call__(self, samples: Samples, columns: Mapping[str, Sequence[Any]] | None = None) -> Scored:
-        """Score every sample. columns: further columns of the data by name, each with R entries, one a sample."""
+        """Returns the rewards of all samples. columns: further columns of the data by name, one entry per sample.
+
+        Raises ValueError for a column of another length or with a name of `OWN_COLUMNS`, and RewardError.
+        """
         rows = len(samples)
         columns = columns or {}
         for name, column in columns.items():
@@ -101,7 +104,7 @@ class Rewards:
         table = torch.full((rows, len(self.functions)), math.nan)
         lost = torch.zeros(rows, dtype=torch.bool)
         for i, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            # Lists of its own: a function that sorts or empties them must not change what is trained on.
+            # Copies per function: one that sorts or empties its lists must not change what is trained on.
             given = {
                 "prompts": list(samples.prompts),
                 "completions": list(samples.completions),
@@ -123,8 +126,8 @@ class Rewards:
         beyond = ~lost & ~total.isfinite()
         if beyond.any():
             logger.warning(
-                "the weighted rewards of %d of %d completions sum up to more than float32 holds: they have no reward and are "
-                "left out",
+                "the weighted rewards of %d of %d completions sum up to more than float32 holds: they have no reward "
+                "and are left out",
                 *(int(beyond.sum()), rows),
             )
         lost |= beyond | table.isnan().all(dim=1)
@@ -157,7 +160,10 @@ class Rewards:
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The reward function that "file.py:function" or "package.module:function" names; ValueError if there is none."""
+    """Returns the reward function that "file.py:function" or "package.module:function" names.
+
+    Raises ValueError if there is none.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(f"expected a reward function as file.py:function or package.module:function, got {spec!r}")
@@ -172,7 +178,7 @@ def load_reward(spec: str) -> RewardFunction:
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except Exception as error:  # the user's own code raises what it likes as it is run
+    except Exception as error:  # the user's code runs here and may raise anything
         raise ValueError(
             f"cannot import {place!r} to take the reward function {name!r} from: {type(error).__name__}: {error}"
         ) from error
@@ -184,6 +190,7 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 def _names(functions: Sequence[RewardFunction]) -> list[str]:
+    """Returns the functions' names, made distinct by a number where two are equal."""
     names: list[str] = []
     for function in functions:
         inner = function
@@ -196,7 +203,7 @@ def _names(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 def _accepted(function: RewardFunction, given: dict[str, Any], name: str) -> dict[str, Any]:
-    """Of what is given that which the function takes; RewardError if it needs more."""
+    """Returns the arguments that the function takes. Raises RewardError if it needs more."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
@@ -208,7 +215,8 @@ def _accepted(function: RewardFunction, given: dict[str, Any], name: str) -> dic
     ]
     if missing:
         raise RewardError(
-            f"reward function {name!r} needs {', '.join(missing)}, which the data have not: they have {', '.join(given)}"
+            f"reward function {name!r} needs {', '.join(missing)}, which the data have not: they have "
+            f"{', '.join(given)}"
         )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return given
@@ -216,7 +224,7 @@ def _accepted(function: RewardFunction, given: dict[str, Any], name: str) -> dic
 
 
 def _checked(values: Any, rows: int, name: str) -> list[float | None]:
-    """R numbers or None; RewardError for anything else."""
+    """Returns the function's values as R floats or None. Raises RewardError for anything else."""
     expected = f"reward function {name!r}: expected a list of {rows} numbers or None, one a completion"
     if hasattr(values, "tolist"):  # a tensor or an array
         try:
@@ -244,7 +252,7 @@ class _TookTooLong(Exception):
 
 
 def _in_thread(run: Callable[[], Any], timeout_s: float | None) -> Any:
-    """What `run` returns or raises; _TookTooLong if that takes longer, and it is left to itself."""
+    """Returns run(), called in a thread, or raises its error; after timeout_s abandons it and raises _TookTooLong."""
     outcome: dict[str, Any] = {}
     context = contextvars.copy_context()
 

@@ -1,7 +1,7 @@
-"""What a scorer of pairs is worth: accuracy, calibration, dependence on length, and the plots of them.
+"""Evaluation of scorers on pairs: accuracy, calibration, dependence on length, and plots of these.
 
-A scorer is a reward model, or a policy by its implicit reward β(log π − log ref); all are measured on the same pairs, so
-that they can be compared. For a pair, margin m = score of the chosen completion − score of the rejected one.
+A scorer is a reward model, or a policy by its implicit reward β(log π − log ref); all are measured on the same pairs,
+so that they can be compared. The margin m of a pair is the score of its chosen completion − that of its rejected one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from ..data import require
 from ..files import write_atomically
-from .model import encode_rows
+from .encoding import encode_rows
 
 CALIBRATION_BINS = 10
 LENGTH_BINS = 5
@@ -27,7 +27,7 @@ LENGTH_BINS = 5
 
 @dataclass(frozen=True)
 class PairScores:
-    """The scores of one scorer, and the lengths, of P pairs."""
+    """Scores of P pairs by one scorer, and the lengths of their completions in tokens."""
 
     name: str
     chosen: np.ndarray  # (P,)
@@ -35,7 +35,9 @@ class PairScores:
     chosen_tokens: np.ndarray  # (P,)
     rejected_tokens: np.ndarray  # (P,)
     is_logit: bool = True  # σ(margin) is P(chosen beats rejected)
-    prompts: np.ndarray | None = None  # (P,) int: pairs with the same number are of one prompt; None: each of its own
+    prompts: np.ndarray | None = (
+        None  # (P,) int: pairs of one prompt share a number; None: every pair has its own prompt
+    )
 
     def __post_init__(self) -> None:
         shapes = {x.shape for x in (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)}
@@ -50,27 +52,29 @@ class PairScores:
 
     @property
     def margin(self) -> np.ndarray:
+        """Score of the chosen completion − that of the rejected one, (P,)."""
         return self.chosen - self.rejected
 
     @property
     def right(self) -> np.ndarray:
-        """1 where the chosen completion has the higher score, ½ for equal ones, else 0."""
+        """1 where the chosen completion has the higher score, ½ for equal scores, else 0, (P,)."""
         return (np.sign(self.margin) + 1) / 2
 
     @property
     def gap(self) -> np.ndarray:
-        """By how many tokens the chosen completion is longer."""
+        """Tokens of the chosen completion − those of the rejected one, (P,)."""
         return self.chosen_tokens - self.rejected_tokens
 
 
 def summary(scores: PairScores) -> dict[str, Any]:
-    """The figures of one scorer, for JSON.
+    """Returns the figures of one scorer, as JSON values.
 
-    accuracy counts a tie ½; standard_error is its own, the pairs of a prompt taken together as one observation, and
-    accuracy_95 Wilson's interval of as many independent pairs as have that standard error. log_loss, brier and calibration are
-    of σ(margin) as P(chosen beats rejected); scale is the factor on the margins with the least log-loss on these very
-    pairs, 1 where they are calibrated (None: no finite one, where all margins are of one sign). length_correlation
-    is Pearson's of score and tokens over all completions; longer_wins the accuracy of preferring the longer one.
+    accuracy counts a tie as ½. standard_error is that of the accuracy, with the pairs of a prompt as one observation;
+    accuracy_95 is Wilson's interval for the number of independent pairs with that standard error. log_loss, brier and
+    calibration take σ(margin) as P(chosen beats rejected). scale is the factor on the margins with the least log-loss
+    on these pairs: 1 for calibrated margins, None if all margins have one sign, where no finite factor is best.
+    length_correlation is Pearson's, of score and tokens over all completions; longer_wins is the accuracy of preferring
+    the longer completion.
     """
     n, right, margin = len(scores.margin), scores.right, scores.margin
     accuracy = float(right.mean())
@@ -115,7 +119,10 @@ def _probabilities(margin: np.ndarray) -> dict[str, Any]:
 
 
 def standard_error(x: np.ndarray, cluster: np.ndarray | None) -> float:
-    """Of the mean of x (n,): √Σ_g(Σ_{i∈g}(x_i − x̄))²/n, the sums over clusters (n,); over the entries where there are none."""
+    """Returns the standard error of the mean of x (n,): √Σ_g(Σ_{i∈g}(x_i − x̄))²/n, g the clusters.
+
+    cluster: (n,) the cluster of each entry; None: each entry is its own.
+    """
     off = x - x.mean()
     if cluster is not None:
         off = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=off)
@@ -123,7 +130,7 @@ def standard_error(x: np.ndarray, cluster: np.ndarray | None) -> float:
 
 
 def _independent(x: np.ndarray, cluster: np.ndarray | None) -> float:
-    """As how many independent entries x (n,) counts."""
+    """Returns the number of independent entries whose mean would have the standard error of the mean of x (n,)."""
     if cluster is None:
         return len(x)
     clusters, error = len(np.unique(cluster)), standard_error(x, cluster)
@@ -131,16 +138,16 @@ def _independent(x: np.ndarray, cluster: np.ndarray | None) -> float:
 
 
 def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share p of n."""
+    """Returns Wilson's interval for a share p of n; z = 1.96 gives 95%."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return centre - half, centre + half
 
 
 def calibration(margin: np.ndarray, bins: int = CALIBRATION_BINS) -> list[dict[str, float]]:
-    """For confidences σ(|m|) in equal bins over [½, 1]: their mean, how often the scorer was right, how many pairs.
+    """Returns mean confidence, accuracy and number of pairs for equal bins of the confidence σ(|m|) over [½, 1].
 
-    The prediction is the completion that scores higher; a tie is right half the time. Empty bins are left out.
+    The prediction is the completion that scores higher; a tie counts as half right. Empty bins are left out.
     """
     confidence, right = _sigmoid(np.abs(margin)), (np.sign(margin) + 1) / 2
     at = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -158,7 +165,7 @@ def calibration(margin: np.ndarray, bins: int = CALIBRATION_BINS) -> list[dict[s
 
 
 def best_scale(margin: np.ndarray) -> float | None:
-    """The s with the least mean log(1 + e^{−s·m}); None if there is none, where every margin is of one sign or 0."""
+    """Returns the s with the least mean log(1 + e^{−s·m}), by bisection; None if no two margins have opposite signs."""
     if not ((margin > 0).any() and (margin < 0).any()):
         return None
 
@@ -177,7 +184,7 @@ def best_scale(margin: np.ndarray) -> float | None:
 
 
 def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str, float]]:
-    """Accuracy in quantiles of `gap`: the shortest chosen completions against theirs first."""
+    """Returns the accuracy in `bins` quantiles of `PairScores.gap`, in increasing order of the gap."""
     edges = np.quantile(scores.gap, np.linspace(0, 1, bins + 1))
     at = np.searchsorted(edges[1:-1], scores.gap, side="left")
     rows = []
@@ -200,7 +207,10 @@ def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str,
 
 
 def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
-    """Two scorers on the same pairs: accuracy of a − that of b with its paired standard error, and how they agree."""
+    """Returns the difference of two scorers' accuracies on the same pairs, its standard error, and their agreement.
+
+    Raises ValueError for different numbers of pairs.
+    """
     if len(a.margin) != len(b.margin):
         raise ValueError(f"expected the same pairs, {a.name} has {len(a.margin)} and {b.name} {len(b.margin)}")
     difference = a.right - b.right
@@ -216,13 +226,14 @@ def compare(a: PairScores, b: PairScores) -> dict[str, Any]:
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Returns Pearson's correlation; None if one side is constant."""
     if x.std() == 0 or y.std() == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values the mean of theirs."""
+    """Returns the ranks from 1; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -237,7 +248,7 @@ _COLOURS = {"chosen": "#1b7837", "rejected": "#c2502f", "line": "#2b4a78"}
 
 
 def plot(scores: PairScores, path: str | Path) -> None:
-    """One picture of a scorer: scores, margins, calibration, accuracy by length gap, lengths, score against length."""
+    """Writes a PNG of one scorer: scores, margins, calibration, accuracy by length gap, lengths, score by length."""
     figure, axes = _figure(2, 3, f"{scores.name}, {len(scores.margin)} pairs")
     figures = summary(scores)
     _distributions(axes[0][0], scores.chosen, scores.rejected, "score")
@@ -264,15 +275,15 @@ def plot(scores: PairScores, path: str | Path) -> None:
     ):
         axes[1][2].scatter(tokens, values, s=5, alpha=0.5, color=_COLOURS[name], label=name)
     correlation = figures["length_correlation"]
-    said = "none" if correlation is None else f"{correlation:.2f}"
-    axes[1][2].set(title=f"score and length, correlation {said}")
+    shown = "none" if correlation is None else f"{correlation:.2f}"
+    axes[1][2].set(title=f"score and length, correlation {shown}")
     axes[1][2].set(xlabel="tokens of the completion", ylabel="score")
     axes[1][2].legend()
     _save(figure, path)
 
 
 def plot_comparison(a: PairScores, b: PairScores, path: str | Path) -> None:
-    """The margins of two scorers on the same pairs against each other, and their accuracies by length gap."""
+    """Writes a PNG of two scorers on the same pairs: margins against each other, accuracies by length gap."""
     found = compare(a, b)
     figure, (left, right) = _figure(1, 2, f"{a.name} and {b.name}, {len(a.margin)} pairs")
     left.scatter(a.margin, b.margin, s=6, alpha=0.5, color=_COLOURS["line"])
@@ -340,11 +351,12 @@ def score_pairs(
     *,
     is_logit: bool | None = None,
 ) -> PairScores:
-    """A scorer's scores of loaded pairs (`data.load(…, kind="pair")`).
+    """Returns a scorer's scores of loaded pairs (`data.load(…, kind="pair")`).
 
-    scorer: has score(prompts, completions) → (R,), and a tokenizer. One that has only compare(), a preference model, gives the
-    logit of P(chosen beats rejected) to the chosen and 0 to the rejected completion. is_logit: None for what the scorer, or
-    its `spec`, says; without its being one there is no calibration.
+    scorer: an object with score(prompts, completions) → (R,), a tokenizer and a spec. A preference model has only
+        compare(): the chosen completion gets the logit of P(chosen beats rejected), the rejected one 0.
+    is_logit: whether σ(margin) is a probability, without which there is no calibration; None: as the scorer, or its
+        `spec`, declares.
     """
     if is_logit is None:
         is_logit = bool(getattr(scorer, "is_logit", scorer.spec.is_logit))

@@ -1,15 +1,13 @@
-"""Training a reward model: a value head's outputs of whole batches into the methods of methods/reward.py.
+"""Training of a reward model: the methods of methods/reward.py on a value head's outputs for a whole batch.
 
-Checkpoints, resume and the rest are the Trainer's, as in trainer.py; the reward and the token log-probs of GRM and HAF
-come from one forward.
+Checkpoints, resume and the rest are transformers' Trainer's, as in trainer/; the rewards, and the log-probs that GRM
+and HAF need, come from one forward.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,50 +17,48 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..data.kinds import KINDS, DataError, Kind
-from ..data.rows import check_names, shape_row
+from ..data import KINDS, DataError, Kind
 from ..head import sequence_logps
+from ..methods import get_method
 from ..methods.math import check_choice
-from ..methods.registry import get_method
 from ..methods.reward import odin
 from ..models import Head, install_fused_loss, load_model
 from ..models.fused_loss import causal_lm
-from ..models.value_head import SavesValueHead, ValueHead, attach_value_head, load_value_head, value_head
+from ..models.value_head import (
+    SavesValueHead,
+    ValueHead,
+    attach_value_head,
+    detach_value_head,
+    load_value_head,
+    value_head,
+)
 from ..reduce import count_metrics, mean_metrics
 from ..trainer import (
     UnitTrainer,
     XPOConfig,
     check_head,
     check_rows,
-    each,
+    map_splits,
     warn_of_lost_updates,
     warn_of_trained_adapter,
     with_adapter,
     with_lengths,
 )
-from ..trainer.preference import PreTrainedTokenizerBase, set_seed
+from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.reference import LiveReference, rows_fingerprint
-from .model import (
-    SPEC_FILE,
-    USES,
-    RewardModel,
-    RewardSpec,
-    _pad_id,
-    extend_with_gate,
-    joined,
-    save_spec,
-    separators,
-    width_of,
-)
-
-_READS_LOGPS = ("grm", "haf")
+from .encoding import both_orders, pad_id, separators
+from .model import RewardModel
+from .ratings import load_ratings
+from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
 
 @dataclass
 class RewardConfig(XPOConfig):
-    """`XPOConfig` for a reward model: `method` is one of `reward_model.USES`. What is said of length is for scoring alone."""
+    """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring only."""
 
-    method: str = field(default="bradley_terry", metadata={"help": "What trains the reward model: " + ", ".join(USES)})
+    method: str = field(
+        default="bradley_terry", metadata={"help": "The method that trains the reward model: " + ", ".join(USES)}
+    )
     objectives: list[str] | None = field(
         default=None,
         metadata={
@@ -71,23 +67,26 @@ class RewardConfig(XPOConfig):
         },
     )
     objective_weights: list[float] | None = field(
-        default=None, metadata={"help": "Of the objectives in the reward of regression. None: their mean."}
+        default=None, metadata={"help": "Weights of the objectives in the reward of regression. None: their mean."}
     )
     length_alpha: float | None = field(
         default=None,
-        metadata={"help": "The reward is divided by this number of tokens + those of the completion."},
+        metadata={"help": "Divides the reward by this number + the tokens of the completion."},
     )
-    length_target: float = field(default=0.0, metadata={"help": "Tokens that cost nothing, with length_lam."})
+    length_target: float = field(
+        default=0.0, metadata={"help": "Length in tokens that costs nothing, with length_lam."}
+    )
     length_lam: float = field(
-        default=0.0, metadata={"help": "What a token more or less than length_target costs of the reward."}
+        default=0.0, metadata={"help": "Reward subtracted per token more or fewer than length_target."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of AdamW."})
     value_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the value head, which begins at nothing. None: learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the value head, whose weights begin near 0. None: learning_rate."},
     )
 
     def spec(self) -> RewardSpec:
-        """What is kept of the reward model that these arguments describe. ValueError for what does not fit together."""
+        """Returns the spec of the reward model. Raises ValueError if the arguments contradict each other."""
         check_choice("method", self.method, tuple(USES))
         if self.tile_mib is not None:
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
@@ -106,20 +105,21 @@ class RewardConfig(XPOConfig):
 
 
 class RewardTrainer(SavesValueHead, UnitTrainer):
-    """Train a reward model.
+    """Trainer of a reward model.
 
-    model: a causal LM of transformers, a PEFT model, or a name for `load_model`; with a value head (also that of a
-        reward model's folder) training goes on from it. `gated` on a model that `regression` has trained learns the gate
-        alone, as ArmoRM does.
+    model: a causal LM of transformers, a PEFT model, or a name for `load_model`. If it has a value head (a reward
+        model's folder has one), training continues from it. `gated` on a model that `regression` has trained learns the
+        gate alone, as ArmoRM does.
     train_dataset, eval_dataset: anything `data.load` reads, of the method's kind. For `regression` rows of prompt,
-        completion and the numbers named in args.objectives; one that is null is left out of the loss.
+        completion and the numbers named in args.objectives; a number that is null is left out of the loss.
     processing_class, peft_config: as in `XPOTrainer`.
 
-    Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from it, and
-    bradley_terry by −p log σ(h) − (1−p) log σ(−h), for which the data have no margin.
+    Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from
+    it, and bradley_terry by −p log σ(h) − (1−p) log σ(−h), if the data have no margin.
 
-    The value head begins with weights of variance 1/(D + 1) and bias 0 (Stiennon et al., arXiv 2009.01325). The rewards
-    are read at the last token, EOS unless the completion was cut. ODIN's correlations are those of a micro-batch.
+    The weights of a new value head are drawn with standard deviation 1/(D + 1), its bias is 0. (Stiennon et al., arXiv
+    2009.01325, draw them with variance 1/(D + 1), which is wider by √(D + 1).) The rewards are read at the last token,
+    EOS unless the completion was cut. ODIN's correlations are those of a micro-batch.
     """
 
     args: RewardConfig
@@ -138,48 +138,53 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     ) -> None:
         args = RewardConfig() if args is None else args
         self.spec = args.spec()
-        if self.spec.method == "haf" and args.reference == "none":
-            raise ValueError('haf compares the policy with a reference: use reference="auto", "copy" or "adapter"')
+        # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
+        self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
+        self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
+        if self.method is not None and self.method.needs_reference and args.reference == "none":
+            raise ValueError(
+                f'{self.method.name} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
+            )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
         if isinstance(model, str):
             folder = Path(model)
             model, tokenizer = load_model(model)
             processing_class = processing_class or tokenizer
-            # Without its description a value head there is that of something else, of a critic perhaps.
+            # A value head without a spec beside it belongs to something else, a critic perhaps.
             if (folder / SPEC_FILE).is_file():
                 load_value_head(model, folder)
         if processing_class is None:
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
         warn_of_lost_updates(model, args)
-        set_seed(args.seed)  # adapter and head begin at random, before Trainer would see to that
-        gate_alone = self._has_rewards(model)
+        set_seed(args.seed)  # adapter and head are drawn at random here, before Trainer sets the seed
+        # A gate is trained alone on rewards that the model already has.
+        self.gate_alone = self.spec.form == "gated" and value_head(model) is not None
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         install_fused_loss(model)
-        if gate_alone:
+        if self.gate_alone:
             if args.weight_decay:
                 raise ValueError("weight_decay would shrink the rewards that a gate is learned for: set it to 0")
             model.requires_grad_(False)
             if value_head(model).outputs < self.spec.outputs:  # type: ignore[union-attr]
-                extend_with_gate(model)
-        if self.spec.method != "haf":
+                _extend_with_gate(model)
+        if not (self.method and self.method.trains_head):
             _freeze_lm_head(model)
-        # Narrow enough for the loss to begin at ln 2: what a wider one says of length has to be unlearned (docs/log.md).
-        attach_value_head(model, self.spec.outputs, std=1 / (width_of(model) + 1))
-        self.gate_alone = gate_alone
+        # Narrow enough for the loss to begin at ln 2: the length bias of wider ones has to be unlearned (docs/log.md).
+        attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
-        pad = _pad_id(processing_class)
+        collator = RewardCollator(pad_id(processing_class), self.spec, processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or RewardCollator(pad, self.spec, processing_class),
+            data_collator=kwargs.pop("data_collator", None) or collator,
             train_dataset=self._encode(train_dataset),
-            eval_dataset=each(eval_dataset, self._encode),
+            eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
             **kwargs,
         )
-        if self.spec.method in _READS_LOGPS and self.train_dataset is not None:
+        if self._reads_logps and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
@@ -193,13 +198,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def _compares_with_reference(self) -> bool:
-        wanted = self.spec.method == "haf" or self.settings.get("regulariser") == "dpo"
+        needed = self.method is not None and self.method.needs_reference
+        wanted = needed or self.settings.get("regulariser") == "dpo"
         return wanted and self.args.reference != "none"
-
-    def _has_rewards(self, model: Any) -> bool:
-        """Whether this is a gate's training on rewards that are there."""
-        present = value_head(model)
-        return self.spec.form == "gated" and present is not None
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
@@ -209,10 +210,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
             dataset = data.load(dataset, kind=self.kind.name)
-        if self.kind.listed and "scores" not in dataset.column_names:
-            raise DataError("k_wise ranks the completions of a prompt by their scores; got lists without scores")
-        if self.spec.method == "discriminator" and "label" not in dataset.column_names:
-            raise DataError("discriminator learns from the label of each row; got rows without label")
+        name, inputs = self.spec.method, self.method.inputs if self.method else ()
+        if "ranks" in inputs and "scores" not in dataset.column_names:
+            raise DataError(f"{name} ranks the completions of a prompt by their scores; got lists without scores")
+        if "desirable" in inputs and "label" not in dataset.column_names:
+            raise DataError(f"{name} learns from the label of each row; got rows without label")
         encoded = data.encode(
             dataset,
             self._tokenizer,
@@ -229,7 +231,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         return with_lengths(encoded, self.args)
 
     def reward_model(self) -> RewardModel:
-        """The model in training as a reward model, the same weights."""
+        """Returns the model in training as a `RewardModel` that shares its weights."""
         model: Any = self.accelerator.unwrap_model(self.model)
         return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size)
 
@@ -239,6 +241,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def made_with(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that wrote a checkpoint."""
         about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
         return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
 
@@ -252,7 +255,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         return self._valid(batch).sum()
 
     def _valid(self, batch: dict[str, Tensor]) -> Tensor:
-        """Which units count, (U,) bool."""
+        """Returns the units that count, (U,) bool."""
         scored = (batch["targets"] != data.IGNORE_INDEX).any(dim=1)
         if self.kind.listed:
             return scored.view(batch["list_lengths"].shape[0], -1).any(dim=1)
@@ -271,7 +274,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, *rows[1:])
-            logps = self._logps(hidden, lm_head, rows[2]) if self.spec.method in _READS_LOGPS else None
+            logps = self._logps(hidden, lm_head, rows[2]) if self._reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {
@@ -284,14 +287,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         return out["loss"], (out["loss"].detach(),), out["metrics"], out["counts"]
 
     def _logps(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-        """Summed log-probs of the rows (R,); GRM's language model head is frozen."""
-        weight = head.weight
-        options: dict[str, Any] = head.kwargs()
-        if self.spec.method == "grm":
-            weight = weight.detach()
-            options = {k: x.detach() if isinstance(x, Tensor) else x for k, x in options.items()}
-        options["backend"] = self.args.backend
-        return sequence_logps(hidden, weight, targets, **options)[0]
+        """Returns the summed log-prob of each row (R,); GRM's language model head is frozen."""
+        if not (self.method and self.method.trains_head):
+            parts = {k: x.detach() for k, x in vars(head).items() if isinstance(x, Tensor)}
+            head = dataclasses.replace(head, **parts)
+        return sequence_logps(hidden, head, targets, backend=self.args.backend)[0]
 
     def _losses(
         self,
@@ -302,11 +302,10 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         ref_logps: Tensor | None,  # (R,)
         valid: Tensor,  # (U,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's losses (U,), whatever where not valid, and metrics."""
-        name, form = self.spec.method, self.spec.form
-        if form == "odin":
+        """Returns the method's losses (U,), meaningless where not valid, and its metrics."""
+        method, form = self.method, self.spec.form
+        if method is None:
             return self._odin(inputs, head, outputs, valid)
-        method = get_method(name)
         given: dict[str, Any] = dict(self.settings)
         if form == "preference":
             # Both orders of every pair, with the probability of the one that comes first.
@@ -320,28 +319,29 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             rewards, gate = outputs.split(count, dim=1)
             rewards = rewards.detach() if self.gate_alone else rewards
             w, l = rewards.chunk(2)  # noqa: E741
-            gate = gate[: len(w)]  # of the prompt, which the two share
+            gate = gate[: len(w)]  # the prompt's, which both completions share
             return method(rewards_w=w, rewards_l=l, gate_w=gate, gate_l=gate, **given)
         if form == "objectives":
             ratings = inputs["ratings"]
             return method(rewards=outputs, targets=ratings, mask=ratings.isfinite(), **given)
         reward = outputs[:, 0]
-        if name == "discriminator":
+        if "desirable" in method.inputs:
             return method(logit=reward, desirable=inputs["desirable"], **given)
-        if name == "k_wise":
+        if "ranks" in method.inputs:
             scores = inputs["scores"]
             mask = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1).view(scores.shape)
             ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(dim=-1)
             return method(rewards=reward.view(scores.shape), ranks=ranks, mask=mask, **given)
         given |= _sides("reward", reward)
+        soft = "prob_w" in inputs and method.name in SOFT_LABELS
         if "margin" in method.inputs and "margin" in inputs:
-            if name == "bradley_terry" and "prob_w" in inputs:
-                raise ValueError("bradley_terry takes prob or a margin of a pair, the data have both: drop one")
+            if soft:
+                raise ValueError(f"{method.name} takes prob or a margin of a pair, the data have both: drop one")
             given["margin"] = inputs["margin"]
         if logps is not None:
             given |= _sides("logp", logps) | ({} if ref_logps is None else _sides("ref_logp", ref_logps))
         losses, metrics = method(**given)
-        if name == "bradley_terry" and "prob_w" in inputs:
+        if soft:
             # A soft label: the cross-entropy of p, the two orders weighted by their probabilities.
             p = inputs["prob_w"]
             given |= {"reward_w": given["reward_l"], "reward_l": given["reward_w"]}
@@ -351,7 +351,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _odin(
         self, inputs: dict[str, Tensor], head: ValueHead, outputs: Tensor, valid: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """ODIN's loss of the batch, given to each of its pairs."""
+        """Returns ODIN's loss of the batch, repeated for each of its pairs, and its metrics."""
         lengths = (inputs["targets"] != data.IGNORE_INDEX).sum(dim=1)
         quality, length = outputs.unbind(dim=1)
         sides = _sides("quality", quality) | _sides("length", length) | _sides("len", lengths)
@@ -370,21 +370,39 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
 
 def _freeze_lm_head(model: nn.Module) -> None:
-    """A weight that no loss reads has no gradient, which wrappers for several processes take for a mistake."""
+    """Freezes the LM head: wrappers for several processes take a trainable weight without a gradient for a mistake."""
     lm: Any = causal_lm(model)
     weight = lm.get_output_embeddings().weight
     if weight is not lm.get_input_embeddings().weight:
         lm.get_output_embeddings().requires_grad_(False)
 
 
+def _extend_with_gate(model: nn.Module) -> None:
+    """Replaces a value head of K rewards by one of the same K rewards and K gate logits, which weigh them equally."""
+    present = value_head(model)
+    assert present is not None
+    count = present.outputs
+    detach_value_head(model)
+    made = attach_value_head(model, 2 * count)
+    with torch.no_grad():
+        made.weight[:count] = present.weight
+        made.bias[:count] = present.bias
+
+
+def _width_of(model: nn.Module) -> int:
+    """Returns D, the width of the hidden states that a causal LM's head reads."""
+    weight: Any = causal_lm(model).get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[1]
+
+
 def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
-    """The halves of (2P,), chosen and rejected."""
+    """Returns the chosen and the rejected half of x (2P,), under the names of a method's inputs."""
     w, l = x.chunk(2)  # noqa: E741
     return {f"{name}_w": w, f"{name}_l": l}
 
 
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
-    """The method's hyperparameters in args.method_args; ValueError for one that it has not."""
+    """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown name or no number."""
     given: Any = args.method_args or {}
     settings: dict[str, Any] = dict(given)
     of = odin if args.method == "odin" else get_method(args.method).fn
@@ -406,7 +424,7 @@ def checked_settings(args: RewardConfig) -> dict[str, Any]:
 
 @dataclass
 class RewardCollator:
-    """`data.Collator`, and what reward models have beside: ratings (B, K), and the two orders of a preference model."""
+    """`data.Collator` for reward models: adds the ratings (B, K), and both orders of pairs for a preference model."""
 
     pad_token_id: int
     spec: RewardSpec
@@ -419,7 +437,7 @@ class RewardCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self.spec.form == "preference":
-            pairs = [joined(row, self._between, self._after) for row in features]
+            pairs = [both_orders(row, self._between, self._after) for row in features]
             features = [
                 {**row, "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
                 for row, (a, b) in zip(features, pairs, strict=True)
@@ -428,58 +446,3 @@ class RewardCollator:
         if "ratings" in features[0]:
             batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
         return batch
-
-
-def load_ratings(
-    source: Any,
-    objectives: Sequence[str],
-    *,
-    split: str = "train",
-    columns: Mapping[str, str] | None = None,
-    config: str | None = None,
-    seed: int = 42,
-) -> tuple[Any, list[list[float]]]:
-    """Rows of prompt and completion as `data.load` gives them, and their numbers of the objectives, NaN where null.
-
-    The other arguments are those of `data.load`. DataError for a row without one of the objectives, with something else than
-    a number, or with none that is not null.
-    """
-
-    def shape(row: Any, where: str) -> list[dict[str, Any]]:
-        ratings = _ratings(row, objectives, where) if isinstance(row, dict) else []
-        # The reward is there for the form's sake: the ratings are kept beside the rows.
-        read = {**row, "label": None, "reward": 0.0, "value": None} if isinstance(row, dict) else row
-        return [{**shaped, "ratings": ratings} for shaped in shape_row(read, KINDS["unpaired"], where)]
-
-    check_names(columns or (), also=objectives)
-    rows = data.load_rows(
-        source,
-        shape,
-        split=split,
-        columns=columns,
-        config=config,
-        seed=seed,
-        expected=f"prompt, completion and {', '.join(objectives)}",
-    )
-    return rows.remove_columns("ratings"), list(rows["ratings"])
-
-
-def _ratings(row: Mapping[Any, Any], objectives: Sequence[str], where: str) -> list[float]:
-    missing = [name for name in objectives if name not in row]
-    if missing:
-        raise DataError(
-            f"{where}: {', '.join(missing)} missing; expected prompt, completion and the numbers "
-            f"{', '.join(objectives)}; got {', '.join(map(str, row))}"
-        )
-    found = [_rating(row[name], name, where) for name in objectives]
-    if all(map(math.isnan, found)):
-        raise DataError(f"{where}: {', '.join(objectives)} are null; rate the completion, or drop the row")
-    return found
-
-
-def _rating(value: Any, name: str, where: str) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{where}: {name} must be a finite number or null; got {value!r}")
-    return float(value)

@@ -1,5 +1,7 @@
-"""Online RL on `transformers.Trainer`: completions are sampled and scored, and a policy method takes a few steps on them."""
+"""Online RL on `transformers.Trainer`: sampled and scored completions, and a few steps of a policy method on them."""
 
-from .trainer import STATE_FILE, RLTrainer, last_checkpoint, logger
+from .checkpoint import STATE_FILE, last_checkpoint
+from .config import RLConfig
+from .trainer import RLTrainer
 
-__all__ = ["STATE_FILE", "RLTrainer", "last_checkpoint", "logger"]
+__all__ = ["STATE_FILE", "RLConfig", "RLTrainer", "last_checkpoint"]

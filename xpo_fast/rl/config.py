@@ -1,4 +1,4 @@
-"""RLConfig: what is asked about online RL, and what of it goes together."""
+"""RLConfig: the arguments of online RL, and the checks of which go together."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..methods import METHODS
+from ..methods.advantages import ADVANTAGES, OF_GROUPS
+from ..methods.registry import RLDefaults
 from ..objective import Objective
 from ..objective.terms import parse_terms
 from ..trainer import MethodConfig
 from ..wording import did_you_mean
-from .experience import ADVANTAGES, OF_GROUPS
 
-_PPO = ("ppo", "ppo_penalty", "ppo_ptx")
-# What the authors of a method subtract from its rewards and divide them by; of the others: "group".
-_ADVANTAGE = {
-    **dict.fromkeys(_PPO, "gae"),
-    "dr_grpo": "group_mean",
-    "rloo": "leave_one_out",
-    "reinforce": "batch_mean",
-    "nash_md": "reward",
-}
-_PPO_KL = 0.05
-_DAPO_DRAWS = 10  # as its authors run it (verl's max_num_gen_batches)
-_CISPO_CAP = 5.0  # ScaleRL (arXiv 2510.13786)
+
+def _of_methods(name: str) -> str:
+    """Returns "10 for dapo, else 1": a default that follows the method, as the cards have it."""
+    plain, others = getattr(RLDefaults(), name), dict[Any, list[str]]()
+    for method in METHODS.values():
+        if (own := getattr(method.card.rl, name)) != plain:
+            others.setdefault(own, []).append(method.name)
+    return "".join(f"{own} for {', '.join(names)}, " for own, names in others.items()) + f"else {plain}"
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError where the value of the argument `name` is none of the choices."""
     if value not in choices:
         raise ValueError(
             f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
@@ -37,41 +35,47 @@ def _choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 @dataclass
 class RLConfig(MethodConfig):
-    """What is asked about training on the policy's own completions.
+    """Arguments of training on the policy's own completions.
 
     per_device_train_batch_size is in completions. A rollout has prompts_per_rollout × num_generations of them, on all
     processes together; epochs_per_rollout passes over them are cut into steps of per_device_train_batch_size ×
     gradient_accumulation_steps × processes. num_train_epochs counts passes over the prompts.
 
-    Log-probs are of softmax(z / temperature) over the whole vocabulary, in the ratio, in every divergence and in the loss;
-    what top_p and top_k cut off when sampling is not corrected for, unless off_policy= says so. They are measured without
-    dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first step.
+    Log-probs are those of softmax(z / temperature) over the whole vocabulary, in the ratio, in every divergence and in
+    the loss; the cuts of top_p and top_k in sampling are not corrected for, unless off_policy says so. They are
+    measured without dropout, and steps are taken with it: a model with dropout has ratios other than 1 from the first
+    step.
 
-    With a method comes what its authors add to its loss: how rewards become advantages; for the ppo family a critic, and the
-    divergence from the reference in the reward; for dapo dynamic sampling (max_draws) and the penalty on long completions
-    (overlong). Each is an argument that can be set otherwise.
+    A method's defaults include what its authors add to its loss: how rewards become advantages; for the ppo family a
+    critic, and the divergence from the reference in the reward; for dapo dynamic sampling (max_draws) and the penalty
+    on long completions (overlong). Each is an argument that can be set otherwise.
 
-    rloo is on-policy with one step a rollout, and its clipped variant (variant="clipped") with several.
+    rloo is on-policy with one step per rollout, and uses its clipped variant (variant="clipped") with several.
     """
 
     method: str = field(default="grpo", metadata={"help": "A policy method of xpo_fast.METHODS, or a sum."})
-    num_generations: int = field(default=8, metadata={"help": "Completions of a prompt."})
+    num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
     prompts_per_rollout: int | None = field(
-        default=None, metadata={"help": "Prompts of a rollout. None: what one step trains on."}
+        default=None, metadata={"help": "Prompts per rollout. None: those that one step trains on."}
     )
     epochs_per_rollout: int = field(default=1, metadata={"help": "Passes over the completions of a rollout."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of every log-prob."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of every log-prob."})
     top_p: float = field(
-        default=1.0, metadata={"help": "Sample from so much of the distribution; log-probs are of all of it."}
+        default=1.0,
+        metadata={
+            "help": "Nucleus sampling: the smallest set of tokens with this probability; log-probs are over all tokens."
+        },
     )
-    top_k: int | None = field(default=None, metadata={"help": "Sample from so many tokens; likewise."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Sample from the k most likely tokens; log-probs are over all tokens."}
+    )
     stop: tuple[str, ...] = field(default=(), metadata={"help": "Texts that end a completion."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Completions sampled at a time."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Completions per batch of sampling."})
     continuous_batching: bool = field(
         default=False,
         metadata={
-            "help": "Sample by transformers' continuous batching on CUDA, where the model goes along with it: faster, and "
+            "help": "Sample by transformers' continuous batching on CUDA if the model supports it: faster, and "
             "the same seed need not give the same completions."
         },
     )
@@ -79,15 +83,16 @@ class RLConfig(MethodConfig):
         default=None,
         metadata={
             "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
-            f"are drawn in their place, at most so many times a rollout. 1: no. None: {_DAPO_DRAWS} for dapo, else 1."
+            "are drawn in their place, at most this many times per rollout. 1: never. None: "
+            f"{_of_methods('max_draws')}."
         },
     )
     overlong: str = field(
         default="auto",
         metadata={
             "help": "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty "
-            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before), or auto: penalty for dapo, "
-            "else keep."
+            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before), or auto: "
+            f"{_of_methods('overlong')}."
         },
     )
     overlong_buffer: int | None = field(
@@ -95,40 +100,43 @@ class RLConfig(MethodConfig):
         metadata={"help": "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."},
     )
     missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Taken off the reward of a truncated completion."}
+        default=0.0, metadata={"help": "Subtracted from the reward of a truncated completion."}
     )
     advantage: str = field(default="auto", metadata={"help": f"auto (the method's own), {', '.join(ADVANTAGES)}."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Of gae: mean 0, variance 1 in a rollout."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount of gae."})
-    lam: float = field(default=0.95, metadata={"help": "λ of gae."})
-    vf_coef: float = field(default=0.1, metadata={"help": "What the critic's loss is multiplied by, with gae."})
-    value_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the critic's value head, with gae. None: learning_rate."}
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "With gae: scale advantages to mean 0, variance 1 per rollout."}
     )
-    value_clip: float = field(default=0.2, metadata={"help": "A value's clipping range around its old value."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount γ of gae."})
+    lam: float = field(default=0.95, metadata={"help": "λ of gae."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss, with gae."})
+    value_head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic's value head, with gae. None: learning_rate."}
+    )
+    value_clip: float = field(default=0.2, metadata={"help": "Clipping range of a value around its old value."})
     reference: str = field(
         default="auto",
-        metadata={"help": "The reference policy: adapter (switched off), copy, none, or auto: what is needed."},
+        metadata={"help": "The reference policy: adapter (switched off), copy, none, or auto: the one needed."},
     )
     ref_mixin: float = field(
         default=0.0,
         metadata={
-            "help": "After every rollout: reference ← (1 − x)·reference + x·policy, weight by weight; of a PEFT model the adapter's."
+            "help": "After every rollout: reference ← (1 − x)·reference + x·policy for every weight; of a PEFT model "
+            "for the adapter's."
         },
     )
     kl_coef: float | None = field(
         default=None,
         metadata={
-            "help": "What log π − log ref of the sampled tokens, unbiased for the divergence and for its gradient, is "
-            "multiplied by before it is taken off the reward. "
-            f"None: {_PPO_KL} for the ppo family, else 0. In the loss it is the method's beta."
+            "help": "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the "
+            "sampled tokens (k1: unbiased in value and gradient). "
+            f"None: {_of_methods('kl_coef')}. In the loss it is the method's beta."
         },
     )
     kl_target: float | None = field(
         default=None,
         metadata={
-            "help": "Adaptive KL: kl_coef (or the method's beta) is raised above so many nats a completion and "
-            "lowered below; for ppo_penalty, nats a token from the sampling policy."
+            "help": "Adaptive KL: kl_coef (or the method's beta) is raised where the divergence is above this many "
+            "nats per completion, and lowered below; for ppo_penalty, nats per token from the sampling policy."
         },
     )
     kl_horizon: int = field(
@@ -138,37 +146,29 @@ class RLConfig(MethodConfig):
     off_policy: str = field(
         default="auto",
         metadata={
-            "help": "Truncated importance weights, policy over sampler: none, token, sequence, or auto: by what the "
-            "method's ratio is of, where another program samples, at temperature 1, and says its log-probs."
+            "help": "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level "
+            "of the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none."
         },
     )
-    off_policy_cap: float = field(default=2.0, metadata={"help": "Where these weights are truncated."})
-    eval_generations: int = field(default=1, metadata={"help": "Completions of a held-out prompt."})
+    off_policy_cap: float = field(default=2.0, metadata={"help": "Upper limit of these weights."})
+    eval_generations: int = field(default=1, metadata={"help": "Completions per held-out prompt."})
     log_samples: bool = field(
         default=True,
         metadata={
-            "help": "Write every completion into samples.jsonl, a line each, for datasets.load_dataset('json', "
+            "help": "Write every completion into samples.jsonl, one per line, for datasets.load_dataset('json', "
             "data_files=…) or pandas.read_json(…, lines=True)."
         },
     )
     show_samples: int = field(
-        default=0,
-        metadata={"help": "Print so many completions of the last rollout, by reward, with every log."},
+        default=0, metadata={"help": "Completions of the last rollout to print, by reward, with every log."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one = (
-            *(
-                "num_generations",
-                "epochs_per_rollout",
-                "generation_batch_size",
-                "max_draws",
-                "overlong_buffer",
-            ),
+        for name in (
+            *("num_generations", "epochs_per_rollout", "generation_batch_size", "max_draws", "overlong_buffer"),
             *("kl_horizon", "eval_generations", "max_new_tokens"),
-        )
-        for name in at_least_one:
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.show_samples < 0:
@@ -194,8 +194,8 @@ class RLConfig(MethodConfig):
         _choice("overlong", self.overlong, ("auto", "keep", "mask", "penalty"))
         if self.overlong_handling == "penalty" and self.penalised_tokens > self.max_new_tokens:
             raise ValueError(
-                f"overlong_buffer={self.overlong_buffer} is longer than the longest completion of {self.max_new_tokens} tokens: "
-                "every one would pay"
+                f"overlong_buffer={self.overlong_buffer} is longer than the longest completion of "
+                f"{self.max_new_tokens} tokens: every one would be penalised"
             )
         _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
@@ -204,7 +204,7 @@ class RLConfig(MethodConfig):
 
     @property
     def minibatches(self) -> int:
-        """Steps of one pass over a rollout."""
+        """Number of steps of one pass over a rollout."""
         step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         rows = self.prompts * self.num_generations
         if rows % step:
@@ -217,7 +217,7 @@ class RLConfig(MethodConfig):
 
     @property
     def prompts(self) -> int:
-        """Prompts of a rollout."""
+        """Number of prompts per rollout."""
         if self.prompts_per_rollout is not None:
             return self.prompts_per_rollout
         step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -230,73 +230,75 @@ class RLConfig(MethodConfig):
         return step // self.num_generations
 
     @property
-    def _is_dapo(self) -> bool:
-        return parse_terms(self.method, None, {})[0].method.name == "dapo"
+    def _defaults(self) -> RLDefaults:
+        """Returns what the card of the method, or of a sum's first, has as defaults."""
+        return parse_terms(self.method, None, {})[0].method.card.rl
 
     @property
     def draws(self) -> int:
         """How often prompts are drawn for a rollout, at most."""
-        return self.max_draws if self.max_draws is not None else _DAPO_DRAWS if self._is_dapo else 1
+        return self._defaults.max_draws if self.max_draws is None else self.max_draws
 
     @property
     def overlong_handling(self) -> str:
         """What is done about truncated completions: keep, mask or penalty."""
-        if self.overlong != "auto":
-            return self.overlong
-        return "penalty" if self._is_dapo else "keep"
+        return self._defaults.overlong if self.overlong == "auto" else self.overlong
 
     @property
     def penalised_tokens(self) -> int:
-        """The last tokens of the longest completion, over which its penalty rises."""
+        """Number of last tokens of the longest completion, over which the penalty rises."""
         return self.overlong_buffer or max(self.max_new_tokens // 5, 1)
 
     @property
     def steps_per_rollout(self) -> int:
+        """Number of steps on a rollout, all passes together."""
         return self.minibatches * self.epochs_per_rollout
 
     def objective(self, **defaults: Any) -> Objective:
-        """The objective that these arguments describe, checked against what a rollout can give it."""
+        """Returns the objective of these arguments; raises ValueError if a rollout cannot give it its inputs."""
         methods = [term.method for term in parse_terms(self.method, None, {})]
-        given = self.method_args or {}
+        given: Any = self.method_args or {}
         for method in methods:
             if method.layout != "policy" or "token_logp" not in method.inputs:
                 there = sorted(n for n, m in METHODS.items() if "token_logp" in m.inputs)
                 raise ValueError(
-                    f"{method.name} does not learn from scored completions of the policy's own; these do: {', '.join(there)}"
+                    f"{method.name} does not learn from scored completions of the policy's own; these do: "
+                    f"{', '.join(there)}"
                 )
-            if method.name == "cispo" and not {"cap", "eps"} & set(given):  # type: ignore[arg-type]
-                defaults["cap"] = _CISPO_CAP
-            if method.name == "dr_grpo":
+            if not set(method.card.rl.unless) & set(given):
+                defaults |= method.card.rl.settings
+            if method.denominator == "fixed_length":
                 defaults["fixed_length"] = self.max_new_tokens
             if self.steps_per_rollout > 1:
-                if method.name == "rloo":
-                    defaults["variant"] = "clipped"
-                elif "old_logp" not in method.inputs:
+                defaults |= method.card.rl.reuse
+                if "old_logp" not in method.inputs:
                     raise ValueError(
                         f"{method.name} is on-policy: one step a rollout, got {self.steps_per_rollout}. Leave out "
                         "epochs_per_rollout, and let prompts_per_rollout be what one step trains on"
                     )
-            if method.name == "rloo" and self.estimator == "gae":
-                raise ValueError("rloo takes one advantage a completion, and gae gives one a token")
+            if self.estimator == "gae" and "advantage" in method.inputs and "UT" not in method.axes("advantage"):
+                raise ValueError(f"{method.name} takes one advantage a completion, and gae gives one per token")
         if self.off_policy in ("token", "sequence"):
             without = [m.name for m in methods if "advantage" not in m.inputs]
             if without:
                 raise ValueError(
                     f"off_policy={self.off_policy!r} weighs advantages, and {', '.join(without)} has none: leave it out"
                 )
-            if self.off_policy == "token" and any(m.name == "rloo" for m in methods):
+            by_row = [m.name for m in methods if "UT" not in m.axes("advantage")]
+            if self.off_policy == "token" and by_row:
                 raise ValueError(
-                    "off_policy='token' gives an advantage a token, and rloo takes one a completion: 'sequence'"
+                    f"off_policy='token' gives one advantage per token, and {by_row[0]} takes one a completion: "
+                    "use 'sequence'"
                 )
         if self.draws > 1 and self.num_generations < 2:
             raise ValueError(
-                f"max_draws={self.draws} replaces prompts whose completions all have one reward, as a lone one always has: "
-                "num_generations must be at least 2, got 1"
+                f"max_draws={self.draws} replaces prompts whose completions all have one reward, as a lone one always "
+                "has: num_generations must be at least 2, got 1"
             )
         if self.estimator in OF_GROUPS and self.num_generations < 2:
             raise ValueError(
-                f"advantage {self.estimator!r} compares the completions of a prompt: num_generations must be at least 2, "
-                f"got {self.num_generations}"
+                f"advantage {self.estimator!r} compares the completions of a prompt: num_generations must be at least "
+                f"2, got {self.num_generations}"
             )
         objective = super().objective(**defaults)
         objective.rehearse()
@@ -307,11 +309,9 @@ class RLConfig(MethodConfig):
         """How rewards become advantages, of ADVANTAGES."""
         if self.advantage != "auto":
             return self.advantage
-        return _ADVANTAGE.get(parse_terms(self.method, None, {})[0].method.name, "group")
+        return self._defaults.advantage
 
     @property
     def reward_kl(self) -> float:
         """What the divergence in the reward begins to be multiplied by."""
-        if self.kl_coef is not None:
-            return self.kl_coef
-        return _PPO_KL if parse_terms(self.method, None, {})[0].method.name in _PPO else 0.0
+        return self._defaults.kl_coef if self.kl_coef is None else self.kl_coef

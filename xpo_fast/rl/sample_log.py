@@ -1,4 +1,4 @@
-"""The samples of an online run as a table: a file with a line for each, and a few of them as text."""
+"""The samples of an online run as a table: a file with one line per sample, and a few of them printed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import finite, saving
-from .experience import Completion, Experience, Groups
+from .collect import Completion, Groups
+from .experience import Experience
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -17,7 +18,11 @@ SAMPLES_FILE = "samples.jsonl"
 def sample_lines(
     groups: Groups, used: Sequence[Completion], experience: Experience, names: Sequence[str], **where: int
 ) -> list[dict[str, Any]]:
-    """What is said of every completion, of those `used` (the rows of experience) and the others; names: of the rewards."""
+    """Returns one JSON object per sampled completion.
+
+    used: the completions that are the rows of the experience, in its order; names: of the reward functions; where:
+    fields of every line.
+    """
     advantage = experience.columns.get("advantage", experience.columns.get("prob_w"))
     assert advantage is not None
     lengths = experience.lengths.clamp(min=1)
@@ -35,7 +40,7 @@ def sample_lines(
                 "tokens": len(row.ids),
                 "truncated": row.truncated,
                 "reward": row.reward,
-                "rewards": dict(zip(names, row.each, strict=True)),
+                "rewards": dict(zip(names, row.scores, strict=True)),
                 "advantage": None if i is None else float(advantages[i]),
                 "trained": i is not None and bool(experience.kept[i]),
             }
@@ -44,9 +49,9 @@ def sample_lines(
 
 
 def append_lines(path: Path, lines: Sequence[Mapping[str, Any]], end: int) -> int:
-    """Write them behind byte `end` of the file; where it ends then.
+    """Writes the lines after byte `end` of the file, and returns where it ends then.
 
-    What stands behind the end that the last checkpoint knows was written by a run that died, and goes.
+    end: where the file ended for the last checkpoint; anything after it was written by a run that died, and is dropped.
     """
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     with saving(path):
@@ -59,9 +64,9 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]], end: int) -> in
 
 
 def table(samples: Sequence[Mapping[str, Any]], count: int, width: int = 120) -> str:
-    """So many of the lines of SAMPLES_FILE as text, from the highest reward to the lowest, in lines of `width` characters.
+    """Returns `count` lines of SAMPLES_FILE as text, from the highest reward to the lowest, `width` characters wide.
 
-    A completion that was cut at its longest ends in "…" among its tokens; one without a reward has "–".
+    The number of tokens of a truncated completion ends in "…"; a completion without a reward has "–".
     """
 
     def one(value: float | None, form: str) -> str:
@@ -87,6 +92,6 @@ def table(samples: Sequence[Mapping[str, Any]], count: int, width: int = 120) ->
 
 
 def _one_line(text: Any) -> str:
-    """Text, or what a conversation ends with, without line breaks and characters that a terminal obeys."""
+    """Returns a text, or a conversation's last message, without line breaks and control characters."""
     text = text if isinstance(text, str) else text[-1]["content"]
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

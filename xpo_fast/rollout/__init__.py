@@ -1,45 +1,19 @@
-"""Rollouts: completions sampled from the policy, by `model.generate` (from a server: server.py), and their log-probs by our head."""
+"""Rollouts: completions sampled from the policy by itself or from a server, and their log-probs by our head."""
 
-from .generate import (
-    FINISHES,
-    GenerateRollout,
-    Made,
-    Prompt,
-    Rollout,
-    RolloutError,
-    Row,
-    Samples,
-    Sampling,
-    as_samples,
-    completion_text,
-    encode_prompts,
-    eos_ids,
-    logger,
-    pad_rows,
-    rows_of,
-    sample_logps,
-    score_tokens,
-    unwrapped,
-)
+from .generate import GenerateRollout
+from .sampling import Prompt, Rollout, RolloutError, Samples, Sampling, encode_prompts
+from .scoring import sample_logps, score_tokens
+from .server import ServerRollout
 
 __all__ = [
-    "FINISHES",
     "GenerateRollout",
-    "Made",
     "Prompt",
     "Rollout",
     "RolloutError",
-    "Row",
     "Samples",
     "Sampling",
-    "as_samples",
-    "completion_text",
+    "ServerRollout",
     "encode_prompts",
-    "eos_ids",
-    "logger",
-    "pad_rows",
-    "rows_of",
     "sample_logps",
     "score_tokens",
-    "unwrapped",
 ]

@@ -1,4 +1,4 @@
-"""Rollouts from a server that speaks OpenAI's /v1/completions, and what it is told of the policy."""
+"""ServerRollout: completions from a server that speaks OpenAI's /v1/completions and is sent the policy's adapters."""
 
 from __future__ import annotations
 
@@ -16,66 +16,68 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import data
-from .generate import (
+from ..seeds import seed_at
+from .sampling import (
     FINISHES,
-    Made,
+    Generated,
     Prompt,
+    Request,
     RolloutError,
-    Row,
     Samples,
     Sampling,
     as_samples,
     eos_ids,
-    rows_of,
+    requests,
     unwrapped,
 )
 
 logger = logging.getLogger("xpo_fast")
 
-# Of HTTP statuses those that may be otherwise a moment later.
-_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP statuses that a later attempt may not meet
 _LONGEST_WAIT_S = 30.0
 _TOKEN = "token_id:"  # how vLLM writes a token with --return-tokens-as-token-ids
 
 
 class _GivenUp(threading.Event):
-    """Set when one request of a call has failed for good: the others neither start nor are tried again."""
+    """Event set when one request of a call has failed for good: the others neither start nor are tried again."""
 
     why: RolloutError | None = None
 
 
 class ServerRollout:
-    """Completions from a server that speaks OpenAI's /v1/completions: vLLM, SGLang, llama.cpp and others.
+    """Sampler that asks a server speaking OpenAI's /v1/completions: vLLM, SGLang, llama.cpp and others.
 
         rollout = ServerRollout("http://localhost:8000", tokenizer, push="lora", folder="/tmp/policy")
 
-    url: of the server, without /v1. model: the name that it serves it by; asked for if not given.
-    vllm: it knows vLLM's fields: the token ids of a completion, and cuts and penalties off unless asked for (by itself it
-        takes those of the model's generation config). False for a server that refuses fields it does not know.
+    url: the server's address, without /v1. model: the name under which it serves the model; if None, the server is
+        asked.
+    vllm: whether the server knows vLLM's fields: the token ids of a completion, and cuts and penalties switched off
+        unless asked for (vLLM's own defaults are those of the model's generation config). False for a server that
+        refuses fields it does not know.
     extra: further fields of every request. api_key: sent as a bearer token.
-    concurrency: requests at a time, one a completion: each has a seed of its own, from (seed, prompt, copy).
-    retries: how often a request is sent again that got no answer, a broken one, or a status that may pass (429, 500,
-        503, …), after backoff_s, twice that, and so on up to 30 s: by default for three and a half minutes, in which a
-        server can be started again; what it serves is asked at most 6 times. timeout_s: for one answer.
-    push: what `update` does. "lora": the adapter of the PEFT model is saved into `folder`, which the server must
-        see as well, and loaded under a name that no other run and no earlier update has had (vLLM with --enable-lora and
-        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True); of several processes the first does it, and what a run before this one
-        left in the folder, which belongs to one run at a time, is unloaded. A function: called with the model and this rollout, on every process. None: `update` is an error, for a server that nobody tells
-        keeps sampling from old weights.
+    concurrency: simultaneous requests, one per completion; each has its own seed, from (seed, prompt, copy).
+    retries: attempts after no answer, a malformed one or a transient status (429, 500, 503, …), after backoff_s, twice
+        that, and so on up to 30 s: by default for three and a half minutes, in which a server can be restarted. The
+        question which models it serves is repeated at most 5 times. timeout_s: limit for one answer.
+    push: what `update` does. "lora": saves the adapter of the PEFT model into `folder`, which the server must see as
+        well, and loads it under a name that no other run and no earlier update has had (vLLM with --enable-lora and
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True). Only rank 0 pushes. Adapters left in `folder` by an earlier run are
+        unloaded; use one folder per run. A function: called with the model and this rollout, on every process. None:
+        `update` raises, because a server that nobody updates keeps sampling from old weights.
 
-    Prompts go as token ids, by our tokenizer and its chat template, so that both sides see the same. Token ids come back
-    where the server says them; else the text is tokenized again, which can give other ids than were sampled (a
-    warning says so once). `Samples.logps` are what the server says they are: vLLM's are those of the untempered,
-    uncut distribution unless it runs with --logprobs-mode processed_logprobs. None if a completion comes without them.
+    Prompts are sent as token ids, by our tokenizer and its chat template, so that both sides see the same. Completions
+    are read as token ids where the server reports them; else their text is tokenized again, which can give other ids
+    than were sampled (a warning says so once). `Samples.logps` are the log-probs the server reports: vLLM's are those
+    of the untempered, uncut distribution unless it runs with --logprobs-mode processed_logprobs. None if a completion
+    comes without them.
 
-    Raises ValueError for a prompt without room for an answer (where the server says its limit), and RolloutError, with the
-    server's reason, for a refused request, an unusable answer, or a server that is still gone after the last retry. Completions
-    that were finished by then are kept in memory, for who makes the same call of this object again: it asks only for the
-    others. Another call, or `update`, drops them; so does `RLTrainer`, which goes on from a checkpoint.
+    Raises ValueError for a prompt without room for an answer (where the server reports its limit), and RolloutError,
+    with the server's reason, for a refused request, an unusable answer, or a server that is still gone after the last
+    retry. Completions finished by then are kept in memory: the same call of this object asks only for the others.
+    Another call, or `update`, drops them; so does `RLTrainer`, which resumes from a checkpoint.
     """
 
     def __init__(
@@ -113,49 +115,49 @@ class ServerRollout:
         self.backoff_s, self.timeout_s = backoff_s, timeout_s
         self.push, self.folder = push, None if folder is None else Path(folder).absolute()
         self.model, self.positions = model, None
-        self._asked = self._warned = False
-        self._kept: tuple[Any, dict[int, Made]] = (None, {})
+        self._identified = self._warned = False
+        self._finished: tuple[Any, dict[int, Generated]] = (None, {})  # of a failed call
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
-        """n completions of each prompt, those of a prompt side by side."""
-        self._ask()
+        """Samples n completions of each prompt, those of a prompt side by side."""
+        self._identify()
         eos = eos_ids(self.tokenizer)
-        rows = rows_of(prompts, n, seed, self.tokenizer, sampling, self.positions)
-        call = (seed, sampling, [(row.place, row.ids) for row in rows])
-        made = dict(self._kept[1]) if self._kept[0] == call else {}
-        self._kept = (call, made)
+        asked = requests(prompts, n, seed, self.tokenizer, sampling, self.positions)
+        call = (seed, sampling, [(request.place, request.ids) for request in asked])
+        generated = dict(self._finished[1]) if self._finished[0] == call else {}
+        self._finished = (call, generated)
         given_up = _GivenUp()
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="rollout") as pool:
-            asked: dict[Future, int] = {
-                pool.submit(self._complete, row, sampling, seed, eos, given_up): i
-                for i, row in enumerate(rows)
-                if i not in made
+            futures: dict[Future, int] = {
+                pool.submit(self._complete, request, sampling, seed, eos, given_up): i
+                for i, request in enumerate(asked)
+                if i not in generated
             }
             try:
-                for future in as_completed(asked):
-                    made[asked[future]] = future.result()
+                for future in as_completed(futures):
+                    generated[futures[future]] = future.result()
             except BaseException as error:
                 given_up.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                for future, i in asked.items():
+                for future, i in futures.items():
                     if not future.cancelled() and future.exception() is None:
-                        made[i] = future.result()
+                        generated[i] = future.result()
                 if not isinstance(error, RolloutError):
                     raise
                 raise RolloutError(
-                    f"{given_up.why or error}. {len(made)} of {len(rows)} completions were finished and are kept: the same call "
-                    "again asks only for the others"
+                    f"{given_up.why or error}. {len(generated)} of {len(asked)} completions were finished and are "
+                    "kept: the same call again asks only for the others"
                 ) from error
-        self._kept = (None, {})
-        return as_samples(rows, [made[i] for i in range(len(rows))], self.tokenizer, sampling, eos)
+        self._finished = (None, {})
+        return as_samples(asked, [generated[i] for i in range(len(asked))], self.tokenizer, sampling, eos)
 
     def update(self, model: Any) -> None:
-        """Give the server the policy's weights, see `push`."""
-        self._kept = (None, {})
+        """Sends the server the policy's weights, see `push`."""
+        self._finished = (None, {})
         if self.push is None:
             raise ValueError(
-                f"the policy has changed, and {self.url} goes on sampling from the weights it has: pass push='lora' or a "
-                "function that gives it the new ones"
+                f"the policy has changed, and {self.url} goes on sampling from the weights it has: pass push='lora' or "
+                "a function that gives it the new ones"
             )
         if callable(self.push):
             self.push(model, self)
@@ -163,17 +165,17 @@ class ServerRollout:
         policy = unwrapped(model)
         if not hasattr(policy, "get_base_model"):
             raise ValueError(f"push='lora' is for a model with a LoRA adapter, got {type(policy).__name__}")
-        self._ask()
+        self._identify()
         self.model = _on_first_process(lambda: self._push(policy))
 
     def _push(self, policy: Any) -> str:
-        """Save, load and name the adapter, and take the one before away."""
+        """Saves the adapter, has the server load it, and unloads and removes earlier ones; returns its name."""
         assert self.folder is not None
         ours = f"policy-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}-"
         name = ours + uuid.uuid4().hex[:12]
         policy.save_pretrained(self.folder / name)
         self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder / name)})
-        # What it says it has: a server that was started again since has forgotten the one before.
+        # Ask the server which it has: one that was restarted since has forgotten the one before.
         stale = {m["id"] for m in self._served() if m["id"].startswith(ours)}
         for old in sorted(stale - {name}):
             self._request("/v1/unload_lora_adapter", {"lora_name": old})
@@ -183,19 +185,20 @@ class ServerRollout:
         return name
 
     def _served(self) -> list[dict[str, Any]]:
+        """Returns the models the server lists."""
         try:
             answer = self._request("/v1/models", retries=min(self.retries, 5))
             return [m for m in json.loads(answer)["data"] if isinstance(m["id"], str)]
         except (ValueError, KeyError, TypeError) as error:
             raise RolloutError(f"{self.url}/v1/models: expected a list of models ({error})") from error
 
-    def _ask(self) -> None:
-        """What the server serves, and how many positions that has, where it says."""
-        if self._asked:
+    def _identify(self) -> None:
+        """Finds which model the server serves and, where it reports it, how many positions that has."""
+        if self._identified:
             return
         listed = self._served()
         names = [m["id"] for m in listed]
-        if self.model is None:  # adapters, which have a parent, are somebody's
+        if self.model is None:  # adapters, which have a parent, belong to other runs
             listed = [m for m in listed if not m.get("parent")]
             bases = [m["id"] for m in listed]
             if len(bases) != 1:
@@ -204,36 +207,42 @@ class ServerRollout:
             raise ValueError(f"{self.url} does not serve {self.model!r}; it serves {', '.join(names) or 'nothing'}")
         served = next(m for m in listed if self.model in (None, m["id"]))
         self.model, self.positions = served["id"], served.get("max_model_len")
-        self._asked = True
+        self._identified = True
 
-    def _complete(self, row: Row, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp) -> Made:
+    def _complete(
+        self, request: Request, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp
+    ) -> Generated:
+        """Completes a request; a failure sets `given_up`, and one set already is a failure."""
         if given_up.is_set():
             raise RolloutError("given up")
         try:
-            return self._completed(row, sampling, seed, eos, given_up)
+            return self._completed(request, sampling, seed, eos, given_up)
         except RolloutError as error:
             given_up.why = given_up.why or error
             given_up.set()
             raise
 
-    def _completed(self, row: Row, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp) -> Made:
-        request: dict[str, Any] = {
+    def _completed(
+        self, request: Request, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp
+    ) -> Generated:
+        """Sends a request and reads its answer."""
+        body: dict[str, Any] = {
             "model": self.model,
-            "prompt": row.ids,
-            "max_tokens": row.room,
+            "prompt": request.ids,
+            "max_tokens": request.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": int(np.random.SeedSequence([seed, *row.place]).generate_state(1)[0]) >> 1,
+            "seed": seed_at(seed, *request.place),
             "logprobs": 1,
         }
         if self.vllm:
-            request |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
-            request["top_k"] = -1 if sampling.top_k is None else sampling.top_k
+            body |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
+            body["top_k"] = -1 if sampling.top_k is None else sampling.top_k
         elif sampling.top_k is not None:
-            request["top_k"] = sampling.top_k
+            body["top_k"] = sampling.top_k
         if sampling.stop:
-            request["stop"] = list(sampling.stop)
-        answer = self._request("/v1/completions", request | self.extra, given_up)
+            body["stop"] = list(sampling.stop)
+        answer = self._request("/v1/completions", body | self.extra, given_up)
         try:
             choice = json.loads(answer)["choices"][0]
             return self._read(choice, sampling, eos)
@@ -243,15 +252,16 @@ class ServerRollout:
                 f"got {answer[:200]}"
             ) from error
 
-    def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> Made:
+    def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> Generated:
+        """Reads a choice of the server's answer; raises ValueError or KeyError for a malformed one."""
         text, finish = choice["text"], choice["finish_reason"]
         if not isinstance(text, str) or finish not in FINISHES:
             raise ValueError(f"text {text!r:.40}, finish_reason {finish!r}")
-        said = choice.get("logprobs") or {}
-        tokens, ids = said.get("tokens") or [], choice.get("token_ids")
+        reported = choice.get("logprobs") or {}
+        tokens, ids = reported.get("tokens") or [], choice.get("token_ids")
         if ids is None and tokens and all(token.startswith(_TOKEN) for token in tokens):
             ids = [int(token.removeprefix(_TOKEN)) for token in tokens]
-        logps = said.get("token_logprobs")
+        logps = reported.get("token_logprobs")
         if ids is None:
             if not self._warned:
                 self._warned = True
@@ -262,7 +272,7 @@ class ServerRollout:
                 )
             ids, logps = data.tokenize(self.tokenizer, [text])[0], None
         ids = [int(i) for i in ids]
-        # With stop strings and no reason given, either may have ended it: then no EOS is made up.
+        # With stop strings and no reason given, a stop string or EOS may have ended it: then no EOS is appended.
         reason = choice.get("stop_reason")
         by_eos = finish == "stop" and not sampling.stop and not isinstance(reason, str)
         if by_eos and not (ids and (ids[-1] in eos or ids[-1] == reason)):
@@ -270,7 +280,7 @@ class ServerRollout:
         if logps is not None:
             logps = [float(x) for x in logps if x is not None]
             logps = logps if len(logps) == len(ids) else None
-        return Made(ids, finish, logps, text)
+        return Generated(ids, finish, logps, text)
 
     def _request(
         self,
@@ -279,7 +289,7 @@ class ServerRollout:
         given_up: threading.Event | None = None,
         retries: int | None = None,
     ) -> str:
-        """The answer's text; RolloutError when the server refuses, or is gone for good."""
+        """Returns the answer's text; raises RolloutError when the server refuses, or is gone for good."""
         given_up = given_up or threading.Event()
         retries = self.retries if retries is None else retries
         headers = {"Content-Type": "application/json"}
@@ -292,11 +302,11 @@ class ServerRollout:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     answer = response.read().decode()
                 if path == "/v1/completions":
-                    json.loads(answer)  # a broken one may come whole another time
+                    json.loads(answer)  # a malformed answer is tried again
                 return answer
             except urllib.error.HTTPError as error:
                 reason = error.read().decode(errors="replace")[:500]
-                if error.code not in _AGAIN:
+                if error.code not in _TRANSIENT:
                     raise RolloutError(f"{self.url}{path} refuses the request: {error.code} {reason}") from error
                 problem = f"{error.code} {reason}"
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -308,18 +318,18 @@ class ServerRollout:
 
 
 def _on_first_process(work: Callable[[], str]) -> str:
-    """What `work` returns or raises on the first process of a distributed run, on all of them; the others wait."""
+    """Runs `work` on the first process; all processes return its result, or raise its RolloutError."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return work()
     from accelerate.utils import broadcast_object_list
 
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
-            told[0] = work()
+            outcome[0] = work()
         except RolloutError as error:
-            told[1] = str(error)
-    name, problem = broadcast_object_list(told)
+            outcome[1] = str(error)
+    name, problem = broadcast_object_list(outcome)
     if problem is not None:
         raise RolloutError(problem)
     return name

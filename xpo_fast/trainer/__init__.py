@@ -1,19 +1,14 @@
-"""A thin preference trainer on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs."""
+"""Trainers on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs."""
 
-from .preference import (
-    STATE_FILE,
-    Means,
-    MethodConfig,
-    UnitTrainer,
-    XPOConfig,
-    XPOTrainer,
+from .base import Means, UnitTrainer
+from .checkpoints import STATE_FILE, reading, save_objective
+from .config import MethodConfig, XPOConfig
+from .preference import XPOTrainer, layout
+from .setup import (
     check_head,
     check_rows,
-    each,
-    layout,
-    reading,
-    ready,
-    save_objective,
+    map_splits,
+    prepare_model,
     warn_of_lost_updates,
     warn_of_trained_adapter,
     with_adapter,
@@ -30,10 +25,10 @@ __all__ = [
     "XPOTrainer",
     "check_head",
     "check_rows",
-    "each",
     "layout",
+    "map_splits",
+    "prepare_model",
     "reading",
-    "ready",
     "save_objective",
     "warn_of_lost_updates",
     "warn_of_trained_adapter",

@@ -1,7 +1,8 @@
 """The reference policy's log-probs: from a frozen copy, from the adapter switched off, or from disk.
 
-A reference is what the model is when it is handed to the trainer, of a PEFT model its base. Its log-probs are taken in eval mode (no dropout) and
-without gradient, by the same head as the policy's, so that policy − reference is exactly 0 until something is learned.
+The reference is the model as it was handed to the trainer; for a PEFT model, its base model. Its log-probs are computed
+in eval mode (no dropout) and without gradient, by the same head as the policy's, so that policy − reference is exactly
+0 until something is learned.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import with_column
-from ..data.kinds import Kind
-from ..files import saving, write_atomically
+from ..data import Kind, with_column
+from ..files import write_atomically
 from ..head import sequence_logps, token_logps
 from ..models import Head
-from ..models.fused_loss import causal_lm
+from ..models.lm_head import causal_lm
+from ..models.modes import evaluating, without_adapter
 from ..objective import Objective
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "copy", "adapter", "cached", "none")
 SHARD_ROWS = 512
-_FORMAT = 2  # of the cache; in every key
+_FORMAT = 2  # version of the cache's format, part of every key
+# Entries of a model's config that do not affect its output, or that training or saving the model changes.
+_NOT_IN_KEY = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype")
 
 
 def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str, str]:
-    """The strategy for this objective and model, and why; ValueError if `requested` cannot serve.
+    """Chooses where the reference's log-probs come from.
 
-    Returns one of "none", "adapter", "copy", "cached", and a phrase for the user.
+    Returns one of "none", "adapter", "copy" and "cached", and a phrase that tells the user why. Raises ValueError if
+    `requested`, one of STRATEGIES, does not fit the objective or the model.
     """
     name = " + ".join(m.name for m in objective.methods)
     if requested not in STRATEGIES:
@@ -73,19 +77,6 @@ def choose(requested: str, objective: Objective, model: nn.Module) -> tuple[str,
     return "cached", "log-probs computed once and kept on disk, no second copy in memory"
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode (dropout off), no gradient; every module's mode is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def row_logps(
     model: nn.Module,
     input_ids: Tensor,  # (R, T)
@@ -94,13 +85,13 @@ def row_logps(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Summed log-prob and number of scored tokens of every row, (R, 2) float32, in eval mode and without gradient.
+    """Computes the summed log-prob and the number of scored tokens of each row, (R, 2) float32.
 
-    `model` carries `install_fused_loss`; it may be wrapped (DDP, PEFT).
+    The model, which needs `install_fused_loss` and may be wrapped (DDP, PEFT), runs in eval mode and without gradient.
     """
 
     def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-        sums, lengths = sequence_logps(hidden, head.weight, targets, **head.kwargs(), backend=backend)
+        sums, lengths = sequence_logps(hidden, head, targets, backend=backend)
         return {"rows": torch.stack([sums.float(), lengths.to(torch.float32)], dim=1)}
 
     with evaluating(model):
@@ -108,10 +99,10 @@ def row_logps(
 
 
 def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, backend: str = "auto") -> Tensor:
-    """Log-prob and length of the completions of every unit of a collated batch: (U, S, 2).
+    """Computes the log-prob and length of the completions of each unit of a collated batch: (U, S, 2).
 
-    Axis 1, of S completions: those of a list, and the rejected one behind them if there is one; else those of
-    `kind.completions`, and the mismatched one that KTO's reference point is estimated from if the batch has it.
+    Axis 1, the S completions of a unit: those of a list, with the rejected one, if any, last; else those of
+    `kind.completions` and, if the batch has it, the mismatched one from which KTO's reference point is estimated.
     Axis 2: summed log-prob, number of tokens.
     """
     rows = row_logps(model, batch["input_ids"], batch["attention_mask"], batch["targets"], backend=backend)
@@ -125,31 +116,36 @@ def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, ba
 
 
 class LiveReference:
-    """A reference whose log-probs are computed along with every batch: a frozen copy, or the adapter switched off."""
+    """A reference whose log-probs are computed with every batch: by a frozen copy, or with the adapter switched off.
+
+    strategy: "copy" or "adapter".
+    """
 
     def __init__(self, strategy: str, model: nn.Module, accelerator: Accelerator, backend: str) -> None:
         self.accelerator, self.backend = accelerator, backend
         self.copy: nn.Module | None = None
         if strategy == "copy":
-            self.copy = _frozen_copy(model).to(accelerator.device)
+            self.copy = frozen_copy(model).to(accelerator.device)
 
     def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
-        """Summed reference log-prob of every row (R,), float32. `model` is the policy, as wrapped for training."""
+        """Computes the reference's summed log-prob of each row, (R,) float32.
+
+        model: the policy, as wrapped for training.
+        """
         with self._scoring(model) as scored:
             return row_logps(scored, input_ids, attention_mask, targets, backend=self.backend)[:, 0]
 
     def token_logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
-        """Reference log-prob of every target (R, T), 0 where there is none."""
+        """Computes the reference's log-prob of each target, (R, T), 0 where there is none."""
 
         def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            options = {**head.kwargs(), "backend": self.backend}
-            return {"logps": token_logps(hidden, head.weight, targets, **options)}
+            return {"logps": token_logps(hidden, head, targets, backend=self.backend)}
 
         with self._scoring(model) as scored:
             return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
 
     def hidden_states(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """What `Objective` wants to compare whole distributions: ref_hidden (R, T, D), ref_weight, ref_bias."""
+        """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
             return {"ref_hidden": hidden, "ref_weight": head.weight.detach(), "ref_bias": head.bias}
@@ -159,7 +155,7 @@ class LiveReference:
 
     @contextlib.contextmanager
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference model, in eval mode and without gradient."""
+        """Yields the reference model in eval mode and without gradient."""
         scored = model if self.copy is None else self.copy
         with (
             self.accelerator.autocast(),
@@ -169,26 +165,21 @@ class LiveReference:
             yield scored
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without gradient; of a PEFT model the base model alone, as the adapter is what is being trained."""
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Returns a frozen deep copy; of a PEFT model the base model alone, as the adapter is being trained."""
     frozen: Any = copy.deepcopy(model)
     if hasattr(frozen, "disable_adapter"):
         frozen = frozen.unload()
     return frozen.requires_grad_(False).eval()
 
 
-def without_adapter(model: Any) -> contextlib.AbstractContextManager:
-    """The context in which a PEFT model is its base model; nothing for other models."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-
-
 class CachedReference:
-    """Reference log-probs kept on disk, one file for every `SHARD_ROWS` rows.
+    """Reference log-probs kept on disk, in one file per `SHARD_ROWS` rows.
 
-    A file's name is the hash of everything its numbers follow from: the weights, the model's config, dtype and
-    autocast dtype, and the rows' token ids. The ids are what tokenizer, chat template and truncation amount to, so a
-    change of any of these, or of the data, is another name and nothing stale can be read. Files appear whole or not at
-    all; an interrupted computation goes on with the first shard that is missing.
+    A file's name is the hash of everything its numbers depend on: the weights, the model's config, dtype and autocast
+    dtype, and the rows' token ids. Tokenizer, chat template and truncation act through the ids, so a change of any of
+    these, or of the data, gives another name and nothing stale can be read. Files appear complete or not at all; an
+    interrupted computation goes on with the first shard that is missing.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: Kind) -> None:
@@ -218,10 +209,10 @@ class CachedReference:
         label: str = "",
         progress: bool = True,
     ) -> datasets.Dataset:
-        """The dataset with the reference log-probs of every row in the columns `Kind.reference`.
+        """Adds the reference log-probs of each row to the dataset, in the columns of `Kind.reference`.
 
-        `model` is not wrapped, and must have the weights this reference was made from; ValueError if it has not and
-        something has to be computed.
+        model: not wrapped, with the weights that this reference was made from. Raises ValueError if its weights are
+            others and something has to be computed.
         """
         from tqdm.auto import tqdm
 
@@ -233,8 +224,6 @@ class CachedReference:
         if missing:
             self._check_weights(model)
             if accelerator.is_main_process:
-                with saving(self.folder):
-                    self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode())
         rows = sum(len(shards[i]) for i in missing)
         bar = tqdm(total=rows, unit="row", desc=f"reference log-probs{label}", disable=not (progress and missing))
@@ -248,7 +237,7 @@ class CachedReference:
         tables = [v for v in values if v is not None]
         if self.kind.listed:
             rows: Any = dataset
-            widths = (row_completions(row) for row in rows)
+            widths = (len(row["completions_ids"]) + ("rejected_ids" in row) for row in rows)
             lists = [row[:w].tolist() for row, w in zip(itertools.chain(*tables), widths, strict=True)]
             return with_column(dataset, self.kind.reference[0], lists)
         table = np.concatenate(tables) if tables else np.zeros((0, 2), np.float32)
@@ -268,12 +257,8 @@ class CachedReference:
             )
 
 
-# Of a model's config: what says nothing about its output, or is changed by merely training or saving the model.
-_NOT_IN_KEY = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype")
-
-
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of every weight's name, dtype, shape and bytes; of a PEFT model the base model's alone."""
+    """Returns a hash of each weight's name, dtype, shape and bytes; for a PEFT model, of its base model's weights."""
     digest = hashlib.sha256()
     prefix = getattr(model.base_model, "prefix", None) if hasattr(model, "disable_adapter") else None
     for name, tensor in sorted(model.state_dict().items()):
@@ -286,7 +271,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def rows_fingerprint(dataset: datasets.Dataset) -> str:
-    """A hash of the token ids of every row, column by column."""
+    """Returns a hash of the token ids of all rows, column by column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -315,16 +300,16 @@ def dataset_logps(
     backend: str = "auto",
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
-    """`batch_logps` of every row of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
+    """Computes `batch_logps` of the rows of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
 
-    A list that is shorter than the longest is filled up with NaN behind its own completions.
-    Rows are shared out over the processes, and every process has all results. `advance` is told of rows done.
+    Lists shorter than the longest are padded with NaN. The processes share the rows, and each returns all results.
+    advance: called with the number of rows done since the last call.
     """
     from accelerate.utils import gather_object
 
     rows: list[Any] = list(dataset)
     lengths = [row_tokens(row) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)  # rows of one length in a batch: little padding
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths in a batch: little padding
     mine = order[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, list]] = []
     for start in range(0, len(mine), batch_size):
@@ -345,26 +330,24 @@ def dataset_logps(
     return table
 
 
-def row_completions(row: Mapping[str, Any]) -> int:
-    """The completions of an encoded list, the rejected one included."""
-    return len(row["completions_ids"]) + ("rejected_ids" in row)
-
-
 def row_tokens(row: Mapping[str, Any]) -> int:
-    """The tokens of an encoded row, its prompt counted once."""
+    """Returns the number of tokens of an encoded row, its prompt counted once."""
     return sum(
         sum(map(len, v)) if v and isinstance(v[0], list) else len(v) for k, v in row.items() if k.endswith("_ids")
     )
 
 
 def _from_main_process(accelerator: Accelerator, read: Callable[[], list]) -> list:
+    """Returns, on every process, what read() returns on the main one."""
     from accelerate.utils import broadcast_object_list
 
-    held = [read() if accelerator.is_main_process else None]
-    return broadcast_object_list(held)[0] if accelerator.num_processes > 1 else held[0]  # type: ignore[return-value]
+    result = [read() if accelerator.is_main_process else None]
+    result = broadcast_object_list(result) if accelerator.num_processes > 1 else result
+    return result[0]  # type: ignore[return-value]
 
 
 def _read(path: Path, rows: int) -> np.ndarray | None:
+    """Returns a shard's log-probs; None if the file is missing, broken or of another number of rows."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

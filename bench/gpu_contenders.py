@@ -1,0 +1,275 @@
+"""The contenders of gpu.py: ours, the materialised loss, the peers, and the floor of bare products."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contenders import Missing
+from problem import BETA, IGNORE, LOSSES, Batch, Results
+
+FLOOR_TOKENS = 8192  # per GEMM of the floor: more tokens make it no faster and need not fit
+
+
+class Task(NamedTuple):
+    """What all contenders of a case compute."""
+
+    train_head: bool
+    loss: str | None  # "token" or "dpo"; None: no gradient
+    gemms: int  # of the floor, 2·N·V·D FLOP each; 0: the batch holds logits (R, T, V) in place of hidden states
+
+
+TASKS = {
+    "frozen": Task(False, "token", 2),
+    "trainable": Task(True, "dpo", 3),
+    "logps": Task(False, None, 1),
+    "gather": Task(False, "token", 0),
+}
+
+
+class Contender(NamedTuple):
+    """A call to be measured."""
+
+    call: Callable[[Batch], Results]
+    loss: str | None  # the loss it computes, which need not be the task's
+    ours: bool = False
+
+
+# Every maker is given all positions scored (R, T), and returns None if the contender has no such task.
+
+
+def _finish(
+    batch: Batch, task: Task, forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+) -> Results:
+    """Runs a forward that returns loss, logps or both, and the backward; returns the results by name."""
+    if task.loss is None:
+        with torch.no_grad():
+            _, logps = forward(batch.hidden, batch.weight)
+        assert logps is not None
+        return {"logps": logps}
+    hidden = batch.hidden.detach().requires_grad_()
+    weight = batch.weight.detach().requires_grad_(task.train_head)
+    loss, logps = forward(hidden, weight)
+    if loss is None:
+        assert logps is not None
+        loss = LOSSES[task.loss](logps)
+    leaves = {"hidden_grad": hidden, "weight_grad": weight} if task.train_head else {"hidden_grad": hidden}
+    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    found["loss"] = loss.detach()
+    return found if logps is None else {**found, "logps": logps.detach()}
+
+
+def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
+    """Ours, with labels on the host as a data loader has them: then nothing waits to learn which tokens are scored."""
+    from xpo_fast import Objective, gather_logps, token_logps
+    from xpo_fast.head.backends import check_backend
+
+    try:
+        check_backend(backend, device)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    objective = Objective("dpo", beta=BETA, backend=backend)
+    labels: dict[int, Tensor] = {}
+
+    def call(batch: Batch) -> Results:
+        targets = batch.targets
+        if labels_on_host and task.gemms:
+            targets = labels.get(id(batch))
+            if targets is None:
+                targets = labels[id(batch)] = batch.targets.cpu()
+
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            if not task.gemms:
+                return None, gather_logps(hidden, targets, backend=backend)
+            if task.loss != "dpo":
+                return None, token_logps(hidden, weight, targets, backend=backend)
+            ref_logps = hidden.new_zeros(len(targets), dtype=torch.float32)
+            return objective(hidden, weight, targets, ref_logps=ref_logps).loss, None
+
+        return _finish(batch, task, forward)
+
+    return Contender(call, task.loss, ours=True)
+
+
+def make_materialised(task: Task, device: torch.device) -> Contender:
+    """The code one writes without a library: logits in bf16, then a float32 log-softmax."""
+
+    def call(batch: Batch) -> Results:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            logits = torch.nn.functional.linear(hidden, weight) if task.gemms else hidden
+            logprobs = logits.float().log_softmax(-1)
+            return None, logprobs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+
+        return _finish(batch, task, forward)
+
+    return Contender(call, task.loss)
+
+
+def make_trl(task: Task, device: torch.device) -> Contender | None:
+    """TRL's function with TRL's own tile width and no optional output."""
+    if not task.gemms:
+        return None
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+    except ImportError as error:
+        raise Missing(f"TRL 1.16 does not import ({error}): pip install trl==1.16.0") from error
+
+    def call(batch: Batch) -> Results:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            operands = hidden.flatten(0, 1), weight, None, batch.targets.flatten()
+            logps, *_ = ChunkedLogProbFunction.apply(*operands, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+            return None, logps.view(batch.targets.shape)
+
+        return _finish(batch, task, forward)
+
+    return Contender(call, task.loss)
+
+
+def make_liger_dpo(task: Task, device: torch.device) -> Contender | None:
+    """Liger's class without a reference model; compiled, its default, if there is a GPU."""
+    if task.loss != "dpo":
+        return None
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
+    compiled = device.type != "cpu"  # on a CPU it would need a C++ compiler
+    objective = LigerFusedLinearDPOLoss(IGNORE, beta=BETA, compiled=compiled, use_ref_model=False)
+
+    def call(batch: Batch) -> Results:
+        return _finish(batch, task, lambda h, w: (objective(w, h, batch.targets)[0], None))
+
+    return Contender(call, "dpo")
+
+
+def make_liger_ce(task: Task, device: torch.device) -> Contender | None:
+    if task.loss is None or not task.gemms:
+        return None
+    if device.type == "cpu":
+        raise Missing("Liger's cross-entropy needs a GPU")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def call(batch: Batch) -> Results:
+        return _finish(batch, task, lambda h, w: (loss(w, h.flatten(0, 1), batch.targets.flatten()), None))
+
+    return Contender(call, "token")
+
+
+def make_liger_fused(task: Task, device: torch.device) -> Contender | None:
+    """Liger's log-probs per token, by its own kernels on Hopper; the loss of these is computed by torch."""
+    if not task.gemms:
+        return None
+    # Its check of the targets waits for the device; it is switched off because these targets are in range.
+    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
+    try:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import _resolve_implementation
+
+        _resolve_implementation(device)  # imports the kernels' compiler
+    except ImportError as error:
+        raise Missing(
+            f"Liger 0.8.5's fused scaled cross-entropy does not import ({error}): "
+            "pip install liger-kernel==0.8.5 'nvidia-cutlass-dsl[cu13]>=4.6' apache-tvm-ffi"
+        ) from error
+
+    def call(batch: Batch) -> Results:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            nll = function.apply(hidden.flatten(0, 1), weight, batch.targets.flatten())
+            return None, -nll.view(batch.targets.shape)
+
+        return _finish(batch, task, forward)
+
+    return Contender(call, task.loss)
+
+
+def make_cce(task: Task, device: torch.device) -> Contender | None:
+    if not task.gemms:
+        return None
+    if device.type == "cpu":
+        raise Missing("Cut Cross-Entropy needs a GPU")
+    try:
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise Missing(f"Cut Cross-Entropy does not import ({error}): pip install cut-cross-entropy") from error
+
+    def call(batch: Batch) -> Results:
+        return _finish(batch, task, lambda h, w: (None, -linear_cross_entropy(h, w, batch.targets, reduction="none")))
+
+    return Contender(call, task.loss)
+
+
+def make_quack(task: Task, device: torch.device) -> Contender | None:
+    if not task.train_head:
+        return None
+    if device.type == "cpu":
+        raise Missing("QuACK's chunked cross-entropy needs a GPU")
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise Missing(f"QuACK does not import ({error}): pip install quack-kernels") from error
+
+    def call(batch: Batch) -> Results:
+        def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            flat, targets = hidden.flatten(0, 1), batch.targets.flatten()
+            return chunked_linear_cross_entropy(flat, weight, targets, reduction="sum"), None
+
+        return _finish(batch, task, forward)
+
+    return Contender(call, "token")
+
+
+OURS = ("triton", "cuda", "torch")
+CONTENDERS: dict[str, Callable[[Task, torch.device], Contender | None]] = {
+    **{backend: partial(make_ours, backend=backend) for backend in OURS},
+    "plain": make_materialised,
+    "TRL": make_trl,
+    "Liger": make_liger_dpo,
+    "Liger CE": make_liger_ce,
+    "Liger fused": make_liger_fused,
+    "CCE": make_cce,
+    "QuACK CE": make_quack,
+}
+
+
+def make_floor(batch: Batch, task: Task) -> Contender:
+    """The bare GEMMs, or the bare memory traffic, into buffers made beforehand. Its call returns nothing."""
+    if not task.gemms:
+        gradient = torch.empty_like(batch.hidden)
+
+        def cross_memory(batch: Batch) -> Results:
+            gradient.copy_(batch.hidden)
+            half = len(gradient) // 2
+            gradient[:half].copy_(batch.hidden[:half])
+            return {}
+
+        return Contender(cross_memory, None)
+    hidden, weight = batch.hidden.flatten(0, 1), batch.weight
+    rows = min(FLOOR_TOKENS, len(hidden))
+    logits = hidden[:rows] @ weight.T
+    dz = torch.softmax(logits, dim=-1) if task.gemms > 1 else logits
+    hidden_grad = torch.empty_like(hidden)
+    weight_grad = torch.empty_like(weight) if task.train_head else None
+
+    def call(batch: Batch) -> Results:
+        for start in range(0, len(hidden_grad), rows):
+            h = batch.hidden.flatten(0, 1)[start : start + rows]
+            n = len(h)
+            torch.mm(h, weight.T, out=logits[:n])
+            if task.gemms > 1:
+                torch.mm(dz[:n], weight, out=hidden_grad[start : start + n])
+            if weight_grad is not None:
+                beta = 0 if start == 0 else 1
+                torch.addmm(weight_grad, dz[:n].T, h, beta=beta, out=weight_grad)
+        return {}
+
+    return Contender(call, None)

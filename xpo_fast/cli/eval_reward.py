@@ -1,0 +1,224 @@
+"""`xpo-fast eval-reward`: measures reward models and policies on pairs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomically, write_json
+from . import checks, config_file, loading, options, training
+from .parser import UsageError
+
+if TYPE_CHECKING:
+    from ..rewards.report import PairScores
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `xpo-fast eval-reward`."""
+    parser = commands.add_parser(
+        "eval-reward",
+        help="measure reward models and policies on pairs",
+        formatter_class=options.Help,
+        allow_abbrev=False,
+        description="Accuracy, calibration, dependence on length and distributions of scores, as figures and plots, "
+        "of every --model (explicit rewards) and every --policy (implicit rewards) on the same pairs.",
+    )
+    parser.set_defaults(run=run)
+    options.add_config(parser, dry_run=False)
+    about = "rows of prompt, chosen, rejected; or of prompt, completions, scores, whose pairs are taken"
+    options.add_source(parser, about)
+    add = options.adder(parser)
+    add("--max-pairs N", "measure on N pairs, drawn by --seed (default: all)", type=int)
+    add("--seed N", "seed of the drawn pairs", 42)
+    add("--model FOLDER", "a reward model, or a sequence classifier of transformers; may be repeated", [])
+    about = "measure all --model together, too, each standardised to mean 0 and deviation 1 on these completions"
+    add("--ensemble", about, choices=options.ENSEMBLES)
+    add("--ensemble-coef X", "coefficient of uncertainty: mean − X·variance", 1.0)
+    add("--policy FOLDER", "a causal LM or an adapter, measured by β(log π − log ref); may be repeated", [])
+    add("--reference NAME", "reference of every --policy; none: β log π (default: an adapter's base model)")
+    add("--beta", "β of the implicit reward", 0.1)
+    add("--per-token", "divide log-probs by the tokens of the completion", False)
+    options.add_length_rule(parser)
+    about = "longest prompt and completion (default: the reward model's, 1024 for a policy)"
+    add("--max-length TOKENS", about, type=int)
+    add("--batch-size N", "rows per batch", 16)
+    add("--dtype", f"dtype of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}", "auto", choices=options.DTYPES)
+    add("--output-dir DIR", "folder for report.json, scores.jsonl and the plots", "xpo-fast-eval")
+    options.add_device(parser, "run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints and writes the report."""
+    if not args.model and not args.policy:
+        raise UsageError("nothing to measure: give --model (a reward model) or --policy (a causal LM), or both")
+    if args.ensemble and len(args.model) < 2:
+        raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
+    checks.check(args)
+    training.quiet(args)
+
+    from ..rewards.report import compare, plot, plot_comparison, summary
+
+    pairs = _pairs(args)
+    output = Path(args.output_dir)
+    scored = list(_scored(args, pairs))
+    config_file.write(args, output, "eval-reward")
+    against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
+    report = {
+        **training.report_header(args),
+        "scorers": [summary(scores) for scores in scored],
+        "comparisons": against,
+    }
+    write_json(output / "report.json", report)
+    _write_scores(output / "scores.jsonl", pairs, scored)
+    if can_plot():
+        for scores in scored:
+            plot(scores, output / f"{_file_name(scores.name)}.png")
+        first = scored[0]
+        for other in scored[1:]:
+            plot_comparison(first, other, output / f"{_file_name(first.name)}-{_file_name(other.name)}.png")
+    else:
+        print("no plots: pip install 'xpo-fast[train]' for matplotlib")
+    _print_report(report, output)
+    return 0
+
+
+def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns rows of prompt, chosen, rejected, where."""
+    from .. import data
+
+    how = options.reading(args)
+    first_rows = data.read(args.data, args.split, columns=how["columns"], config=how["config"])
+    _, first = next(iter(first_rows), ("", None))
+    lists = isinstance(first, dict) and "completions" in first
+    rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", **how))
+    if lists:
+        given, rows = rows, []
+        for row in given:
+            ranked = list(zip(row["completions"], row["scores"], strict=True))
+            rows += [
+                {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}
+                for a, score in ranked
+                for b, other in ranked
+                if score > other
+            ]
+        if not rows:
+            names = ", ".join(args.data)
+            raise data.DataError(f"{names}: no list has two different scores: there is no pair to measure on")
+    if args.max_pairs is not None and args.max_pairs < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(args.seed).sample(range(len(rows)), args.max_pairs))]
+    return rows
+
+
+def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
+    """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
+    from ..rewards.ensemble import RewardEnsemble
+    from ..rewards.model import RewardModel
+    from ..rewards.report import score_pairs
+
+    given: dict[str, Any] = {name: value for name, value in options.length_rule(args).items() if value}
+    if args.max_length is not None:
+        given["max_length"] = args.max_length
+    members = []
+    names = _distinct([*args.model, *args.policy])
+    for folder, name in zip(args.model, names, strict=False):
+        model = RewardModel.load(folder, dtype=args.dtype, device=loading.device_of(args), batch_size=args.batch_size)
+        model.spec = dataclasses.replace(model.spec, **given)
+        model.model.to(loading.accelerator_of(args))
+        yield score_pairs(name, model, pairs)
+        members += [model] if args.ensemble else []
+    if args.ensemble:
+        ensemble = RewardEnsemble(members, args.ensemble, args.ensemble_coef)
+        answers = [row[name] for name in ("chosen", "rejected") for row in pairs]
+        ensemble.standardise([row["prompt"] for row in pairs] * 2, answers)
+        yield score_pairs(f"ensemble ({args.ensemble})", ensemble, pairs)
+    for folder, name in zip(args.policy, names[len(args.model) :], strict=True):
+        yield score_pairs(name, _implicit(args, folder), pairs)
+
+
+def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
+    """Returns a model on the accelerator, and its tokenizer."""
+    from ..models import load_model
+
+    model, tokenizer = load_model(name, dtype=args.dtype, device=loading.device_of(args))
+    place: Any = model.to
+    return place(loading.accelerator_of(args)), tokenizer
+
+
+def _implicit(args: argparse.Namespace, folder: str) -> Any:
+    from ..rewards.implicit import ImplicitReward
+
+    name = args.reference
+    if name is None:
+        adapter = Path(folder) / "adapter_config.json"
+        if not adapter.is_file():
+            raise UsageError(
+                f"--policy {folder} is no adapter, whose base model would be the reference: give --reference NAME, or "
+                "--reference none"
+            )
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    policy, tokenizer = _placed(args, folder)
+    return ImplicitReward(
+        policy,
+        None if name == "none" else _placed(args, name)[0],
+        tokenizer,
+        beta=args.beta,
+        per_token=args.per_token,
+        max_length=args.max_length or 1024,
+        batch_size=args.batch_size,
+    )
+
+
+def _distinct(folders: list[str]) -> list[str]:
+    """Returns the last part of each path, with a number where two are equal."""
+    names = [Path(folder).name or folder for folder in folders]
+    return [f"{name} {names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
+def can_plot() -> bool:
+    """Returns whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _write_scores(path: Path, pairs: list[dict[str, Any]], scored: list[PairScores]) -> None:
+    """Writes a line per pair: its place in the data, its lengths, and the two scores of each scorer."""
+    lines = []
+    for i, row in enumerate(pairs):
+        first = scored[0]
+        line = {
+            "where": row["where"],
+            "tokens": [int(first.chosen_tokens[i]), int(first.rejected_tokens[i])],
+            **{scores.name: [float(scores.chosen[i]), float(scores.rejected[i])] for scores in scored},
+        }
+        lines.append(json.dumps(line) + "\n")
+    write_atomically(path, "".join(lines).encode())
+
+
+def _print_report(report: dict[str, Any], output: Path) -> None:
+    head = f"{'scorer':<28}{'accuracy':>10}{'±SE':>8}{'mean':>9}{'std':>9}{'log-loss':>10}{'calib.':>8}{'~length':>9}"
+    print(head)
+    for row in report["scorers"]:
+        correlation = row["length_correlation"]
+        print(
+            f"{row['name']:<28}{row['accuracy']:>10.3f}{row['standard_error']:>8.3f}{row['score_mean']:>9.3f}"
+            f"{row['score_std']:>9.3f}{row.get('log_loss', math.nan):>10.3f}"
+            f"{row.get('calibration_error', math.nan):>8.3f}"
+            f"{math.nan if correlation is None else correlation:>9.2f}"
+        )
+    longer, pairs = report["scorers"][0]["longer_wins"], report["scorers"][0]["pairs"]
+    print(f"{'the longer completion':<28}{longer:>10.3f}   of {pairs} pairs")
+    for row in report["comparisons"]:
+        print(
+            f"{row['first']} − {row['second']}: {row['accuracy_difference']:+.3f} ± {row['standard_error']:.3f}, the "
+            f"same choice in {row['same_choice']:.1%}"
+        )
+    print(f"\nin {output}: report.json, scores.jsonl, plots")

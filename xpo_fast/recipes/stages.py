@@ -1,0 +1,222 @@
+"""The stages of an iteration before training: sample, revise, judge, select; and the scores of held-out prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..files import finite, write_json
+from ..rewards.encoding import encode_rows
+from ..rewards.judges import group_scores, group_wins
+from ..rewards.spec import RewardSpec
+from ..seeds import seed_of_repr
+from .recipe import Recipe
+from .revision import revised
+from .run_folder import in_blocks, read_blocks, read_lines, write_lines
+from .selection import SELECTORS
+from .setup import Policies, Policy, Row, Setup, columns, xpo_config
+from .stopping import mean
+
+_NAMES = ("completions", "completions_ids", "finish", "draw")  # lists in a line of samples, an entry per completion
+
+
+def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: Sequence[Row]) -> list[Row]:
+    """Returns the completions of block b of iteration i, one line per prompt."""
+    prompts = [row["prompt"] for row in rows]
+    lines: list[Row] = [{"prompt": p, "prompt_ids": [], **{n: [] for n in _NAMES}} for p in prompts]
+    for d, draw in enumerate(recipe.draws):
+        seed = seed_of_repr(setup.seed, i, "sample", b, d)
+        samples = policy.rollout.generate(prompts, draw.n, sampling=draw.sampling(setup.sampling), seed=seed)
+        found = zip(samples.prompt_ids, samples.completions, samples.completion_ids, samples.finish)
+        for r, (prompt_ids, *values) in enumerate(found):
+            lines[r // draw.n]["prompt_ids"] = prompt_ids
+            _append(lines[r // draw.n], *values, d)
+    if recipe.revise:
+        _revise(recipe, setup, policy, lines, seed_of_repr(setup.seed, i, "revise", b))
+    if recipe.gold:
+        gold = _encoded(setup, policy, prompts, [row["chosen"] for row in rows])
+        for line, row, ids in zip(lines, rows, gold, strict=True):
+            _append(line, row["chosen"], ids["chosen_ids"], "stop", -1)
+    return lines
+
+
+def _append(line: Row, *values: Any) -> None:
+    for name, value in zip(_NAMES, values, strict=True):
+        line[name].append(value)
+
+
+def _revise(recipe: Recipe, setup: Setup, policy: Policy, lines: list[Row], seed: int) -> None:
+    """Replaces each completion by its last revision, and keeps the critiques and revisions beside it."""
+    at = [(line, k) for line in lines for k in range(len(line["completions"]))]
+    for line in lines:
+        line |= {"first": list(line["completions"]), "critiques": [], "revisions": []}
+
+    def keep(r: int, critiques: list[Any], revisions: list[Any]) -> None:
+        for name, values in (("critiques", critiques), ("revisions", revisions)):
+            for (line, _), value in zip(at, values, strict=True):
+                line[name].append(value)
+
+    prompts = [line["prompt"] for line, _ in at]
+    found = revised(
+        policy.rollout,
+        prompts,
+        [line["completions"][k] for line, k in at],
+        sampling=dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature),
+        seed=seed,
+        rounds=recipe.revise,
+        say=keep,
+    )
+    encoded = _encoded(setup, policy, prompts, found)
+    for (line, k), completion, ids in zip(at, found, encoded, strict=True):
+        line["completions"][k], line["completions_ids"][k] = completion, ids["chosen_ids"]
+
+
+def judge(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, part: Sequence[tuple[Row, Row]]) -> list[Row]:
+    """Returns the scores or win probabilities of block b of iteration i, one line per prompt, None where there is none.
+
+    part: pairs of a row of the data and its line of samples. The first line has the block's `Judge.places`, if any.
+    """
+    needs = SELECTORS[recipe.select].needs
+    asked = setup.judge or policy.self_judge(seed_of_repr(setup.seed, i, "judge", b))
+    asked.places()  # resets the sums, which other comparisons may have changed
+    tables = (group_scores if needs == "scores" else group_wins)(
+        asked,
+        [line["prompt"] for _, line in part],
+        [line["completions"] for _, line in part],
+        columns([row for row, _ in part]),
+        [line["completions_ids"] for _, line in part],
+    )
+    lines: list[Row] = [{needs: finite(table.tolist())} for table in tables]
+    if places := asked.places():
+        lines[0]["places"] = places
+    return lines
+
+
+def select(
+    recipe: Recipe, setup: Setup, policy: Policy, i: int, samples: list[Row], judged: list[Row], folder: Path
+) -> list[Row]:
+    """Returns the rows to train on, and writes them and their summary into the iteration's folder."""
+    path = folder / "selected.jsonl"
+    if path.is_file():
+        return read_lines(path)
+    selector = SELECTORS[recipe.select]
+    rows, identical = [], 0
+    rejected = _rejected(setup, policy) if recipe.select == "against-rejected" else {}
+    for g, (line, verdict) in enumerate(zip(samples, judged, strict=True)):
+        count = torch.tensor(len(line["completions"]))
+        table = count if selector.needs == "nothing" else torch.from_numpy(_array(verdict[selector.needs]))
+        generator = torch.Generator().manual_seed(seed_of_repr(setup.seed, i, "select", g))
+        for pick in selector(table, generator, recipe.select_args):
+            row = {"prompt": line["prompt"], "prompt_ids": line["prompt_ids"], **_picked(line, pick)}
+            row |= rejected.get(g, {})
+            if "rejected_ids" in row and row["rejected_ids"] == row.get("chosen_ids"):
+                identical += 1
+            else:
+                rows.append(row)
+    summary = _summary(selector.needs, samples, judged, rows, identical)
+    write_json(folder / "summary.json", summary, ensure_ascii=False)
+    shown = ", ".join(f"{v:.4g} {k}" for k, v in summary.items() if v is not None and not math.isnan(v))
+    setup.say(f"iteration {i + 1}: {shown}")
+    write_lines(path, rows)
+    return rows
+
+
+def _summary(needs: str, samples: list[Row], judged: list[Row], rows: list[Row], identical: int) -> dict[str, Any]:
+    """Returns counts and means of an iteration's samples, verdicts and selected rows."""
+    values = [x for verdict in judged for x in _array(verdict.get(needs, [])).flat]
+    places = [verdict["places"] for verdict in judged if "places" in verdict]
+    compared = sum(x["compared"] for x in places)
+    sides = [side for side in ("chosen", "rejected") if rows and f"{side}_ids" in rows[0]]
+    return {
+        "prompts": len(samples),
+        "completions": sum(len(line["completions"]) for line in samples),
+        "truncated": sum(line["finish"].count("length") for line in samples),
+        # Of a comparison P(i beats j) and P(j beats i) are missing together.
+        "unjudged": sum(map(math.isnan, values)) // (2 if needs == "wins" else 1),
+        "mean_score": mean(values) if needs == "scores" else None,
+        "identical": identical,
+        "selected": len(rows),
+        # Many judges prefer longer answers: the mean lengths of the chosen and the rejected completions.
+        **{f"{side}_tokens": mean([len(row[f"{side}_ids"]) for row in rows]) for side in sides},
+        # And many prefer a position: P(the first answer wins), ½ without a preference; verdicts by the position alone.
+        **({name: sum(x[name] for x in places) / compared for name in ("first_place", "flipped")} if compared else {}),
+    }
+
+
+def _picked(line: Row, pick: Row) -> Row:
+    """Returns a selector's pick with its indices replaced by the completions and their token ids."""
+    row: Row = {}
+    for name, value in pick.items():
+        if name in ("chosen", "rejected"):
+            row |= {name: line["completions"][value], f"{name}_ids": line["completions_ids"][value]}
+        elif name == "completions":
+            row |= {n: [line[n][k] for k in value] for n in ("completions", "completions_ids")}
+        else:
+            row[name] = value
+    return row
+
+
+def _rejected(setup: Setup, policy: Policy) -> dict[int, Row]:
+    """Returns the data's rejected completion of each prompt, with its token ids."""
+    prompts, completions = ([row[name] for row in setup.rows] for name in ("prompt", "rejected"))
+    encoded = _encoded(setup, policy, prompts, completions, "rejected")
+    return {
+        g: {"rejected": completion, "rejected_ids": ids["rejected_ids"]}
+        for g, (completion, ids) in enumerate(zip(completions, encoded, strict=True))
+    }
+
+
+def _encoded(
+    setup: Setup, policy: Policy, prompts: Sequence[Any], completions: Sequence[Any], name: str = "chosen"
+) -> list[Row]:
+    """Returns the token ids of prompts and completions, named as `data.encode` does for the column `name`."""
+    config = xpo_config(setup)
+    limits = RewardSpec(max_length=config.max_length, max_prompt_length=config.max_prompt_length)
+    return encode_rows(policy.loaded[1], limits, prompts, {name: completions})
+
+
+def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Path, model: str) -> list[float]:
+    """Returns the scores of a model's answers to the held-out prompts, NaN where there is none.
+
+    A judge that only compares compares with the answers at the start of the run, which count as ½.
+    """
+    if not setup.held_out or recipe.makes_reward_model:
+        return []
+    policy = policies.get(model)
+    sampling = recipe.draws[0].sampling(setup.sampling) if recipe.draws else setup.sampling
+    start = setup.output / "start"
+    before = [] if folder == start else [line["completion"] for line in read_blocks(start, "held_out")]
+
+    def work(b: int, part: Sequence[tuple[int, Row]]) -> list[Row]:
+        rows = [row for _, row in part]
+        prompts = [row["prompt"] for row in rows]
+        seed = seed_of_repr(setup.seed, "held-out", b)
+        samples = policy.rollout.generate(prompts, 1, sampling=sampling, seed=seed)
+        asked = setup.held_out_judge or setup.judge
+        asked = asked or policies.start.self_judge(seed_of_repr(setup.seed, "held-out judge", b))
+        if asked.scores:
+            groups, ids = [[c] for c in samples.completions], [[x] for x in samples.completion_ids]
+            scores = [float(s) for s in group_scores(asked, prompts, groups, columns(rows), ids)]
+        elif folder == start:
+            scores = [0.5] * len(rows)
+        else:
+            first = [before[g] for g, _ in part]
+            scores = asked.compare(prompts, samples.completions, first, **columns(rows)).tolist()
+        return [
+            {"prompt": p, "completion": c, "score": s}
+            for p, c, s in zip(prompts, samples.completions, finite(scores), strict=True)
+        ]
+
+    lines = in_blocks(setup, folder, "held_out", list(enumerate(setup.held_out)), work)
+    return [math.nan if line["score"] is None else line["score"] for line in lines]
+
+
+def _array(table: list[Any]) -> np.ndarray:
+    """Returns lists of numbers, nested or not, as float64, NaN for None."""
+    return np.array(table, dtype=np.float64)

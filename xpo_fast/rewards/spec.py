@@ -1,0 +1,144 @@
+"""The spec of a reward model: its method, the value head's outputs, and how they combine to a reward."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import data
+from ..files import write_json
+from ..methods import METHODS
+from ..methods.reward import length_normalised, length_penalty
+from ..models.value_head import ValueHead
+
+SPEC_FILE = "reward_model.json"
+
+# A method trains a reward model if it takes one of these sets of inputs. They determine the kind of data it learns from
+# (`data.KINDS`), and what the value head's outputs are: one reward; one per objective; those and the gate's logits; the
+# logit of P(one completion beats another).
+_FORMS = (
+    ({"reward_w", "reward_l"}, "pair", "reward"),
+    ({"rewards", "ranks"}, "list", "reward"),
+    ({"logit", "desirable"}, "unpaired", "reward"),
+    ({"rewards", "targets"}, "unpaired", "objectives"),
+    ({"rewards_w", "gate_w"}, "pair", "gated"),
+    ({"logit", "prob_w"}, "pair", "preference"),
+)
+# The kind of data and the form of the outputs by method; ODIN has an output for quality and one for length.
+USES = {
+    name: (kind, form) for name, m in METHODS.items() for inputs, kind, form in _FORMS if inputs <= set(m.inputs)
+} | {"odin": ("pair", "odin")}
+# The methods that learn from the probability of a label: as an input, or by the loss of the pair in both orders.
+SOFT_LABELS = {
+    name
+    for name, m in METHODS.items()
+    if name in USES and ("prob_w" in m.inputs or m.required == ("reward_w", "reward_l"))
+}
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """Description of a reward model, saved beside its weights."""
+
+    method: str = "bradley_terry"  # one of USES
+    objectives: tuple[str, ...] = ("reward",)  # the K rewards of "regression" and "gated"
+    weights: tuple[float, ...] | None = None  # of the objectives in the reward; None: their mean
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    length_alpha: float | None = None  # reward / (α + tokens), `length_normalised`
+    length_target: float = 0.0  # reward − λ·|tokens − target|, `length_penalty`
+    length_lam: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.method not in USES:
+            raise ValueError(f"no reward model is trained by {self.method!r}; expected one of {', '.join(USES)}")
+        least = 2 if self.form == "gated" else 1
+        if len(self.objectives) < least:
+            raise ValueError(
+                f"{self.method} has objectives, {least} or more; got {', '.join(self.objectives) or 'none'}: name them"
+            )
+        if self.weights is not None and len(self.weights) != len(self.objectives):
+            raise ValueError(
+                f"expected a weight for each of {len(self.objectives)} objectives, got {len(self.weights)}"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The kind of data to train on, a key of `data.KINDS`."""
+        return USES[self.method][0]
+
+    @property
+    def form(self) -> str:
+        """What the outputs are: "reward", "objectives", "gated", "odin" or "preference"."""
+        return USES[self.method][1]
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of the value head."""
+        count = len(self.objectives)
+        return {"objectives": count, "gated": 2 * count, "odin": 2}.get(self.form, 1)
+
+    @property
+    def is_logit(self) -> bool:
+        """Whether σ(difference of rewards) is a probability that the method fits: not for ratings or a length rule."""
+        return self.form != "objectives" and self.length_alpha is None and not self.length_lam
+
+    def read(
+        self,
+        head: ValueHead,
+        hidden: Tensor,  # (R, T, D)
+        attention_mask: Tensor,  # (R, T), padding on the right
+        targets: Tensor,  # (R, T) aligned; the first that is not −100 is the completion's first token
+    ) -> Tensor:
+        """Returns the outputs (R, K) at the last token; the gate, which sees the prompt alone, at the prompt's last."""
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        found = head(hidden[rows, attention_mask.sum(dim=1) - 1])
+        if self.form == "gated":
+            count = len(self.objectives)
+            gate = head(hidden[rows, (targets != data.IGNORE_INDEX).int().argmax(dim=1)])[:, count:]
+            found = torch.cat([found[:, :count], gate], dim=1)
+        return found
+
+    def combine(
+        self,
+        outputs: Tensor,  # (R, K)
+        lengths: Tensor,  # (R,) tokens of the completions
+    ) -> Tensor:
+        """Returns the rewards (R,), length rule applied. Raises ValueError for a preference model, which has none."""
+        if self.form == "preference":
+            raise ValueError("a preference model compares two completions and has no reward of one: use compare()")
+        if self.form == "gated":
+            rewards, gate = outputs.chunk(2, dim=1)
+            reward = (gate.softmax(dim=1) * rewards).sum(dim=1)
+        elif self.form == "objectives":
+            weights = self.weights or [1 / len(self.objectives)] * len(self.objectives)
+            reward = outputs @ outputs.new_tensor(weights)
+        else:
+            reward = outputs[:, 0]
+        if self.length_alpha is not None:
+            reward = length_normalised(reward, lengths, self.length_alpha)
+        if self.length_lam:
+            reward = reward - length_penalty(lengths, self.length_target, self.length_lam)
+        return reward
+
+
+def save_spec(spec: RewardSpec, folder: str | Path) -> None:
+    """Writes the spec into the folder, as `SPEC_FILE`."""
+    write_json(Path(folder) / SPEC_FILE, dataclasses.asdict(spec))
+
+
+def load_spec(folder: str | Path) -> RewardSpec:
+    """Returns the spec in a folder. Raises ValueError if the file has fields that this version does not know."""
+    path = Path(folder) / SPEC_FILE
+    found = json.loads(path.read_text(encoding="utf-8"))
+    unknown = sorted(set(found) - {field.name for field in dataclasses.fields(RewardSpec)})
+    if unknown:
+        raise ValueError(f"{path}: unknown {', '.join(unknown)}; it was written by another version of xpo_fast")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return RewardSpec(**values)

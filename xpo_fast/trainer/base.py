@@ -1,0 +1,313 @@
+"""The trainer that all trainers here build on: `transformers.Trainer` for losses that are sums over units.
+
+Losses are divided by the items of the whole optimizer step (all micro-batches, all ranks), metrics are averaged over
+the same, and a checkpoint or a saved model appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import datasets  # noqa: F401  # which every trainer needs
+    from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
+    from transformers import Trainer
+    from transformers import TrainerCallback as TrainerCallback
+    from transformers import set_seed as set_seed
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError(f"the trainer needs more packages: pip install 'xpo-fast[train]' ({error})") from error
+
+from ..data import IGNORE_INDEX, Kind
+from ..files import SavingError, saving
+from ..reduce import sum_over_ranks
+from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
+from .checkpoints import check_room, reading, replace_model, replacing
+from .setup import check_trainable
+
+_LOSS = "loss of method "  # prefix among the means of an evaluation
+_IGNORED_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+
+
+class Means:
+    """Weighted means of named scalars, kept as detached sums on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # (2,) each: weighted sum, weight
+
+    def add(self, values: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """Adds scalars with their weights.
+
+        values, weights: () each, under the same names, which must be the same on every rank. A value may be NaN where
+        its weight is 0.
+        """
+        value = torch.stack([x.detach().float() for x in values.values()])
+        weight = torch.stack([weights[name].float() for name in values])
+        added = torch.stack([torch.where(weight > 0, value * weight, 0.0), weight], dim=1)
+        for name, sums in zip(values, added.unbind(0), strict=True):
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def pop(self) -> dict[str, float]:
+        """Returns the means over all ranks since the last call, NaN without weight. Every rank must call it."""
+        names, sums = list(self._sums), self._over_ranks()
+        self._sums = {}
+        return {} if sums is None else dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+    def _over_ranks(self) -> Tensor | None:
+        """Returns the sums of all ranks, (M, 2); None without any."""
+        return sum_over_ranks(torch.stack([*self._sums.values()])) if self._sums else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what all ranks have added; every rank must call it."""
+        sums = self._over_ranks()
+        return {"names": list(self._sums), "sums": None if sums is None else sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device, *, main: bool) -> None:
+        """Restores a `state_dict`.
+
+        main: whether this is the one rank that holds the restored sums; the others start at 0.
+        """
+        names, sums = state["names"], state["sums"]
+        if sums is None:
+            self._sums = {}
+            return
+        sums = (sums if main else torch.zeros_like(sums)).to(device)
+        self._sums = dict(zip(names, sums.unbind(0), strict=True))
+
+
+class UnitTrainer(Trainer):
+    """Trainer whose loss is a sum over units, divided by the items of the whole optimizer step; so are its metrics.
+
+    Subclasses define `kind` (of their data set; None if each row is a unit), `_items` (the loss's denominator for a
+    batch) and `_loss`. Batches have `targets`; a row without a target does not count.
+    """
+
+    # compute_loss divides by the items of the whole step, so Trainer must not divide by the micro-batches again.
+    loss_is_scaled_for_ga = True
+
+    kind: Kind | None = None
+    loss_weights: Sequence[float] = (1.0,)  # of the losses that `_loss` returns one by one
+    model: Any
+    model_wrapped: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
+                "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
+            )
+        if self.train_dataset is not None:
+            check_trainable(self.model)
+        self._means = Means()
+        self._eval_means = Means()
+        self.given: dict[str, Any] = {}  # added to `made_with` by the caller
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with this one; written into every checkpoint, see resume.py."""
+        args = self.args
+        configs = getattr(self.model, "peft_config", {})
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {
+            "trainer": type(self).__name__,
+            "adapter": {
+                name: {k: v for k, v in config.to_dict().items() if k not in _IGNORED_OF_ADAPTERS}
+                for name, config in configs.items()
+            },
+            "rows per step": step,
+            **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
+            "seed": args.seed,
+            **self.given,
+        }
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains as Trainer does.
+
+        resume_from_checkpoint: a checkpoint, or True for the last complete one in args.output_dir. Raises ValueError
+        if it is broken or was made with other settings, or if the disk has no room for a checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        if resume_from_checkpoint:
+            check_made_with(resume_from_checkpoint, self.made_with)
+        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if strategy != "no" and self.args.should_save and not sharded:
+            check_room(self.model, self.args)
+        self._prepare_to_train(resume_from_checkpoint or None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _prepare_to_train(self, checkpoint: str | None) -> None:
+        """Does what must be done before the first step, or before training goes on from a checkpoint."""
+
+    def _items(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns what the loss of a batch is divided by: (), or one entry per loss."""
+        raise NotImplementedError
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the sum of losses over `denominator`, with a graph; each loss of it; metrics; their counts."""
+        raise NotImplementedError
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Trainer's own casts floats to DeepSpeed's dtype: a log-prob of −200 in bfloat16 is off by up to half a nat.
+        return {name: value.to(self.args.device) for name, value in inputs.items()}
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Returns the items of the whole optimizer step, all micro-batches of all ranks: (), or one entry per loss."""
+        if not batch_samples:
+            return None
+        items = torch.stack([self._items(batch) for batch in batch_samples]).sum(dim=0)
+        return sum_over_ranks(items.to(device)).clamp(min=1)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Returns the micro-batches of the next step and their items; rows that only fill up the ranks do not count."""
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Computes the loss of a micro-batch and adds its metrics to those of the next log."""
+        loss, _, metrics, counts = self._loss(model, inputs, num_items_in_batch)
+        if model.training:
+            self._means.add(metrics, counts)
+        # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
+        loss = loss * self.accelerator.num_processes
+        return (loss, metrics) if return_outputs else loss
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluates as Trainer does; loss and metrics are means over the units of the whole data set."""
+        self._eval_means = Means()
+        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_means.pop()
+        names = [f"{_LOSS}{k}" for k in range(len(self.loss_weights))]
+        losses = [means.pop(name) for name in names if name in means]
+        if losses:
+            means["loss"] = sum(w * x for w, x in zip(self.loss_weights, losses, strict=True))
+        for name, value in means.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Computes the loss of an evaluation's batch and adds its metrics to those of the evaluation."""
+        inputs = self._prepare_inputs(self._without_repeats(inputs))
+        items = self._items(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, losses, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
+        named = {f"{_LOSS}{k}": x for k, x in enumerate(losses)}
+        weights = dict(zip(named, items.view(-1), strict=True))
+        self._eval_means.add({**metrics, **named}, {**counts, **weights})
+        return loss.detach(), None, None
+
+    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Removes the targets of the rows that fill the last batches up to equal sizes on all ranks.
+
+        Must be called when the batch has just come from the data loader, which then knows whether it is the last.
+        """
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        listed, completions = "list_lengths" in inputs, len(self.kind.completions) if self.kind else 1
+        units = len(inputs["list_lengths" if listed else "targets"]) // completions
+        distinct = state.remainder - self.accelerator.process_index * units
+        inputs = dict(inputs)
+        for name in ("targets", "kl_targets"):
+            if name in inputs:
+                at = torch.arange(len(inputs[name]), device=inputs[name].device)
+                at = at // (len(at) // units) if listed else at % units
+                inputs[name] = inputs[name].masked_fill((at >= distinct)[:, None], IGNORE_INDEX)
+        return inputs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as Trainer does, with the means of the metrics since the last log of a training loss."""
+        if "loss" in logs:
+            logs.update(self._means.pop())
+        super().log(logs, start_time)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint, complete or not at all; SavingError names the last complete one, which stays."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        writes = self.args.should_save
+        try:
+            with replacing(folder) if writes else contextlib.nullcontext():
+                self.accelerator.wait_for_everyone()
+                with saving(folder):
+                    if writes:
+                        self._save_extra_files(folder)
+                    super()._save_checkpoint(model, trial)
+        except SavingError as error:
+            error.checkpoint = last_checkpoint(folder.parent)
+            raise
+
+    def _save_extra_files(self, folder: Path) -> None:
+        """Writes the files of a checkpoint that transformers does not know, before its own; called on one rank only."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_made_with(folder, self.made_with)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model into a folder beside what is there: all of its files, or, if one cannot be written, none.
+
+        Weights and adapters of another model in the folder are deleted, for they might be read in place of this one;
+        the base model of the adapter stays.
+        """
+        if _internal_call:  # into a checkpoint, which appears complete or not at all itself
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        new, earlier = folder / ".model.part", folder / ".model.before"
+        try:
+            with saving(folder):
+                super().save_model(str(new), _internal_call=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    replace_model(folder, new, earlier, self.model)
+        except SavingError as error:
+            error.checkpoint = last_checkpoint(str(self.args.output_dir))
+            raise
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(new, ignore_errors=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and not bool(p.isfinite().all()):
+                raise ValueError(
+                    f"{resume_from_checkpoint} holds NaN or an infinity in {name}: the run had diverged when it was "
+                    "written; go on from an earlier checkpoint, or begin anew with a smaller learning rate"
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            groups = getattr(self.optimizer, "param_groups", [])
+            for name in getattr(self.optimizer, "defaults", {}) if checkpoint else ():
+                if any(name not in group for group in groups):  # the first step would need it
+                    raise RuntimeError(f"its optimizer has no {name}, which the one asked for has")

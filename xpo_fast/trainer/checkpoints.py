@@ -1,0 +1,135 @@
+"""Files that a trainer writes and reads beside transformers' own: complete or not at all, with errors that name them.
+
+../resume.py finds the last complete checkpoint of a folder, and compares the settings it was made with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..files import existing_part, size
+from ..objective import Objective
+from ..resume import is_checkpoint
+
+STATE_FILE = "objective.pt"
+_MODEL_FILES = (  # patterns of the files of a saved model or adapter, in whichever form it was saved
+    "adapter_config.json",
+    "adapter_model.*",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+    "value_head.safetensors",
+    "reward_model.json",
+)
+
+
+def save_objective(objective: Objective, folder: str | Path) -> None:
+    """Writes the objective's state into a checkpoint; an objective without state writes nothing."""
+    state = objective.state_dict()
+    if state:
+        torch.save({name: x.cpu() for name, x in state.items()}, Path(folder) / STATE_FILE)
+
+
+@contextlib.contextmanager
+def reading(folder: str) -> Iterator[None]:
+    """Raises ValueError, which names the checkpoint, in place of what torch and safetensors raise about its files."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, EOFError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"cannot go on from {folder}: it is broken, or of another model ({' '.join(lines[-1].split())}); name "
+            "another checkpoint, or begin anew"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[None]:
+    """Sets an earlier run's checkpoint of the same name aside, and puts it back if the block writes no complete one."""
+    earlier = folder.with_name(f".{folder.name}.before")
+    if folder.exists():
+        # A run that was killed here may have left half a checkpoint, and the complete one aside.
+        if is_checkpoint(earlier) and not is_checkpoint(folder):
+            shutil.rmtree(folder)
+        else:
+            shutil.rmtree(earlier, ignore_errors=True)
+            folder.rename(earlier)
+    try:
+        yield
+    except BaseException:
+        # A complete checkpoint stays: transformers uploads it, and removes older ones, after it is written.
+        if not is_checkpoint(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            if earlier.exists():
+                earlier.rename(folder)
+        raise
+    finally:
+        if is_checkpoint(folder):
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def replace_model(folder: Path, new: Path, earlier: Path, model: nn.Module) -> None:
+    """Moves the files of the folder `new` into `folder`, and files of other models out of it: all of them, or none.
+
+    Without an error the files moved out are deleted; until then they are in `earlier`. The base model of `model`'s
+    adapter stays if `folder` is where it lies.
+    """
+    if earlier.exists():  # left by a run that was killed here
+        _move(earlier, folder, [path.name for path in earlier.iterdir()])
+        earlier.rmdir()
+    names = [path.name for path in new.iterdir()]
+    present = {path.name for path in folder.iterdir()}
+    stale = {path.name for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    configs: Any = getattr(model, "peft_config", {})
+    bases = [Path(c.base_model_name_or_path) for c in configs.values() if c.base_model_name_or_path]
+    if any(base.is_dir() and base.samefile(folder) for base in bases):
+        stale = {name for name in stale if name.startswith("adapter_")}
+    earlier.mkdir()
+    try:
+        _move(folder, earlier, present & ({*names} | stale))
+        _move(new, folder, names)
+    except BaseException:
+        _move(folder, new, [name for name in names if not (new / name).exists()])
+        _move(earlier, folder, [path.name for path in earlier.iterdir()])
+        earlier.rmdir()
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _move(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Moves files and folders by name, replacing those of the same name in `target`."""
+    for name in names:
+        if (target / name).is_dir():
+            shutil.rmtree(target / name)
+        os.replace(source / name, target / name)
+
+
+def check_room(model: nn.Module, args: Any) -> None:
+    """Raises ValueError if the disk has no room for one checkpoint of the model and its optimizer."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    adapted = hasattr(model, "disable_adapter")
+    saved = trained if adapted else sum(p.numel() * p.element_size() for p in model.parameters())
+    adam = "adam" in str(args.optim).lower() and not args.save_only_model
+    needed = saved + (2 * trained if adam else 0)
+    free = shutil.disk_usage(existing_part(Path(str(args.output_dir)))).free
+    if free < needed:
+        raise ValueError(
+            f"{args.output_dir} has room for {size(free)}, and a checkpoint takes about {size(needed)} "
+            f"(model {size(saved)}{f', optimizer {size(2 * trained)}' if adam else ''}): make room, or name another "
+            "output folder"
+        )

@@ -1,0 +1,92 @@
+"""The arguments of a training run: `TrainingArguments` with a method, how its head runs, and how its data are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..objective import Objective
+from ..reporters import check_reporters
+
+
+@dataclass
+class MethodConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with a method and how its head runs."""
+
+    method: str = field(
+        default="dpo", metadata={"help": "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft."}
+    )
+    method_args: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Hyperparameters, and options of xpo_fast.Objective, for example {"beta": 0.1}.'},
+    )
+    backend: str = field(default="auto", metadata={"help": "The backend of the head: auto, torch, dense, …"})
+    tile_mib: float | None = field(
+        default=None, metadata={"help": "Memory for one tile of logits, in MiB. None: the head decides."}
+    )
+
+    # Other defaults than TrainingArguments has.
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={"help": "Must be False: batches are made from columns that the model does not know."},
+    )
+    report_to: Any = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, …"})
+    logging_steps: float = field(default=10, metadata={"help": "Log every N steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: batches are made from columns of the data set")
+        if isinstance(self.method_args, str):
+            self.method_args = json.loads(self.method_args)
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch warns about it where there is nothing to copy to
+        check_reporters(self.report_to)
+        if self.tile_mib is not None and self.tile_mib <= 0:
+            raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
+
+    def objective(self, **defaults: Any) -> Objective:
+        """Returns the objective that these arguments describe.
+
+        defaults: hyperparameters for which method_args has no value.
+        """
+        tile_bytes = None if self.tile_mib is None else int(self.tile_mib * 2**20)
+        given: Any = self.method_args or {}
+        hyperparameters: Any = {**defaults, **given}
+        fixed = sorted({"reduction", "backend", "tile_bytes"} & set(hyperparameters))
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)} cannot be in method_args: the trainer decides them, or has options")
+        return Objective(self.method, backend=self.backend, tile_bytes=tile_bytes, **hyperparameters)
+
+
+@dataclass
+class XPOConfig(MethodConfig):
+    """`MethodConfig` for a data set of preferences: how long rows may be, and where the reference comes from."""
+
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."},
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
+            "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
+            "adapter where there is one, cached otherwise."
+        },
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Number of processes that tokenize. None: one."}
+    )
