@@ -18,7 +18,9 @@ from xpo_fast.integrations.liger import distillation
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from xpo_fast.kernels import tuning
+from xpo_fast.kernels import launch
+
+from xpo_fast.head.triton import LOGPS
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -99,7 +101,7 @@ def test_cuda_leaves_the_rest_to_triton(launches):
 
 def test_the_verdict_on_log_probs_holds_for_what_they_run(launches):
     """By tiles: the kernel whose source the measurement is bound to."""
-    (by_tiles, _) = tuning.tunable(tuning.LOGPS).kernels
+    (by_tiles, _) = launch.tunable(LOGPS).kernels
     assert launches.measure("log-probs", shape(launches), "triton")["kernels"][by_tiles.__name__]
 
 

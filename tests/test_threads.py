@@ -111,7 +111,7 @@ MUTANTS = {
         ),
         "reads are not over when a block says so": (
             "rows.cu",
-            "cluster_arrive();  // a block that",
+            "cluster_arrive();  // tells the other",
             "cluster_arrive_relaxed();",
         ),
         "sums are read before they are there": ("rows.cu", "        cluster_wait();\n        s = merged", ""),
@@ -123,8 +123,8 @@ MUTANTS = {
         ),
     },
     "segments": {
-        "no fence before the ticket": ("segments.cu", "__threadfence();  // what this block", ""),
-        "no fence after the ticket": ("segments.cu", "__threadfence();  // what the others", ""),
+        "no fence before the ticket": ("segments.cu", "__threadfence();  // orders this block", ""),
+        "no fence after the ticket": ("segments.cu", "__threadfence();  // orders the reads", ""),
         "a plain ticket": (
             "segments.cu",
             "scratch.last = atomicAdd(call.ticket, 1u) == gridDim.x - 1;",
@@ -137,7 +137,7 @@ MUTANTS = {
         ),
         "sums are overwritten while they are read": (
             "segments.cu",
-            "__syncthreads();  // what stood there",
+            "__syncthreads();  // the previous contents",
             "",
         ),
         "a step of the tree before the one below": ("segments.cu", "__syncthreads();\n        tree_step", ""),
