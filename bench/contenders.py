@@ -20,6 +20,8 @@ class Missing(Exception):
 
 
 class Contender(NamedTuple):
+    """A way to compute a case's results."""
+
     call: Callable[[Batch], Results]  # returns the results that it computes
     gemms: int  # number of its products of 2·N·V·D FLOP, N the scored positions
     ours: bool = False

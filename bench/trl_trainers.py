@@ -421,12 +421,14 @@ class Alternation(transformers.TrainerCallback):
         self._start = self._in_loss = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Switches between ours and theirs, and starts the clock."""
         ours = state.global_step % 2
         engine.install() if ours else engine.uninstall()
         self.trainer.__class__ = self.classes[ours]
         self._start, self._in_loss = time.perf_counter(), 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Records the times of the step."""
         ours = (state.global_step - 1) % 2  # counted already
         self.steps[ours].append(time.perf_counter() - self._start)
         self.loss[ours].append(self._in_loss)

@@ -37,9 +37,9 @@ class Loss(torch.nn.Module):
             taken = [parameters[renamed.get(n, n)].replace(name=n) for n in names.split()]
             return inspect.Signature([_SELF, *(p.replace(default=defaults.get(p.name, p.default)) for p in taken)])
 
-        def arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def arguments(expected: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
             try:
-                bound = signature.bind(None, *args, **kwargs)
+                bound = expected.bind(None, *args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{cls.__name__}: {error}") from None
             bound.apply_defaults()

@@ -43,7 +43,7 @@ def _paired(
     pairs = targets.shape[0] // 2
     scored = targets != ignore_index
     lengths = scored.sum(dim=1)
-    some = lengths.clamp(min=1)
+    divisor = lengths.clamp(min=1)
     valid = (lengths.view(2, pairs) > 0).all(dim=0).repeat(2)
     counted = valid[:pairs].sum().clamp(min=1)
     ref_logp = lengths.new_zeros(lengths.shape, dtype=accumulation_dtype(operands.weight.dtype))
@@ -61,7 +61,7 @@ def _paired(
         nll_tokens, sides, same = (wanted != ignore_index).sum(), 3, wanted == targets[:pairs]
         more = wanted.masked_fill(same, ignore_index)
         rows = replace(operands, hidden=torch.cat([hidden, hidden[:pairs]]), targets=torch.cat([targets, more]))
-        some, ref_logp, valid = (torch.cat([x, x[:pairs]]) for x in (some, ref_logp, valid))
+        divisor, ref_logp, valid = (torch.cat([x, x[:pairs]]) for x in (divisor, ref_logp, valid))
         same = same.repeat(3, 1)
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
@@ -69,7 +69,7 @@ def _paired(
         return x.unflatten(0, (sides, x.shape[0] // sides)).unbind()
 
     def evaluate(logp: Tensor, pick: Pick) -> Found:
-        sums, reference, length = logp.sum(dim=1), pick(ref_logp), pick(some)
+        sums, reference, length = logp.sum(dim=1), pick(ref_logp), pick(divisor)
         if average_log_prob:
             sums, reference, length = sums / length, reference / length, torch.ones_like(length)
         given = {"logp": sums, "ref_logp": reference, "len": length}

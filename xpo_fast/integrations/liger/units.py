@@ -33,7 +33,7 @@ def padded_rows(
     """Returns the operands of padded rows, admitted, with the targets on the device of the hidden states."""
     if targets.dim() != 2:
         raise ValueError(f"expected padded rows, targets (B, T), got {tuple(targets.shape)}")
-    scaling = Scaling(float(temperature))  # said always: torch.compile cannot trace the default
+    scaling = Scaling(float(temperature))  # explicit: torch.compile cannot trace the default
     operands = Operands(hidden, weight, targets, bias, scaling=scaling, ignore_index=ignore_index).admit()
     return replace(operands, targets=to_device(targets, operands.hidden.device))
 

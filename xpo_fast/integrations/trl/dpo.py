@@ -238,6 +238,7 @@ class _SaveState(TrainerCallback):
         self.objective = objective
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes it into the checkpoint that was just saved, on the first rank."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             save_objective(self.objective, folder)
