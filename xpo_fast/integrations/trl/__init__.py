@@ -12,7 +12,6 @@ of a teacher and a student; A2PO, which computes logits of its own. BCO is no lo
 `bco_pair`, its unpaired one the method `bco` of `xpo_fast.trainer`.
 """
 
-from .base import VERSION
 from .dpo import DPO_LOSS_TYPES, DPOConfig, DPOTrainer
 from .experimental import CPOTrainer, OnlineDPOTrainer, ORPOTrainer, TPOTrainer
 from .head import HeadFunction
@@ -21,7 +20,6 @@ from .seams import installed
 
 __all__ = [
     "DPO_LOSS_TYPES",
-    "VERSION",
     "CPOTrainer",
     "DPOConfig",
     "DPOTrainer",
