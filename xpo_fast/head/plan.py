@@ -130,7 +130,7 @@ def plan_of(
     dtype = accumulation_dtype(weight.dtype)
     learns = torch.is_grad_enabled() and weight.requires_grad and operands.weight_grad is None
     exchanged = 0 if shard is None else 2 + 2 * has_ref
-    tiling, dz_dtype, logits = fit(
+    tiling, dz_dtype, logits = fit_tiles(
         chosen,
         vocab,
         weight.dtype,
@@ -162,7 +162,7 @@ def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
         raise ValueError("weight_grad was given, and weight requires no gradient: leave it out for a frozen head")
 
 
-def fit(
+def fit_tiles(
     backend: str,
     vocab: int,
     dtype: torch.dtype,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..head.operands import Operands
-from ..head.plan import PlanOptions, fit
+from ..head.plan import PlanOptions, fit_tiles
 from ..head.sampled import picked_logits, sample_rivals
 from ..head.spec import scored_positions
 from .batch import Batch
@@ -48,7 +48,7 @@ class Rivals:
             raise ValueError("seed= cannot be captured into a CUDA graph: a replay would draw the same; leave it out")
         generator = self._seeded(operands.hidden.device)
         hidden, weight, vocab = operands.hidden, operands.weight, operands.vocab
-        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, self.options.tile_bytes, dz=False)
+        tiling, *_ = fit_tiles("torch", vocab, weight.dtype, weight.device, self.options.tile_bytes, dz=False)
         targets = batch.rejected_targets
         tokens = sample_rivals(replace(operands, targets=targets, ref=None), tiling.step, self.top_k, generator)
         at = scored_positions(targets, batch.ignore_index, vocab, batch.device)
