@@ -47,7 +47,7 @@ def expectation(p: Tensor, x: Tensor) -> Tensor:
 
 
 def copies(outputs: Sequence[str], softcap: bool) -> int:
-    """Returns how many tensors of the size of a step's logits torch's row operations need beside them on a device."""
+    """Returns the most tensors as large as a step's logits that torch's row operations hold beside them on a device."""
     if {"kl", "reverse_kl"} & set(outputs):
         return 7
     if outputs:

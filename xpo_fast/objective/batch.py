@@ -102,7 +102,7 @@ class Batch:
     def _capture_error(method: Method) -> str | None:
         """Returns why a method cannot be captured into a CUDA graph, or None if it can."""
         if method.state is not None:
-            return "what it remembers of earlier batches would not go on from replay to replay"
+            return "what it remembers of earlier batches would not be updated from replay to replay"
         if method.unit == "batch":
             return "its losses depend on one another, and which units count is known only from the targets' values"
         return None
