@@ -83,9 +83,7 @@ def _await(parameters: Iterable[Any]) -> None:
     """Wait for those that ZeRO-3 has begun to gather: ahead, for a module whose own forward would wait for it."""
     if all(x.ds_status.name != "INFLIGHT" for x in parameters):
         return
-    from deepspeed.runtime.zero.parameter_offload import (  # pyright: ignore[reportMissingImports]
-        FWD_MODULE_STACK,
-    )
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # pyright: ignore[reportMissingImports]
 
     under_way = [m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")]
     for x in parameters:
