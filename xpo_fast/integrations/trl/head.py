@@ -17,7 +17,7 @@ from ...head.autograd import token_stats as token_stats_operator
 from ...head.backends import check_backend
 from ...head.choice import choose_backend
 from ...head.operands import Operands, check_operands
-from ...head.plan import fit
+from ...head.plan import fit_tiles
 from ...head.row_operations import copies
 from ...head.sharded import gathered
 from ...head.spec import Scaling, accumulation_dtype
@@ -125,7 +125,7 @@ class HeadStatistics(torch.autograd.Function):
         check_operands(operands.hidden, operands.weight, targets, operands.bias)
         backend = choose_backend(options.backend, weight.device, dtype)
         check_backend(backend, weight.device)
-        tiling, *_ = fit(
+        tiling, *_ = fit_tiles(
             backend,
             weight.shape[0],
             dtype,
