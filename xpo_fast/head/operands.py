@@ -292,8 +292,8 @@ def _check_reference(ref: Reference, targets: Tensor, vocab: int, name: str) -> 
     shape = tuple(ref.hidden.shape)
     if name == "reference" and shape[:-1] != tuple(targets.shape):
         raise ValueError(
-            f"the operands of the reference: ref_hidden must have the shape of targets, {tuple(targets.shape)}, and a "
-            f"last axis of its width, got {shape}"
+            f"the operands of the reference: ref_hidden must be {tuple(targets.shape)}, as targets are, by its width, "
+            f"got {shape}"
         )
     try:
         check_operands(ref.hidden, ref.weight, targets, ref.bias)
