@@ -23,6 +23,7 @@ from torch.testing import assert_close
 import oracle
 import xpo_fast as xf
 from peers import peer
+from xpo_fast.head.operands import Operands
 from xpo_fast.integrations import liger as ours
 from xpo_fast.integrations.liger import grpo
 from xpo_fast.integrations.liger.units import logit_sums
@@ -30,10 +31,7 @@ from xpo_fast.integrations.liger.units import logit_sums
 IGNORE = -100
 LOSSES = ["DPO", "CPO", "SimPO", "ORPO", "KTO", "GRPO", "JSD", "CosineSimilarity"]
 PAIRED = ["DPO", "CPO", "SimPO", "ORPO"]
-FUNCTIONS = {
-    "DPO": "dpo", "CPO": "cpo", "SimPO": "simpo", "ORPO": "orpo", "KTO": "kto", "GRPO": "grpo", "JSD": "jsd",
-    "CosineSimilarity": "cosine",
-}  # fmt: skip
+FUNCTIONS = {name: name.lower() for name in LOSSES} | {"CosineSimilarity": "cosine"}
 # pairs (or rows), tokens, vocabulary, width: nothing a multiple of anything; one row of one token.
 SHAPES = [(3, 7, 37, 5), (2, 5, 130, 12), (1, 1, 11, 3)]
 
@@ -90,11 +88,7 @@ class Case:
             ids = {"selected_token_ids": self.target.clamp(min=0), "attention_mask": self.scored.long()}
             return {**common, **ids, "advantages": self.advantages}
         if name in ("JSD", "CosineSimilarity"):
-            flat = {
-                "student_input": self.hidden,
-                "teacher_input": self.ref_hidden,
-                "true_labels": self.target,
-            }
+            flat = {"student_input": self.hidden, "teacher_input": self.ref_hidden, "true_labels": self.target}
             heads = {"student_weight": self.weight, "teacher_weight": self.ref_weight}
             biases = {"student_bias": self.bias, "teacher_bias": self.ref_bias} if bias else {}
             return {k: x.flatten(0, 1) for k, x in flat.items()} | heads | biases
@@ -166,10 +160,7 @@ def test_signatures_of_functions(name):
     )
 
 
-MODULES = {
-    "DPO": "dpo_loss", "CPO": "cpo_loss", "SimPO": "simpo_loss", "ORPO": "orpo_loss", "KTO": "kto_loss",
-    "GRPO": "grpo_loss", "JSD": "jsd_loss", "CosineSimilarity": "cosine_similarity_loss",
-}  # fmt: skip
+MODULES = {name: f"{name.lower()}_loss" for name in LOSSES} | {"CosineSimilarity": "cosine_similarity_loss"}
 
 
 def test_everything_that_liger_exports_is_here():
@@ -221,10 +212,18 @@ def test_compiled_and_chunk_size_change_nothing(name):
 # --- parity ------------------------------------------------------------------------------------------------
 
 DPO_TYPES = [
-    ("sigmoid", {}), ("hinge", {}), ("exo_pair", {"label_smoothing": 0.01}), ("nca_pair", {}),
-    ("robust", {"label_smoothing": 0.2}), ("robust", {}), ("bco_pair", {}), ("sppo_hard", {}), ("apo_zero", {}),
-    ("apo_down", {}), ("discopop", {"discopop_tau": 0.2}),
-]  # fmt: skip
+    ("sigmoid", {}),
+    ("hinge", {}),
+    ("exo_pair", {"label_smoothing": 0.01}),
+    ("nca_pair", {}),
+    ("robust", {"label_smoothing": 0.2}),
+    ("robust", {}),
+    ("bco_pair", {}),
+    ("sppo_hard", {}),
+    ("apo_zero", {}),
+    ("apo_down", {}),
+    ("discopop", {"discopop_tau": 0.2}),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -312,12 +311,7 @@ def grpo_case(ignored=0.4, shape=(5, 7, 37, 5), **options):
 @pytest.mark.parametrize("loss_type", GRPO_TYPES)
 def test_grpo_clipped(loss_type, options, level):
     case, extra = grpo_case()
-    options = {
-        "loss_type": loss_type,
-        "importance_sampling_level": level,
-        "max_completion_length": 9,
-        **options,
-    }
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 9, **options}
     assert_same("GRPO", case, options, extra, scale=3.0, **FP32)
 
 
@@ -350,12 +344,7 @@ def test_grpo_sampling_ratio(loss_type, ratio):
         "rows": case.ratio[:, 0],
         "column": case.ratio[:, :1],
     }
-    options = {
-        "loss_type": loss_type,
-        "epsilon_high": 1.2,
-        "sapo_temperature_pos": 0.8,
-        "sapo_temperature_neg": 1.3,
-    }
+    options = {"loss_type": loss_type, "epsilon_high": 1.2, "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3}
     options |= {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}
     assert_same("GRPO", case, options, {**extra, "vllm_is_ratio": ratios.get(ratio)}, **FP32)
 
@@ -464,21 +453,17 @@ def test_positional_calls_of_functions():
     case = Case(4, 5, 23, 6)
     args = (case.hidden, case.weight, case.target, case.bias)
     ref = tuple(case.ref.values())
+    of_grpo = (0.1, 0.2, 0.3, "grpo", None, "token", 1.0, 1.05, 0.9, False)
+    student, teacher = (case.hidden[0], case.weight), (case.ref_hidden[0], case.ref_weight)
     calls = {
         "dpo": (*args, *ref, IGNORE, 0.2, True, False, True, False, 1, "hinge", 0.0, 0.05, 0.5),
         "cpo": (*args, IGNORE, 0.2, 0.5, 0.1, True, False, True, 2),
         "simpo": (*args, IGNORE, 0.2, 0.5, 0.1, True, False, 0.7, 2),
         "orpo": (*args, IGNORE, 0.2, True, None, False, 2),
         "kto": (*args[:3], case.labels, case.bias, *ref, torch.tensor(0.3), IGNORE, 0.2, False, True, False, 1),
-        "grpo": (
-            *args[:3], case.scored, case.advantages, case.bias, case.ref_logps, case.old, None, None, None,
-            0.1, 0.2, 0.3, "grpo", None, "token", 1.0, 1.05, 0.9, False,
-        ),
-        "jsd": (
-            case.hidden[0], case.weight, case.ref_hidden[0], case.ref_weight, case.target[0], case.bias, None,
-            0.3, 0.6, 0.4, IGNORE, 1.5, False, 3, True,
-        ),
-    }  # fmt: skip
+        "grpo": (*args[:3], case.scored, case.advantages, case.bias, case.ref_logps, case.old, *[None] * 3, *of_grpo),
+        "jsd": (*student, *teacher, case.target[0], case.bias, None, 0.3, 0.6, 0.4, IGNORE, 1.5, False, 3, True),
+    }
     calls["cosine"] = calls["jsd"]
     for name, given in calls.items():
         theirs, mine = (getattr(m, "liger_fused_linear_" + name)(*given) for m in (functional, ours))
@@ -489,7 +474,7 @@ def test_positional_calls_of_functions():
 
 
 def as_documented(text, monkeypatch, replaced):
-    """Liger's own text, with nothing but the import replaced, if it is; what it defines. Liger's classes are not compiled."""
+    """Liger's own text, with nothing but the import replaced, if it is. Liger's classes are not compiled."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert "liger_kernel.chunked_loss" in text
     return text.replace("liger_kernel.chunked_loss", ours.__name__) if replaced else text
@@ -544,7 +529,7 @@ class ModelOfTrainer:
 
 
 def test_orpo_trainer_of_liger(monkeypatch):
-    """The source of liger_kernel.transformers.trainer.LigerORPOTrainer, which Liger's chunked_loss/README.md points to."""
+    """The source of liger_kernel.transformers.trainer.LigerORPOTrainer, to which chunked_loss/README.md points."""
     path = Path(liger().__file__).parents[1] / "transformers/trainer/orpo_trainer.py"
     for name, content in {
         "trl": {},
@@ -594,17 +579,18 @@ def test_calls_of_trainers():
         )
         kto = m.LigerFusedLinearKTOLoss(ignore_index=-100, beta=0.1, use_ref_model=True, compiled=False)
         k_loss, (_, _, _, _, chosen_sum, _) = kto(
-            _input=case.hidden,
-            target=case.target,
-            preference_labels=case.labels,
-            kl=torch.zeros(1),
-            **head,
-            **case.ref,
+            _input=case.hidden, target=case.target, preference_labels=case.labels, kl=torch.zeros(1), **head, **case.ref
         )
         grpo = m.LigerFusedLinearGRPOLoss(
-            beta=0.1, epsilon_low=0.2, epsilon_high=0.2, temperature=1.0, use_ref_model=True, loss_type="bnpo",
-            max_completion_length=6, compiled=False,
-        )  # fmt: skip
+            beta=0.1,
+            epsilon_low=0.2,
+            epsilon_high=0.2,
+            temperature=1.0,
+            use_ref_model=True,
+            loss_type="bnpo",
+            max_completion_length=6,
+            compiled=False,
+        )
         g_loss, metrics = grpo(
             _input=case.hidden,
             selected_token_ids=case.target.clamp(min=0),
@@ -764,11 +750,7 @@ def test_ids_outside_the_vocabulary(name, learns, token):
     operands[key] = operands[key].clone()
     operands[key].view(-1)[3] = token
     with pytest.raises(ValueError, match=f"target {token} at position 3 is outside the vocabulary of 23"):
-        run(
-            of_ours(name, **without_reference(name)),
-            operands,
-            LEAVES if learns else ("_input", "student_input"),
-        )
+        run(of_ours(name, **without_reference(name)), operands, LEAVES if learns else ("_input", "student_input"))
     if name == "GRPO":  # Liger takes any; here, where nothing is scored any will do
         assert run(of_liger("GRPO", use_ref_model=False), operands)[0].isfinite()
         operands["attention_mask"] = operands["attention_mask"].clone()
@@ -802,7 +784,8 @@ def test_logit_means_do_not_count_padding(name):
 
 def test_logit_means_take_no_product(tmp_path):
     case = Case(8, 20, 501, 8, ignored=0.4)
-    meter = oracle.Meter(lambda: logit_sums(case.hidden, case.weight, case.bias, case.scored), tmp_path)
+    operands = Operands(case.hidden, case.weight, case.target, case.bias)
+    meter = oracle.Meter(lambda: logit_sums(operands, case.scored), tmp_path)
     assert meter.products == []
     assert meter.largest_bytes < 20 * 501 * 4
 
@@ -903,12 +886,17 @@ def test_ipo_is_an_addition():
 @pytest.mark.parametrize(
     ("name", "options", "method", "hyper"),
     [
-        ("DPO", {"beta": 0.3, "label_smoothing": 0.1, "use_ref_model": True}, "dpo", {"beta": 0.3, "label_smoothing": 0.1}),
+        (
+            "DPO",
+            {"beta": 0.3, "label_smoothing": 0.1, "use_ref_model": True},
+            "dpo",
+            {"beta": 0.3, "label_smoothing": 0.1},
+        ),
         ("SimPO", {"beta": 2.0, "gamma": 1.0, "compute_nll_loss": False}, "simpo", {"beta": 2.0, "gamma": 1.0}),
         ("CPO", {"compute_nll_loss": False}, "cpo", {"alpha": 0.0}),
         ("DPO", {"loss_type": "discopop", "use_ref_model": True}, "discopop", {}),
     ],
-)  # fmt: skip
+)
 def test_the_objective_is_the_same(name, options, method, hyper):
     case = Case(6, 7, 37, 5, ignored=0.4)
     extra = case.ref if options.get("use_ref_model") else {}
@@ -1024,7 +1012,7 @@ def test_grpo_casts_the_weight_as_liger_does():
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("name", ["DPO", "JSD"])
 def test_compiles_around_it(name):
-    """One graph, but for distillation, whose tiles are not traced. The warning is one that torch hides from all but tests."""
+    """One graph, but for distillation, whose tiles are not traced. torch hides the warning from all but tests."""
     torch._dynamo.reset()
     case = Case(4, 5, 23, 6, ignored=0.3)
     operands = case.operands(name)
@@ -1123,11 +1111,7 @@ def test_no_scored_token_at_all():
 def grpo_error(**options):
     case, extra = grpo_case()
     of_ours("GRPO", **{k: x for k, x in options.items() if not isinstance(x, torch.Tensor)})(
-        **{
-            **case.operands("GRPO"),
-            **extra,
-            **{k: x for k, x in options.items() if isinstance(x, torch.Tensor)},
-        }
+        **{**case.operands("GRPO"), **extra, **{k: x for k, x in options.items() if isinstance(x, torch.Tensor)}}
     )
 
 
