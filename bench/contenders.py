@@ -20,16 +20,18 @@ class Missing(Exception):
 
 
 class Contender(NamedTuple):
-    call: Callable[[Batch], Results]  # those of the results that it has
-    gemms: int  # products it makes, of 2·N·V·D FLOP with N the scored positions
+    """A way to compute a case's results."""
+
+    call: Callable[[Batch], Results]  # returns the results that it computes
+    gemms: int  # number of its products of 2·N·V·D FLOP, N the scored positions
     ours: bool = False
 
 
 def make_floor(batch: Batch, case: Case, *, new_gradients: bool = False) -> Contender:
-    """The bare products, on real operands, into buffers made beforehand. Its call returns nothing.
+    """Returns the bare products, on real operands, into buffers allocated beforehand. Its call returns no results.
 
-    new_gradients: the gradients into new memory, where those of a training step go. The operating system hands it out
-    page by page as it is written to, which is not free.
+    new_gradients: writes the gradients into new memory, as a training step does. The operating system maps it page by
+    page at the first write, which takes time.
     """
     hidden, _ = batch.scored()
     weight = batch.weight
@@ -52,11 +54,11 @@ def make_floor(batch: Batch, case: Case, *, new_gradients: bool = False) -> Cont
 
 
 def make_contenders(case: Case, tile_bytes: int | None = None) -> dict[str, Callable[[], Contender]]:
-    """Every contender of a case by name, ours first, made when called: `Missing` if it cannot be.
+    """Returns a maker of every contender of a case by name, ours first; it raises `Missing` without the package.
 
     tile_bytes: the budget of our tile, if not the default.
     """
-    everywhere = case.floor_gemms * (2 if case.prompts else 1)  # products of who computes the prompts too
+    everywhere = case.floor_gemms * (2 if case.prompts else 1)  # products of a contender that computes prompts, too
     if case.loss == "token":
         return {
             "xpo_fast token_logps": lambda: _our_tokens(case, tile_bytes),
@@ -74,7 +76,7 @@ def make_contenders(case: Case, tile_bytes: int | None = None) -> dict[str, Call
 
 
 class Leaves:
-    """The operands as leaves of a new graph, call by call; with the head's gradient so far, where there is one."""
+    """Maker of the operands as leaves of a new graph per call, with the head's gradient so far where it accumulates."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -91,7 +93,7 @@ class Leaves:
 
 
 def _results(loss: Tensor, hidden: Tensor, weight: Tensor, logps: Tensor | None = None) -> Results:
-    """Run the backward, and name what came."""
+    """Runs the backward and returns the results by name."""
     leaves = {"hidden_grad": hidden, "weight_grad": weight}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     if weight.grad is None:
@@ -141,7 +143,7 @@ def _our_objective(case: Case, tile_bytes: int | None) -> Contender:
 
 
 def _materialised(case: Case, gemms: int) -> Contender:
-    """What one writes without a library: logits in the operands' dtype, then a float32 log-softmax."""
+    """Returns the code without a library: logits in the operands' dtype, then a float32 log-softmax."""
     leaves = Leaves(case)
 
     def call(batch: Batch) -> Results:
@@ -155,9 +157,9 @@ def _materialised(case: Case, gemms: int) -> Contender:
 
 
 def _trl(case: Case) -> Contender:
-    """TRL's function with the tile width that TRL gives it and no optional output.
+    """Returns TRL's function with the tile width that TRL uses and no optional output.
 
-    It is given the scored positions alone; where Triton does not run, TRL itself hands it the prompts too.
+    It is given the scored positions alone; TRL's trainers give it the prompts, too, where Triton does not run.
     """
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -180,7 +182,7 @@ def _trl(case: Case) -> Contender:
 
 
 def _liger(case: Case, gemms: int) -> Contender:
-    """Liger's class without a reference model, and not compiled: compiling on a CPU needs a C++ compiler."""
+    """Returns Liger's class without a reference model, and not compiled, which on a CPU takes a C++ compiler."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
     except ImportError as error:
@@ -198,7 +200,7 @@ def _liger(case: Case, gemms: int) -> Contender:
 
 
 def _torch_fused(case: Case, gemms: int, chunked: bool) -> Contender:
-    """torch's function, which gives the sum and no log-probs. It materialises unless it is given options."""
+    """Returns torch's function, which computes the sum and no log-probs, and materialises unless given options."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Missing(f"torch {torch.__version__} has no linear_cross_entropy: pip install torch==2.13.0")
 

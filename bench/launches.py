@@ -207,7 +207,7 @@ def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> No
 
 
 def _distillation(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str, **options: Any) -> None:
-    from xpo_fast.head.distillation import distillation_loss
+    from xpo_fast.integrations.liger.distillation import distillation_loss
 
     teacher = hidden.detach(), weight.detach()
     heads = dict(zip(("teacher_hidden", "teacher_weight"), teacher, strict=True))

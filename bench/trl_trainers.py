@@ -4,14 +4,14 @@
     python bench/trl_trainers.py time --json bench/results/trl-cpu.json
 
 equal: every trainer and loss type on a tiny random model, twenty steps without and with `install()` (the experimental
-trainers: TRL's class and ours). Compared is every number that both log: |theirs − ours| / max(1, |theirs|). Exit status 1
-above 1e-4.
-time: SmolLM2-135M on the packaged pairs, a loss type a trainer. Twenty steps of each are compared in the same way. In
-another run theirs and ours alternate from step to step: time of a step, time in TRL's function of the head and in what
-stands for it, forward and backward, by median; peak memory is that of one step, by torch's CPU allocator.
+trainers: TRL's class and ours). Every number that both log is compared: |theirs − ours| / max(1, |theirs|). The exit
+status is 1 above 1e-4.
+time: SmolLM2-135M on the packaged pairs, one loss type per trainer. Twenty steps of each are compared in the same way.
+In another run theirs and ours alternate from step to step: the median times of a step, and of TRL's function of the
+head and its replacement, forward and backward. Peak memory is that of one step, by torch's CPU allocator.
 
-Each writes its part of the file, case by case, and leaves the rest. Float32. AsyncGRPO is run on samples drawn beforehand,
-in the place of a vLLM server's, and with plain attention for FlashAttention 3, which needs a GPU.
+Each command writes its part of the file, case by case, and leaves the rest. All is in float32. AsyncGRPO trains on
+samples drawn beforehand in place of a vLLM server's, with plain attention for FlashAttention 3, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from measure import environment, peak_allocated_mib, table, write_json
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.integrations import trl as engine
+from xpo_fast.integrations.trl.head import HeadStatistics
 from xpo_fast.models import SMOLLM2, load_model
 
 TOLERANCE = 1e-4
 STEPS = 20
 VOCAB = 97
 NOT_COMPARED = ("epoch", "step", "step_time")
-TIMES = "perf/"  # what AsyncGRPO's times begin with
+TIMES = "perf/"  # prefix of the times that AsyncGRPO logs
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class Case:
 
     @property
     def experimental(self) -> bool:
+        """Returns whether the trainer is of TRL's experimental part and has a subclass here."""
         return self.trainer in ("CPO", "ORPO", "TPO", "OnlineDPO")
 
     @property
     def kind(self) -> str:
+        """Returns the kind of `dataset` that the trainer takes."""
         kinds = {"SFT": "sft", "KTO": "unpaired", "TPO": "triple"}
         kinds |= dict.fromkeys(("GRPO", "RLOO", "AsyncGRPO", "OnlineDPO"), "prompt")
         return kinds.get(self.trainer, "pair")
@@ -114,7 +117,7 @@ CASES = {str(case): case for case in _cases()}
 
 
 def classes(case: Case, ours: bool) -> tuple[type, type]:
-    """The trainer and its config."""
+    """Returns the class of the trainer and that of its config."""
     name = case.trainer
     folders = {
         "CPO": "cpo",
@@ -136,6 +139,7 @@ _WORDS = [f"w{i}" for i in range(VOCAB - 3)]
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Returns a tokenizer of whole words, "w0" to "w93"."""
     ids = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", *_WORDS])}
     raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,17 +149,27 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0, **config: Any) -> Any:
-    """A random Llama of one layer; its logits spread enough for every loss to be off its flat parts."""
+    """Returns a random Llama of one layer, whose logits are spread enough that no loss is in a flat part."""
     torch.manual_seed(seed)
     options = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
-        "tie_word_embeddings": True, "initializer_range": 0.3, "eos_token_id": 1, "pad_token_id": 2, "bos_token_id": None,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "bos_token_id": None,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **config}))
 
 
 def tiny_pairs(count: int = 24) -> list[dict[str, str]]:
+    """Returns preference pairs of random words."""
     g = torch.Generator().manual_seed(0)
 
     def words(low: int, high: int) -> str:
@@ -167,7 +181,7 @@ def tiny_pairs(count: int = 24) -> list[dict[str, str]]:
 
 
 def demo_pairs(count: int = 32) -> list[dict[str, Any]]:
-    """The packaged pairs with the shortest completions."""
+    """Returns the packaged pairs with the shortest completions."""
     rows = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
 
     def characters(row: dict[str, Any]) -> int:
@@ -177,7 +191,7 @@ def demo_pairs(count: int = 32) -> list[dict[str, Any]]:
 
 
 def dataset(pairs: list[dict[str, Any]], kind: str) -> datasets.Dataset:
-    """Pairs as data of a kind."""
+    """Returns pairs as data of a kind."""
     rows: list[dict[str, Any]] = []
     for k, row in enumerate(pairs):
         if kind == "sft":
@@ -193,12 +207,12 @@ def dataset(pairs: list[dict[str, Any]], kind: str) -> datasets.Dataset:
 
 
 def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Anything that differs between samples."""
+    """Returns some number per sample, which differs between samples."""
     return [sum(i % 7 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
 class Rollouts:
-    """Samples in the place of a vLLM server: AsyncGRPO's rollout worker, and what it hands its weights to."""
+    """Samples in place of a vLLM server's: AsyncGRPO's rollout worker, and the receiver of its weights."""
 
     def __init__(self, groups: int = 2 * STEPS) -> None:
         self.groups = groups
@@ -206,6 +220,7 @@ class Rollouts:
         self.metrics_queue: queue.Queue[Any] = queue.Queue()
 
     def start(self) -> None:
+        """Puts four samples of each group into the buffer."""
         from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
         g = torch.Generator().manual_seed(0)
@@ -217,20 +232,29 @@ class Rollouts:
                 old = -math.log(VOCAB) - torch.randn(len(ids), generator=g)
                 mask = (torch.arange(len(ids)) >= len(prompt)).long()
                 sample = RolloutSample(
-                    prompt=[], completion=[], input_ids=ids.numpy(), completion_mask=mask.numpy(),
-                    old_log_probs=old.numpy(), advantage=k - 1.5, model_version=0, group_id=group, metrics={},
-                )  # fmt: skip
+                    prompt=[],
+                    completion=[],
+                    input_ids=ids.numpy(),
+                    completion_mask=mask.numpy(),
+                    old_log_probs=old.numpy(),
+                    advantage=k - 1.5,
+                    model_version=0,
+                    group_id=group,
+                    metrics={},
+                )
                 self.rollout_buffer.put(sample)
 
     def check_health(self, stale_after_s: float) -> None:
+        """Raises RuntimeError: the trainer asks only once the buffer is empty."""
         raise RuntimeError(f"all of {self.groups} groups of samples are used up")
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Takes the weights and drops them."""
         for _ in iterator:
             pass
 
     def nothing(self, *_: Any) -> None:
-        """Is to be done."""
+        """Does nothing."""
 
     stop = update_model_version = init_weight_transfer = pause = resume = destroy = nothing
 
@@ -249,6 +273,7 @@ class PlainAttention:
         softmax_scale: float,
         **__: Any,
     ) -> torch.Tensor:
+        """Computes causal attention within each packed row: (Q, heads, d)."""
         rows = []
         ends = zip(itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True)
         for (a, b), (c, d) in ends:
@@ -263,16 +288,14 @@ class PlainAttention:
 
 
 def async_grpo(options: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Let AsyncGRPO run here: `Rollouts` for its server, and what asks for a GPU put off."""
+    """Makes AsyncGRPO run here: `Rollouts` for its server, and without the calls that need a GPU."""
     from trl.experimental.async_grpo import async_grpo_trainer, packing
 
     packing._flash_attn = lambda: PlainAttention
     device: Any = async_grpo_trainer
     device.get_peak_flops_per_device = lambda *_: None
-    options |= {
-        "token_budget": 0,
-        "max_staleness": STEPS,
-    }  # the server would be asked; all samples are of the start
+    # With 0 the server is not asked for it. All samples are drawn at the start.
+    options |= {"token_budget": 0, "max_staleness": STEPS}
     extra["rollout_worker"] = extra["weight_transfer"] = Rollouts()
 
 
@@ -292,13 +315,24 @@ def make_trainer(
     tokens: int = 8,
     **arguments: Any,
 ) -> Any:
-    """A trainer on `pairs`, quiet, in float32, whose every step is logged. tokens: those that are sampled a completion."""
+    """Returns a trainer on `pairs` in float32 that logs every step. tokens: the number sampled per completion."""
     trainer, config = classes(case, ours)
     options: dict[str, Any] = {
-        "output_dir": str(folder), "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": [], "max_steps": STEPS,
-        "per_device_train_batch_size": batch, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3,
-        "gradient_checkpointing": False, "seed": 3, "lr_scheduler_type": "constant", "remove_unused_columns": True,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "report_to": [],
+        "max_steps": STEPS,
+        "per_device_train_batch_size": batch,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "seed": 3,
+        "lr_scheduler_type": "constant",
+        "remove_unused_columns": True,
+    }
     extra: dict[str, Any] = {}
     if case.kind == "prompt":
         options["remove_unused_columns"] = False
@@ -323,7 +357,7 @@ def make_trainer(
 
 
 def train(trainer: Any, ours: bool) -> list[dict[str, float]]:
-    """What the trainer logs, step by step. `ours`: with `install()`, without effect on the experimental trainers."""
+    """Trains and returns the logs of each step. ours: with `install()`, which the experimental trainers do not use."""
     torch.manual_seed(0)
     with engine.install() if ours else contextlib.nullcontext():
         trainer.train()
@@ -331,7 +365,7 @@ def train(trainer: Any, ours: bool) -> list[dict[str, float]]:
 
 
 def difference(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> tuple[float, str, int]:
-    """The largest |theirs − ours| / max(1, |theirs|), the name where it is, and how many numbers were compared."""
+    """Returns the largest |theirs − ours| / max(1, |theirs|), the name of that number, and how many were compared."""
     worst, where, count = 0.0, "", 0
     if len(theirs) != len(ours):
         return math.inf, "steps", 0
@@ -351,6 +385,7 @@ def difference(theirs: list[dict[str, float]], ours: list[dict[str, float]]) -> 
 
 
 def compare_tiny(case: Case, steps: int) -> dict[str, Any]:
+    """Trains the tiny model with theirs and ours, and returns the record of their difference."""
     logs = []
     for ours in (False, True):
         with tempfile.TemporaryDirectory() as folder:
@@ -371,11 +406,9 @@ def compare_tiny(case: Case, steps: int) -> dict[str, Any]:
 
 # --- time and memory --------------------------------------------------------------------------------------------------
 
-TIMED = [
-    CASES["SFT nll"], CASES["DPO sigmoid"], CASES["KTO kto"], CASES["GRPO dapo"], CASES["RLOO rloo"], CASES["CPO simpo"],
-    CASES["ORPO orpo"], CASES["TPO sigmoid"], CASES["OnlineDPO sigmoid"],
-]  # fmt: skip
-LAYERS = 2  # of SmolLM2's last that are trained, where not all of it is
+_TIMED = ("SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo", "CPO simpo", "ORPO orpo", "TPO sigmoid")
+TIMED = [CASES[name] for name in (*_TIMED, "OnlineDPO sigmoid")]
+LAYERS = 2  # last layers of SmolLM2 that are trained, unless the whole model is
 
 
 class Alternation(transformers.TrainerCallback):
@@ -388,17 +421,21 @@ class Alternation(transformers.TrainerCallback):
         self._start = self._in_loss = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Switches between ours and theirs, and starts the clock."""
         ours = state.global_step % 2
         engine.install() if ours else engine.uninstall()
         self.trainer.__class__ = self.classes[ours]
         self._start, self._in_loss = time.perf_counter(), 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Records the times of the step."""
         ours = (state.global_step - 1) % 2  # counted already
         self.steps[ours].append(time.perf_counter() - self._start)
         self.loss[ours].append(self._in_loss)
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function with its time added to that of the step's loss."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = function(*args, **kwargs)
@@ -409,10 +446,10 @@ class Alternation(transformers.TrainerCallback):
 
 
 def alternate(trainer: Any, theirs: type) -> Alternation:
-    """Train with both in turn, timed."""
+    """Trains with theirs and ours in turn and returns their times."""
     timer = Alternation(trainer, theirs)
     trainer.add_callback(timer)
-    owners = (ChunkedLogProbFunction, importlib.import_module("xpo_fast.integrations.trl.install")._HeadFunction)
+    owners = (ChunkedLogProbFunction, HeadStatistics)
     saved = [(owner, name, owner.__dict__[name]) for owner in owners for name in ("forward", "backward")]
     for owner, name, function in saved:
         setattr(owner, name, staticmethod(timer.timed(function.__func__)))
@@ -427,7 +464,7 @@ def alternate(trainer: Any, theirs: type) -> Alternation:
 
 
 def smollm2(whole: bool) -> Any:
-    """SmolLM2-135M in float32, whole or with all but its last layers frozen."""
+    """Returns SmolLM2-135M in float32 and its tokenizer. whole: all of it is trained, not its last layers only."""
     torch.manual_seed(0)
     model, tokenizer = load_model(SMOLLM2, dtype="float32")
     model.requires_grad_(whole)
@@ -436,15 +473,14 @@ def smollm2(whole: bool) -> Any:
 
 
 def measure_case(case: Case, whole: bool, steps: int) -> dict[str, Any]:
+    """Trains SmolLM2 with theirs, ours and both in turn, and returns the record of difference, times and memory."""
     batch = 2 if case.kind in ("pair", "triple") else 4
 
     def made(ours: bool, max_steps: int, folder: str) -> Any:
         model, tokenizer = smollm2(whole)
         ref = smollm2(whole)[0] if case.trainer in ("DPO", "KTO", "OnlineDPO") else None
-        return make_trainer(
-            case, ours, model, tokenizer, demo_pairs(), folder, ref_model=ref, batch=batch, tokens=16, max_steps=max_steps,
-            learning_rate=1e-5,
-        )  # fmt: skip
+        options = {"batch": batch, "tokens": 16, "max_steps": max_steps, "learning_rate": 1e-5}
+        return make_trainer(case, ours, model, tokenizer, demo_pairs(), folder, ref_model=ref, **options)
 
     logs, peaks = [], []
     for ours in (False, True):
@@ -456,9 +492,13 @@ def measure_case(case: Case, whole: bool, steps: int) -> dict[str, Any]:
         timer = alternate(made(True, 2 * min(steps, 8), folder), classes(case, False)[0])
     worst, where, count = difference(*logs)
     record: dict[str, Any] = {
-        "case": str(case), "trained": "all" if whole else f"last {LAYERS} layers", "steps": steps, "numbers": count,
-        "difference": worst, "where": where,
-    }  # fmt: skip
+        "case": str(case),
+        "trained": "all" if whole else f"last {LAYERS} layers",
+        "steps": steps,
+        "numbers": count,
+        "difference": worst,
+        "where": where,
+    }
     for ours, who in enumerate(("theirs", "ours")):
         record[f"step_ms_{who}"] = 1e3 * statistics.median(timer.steps[ours][1:])
         record[f"peak_mib_{who}"] = peaks[ours]
@@ -471,26 +511,30 @@ def measure_case(case: Case, whole: bool, steps: int) -> dict[str, Any]:
 
 
 def equal_table(records: list[dict[str, Any]]) -> str:
+    """Returns the table of differences in Markdown."""
     rows = [[r["case"], str(r["steps"]), str(r["numbers"]), f"{r['difference']:.1e}", r["where"]] for r in records]
     return table(["trainer and loss", "steps", "numbers", "largest difference", "where"], rows)
 
 
 def time_table(records: list[dict[str, Any]]) -> str:
+    """Returns the table of times and memory in Markdown."""
+
     def pair(r: dict[str, Any], what: str) -> list[str]:
         if f"{what}_theirs" not in r:
             return ["", "", ""]
         a, b = r[f"{what}_theirs"], r[f"{what}_ours"]
         return [f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}"]
 
-    rows = [
-        [f"{r['case']}, {r['trained']}", *pair(r, "loss_ms"), *pair(r, "step_ms"), *pair(r, "peak_mib"), f"{r['difference']:.0e}"]
-        for r in records
-    ]  # fmt: skip
+    def row(r: dict[str, Any]) -> list[str]:
+        numbers = [x for what in ("loss_ms", "step_ms", "peak_mib") for x in pair(r, what)]
+        return [f"{r['case']}, {r['trained']}", *numbers, f"{r['difference']:.0e}"]
+
     header = ["SmolLM2-135M", "loss ms: TRL", "ours", "ratio", "step ms: TRL", "ours", "ratio"]
-    return table([*header, "peak MiB: TRL", "ours", "ratio", "difference"], rows)
+    return table([*header, "peak MiB: TRL", "ours", "ratio", "difference"], [row(r) for r in records])
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the cases of a part, writes and prints their records, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("equal", "time"))
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="cases whose name begins so")
@@ -525,6 +569,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quiet() -> None:
+    """Silences progress bars and warnings of the libraries."""
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

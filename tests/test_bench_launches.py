@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from xpo_fast import token_stats
-from xpo_fast.head import distillation, gather, gemms, head_plan, row_operations, vocab_parallel
+from xpo_fast.head import gather, gemms, head_plan, row_operations, vocab_parallel
 from xpo_fast.head.plan import fit
+from xpo_fast.integrations.liger import distillation
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 

@@ -1,4 +1,4 @@
-"""head.distillation against the textbook computation in float64: values, every gradient, cost, edges."""
+"""integrations.liger.distillation against the textbook computation in float64: values, every gradient, cost, edges."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import oracle
-from xpo_fast.head.distillation import distillation_loss
+from xpo_fast.integrations.liger.distillation import distillation_loss
 
 # tokens, student's vocabulary and width, teacher's vocabulary and width, share ignored
 SHAPES = {
@@ -208,7 +208,7 @@ def test_extreme_logits(divergence):
     for beta in (0.0, 0.5, 1.0):
         found = distillation_loss(
             hidden, weight, targets, teacher_hidden=teacher, teacher_weight=weight, divergence=divergence, beta=beta
-        )  # fmt: skip
+        )
         (grad,) = torch.autograd.grad(found.loss, hidden)
         assert found.loss.isfinite() and grad.isfinite().all()
 

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 import oracle
 import xpo_fast as xf
 from peers import peer
+from xpo_fast.head.operands import Operands
 from xpo_fast.integrations import liger as ours
 from xpo_fast.integrations.liger import grpo
 from xpo_fast.integrations.liger.units import logit_sums
@@ -30,10 +31,7 @@ from xpo_fast.integrations.liger.units import logit_sums
 IGNORE = -100
 LOSSES = ["DPO", "CPO", "SimPO", "ORPO", "KTO", "GRPO", "JSD", "CosineSimilarity"]
 PAIRED = ["DPO", "CPO", "SimPO", "ORPO"]
-FUNCTIONS = {
-    "DPO": "dpo", "CPO": "cpo", "SimPO": "simpo", "ORPO": "orpo", "KTO": "kto", "GRPO": "grpo", "JSD": "jsd",
-    "CosineSimilarity": "cosine",
-}  # fmt: skip
+FUNCTIONS = {name: name.lower() for name in LOSSES} | {"CosineSimilarity": "cosine"}
 # pairs (or rows), tokens, vocabulary, width: nothing a multiple of anything; one row of one token.
 SHAPES = [(3, 7, 37, 5), (2, 5, 130, 12), (1, 1, 11, 3)]
 
@@ -166,10 +164,7 @@ def test_signatures_of_functions(name):
     )
 
 
-MODULES = {
-    "DPO": "dpo_loss", "CPO": "cpo_loss", "SimPO": "simpo_loss", "ORPO": "orpo_loss", "KTO": "kto_loss",
-    "GRPO": "grpo_loss", "JSD": "jsd_loss", "CosineSimilarity": "cosine_similarity_loss",
-}  # fmt: skip
+MODULES = {name: f"{name.lower()}_loss" for name in LOSSES} | {"CosineSimilarity": "cosine_similarity_loss"}
 
 
 def test_everything_that_liger_exports_is_here():
@@ -221,10 +216,18 @@ def test_compiled_and_chunk_size_change_nothing(name):
 # --- parity ------------------------------------------------------------------------------------------------
 
 DPO_TYPES = [
-    ("sigmoid", {}), ("hinge", {}), ("exo_pair", {"label_smoothing": 0.01}), ("nca_pair", {}),
-    ("robust", {"label_smoothing": 0.2}), ("robust", {}), ("bco_pair", {}), ("sppo_hard", {}), ("apo_zero", {}),
-    ("apo_down", {}), ("discopop", {"discopop_tau": 0.2}),
-]  # fmt: skip
+    ("sigmoid", {}),
+    ("hinge", {}),
+    ("exo_pair", {"label_smoothing": 0.01}),
+    ("nca_pair", {}),
+    ("robust", {"label_smoothing": 0.2}),
+    ("robust", {}),
+    ("bco_pair", {}),
+    ("sppo_hard", {}),
+    ("apo_zero", {}),
+    ("apo_down", {}),
+    ("discopop", {"discopop_tau": 0.2}),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -464,21 +467,17 @@ def test_positional_calls_of_functions():
     case = Case(4, 5, 23, 6)
     args = (case.hidden, case.weight, case.target, case.bias)
     ref = tuple(case.ref.values())
+    of_grpo = (0.1, 0.2, 0.3, "grpo", None, "token", 1.0, 1.05, 0.9, False)
+    student, teacher = (case.hidden[0], case.weight), (case.ref_hidden[0], case.ref_weight)
     calls = {
         "dpo": (*args, *ref, IGNORE, 0.2, True, False, True, False, 1, "hinge", 0.0, 0.05, 0.5),
         "cpo": (*args, IGNORE, 0.2, 0.5, 0.1, True, False, True, 2),
         "simpo": (*args, IGNORE, 0.2, 0.5, 0.1, True, False, 0.7, 2),
         "orpo": (*args, IGNORE, 0.2, True, None, False, 2),
         "kto": (*args[:3], case.labels, case.bias, *ref, torch.tensor(0.3), IGNORE, 0.2, False, True, False, 1),
-        "grpo": (
-            *args[:3], case.scored, case.advantages, case.bias, case.ref_logps, case.old, None, None, None,
-            0.1, 0.2, 0.3, "grpo", None, "token", 1.0, 1.05, 0.9, False,
-        ),
-        "jsd": (
-            case.hidden[0], case.weight, case.ref_hidden[0], case.ref_weight, case.target[0], case.bias, None,
-            0.3, 0.6, 0.4, IGNORE, 1.5, False, 3, True,
-        ),
-    }  # fmt: skip
+        "grpo": (*args[:3], case.scored, case.advantages, case.bias, case.ref_logps, case.old, *[None] * 3, *of_grpo),
+        "jsd": (*student, *teacher, case.target[0], case.bias, None, 0.3, 0.6, 0.4, IGNORE, 1.5, False, 3, True),
+    }
     calls["cosine"] = calls["jsd"]
     for name, given in calls.items():
         theirs, mine = (getattr(m, "liger_fused_linear_" + name)(*given) for m in (functional, ours))
@@ -489,7 +488,7 @@ def test_positional_calls_of_functions():
 
 
 def as_documented(text, monkeypatch, replaced):
-    """Liger's own text, with nothing but the import replaced, if it is; what it defines. Liger's classes are not compiled."""
+    """Liger's own text, with nothing but the import replaced, if it is. Liger's classes are not compiled."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert "liger_kernel.chunked_loss" in text
     return text.replace("liger_kernel.chunked_loss", ours.__name__) if replaced else text
@@ -544,7 +543,7 @@ class ModelOfTrainer:
 
 
 def test_orpo_trainer_of_liger(monkeypatch):
-    """The source of liger_kernel.transformers.trainer.LigerORPOTrainer, which Liger's chunked_loss/README.md points to."""
+    """The source of liger_kernel.transformers.trainer.LigerORPOTrainer, to which chunked_loss/README.md points."""
     path = Path(liger().__file__).parents[1] / "transformers/trainer/orpo_trainer.py"
     for name, content in {
         "trl": {},
@@ -602,9 +601,15 @@ def test_calls_of_trainers():
             **case.ref,
         )
         grpo = m.LigerFusedLinearGRPOLoss(
-            beta=0.1, epsilon_low=0.2, epsilon_high=0.2, temperature=1.0, use_ref_model=True, loss_type="bnpo",
-            max_completion_length=6, compiled=False,
-        )  # fmt: skip
+            beta=0.1,
+            epsilon_low=0.2,
+            epsilon_high=0.2,
+            temperature=1.0,
+            use_ref_model=True,
+            loss_type="bnpo",
+            max_completion_length=6,
+            compiled=False,
+        )
         g_loss, metrics = grpo(
             _input=case.hidden,
             selected_token_ids=case.target.clamp(min=0),
@@ -802,7 +807,8 @@ def test_logit_means_do_not_count_padding(name):
 
 def test_logit_means_take_no_product(tmp_path):
     case = Case(8, 20, 501, 8, ignored=0.4)
-    meter = oracle.Meter(lambda: logit_sums(case.hidden, case.weight, case.bias, case.scored), tmp_path)
+    operands = Operands(case.hidden, case.weight, case.target, case.bias)
+    meter = oracle.Meter(lambda: logit_sums(operands, case.scored), tmp_path)
     assert meter.products == []
     assert meter.largest_bytes < 20 * 501 * 4
 
@@ -903,12 +909,17 @@ def test_ipo_is_an_addition():
 @pytest.mark.parametrize(
     ("name", "options", "method", "hyper"),
     [
-        ("DPO", {"beta": 0.3, "label_smoothing": 0.1, "use_ref_model": True}, "dpo", {"beta": 0.3, "label_smoothing": 0.1}),
+        (
+            "DPO",
+            {"beta": 0.3, "label_smoothing": 0.1, "use_ref_model": True},
+            "dpo",
+            {"beta": 0.3, "label_smoothing": 0.1},
+        ),
         ("SimPO", {"beta": 2.0, "gamma": 1.0, "compute_nll_loss": False}, "simpo", {"beta": 2.0, "gamma": 1.0}),
         ("CPO", {"compute_nll_loss": False}, "cpo", {"alpha": 0.0}),
         ("DPO", {"loss_type": "discopop", "use_ref_model": True}, "discopop", {}),
     ],
-)  # fmt: skip
+)
 def test_the_objective_is_the_same(name, options, method, hyper):
     case = Case(6, 7, 37, 5, ignored=0.4)
     extra = case.ref if options.get("use_ref_model") else {}
@@ -1024,7 +1035,7 @@ def test_grpo_casts_the_weight_as_liger_does():
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("name", ["DPO", "JSD"])
 def test_compiles_around_it(name):
-    """One graph, but for distillation, whose tiles are not traced. The warning is one that torch hides from all but tests."""
+    """One graph, but for distillation, whose tiles are not traced. torch hides the warning from all but tests."""
     torch._dynamo.reset()
     case = Case(4, 5, 23, 6, ignored=0.3)
     operands = case.operands(name)

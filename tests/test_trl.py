@@ -40,8 +40,8 @@ with warnings.catch_warnings():
     import trl_trainers as runs
     from xpo_fast.integrations import trl as engine
     from xpo_fast.integrations.trl import experimental as trl_experimental
+    from xpo_fast.integrations.trl import fuse, seams
 
-SEAMS = importlib.import_module("xpo_fast.integrations.trl.install")  # whose name in the face is a function
 pytestmark = [
     # peft asks transformers under a name that transformers has deprecated.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -109,7 +109,7 @@ def check_equal(case, tmp_path, tolerance=TOLERANCE, **arguments):
     return logs[1]
 
 
-# --- the runs are TRL's ------------------------------------------------------------------------------------------------
+# --- the runs are TRL's -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", runs.CASES)
@@ -118,7 +118,7 @@ def test_runs_are_the_same(case, tmp_path):
 
 
 def test_dpo_loss_types_are_trls():
-    source = Path(SEAMS.dpo_trainer.__file__).read_text()
+    source = Path(seams.dpo_trainer.__file__).read_text()
     for name in engine.DPO_LOSS_TYPES:
         assert f'loss_type == "{name}"' in source
     assert source.count('loss_type == "') == len(engine.DPO_LOSS_TYPES)
@@ -189,10 +189,20 @@ PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwi
 def own(loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True, peft_config=None, **arguments):
     """The DPOTrainer of this project, on the tiny model."""
     options = {
-        "output_dir": str(folder), "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": [], "max_steps": STEPS,
-        "per_device_train_batch_size": 4, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 1e-3,
-        "gradient_checkpointing": False, "seed": 3, "lr_scheduler_type": "constant",
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "logging_steps": 1,
+        "report_to": [],
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "seed": 3,
+        "lr_scheduler_type": "constant",
+    }
     made = engine.DPOTrainer(
         runs.tiny_model() if model is None else model,
         runs.tiny_model(1) if ref_model else None,
@@ -297,9 +307,7 @@ def lora(**options):
     return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options})
 
 
-ALL = [
-    "SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo", "CPO simpo", "ORPO orpo", "TPO sigmoid",
-]  # fmt: skip
+ALL = ["SFT nll", "DPO sigmoid", "KTO kto", "GRPO dapo", "RLOO rloo", "CPO simpo", "ORPO orpo", "TPO sigmoid"]
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -309,7 +317,7 @@ def test_adapter(case, tmp_path):
 
 
 def test_trained_adapter_as_reference(tmp_path):
-    """A PeftModel with an adapter of its own, of which TRL keeps a copy as the reference: no margin at the first step."""
+    """A PeftModel with a trained adapter, of which TRL keeps a copy as the reference: no margin at the first step."""
 
     def adapted():
         torch.manual_seed(5)
@@ -479,9 +487,7 @@ def call(function, xs, targets, outputs=OUTPUTS, temperature=1.0, **scaling):
     hidden, weight, bias = xs
     # One tile of TRL's is narrower than the vocabulary.
     options = {"final_logit_softcapping": None, "logit_scale": 1.0} | scaling
-    return function.apply(
-        hidden, weight, bias, targets, temperature, 128, *options.values(), outputs
-    )  # fmt: skip
+    return function.apply(hidden, weight, bias, targets, temperature, 128, *options.values(), outputs)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -901,7 +907,7 @@ def test_copy_of_an_adapted_model_runs_its_own_weights():
 
 
 def replaced():
-    return {place: getattr(*place, None) for place in SEAMS._THEIRS}
+    return {place: getattr(*place, None) for place in seams.THEIRS}
 
 
 def test_install_and_uninstall():
@@ -937,7 +943,7 @@ def test_what_others_have_taken_over_by_name(leave, monkeypatch):
     before.add_fused_lm_head = utils.add_fused_lm_head
     theirs = utils.add_fused_lm_head
     with engine.install():
-        assert before.add_fused_lm_head is SEAMS._add_fused_lm_head
+        assert before.add_fused_lm_head is fuse.add_fused_lm_head
         monkeypatch.setitem(sys.modules, "trl.after", after)
         after.add_fused_lm_head = utils.add_fused_lm_head
         if leave == "uninstall":
@@ -946,7 +952,7 @@ def test_what_others_have_taken_over_by_name(leave, monkeypatch):
         else:
             with engine.install(tile_bytes=1):
                 pass
-            assert after.add_fused_lm_head is SEAMS._add_fused_lm_head
+            assert after.add_fused_lm_head is fuse.add_fused_lm_head
     assert after.add_fused_lm_head is before.add_fused_lm_head is theirs
 
 
@@ -974,12 +980,12 @@ def test_another_signature(monkeypatch):
     def apply(ctx, hidden, weight, targets):
         pass
 
-    monkeypatch.setattr(SEAMS, "_SIGNATURES", ((apply, SEAMS._SIGNATURES[0][1]),))
+    monkeypatch.setattr(seams, "SIGNATURES", ((apply, seams.SIGNATURES[0][1]),))
     with pytest.raises(ValueError, match=r"takes \(ctx hidden weight targets\), expected \(ctx hidden weight bias"):
         engine.install()
 
 
-@pytest.mark.parametrize("place", SEAMS._THEIRS, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+@pytest.mark.parametrize("place", seams.THEIRS, ids=lambda place: f"{place[0].__name__}.{place[1]}")
 def test_somebody_else_was_there(place, monkeypatch):
     before = replaced()
     monkeypatch.setattr(*place, object())
@@ -1023,11 +1029,18 @@ def test_names_of_the_module():
         ("dpo", {"f_divergence_type": "js_divergence"}, "f_divergence_type"),
         ("dpo", {"discopop_tau": 0.1}, "tau"),
         ([], {}, "expected at least one loss type"),
-        ("dpo", {"torch_compile": True, "torch_compile_backend": "eager"}, r"compile the decoder, model.get_decoder\(\)"),
-        ("odpo", {"pairs": [{**row, **COLUMNS} for row in runs.tiny_pairs(PAIRS)], "eval_pairs": runs.tiny_pairs(2)},
-         "the evaluation's data has no column score_w, score_l"),
+        (
+            "dpo",
+            {"torch_compile": True, "torch_compile_backend": "eager"},
+            r"compile the decoder, model.get_decoder\(\)",
+        ),
+        (
+            "odpo",
+            {"pairs": [{**row, **COLUMNS} for row in runs.tiny_pairs(PAIRS)], "eval_pairs": runs.tiny_pairs(2)},
+            "the evaluation's data has no column score_w, score_l",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_losses(loss, arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         own(loss, tmp_path, **arguments)
@@ -1066,9 +1079,15 @@ def test_refused_losses_of_the_experimental(trainer, tmp_path):
 
 def test_refused_models(tmp_path):
     config = transformers.MixtralConfig(
-        vocab_size=runs.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
-    )  # fmt: skip
+        vocab_size=runs.VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        output_router_logits=True,
+    )
     model = transformers.MixtralForCausalLM(config)
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
         own("dpo", tmp_path, model=model)
@@ -1108,8 +1127,10 @@ def parts_gradients(rank):
             if "ZeRO" in made:
                 zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
                 config = {
-                    "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero,
-                }  # fmt: skip
+                    "train_micro_batch_size_per_gpu": 1,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_optimization": zero,
+                }
                 seen = HfDeepSpeedConfig(config)  # by which TRL knows, for as long as it lives
                 model = parts_model(made)
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

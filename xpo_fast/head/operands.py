@@ -232,7 +232,8 @@ def reference(hidden: Tensor | None, weight: Any, bias: Tensor | None) -> Refere
 
 def _inputs(head: HeadLike, hidden: Tensor) -> Tensor:
     """Returns what the head multiplies: hidden states (…, D), or those that it was asked for before, [h, x] (…, D + r)."""
-    return hidden if hidden.shape[-1] != head.weight.shape[1] else head.inputs(hidden)
+    shape = getattr(head.weight, "ds_shape", head.weight.shape)  # of a parameter that ZeRO-3 has in parts, the whole's
+    return hidden if hidden.shape[-1] != shape[1] else head.inputs(hidden)
 
 
 def check_operands(

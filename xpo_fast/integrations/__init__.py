@@ -1,1 +1,1 @@
-"""Where people already are: one module a library, each of which imports that library only when it must."""
+"""Other libraries' names on this engine: one folder per library, which imports that library only if it needs it."""

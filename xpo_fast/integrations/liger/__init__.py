@@ -5,28 +5,28 @@
 Liger need not be installed. Every `liger_fused_linear_…` is a plain function with the arguments of Liger's
 `LigerFusedLinear…Function.apply`, by position or by name; those classes are here for their `apply`.
 
-Cost, in F = 2·N·V·D FLOP with N the scored tokens alone: 1F without gradient, 2F with a frozen head, 3F with a trainable
-one (4F for a pair or a sequence that is longer than a tile), and 1F for a reference or teacher; the means of logits cost no
-product. Memory is that of one tile, whatever the length. So `compiled` and `chunk_size` are accepted and change nothing:
-there is no chunk of pairs, and nothing to compile.
+Cost, in F = 2·N·V·D FLOP with N the scored tokens alone: 1F without gradient, 2F with a frozen head, 3F with a
+trainable one (4F for a pair or a sequence that is longer than a tile), and 1F for a reference or teacher; the means of
+logits need no product with the head. Memory is that of one tile, whatever the length. So `compiled` and `chunk_size`
+are accepted and change nothing: pairs are not chunked, and nothing is compiled.
 
-What differs from Liger where Liger is wrong, in numbers:
+Differences in values, where Liger is wrong:
 
 - `label_smoothing` acts on DPO's `loss_type="sigmoid"`, too: −(1−ε) log σ(h) − ε log σ(−h).
 - A pair with an empty half and a KTO row without a token are left out and not counted; their log-probs are 0, not NaN.
 - `chosen_logits_mean`, `rejected_logits_mean` and KTO's sums of logits are over scored tokens: padding does not count.
-- KTO's `kl` of shape (B,) belongs row by row, as its documentation has it, and is not counted B times.
+- KTO's `kl` of shape (B,) is one value per row, as its documentation says, and is not counted B times.
 - ORPO is finite where a probability rounds to 1: the log-odds stop at a mean log-prob of −1e-10.
 - GRPO's `luspo`: a row counts by its own tokens, Σ_t loss/B; padding is not in the mean. VESPO's weight leaves out the
   `vllm_is_ratio` of padding.
-- log-probs, divergences and gradients of 16-bit operands are made from float32 logits, and dW is summed in float32 over
-  tiles; float64 operands give float64 results.
+- Log-probs, divergences and gradients of 16-bit operands are computed from float32 logits, and dW is summed in float32
+  over tiles; float64 operands give float64 results.
 
-And in behaviour: nothing at an ignored position is read, so it may be NaN; without gradient no gradient is made, and none
-for what wants none; what is returned beside the loss is detached (gradients into it were dropped without a word); an odd
-number of rows, shapes that do not fit, a missing reference and (on the CPU) ids outside the vocabulary raise ValueError,
-and so do options that are assertions there, a `beta` out of a method's range, and a `label_smoothing` that is not below ½
-where it acts. `loss_type="ipo"` is an addition.
+Differences in behaviour: nothing at an ignored position is read, so it may be NaN. No gradient is computed without
+gradient mode, nor for a tensor that requires none. The results beside the loss are detached (Liger silently drops
+gradients into them). ValueError is raised for an odd number of rows, shapes that do not fit, a missing reference, (on
+the CPU) ids outside the vocabulary, for options where Liger has assertions, for a `beta` out of a method's range, and
+for a `label_smoothing` that is not below ½ where it acts. `loss_type="ipo"` is an addition.
 """
 
 from .distillation import (

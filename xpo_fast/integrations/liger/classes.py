@@ -1,4 +1,4 @@
-"""Liger's classes out of its functional forms: the order of the arguments is all that differs."""
+"""Liger's classes, made of its functional forms: they differ in the order of arguments, and in a default or two."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class Loss(torch.nn.Module):
-    """A function as a module: the constructor takes its options, attributes that act from then on, and forward its tensors.
+    """Module of a function: the constructor takes the options, which become attributes, and forward takes the tensors.
 
-    A subclass says of which function, and the order of its parameters in each of the two; `lin_weight` is its `weight`.
-    check: what refuses options, called by the constructor with those that it has a parameter for.
-    defaults: those that are not the function's.
+    A subclass names its function `of` and, in Liger's order, the function's parameters that are options and those that
+    are operands; `lin_weight` is its `weight`. Types and defaults are the function's, but for those in `defaults`.
+    check: raises ValueError for options; the constructor calls it with those that it has a parameter for.
     """
 
     def __init_subclass__(
@@ -29,17 +29,17 @@ class Loss(torch.nn.Module):
         **defaults: Any,
     ) -> None:
         super().__init_subclass__()
-        if of is None:  # somebody's subclass of one of these
+        if of is None:  # a user's subclass of one of Liger's classes
             return
-        own, renamed = inspect.signature(of).parameters, {"lin_weight": "weight"}
+        parameters, renamed = inspect.signature(of).parameters, {"lin_weight": "weight"}
 
         def signature(names: str) -> inspect.Signature:
-            found = [own[renamed.get(n, n)].replace(name=n) for n in names.split()]
-            return inspect.Signature([_SELF, *(p.replace(default=defaults.get(p.name, p.default)) for p in found)])
+            taken = [parameters[renamed.get(n, n)].replace(name=n) for n in names.split()]
+            return inspect.Signature([_SELF, *(p.replace(default=defaults.get(p.name, p.default)) for p in taken)])
 
-        def arguments(given: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def arguments(expected: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
             try:
-                bound = given.bind(None, *args, **kwargs)
+                bound = expected.bind(None, *args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{cls.__name__}: {error}") from None
             bound.apply_defaults()
@@ -69,5 +69,5 @@ def _signed(call: Any, signature: inspect.Signature) -> Any:
 
 
 def function(name: str, apply: Callable[..., Any]) -> type:
-    """A class with nothing but its `apply`."""
+    """Returns a class that has nothing but its `apply`, as a `torch.autograd.Function` is used."""
     return type(name, (), {"apply": staticmethod(apply), "__module__": apply.__module__})

@@ -1,19 +1,282 @@
-"""Distillation from a teacher's head: Liger's names of `head.distillation.distillation_loss`."""
+"""Distillation from a teacher's head: both heads' tiles side by side, loss and gradient computed while they are live.
+
+No coefficient of a token depends on anything outside its tile, so that a trainable head costs 3F and the teacher 1F.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...head.distillation import distillation_loss
+from ...head.autograd import refuse_double_backward
+from ...head.chunked import Gradients, Passes
+from ...head.operands import Operands, reference
+from ...head.plan import fit
+from ...head.row_operations import RowOperations, expectation, row_blocks
+from ...head.units import scaled_to
 from ...methods.math import check
 from .classes import Loss, function
 
-Distilled = Tensor | tuple[Tensor, Tensor, Tensor]
+Function = TypeVar("Function")
+DIVERGENCES = ("jsd", "cosine")
+# Tensors of the size of a step's logits that are made beside them, at most and off the CPU: p, q and m.
+_COPIES = 3
+_TINY = 1e-12  # least norm of logits that a cosine divides by
 
 
-def _form(divergence: str, name: str, doc: str) -> Callable[..., Distilled]:
+class Distilled(NamedTuple):
+    """Result of `distillation_loss`: means over the scored tokens, () each."""
+
+    loss: Tensor  # soft_weight · soft + hard_weight · hard; differentiable
+    soft: Tensor  # the divergence from the teacher; detached
+    hard: Tensor  # the cross-entropy of the targets; detached
+
+
+class _Recipe(NamedTuple):
+    """Settings of a `distillation_loss`."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    soft: bool  # whether the divergence is computed
+    hard: bool  # whether the cross-entropy is
+
+
+def _untraced(function: Function) -> Function:
+    """Returns a function that torch.compile does not trace: its tiles are in memory that is kept from call to call."""
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
+
+@_untraced
+def distillation_loss(
+    hidden: Tensor,  # (…, D) the student's
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (…) integer, aligned
+    *,
+    teacher_hidden: Tensor,  # (…, Dt)
+    teacher_weight: Tensor,  # (Vt, Dt), Vt ≥ V
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (Vt,)
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    soft_weight: float = 0.5,
+    hard_weight: float = 0.5,
+    parts: bool = False,
+    ignore_index: int = -100,
+    tile_bytes: int | None = None,
+) -> Distilled:
+    """Computes soft_weight · (mean divergence from a teacher) + hard_weight · (mean cross-entropy), without the logits.
+
+    With z and t the logits of student and teacher, p = softmax(z/τ), q = softmax(t/τ), τ = `temperature`, a token has
+
+        jsd:     β KL(q‖m) + (1−β) KL(p‖m), m = β q + (1−β) p   (generalised Jensen–Shannon, GKD, arXiv 2306.13649)
+                 β = 0: KL(q‖p); β = 1: KL(p‖q)
+        cosine:  β (1 − cos(z, t))
+        hard:    −log softmax(z)_y
+
+    each averaged over the tokens whose target is not `ignore_index`; 0 if there are none. If the teacher's vocabulary
+    is larger, the student's logits are padded with zeros. Differentiable in hidden, weight and bias; the teacher gets
+    no gradient. Nothing at an ignored position is read.
+    parts: also compute the part whose weight is 0, which is returned as 0 otherwise.
+
+    1F without gradient, 2F with a frozen head, 3F with a trainable one, and 1F of the teacher's head; F = 2·N·V·D FLOP.
+    Raises ValueError for operands that do not fit, β outside [0, 1] (jsd) or negative, a temperature that is not
+    positive, an unknown divergence, and (on CPU) a target outside the vocabulary.
+    """
+    teacher = reference(teacher_hidden, teacher_weight, teacher_bias)
+    operands = Operands(hidden, weight, targets, bias, ref=teacher, ignore_index=ignore_index)
+    operands = operands.admit(teacher=True).flat()
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"no divergence named {divergence!r}; there are {', '.join(DIVERGENCES)}")
+    if divergence == "jsd" and not 0 <= beta <= 1:
+        raise ValueError(f"expected beta in [0, 1], got {beta}")
+    if divergence == "cosine" and not 0 <= beta < math.inf:
+        raise ValueError(f"expected beta >= 0, got {beta}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    recipe = _Recipe(
+        divergence,
+        float(beta),
+        float(temperature),
+        float(soft_weight),
+        float(hard_weight),
+        soft=bool(soft_weight) or parts,
+        hard=bool(hard_weight) or parts,
+    )
+    student = operands.hidden, operands.weight, operands.bias
+    needs = (*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student), False)
+    return Distilled(*_Distillation.apply(*student, operands, recipe, needs, tile_bytes))
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Operands,
+        recipe: _Recipe,
+        needs: tuple[bool, ...],  # hidden, weight, bias, adapter
+        tile_bytes: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = operands.ref
+        assert teacher is not None
+        vocab = teacher.weight.shape[0]
+        wider = vocab > weight.shape[0]
+        # The student's logits padded; and a softmax for each part where one does not serve both.
+        copies = _COPIES + wider + (wider or recipe.temperature != 1)
+        options = {"heads": 2, "copies": copies, "dz": any(needs), "learns": needs[1]}
+        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, tile_bytes, **options)
+        passes = Passes(operands if recipe.soft else replace(operands, ref=None), tiling, RowOperations)
+        sums, grads = _pass(passes, recipe, needs)
+        count = (operands.targets != operands.ignore_index).sum().to(sums.device).clamp(min=1)
+        soft, hard = (sums / count).unbind()
+        ctx.count, ctx.dtypes = count, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*grads[:3])
+        loss = recipe.soft_weight * soft + recipe.hard_weight * hard
+        ctx.mark_non_differentiable(soft, hard)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple:
+        refuse_double_backward("distillation_loss")
+        factor = upstream[0] / ctx.count
+        grads = (
+            None if g is None else scaled_to(g, factor, dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, *[None] * 4)
+
+
+def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Returns Σ soft and Σ hard over the scored tokens, (2,), and the gradients of their weighted sum."""
+    with_dz = any(needs)
+    spans = passes.spans(with_dz)
+    found = torch.zeros((2, len(passes)), dtype=passes.gemms.dtype, device=passes.hidden.device)
+    # A loss scale is applied in the backward only: until then small values would underflow in float16.
+    dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
+    grads = Gradients(passes, spans, needs, dtype)
+    at_target = found.new_full((1, 1), -recipe.hard_weight)
+    for step in passes.steps(spans):
+        with passes.rows(step):
+            y, rows, tile_dz = passes.y[step.at], found[:, step.at], step.own_dz
+            for b in row_blocks(step.z):
+                z, t = step.z[b], None
+                passes.gemms.finish(z)
+                if step.z_ref is not None:
+                    assert passes.ref_gemms is not None
+                    t = step.z_ref[b]
+                    passes.ref_gemms.finish(t)
+                dz = _losses(z, t, y[b].unsqueeze(1), recipe, rows[:, b], at_target if with_dz else None)
+                if with_dz:
+                    assert tile_dz is not None
+                    if dz is not None and passes.ignored is not None:
+                        dz.masked_fill_(passes.ignored[step.at][b].unsqueeze(1), 0)
+                    tile_dz[b] = 0 if dz is None else dz
+                del dz  # before the next is made
+        if step.last and with_dz:
+            grads.add(step, None)
+    return passes.masked(found).sum(dim=1), grads.finished()
+
+
+def _losses(
+    z: Tensor,  # (r, V), overwritten
+    t: Tensor | None,  # (r, Vt), the teacher's, overwritten; None without a divergence
+    y: Tensor,  # (r, 1)
+    recipe: _Recipe,
+    found: Tensor,  # (2, r), soft and hard, written
+    at_target: Tensor | None,  # (1, 1), −hard_weight; None where no gradient is wanted
+) -> Tensor | None:
+    """Writes the losses of rows and returns ∂(weighted sum)/∂z (r, V), or None where it is 0 or not wanted."""
+    own, slope, scale = None, None, 0.0
+    if recipe.hard:
+        own = _softmax(z)
+        found[1] = (own[1] - z.gather(1, y)).squeeze(1)
+    if t is not None:
+        divergence = _jsd(z, t, recipe, own) if recipe.divergence == "jsd" else _cosine(z, t, recipe)
+        found[0], slope, scale = divergence
+        slope, scale = slope[:, : z.shape[1]], scale * recipe.soft_weight
+    if at_target is None:
+        return None
+    if own is None:
+        return None if slope is None else slope.mul_(scale)
+    dz = own[0].mul_(recipe.hard_weight)
+    if slope is not None:
+        dz.add_(slope, alpha=scale)
+    return dz.scatter_add_(1, y, at_target.expand_as(y))
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns softmax (r, V) in memory of its own, and log Σ e^z (r, 1).
+
+    torch's own adds up a row one by one, which is off by 2e-5 at a vocabulary of 128k.
+    """
+    largest = z.amax(dim=1, keepdim=True)
+    p = (z - largest).exp_()
+    total = p.sum(dim=1, keepdim=True)
+    return p.div_(total), total.log().add_(largest)
+
+
+def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, float]:
+    """Returns the divergence of each row (r,), and its gradient as (r, Vt) and a factor. z and t are overwritten.
+
+    own: `_softmax(z)`, if it was computed before; it is not overwritten.
+
+    With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, because the terms in log m cancel.
+    """
+    beta, tau, more = recipe.beta, recipe.temperature, t.shape[1] - z.shape[1]
+    if tau != 1:
+        own, z, t = None, z.div_(tau), t.div_(tau)
+    if more:
+        own, z = None, F.pad(z, (0, more))
+    p, lse = _softmax(z) if own is None else own
+    q, t_lse = _softmax(t)
+    log_p, log_q = z.sub_(lse), t.sub_(t_lse)
+    if beta == 0:
+        return expectation(q, log_q.sub_(log_p)), torch.sub(p, q, out=log_p), 1 / tau
+    if beta == 1:
+        del q
+        d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
+        mean = (p * d).sum(dim=1)
+        return mean, d.sub_(mean.unsqueeze(1)).mul_(p), 1 / tau
+    # Finite where a bias of −∞ excludes a token, so that 0 times it is 0. In logarithms, because m may underflow.
+    for x in (log_p, log_q):
+        x.clamp_(min=torch.finfo(x.dtype).min / 4)
+    log_m = log_q + (math.log(beta) - math.log1p(-beta))
+    torch.logaddexp(log_p, log_m, out=log_m).add_(math.log1p(-beta))
+    soft = log_q.sub_(log_m).mul_(q).sum(dim=1).mul_(beta)
+    d = log_p.sub_(log_m)
+    mean = torch.mul(p, d, out=log_m).sum(dim=1)
+    return soft.add_(mean, alpha=1 - beta), d.sub_(mean.unsqueeze(1)).mul_(p), (1 - beta) / tau
+
+
+def _cosine(z: Tensor, t: Tensor, recipe: _Recipe) -> tuple[Tensor, Tensor, float]:
+    """Returns what `_jsd` does, of β (1 − c) with gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0; without a temperature."""
+    norm, t_norm = (x.norm(dim=1, keepdim=True) for x in (z, t))
+    zero, norm = norm == 0, norm.clamp_(min=_TINY)
+    unit, t_unit = z.div_(norm), t.div_(t_norm.clamp_(min=_TINY))[:, : z.shape[1]]
+    cosine = (unit * t_unit).sum(dim=1, keepdim=True)
+    slope = unit.mul_(cosine).sub_(t_unit).div_(norm).masked_fill_(zero, 0)
+    return recipe.beta * (1 - cosine.squeeze(1)), slope, recipe.beta
+
+
+# --- Liger's names ----------------------------------------------------------------------------------------------------
+
+
+def _form(divergence: str, name: str, doc: str) -> Callable[..., Tensor | tuple[Tensor, Tensor, Tensor]]:
+    """Returns Liger's function of a divergence."""
+
     def distil(
         student_input: Tensor,  # (N, D)
         student_weight: Tensor,  # (V, D)
@@ -30,7 +293,7 @@ def _form(divergence: str, name: str, doc: str) -> Callable[..., Distilled]:
         compiled: bool = True,
         chunk_size: int = 1024,
         return_soft_hard_loss: bool = False,
-    ) -> Distilled:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         found = distillation_loss(
             student_input,
             student_weight,
@@ -55,11 +318,13 @@ def _form(divergence: str, name: str, doc: str) -> Callable[..., Distilled]:
 
 
 liger_fused_linear_jsd = _form(
-    "jsd", "liger_fused_linear_jsd", "Generalised Jensen–Shannon distillation (GKD, arXiv 2306.13649)."
+    "jsd", "liger_fused_linear_jsd", "Computes generalised Jensen–Shannon distillation (GKD, arXiv 2306.13649)."
 )
 liger_fused_linear_cosine = _form(
-    "cosine", "liger_fused_linear_cosine", "Distillation by the logits' cosine, β(1 − cos), at any temperature."
-)  # fmt: skip
+    "cosine",
+    "liger_fused_linear_cosine",
+    "Computes distillation by the cosine of logits, β(1 − cos); the temperature is ignored.",
+)
 
 _OPTIONS = "weight_hard_loss weight_soft_loss beta ignore_index temperature compiled chunk_size return_soft_hard_loss"
 _OPERANDS = "student_input student_weight teacher_input teacher_weight true_labels student_bias teacher_bias"
@@ -70,13 +335,13 @@ def _check(temperature: float) -> None:
 
 
 class LigerFusedLinearJSDLoss(Loss, of=liger_fused_linear_jsd, options=_OPTIONS, operands=_OPERANDS, check=_check):
-    """`liger_fused_linear_jsd`."""
+    """Module of `liger_fused_linear_jsd`."""
 
 
 class LigerFusedLinearCosineSimilarityLoss(
     Loss, of=liger_fused_linear_cosine, options=_OPTIONS, operands=_OPERANDS, check=_check
 ):
-    """`liger_fused_linear_cosine`."""
+    """Module of `liger_fused_linear_cosine`."""
 
 
 LigerFusedLinearJSDFunction = function("LigerFusedLinearJSDFunction", liger_fused_linear_jsd)

@@ -1,20 +1,22 @@
-"""GRPO and its family: sampled completions with advantages, a row each."""
+"""GRPO and its family: one row per sampled completion, with its advantage."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...device import to_device
+from ...head.sharded import unpartitioned
 from ...head.spec import accumulation_dtype
 from ...methods import METHODS
 from ...methods.math import check, check_choice, check_rows, k3, past_overflow
 from ...reduce import sum_over_ranks
 from .classes import Loss, function
-from .units import Found, Pick, operands, reference_logps, unit_loss
+from .units import Found, Pick, padded_rows, reference_logps, unit_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 _IGNORE = -100
@@ -44,7 +46,7 @@ def _check(
 def _data(
     name: str, x: Tensor | None, dtype: torch.dtype, device: torch.device, *shapes: tuple[int, ...]
 ) -> Tensor | None:
-    """What is given beside the operands: detached, in the dtype of statistics; ValueError for another shape."""
+    """Returns an argument beside the operands, detached, in a dtype and on a device; ValueError for another shape."""
     if x is None:
         return None
     if tuple(x.shape) not in shapes:
@@ -55,7 +57,7 @@ def _data(
 def _divisor(
     loss_type: str, mask: Tensor, max_completion_length: int | None, items: float | Tensor | None
 ) -> float | Tensor:
-    """What a row's tokens' losses are divided by before the sum: (B,) or ()."""
+    """Returns the divisor of each row's token losses in the sum over tokens: (B,) or ()."""
     batch, lengths = mask.shape[0], mask.sum(dim=1)
     if loss_type in ("grpo", "sapo"):
         return lengths.clamp(min=1) * batch
@@ -66,7 +68,7 @@ def _divisor(
     if loss_type == "dr_grpo":
         assert max_completion_length is not None
         return batch * max_completion_length
-    # The tokens of a step, of all ranks, over the ranks' number.
+    # The tokens of a step on all ranks, divided by the number of ranks.
     ranks = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
@@ -110,26 +112,31 @@ def liger_fused_linear_grpo(
     vespo_lambda_neg: float = 2.0,
     num_items_in_batch: float | Tensor | None = None,
 ) -> Found:
-    """GRPO (arXiv 2402.03300) and its family. With r = exp(log π − log π_old), or of a row its geometric mean
-    (importance_sampling_level="sequence", GSPO), on-policy where there is no old_per_token_logps, each token's loss is
+    """Computes GRPO (arXiv 2402.03300) or one of its family.
+
+    With r = exp(log π − log π_old), on-policy (r = 1 in value) without old_per_token_logps, or the geometric mean of r
+    over a row (importance_sampling_level="sequence", GSPO), the loss of each token is
 
         −min(min(r, δ)·A, clip(r, 1 − epsilon_low, 1 + epsilon_high)·A)·s + β·k3
 
-    s = vllm_is_ratio; k3 against the reference, times r with `use_bias_correction_kl` (DeepSeek-V3.2); for cispo (its cap is
-    epsilon_high), sapo and vespo (s goes into its sequence's ratio) it is that of `METHODS`. The sum over tokens is a mean
-    over: each row's tokens, then B rows (grpo, sapo); the batch's tokens (bnpo); those of all ranks, or num_items_in_batch
-    (dapo, cispo, vespo); B·max_completion_length (dr_grpo); B rows (luspo).
+    s = vllm_is_ratio. k3 against the reference is multiplied by r with `use_bias_correction_kl` (DeepSeek-V3.2). For
+    cispo (epsilon_high is its cap), sapo and vespo (s is part of its sequence ratio) the first term is that of
+    `METHODS`.
+    The losses are averaged over each row's tokens, then over the B rows (grpo, sapo); over the batch's tokens (bnpo);
+    over the tokens of all ranks, or num_items_in_batch (dapo, cispo, vespo); divided by B·max_completion_length
+    (dr_grpo); or summed over a row and averaged over the B rows (luspo).
 
-    Returns loss (), (k3's mean over tokens () unless β is 0, share of clipped tokens ()).
+    Returns loss (), (mean k3 over tokens () unless β is 0, share of clipped tokens ()).
     """
     level, by_row = importance_sampling_level, importance_sampling_level == "sequence"
     _check(loss_type, level, max_completion_length, delta, beta, sapo_temperature_pos, sapo_temperature_neg)
-    _input, weight, bias = operands(_input, weight, selected_token_ids, bias, narrows=True)
+    weight = unpartitioned(weight)[0].to(_input.dtype)
+    operands = padded_rows(_input, weight, selected_token_ids, bias, _IGNORE, temperature)
     shape = batch, _ = tuple(selected_token_ids.shape)
-    place = accumulation_dtype(weight.dtype), _input.device
+    place = accumulation_dtype(operands.weight.dtype), operands.hidden.device
     given = _data("attention_mask", attention_mask, *place, shape)
-    a_row = _data("advantages", advantages, *place, (batch,))
-    assert given is not None and a_row is not None
+    advantage = _data("advantages", advantages, *place, (batch,))
+    assert given is not None and advantage is not None
     old = _data("old_per_token_logps", old_per_token_logps, *place, shape)
     ref = _data("ref_per_token_logps", ref_per_token_logps, *place, shape) if use_ref_model else None
     ratio = _data("vllm_is_ratio", vllm_is_ratio, *place, (batch,), (batch, 1), shape)
@@ -139,21 +146,20 @@ def liger_fused_linear_grpo(
     binary = (~mask | (given == 1)).all(dim=1)
     check_rows(binary, "an attention_mask of 0 and 1", "weigh the advantages instead", sum=given.sum(dim=1))
     lengths, tokens = mask.sum(dim=1), mask.sum().clamp(min=1)
-    targets = torch.where(mask, to_device(selected_token_ids, _input.device), _IGNORE)
+    operands = replace(operands, targets=torch.where(mask, operands.targets, _IGNORE))
     if use_ref_model and ref is None:
         if ref_input is None:
             raise ValueError("use_ref_model=True needs ref_per_token_logps= or ref_input=")
         if beta:
-            reference = ref_input, ref_weight, ref_bias
-            ref = reference_logps(reference, (weight, bias), targets, _IGNORE, temperature)
+            ref = reference_logps((ref_input, ref_weight, ref_bias), operands)
     elif use_ref_model and ref_input is not None:
         message = "Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps."
         warnings.warn(message, stacklevel=2)
-    share = torch.ones_like(a_row) / _divisor(loss_type, mask, max_completion_length, num_items_in_batch)
+    share = torch.ones_like(advantage) / _divisor(loss_type, mask, max_completion_length, num_items_in_batch)
 
     def evaluate(logp: Tensor, pick: Pick) -> Found:
-        """The loss; k3 (r, t) or nothing, and which tokens are clipped (r, t), 0 outside the mask."""
-        inside, a = pick(mask), pick(a_row)
+        """Returns the loss, k3 (r, t) unless β is 0, and which tokens are clipped (r, t); both 0 outside the mask."""
+        inside, a = pick(mask), pick(advantage)
 
         def tokens_of(x: Tensor | None, absent: Tensor) -> Tensor:
             return absent if x is None else torch.where(inside, pick(x), 0.0)
@@ -172,7 +178,7 @@ def liger_fused_linear_grpo(
             losses, _ = METHODS["sapo"](**policy, old_logp=old_logp, **temperatures)
         elif loss_type == "vespo":
             if ratio is not None:
-                # log w = Σ log r + Σ log s: a row's one s in equal parts
+                # log w = Σ log r + Σ log s: one s per row is spread evenly over its tokens
                 log_s = pick(ratio).log().clamp(min=math.log(1e-8), max=20)
                 old_logp = old_logp - (log_s / pick(lengths).clamp(min=1)[:, None] if per_row else log_s)
             gamma = {"k_pos": vespo_k_pos, "lambda_pos": vespo_lambda_pos}
@@ -192,10 +198,7 @@ def liger_fused_linear_grpo(
             losses, beside = losses + beta * kl, (torch.where(inside, kl, 0.0), *beside)
         return (torch.where(inside, losses, 0.0) * pick(share)[:, None]).sum(), beside
 
-    unit_rows = int(by_row or loss_type == "vespo")
-    loss, beside = unit_loss(
-        _input, weight, bias, targets, _IGNORE, evaluate, unit_rows=unit_rows, temperature=temperature
-    )
+    loss, beside = unit_loss(operands, evaluate, unit_rows=int(by_row or loss_type == "vespo"))
     return loss, tuple(x.sum() / tokens for x in beside)
 
 
@@ -209,7 +212,7 @@ class LigerFusedLinearGRPOLoss(
     "old_per_token_logps ref_input ref_weight ref_bias vllm_is_ratio num_items_in_batch",
     check=_check,
 ):
-    """`liger_fused_linear_grpo`."""
+    """Module of `liger_fused_linear_grpo`."""
 
 
 LigerFusedLinearGRPOFunction = function("LigerFusedLinearGRPOFunction", liger_fused_linear_grpo)

@@ -1,4 +1,4 @@
-"""KTO: completions with a thumb up or down, a row each."""
+"""KTO: one row per completion, labelled desirable or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...device import to_device
 from ...head.spec import accumulation_dtype
 from ...methods import METHODS
 from .classes import Loss, function
-from .units import Found, Pick, logit_sums, operands, reference_logps, unit_loss
+from .units import Found, Pick, logit_sums, padded_rows, reference_logps, unit_loss
 
 
 def liger_fused_linear_kto(
@@ -21,7 +21,7 @@ def liger_fused_linear_kto(
     ref_input: Tensor | None = None,  # (B, T, Dr)
     ref_weight: Tensor | None = None,  # (V, Dr); the policy's head if not given
     ref_bias: Tensor | None = None,  # (V,)
-    kl: Tensor | None = None,  # () or (1,), or (B,) one a row, in nats; 0 if not given
+    kl: Tensor | None = None,  # () or (1,), or (B,) one per row, in nats; 0 if not given
     ignore_index: int = -100,
     beta: float = 0.1,
     compiled: bool = True,
@@ -29,31 +29,31 @@ def liger_fused_linear_kto(
     average_log_prob: bool = False,
     chunk_size: int = 1,
 ) -> Found:
-    """KTO (arXiv 2402.01306), `METHODS["kto"]`: mean over rows of 1 − σ(±β(log π − log ref − kl)), + where labelled True.
+    """Computes KTO (arXiv 2402.01306), `METHODS["kto"]`: the mean over rows of 1 − σ(±β(log π − log ref − kl)).
+
+    The sign is + for the rows labelled True, − for the others. Rewards are β(log π − log ref).
 
     Returns loss (), (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum, chosen_rewards_sum,
-    rejected_rewards_sum), () each, over the rows labelled True and over the others.
+    rejected_rewards_sum), () each: sums over the rows labelled True (chosen) and over the others.
     """
-    _input, weight, bias = operands(_input, weight, target, bias)
-    target = to_device(target, _input.device)
-    scored = target != ignore_index
+    operands = padded_rows(_input, weight, target, bias, ignore_index)
+    scored = operands.targets != ignore_index
     lengths = scored.sum(dim=1)
     rows = tuple(lengths.shape)
     if preference_labels is None or preference_labels.shape != rows or preference_labels.dtype != torch.bool:
         got = None if preference_labels is None else (preference_labels.dtype, tuple(preference_labels.shape))
         raise ValueError(f"preference_labels must be a bool tensor {rows}, True where chosen, got {got}")
-    chosen = to_device(preference_labels, _input.device)
+    chosen = to_device(preference_labels, scored.device)
     length = lengths.clamp(min=1) if average_log_prob else torch.ones_like(lengths)
-    ref_logp = lengths.new_zeros(rows, dtype=accumulation_dtype(weight.dtype))
+    ref_logp = lengths.new_zeros(rows, dtype=accumulation_dtype(operands.weight.dtype))
     if use_ref_model:
-        tokens = reference_logps((ref_input, ref_weight, ref_bias), (weight, bias), target, ignore_index)
-        ref_logp = tokens.sum(dim=1) / length
+        ref_logp = reference_logps((ref_input, ref_weight, ref_bias), operands).sum(dim=1) / length
     shifted = ref_logp
     if kl is not None:
         if tuple(kl.shape) not in ((), (1,), rows):
             raise ValueError(f"kl must be one number, or one a row {rows}, got {tuple(kl.shape)}")
         # log π − log ref − kl, for each row's own kl
-        shifted = ref_logp + to_device(kl.detach(), _input.device).to(ref_logp.dtype)
+        shifted = ref_logp + to_device(kl.detach(), scored.device).to(ref_logp.dtype)
     counted = (lengths > 0).sum().clamp(min=1)
     zero = ref_logp.new_zeros(())
 
@@ -63,8 +63,8 @@ def liger_fused_linear_kto(
         losses, _ = METHODS["kto"](**given, beta=beta)
         return torch.where(pick(lengths) > 0, losses, 0.0).sum() / counted, (score,)
 
-    loss, (score,) = unit_loss(_input, weight, bias, target, ignore_index, evaluate)
-    sums = (score, logit_sums(_input, weight, bias, scored), beta * (score - ref_logp))
+    loss, (score,) = unit_loss(operands, evaluate)
+    sums = (score, logit_sums(operands, scored), beta * (score - ref_logp))
     return loss, tuple(torch.where(side, x, 0.0).sum() for x in sums for side in (chosen, ~chosen))
 
 
@@ -76,7 +76,7 @@ class LigerFusedLinearKTOLoss(
     use_ref_model=False,
     preference_labels=None,
 ):
-    """`liger_fused_linear_kto`; the labels come after the bias, and use_ref_model is False unless said."""
+    """Module of `liger_fused_linear_kto`; the labels come after the bias, and use_ref_model is False by default."""
 
 
 LigerFusedLinearKTOFunction = function("LigerFusedLinearKTOFunction", liger_fused_linear_kto)

@@ -1,47 +1,33 @@
-"""TRL 1.16 on this engine: `install()` for the trainers on its fused head, subclasses for what that does not reach."""
+"""TRL 1.16 on this engine: `install()` for the trainers on its fused head, subclasses for others.
 
-import importlib
-from typing import Any
+    from xpo_fast.integrations.trl import install
+    install()            # SFT, DPO, KTO, GRPO, RLOO, AsyncGRPO: log-probs and their statistics are this engine's
 
-from .install import (
-    IGNORE,
-    NOT_FUSED,
-    VERSION,
-    HeadFunction,
-    Installed,
-    check_version,
-    install,
-    installed,
-    logger,
-    take_losses,
-    uninstall,
-    without_virtual,
-)
+`DPOTrainer` with `DPOConfig` (dpo.py) is TRL's with the pairwise methods of this project as further `loss_type`s.
+`CPOTrainer`, `ORPOTrainer`, `TPOTrainer` and `OnlineDPOTrainer` (experimental.py) are TRL's experimental ones without
+logits: the same losses and metrics. These five need no `install()`.
+
+Not reached, and run as they are: GKD, GOLD, SDFT, SDPO and the distillation trainers, which compare whole distributions
+of a teacher and a student; A2PO, which computes logits of its own. BCO is no longer in TRL: its pairwise form is DPO's
+`bco_pair`, its unpaired one the method `bco` of `xpo_fast.trainer`.
+"""
+
+from .dpo import DPO_LOSS_TYPES, DPOConfig, DPOTrainer
+from .experimental import CPOTrainer, OnlineDPOTrainer, ORPOTrainer, TPOTrainer
+from .head import HeadFunction
+from .install import install, uninstall
+from .seams import installed
 
 __all__ = [
-    "IGNORE",
-    "NOT_FUSED",
-    "VERSION",
+    "DPO_LOSS_TYPES",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
     "HeadFunction",
-    "Installed",
-    "check_version",
+    "ORPOTrainer",
+    "OnlineDPOTrainer",
+    "TPOTrainer",
     "install",
     "installed",
-    "logger",
-    "take_losses",
     "uninstall",
-    "without_virtual",
 ]
-
-_ELSEWHERE = {
-    "dpo": ("DPOConfig", "DPOTrainer", "DPO_LOSS_TYPES"),
-    "experimental": ("CPOTrainer", "ORPOTrainer", "TPOTrainer", "OnlineDPOTrainer"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Not before they are wanted: TRL warns when its experimental part is imported.
-    for module, names in _ELSEWHERE.items():
-        if name in names:
-            return getattr(importlib.import_module(f".{module}", __package__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

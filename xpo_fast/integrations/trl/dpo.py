@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer with the pairwise methods of this project as loss types; `integrations/trl.py` hands it out."""
+"""TRL's DPOTrainer with the pairwise methods of this project as loss types."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ from ...head import shift_labels, token_logps
 from ...methods import METHODS
 from ...models import Head
 from ...objective import Objective
-from .install import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
+from ...trainer import STATE_FILE, save_objective
+from .base import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
 
-# Loss types of TRL's own, whose meaning is TRL's where a method of this project has the same name.
+# TRL's loss types. Where a method of this project has the same name, the loss is TRL's.
 DPO_LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
 _PREFIX = "xpo:"
 
 
@@ -32,19 +46,19 @@ _PREFIX = "xpo:"
 class DPOConfig(dpo_config.DPOConfig):
     """TRL's DPOConfig, whose `loss_type` may also name pairwise methods of `xpo_fast.METHODS`.
 
-    A name that TRL has, too, is TRL's ("ipo"); with "xpo:" before it, it is this project's ("xpo:ipo"). Loss types of both
-    do not go together. `loss_weights`, `ld_alpha` and `use_weighting` (WPO) act on these methods as on TRL's losses.
+    A name that both have is TRL's loss ("ipo"); with the prefix "xpo:" it is this project's ("xpo:ipo"). Losses of both
+    cannot be combined. `loss_weights`, `ld_alpha` and `use_weighting` (WPO) act on these methods as on TRL's losses.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*dpo_config.DPOConfig._VALID_DICT_FIELDS, "hyperparameters"]
 
     beta: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "β; by default the method's own, 0.1 for TRL's losses."},
+        metadata={"help": "β (default: that of the method; 0.1 for TRL's losses)."},
     )
     hyperparameters: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Hyperparameters of this project's methods, as `xpo_fast.Objective` takes them."},
+        metadata={"help": "Hyperparameters of this project's methods, in the form that `xpo_fast.Objective` takes."},
     )
 
     def __post_init__(self) -> None:
@@ -56,14 +70,16 @@ class DPOConfig(dpo_config.DPOConfig):
 class DPOTrainer(dpo_trainer.DPOTrainer):
     """TRL's DPOTrainer, with the pairwise methods of this project as loss types, see `DPOConfig`.
 
-    Such a loss is computed by `xpo_fast.Objective` inside the model's forward: 3F with a trainable head, where log-probs
-    first and the loss then take 4F. Its reference is TRL's: a reference model, the adapter switched off or kept as "ref",
-    or `precompute_ref_log_probs`. A method that needs none loads none. Columns of the data set that a method takes by name
-    (`score_w`, `score_l`, `prob_w`, …) reach it. Logged: the method's metrics, `num_tokens`; not `entropy`, `logits/*` and
-    `mean_token_accuracy`, which would cost another pass. What `beta_dpo` remembers is in the checkpoints.
+    Such a loss is computed by `xpo_fast.Objective` inside the model's forward: 3F with a trainable head, where
+    log-probs and then the loss of them take 4F. Its reference is TRL's: a reference model, the adapter disabled or kept
+    as "ref", or `precompute_ref_log_probs`; a method that needs no reference loads none. Columns of the data set that a
+    method takes by name (`score_w`, `score_l`, `prob_w`, …) are passed to it. Logged are the method's metrics and
+    `num_tokens`; not `entropy`, `logits/*` and `mean_token_accuracy`, which would cost another pass. The state of
+    `beta_dpo` is part of the checkpoints.
 
-    Raises ValueError at the start for what does not go together: a name that neither knows, hyperparameters out of range, a
-    missing column, a mixture-of-experts loss, images, a reference that is precomputed where single tokens are compared.
+    Raises ValueError at the start for a loss type that neither knows, hyperparameters out of range, a missing column, a
+    mixture-of-experts loss, images, and precomputed log-probs of the reference for a method that compares single
+    tokens.
     """
 
     model: Any
@@ -106,6 +122,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     @property
     def ref_model(self) -> Any:
+        """Returns TRL's reference model; None if it has none."""
         return self._ref_model
 
     @ref_model.setter
@@ -113,6 +130,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         self._ref_model = None if isinstance(model, _NoModel) else model
 
     def _check_objective(self, objective: Objective) -> None:
+        """Raises ValueError for settings that do not go with an objective."""
         refused = {
             "mixtures of experts: set router_aux_loss_coef=0.0": self.aux_loss_enabled,
             "data with images": self._is_vision_dataset,
@@ -129,13 +147,13 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
                 raise ValueError(f"{objective} does not go with {what}")
         if objective.needs_reference_hidden and self._reference_head().adapter is not None:
             raise ValueError(
-                f"{objective} compares whole distributions, and the reference's lm_head carries an adapter: merge that one "
-                "first, or take lm_head out of its target_modules"
+                f"{objective} compares whole distributions, and the reference's lm_head carries an adapter: merge "
+                "that one first, or take lm_head out of its target_modules"
             )
 
     @torch.no_grad()
     def _reference_head(self) -> Head:
-        """As `compute_ref_log_probs` has it at each step."""
+        """Returns the head that `compute_ref_log_probs` uses at each step."""
         unwrap = self.accelerator.unwrap_model
         if self.ref_model is not None or not is_peft_model(unwrap(self.model)):
             return Head.from_model(unwrap(self.ref_model or self.model))
@@ -148,6 +166,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._columns]))
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """Returns TRL's log-probs of the reference, of inputs without the columns that are for the method."""
         return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k not in self._columns})
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -162,7 +181,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         known = {name: inputs[name] for name in self._columns} | self._reference(inputs, targets)
 
         def loss_of(hidden: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            out = objective(without_virtual(hidden, targets), head.weight, targets, **head.kwargs(), **known)
+            out = objective(without_virtual(hidden, targets), head, targets, **known)
             return out.loss, out.metrics
 
         loss, metrics = model(**arguments, fused_loss=loss_of)
@@ -180,7 +199,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             return loss, model(**arguments)
 
     def _reference(self, inputs: dict[str, Any], targets: Tensor) -> dict[str, Any]:
-        """What the objective is told of the reference, by `compute_ref_log_probs`' way to it."""
+        """Returns the objective's arguments of the reference, which runs as in `compute_ref_log_probs`."""
         objective = self.objective
         assert objective is not None
         if not objective.needs_reference:
@@ -193,9 +212,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         def reference_of(hidden: Tensor, head: Head) -> Tensor:
             hidden = without_virtual(hidden, targets)
             if objective.needs_reference_hidden:
-                found.update(ref_hidden=hidden, ref_weight=head.weight, ref_bias=head.bias)
+                found.update(ref_hidden=hidden, ref_weight=head)
                 return hidden
-            found["ref_logps"] = token_logps(hidden, head.weight, targets, **head.kwargs())
+            found["ref_logps"] = token_logps(hidden, head, targets)
             return found["ref_logps"]
 
         def run(*, labels: Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
@@ -207,29 +226,26 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        from ...trainer import STATE_FILE
-
         path = Path(resume_from_checkpoint) / STATE_FILE
         if self.objective is not None and path.is_file():
             self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
 
 
 class _SaveState(TrainerCallback):
-    """Puts what the objective remembers into every checkpoint."""
+    """Writes the state of the objective into every checkpoint."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from ...trainer import save_objective
-
+        """Writes it into the checkpoint that was just saved, on the first rank."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             save_objective(self.objective, folder)
 
 
 def objective_of(args: dpo_config.DPOConfig) -> Objective:
-    """The objective that a DPOConfig whose loss types are this project's describes."""
+    """Returns the objective of a DPOConfig whose loss types are methods of this project."""
     options: dict[str, Any] = {"weights": args.loss_weights, "ld_alpha": args.ld_alpha}
     if args.use_weighting:
         options |= {"wpo": True, "clamp": False}
@@ -243,7 +259,7 @@ def objective_of(args: dpo_config.DPOConfig) -> Objective:
 
 
 def _own_methods(loss_types: Sequence[str]) -> tuple[str, ...]:
-    """The methods of this project that loss types name; none if they are TRL's. ValueError for unknown and mixed ones."""
+    """Returns the methods of this project among loss types: all or none. ValueError for unknown and mixed ones."""
     pairwise = [name for name, method in METHODS.items() if method.layout == "pairwise"]
     if not loss_types:
         raise ValueError("expected at least one loss type, got none")
@@ -264,7 +280,11 @@ def _own_methods(loss_types: Sequence[str]) -> tuple[str, ...]:
 
 
 def _columns(objective: Objective, train: Any, evaluation: Any) -> tuple[str, ...]:
-    """The columns of the training data that the methods take; ValueError for one that they, or the evaluation, miss."""
+    """Returns the columns of the training data that the methods take.
+
+    Raises ValueError for a column that a method needs and the training data lack, and for one of these that the
+    evaluation data lack.
+    """
     present = set() if train is None else set(next(iter(train)))
     found = []
     for term in objective.terms:
@@ -277,22 +297,22 @@ def _columns(objective: Objective, train: Any, evaluation: Any) -> tuple[str, ..
                 found.append(name)
             elif name in method.required:
                 raise ValueError(
-                    f"{method.name} needs the column {name!r}, a number a pair: the data has {sorted(present)}"
+                    f"{method.name} needs the column {name!r}, a number per pair: the data has {sorted(present)}"
                 )
     found = tuple(dict.fromkeys(found))
     for dataset in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
         missing = [] if dataset is None else [name for name in found if name not in next(iter(dataset))]
         if missing:
             raise ValueError(
-                f"the evaluation's data has no column {', '.join(missing)}, which the training's has: add it, or take it "
-                "out of both"
+                f"the evaluation's data has no column {', '.join(missing)}, which the training's has: add it, or take "
+                "it out of both"
             )
     return found
 
 
 @dataclass
 class _WithColumns:
-    """A collator that puts columns of numbers into the batch, (P,) each."""
+    """A collator that adds columns of numbers to the batch, (P,) each."""
 
     collate: Any
     columns: Sequence[str]
@@ -303,4 +323,4 @@ class _WithColumns:
 
 
 class _NoModel:
-    """Said to TRL in the place of a reference model that no loss looks at, lest it loads one; to be asked for, it is None."""
+    """Passed to TRL as the reference model where no loss uses one, so that none is loaded; `ref_model` is then None."""

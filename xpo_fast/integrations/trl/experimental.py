@@ -1,4 +1,4 @@
-"""TRL's experimental trainers without their logits; `integrations/trl.py` hands them out.
+"""TRL's experimental trainers without their logits.
 
 Losses and metrics are theirs. Refused at the start: encoder-decoders, and the router's loss of mixtures of experts.
 """
@@ -19,7 +19,8 @@ from trl.experimental.tpo import TPOTrainer as _TPOTrainer
 from ...head import shift_labels, token_logps, token_stats
 from ...head.sharded import gathered
 from ...models import Head
-from .install import IGNORE, HeadFunction, check_version, take_losses, without_virtual
+from .base import IGNORE, check_version, take_losses, without_virtual
+from .head import HeadFunction
 
 
 class _WithoutLogits:
@@ -42,14 +43,15 @@ class _WithoutLogits:
 
 
 def mean_logits(hidden: Tensor, head: Head) -> Tensor:
-    """The logits of each row, its hidden states (R, T, D), averaged over positions and vocabulary: (R,), detached.
+    """Computes the mean of each row's logits over positions and vocabulary, (R,), detached.
 
-    Without a softcap that is the mean hidden state times the mean row of W; hidden is what `Head.inputs` makes it.
+    hidden: (R, T, D) or (R, T, D + r), as `Head.inputs` returns it. Without a softcap the mean is that of the hidden
+    states times the mean row of W.
     """
     with torch.no_grad():
         if head.softcap is not None:
-            anything = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-            stats = token_stats(hidden, head.weight, anything, outputs=("mean_logit",), **head.kwargs())
+            targets = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)  # of no matter
+            stats = token_stats(hidden, head, targets, outputs=("mean_logit",))
             assert stats.mean_logit is not None
             return stats.mean_logit.mean(1)
         weight, bias, adapter = gathered(weight=head.weight, bias=head.bias, adapter=head.adapter)
@@ -59,15 +61,14 @@ def mean_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def _pairs(model: Any, rows: Mapping[str, Tensor], targets: Tensor, positions: int | None) -> tuple[Tensor, Tensor]:
-    """Log-probs (R, T) of the targets and mean logits (R,) of the first `positions` of each row, in one forward."""
+    """Returns the targets' log-probs (R, T) and the mean logits (R,) of each row's first positions, of one forward."""
 
-    def of(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def logps_and_logits(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         hidden = without_virtual(hidden, targets)
-        logp = token_logps(hidden, head.weight, targets, **head.kwargs())
-        return logp, mean_logits(hidden[:, :positions], head)
+        return token_logps(hidden, head, targets), mean_logits(hidden[:, :positions], head)
 
     ids, mask = rows["concatenated_input_ids"], rows["concatenated_attention_mask"]
-    return model(ids, attention_mask=mask, fused_loss=of)
+    return model(ids, attention_mask=mask, fused_loss=logps_and_logits)
 
 
 class CPOTrainer(_WithoutLogits, _CPOTrainer):
@@ -76,6 +77,7 @@ class CPOTrainer(_WithoutLogits, _CPOTrainer):
     loss_types = ("sigmoid", "hinge", "ipo", "simpo")  # "alphapo" is its config's name for a "simpo"
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Returns TRL's five: the chosen and rejected rows' log-probs (P,), their mean logits (P,), and the NLL ()."""
         rows = self.concatenated_inputs(batch, padding_value=self.pad_token_id, device=self.accelerator.device)
         chosen = len(batch["chosen_labels"])
         targets = shift_labels(rows["concatenated_labels"])
@@ -93,18 +95,18 @@ class ORPOTrainer(_WithoutLogits, _ORPOTrainer):
     """TRL's experimental ORPOTrainer without logits."""
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Returns TRL's five: the chosen and rejected rows' log-probs (P,), their mean logits (P,), and the NLL ()."""
         rows = self.concatenated_inputs(batch, padding_value=self.padding_value, device=self.accelerator.device)
         chosen = len(batch["chosen_labels"])
         completion = shift_labels(rows["concatenated_labels"])
-        whole = shift_labels(
-            rows["concatenated_input_ids"].masked_fill(rows["concatenated_attention_mask"] == 0, IGNORE)
-        )
-        # The likelihood is of the chosen rows' prompts, too.
-        targets = torch.cat([whole[:chosen], completion[chosen:]])
+        ids, mask = rows["concatenated_input_ids"], rows["concatenated_attention_mask"]
+        with_prompt = shift_labels(ids.masked_fill(mask == 0, IGNORE))[:chosen]
+        # The NLL is of the chosen rows' prompts, too.
+        targets = torch.cat([with_prompt, completion[chosen:]])
         logp, logits = _pairs(model, rows, targets, -1)
         scored = completion != IGNORE
         logps = (logp * scored).sum(1) / scored.sum(1)
-        nll = -logp[:chosen].sum() / (whole[:chosen] != IGNORE).sum()
+        nll = -logp[:chosen].sum() / (with_prompt != IGNORE).sum()
         return logps[:chosen], logps[chosen:], logits[:chosen], logits[chosen:], nll
 
 
@@ -119,16 +121,16 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
         mask = inputs["completion_mask"].bool()
         targets = shift_labels(inputs["input_ids"].masked_fill(~mask, IGNORE))
 
-        def of(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+        def statistics(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             hidden = without_virtual(hidden, targets).flatten(0, 1)
             names = ("entropy", "mean_logit", "top1")
             found = HeadFunction().statistics(hidden, head, targets.flatten(), names)
             return tuple(x.view(targets.shape) for x in found.values())
 
-        logp, entropy, logits, top1 = model(**arguments, fused_loss=of)
+        logp, entropy, logits, top1 = model(**arguments, fused_loss=statistics)
         scored = targets != IGNORE
         lengths = scored.sum(1)
-        branches = 2 if self.tpo_alpha == 0 else 3  # chosen, rejected, and the reference that is imitated
+        branches = 2 if self.tpo_alpha == 0 else 3  # chosen, rejected, and the reference completion
         logps = logp.sum(1)
         if self.loss_type in ("ipo", "tpo-l"):
             logps = logps / lengths.clamp(min=1)
@@ -149,16 +151,18 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
         }
         for name, x in sums.items():
             half = int(name.endswith("rejected"))
-            total, tokens = gather(
-                torch.stack([x.chunk(branches)[half].sum(), lengths.chunk(branches)[half].sum()])[None]
-            ).sum(0).tolist()  # fmt: skip
+            parts = torch.stack([y.chunk(branches)[half].sum() for y in (x, lengths)])
+            total, tokens = gather(parts[None]).sum(0).tolist()
             log[name].append(total / tokens if tokens else 0.0)
         rewards = [self.accelerator.gather(self.beta * x.detach()) for x in (chosen, rejected)]
         values = {
-            "rewards/chosen": rewards[0], "rewards/rejected": rewards[1],
-            "rewards/accuracies": (rewards[0] > rewards[1]).float(), "rewards/margins": rewards[0] - rewards[1],
-            "logps/chosen": self.accelerator.gather(chosen), "logps/rejected": self.accelerator.gather(rejected),
-        }  # fmt: skip
+            "rewards/chosen": rewards[0],
+            "rewards/rejected": rewards[1],
+            "rewards/accuracies": (rewards[0] > rewards[1]).float(),
+            "rewards/margins": rewards[0] - rewards[1],
+            "logps/chosen": self.accelerator.gather(chosen),
+            "logps/rejected": self.accelerator.gather(rejected),
+        }
         for name, x in values.items():
             log[name].append(x.mean().item())
         if not return_outputs:
@@ -167,7 +171,7 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
             return loss, model(**arguments)
 
     def _contrast(self, delta: Tensor) -> Tensor:
-        """The loss of each pair (P,) from the difference of its log-probs (P,)."""
+        """Returns the loss of each pair (P,), a function of the difference of its log-probs (P,)."""
         if self.loss_type == "hinge":
             return torch.relu(1 - self.beta * delta)
         if self.loss_type == "ipo":
@@ -177,9 +181,9 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
 
 
 class OnlineDPOTrainer(_WithoutLogits, _OnlineDPOTrainer):
-    """TRL's experimental OnlineDPOTrainer without logits; with images, and without a prompt, it makes them as TRL does.
+    """TRL's experimental OnlineDPOTrainer without logits; with images, and without a prompt, with them, as TRL.
 
-    Padding after the end of a completion is scored as in TRL: its metrics sum over it, its loss does not.
+    Padding after the end of a completion is scored as in TRL, whose metrics sum over it and whose loss does not.
     """
 
     loss_types = ("sigmoid", "ipo")
@@ -200,8 +204,8 @@ class OnlineDPOTrainer(_WithoutLogits, _OnlineDPOTrainer):
         mask = torch.cat([prompt_mask[:, cut:], completion_mask], dim=1)
         width = completion_ids.shape[1]
 
-        def of(hidden: Tensor, head: Head) -> Tensor:
-            return token_logps(hidden[:, -width - 1 : -1], head.weight, completion_ids, **head.kwargs())
+        def logps(hidden: Tensor, head: Head) -> Tensor:
+            return token_logps(hidden[:, -width - 1 : -1], head, completion_ids)
 
         with self.accelerator.autocast():
-            return model(ids, attention_mask=mask, fused_loss=of)
+            return model(ids, attention_mask=mask, fused_loss=logps)
