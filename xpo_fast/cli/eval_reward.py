@@ -147,7 +147,7 @@ def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
 
 
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
-    from ..rewards.implicit import ImplicitReward
+    from ..rewards.model import ImplicitReward
 
     name = args.reference
     if name is None:

@@ -50,9 +50,8 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         loop = Loop(part, setup)
         if k == 0:
             if setup.overwrite:
-                _ = loop.policies.get(
-                    setup.model
-                ).loaded  # a model that cannot be loaded fails before anything is deleted
+                # A model that cannot be loaded fails before anything is deleted.
+                _ = loop.policies.get(setup.model).loaded
                 shutil.rmtree(root, ignore_errors=True)
             setup.begin()
         outcome = loop.run()

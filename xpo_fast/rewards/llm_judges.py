@@ -185,11 +185,7 @@ class LLMJudge(Judge):
         return found
 
     def compare(
-        self,
-        prompts: Sequence[Prompt],
-        first: Sequence[Completion],
-        second: Sequence[Completion],
-        **columns: Sequence[Any],
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion], **columns: Any
     ) -> Tensor:
         """Returns P(first beats second), (R,): the mean of both orders, or one order's."""
 
@@ -212,7 +208,7 @@ class LLMJudge(Judge):
         self._places = {name: self._places.get(name, 0) + x for name, x in sums.items()}
         return (forth + 1 - back) / 2
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the expected grades (R,), from −1 to 1."""
         rows = zip(prompts, completions, strict=True)
         asked = [_filled(self.grade, prompt=x, completion=y) for x, y in rows]
@@ -249,7 +245,7 @@ class SelfRewardJudge(Judge):
         self.rollout, self.n, self.seed, self.chat, self.question = rollout, n, seed, chat, question
         self.sampling = sampling or Sampling(max_new_tokens=256, temperature=0.7, top_p=0.9)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the mean points (R,), from 0 to 5."""
         if not prompts:
             return torch.empty(0)

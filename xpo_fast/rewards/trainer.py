@@ -20,7 +20,7 @@ from .. import data
 from ..data import KINDS, DataError, Kind
 from ..head import sequence_logps
 from ..methods import get_method
-from ..methods.math import check_choice
+from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
 from ..models import Head, install_fused_loss, load_model
 from ..models.fused_loss import causal_lm
@@ -47,9 +47,8 @@ from ..trainer import (
 )
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.reference import LiveReference, rows_fingerprint
-from .encoding import both_orders, pad_id, separators
+from .encoding import both_orders, load_ratings, pad_id, separators
 from .model import RewardModel
-from .ratings import load_ratings
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
 
@@ -81,16 +80,10 @@ class RewardConfig(XPOConfig):
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
-        return RewardSpec(
-            method=self.method,
-            objectives=tuple(self.objectives or ("reward",)),
-            weights=None if self.objective_weights is None else tuple(self.objective_weights),
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            length_alpha=self.length_alpha,
-            length_target=self.length_target,
-            length_lam=self.length_lam,
-        )
+        names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        objectives = tuple(self.objectives or ("reward",))
+        weights = None if self.objective_weights is None else tuple(self.objective_weights)
+        return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
 
 
 class RewardTrainer(SavesValueHead, UnitTrainer):
@@ -125,7 +118,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = RewardConfig() if args is None else args
+        args = args or RewardConfig()
         self.spec = args.spec()
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
@@ -204,14 +197,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise DataError(f"{name} ranks the completions of a prompt by their scores; got lists without scores")
         if "desirable" in inputs and "label" not in dataset.column_names:
             raise DataError(f"{name} learns from the label of each row; got rows without label")
-        encoded = data.encode(
-            dataset,
-            self._tokenizer,
-            kind=self.kind.name,
-            max_length=self.args.max_length,
-            max_prompt_length=self.args.max_prompt_length,
-            num_proc=self.args.dataset_num_proc,
-        )
+        limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
+        limits["num_proc"] = self.args.dataset_num_proc
+        encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
         unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
         encoded = encoded.remove_columns(sorted(unread))
         check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
@@ -341,13 +329,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         quality, length = outputs.unbind(dim=1)
         sides = _sides("quality", quality) | _sides("length", length) | _sides("len", lengths)
         sides = {name: x[valid] for name, x in sides.items()}
-        q_w, q_l = (quality.view(2, -1).detach()).unbind(0)
-        metrics = {
-            "rewards/chosen": q_w,
-            "rewards/rejected": q_l,
-            "rewards/accuracies": (q_w > q_l).float(),
-            "rewards/margins": q_w - q_l,
-        }
+        metrics = pair_metrics(*quality.chunk(2))
         if not valid.any():
             return outputs.sum() * valid, metrics
         weights = {"weight_quality": head.weight[0].float(), "weight_length": head.weight[1].float()}
