@@ -111,20 +111,16 @@ class TokenChoice:
     def _logps(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Returns the log-probs (R, C) of the words' first tokens after each question."""
         device = next(self.model.parameters()).device
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for r, (row, _) in enumerate(rows):
-            ids[r, : len(row)], mask[r, : len(row)] = torch.tensor(row), 1
-        last = mask.sum(dim=1) - 1
+        batch = data.pad_rows([(ids, []) for ids, _ in rows], 0, last=True)
+        ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
         words = torch.tensor([first for _, first in rows], device=device)  # (R, C)
 
         def fused(hidden: Tensor, head: Head) -> Tensor:
-            at = hidden[torch.arange(len(rows), device=device), last.to(device)]  # (R, D)
+            at = hidden[torch.arange(len(rows), device=device), mask.sum(dim=1) - 1]  # (R, D)
             return token_logps(at[:, None].expand(-1, words.shape[1], -1).contiguous(), head, words)
 
         with evaluating(self.model):
-            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), fused_loss=fused).float()
+            return self.model(input_ids=ids, attention_mask=mask, fused_loss=fused).float()
 
 
 class SampledChoice:

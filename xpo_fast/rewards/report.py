@@ -20,9 +20,6 @@ from ..data import require
 from ..files import appearing
 from .encoding import encode_rows
 
-CALIBRATION_BINS = 10
-LENGTH_BINS = 5
-
 
 @dataclass(frozen=True)
 class PairScores:
@@ -135,7 +132,7 @@ def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def calibration(margin: np.ndarray, bins: int = CALIBRATION_BINS) -> list[dict[str, float]]:
+def calibration(margin: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
     """Returns mean confidence, accuracy and number of pairs for equal bins of the confidence σ(|m|) over [½, 1].
 
     The prediction is the completion that scores higher; a tie counts as half right. Empty bins are left out.
@@ -174,7 +171,7 @@ def best_scale(margin: np.ndarray) -> float | None:
     return (low + high) / 2
 
 
-def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str, float]]:
+def by_length_gap(scores: PairScores, bins: int = 5) -> list[dict[str, float]]:
     """Returns the accuracy in `bins` quantiles of `PairScores.gap`, in increasing order of the gap."""
     edges = np.quantile(scores.gap, np.linspace(0, 1, bins + 1))
     at = np.searchsorted(edges[1:-1], scores.gap, side="left")

@@ -123,9 +123,10 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
         self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
-        if self.method is not None and self.method.needs_reference and args.reference == "none":
+        needs_reference = self.method is not None and self.method.needs_reference
+        if needs_reference and args.reference == "none":
             raise ValueError(
-                f'{self.method.name} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
+                f'{self.spec.method} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
             )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
@@ -170,19 +171,13 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
-        if self._compares_with_reference:
+        if args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo"):
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
             if args.reference != "auto":
                 check_choice("reference", args.reference, ("adapter", "copy"))
                 strategy = args.reference
             warn_of_trained_adapter(model, strategy)
             self._reference = LiveReference(strategy, model, self.accelerator, args.backend)
-
-    @property
-    def _compares_with_reference(self) -> bool:
-        needed = self.method is not None and self.method.needs_reference
-        wanted = needed or self.settings.get("regulariser") == "dpo"
-        return wanted and self.args.reference != "none"
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:

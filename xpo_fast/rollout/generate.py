@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models import check_ids
 from ..models.lm_head import causal_lm
@@ -106,11 +107,9 @@ class GenerateRollout:
         width, longest = max(len(request.ids) for request in asked), asked[0].max_tokens
         pad = self.tokenizer.pad_token_id
         pad = min(eos, default=0) if pad is None else pad  # is masked, and never read
-        input_ids = torch.full((len(asked), width), pad, dtype=torch.int64)  # (B, S)
-        attention_mask = torch.zeros_like(input_ids)
-        for r, request in enumerate(asked):
-            input_ids[r, width - len(request.ids) :] = torch.tensor(request.ids)
-            attention_mask[r, width - len(request.ids) :] = 1
+        rows = [torch.tensor(request.ids) for request in asked]
+        input_ids = pad_sequence(rows, True, pad, "left")  # (B, S)
+        attention_mask = pad_sequence([torch.ones_like(ids) for ids in rows], True, 0, "left")
         processors, draw = transformers.LogitsProcessorList(), None
         if sampling.temperature > 0:
             if sampling.temperature != 1:
