@@ -108,8 +108,8 @@ class GenerateRollout:
         pad = self.tokenizer.pad_token_id
         pad = min(eos, default=0) if pad is None else pad  # is masked, and never read
         rows = [torch.tensor(request.ids) for request in asked]
-        input_ids = pad_sequence(rows, True, pad, "left")  # (B, S)
-        attention_mask = pad_sequence([torch.ones_like(ids) for ids in rows], True, 0, "left")
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")  # (B, S)
+        attention_mask = pad_sequence([torch.ones_like(x) for x in rows], batch_first=True, padding_side="left")
         processors, draw = transformers.LogitsProcessorList(), None
         if sampling.temperature > 0:
             if sampling.temperature != 1:
