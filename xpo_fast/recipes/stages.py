@@ -75,16 +75,9 @@ def _revise(recipe: Recipe, setup: Setup, policy: Policy, lines: list[Row], seed
             for (line, _), value in zip(at, values, strict=True):
                 line[name].append(value)
 
-    prompts = [line["prompt"] for line, _ in at]
-    found = revised(
-        policy.rollout,
-        prompts,
-        [line["completions"][k] for line, k in at],
-        sampling=dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature),
-        seed=seed,
-        rounds=recipe.revise,
-        say=keep,
-    )
+    prompts, completions = [line["prompt"] for line, _ in at], [line["completions"][k] for line, k in at]
+    sampling = dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature)
+    found = revised(policy.rollout, prompts, completions, sampling=sampling, seed=seed, rounds=recipe.revise, say=keep)
     encoded = _encoded(setup, policy, prompts, found)
     for (line, k), completion, ids in zip(at, found, encoded, strict=True):
         line["completions"][k], line["completions_ids"][k] = completion, ids["chosen_ids"]

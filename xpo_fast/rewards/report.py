@@ -139,17 +139,12 @@ def calibration(margin: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
     """
     confidence, right = _sigmoid(np.abs(margin)), (np.sign(margin) + 1) / 2
     at = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return [
-        {
-            "from": 0.5 + b / (2 * bins),
-            "to": 0.5 + (b + 1) / (2 * bins),
-            "confidence": float(confidence[at == b].mean()),
-            "accuracy": float(right[at == b].mean()),
-            "pairs": int((at == b).sum()),
-        }
-        for b in range(bins)
-        if (at == b).any()
-    ]
+    rows = []
+    for b in np.unique(at).tolist():
+        means = {"confidence": float(confidence[at == b].mean()), "accuracy": float(right[at == b].mean())}
+        bounds = {"from": 0.5 + b / (2 * bins), "to": 0.5 + (b + 1) / (2 * bins)}
+        rows.append({**bounds, **means, "pairs": int((at == b).sum())})
+    return rows
 
 
 def best_scale(margin: np.ndarray) -> float | None:
