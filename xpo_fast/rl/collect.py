@@ -127,8 +127,9 @@ class Collector:
             for i, ids in enumerate(samples.completion_ids):
                 truncated, logps = samples.finish[i] == "length", None if samples.logps is None else samples.logps[i]
                 reward = float(scored.rewards[i]) + self._length_reward(truncated, len(ids))
-                about = samples.prompts[i], samples.prompt_ids[i], samples.completions[i], ids, truncated, logps
-                rows.append(Completion(*about, scored.each[i].tolist(), reward))
+                prompt, prompt_ids, completion = samples.prompts[i], samples.prompt_ids[i], samples.completions[i]
+                scores = scored.each[i].tolist()
+                rows.append(Completion(prompt, prompt_ids, completion, ids, truncated, logps, scores, reward))
             return [(i, rows[k * n : (k + 1) * n]) for k, i in enumerate(at)]
 
         groups = sorted(self._on_all(work), key=lambda group: group[0])
