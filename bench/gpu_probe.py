@@ -224,20 +224,20 @@ def tiled(step: int, lanes: int) -> Iterator[None]:
     """Fixes the tokens per step and the lanes of plans in a `with` block; tiles stay as planned."""
     from xpo_fast.head import plan as head
 
-    fit = head.fit
+    fit_tiles = head.fit_tiles
 
     def fixed(*arguments: Any, **options: Any) -> Any:
-        tiling, *more = fit(*arguments, **options)
+        tiling, *more = fit_tiles(*arguments, **options)
         changed = {"step": min(step, tiling.tile), "lanes": lanes}
         if tiling.step == tiling.tile:  # in-place row operations have no steps
             changed["tile"] = changed["step"]
         return tiling._replace(**{k: v for k, v in changed.items() if k in tiling._fields}), *more
 
-    head.fit = fixed
+    head.fit_tiles = fixed
     try:
         yield
     finally:
-        head.fit = fit
+        head.fit_tiles = fit_tiles
 
 
 def _calls(probe: Probe, width: int, vocab: int, tokens: int, backend: str) -> dict[str, Callable[[], object]]:

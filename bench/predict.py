@@ -133,14 +133,14 @@ def tiles_of(call: Call, tiling: Any) -> tuple[int, list[tuple[int, int]], list[
 def predict(call: Call, backend: str) -> dict[str, Any]:
     """Returns the prediction for a call, with the plan and the counts it is made from."""
     from xpo_fast.head.chunked import cut
-    from xpo_fast.head.plan import Plan, fit
+    from xpo_fast.head.plan import Plan, fit_tiles
     from xpo_fast.head.tiling import SHARE_OF_CARD
 
     case, shape = call.case, call.shape
     n, d, v = shape.scored, shape.width, shape.vocab
     learns = case == "trainable"
     # The meta device is not asked for memory or processors, and has one lane as sm_90 has.
-    tiling, dz_dtype, logits = fit(
+    tiling, dz_dtype, logits = fit_tiles(
         backend,
         v,
         call.dtype,

@@ -119,13 +119,7 @@ CASES = {str(case): case for case in _cases()}
 def classes(case: Case, ours: bool) -> tuple[type, type]:
     """Returns the class of the trainer and that of its config."""
     name = case.trainer
-    folders = {
-        "CPO": "cpo",
-        "ORPO": "orpo",
-        "TPO": "tpo",
-        "OnlineDPO": "online_dpo",
-        "AsyncGRPO": "async_grpo",
-    }
+    folders = {"CPO": "cpo", "ORPO": "orpo", "TPO": "tpo", "OnlineDPO": "online_dpo", "AsyncGRPO": "async_grpo"}
     if name not in folders:
         return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
     module = importlib.import_module(f"trl.experimental.{folders[name]}")

@@ -41,10 +41,7 @@ QUESTION = "How do I keep cut apples from going brown?"
 
 def answer(model: Any, tokenizer: Any, question: str) -> str:
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = model.generate(**prompt, max_new_tokens=60, do_sample=False)
     return tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -13,7 +13,7 @@ import torch
 
 from xpo_fast import token_stats
 from xpo_fast.head import gather, gemms, head_plan, row_operations, vocab_parallel
-from xpo_fast.head.plan import fit
+from xpo_fast.head.plan import fit_tiles
 from xpo_fast.integrations.liger import distillation
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
@@ -168,5 +168,5 @@ def test_memory_of_distillation(launches, options, copies, monkeypatch):
     n, width, vocab = shape(launches)
     found = launches.measure("distillation", shape(launches), "torch")["peak_mb"] * 1e6
     budget, device = int(SHARE * launches.CARD_BYTES), torch.device("meta")
-    tiling, *_ = fit("torch", vocab, torch.bfloat16, device, budget, heads=2, copies=copies, dz=True, learns=True)
+    tiling, *_ = fit_tiles("torch", vocab, torch.bfloat16, device, budget, heads=2, copies=copies, dz=True, learns=True)
     assert found <= vocab * (2 * tiling.tile + 4 * (2 + copies) * tiling.step) + 2 * vocab * width + 8 * n * width

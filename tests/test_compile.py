@@ -127,7 +127,7 @@ def gpu(monkeypatch, device_guard, tmp_path):
     """What torch.compile asks of a GPU, answered where there is none; nothing that is not to be traced is replaced."""
     monkeypatch.setattr(verdict, "_known", {})
     monkeypatch.setenv("XPO_FAST_CACHE", str(tmp_path))
-    choice._say.cache_clear()
+    choice._log_once.cache_clear()
     if torch.cuda.is_available():
         return
     torch._dynamo.reset()

@@ -22,7 +22,7 @@ import xpo_fast as xf
 from host_compile import CSRC, DEVICES, compiled
 from xpo_fast import native
 from xpo_fast.head import cuda
-from xpo_fast.head.plan import fit
+from xpo_fast.head.plan import fit_tiles
 from xpo_fast.head.tiling import Tiling
 
 AUTO = 1 << 20  # bytes of shared memory: more than the rows here need
@@ -602,8 +602,8 @@ def test_compiled(backend):
 def test_tiles_are_those_of_triton():
     """Both write dz into memory of its own and have the products of two steps."""
     arguments = (50257, torch.bfloat16, torch.device("cpu"), 1 << 28)
-    assert fit("cuda", *arguments) == fit("triton", *arguments) != fit("torch", *arguments)
-    assert isinstance(fit("cuda", *arguments)[0], Tiling)
+    assert fit_tiles("cuda", *arguments) == fit_tiles("triton", *arguments) != fit_tiles("torch", *arguments)
+    assert isinstance(fit_tiles("cuda", *arguments)[0], Tiling)
 
 
 # --- the emulation ---------------------------------------------------------------------------------------------------

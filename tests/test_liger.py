@@ -88,11 +88,7 @@ class Case:
             ids = {"selected_token_ids": self.target.clamp(min=0), "attention_mask": self.scored.long()}
             return {**common, **ids, "advantages": self.advantages}
         if name in ("JSD", "CosineSimilarity"):
-            flat = {
-                "student_input": self.hidden,
-                "teacher_input": self.ref_hidden,
-                "true_labels": self.target,
-            }
+            flat = {"student_input": self.hidden, "teacher_input": self.ref_hidden, "true_labels": self.target}
             heads = {"student_weight": self.weight, "teacher_weight": self.ref_weight}
             biases = {"student_bias": self.bias, "teacher_bias": self.ref_bias} if bias else {}
             return {k: x.flatten(0, 1) for k, x in flat.items()} | heads | biases
@@ -315,12 +311,7 @@ def grpo_case(ignored=0.4, shape=(5, 7, 37, 5), **options):
 @pytest.mark.parametrize("loss_type", GRPO_TYPES)
 def test_grpo_clipped(loss_type, options, level):
     case, extra = grpo_case()
-    options = {
-        "loss_type": loss_type,
-        "importance_sampling_level": level,
-        "max_completion_length": 9,
-        **options,
-    }
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 9, **options}
     assert_same("GRPO", case, options, extra, scale=3.0, **FP32)
 
 
@@ -353,12 +344,7 @@ def test_grpo_sampling_ratio(loss_type, ratio):
         "rows": case.ratio[:, 0],
         "column": case.ratio[:, :1],
     }
-    options = {
-        "loss_type": loss_type,
-        "epsilon_high": 1.2,
-        "sapo_temperature_pos": 0.8,
-        "sapo_temperature_neg": 1.3,
-    }
+    options = {"loss_type": loss_type, "epsilon_high": 1.2, "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3}
     options |= {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}
     assert_same("GRPO", case, options, {**extra, "vllm_is_ratio": ratios.get(ratio)}, **FP32)
 
@@ -593,12 +579,7 @@ def test_calls_of_trainers():
         )
         kto = m.LigerFusedLinearKTOLoss(ignore_index=-100, beta=0.1, use_ref_model=True, compiled=False)
         k_loss, (_, _, _, _, chosen_sum, _) = kto(
-            _input=case.hidden,
-            target=case.target,
-            preference_labels=case.labels,
-            kl=torch.zeros(1),
-            **head,
-            **case.ref,
+            _input=case.hidden, target=case.target, preference_labels=case.labels, kl=torch.zeros(1), **head, **case.ref
         )
         grpo = m.LigerFusedLinearGRPOLoss(
             beta=0.1,
@@ -769,11 +750,7 @@ def test_ids_outside_the_vocabulary(name, learns, token):
     operands[key] = operands[key].clone()
     operands[key].view(-1)[3] = token
     with pytest.raises(ValueError, match=f"target {token} at position 3 is outside the vocabulary of 23"):
-        run(
-            of_ours(name, **without_reference(name)),
-            operands,
-            LEAVES if learns else ("_input", "student_input"),
-        )
+        run(of_ours(name, **without_reference(name)), operands, LEAVES if learns else ("_input", "student_input"))
     if name == "GRPO":  # Liger takes any; here, where nothing is scored any will do
         assert run(of_liger("GRPO", use_ref_model=False), operands)[0].isfinite()
         operands["attention_mask"] = operands["attention_mask"].clone()
@@ -1134,11 +1111,7 @@ def test_no_scored_token_at_all():
 def grpo_error(**options):
     case, extra = grpo_case()
     of_ours("GRPO", **{k: x for k, x in options.items() if not isinstance(x, torch.Tensor)})(
-        **{
-            **case.operands("GRPO"),
-            **extra,
-            **{k: x for k, x in options.items() if isinstance(x, torch.Tensor)},
-        }
+        **{**case.operands("GRPO"), **extra, **{k: x for k, x in options.items() if isinstance(x, torch.Tensor)}}
     )
 
 

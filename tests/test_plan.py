@@ -8,9 +8,9 @@ import torch
 import xpo_fast as xf
 from xpo_fast.head import head_plan, row_operations, tiling
 from xpo_fast.head.gemms import Gemms
-from xpo_fast.head.plan import fit
+from xpo_fast.head.plan import fit_tiles
 from xpo_fast.head.spec import Scaling
-from xpo_fast.head.tiling import Tiling, lanes_of, room, scratch_bytes
+from xpo_fast.head.tiling import Tiling, buffer_rows, lanes_of, scratch_bytes
 
 META, GPU = torch.device("meta"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -31,7 +31,7 @@ def card(monkeypatch):
 def test_the_budget_follows_the_card(card, gb, budget):
     card(gb * 10**9)
     assert scratch_bytes(GPU) == pytest.approx(budget, rel=1e-6)
-    tiling, dz_dtype, logits = fit("triton", 151936, BF16, GPU, None)
+    tiling, dz_dtype, logits = fit_tiles("triton", 151936, BF16, GPU, None)
     held = 151936 * (tiling.tile * 2 + tiling.step * logits * 4)
     assert held <= budget and dz_dtype == BF16
 
@@ -46,7 +46,7 @@ def test_without_a_card_to_ask():
 def test_a_pair_of_two_rows_of_8k_is_one_tile_of_an_80_gb_card(card, width, backend):
     """16384 tokens and a vocabulary of 152k, trainable: 3F up to a tenth. dW's accumulator is not taken from the tile."""
     card(85 * 10**9)  # what a card of 80 GiB says that it has
-    tiling, *_ = fit(backend, 151936, BF16, GPU, None, learns=True, unit_tokens=16384)
+    tiling, *_ = fit_tiles(backend, 151936, BF16, GPU, None, learns=True, unit_tokens=16384)
     again = max(16384 - tiling.tile, 0)
     assert 3 + again / 16384 <= (3.1 if backend == "torch" else 3.0)
 
@@ -65,7 +65,7 @@ def test_no_cliff_beyond_a_single_tile(card):
 def test_steps_by_bytes(card, vocab):
     """About half a GiB of products, in whole blocks of rows: few launches where the vocabulary is small."""
     card(85 * 10**9)
-    tiling, *_ = fit("triton", vocab, BF16, GPU, None)
+    tiling, *_ = fit_tiles("triton", vocab, BF16, GPU, None)
     assert 0.7 * 2**29 < min(tiling.step, 4096) * vocab * 4 <= 2**29 or tiling.step == 4096
     assert tiling.step % 128 == 0
 
@@ -74,18 +74,18 @@ def test_lanes(card):
     """One where a GEMM keeps all processors to its end, two before; they share what one would have."""
     card(85 * 10**9, (9, 0))
     assert lanes_of(GPU) == lanes_of(META) == 1
-    one = fit("triton", 128256, BF16, GPU, None)
+    one = fit_tiles("triton", 128256, BF16, GPU, None)
     card(85 * 10**9, (8, 0))
-    two = fit("triton", 128256, BF16, GPU, None)
+    two = fit_tiles("triton", 128256, BF16, GPU, None)
     assert (one[0].lanes, one[2]) == (1, 1) and (two[0].lanes, two[2]) == (2, 2)
     assert one[0].step == 2 * two[0].step
-    assert fit("torch", 128256, BF16, GPU, None)[0].lanes == 1
+    assert fit_tiles("torch", 128256, BF16, GPU, None)[0].lanes == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_needs_no_cast_is_in_place(card, dtype):
     card(85 * 10**9)
-    tiling, dz_dtype, logits = fit("torch", 50257, dtype, GPU, 10**9)
+    tiling, dz_dtype, logits = fit_tiles("torch", 50257, dtype, GPU, 10**9)
     assert (
         dz_dtype is None and logits == 1 and tiling == Tiling(min(4096, 10**9 // (50257 * dtype.itemsize)), tiling.step)
     )
@@ -95,15 +95,15 @@ def test_what_needs_no_cast_is_in_place(card, dtype):
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_a_device_without_mixed_gemms_is_in_place(dtype):
     """Where the weight is widened, dz is in the dtype of the products and in their place, so that a tile is one step."""
-    tiling, dz_dtype, logits = fit("torch", 152000, dtype, torch.device("mps"), None)
+    tiling, dz_dtype, logits = fit_tiles("torch", 152000, dtype, torch.device("mps"), None)
     assert tiling.tile == tiling.step and dz_dtype is None and logits == 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 10, 300, 511, 512, 513, 1100, 4095, 4096, 5000])
 def test_memory_is_asked_for_in_few_sizes(rows):
-    got = room(rows, 4096)
+    got = buffer_rows(rows, 4096)
     assert min(rows, 4096) <= got <= min(max(2 * rows - 1, 1), 4096, rows + 512 if rows > 512 else 4096)
-    assert len({room(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
+    assert len({buffer_rows(n, 4096) for n in range(1, 5000)}) == 10 + 7  # powers of two up to an eighth, and eighths
 
 
 def test_a_flat_row_in_float16(monkeypatch):

@@ -328,13 +328,13 @@ def two_streams(monkeypatch):
     monkeypatch.setattr(chunked, "Lanes", lambda device, two: detector if two else Lanes(device, two=False))
     for module in (units, autograd):
         monkeypatch.setattr(module, "row_operations", lambda *_: OutOfPlaceRowOperations)
-    fit = sys.modules["xpo_fast.head.plan"].fit
+    fit_tiles = sys.modules["xpo_fast.head.plan"].fit_tiles
 
     def small(*arguments, **options):
-        _, *rest = fit(*arguments, **options)
+        _, *rest = fit_tiles(*arguments, **options)
         return two_lanes(12, 4), *rest
 
-    monkeypatch.setattr("xpo_fast.head.plan.fit", small)
+    monkeypatch.setattr("xpo_fast.head.plan.fit_tiles", small)
     return detector
 
 

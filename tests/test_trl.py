@@ -85,14 +85,7 @@ def make(case, ours, folder, *, model=None, peft_config=None, **arguments):
             patch.setattr(runs, "classes", _with_peft(made, runs.classes(case, ours)[1], peft_config))
         options = {"max_steps": STEPS, **arguments}
         return runs.make_trainer(
-            case,
-            ours,
-            model,
-            runs.tiny_tokenizer(),
-            runs.tiny_pairs(PAIRS),
-            folder,
-            ref_model=ref_model,
-            **options,
+            case, ours, model, runs.tiny_tokenizer(), runs.tiny_pairs(PAIRS), folder, ref_model=ref_model, **options
         )
 
 
@@ -141,14 +134,7 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_own_methods_against_trls(name, tmp_path):
     theirs, ours = own_and_trls(name, SAME[name], tmp_path)
-    assert ours.keys() >= {
-        "loss",
-        "grad_norm",
-        "rewards/chosen",
-        "rewards/margins",
-        "logps/chosen",
-        "num_tokens",
-    }
+    assert ours.keys() >= {"loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/chosen", "num_tokens"}
     for metric in ours.keys() - {"epoch"}:
         assert ours[metric] == pytest.approx(theirs[metric], rel=TOLERANCE, abs=TOLERANCE), metric
 
@@ -344,11 +330,7 @@ def test_checkpointed_and_accumulated(case, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {
-            "packing": True,
-            "packing_strategy": "wrapped",
-            "max_length": 16,
-        },  # rows cut out of a stream of tokens
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 16},  # rows cut out of a stream of tokens
         {"packing": True, "packing_strategy": "bfd", "max_length": 16},
         {"padding_free": True, "max_length": None},
     ],
@@ -666,14 +648,8 @@ class Packed(torch.nn.Module):
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
-        (
-            lambda: Squashed(32, runs.VOCAB, bias=False),
-            "not a plain linear layer .*Squashed.*take its logits",
-        ),
-        (
-            lambda: torch.nn.Sequential(torch.nn.Linear(32, runs.VOCAB)),
-            "not a plain linear layer .*Sequential",
-        ),
+        (lambda: Squashed(32, runs.VOCAB, bias=False), "not a plain linear layer .*Squashed.*take its logits"),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(32, runs.VOCAB)), "not a plain linear layer .*Sequential"),
         (Packed, "quantised weight .*keep it in 16 or 32 bits"),
     ],
 )

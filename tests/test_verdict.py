@@ -81,7 +81,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XPO_FAST_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(verdict, "_known", {})
-    choices._say.cache_clear()
+    choices._log_once.cache_clear()
     return tmp_path / "cache"
 
 
@@ -956,7 +956,7 @@ def test_the_variable_leaves_a_cut_vocabulary_alone(gpu, children, monkeypatch):
 
 
 def test_the_plan_says_why(gpu, children, monkeypatch):
-    monkeypatch.setattr(xf.head.plan, "fit", lambda *_, **__: (Tiling(1, 1), None, 1))
+    monkeypatch.setattr(xf.head.plan, "fit_tiles", lambda *_, **__: (Tiling(1, 1), None, 1))
     why = "; auto is triton, which passed its check on NVIDIA H200"
     with FakeTensorMode():
         hidden, weight = (torch.empty(*s, 4, dtype=BF16, device="cuda:0") for s in ((2, 3), (5,)))

@@ -1,4 +1,4 @@
-"""Reduces unit losses by a global denominator to one scalar. The only place where anything is averaged."""
+"""Reduction of unit losses to a scalar by a global denominator, and of metrics to means: the one place for both."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -> Tensor:
-    """Reduces unit losses (U,) to a scalar, or returns them unchanged with reduction="none".
+    """Reduces unit losses (U,) to a scalar; with reduction="none" returns them as they are.
 
-    denominator: of "mean": the number of items (units, or tokens) of the whole optimizer step, over all micro-batches
-    and ranks. A unit that does not count has loss 0 and is not among them. No items give 0.
+    denominator: the divisor of "mean", the number of items (units, or tokens) of the whole optimizer step over all
+    micro-batches and ranks. A unit that does not count has loss 0 and is no item. Without any item the mean is 0.
     """
     if reduction == "none":
         return losses
@@ -29,18 +29,19 @@ def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -
 
 
 def mean_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
-    """Returns the mean of each metric over valid units (U,), without NaN entries; NaN if there are none. Detached.
+    """Returns the mean of each metric over valid units (U,) without NaN entries, detached; NaN if there are none.
 
-    A metric has one entry per unit, or a shape (…) of its own with NaN where it does not count.
+    A metric has one entry per unit, or any other shape (…) with NaN wherever it does not count.
     """
     return {name: _counted(values, valid).nanmean() for name, values in metrics.items()}
 
 
 def count_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
-    """Returns the number of entries in each mean of `mean_metrics`: () each."""
+    """Returns the number of entries that each mean of `mean_metrics` is over: () each."""
     return {name: (~_counted(values, valid).isnan()).sum() for name, values in metrics.items()}
 
 
 def _counted(values: Tensor, valid: Tensor) -> Tensor:
+    """Returns a metric's values, detached, with NaN for units that are not valid."""
     values = values.detach()
     return torch.where(valid, values, torch.nan) if values.shape == valid.shape else values

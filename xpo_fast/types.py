@@ -1,4 +1,4 @@
-"""The results of the head and of the objective: token statistics, and the loss."""
+"""The values that the head and the objective return: token statistics, and a loss with its metrics."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ IGNORE_INDEX = -100  # the target of a position that is not scored
 class TokenStats:
     """Statistics of the next-token distribution at every position, each shaped like `targets`.
 
-    float32 (float64 for float64 operands); 0 or False where the target is ignored; None if not requested.
-    With z the final logits (scaled, capped, divided by the temperature) and p = softmax z:
+    They are float32 (float64 for float64 operands); 0, or False, where the target is ignored; None if not requested.
+    z are the final logits (scaled, capped, divided by the temperature), y the target and p = softmax z.
     """
 
     logp: Tensor  # z_y − lse; differentiable
@@ -29,10 +29,10 @@ class TokenStats:
 
 @dataclass
 class LossOutput:
-    """The result of an objective: a differentiable scalar, and detached tensors to log."""
+    """The result of an objective: a differentiable loss, and detached tensors to log."""
 
-    loss: Tensor  # (), or (U,) with reduction="none"
+    loss: Tensor  # (), or one entry per unit with reduction="none"
     metrics: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)  # number of entries in the mean of each metric
-    losses: tuple[Tensor, ...] = ()  # detached loss of each method of a sum, before its weight
+    losses: tuple[Tensor, ...] = ()  # the loss of each method of a sum, without its weight, detached
     token_reward: Tensor | None = None  # shaped as targets: token_dpo's β(log π − log ref)

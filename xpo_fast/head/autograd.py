@@ -1,8 +1,8 @@
 """The head as one custom operator, opaque to torch.compile, with its gradient.
 
-∂logp/∂z = e_y − p does not depend on what the loss does with logp: u = ∂L/∂logp is one number a token. So with a
-frozen head the forward multiplies (e_y − p) W while the tile is live and the backward scales rows: 2F. A trainable
-head, or outputs with gradients of their own, make the tile again in the backward.
+∂logp/∂z = e_y − p does not depend on the loss, which enters by u = ∂L/∂logp, one number per token. With a frozen head
+the forward therefore computes (e_y − p) W while the tile is live, and the backward scales its rows by u: 2F. With a
+trainable head, or outputs that have gradients of their own, the backward computes each tile again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .vocab_parallel import shard_of
 
 
 def _names(outputs: str) -> tuple[str, ...]:
+    """Splits comma-separated names."""
     return tuple(outputs.split(",")) if outputs else ()
 
 
-# The first twelve arguments of both operators are those of `Operands.packed`.
+# The first twelve arguments of both operators are `Operands.packed()`.
 @torch.library.custom_op("xpo_fast::token_stats", mutates_args=())
 def token_stats(
     hidden: Tensor,  # (N, D), or with an adapter (N, D + r)
@@ -35,7 +36,7 @@ def token_stats(
     ref_hidden: Tensor | None,  # (N, Dr)
     ref_weight: Tensor | None,  # (V, Dr)
     ref_bias: Tensor | None,  # (V,)
-    weight_grad: Tensor | None,  # (V, D), to which the backward adds dW
+    weight_grad: Tensor | None,  # (V, D), the buffer to which the backward adds dW
     scaling: list[float],
     ignore_index: int,
     shard: str,
@@ -44,7 +45,7 @@ def token_stats(
     outputs: str,  # names, comma-separated
     save_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns logp (N,), lse (N,), the outputs stacked (E, N), ∂logp/∂hidden (N, D) if saved, else (0, D)."""
+    """Returns logp (N,), lse (N,), the stacked outputs (E, N), and ∂logp/∂hidden: (N, D) if saved, else (0, D)."""
     operands = Operands.unpacked(
         hidden,
         weight,
@@ -94,7 +95,10 @@ def token_stats_backward(
     values_names: str,
     needs: list[bool],  # hidden, weight, bias, adapter
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of hidden, weight, bias and adapter; (0,) for one not needed, and for weight's if added elsewhere."""
+    """Returns the gradients of hidden, weight, bias and adapter.
+
+    A gradient that is not needed is (0,), and so is dW if it was added to weight_grad.
+    """
     operands = Operands.unpacked(
         hidden,
         weight,
@@ -137,10 +141,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dlogp)
     ctx.names, ctx.save_grad = _names(outputs), save_grad
-    ctx.numbers, ctx.how = (scaling, ignore_index, shard), (tiling, backend)
-    ctx.weight_grad = weight_grad  # not saved: the backwards of other calls write it
+    ctx.numbers, ctx.execution = (scaling, ignore_index, shard), (tiling, backend)
+    ctx.weight_grad = weight_grad  # not by save_for_backward: the backwards of other calls write it, too
     if save_grad:
-        # The target's own row of W is needed for lse, whose gradient is W[y] minus the saved one.
+        # The gradient of lse is W[y] − (saved ∂logp/∂hidden), hence weight and targets.
         _, weight, _, adapter, targets, *_ = tensors
         ctx.save_for_backward(weight, adapter, targets, logp, lse, dlogp)
     else:
@@ -148,12 +152,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _later_backward_possible() -> bool:
-    """Whether the backward under way was asked to retain its graph."""
+    """Returns whether the running backward was asked to retain its graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def scale_saved(saved: Tensor, factor: Tensor) -> Tensor:
-    """saved · factor, in place where no later backward can want `saved` again; a fresh tensor object either way."""
+    """Returns saved · factor as a new tensor object, computed in place if no later backward can read `saved` again."""
     if torch.compiler.is_compiling() or _later_backward_possible():
         return (saved * factor).to(saved.dtype)
     saved = saved.detach()
@@ -163,6 +167,7 @@ def scale_saved(saved: Tensor, factor: Tensor) -> Tensor:
 
 
 def refuse_double_backward(what: str) -> None:
+    """Raises RuntimeError if the running backward is itself recorded by autograd; `what` names the function."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{what} has no second derivative; call backward without create_graph=True")
 
@@ -216,7 +221,7 @@ def _backward_recompute(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d
         *((ref_hidden, ref_weight, ref_bias) if needs_ref else (None, None, None)),
         ctx.weight_grad,
         *ctx.numbers,
-        *ctx.how,
+        *ctx.execution,
         list(given.values()),
         ",".join(given),
         list(values.values()),

@@ -1,4 +1,4 @@
-"""The backends: what each is called, where it runs, and what works on the rows of its products. One line adds one."""
+"""The table of backends: name, devices, row operations and kernels of each. One line adds a backend."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .vocab_parallel import VocabParallelRows, VocabShard
 
 OVERRIDE = "XPO_FAST_BACKEND"
 CHECK = "xpo-fast doctor --check"
-# What the kernels of triton have GEMMs for.
+# The dtypes for which triton's kernels have GEMMs.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _anywhere(device: torch.device) -> str | None:
+def _runs_anywhere(device: torch.device) -> str | None:
     return None
 
 
-def _triton_why_not(device: torch.device) -> str | None:
+def _triton_error(device: torch.device) -> str | None:
     if not has_triton():
         return "the triton backend needs the package triton: install it, or pass backend='torch'"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -37,7 +37,7 @@ def _triton_why_not(device: torch.device) -> str | None:
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Returns why triton's kernels cannot be launched on a GPU; None if they can, as far as can be told without doing it."""
+    """Returns why triton's kernels cannot be launched on a GPU, or None if nothing known before a launch forbids it."""
     if not has_triton():
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -57,12 +57,12 @@ def _triton_rows(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:
     return row_operations(gemms, ref_gemms)
 
 
-def _cuda_why_not(device: torch.device) -> str | None:
+def _cuda_error(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the cuda backend runs on NVIDIA GPUs, and this torch is for ROCm: pass backend='triton'"
     if (reason := _no_gpu(device)) is not None:
         return reason
-    # torch.compile cannot trace the loading of a library: there the operator reports that it is missing.
+    # torch.compile cannot trace the loading of a library; there the operator reports a missing one.
     reason = None if torch.compiler.is_compiling() else native.why_not(device)
     return None if reason is None else f"the cuda backend cannot use the library of csrc/, {reason}"
 
@@ -83,20 +83,21 @@ def _cuda_rows(gemms: Gemms, ref_gemms: Gemms | None = None) -> RowOperations:
 
 @dataclass(frozen=True)
 class Backend:
-    """How the rows of products are worked on.
+    """An implementation of the work between the GEMMs: from the products h Wᵀ to statistics and ∂L/∂(product).
 
     rows: makes the row operations of a head; None for `dense`, which keeps all logits and has no tiles.
-    why_not: returns why it cannot run on a device, None if it can.
-    kernels: the rows are worked on by kernels of a GPU, which write dz into memory of its own.
-    gathers: it has a kernel for `gather_logps`. joins_losses: it has kernels for the losses of whole units (segments.py).
+    why_not: returns the reason why the backend cannot run on a device, or None if it can.
+    kernels: the row operations are GPU kernels, which write dz into a buffer separate from the products.
+    gather_kernel: there is a kernel for `gather_logps`.
+    loss_kernels: there are kernels for the losses of whole units (objective/segments.py).
     """
 
     name: str
     rows: MakeRowOperations | None
-    why_not: Callable[[torch.device], str | None] = _anywhere
+    why_not: Callable[[torch.device], str | None] = _runs_anywhere
     kernels: bool = False
-    gathers: bool = False
-    joins_losses: bool = False
+    gather_kernel: bool = False
+    loss_kernels: bool = False
 
 
 _BACKENDS = {
@@ -104,29 +105,29 @@ _BACKENDS = {
     for backend in (
         Backend("dense", None),
         Backend("torch", RowOperations),
-        Backend("triton", _triton_rows, _triton_why_not, kernels=True, gathers=True),
-        Backend("cuda", _cuda_rows, _cuda_why_not, kernels=True, joins_losses=True),
+        Backend("triton", _triton_rows, _triton_error, kernels=True, gather_kernel=True),
+        Backend("cuda", _cuda_rows, _cuda_error, kernels=True, loss_kernels=True),
     )
 }
 BACKENDS = tuple(_BACKENDS)
 
 
 def get_backend(name: str) -> Backend:
-    """Returns the backend of a name; ValueError if there is none."""
+    """Returns the backend of that name. Raises ValueError if there is none."""
     if name not in _BACKENDS:
         raise ValueError(f"no backend named {name!r}; there are auto, {', '.join(BACKENDS)}")
     return _BACKENDS[name]
 
 
 def check_backend(name: str, device: torch.device) -> None:
-    """Raises ValueError if a backend cannot run on a device."""
+    """Raises ValueError, with the reason, if the backend cannot run on the device."""
     reason = get_backend(name).why_not(device)
     if reason is not None:
         raise ValueError(reason)
 
 
 def row_operations(name: str, shard: VocabShard | None = None) -> MakeRowOperations:
-    """Returns what makes the row operations of a backend, or those of a vocabulary cut over ranks."""
+    """Returns the factory of a backend's row operations; with a shard, that of the vocabulary-parallel ones."""
     if shard is not None:
         return partial(VocabParallelRows, shard)
     rows = get_backend(name).rows

@@ -119,8 +119,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks triton's kernels in this process, and prints the verdict."""
     parser = argparse.ArgumentParser(
-        prog="the process of the check",
-        description="Check triton's kernels on a device, and print the verdict.",
+        prog="the process of the check", description="Check triton's kernels on a device, and print the verdict."
     )
     parser.add_argument("--device", required=True)
     parser.add_argument("--uuid", help="the device's UUID, since devices may be numbered differently here")

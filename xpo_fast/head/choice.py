@@ -1,4 +1,4 @@
-"""Which backend a call runs on: the one that was named, or what `auto` stands for on its device."""
+"""Choice of the backend of a call: the one that was named, or the one that `auto` stands for on its device."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ logger = logging.getLogger("xpo_fast")
 
 
 class Choice(NamedTuple):
-    """A backend, and why it is what `auto` stands for; no reason for one that was asked for, or that is the only one."""
+    """A backend, and the reason why `auto` stands for it; "" if it was asked for, or is the only one."""
 
     backend: str
     why: str = ""
 
 
 def named_backend(backend: str, device: torch.device | None = None, *, sharded: bool = False) -> str:
-    """Return the backend that was named, by an argument or for `auto` by $XPO_FAST_BACKEND; else "auto".
+    """Returns the backend named by the argument or, if that is "auto", by $XPO_FAST_BACKEND; else "auto".
 
-    The variable decides among what can run: triton and cuda only of GPUs, nothing of a vocabulary that is cut over ranks.
-    Raises ValueError for a backend that does not exist.
+    The variable is ignored where it names triton or cuda and the device is no GPU, and for a vocabulary that is cut
+    over ranks (`sharded`). Raises ValueError for a backend that does not exist.
     """
     if backend != "auto":
         return get_backend(backend).name
@@ -49,17 +49,17 @@ def _override() -> str:
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, *, sharded: bool = False) -> str:
-    """Return the backend to use for operands of a dtype on a device, see `choice`."""
+    """Returns the name of the backend to use for operands of a dtype on a device: see `choice`."""
     return choice(backend, device, dtype, sharded=sharded).backend
 
 
 def choice(
     backend: str, device: torch.device, dtype: torch.dtype, *, sharded: bool = False, run: bool = True
 ) -> Choice:
-    """Return the backend to use: `auto` is triton on a GPU where it passed its check (head/verdict.py), else torch.
+    """Returns the backend to use: `auto` is triton on a GPU where it passed its check (head/verdict.py), else torch.
 
-    The first call for a device and dtype may run the check; without `run`, while a CUDA graph is captured and while
-    torch.compile traces, what is written down is all there is. sharded: the vocabulary is cut over ranks. Raises ValueError
+    The first call for a device and dtype may run the check. With run=False, while a CUDA graph is captured and while
+    torch.compile traces, only a recorded verdict is read. sharded: the vocabulary is cut over ranks. Raises ValueError
     for a backend that does not exist.
     """
     named = named_backend(backend, device, sharded=sharded)
@@ -79,27 +79,27 @@ def choice(
 
 @torch.compiler.assume_constant_result
 def _recorded_choice(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """`choice` by what is known or written down; called, not traced, by torch.compile."""
+    """Returns the choice by recorded verdicts alone; torch.compile calls this function and does not trace it."""
     found = _choice_on(device, dtype, verdict.recorded)
     if found.why.endswith(_UNKNOWN):
-        _say(f"{found.why}; call once before compiling or capturing")
+        _log_once(f"{found.why}; call once before compiling or capturing")
     return found.backend, found.why
 
 
 @functools.cache
-def _say(text: str) -> None:
-    """A line of the log, once a process: not a warning, which is an error to some."""
+def _log_once(text: str) -> None:
+    """Logs a line once per process; not by `warnings`, which some users turn into errors."""
     logger.warning(text)
 
 
 def _choice_on(
-    device: torch.device, dtype: torch.dtype, ask: Callable[[torch.device, torch.dtype], Verdict | None]
+    device: torch.device, dtype: torch.dtype, get_verdict: Callable[[torch.device, torch.dtype], Verdict | None]
 ) -> Choice:
-    """`choice` on a GPU by who knows the verdict."""
+    """Returns the choice on a GPU, by the verdict that `get_verdict` returns; None if there is none yet."""
     reason = why_not_triton(device)
     if reason is not None:
         return Choice("torch", f"auto is torch: {reason}")
-    found = ask(device, dtype)
+    found = get_verdict(device, dtype)
     if found is None:
         return Choice("torch", f"auto is torch: {_UNKNOWN}")
     if found.ok:

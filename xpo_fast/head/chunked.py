@@ -1,10 +1,10 @@
-"""One tile at a time: the loops that every backend but `dense` shares.
+"""The loops over tiles that all backends but `dense` share.
 
-A tile is what of ∂L/∂(product) is held at once, (n, V), for the gradient GEMMs. Its logits are made in steps: a GEMM of
-torch's gives products in float32 (float64 for float64 operands), and a backend's row operations turn them into
-statistics and into their part of the tile. On the CPU both are the same memory and a step is a tile. On a device the tile
-is in the dtype of the gradient GEMMs; with two lanes the products of one step are made while the rows of the one before are
-worked on.
+A tile is the part of dz = ∂L/∂(product) that is in memory at once for the gradient GEMMs, (n, V). Its logits are
+computed in steps: one of torch's GEMMs gives products in float32 (float64 for float64 operands), and the backend's row
+operations turn them into statistics and into rows of the tile. On the CPU products and tile share memory, and a step is
+a whole tile. On a device the tile has the dtype of the gradient GEMMs; with two lanes the products of a step are
+computed while the row operations of the previous step run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .row_operations import MakeRowOperations, RowOperations, row_blocks
 from .rows import Group
 from .spec import scored_positions, static_shapes, to_device
 from .streams import Lanes
-from .tiling import Tiling, room
+from .tiling import ROWS, Tiling, buffer_rows
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight, bias, adapter
 
 
 class Span(NamedTuple):
-    """Consecutive scored positions that make up a tile."""
+    """The scored positions start … stop − 1, which make up a tile."""
 
     start: int
     stop: int
@@ -38,36 +38,41 @@ class Span(NamedTuple):
 
     @property
     def slice(self) -> slice:
+        """Returns the positions as a slice."""
         return slice(self.start, self.stop)
 
 
 @dataclass
 class Step:
-    """Some rows of a tile, `at` among all scored positions, with their products."""
+    """The rows of a tile whose products are in memory."""
 
     tile: int  # index among the call's spans
     span: Span
-    h: Tensor  # (n, D), the tile's
-    dz: Tensor | None  # (n, V), the tile's; None where ∂L/∂(product) is not wanted
-    at: slice
-    z: Tensor  # (r, V)
-    z_ref: Tensor | None  # (r, V)
-    made: Any  # event: z and z_ref are there
-    done: Any = None  # event: they have been used
+    h: Tensor  # (n, D), of the whole tile
+    dz: Tensor | None  # (n, V), of the whole tile; None if ∂L/∂(product) is not computed
+    at: slice  # the step's rows among all scored positions
+    z: Tensor  # (r, V) products
+    z_ref: Tensor | None  # (r, V) the reference's products
+    made: Any  # event after z and z_ref were computed
+    done: Any = None  # event after they were used
 
     @property
     def last(self) -> bool:
+        """Returns whether this is the last step of its tile."""
         return self.at.stop == self.span.stop
 
     @property
     def own_dz(self) -> Tensor | None:
-        """(r, V)"""
+        """Returns the step's rows of dz, (r, V)."""
         start = self.span.start
         return None if self.dz is None else self.dz[self.at.start - start : self.at.stop - start]
 
 
 def cut(start: int, stop: int, most: int, block: int = 1) -> Iterator[tuple[int, int]]:
-    """Equal parts of at most `most`; of whole blocks, but for the last, where `most` is."""
+    """Yields (start, stop) of consecutive parts of at most `most` each, as equal as possible.
+
+    Where `most` is a multiple of `block`, so is the size of every part but the last.
+    """
     count = -(-(stop - start) // most)
     if most % block or block == 1:
         bounds = [start + k * (stop - start) // count for k in range(count)]
@@ -77,9 +82,9 @@ def cut(start: int, stop: int, most: int, block: int = 1) -> Iterator[tuple[int,
 
 
 class Passes:
-    """The tiles of one call: which positions, in which memory, on which stream.
+    """The tiles of one call: their positions, memory and streams.
 
-    scored: (n,) the positions to score, in order; if not given, all whose target is not ignored.
+    scored: (n,) the positions to score, in order; by default all whose target is not ignored.
     """
 
     def __init__(
@@ -104,23 +109,31 @@ class Passes:
             self.ignored = self.y == ignore_index
             self.y.masked_fill_(self.ignored, 0)
         self.tiling = tiling
-        self.block = 1 if device.type == "cpu" else 128  # of rows, in the GEMMs
-        two = tiling.lanes == 2 and self.operations.own_memory and len(self) > tiling.step
-        self.lanes = Lanes(device, two)
-        self._multiplied: Any = None  # event: dz of the last tile has been
+        self.block = 1 if device.type == "cpu" else ROWS
+        two_lanes = tiling.lanes == 2 and self.operations.own_memory and len(self) > tiling.step
+        self.lanes = Lanes(device, two_lanes)
+        self._multiplied: Any = None  # event after the gradient GEMMs of the previous tile read dz
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    @property
+    def early_grad_dtype(self) -> torch.dtype:
+        """Returns the dtype of gradients computed in the forward: float32 for float16, where small ones underflow.
+
+        The loss scale, which prevents that, is applied in the backward only.
+        """
+        return self.gemms.dtype if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
     def spans(self, with_dz: bool, start: int = 0, stop: int | None = None) -> list[Span]:
-        """The tiles of the scored positions, or of some of them."""
+        """Returns the tiles of the scored positions start … stop − 1, by default of all."""
         stop = len(self) if stop is None else stop
         return [Span(a, b, with_dz) for a, b in cut(start, stop, self.tiling.tile, self.block)]
 
     def steps(self, spans: Sequence[Span]) -> Iterator[Step]:
-        """Step by step; with two streams the products of the next are under way when one comes out.
+        """Yields the steps of the tiles in order; with two lanes the next step's products are already being computed.
 
-        What is to be done with it must be begun before the next is asked for, in `rows` and `gradient`.
+        The caller must enqueue all work on a step, in `rows` and `gradient`, before it asks for the next step.
         """
         work = [
             (k, span, slice(a, b))
@@ -130,24 +143,24 @@ class Passes:
         rows = max((at.stop - at.start for *_, at in work), default=0)
         longest = max((span.stop - span.start for span in spans if span.with_dz), default=0)
         if rows and self.hidden.device.type != "cpu":
-            rows, longest = room(rows, self.tiling.step), longest and room(longest, self.tiling.tile)
+            rows, longest = buffer_rows(rows, self.tiling.step), longest and buffer_rows(longest, self.tiling.tile)
         gemms = [x for x in (self.gemms, self.ref_gemms) if x is not None]
         count = min(self.lanes.ahead, len(work))
         with ExitStack() as stack:
-            with self._saying_what_for():
+            with self._explaining_out_of_memory():
                 buffers = [[stack.enter_context(logits_memory(rows, x)) for x in gemms] for _ in range(count)]
                 memory = None
                 if self.operations.own_memory and longest:
                     dtype = self.gemms.gemm_dtype
                     memory = aligned_rows(longest, self.gemms.vocab, dtype, self.hidden.device)
-            stack.callback(self.lanes.join)  # before the memory is given back
+            stack.callback(self.lanes.join)  # before the memory is freed
             steps: deque[Step] = deque()
-            h, of_tile, used = None, -1, None
+            h, h_tile, used = None, -1, None
             for k, (tile, span, at) in enumerate(work):
                 if used is not None:
                     self.lanes.wait(used.done)
-                if tile != of_tile or h is None:
-                    h, of_tile = self.gathered(span.slice), tile
+                if tile != h_tile or h is None:
+                    h, h_tile = self.gathered(span.slice), tile
                 z, *z_ref = (x[: at.stop - at.start] for x in buffers[k % count])
                 self.gemms.logits(h[at.start - span.start : at.stop - span.start], z)
                 if self.ref is not None and self.ref_gemms is not None:
@@ -162,7 +175,8 @@ class Passes:
             yield from steps
 
     @contextmanager
-    def _saying_what_for(self) -> Iterator[None]:
+    def _explaining_out_of_memory(self) -> Iterator[None]:
+        """Adds the tile's size, and the options that shrink it, to an out-of-memory error."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -173,16 +187,17 @@ class Passes:
             raise
 
     def gathered(self, at: slice) -> Tensor:
-        """The hidden states (n, D) of scored positions, as the GEMMs take them."""
+        """Returns the hidden states (n, D) of scored positions, in the dtype of the GEMMs."""
         return self._rows(self.gemms, self.hidden, at)
 
     def _rows(self, gemms: Gemms, hidden: Tensor, at: slice) -> Tensor:
+        """Returns the policy's or the reference's hidden states (n, D) of scored positions."""
         return gemms.rows(hidden, self.index[at], None if self.ignored is None else self.ignored[at])
 
     @contextmanager
     def rows(self, step: Step) -> Iterator[None]:
-        """Where a step's products are to be worked on."""
-        with self.lanes.other(), self._saying_what_for():
+        """Provides the stream on which the step's row operations are to be enqueued, for a `with` block."""
+        with self.lanes.other(), self._explaining_out_of_memory():
             self.lanes.wait(step.made)
             self.lanes.wait(self._multiplied)
             yield
@@ -190,27 +205,30 @@ class Passes:
 
     @contextmanager
     def gradient(self, step: Step) -> Iterator[Tensor]:
-        """Where the dz of a tile, whose last step this is, is to be multiplied."""
+        """Yields the dz (n, V) of the tile that this step ends, for the gradient GEMMs in a `with` block."""
         assert step.last and step.dz is not None
         self.lanes.wait(step.done)
-        with self._saying_what_for():
+        with self._explaining_out_of_memory():
             yield step.dz
         self._multiplied = self.lanes.mark()
 
     def statistics(self, step: Step, outputs: Sequence[str], found: Tensor, factor: Tensor | None) -> None:
-        """A step's part of found (2 + len(outputs), n) and, where dz is wanted, of factor (n,): see `RowOperations`."""
+        """Writes a step's columns of found (2 + len(outputs), n) and, if dz is computed, its entries of factor (n,).
+
+        See `RowOperations.statistics`.
+        """
         at, dz = step.at, step.own_dz
         own = None if dz is None or factor is None else factor[at]
         self.operations.statistics(step.z, step.z_ref, self.y[at], outputs, found[:, at], dz, own)
 
     def spread(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logp and lse (N,) and the other statistics (E, N), 0 where nothing was scored, from found (2 + E, n)."""
+        """Returns logp (N,), lse (N,) and the other statistics (E, N) from found (2 + E, n), 0 where not scored."""
         spread = found.new_zeros((found.shape[0], self.hidden.shape[0]))
         spread.index_copy_(1, self.index, self.masked(found))
         return spread[0].clone(), spread[1].clone(), spread[2:].clone()
 
     def masked(self, x: Tensor, at: slice = slice(None)) -> Tensor:
-        """x (…, n) with 0 at positions that are among the scored ones but ignored, in place."""
+        """Writes 0 into x (…, n) at ignored positions, which are among the scored ones under CUDA graph capture."""
         return x if self.ignored is None else x.masked_fill_(self.ignored[at], 0)
 
 
@@ -219,7 +237,7 @@ def final_logits(
     index: Tensor,  # (n,) positions
     tile_tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields tile by tile its positions (n,) and their final logits (n, V), to be used before the next is asked for."""
+    """Yields tile by tile the positions (n,) and their final logits (n, V), whose memory the next tile reuses."""
     gemms = Gemms(operands.weight, operands.bias, operands.scaling)
     parts = list(cut(0, index.shape[0], tile_tokens))
     with logits_memory(max((b - a for a, b in parts), default=0), gemms) as memory:
@@ -237,9 +255,9 @@ def forward(
     save_grad: bool,
     operations: MakeRowOperations = RowOperations,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns logp (N,), lse (N,), the other outputs (len(outputs), N), and ∂logp/∂hidden (N, D), or (0, D) if not saved.
+    """Returns logp (N,), lse (N,), the other outputs (E, N), and ∂logp/∂hidden: (N, D), or (0, D) if not saved.
 
-    1F, one more to save the gradient, one more for a reference. top1 comes as 0 and 1.
+    Costs 1F, one more F to save the gradient, one more for a reference. top1 is returned as 0 and 1.
     """
     hidden = operands.hidden
     passes = Passes(operands, tiling, operations)
@@ -266,9 +284,9 @@ def backward(
     needs: Sequence[bool],  # hidden, weight, bias, adapter
     operations: MakeRowOperations = RowOperations,
 ) -> Grads:
-    """Returns gradients by recomputing each tile: 1F, and 1F for hidden, 1F for weight, 1F for a reference.
+    """Returns gradients by recomputing each tile: 1F, and 1F each for hidden, for weight and for a reference.
 
-    All but that of hidden may come in the accumulation dtype, here and in `unit_gradients`.
+    Here and in `unit_gradients` all gradients but that of hidden may be in the accumulation dtype.
     """
     hidden = operands.hidden
     passes = Passes(operands, tiling, operations)
@@ -295,9 +313,10 @@ def backward(
 
 
 class Gradients:
-    """dH in `dtype`; dW, db, dB over all tiles, in the accumulation dtype; dW of a single tile in that of the GEMMs.
+    """The gradients of a call, summed over its tiles.
 
-    weight_grad: dW is added to it; nothing is left to return.
+    dH has `dtype`. dW, db and dB have the accumulation dtype; dW of a single tile may have that of the GEMMs instead.
+    weight_grad: a buffer to which dW is added; `finished` then returns None for it.
     """
 
     def __init__(
@@ -324,12 +343,12 @@ class Gradients:
         self.first = not self.adds
 
     def add(self, step: Step, factor: Tensor | None) -> None:
-        """Add the tile whose last step this is, its dz up to a factor a row (n,) if it is given."""
+        """Adds the tile that this step ends. factor (n,): multiplies the rows of dz, if given."""
         with self.passes.gradient(step) as dz:
             if self.hidden is not None:
                 d_hidden = _times(self.gemms.into_hidden(dz), factor, self.dtype)
                 self.hidden.index_copy_(0, self.passes.index[step.span.slice], d_hidden)
-                del d_hidden  # before what the next GEMM takes
+                del d_hidden  # before the next GEMM allocates
             h, x = self.gemms.parts(step.h)
             if self.weight is not None:
                 self.gemms.into_weight(dz, _times(h, factor, h.dtype), self.weight, self.first)
@@ -340,13 +359,14 @@ class Gradients:
         self.first = False
 
     def finished(self) -> Grads:
+        """Returns the gradients of hidden, weight, bias and adapter, None for those that were not wanted."""
         if self.weight is not None and self.first:
             self.weight.zero_()
         return self.hidden, None if self.adds else self.weight, self.bias, self.adapter
 
 
 def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x (n, D) times factor (n,), in a dtype: without a wider copy where the device has its products rounded."""
+    """Returns x (n, D) · factor (n,) in `dtype`, rounding on the fly rather than through a wider copy."""
     if factor is None:
         return x.to(dtype)
     if x.dtype == torch.promote_types(x.dtype, factor.dtype) == dtype:
@@ -362,11 +382,11 @@ def unit_gradients(
     needs: Sequence[bool],  # hidden, weight, bias, adapter
     operations: MakeRowOperations = RowOperations,
 ) -> tuple[Tensor, Grads]:
-    """Returns logp (N,) and the gradients of a loss that is a sum over units, with dz / u still live when u is known.
+    """Returns logp (N,) and the gradients of a loss that is a sum over units, evaluated while their tile is live.
 
-    groups: the scored positions in order. Once a group has been scored, coefficients(logp (n,), group) gives
-    u = ∂L/∂logp (n,), which factors out of dz's rows. A group of one tile costs 3F; of a longer one, all tiles but the last
-    are made again: 4F.
+    groups: the scored positions in order. Once a group is scored, coefficients(logp (n,), group) returns u = ∂L/∂logp
+    (n,), by which the rows of dz are scaled. A group that fits one tile costs 3F. Of a longer group all tiles but the
+    last are computed again: 4F.
     """
     hidden, targets = operands.hidden, operands.targets
     order = torch.cat([group.positions for group in groups]) if groups else targets.new_empty(0, device=hidden.device)
@@ -374,27 +394,25 @@ def unit_gradients(
     spans: list[Span] = []
     complete: dict[int, tuple[slice, Group]] = {}  # tile that ends a group
     for group in groups:
-        whole = slice(group.start, group.start + group.positions.shape[0])
-        # All but the last tile are made again, so that the last is as large as a tile can be.
-        full = max(whole.start, whole.stop - tiling.tile)
-        before, last = passes.spans(True, whole.start, full), Span(full, whole.stop, True)
+        at = slice(group.start, group.start + group.positions.shape[0])
+        # Only the last tile is computed once, so it is as large as a tile can be.
+        full = max(at.start, at.stop - tiling.tile)
+        before, last = passes.spans(True, at.start, full), Span(full, at.stop, True)
         spans += (span._replace(with_dz=False) for span in before)
-        complete[len(spans)] = whole, group
+        complete[len(spans)] = at, group
         spans += (last, *before)
     found = torch.empty((2, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)  # logp, lse
     u, factor = torch.empty_like(found[0]), torch.empty_like(found[0])
-    # A loss scale comes with the backward: until then float16 would lose what is small.
-    dtype = passes.gemms.dtype if hidden.dtype == torch.float16 else hidden.dtype
-    grads = Gradients(passes, spans, needs, dtype, operands.weight_grad)
+    grads = Gradients(passes, spans, needs, passes.early_grad_dtype, operands.weight_grad)
 
     for step in passes.steps(spans):
         with passes.rows(step):
             passes.statistics(step, (), found, factor)
             if step.last and step.tile in complete:
-                whole, group = complete[step.tile]
-                logp = passes.masked(found[0, whole], whole)
-                u[whole] = coefficients(logp, group)
-                passes.masked(u[whole], whole)
+                at, group = complete[step.tile]
+                logp = passes.masked(found[0, at], at)
+                u[at] = coefficients(logp, group)
+                passes.masked(u[at], at)
             if step.last and step.span.with_dz:
                 factor[step.span.slice].mul_(u[step.span.slice])
         if step.last and step.span.with_dz:

@@ -148,13 +148,7 @@ class CudaRowOperations(RowOperations):
             factor.fill_(1)
 
     def gradient(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        y: Tensor,
-        u: Mapping[str, Tensor],
-        v: Mapping[str, Tensor],
-        dz: Tensor,
+        self, z: Tensor, z_ref: Tensor | None, y: Tensor, u: Mapping[str, Tensor], v: Mapping[str, Tensor], dz: Tensor
     ) -> None:
         if set(u) <= set(DIFFERENTIABLE):
             self.run(z, y, upstream=u, grad=dz)

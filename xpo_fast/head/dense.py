@@ -1,4 +1,4 @@
-"""The oracle: every logit materialised, every gradient by autograd. Other backends are tested against it."""
+"""The oracle: all logits are materialised, and gradients come from autograd. Other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
         z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
-    z = z * scaling.logit_scale
-    if scaling.softcap is not None:
-        z = scaling.softcap * torch.tanh(z / scaling.softcap)
-    return z / scaling.temperature
+    return scaling.final(z)
 
 
 def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Returns every statistic of the scored positions of flat operands, scattered to (N,), zero elsewhere."""
+    """Returns the statistics of flat operands by name, (N,) each, 0 at positions that are not scored."""
     hidden, weight, bias, scaling, ref = (
         operands.hidden,
         operands.weight,
@@ -65,5 +62,5 @@ def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]
 
 
 def _expectation(probs: Tensor, x: Tensor) -> Tensor:
-    """Σ p·x over the vocabulary, with 0·∞ = 0 for tokens that a bias of −∞ rules out."""
+    """Returns Σ p·x over the vocabulary, with 0·∞ = 0 for tokens that a bias of −∞ rules out."""
     return (probs * torch.where(probs > 0, x, 0.0)).sum(dim=1)

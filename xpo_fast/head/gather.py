@@ -1,4 +1,4 @@
-"""Log-probs for those who have logits: no float32 copy of them, and a gradient that can take their place."""
+"""Log-probs from materialised logits, without a float32 copy of them; the gradient can overwrite them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .tiling import STEP_BYTES, scratch_bytes
 
 
 def _blocks(logits: Tensor, index: Tensor):
-    """Scored rows of the logits, a block of them widened at a time: (positions, (r, V)).
+    """Yields blocks of scored rows in the accumulation dtype: (positions (r,), logits (r, V)).
 
-    A block fits a core's cache; a device has few, large ones.
+    On the CPU a block fits a core's cache; on a device blocks are few and large.
     """
     dtype = accumulation_dtype(logits.dtype)
     most = BLOCK_BYTES
@@ -33,19 +33,22 @@ def _blocks(logits: Tensor, index: Tensor):
 
 
 def _kernels() -> ModuleType:
-    # Not before it is wanted: imports the package triton.
+    # Imported on first use, since it imports the package triton.
     from ..kernels import gather  # pyright: ignore[reportMissingImports]
 
     return gather
 
 
 def _choose_backend(backend: str, logits: Tensor) -> str:
-    """ "torch" or "triton" for logits (N, V); ValueError for a backend that does not exist or cannot run on them."""
-    names = ("auto", "torch", *(name for name in BACKENDS if get_backend(name).gathers))
+    """Returns "torch" or "triton" for logits (N, V).
+
+    Raises ValueError for a backend that does not exist or cannot run on them.
+    """
+    names = ("auto", "torch", *(name for name in BACKENDS if get_backend(name).gather_kernel))
     if backend not in names:
         raise ValueError(f"no backend named {backend!r}; there are {', '.join(names)}")
     chosen = choose_backend(backend, logits.device, logits.dtype)
-    if not get_backend(chosen).gathers:  # $XPO_FAST_BACKEND may name others, which have no kernels for this
+    if not get_backend(chosen).gather_kernel:  # $XPO_FAST_BACKEND may name a backend without one
         return "torch"
     check_backend(chosen, logits.device)
     if _kernels().supports(logits):
@@ -67,7 +70,7 @@ def _forward(
     overwrite: bool,
     fused: bool = False,  # by the Triton kernels
 ) -> tuple[Tensor, Tensor]:
-    """logp (N,), and what the kernels' gradient needs of each row: (2, N), else (2, 0)."""
+    """Returns logp (N,), and the normalisers of the rows for the Triton kernels' backward: (2, N), else (2, 0)."""
     if fused:
         check_targets(targets, ignore_index, logits.shape[1])
         return _kernels().forward(logits, targets, temperature, ignore_index)
@@ -96,7 +99,7 @@ def _write_gradient(
     normaliser: Tensor | None,
     out: Tensor,
 ) -> None:
-    """out (N, V) = u (e_y − softmax(logits / temperature)) / temperature; out may be logits."""
+    """Writes u (e_y − softmax(logits / temperature)) / temperature into out (N, V), which may be `logits`."""
     if normaliser is not None:
         _kernels().write_gradient(logits, targets, normaliser, u, temperature, ignore_index, out)
         return
@@ -117,7 +120,7 @@ def _gradient(
     u: Tensor,
     temperature: float,
     ignore_index: int,
-    normaliser: Tensor | None = None,  # (2, N), given to the kernels
+    normaliser: Tensor | None = None,  # (2, N) from `_forward`, for the Triton kernels
 ) -> Tensor:
     out = torch.empty_like(logits)
     _write_gradient(logits, targets, u, temperature, ignore_index, normaliser, out)
@@ -131,14 +134,9 @@ def _(logits, targets, u, temperature, ignore_index, normaliser=None):
 
 @torch.library.custom_op("xpo_fast::gather_logps_overwrite", mutates_args=("logits",))
 def _overwrite(
-    logits: Tensor,
-    targets: Tensor,
-    u: Tensor,
-    temperature: float,
-    ignore_index: int,
-    normaliser: Tensor | None = None,
+    logits: Tensor, targets: Tensor, u: Tensor, temperature: float, ignore_index: int, normaliser: Tensor | None = None
 ) -> None:
-    """The gradient in the logits' memory; an operator, so that autograd and torch.compile see what a kernel writes."""
+    """Writes the gradient over the logits; an operator, so that autograd and torch.compile see the write."""
     _write_gradient(logits, targets, u, temperature, ignore_index, normaliser, logits)
 
 
@@ -179,16 +177,17 @@ def gather_logps(
     overwrite_logits: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """log softmax(logits / temperature)[target], float32, shaped like targets, 0 where ignored.
+    """Returns log softmax(logits / temperature)[target], float32, shaped like targets, 0 where ignored.
 
-    No float32 copy of all logits is made: of a cache's worth at a time, on a device of half a GiB, with triton of none.
-    Differentiable in logits, once. `overwrite_logits=True` lets the backward
-    write the gradient over the logits, which nobody may read afterwards: it saves a tensor of their size, and allows
-    one backward.
+    The logits are not copied to float32 as a whole: one block at a time is, of a cache's size on the CPU and of at most
+    half a GiB on a device; triton copies none. Differentiable in logits, once. With `overwrite_logits=True` the
+    backward writes the gradient over the logits, which nothing may read afterwards: this saves a tensor of their size,
+    and allows one backward only.
 
-    backend: "torch", or on CUDA and ROCm "triton", one kernel each way, for float32, bfloat16 or float16 logits with stride 1
-    along V; "auto" is triton for those where it passed its check (see `head.verdict`), else torch. ValueError for shapes,
-    dtypes or a backend that do not fit and (on CPU) a target outside the vocabulary.
+    backend: "torch", or on CUDA and ROCm "triton": one kernel each for forward and backward, for float32, bfloat16 or
+    float16 logits with stride 1 along V. "auto" is triton for such logits where it passed its check (see
+    `head.verdict`), else torch. Raises ValueError for shapes, dtypes or a backend that do not fit, and (on CPU) for a
+    target outside the vocabulary.
     """
     if not logits.is_floating_point() or logits.dim() < 1 or targets.shape != logits.shape[:-1]:
         raise ValueError(
@@ -201,7 +200,7 @@ def gather_logps(
         raise ValueError(f"logits are on {logits.device} and targets on {targets.device}: move one of them")
     Scaling(float(temperature))
     flat = logits.reshape(-1, logits.shape[-1])
-    fused = get_backend(_choose_backend(backend, flat)).gathers
+    fused = get_backend(_choose_backend(backend, flat)).gather_kernel
     ids = targets.reshape(-1).long()
     logp, _ = _forward(flat, ids, float(temperature), ignore_index, overwrite_logits, fused)
     return logp.view(targets.shape)

@@ -1,4 +1,4 @@
-"""The matrix products of a head, and the memory that they are made in."""
+"""The matrix products of a head, and the memory of their results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from ..precision import native
 from .spec import Scaling, accumulation_dtype, has_mixed_gemms
 
-# Bytes of the blocks that row operations and weight conversions work on: small enough to stay in a core's cache.
+# Bytes of a block in row operations and weight conversions: small enough to stay in a core's cache.
 BLOCK_BYTES = 2 * 2**20
 
 
 class _Bf16Products:
-    """Lets oneDNN multiply float32 operands as bf16, accumulating and returning float32, in a `with` block.
+    """Context in which oneDNN multiplies float32 operands as bf16, accumulating and returning float32.
 
-    Exact for operands that are bf16 values already, and the only way to bf16 GEMMs with float32 results on CPU,
-    where torch.mm has no out_dtype. The setting is the process's: it is turned on for single GEMMs, and put back by
-    the last of the threads that use it.
+    It is exact for operands whose values are bf16 already, and the only way to bf16 GEMMs with float32 results on CPU,
+    where torch.mm has no out_dtype. The setting is global to the process: it is on for single GEMMs only, and the last
+    thread that uses it restores it.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ _bf16_products = _Bf16Products()
 
 
 class Gemms:
-    """The GEMMs of one head, F = 2·N·V·D FLOP each, and what its forward does to logits.
+    """The GEMMs of one head, F = 2·N·V·D FLOP each, and the map from its products to final logits.
 
-    With an adapter B (V, r) hidden states are [h, x] (N, D + r) and products h Wᵀ + x Bᵀ: F·r/D more a GEMM.
+    With an adapter B (V, r) hidden states are [h, x] (N, D + r) and products h Wᵀ + x Bᵀ, which adds F·r/D per GEMM.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class Gemms:
         self.dtype = accumulation_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.narrow = weight.dtype != self.dtype
-        # Where there is no such GEMM: widen the weight, a block at a time.
+        # Without a GEMM of narrow operands and wide results the weight is converted, one block at a time.
         self.widen = self.narrow and not has_mixed_gemms(weight.device)
         self.gemm_dtype = self.dtype if self.widen else weight.dtype  # of the operands of the GEMMs
         self._wide = None
         self.adapter = None if adapter is None else adapter.to(self.gemm_dtype)
-        # Where the CPU has no bf16 products the widened operands are multiplied as the float32 that they are.
+        # On a CPU without bf16 products the converted operands are multiplied in float32.
         as_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and native(weight.dtype, weight.device)
         self._products = _bf16_products if as_bf16 else nullcontext()
 
     def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
-        """hidden[index] (n, D), in the dtype that the GEMMs take; zeros where ignored (n,)."""
+        """Returns hidden[index] (n, D), in the dtype of the GEMMs, with zeros where `ignored` (n,) is True."""
         h = hidden.index_select(0, index)
         if self.adapter is not None:
             h = aligned_rows(h.shape[0], h.shape[1], h.dtype, h.device).copy_(h)
@@ -86,6 +86,7 @@ class Gemms:
         return h.to(self.dtype) if self.widen else h
 
     def _weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields (rows, W[rows]) in the dtype of the GEMMs: all rows at once, or converted block by block."""
         if not self.widen:
             yield slice(0, self.vocab), self.weight
             return
@@ -97,7 +98,7 @@ class Gemms:
             yield block, self._wide[: block.stop - start].copy_(self.weight[block])
 
     def logits(self, h: Tensor, out: Tensor) -> Tensor:
-        """h Wᵀ into out (n, V): 1F. `finish` makes them final."""
+        """Writes the products h Wᵀ into out (n, V), and returns it: 1F. `finish` turns them into final logits."""
         h, x = self.parts(h)
         for block, weight in self._weight_blocks():
             if self.narrow and not self.widen:
@@ -113,11 +114,11 @@ class Gemms:
         return out
 
     def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """What W (n, D) and what the adapter (n, r) is multiplied by, of rows of hidden states; r may be 0."""
+        """Returns rows [h, x] split into h (n, D), which meets W, and x (n, r), which meets the adapter; r may be 0."""
         return h[:, : self.width], h[:, self.width :]
 
     def into_hidden(self, dz: Tensor) -> Tensor:
-        """dz W (n, D), 1F, or dz [W, B] (n, D + r), in the accumulation dtype."""
+        """Returns dz W (n, D), or with an adapter dz [W, B] (n, D + r), in the accumulation dtype: 1F."""
         if self.narrow and not self.widen:
             out = torch.mm(dz, self.weight, out_dtype=self.dtype)
             own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
@@ -131,9 +132,10 @@ class Gemms:
         return out if own is None else torch.cat([out, own], dim=1)
 
     def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
-        """out (V, D) = or += dzᵀ h, 1F, in the accumulation dtype; where it is =, out may be narrow.
+        """Writes (first=True) or adds dzᵀ h to out (V, D), which has the accumulation dtype: 1F.
 
-        The adapter's is made likewise, out (V, r) of x (n, r): see `parts`.
+        If it is written, out may have the dtype of the GEMMs instead. The adapter's gradient is computed in the same
+        way, out (V, r) from x (n, r): see `parts`.
         """
         beta = 0 if first else 1
         if first and out.dtype == self.gemm_dtype:
@@ -146,19 +148,19 @@ class Gemms:
                 torch.addmm(out, dz.T, h, beta=beta, out=out)
 
     def into_bias(self, dz: Tensor, factor: Tensor | None, out: Tensor) -> None:
-        """out (V,) += Σ factor · dz over rows, factor (n,) or 1, in the accumulation dtype."""
+        """Adds Σ factor · dz over rows to out (V,), in the accumulation dtype; factor (n,), or None for 1."""
         if factor is None:
             out += dz.sum(dim=0, dtype=out.dtype)
         elif dz.dtype == out.dtype:
             out.addmv_(dz.T, factor)
         else:
-            # In two parts, since one of them would round the factor of a whole row.
+            # As a sum of two narrow numbers: one alone would round the factor of a whole row.
             large = factor.to(dz.dtype)
             parts = torch.stack([large, (factor - large).to(dz.dtype)], dim=1)
             out += torch.mm(dz.T, parts, out_dtype=out.dtype).sum(dim=1)
 
     def finish(self, z: Tensor) -> None:
-        """Products to final logits, in place."""
+        """Converts products to final logits, in place: adds the bias, then scales and caps them."""
         s = self.scaling
         if self.bias is not None:
             z.add_(self.bias)
@@ -168,7 +170,10 @@ class Gemms:
             z.mul_(s.gain)
 
     def times_slope(self, dz: Tensor, z: Tensor | None) -> None:
-        """∂L/∂z to ∂L/∂(product) / gain, in place; z: the final logits, needed with a softcap."""
+        """Multiplies ∂L/∂z by the softcap's slope, in place, which gives ∂L/∂(product) / gain.
+
+        z: the final logits, overwritten; needed only with a softcap.
+        """
         ceiling = self.scaling.ceiling
         if ceiling is not None:
             assert z is not None
@@ -176,10 +181,10 @@ class Gemms:
 
 
 def on_huge_pages(memory: Tensor) -> Tensor:
-    """The tensor, its untouched CPU memory backed by huge pages where Linux has them.
+    """Asks Linux to back a CPU tensor's untouched memory by huge pages, and returns the tensor.
 
-    A GEMM that meets fresh pages of 4 KiB out of order takes a fifth longer than one into used memory; fresh huge pages
-    cost it nothing. NumPy asks for them in the same way.
+    A GEMM that writes fresh pages of 4 KiB out of order takes a fifth longer than one that writes used memory; fresh
+    huge pages cost it nothing. NumPy does the same.
     """
     if memory.device.type == "cpu" and sys.platform == "linux":
         first = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -190,24 +195,24 @@ def on_huge_pages(memory: Tensor) -> Tensor:
     return memory
 
 
-# The tiles of the last call on CPU, as bytes. Touching fresh memory costs page faults, 7% of the two GEMMs of a small
-# head; a tile that has been used costs nothing.
+# The tiles of the last call on CPU, as bytes, kept for the next. The page faults of fresh memory cost 7% of the two
+# GEMMs of a small head.
 _used_tiles: list[Tensor] = []
 _KEEP_TILES, _KEEP_BYTES = 2, 256 * 2**20
 
 
 def release_tiles() -> None:
-    """Give back the memory that is kept for the next call on CPU, 256 MiB a tile at most."""
+    """Frees the tiles that are kept for the next call on CPU, at most two of at most 256 MiB each."""
     _used_tiles.clear()
 
 
-# Rows of a device's tile start at multiples of this many elements, whatever V is: wide loads, and BLAS's fast paths.
+# Rows of a device's tile start at multiples of this many elements for any V: wide loads, and BLAS's fast paths.
 _ALIGNED = 64
 
 
 @contextmanager
 def logits_memory(rows: int, gemms: Gemms) -> Iterator[Tensor]:
-    """Memory for (rows, V) logits, with anything in it."""
+    """Yields uninitialised memory for (rows, V) logits."""
     if gemms.weight.device.type != "cpu":
         yield aligned_rows(rows, gemms.vocab, gemms.dtype, gemms.weight.device)
         return
@@ -217,7 +222,7 @@ def logits_memory(rows: int, gemms: Gemms) -> Iterator[Tensor]:
     except IndexError:
         memory = torch.empty(0, dtype=torch.uint8)
     if memory.numel() < size:
-        del memory  # before its successor is allocated
+        del memory  # freed before the larger one is allocated
         memory = on_huge_pages(torch.empty(size, dtype=torch.uint8))
     try:
         yield memory[:size].view(gemms.dtype).view(rows, gemms.vocab)
@@ -227,5 +232,5 @@ def logits_memory(rows: int, gemms: Gemms) -> Iterator[Tensor]:
 
 
 def aligned_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for (rows, width), the rows apart as far as it takes for each to be aligned."""
+    """Returns uninitialised memory (rows, width) whose row stride is padded so that every row is aligned."""
     return torch.empty((rows, -(-width // _ALIGNED) * _ALIGNED), dtype=dtype, device=device)[:, :width]

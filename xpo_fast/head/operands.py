@@ -1,4 +1,4 @@
-"""The operands of the head as one value, made ready in one place: `Operands.admit`."""
+"""The operands of the head as one value, which `Operands.admit` casts, gathers, cuts and checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNSCALED = Scaling()
 
 
 class HeadLike(Protocol):
-    """A value that stands for a weight and all that a model's forward does to its products: `models.Head`."""
+    """A head in place of a weight: the weight, and all that a model's forward does to its products (`models.Head`)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -27,22 +27,24 @@ class HeadLike(Protocol):
     logit_scale: float
     adapter: Tensor | None
 
-    def inputs(self, hidden: Tensor) -> Tensor: ...
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Returns the hidden states (…, D) as the head multiplies them: [h, x] (…, D + r) with an adapter."""
+        ...
 
 
 class Reference(NamedTuple):
-    """The hidden states and the head of a reference; no gradient reaches them."""
+    """The hidden states and the head of a reference, which get no gradient."""
 
     hidden: Tensor  # (…, Dr)
-    weight: Any = None  # (V, Dr), or a HeadLike; None until `admit`: the policy's
+    weight: Any = None  # (V, Dr), or a HeadLike; None stands for the policy's, until `admit`
     bias: Tensor | None = None  # (V,)
 
 
 @dataclass(frozen=True)
 class Operands:
-    """All that the logits of a call are made of: z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature.
+    """The operands of a call's logits, z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, and its targets.
 
-    Made at the public edge of what the caller gave; `admit` returns what this rank multiplies.
+    A public function makes them from its arguments; `admit` returns the operands that this rank multiplies.
     """
 
     hidden: Tensor  # (…, D), or with an adapter [h, x] (…, D + r)
@@ -51,42 +53,36 @@ class Operands:
     bias: Tensor | None = None  # (V,)
     adapter: Tensor | None = None  # (V, r)
     ref: Reference | None = None
-    weight_grad: Tensor | None = None  # (V, D), to which the backward adds dW
+    weight_grad: Tensor | None = None  # (V, D), the buffer to which the backward adds dW
     shard: VocabShard | None = None
     scaling: Scaling = _UNSCALED
     ignore_index: int = -100
 
     @property
     def trainable(self) -> bool:
-        """Whether any parameter of the head requires a gradient."""
+        """Returns whether any parameter of the head requires a gradient."""
         return any(x is not None and x.requires_grad for x in (self.weight, self.bias, self.adapter))
 
     @property
     def vocab(self) -> int:
-        """Tokens of the whole vocabulary."""
+        """Returns the number of tokens of the vocabulary, of all ranks' shards together."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
     def admit(self, *, gather: bool = True, teacher: bool = False) -> Operands:
-        """Returns the operands as this rank multiplies them: cast for autocast, gathered, cut to its shard, and checked.
+        """Returns the operands that this rank multiplies: cast for autocast, gathered, cut to its shard, and checked.
 
-        In that order: a parameter that is kept in parts is gathered in the dtype that it is multiplied in. A HeadLike is
-        taken apart first. gather: False leaves a DTensor as it is, for a plan. teacher: whether the reference is a teacher,
-        whose vocabulary may be larger.
-        Raises ValueError for operands that do not fit together.
+        They are cast before they are gathered, so that a sharded parameter is gathered in the dtype in which it is
+        multiplied. A HeadLike is first replaced by its fields.
+        gather: False leaves a DTensor as it is, for a plan. teacher: whether the reference is a teacher, whose
+        vocabulary may be larger. Raises ValueError for operands that do not fit together.
         """
-        it = self._without_heads()
-        hidden, weight, bias, adapter, weight_grad, ref = (
-            it.hidden,
-            it.weight,
-            it.bias,
-            it.adapter,
-            it.weight_grad,
-            it.ref,
-        )
+        given = self._without_heads()
+        hidden, weight, bias, adapter = given.hidden, given.weight, given.bias, given.adapter
+        weight_grad, ref, shard = given.weight_grad, given.ref, given.shard
         if adapter is not None and ref is not None and ref.weight is None:
             raise ValueError(
-                "with an adapter the policy's weight and bias need not be the reference's (DoRA scales the rows of the one, "
-                "lora_bias adds to the other): pass ref_weight=, and ref_bias= if it has one, with ref_hidden="
+                "with an adapter the policy's weight and bias need not be the reference's (DoRA scales the rows of the "
+                "weight, lora_bias adds to the bias): pass ref_weight=, and ref_bias= if it has one, with ref_hidden="
             )
         ref_hidden, ref_weight, ref_bias = (None, None, None) if ref is None else ref
         if not gather:
@@ -95,7 +91,7 @@ class Operands:
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias
         )
         if gather:
-            refuse_sharded(hidden=hidden, targets=it.targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+            refuse_sharded(hidden=hidden, targets=given.targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
             weight, bias, ref_weight, ref_bias, adapter = gathered(
                 weight_grad=weight_grad,
                 weight=weight,
@@ -104,8 +100,8 @@ class Operands:
                 ref_bias=ref_bias,
                 adapter=adapter,
             )
-        if it.shard is not None:
-            weight, bias, ref_weight, ref_bias, weight_grad, adapter = it.shard.tokens(
+        if shard is not None:
+            weight, bias, ref_weight, ref_bias, weight_grad, adapter = shard.tokens(
                 weight=weight,
                 bias=bias,
                 ref_weight=ref_weight,
@@ -113,56 +109,62 @@ class Operands:
                 weight_grad=weight_grad,
                 adapter=adapter,
             )
-            hidden = it.shard.replicated(hidden)
-        check_operands(hidden, weight, it.targets, bias, adapter)
+            hidden = shard.replicated(hidden)
+        check_operands(hidden, weight, given.targets, bias, adapter)
         if ref_hidden is None:
             ref = None
         else:
             if ref_weight is None:
                 ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
             ref = Reference(ref_hidden, ref_weight, ref_bias)
-            _check_reference(ref, it.targets, weight.shape[0], "teacher" if teacher else "reference")
+            _check_reference(ref, given.targets, weight.shape[0], "teacher" if teacher else "reference")
         return dataclasses.replace(
-            it, hidden=hidden, weight=weight, bias=bias, adapter=adapter, ref=ref, weight_grad=weight_grad
+            given, hidden=hidden, weight=weight, bias=bias, adapter=adapter, ref=ref, weight_grad=weight_grad
         )
 
     def _without_heads(self) -> Operands:
-        """Returns the operands with a HeadLike in place of a weight taken apart."""
-        it = self
-        if not isinstance(it.weight, Tensor):
-            head: HeadLike = it.weight
-            given = {"bias": it.bias, "adapter": it.adapter, "softcap": it.scaling.softcap}
+        """Returns the operands with every HeadLike replaced by its fields.
+
+        Raises ValueError for a field that was given beside a HeadLike, and for a reference's that has an adapter or a
+        scaling unlike the policy's.
+        """
+        operands = self
+        scaling, ref = self.scaling, self.ref
+        if not isinstance(self.weight, Tensor):
+            head: HeadLike = self.weight
+            given = {"bias": self.bias, "adapter": self.adapter, "softcap": scaling.softcap}
             twice = [name for name, x in given.items() if x is not None]
-            twice += ["logit_scale"] * (it.scaling.logit_scale != 1)
+            twice += ["logit_scale"] * (scaling.logit_scale != 1)
             if twice:
                 raise ValueError(
                     f"{' and '.join(twice)} came beside a Head, which has its own: leave it out, or pass head.weight"
                 )
-            it = dataclasses.replace(
-                it,
-                hidden=_inputs(head, it.hidden),
+            scaling = Scaling(scaling.temperature, head.softcap, float(head.logit_scale))
+            operands = dataclasses.replace(
+                operands,
+                hidden=_inputs(head, self.hidden),
                 weight=head.weight,
                 bias=head.bias,
                 adapter=head.adapter,
-                scaling=Scaling(it.scaling.temperature, head.softcap, float(head.logit_scale)),
+                scaling=scaling,
             )
-        if it.ref is not None and it.ref.weight is not None and not isinstance(it.ref.weight, Tensor):
-            head = it.ref.weight
+        if ref is not None and ref.weight is not None and not isinstance(ref.weight, Tensor):
+            head = ref.weight
             if head.adapter is not None:
                 raise ValueError("the reference's Head has an adapter: merge or disable it, then read the Head again")
-            its, own = (head.softcap, float(head.logit_scale)), (it.scaling.softcap, it.scaling.logit_scale)
-            if its != own:
+            theirs, ours = (head.softcap, float(head.logit_scale)), (scaling.softcap, scaling.logit_scale)
+            if theirs != ours:
                 raise ValueError(
-                    f"the reference's Head has softcap and logit_scale {its} and the policy's {own}: one call has one "
-                    "scaling; compute the reference's log-probs by token_logps and pass them as ref_logps="
+                    f"the reference's Head has softcap and logit_scale {theirs} and the policy's {ours}: one call has "
+                    "one scaling; compute the reference's log-probs by token_logps and pass them as ref_logps="
                 )
-            if it.ref.bias is not None:
+            if ref.bias is not None:
                 raise ValueError("ref_bias came beside a Head, which has its own: leave it out, or pass head.weight")
-            it = dataclasses.replace(it, ref=Reference(it.ref.hidden, head.weight, head.bias))
-        return it
+            operands = dataclasses.replace(operands, ref=Reference(ref.hidden, head.weight, head.bias))
+        return operands
 
     def flat(self) -> Operands:
-        """Returns the operands with positions along one axis (N, …), targets int64 and the reference detached."""
+        """Returns the operands with one axis of positions, (N, …), int64 targets and a detached reference."""
         ref = self.ref
         if ref is not None:
             bias = None if ref.bias is None else ref.bias.detach()
@@ -174,10 +176,10 @@ class Operands:
             ref=ref,
         )
 
-    # An operator takes tensors, numbers and strings only.
+    # A custom operator takes tensors, numbers and strings only.
 
     def packed(self) -> tuple[Any, ...]:
-        """Returns the fields as the arguments of an operator; `unpacked` reverses it."""
+        """Returns the fields as a custom operator's arguments; `unpacked` is the inverse."""
         s = self.scaling
         return (
             *(self.hidden, self.weight, self.bias, self.adapter, self.targets),
@@ -190,7 +192,7 @@ class Operands:
 
     @classmethod
     def unpacked(cls, *fields: Any) -> Operands:
-        """Returns the operands of an operator's arguments."""
+        """Returns the operands from the arguments of a custom operator, see `packed`."""
         hidden, weight, bias, adapter, targets, *ref, weight_grad, scaling, ignore_index, shard = fields
         return cls(
             hidden,
@@ -207,7 +209,7 @@ class Operands:
 
 
 def take_operands(hidden: Tensor, weight: Any, targets: Tensor, options: dict[str, Any]) -> Operands:
-    """Returns the operands of a call and takes what they are made of out of its options, named as those of `token_stats`."""
+    """Returns the operands of a call, and removes those of its `options` that they consist of (as in `token_stats`)."""
 
     def take(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names if name in options}
@@ -220,32 +222,28 @@ def take_operands(hidden: Tensor, weight: Any, targets: Tensor, options: dict[st
 
 
 def unpacked_scaling(numbers: Sequence[float]) -> Scaling:
-    """Returns the scaling of an operator's argument, in which 0 stands for no softcap."""
+    """Returns the scaling from its numbers in `Operands.packed`, where 0 stands for no softcap."""
     temperature, softcap, logit_scale = numbers
     return Scaling(temperature, softcap or None, logit_scale)
 
 
 def reference(hidden: Tensor | None, weight: Any, bias: Tensor | None) -> Reference | None:
-    """Returns the reference of a call; None without its hidden states."""
+    """Returns the reference of a call, or None if its hidden states are not given."""
     return None if hidden is None else Reference(hidden, weight, bias)
 
 
 def _inputs(head: HeadLike, hidden: Tensor) -> Tensor:
-    """Returns what the head multiplies: hidden states (…, D), or those that it was asked for before, [h, x] (…, D + r)."""
+    """Returns the head's inputs; `hidden` itself if it is not D wide, since it then is [h, x] (…, D + r) already."""
     shape = getattr(head.weight, "ds_shape", head.weight.shape)  # of a parameter that ZeRO-3 has in parts, the whole's
     return hidden if hidden.shape[-1] != shape[1] else head.inputs(hidden)
 
 
 def check_operands(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    adapter: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, adapter: Tensor | None = None
 ) -> None:
     """Raises ValueError unless hidden (…, D), weight (V, D), targets (…) and bias (V,) fit together.
 
-    With an adapter (V, r) hidden is (…, D + r). All are on one device, but for targets on the host.
+    With an adapter (V, r) hidden is (…, D + r). All must be on one device, but targets may be on the host.
     """
     if not hidden.is_floating_point() or hidden.dim() < 1:
         raise ValueError(f"hidden must be a float tensor (…, D), got {hidden.dtype} {tuple(hidden.shape)}")
@@ -258,7 +256,8 @@ def check_operands(
         )
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"targets must have one token a hidden state: expected {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+            f"targets must have one token a hidden state: expected {tuple(hidden.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
         )
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integer token ids, got {targets.dtype}")
@@ -274,6 +273,7 @@ def check_operands(
 
 
 def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
+    """Raises ValueError unless weight (V, D), adapter (V, r) and hidden (…, D + r) fit together."""
     if weight.dim() != 2 or adapter.shape[:-1] != weight.shape[:1] or not adapter.is_floating_point():
         raise ValueError(
             f"weight must be (V, D) and adapter a float tensor (V, r), got {tuple(weight.shape)} and {adapter.dtype} "
@@ -282,16 +282,18 @@ def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
     width = weight.shape[1] + adapter.shape[1]
     if hidden.shape[-1] != width:
         raise ValueError(
-            f"with an adapter of rank {adapter.shape[1]}, hidden must be [h, x], {width} wide, x = s·dropout(h) Aᵀ: expected "
-            f"(…, {width}), got {tuple(hidden.shape)}; `Head.inputs(hidden)` makes it"
+            f"with an adapter of rank {adapter.shape[1]}, hidden must be [h, x], {width} wide, x = s·dropout(h) Aᵀ: "
+            f"expected (…, {width}), got {tuple(hidden.shape)}; `Head.inputs(hidden)` makes it"
         )
 
 
 def _check_reference(ref: Reference, targets: Tensor, vocab: int, name: str) -> None:
+    """Raises ValueError unless a reference, or a teacher (`name`), fits the targets and the vocabulary."""
     shape = tuple(ref.hidden.shape)
     if name == "reference" and shape[:-1] != tuple(targets.shape):
         raise ValueError(
-            f"the operands of the reference: ref_hidden must be {tuple(targets.shape)} by its width, as targets are, got {shape}"
+            f"the operands of the reference: ref_hidden must be {tuple(targets.shape)}, as targets are, by its width, "
+            f"got {shape}"
         )
     try:
         check_operands(ref.hidden, ref.weight, targets, ref.bias)

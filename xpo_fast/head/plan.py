@@ -1,4 +1,4 @@
-"""How a pass over the head will run: backend, tiles, number of passes, as a value that is made before anything is computed."""
+"""The plan of a pass over the head: backend, tiles and number of passes, decided before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ from .choice import choice
 from .operands import Operands
 from .row_operations import copies
 from .spec import DIFFERENTIABLE, accumulation_dtype, has_mixed_gemms
-from .tiling import STEP_BYTES, Tiling, lanes_of, room, scratch_bytes, whole_blocks
+from .tiling import STEP_BYTES, Tiling, buffer_rows, lanes_of, scratch_bytes, whole_blocks
 
-# More tokens make the GEMMs no faster; but for a float32 dW that is read and written again for each tile.
+# Tokens of a tile beyond which the GEMMs get no faster. A float32 dW, read and written once per tile, gains from more.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a head pass will run. `passes` counts GEMMs of F = 2·N·V·D FLOP, N the scored tokens."""
+    """How a head pass will run. `passes` counts GEMMs of F = 2·N·V·D FLOP each, N the scored tokens."""
 
     backend: str
     tokens: int | None  # scored tokens; None if not counted
     tiling: Tiling
     vocab: int
     dtype: torch.dtype  # of logits
-    dz_dtype: torch.dtype | None  # of ∂L/∂(product); None where it is not made, or takes the logits' place
-    logits: int  # tiles or steps of logits in memory at once, with what is made beside them
+    dz_dtype: torch.dtype | None  # of ∂L/∂(product); None if it is not computed, or overwrites the logits
+    logits: int  # tensors of a step's logits in memory at once, copies and the reference's included
     passes: float
     why: str
-    accumulator_bytes: int = 0  # of a float32 dW, beyond the gradient's, where it takes several tiles
-    reason: str = ""  # of `Choice`, which `why` has too
+    accumulator_bytes: int = 0  # of a float32 dW beyond the gradient's own bytes, if it is summed over several tiles
+    reason: str = ""  # why `auto` chose the backend; `why` contains it
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether every logit is kept, and there are no tiles."""
+        """Returns whether the backend materialises all logits, without tiles."""
         return get_backend(self.backend).rows is None
 
     @property
     def tile_tokens(self) -> int:
+        """Returns the tokens per tile."""
         return self.tiling.tile
 
     @property
     def tile_bytes(self) -> int:
-        tile, step = (n if self.tokens is None else room(self.tokens, n) for n in self.tiling[:2])
+        """Returns the bytes of a tile of ∂L/∂(product) and of the logits beside it."""
+        tile, step = (n if self.tokens is None else buffer_rows(self.tokens, n) for n in self.tiling[:2])
         dz = 0 if self.dz_dtype is None else tile * self.dz_dtype.itemsize
         return self.vocab * (dz + self.logits * step * self.dtype.itemsize)
 
@@ -69,7 +71,7 @@ class Plan:
 
 
 class PlanOptions(NamedTuple):
-    """What a caller may say about how a call runs; the rest is decided by `plan_of`."""
+    """The caller's settings of how a call runs; `plan_of` decides the rest."""
 
     backend: str = "auto"
     tile_bytes: int | None = None  # budget of scratch memory
@@ -82,9 +84,9 @@ DEFAULTS = PlanOptions()
 def plan_of(
     operands: Operands, outputs: Sequence[str] = (), options: PlanOptions = DEFAULTS, unit_tokens: int = 0
 ) -> Plan:
-    """Returns how the statistics of admitted operands will be computed, gradient mode included.
+    """Returns the plan of computing the statistics of admitted operands in the current gradient mode.
 
-    unit_tokens: the scored tokens of the longest unit, where a tile should hold whole units.
+    unit_tokens: the scored tokens of the longest unit, if a tile should hold whole units.
     """
     hidden, weight, shard = operands.hidden, operands.weight, operands.shard
     backend, tile_bytes, chunk_tokens = options
@@ -128,7 +130,7 @@ def plan_of(
     dtype = accumulation_dtype(weight.dtype)
     learns = torch.is_grad_enabled() and weight.requires_grad and operands.weight_grad is None
     exchanged = 0 if shard is None else 2 + 2 * has_ref
-    tiling, dz_dtype, logits = fit(
+    tiling, dz_dtype, logits = fit_tiles(
         chosen,
         vocab,
         weight.dtype,
@@ -147,6 +149,7 @@ def plan_of(
 
 
 def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
+    """Raises ValueError unless dW of the weight can be added to the buffer."""
     dtype = accumulation_dtype(weight.dtype)
     if weight_grad.shape != weight.shape or weight_grad.dtype != dtype or weight_grad.device != weight.device:
         raise ValueError(
@@ -159,7 +162,7 @@ def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
         raise ValueError("weight_grad was given, and weight requires no gradient: leave it out for a frozen head")
 
 
-def fit(
+def fit_tiles(
     backend: str,
     vocab: int,
     dtype: torch.dtype,
@@ -173,11 +176,12 @@ def fit(
     learns: bool = False,
     unit_tokens: int = 0,
 ) -> tuple[Tiling, torch.dtype | None, int]:
-    """Tokens of tiles and steps, the dtype of dz's own memory (or None), and how many logits are in memory at once.
+    """Returns the tiling, the dtype of dz's separate buffer (None without one), and `Plan.logits`.
 
-    As many tokens as the GEMMs gain from and as the longest unit has, no more than the budget holds. heads: 2 with a
-    reference. copies: what torch's row operations make beside a step's logits, of their size. dz: whether a gradient is
-    wanted. learns: whether dW is.
+    A tile has as many tokens as make the GEMMs faster, or as the longest unit has, but no more than the budget holds.
+    heads: 2 with a reference, else 1. copies: tensors of the size of a step's logits that torch's row operations need
+    beside them. dz: whether a gradient is wanted. learns: whether dW is. Raises ValueError for a budget that is not
+    positive.
     """
     if tile_bytes is not None and tile_bytes <= 0:
         raise ValueError(f"expected a tile of at least one byte, got tile_bytes={tile_bytes}")
@@ -187,16 +191,16 @@ def fit(
     enough = max(enough, unit_tokens)
     budget = scratch_bytes(device) if tile_bytes is None else tile_bytes
     accumulated = accumulation_dtype(dtype)
-    held = heads + (copies if on_device and not kernels else 0)  # of a step's logits
+    held = heads + (copies if on_device and not kernels else 0)  # tensors of a step's logits
     logit_bytes = vocab * accumulated.itemsize * held
     if not kernels and (dtype == accumulated or not has_mixed_gemms(device)):
         tile = chunk_tokens or max(1, min(budget // logit_bytes, enough))
         return Tiling(tile, tile), None, held
-    # Of torch's operations on a device there are many a step: it has few, large ones.
+    # torch's row operations launch many kernels per step, so there are few, large steps.
     step_bytes = min(budget // 4, STEP_BYTES * held) if kernels else min(budget // 2, 2 * STEP_BYTES * held)
     lanes = lanes_of(device) if kernels else 1
     step = _step_tokens(step_bytes // lanes, logit_bytes)
-    tile = enough  # without dz a tile is the hidden states that are gathered at once
+    tile = enough  # without dz, the number of hidden states that are gathered at once
     if dz:
         rest = budget - lanes * step * logit_bytes
         tile = min(max(step, whole_blocks(rest // (vocab * dtype.itemsize))), enough)
@@ -205,4 +209,5 @@ def fit(
 
 
 def _step_tokens(step_bytes: int, logit_bytes: int) -> int:
+    """Returns the tokens of a step from its bytes and those of one token's logits."""
     return whole_blocks(max(1, step_bytes // logit_bytes))

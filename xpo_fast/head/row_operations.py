@@ -1,7 +1,7 @@
-"""What happens to the rows of products between the GEMMs: by torch, in place, on any device.
+"""Row operations: from products to statistics and dz, between the GEMMs; in torch, in place, on any device.
 
-On the CPU blocks of a few rows stay in cache between passes, so that memory is crossed once. A device works on all rows at
-once: there a launch for every few rows would take longer than the work.
+On the CPU they work on blocks of a few rows, which stay in cache between passes, so that memory is read and written
+once. On a device they work on all rows at once, since a launch per few rows would take longer than the work.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .gemms import BLOCK_BYTES, Gemms
 
 
 def row_blocks(tile: Tensor) -> Iterator[slice]:
+    """Yields the rows of a tile in blocks: of a cache's size on the CPU, elsewhere all at once."""
     rows = max(1, tile.shape[0])
     if tile.device.type == "cpu":
         rows = max(1, BLOCK_BYTES // (tile.shape[1] * tile.dtype.itemsize))
@@ -23,11 +24,11 @@ def row_blocks(tile: Tensor) -> Iterator[slice]:
 
 
 def softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (r, V) to probabilities in place, up to a factor a row that is close to 1.
+    """Overwrites logits (r, V) by unnormalised probabilities, and returns what normalises them.
 
-    Returns the largest logit (r,), log Σ e^(z − largest) (r,), and the sum that each row came to (r,), by which its
-    entries, or what multiplies them later, are to be divided. torch's own softmax adds the row up one by one, which is
-    off by 2e-5 at a vocabulary of 128k; its `sum` is accurate.
+    Returns the largest logit (r,), log Σ e^(z − largest) (r,), and the sum of each row (r,). The caller divides the
+    row, or whatever multiplies it later, by that sum. It is close to 1 on the CPU, where torch.softmax is used: that
+    sums a row sequentially, which is off by 2e-5 at a vocabulary of 128k, while torch.sum is accurate.
     """
     largest = z.amax(dim=1)
     if z.device.type == "cpu":
@@ -41,12 +42,12 @@ def softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Σ p·x a row, x overwritten; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
+    """Returns Σ p·x of each row, (r,), overwriting x; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
     return x.masked_fill_(p == 0, 0).mul_(p).sum(dim=1)
 
 
 def copies(outputs: Sequence[str], softcap: bool) -> int:
-    """How many tensors of the size of a step's logits torch's row operations hold beside them, at the most, off the CPU."""
+    """Returns the most tensors as large as a step's logits that torch's row operations hold beside them on a device."""
     if {"kl", "reverse_kl"} & set(outputs):
         return 7
     if outputs:
@@ -55,31 +56,31 @@ def copies(outputs: Sequence[str], softcap: bool) -> int:
 
 
 class RowOperations:
-    """The row operations of `torch`; other backends have their own.
+    """The row operations of the `torch` backend; other backends override them.
 
-    z: (n, V) the products h Wᵀ, overwritten, and so is z_ref, the reference's. y: (n,) the targets. dz: (n, V) memory for
-    ∂L/∂(product), or None where it is not wanted: of its own, in the dtype of the GEMMs, where that is not the one of the
-    products, else z itself.
+    z: (n, V) the products h Wᵀ, overwritten; z_ref: the reference's, overwritten, too. y: (n,) the targets.
+    dz: (n, V) memory for ∂L/∂(product), or None if it is not wanted. With own_memory it is a buffer of its own, in the
+    dtype of the GEMMs' operands; otherwise it is z.
     """
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         self.gemms, self.ref_gemms = gemms, ref_gemms
-        self.vocab = gemms.vocab  # tokens that a target may be
+        self.vocab = gemms.vocab  # number of valid targets
         self.own_memory = gemms.gemm_dtype != gemms.dtype
 
     def fused(self, gathered: Callable[[], Tensor], y: Tensor, outputs: Sequence[str], found: Tensor) -> bool:
-        """Writes found (2 + len(outputs), n) by a kernel that makes no tile, if that is faster; returns whether it did.
+        """Writes found (2 + len(outputs), n) by a kernel that needs no tile, if that is faster. Returns whether it did.
 
         gathered: returns the hidden states (n, D) of the scored positions.
         """
         return False
 
     def softmax_(self, z: Tensor, rows: slice, *, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """`softmax_` of some rows of a step, the policy's or the reference's."""
+        """Applies the function `softmax_` to some rows z of a step, the policy's or the reference's."""
         return softmax_(z)
 
     def add_at_targets(self, z: Tensor, rows: slice, y: Tensor, x: Tensor) -> None:
-        """z[i, y[i]] += x[i], of some rows of a step."""
+        """Adds x[i] to z[i, y[i]], in some rows of a step."""
         z.scatter_add_(1, y.unsqueeze(1), x.unsqueeze(1))
 
     def statistics(
@@ -92,9 +93,9 @@ class RowOperations:
         dz: Tensor | None,
         factor: Tensor | None,  # (n,) written, where dz is
     ) -> None:
-        """Statistics, and ∂logp/∂(product) = factor · dz.
+        """Writes the statistics into rows, and ∂logp/∂(product) = factor · dz into dz and factor.
 
-        What a row is multiplied by, the loss's ∂L/∂logp too, goes into h and dH, which are smaller than the tile.
+        The caller applies the factor, times ∂L/∂logp, to h and dH, which are smaller than the tile.
         """
         softcap = self.gemms.scaling.softcap is not None
         for b in row_blocks(z):
@@ -117,7 +118,7 @@ class RowOperations:
                 _statistics(rows[2:, b], outputs, p, keep, q, largest, log_total, rows[0, b])
             if dz is not None:
                 assert factor is not None
-                if dz.dtype == torch.float16:  # which has not the exponents for Σ e^z
+                if dz.dtype == torch.float16:  # whose range is too small for Σ e^z
                     p.div_(total.unsqueeze(1))
                     total.fill_(1)
                 self.add_at_targets(p, b, y[b], -total)
@@ -135,7 +136,7 @@ class RowOperations:
         v: Mapping[str, Tensor],  # entropy and reverse_kl (n,), where u has them
         dz: Tensor,
     ) -> None:
-        """dz of any function of the differentiable outputs."""
+        """Writes ∂L/∂(product) into dz, for L with gradients in any of the differentiable outputs."""
         extra = set(u) - {"logp", "lse"}
         for b in row_blocks(z):
             p = z[b]
@@ -164,7 +165,7 @@ class RowOperations:
 
 
 class OutOfPlaceRowOperations(RowOperations):
-    """torch's, with dz in memory of its own whatever its dtype: a tile may have several steps."""
+    """The row operations of `torch` with dz in a separate buffer for any dtype: a tile may have several steps."""
 
     def __init__(self, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
@@ -178,9 +179,10 @@ def _statistics(
     z: Tensor,  # (r, V) final logits
     z_ref: Tensor | None,  # (r, V) the reference's final logits, overwritten
     largest: Tensor,  # (r,)
-    log_total: Tensor,  # (r,)
+    log_total: Tensor,  # (r,) log Σ e^(z − largest)
     logp: Tensor,  # (r,)
 ) -> None:
+    """Writes the further statistics of a block of rows."""
     log_ratio = q = None
     if z_ref is not None:
         log_ratio = z_ref - z
@@ -209,14 +211,14 @@ def _statistics(
 def _extra_dz_(
     operations: RowOperations,
     p: Tensor,  # (r, V) probabilities, turned into dz
-    factor: Tensor,  # (r,) what multiplies p so far
+    factor: Tensor,  # (r,) coefficient of p from logp and lse
     log_p: Tensor,  # (r, V) overwritten
     z_ref: Tensor | None,  # (r, V) products of the reference, overwritten
     u: Mapping[str, Tensor],
     v: Mapping[str, Tensor],
     b: slice,
 ) -> None:
-    """dz of entropy and both divergences on top of `factor`.
+    """Overwrites p by factor · p plus the gradients of entropy and both divergences in the final logits z.
 
     ∂entropy/∂z = −p (log p + entropy); ∂KL(q‖p)/∂z = p − q; ∂KL(p‖q)/∂z = p (log p − log q − KL(p‖q)).
     """
@@ -244,4 +246,4 @@ def _extra_dz_(
         p.sub_(q.mul_(u["kl"][b].unsqueeze(1)))
 
 
-MakeRowOperations = Callable[[Gemms, "Gemms | None"], RowOperations]  # of a head and of a reference's, if there is one
+MakeRowOperations = Callable[[Gemms, "Gemms | None"], RowOperations]  # from the policy's GEMMs and the reference's

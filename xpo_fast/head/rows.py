@@ -1,4 +1,4 @@
-"""From positions to rows: padded (B, T) and packed (N,) with offsets are the same thing behind this file."""
+"""Rows of positions: padded targets (B, T) and packed ones (N,) with offsets in one form, a row index per position."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..device import on_host, static_shapes, to_device
 
 
 class Group(NamedTuple):
-    """Whole units that are scored together; or tokens, where each is a unit."""
+    """Whole units that are scored together, or tokens if every token is a unit."""
 
     positions: Tensor  # (n,) sorted by unit
-    units: Sequence[int]  # none where tokens are the units
-    start: int  # the place of the first position among those of all groups
+    units: Sequence[int]  # empty if tokens are the units
+    start: int  # index of the first position in the concatenation of all groups
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels as `transformers` gives them, labels[t] = token t, to aligned targets: targets[t] = labels[t + 1].
+    """Returns aligned targets, targets[t] = labels[t + 1], from the labels of `transformers`, labels[t] = token t.
 
     labels (…, T) → (…, T); the last position predicts nothing and is ignored.
     """
@@ -34,9 +34,10 @@ def packed_rows(
     cu_seqlens: Tensor | None,  # (B + 1,)
     device: torch.device | None = None,
 ) -> tuple[Tensor, int]:
-    """The row of every position (N,) int64, on `device` or where the targets are, and the number of rows.
+    """Returns the row of every position, (N,) int64 on `device` (by default the targets'), and the number of rows.
 
-    ValueError for offsets that do not fit, as far as they are on the host. Nothing is waited for.
+    Raises ValueError for offsets that do not fit; their values are checked only if they are on the host. The host does
+    not wait for a device.
     """
     device = targets.device if device is None else device
     if cu_seqlens is None:
@@ -66,5 +67,5 @@ def packed_rows(
 
 
 def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Σ of x (N,) over the positions of each row: (count,). rows (N,): the row of each position."""
+    """Returns the sum of x (N,) over the positions of each row, (count,). rows (N,): the row of each position."""
     return x.new_zeros(count).index_add(0, rows, x)

@@ -1,4 +1,4 @@
-"""Single logits: those of given tokens, and tokens sampled from the most likely others. No tile is kept for them."""
+"""Logits of single tokens: of the targets, and of tokens sampled from the most likely others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spec import accumulation_dtype, scored_positions, to_device
 
 
 class _Products(torch.autograd.Function):
-    """h·W[token] per row (n,). Result and gradient are in the accumulation dtype: a token may occur many times."""
+    """h·W[token] of each row (n,), in the accumulation dtype; dW is summed in it, too, since a token may recur."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
@@ -36,32 +36,29 @@ class _Products(torch.autograd.Function):
 
 
 def picked_logits(operands: Operands) -> Tensor:
-    """Returns the final logit of the target at every position of flat operands: (N,), differentiable once; N·D memory."""
-    scaling, bias, tokens = operands.scaling, operands.bias, operands.targets
+    """Returns the final logit of each position's target, (N,), for flat operands: differentiable once, N·D memory."""
+    bias, tokens = operands.bias, operands.targets
     z: Any = _Products.apply(operands.hidden, operands.weight, tokens)
     if bias is not None:
         z = z + bias.to(z.dtype)[tokens]
-    z = z * scaling.logit_scale
-    if scaling.softcap is not None:
-        z = scaling.softcap * torch.tanh(z / scaling.softcap)
-    return z / scaling.temperature
+    return operands.scaling.final(z)
 
 
 @torch.no_grad()
 def sample_rivals(operands: Operands, tile_tokens: int, top_k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Returns at every scored position a token sampled from the softmax of the `top_k` most likely ones but the target.
+    """Samples a token at every scored position, from the softmax of the `top_k` most likely ones other than the target.
 
-    (N,) int64 for flat operands, 0 where ignored. 1F, tile by tile; nothing waits for the device. The draws of a generator
-    do not depend on the tiles.
+    Returns (N,) int64 for flat operands, 0 where ignored. Costs 1F, tile by tile; the host does not wait for the
+    device. A generator's draws do not depend on the tiles.
     """
     vocab, device, ignore_index = operands.vocab, operands.hidden.device, operands.ignore_index
     index = scored_positions(operands.targets, ignore_index, vocab, device)
     targets = to_device(operands.targets, device)
     ignored = targets == ignore_index
-    # If shapes may not depend on values, the index contains the ignored positions too.
+    # Under CUDA graph capture the index contains the ignored positions too.
     targets = targets.masked_fill(ignored, 0)
     k = min(top_k, vocab - 1)
-    # The token with the smallest E / p, E exponential, is a sample from p. torch.multinomial would read p on the host.
+    # The token with the largest p / E, E exponential, is a sample from p. torch.multinomial would read p on the host.
     clocks = torch.empty((index.shape[0], k), dtype=accumulation_dtype(operands.weight.dtype), device=device)
     clocks.exponential_(generator=generator)
     rivals, start = torch.zeros_like(targets), 0

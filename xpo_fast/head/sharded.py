@@ -1,4 +1,4 @@
-"""Operands that FSDP2 or ZeRO-3 keep in parts: gathered once a call, not once a tile, or refused."""
+"""Operands that FSDP2 or ZeRO-3 keep in parts: gathered once per call, not once per tile, or refused."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from .spec import cast_for_autocast
 
 
 def gathered(*, weight_grad: Tensor | None = None, **operands: Tensor | None) -> list[Any]:
-    """Returns the operands as plain tensors, each gathered once; their gradients go back into the parts. None stays None.
+    """Returns the operands as plain tensors, each gathered once; gradients flow back into the parts. None stays None.
 
-    A DTensor (FSDP2) may be replicated or sharded, on any dimension and a mesh of any number of them. A dtype that it was
-    cast to is the one that it is gathered in; its gradient is the mean over the ranks of its mesh. Inside the forward of a
-    model under `fully_shard` the head's weight is a plain tensor already, if its module is gathered with the model's own:
-    nothing is done here.
+    A DTensor (FSDP2) may be replicated or sharded, on any dimension, over a mesh of any number of dimensions. It is
+    gathered in the dtype it has here, so cast it before; its gradient is the mean over the ranks of its mesh. Inside
+    the forward of a model under `fully_shard` the head's weight is a plain tensor already, if its module is gathered
+    with the model's own; then nothing is done here.
 
-    A parameter of DeepSpeed's ZeRO-3 is gathered together with the others, whole only for this call and for as long as a
-    backward needs it; its gradient is reduced by the hook that ZeRO-3 has on it, as those of all other parameters are. That
-    this call, or the model's forward around it, is the engine's is not needed; that every rank makes it is.
+    A parameter of DeepSpeed's ZeRO-3 is gathered together with the others, and is whole only for this call and for as
+    long as a backward needs it. Its gradient is reduced by ZeRO-3's hook on it, as those of all other parameters are.
+    Neither this call nor the model's forward around it has to go through DeepSpeed's engine, but every rank has to make
+    the call.
 
-    Raises ValueError for a DTensor whose gradient is wanted and has no such placement (a partial sum), and for parts with
-    weight_grad, where a gradient is added that no rank has summed.
+    Raises ValueError for a DTensor that requires a gradient and has another placement (a partial sum), and for a
+    sharded operand beside weight_grad, since dW would be added to it without being summed over the ranks.
     """
     given: dict[int, tuple[str, Tensor]] = {}
     for name, x in operands.items():
@@ -44,18 +45,18 @@ def gathered(*, weight_grad: Tensor | None = None, **operands: Tensor | None) ->
 
 
 def unpartitioned(*tensors: Tensor | None) -> list[Any]:
-    """Parameters of ZeRO-3 as plain tensors, in their own dtype; other tensors, and None, as they are.
+    """Returns parameters of ZeRO-3 as plain tensors, in their own dtype; other tensors, and None, as they are.
 
-    What has been taken away is gathered, all of it at once; what the model has gathered already is not gathered again.
+    Released parameters are gathered, all at once; those that the model has gathered already are not gathered again.
     """
     parameters = [x for x in tensors if x is not None and is_partitioned(x)]
-    _await(parameters)
-    with _with_gathered([x for x in parameters if _taken_away(x)]):
-        return [_Held.apply(x) if x is not None and is_partitioned(x) else x for x in tensors]
+    _wait_for_prefetched(parameters)
+    with _gathering([x for x in parameters if _is_released(x)]):
+        return [_Partitioned.apply(x) if x is not None and is_partitioned(x) else x for x in tensors]
 
 
 def refuse_sharded(**operands: Tensor | None) -> None:
-    """ValueError for operands that must be this rank's own plain tensors."""
+    """Raises ValueError for a DTensor among operands that must be plain tensors of this rank."""
     for name, x in operands.items():
         if x is not None and is_sharded(x):
             raise ValueError(
@@ -65,45 +66,44 @@ def refuse_sharded(**operands: Tensor | None) -> None:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(x, "full_tensor")  # its class takes a third of a second to import
+    """Returns whether x is a DTensor."""
+    return hasattr(x, "full_tensor")  # importing its class takes a third of a second
 
 
 def is_partitioned(x: Tensor) -> bool:
-    """Whether it is a parameter that ZeRO-3 keeps in parts, at the moment or not."""
+    """Returns whether x is a parameter of ZeRO-3, gathered at the moment or not."""
     return hasattr(x, "ds_shape")
 
 
-def _taken_away(x: Any) -> bool:
-    """Whether a parameter of ZeRO-3 is not there."""
+def _is_released(x: Any) -> bool:
+    """Returns whether a parameter of ZeRO-3 is in parts at the moment."""
     return x.ds_status.name == "NOT_AVAILABLE"
 
 
-def _await(parameters: Iterable[Any]) -> None:
-    """Wait for those that ZeRO-3 has begun to gather: ahead, for a module whose own forward would wait for it."""
+def _wait_for_prefetched(parameters: Iterable[Any]) -> None:
+    """Waits for the parameters that ZeRO-3 is prefetching, for which otherwise their module's forward would wait."""
     if all(x.ds_status.name != "INFLIGHT" for x in parameters):
         return
-    from deepspeed.runtime.zero.parameter_offload import (  # pyright: ignore[reportMissingImports]
-        FWD_MODULE_STACK,
-    )
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # pyright: ignore[reportMissingImports]
 
-    under_way = [m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")]
+    registries = [m.ds_inflight_param_registry for m in FWD_MODULE_STACK if hasattr(m, "ds_inflight_param_registry")]
     for x in parameters:
-        for handles in under_way:
+        for handles in registries:
             if x in handles:
                 handles.pop(x).wait()
 
 
-def _with_gathered(taken: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """The context in which what ZeRO-3 has taken away is there."""
-    if not taken:
+def _gathering(released: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which the released parameters of ZeRO-3 are gathered."""
+    if not released:
         return contextlib.nullcontext()
     import deepspeed  # pyright: ignore[reportMissingImports]
 
-    return deepspeed.zero.GatheredParameters(taken)
+    return deepspeed.zero.GatheredParameters(released)
 
 
 def _full(name: str, x: Tensor) -> Tensor:
+    """Returns a DTensor as a plain tensor. Raises ValueError for a partial sum that requires a gradient."""
     sharded: Any = x
     kinds = [type(p).__name__ for p in sharded.placements]
     if torch.is_grad_enabled() and x.requires_grad and not all(k in ("Replicate", "Shard") for k in kinds):
@@ -118,8 +118,8 @@ def _full(name: str, x: Tensor) -> Tensor:
 class _Full(torch.autograd.Function):
     """A DTensor as a plain tensor on every rank; its gradient is the mean over the ranks of its mesh.
 
-    That is what FSDP2 and DDP make of the gradients of all other parameters where each rank has its own tokens; and
-    on ranks with the same tokens, as for tensor parallelism, what each of them has.
+    Where each rank has its own tokens, FSDP2 and DDP average the gradients of all other parameters in the same way. On
+    ranks with the same tokens, as in tensor parallelism, the mean is the gradient that each of them has.
     """
 
     @staticmethod
@@ -132,15 +132,15 @@ class _Full(torch.autograd.Function):
         from torch.distributed.tensor import DTensor, Partial
 
         mean = upstream[0] / ctx.mesh.size()
-        each = DTensor.from_local(mean, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
-        return each.redistribute(placements=ctx.placements)
+        partial_sums = DTensor.from_local(mean, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return partial_sums.redistribute(placements=ctx.placements)
 
 
-class _Held(torch.autograd.Function):
-    """A whole parameter of ZeRO-3 as a plain tensor, which is there when the parameter is taken away again.
+class _Partitioned(torch.autograd.Function):
+    """A gathered parameter of ZeRO-3 as a plain tensor, which stays valid when the parameter is released again.
 
-    Its gradient is the parameter's. Autograd adds it up only to one that has its shape: not gathered again for that, it
-    is given the shape, without memory, until the backward ends.
+    Its gradient is the parameter's. Autograd accumulates it only into a parameter of its shape; a released parameter is
+    not gathered for that, but gets the shape, without memory, until the backward ends.
     """
 
     @staticmethod
@@ -151,12 +151,13 @@ class _Held(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         x = ctx.parameter
-        if _taken_away(x):
+        if _is_released(x):
             x.data = x.new_empty(1).expand(x.ds_shape)
-            torch.autograd.Variable._execution_engine.queue_callback(partial(_take_away, x))  # pyright: ignore
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_remove_shape, x))  # pyright: ignore
         return upstream[0]
 
 
-def _take_away(x: Any) -> None:
-    if _taken_away(x):  # nor has ZeRO-3 gathered it since
+def _remove_shape(x: Any) -> None:
+    """Undoes the shape that the backward gave a released parameter."""
+    if _is_released(x):  # unless ZeRO-3 has gathered it since
         x.data = x.new_empty(0)

@@ -1,4 +1,4 @@
-"""What every backend is given: the map from hidden states to logits, as plain values."""
+"""The map from hidden states to logits, as plain values, and the dtypes and positions that every backend shares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..device import on_host, static_shapes, to_device
 
-# Statistics beyond logp and lse. The first three have gradients of their own, which need the tile again.
+# Statistics beyond logp and lse. The differentiable ones have gradients of their own, which need each tile again.
 DIFFERENTIABLE = ("entropy", "kl", "reverse_kl")
 OUTPUTS = (*DIFFERENTIABLE, "log_sum_sq_probs", "mean_logit", "top1")
 
@@ -34,27 +34,34 @@ class Scaling:
 
     @property
     def gain(self) -> float:
-        """dz/d(h Wᵀ + b) apart from the softcap."""
+        """Returns dz/d(h Wᵀ + b) without the softcap's slope."""
         return self.logit_scale / self.temperature
 
     @property
     def ceiling(self) -> float | None:
-        """The bound on abs(z) that the softcap implies."""
+        """Returns the bound on |z| that the softcap implies, or None without one."""
         return None if self.softcap is None else self.softcap / self.temperature
+
+    def final(self, z: Tensor) -> Tensor:
+        """Returns the final logits of h Wᵀ + b, under autograd."""
+        z = z * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and statistics: float32, or float64 for float64 operands."""
+    """Returns the dtype of logits and statistics: float32, or float64 for float64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def has_mixed_gemms(device: torch.device) -> bool:
-    """Whether torch.mm gives float32 results of narrower operands there; the meta device stands in for one that does."""
+    """Returns whether torch.mm has float32 results of narrower operands there; the meta device stands in for CUDA."""
     return device.type in ("cuda", "meta")
 
 
 def check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
-    """ValueError for a target (N,) outside the vocabulary; on a device, which would have to be waited for, an assertion."""
+    """Raises ValueError for a target (N,) outside the vocabulary; on a device, trips an assertion, without waiting."""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if not on_host(targets):
         message = f"a target is outside the vocabulary of {vocab} tokens"
@@ -73,9 +80,10 @@ def scored_positions(
     vocab: int,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Indices (n,) of the positions to score, in order, on `device` or where the targets are; `check_targets`.
+    """Checks the targets, and returns the indices (n,) of the positions to score, in order.
 
-    Targets on a device are waited for, on the host not. While a CUDA graph is captured, they are all N positions.
+    They are on `device`, by default the targets' device. The host waits for targets on a device. While a CUDA graph is
+    captured, it does not, and all N positions are returned.
     """
     check_targets(targets, ignore_index, vocab)
     device = targets.device if device is None else device
@@ -85,9 +93,9 @@ def scored_positions(
 
 
 def cast_for_autocast(*tensors: Any) -> list[Any]:
-    """Under autocast, the tensors in its dtype, float64 left alone; otherwise as they are.
+    """Returns the tensors in autocast's dtype if it is enabled, else as they are; float64 tensors are not cast.
 
-    So are parameters of ZeRO-3, which are no parameters once cast: `gathered` gathers them before.
+    Nor are parameters of ZeRO-3, since a cast copy is no parameter that could be gathered: `gathered` casts them.
     """
     device = next(t for t in tensors if t is not None).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -40,7 +40,7 @@ def token_stats(
     tile_bytes: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """Statistics of softmax(z), z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, without the logits.
+    """Computes statistics of softmax(z), z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, without logits.
 
     In torch, for every position whose target is not `ignore_index`:
 
@@ -49,34 +49,36 @@ def token_stats(
         logprobs = (z / temperature).log_softmax(-1)
         logp = logprobs.gather(-1, targets[..., None])[..., 0]
 
-    softcap(x) = c·tanh(x/c). `outputs` names further statistics: see TokenStats; "kl" and "reverse_kl" need
-    `ref_hidden`, which goes through the same scaling. logp, lse, entropy, kl and reverse_kl are differentiable in
-    hidden, weight and bias, the first two at 2F with a frozen head; asking for one of the others, with gradient,
-    costs a recomputation (3F frozen, 4F trainable). There is no second derivative.
+    softcap(x) = c·tanh(x/c). `outputs` names further statistics, see TokenStats; "kl" and "reverse_kl" need
+    `ref_hidden`, to which the same scaling applies. logp, lse, entropy, kl and reverse_kl are differentiable in hidden,
+    weight and bias, once. With a frozen head logp and lse cost 2F; one of the others, with gradient, costs a
+    recomputation (3F frozen, 4F trainable).
 
-    adapter: the B of LoRA. hidden is then [h, x] (…, D + r), x = s·dropout(h) Aᵀ (…, r), which autograd made, and the
-    products are h Wᵀ + x Bᵀ: r/D more of each pass, and no matrix (V, D) is made of them. adapter may be wider than
-    weight (float32 beside bfloat16). With a frozen weight and a trainable adapter: 3F, and no dW. `Head` has all of it.
-    ref_hidden then needs ref_weight, and ref_bias: weight and bias may be the adapter's in part, as DoRA's and those of
-    lora_bias are.
+    adapter: the B of LoRA. hidden is then [h, x] (…, D + r), x = s·dropout(h) Aᵀ (…, r), computed by the caller under
+    autograd, and the products are h Wᵀ + x Bᵀ: each pass costs r/D more, and no merged matrix (V, D) is computed.
+    adapter may have a wider dtype than weight (float32 beside bfloat16). With a frozen weight and a trainable adapter:
+    3F, and no dW. A `Head` contains all of it. ref_hidden then needs ref_weight (and ref_bias), since weight and bias
+    may contain parts of the adapter, as with DoRA and lora_bias.
 
-    weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64 operands):
-    the backward adds dW to it and autograd gives weight none, which saves memory for dW and a pass over it.
+    weight_grad: a buffer such as Megatron's `main_grad`, or weight.grad if it is float32 (float64 for float64
+    operands). The backward adds dW to it, and autograd gives weight no gradient: this saves memory for dW and a pass
+    over it.
 
-    With targets on the host nothing waits for a device; with targets on it, a call waits once. While a CUDA graph is
-    captured all positions are multiplied, ignored ones as zeros.
+    With targets on the host, the host does not wait for a device; with targets on the device, a call waits once. While
+    a CUDA graph is captured, all positions are multiplied, ignored ones as zeros.
 
-    A weight or bias that is a DTensor (FSDP2) is gathered once, and its gradient is the mean over the ranks of its mesh, as
-    FSDP2 makes it; of one that ZeRO-3 has in parts, gathered once too, it is reduced by ZeRO-3: see `whole`.
-    vocab_shard: weight, bias, ref_weight, ref_bias and weight_grad have the rows that this rank of a group holds, and the
-    statistics are of the whole vocabulary: see `VocabShard.agree`. Every rank must make the same calls, with the same
-    hidden states, targets and options; their number of passes is as above. By the torch backend.
+    A weight or bias that is a DTensor (FSDP2) is gathered once, and its gradient is the mean over the ranks of its
+    mesh, as in FSDP2. A parameter that ZeRO-3 keeps in parts is gathered once, too, and ZeRO-3 reduces its gradient:
+    see `head.sharded.gathered`.
+    vocab_shard: weight, bias, ref_weight, ref_bias and weight_grad are the rows that this rank of a group holds, and
+    the statistics are those of the whole vocabulary: see `VocabShard.agree`. Every rank must make the same calls, with
+    the same hidden states, targets and options. The number of passes is as above; the backend is torch.
 
-    Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position
-    makes its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
+    Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position makes
+    only its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
 
-    chunk_tokens: tokens a tile, if you want to say; else as many as are useful within tile_bytes: 7% of a GPU's
-    memory, or 256 MiB on CPU, where the tile is kept for the next call: `release_tiles()` gives it back.
+    chunk_tokens: tokens per tile; by default as many as are useful within tile_bytes. tile_bytes: by default 7% of a
+    GPU's memory, or 256 MiB on CPU, where the tile is kept for the next call; `release_tiles()` frees it.
     Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
     output or backend, and (on CPU) a target outside the vocabulary.
     """
@@ -96,7 +98,7 @@ def token_stats(
 
 
 def statistics(operands: Operands, outputs: Sequence[str] = (), options: PlanOptions = DEFAULTS) -> TokenStats:
-    """Returns `token_stats` of operands that were admitted."""
+    """Computes `token_stats` of admitted operands."""
     outputs = tuple(dict.fromkeys(outputs))
     _check_outputs(outputs, operands)
     if not {"kl", "reverse_kl"} & set(outputs):
@@ -123,9 +125,9 @@ def token_logps(
     tile_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """log p(target), float32, shaped like targets, 0 where ignored: `token_stats(...).logp`.
+    """Computes log p(target), float32, shaped like targets, 0 where ignored: `token_stats(...).logp`.
 
-    1F without gradient, 2F with a frozen head, 4F with a trainable one (the objective: 3F), F = 2·N·V·D FLOP.
+    Costs 1F without gradient, 2F with a frozen head, 4F with a trainable one (`Objective`: 3F), F = 2·N·V·D FLOP.
     """
     return token_stats(
         hidden,
@@ -154,9 +156,9 @@ def sequence_logps(
     ignore_index: int = -100,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The log-prob of every row, summed over its scored tokens in nats, and their number: ((B,) float32, (B,) int64).
+    """Computes the log-prob of every row in nats, summed over its scored tokens, and counts those tokens.
 
-    `options` are those of `token_logps`.
+    Returns ((B,) float32, (B,) int64). options: those of `token_logps`.
     """
     logp = token_logps(hidden, weight, targets, ignore_index=ignore_index, **options)
     rows, count = packed_rows(targets, cu_seqlens, hidden.device)
@@ -167,23 +169,25 @@ def sequence_logps(
 def head_plan(
     hidden: Tensor, weight: Tensor, *, outputs: Sequence[str] = (), unit_tokens: int = 0, **options: Any
 ) -> Plan:
-    """Returns how `token_stats` will run on these operands, gradient mode included.
+    """Returns the plan of `token_stats` on these operands in the current gradient mode.
 
-    weight: without the rows of padding, where there is a vocab_shard; the tiles are then the same on all of its ranks.
-    unit_tokens: the scored tokens of the longest unit, where a tile should hold whole units. options: see `token_stats`.
+    weight: with a vocab_shard, without the rows of padding; the tiles are then the same on all ranks of its group.
+    unit_tokens: the scored tokens of the longest unit, if a tile should hold whole units. options: see `token_stats`.
     """
-    how = PlanOptions(**{name: options.pop(name) for name in PlanOptions._fields if name in options})
+    plan_options = PlanOptions(**{name: options.pop(name) for name in PlanOptions._fields if name in options})
     positions = hidden.new_empty(hidden.shape[:-1], dtype=torch.long)
-    return plan_of(take_operands(hidden, weight, positions, options), outputs, how, unit_tokens)
+    return plan_of(take_operands(hidden, weight, positions, options), outputs, plan_options, unit_tokens)
 
 
 def _dense(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str, Tensor]:
+    """Returns the statistics by name, from materialised logits."""
     if static_shapes(operands.targets):
         raise ValueError("the dense backend cannot be captured as a CUDA graph: pass backend='torch'")
     return dense.token_stats(operands, outputs)
 
 
 def _tiled(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str, Tensor]:
+    """Returns the statistics by name, tile by tile."""
     saves_grad = (
         torch.is_grad_enabled()
         and operands.hidden.requires_grad
@@ -202,6 +206,7 @@ def _tiled(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str
 
 
 def _check_outputs(outputs: tuple[str, ...], operands: Operands) -> None:
+    """Raises ValueError for an unknown statistic, and for one that needs a reference if there is none."""
     unknown = [n for n in outputs if n not in OUTPUTS]
     if unknown:
         raise ValueError(

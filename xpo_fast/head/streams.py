@@ -1,4 +1,4 @@
-"""Products on the caller's stream; with two lanes, their rows on another, where they hide behind the next product."""
+"""Two streams of a device: GEMMs run on the caller's, row operations on another, beside the next GEMM."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # Row operations are short and few beside a product's blocks: they go first when both could.
+    # Row operations have fewer and shorter blocks than a GEMM, so they have priority.
     return torch.cuda.Stream(device, priority=-1)
 
 
 class Lanes:
-    """Two streams of one device, or the caller's alone, on which nothing hides; `join` ends it.
+    """The caller's stream of a device and a side stream beside it, or with two=False the caller's alone.
 
-    Memory that both use must be freed where an event keeps the other away: the allocator knows of one stream alone.
+    `join` must be called at the end. Memory that both streams use may be freed only where an event orders the other
+    stream before that, since the allocator knows of one stream only.
     """
 
     def __init__(self, device: torch.device, two: bool) -> None:
@@ -27,25 +28,25 @@ class Lanes:
 
     @property
     def ahead(self) -> int:
-        """How many products are in memory at once."""
+        """Returns the number of steps whose products are in memory at once."""
         return 1 if self._side is None else 2
 
     def join(self) -> None:
-        """The caller's stream after the other."""
+        """Orders later work on the caller's stream after all work on the side stream."""
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     def mark(self) -> Any:
-        """An event after what has been begun on the current stream."""
+        """Returns an event recorded on the current stream, or None without a side stream."""
         return None if self._side is None else torch.cuda.current_stream(self._side.device).record_event()
 
     def wait(self, event: Any) -> None:
-        """The current stream after an event, if there is one."""
+        """Orders later work on the current stream after an event, if there is one."""
         if self._side is not None and event is not None:
             torch.cuda.current_stream(self._side.device).wait_event(event)
 
     @contextmanager
     def other(self) -> Iterator[None]:
-        """The other stream as the current one."""
+        """Makes the side stream, if there is one, the current one in a `with` block."""
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
             yield

@@ -1,4 +1,4 @@
-"""Tokens of a tile and of its steps, and the memory that they are given."""
+"""Sizes of tiles and steps in tokens, and the scratch memory that they may take."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from typing import NamedTuple
 
 import torch
 
-# Bytes of scratch memory unless the caller says otherwise. On the CPU, of the tile of logits, which a reference's shares. On
-# a device, of dz and the logits of a step: this share of the card's memory, whatever of it is free, so that the same call
-# has the same tiles; the bytes where there is no card to ask.
+# Default bytes of scratch memory. On the CPU it holds the tile of logits, and the reference's. On a device it holds dz
+# and the logits of a step, and is a share of the card's memory, whatever part of that is free, so that the same call
+# always has the same tiles; the bytes below apply where no card can be asked.
 DEFAULT_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 2500 * 10**6}
 SHARE_OF_CARD = 0.07
 
-# Of the float32 products that are made at once on a device: enough that a GEMM fills its processors many times over and that
-# the host is ahead, few enough to leave the memory to dz.
+# Bytes of the float32 products of a step on a device: enough for a GEMM to fill the multiprocessors many times over and
+# for the host to stay ahead, few enough to leave the memory to dz.
 STEP_BYTES = 512 * 2**20
-ROWS = 128  # of a block of a device's GEMMs
+ROWS = 128  # rows of a block of a device's GEMMs
 
 
 class Tiling(NamedTuple):
-    """tile: tokens whose ∂L/∂(product) is held at once. step: tokens whose products are made at once, of a tile.
+    """The sizes of a call's tiles.
 
-    lanes: 2 if the rows of a step are worked on beside the next products, on a stream of their own.
+    tile: tokens whose ∂L/∂(product) is in memory at once. step: tokens of a tile whose products are computed at once.
+    lanes: 2 if the row operations of a step run on a stream of their own, beside the next products; else 1.
     """
 
     tile: int
@@ -29,8 +30,8 @@ class Tiling(NamedTuple):
     lanes: int = 1
 
 
-def room(rows: int, most: int) -> int:
-    """For how many rows memory is asked: of few sizes, which a device's allocator can hand out again."""
+def buffer_rows(rows: int, most: int) -> int:
+    """Returns `rows`, of at most `most`, rounded up to one of few buffer sizes, which an allocator can reuse."""
     if rows >= most:
         return most
     part = -(-most // 8)
@@ -38,14 +39,15 @@ def room(rows: int, most: int) -> int:
 
 
 def whole_blocks(tokens: int) -> int:
+    """Returns tokens rounded down to a multiple of ROWS, if they are more than that."""
     return tokens - tokens % ROWS if tokens > ROWS else tokens
 
 
 def lanes_of(device: torch.device) -> int:
-    """How many streams are worth their memory.
+    """Returns the number of streams that are worth their memory on a device, 1 or 2.
 
-    From sm_90 on the BLAS's GEMMs stay on all processors until they end, and what another stream has for them waits: one.
-    Before, a GEMM's last blocks leave processors to the rows of the step before.
+    From sm_90 on, cuBLAS's GEMMs occupy all multiprocessors until they end, and another stream's kernels wait: 1.
+    Before, the last blocks of a GEMM leave multiprocessors to the row operations of the previous step: 2.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return 1
@@ -54,14 +56,14 @@ def lanes_of(device: torch.device) -> int:
 
 
 def scratch_bytes(device: torch.device) -> int:
-    """Bytes of scratch memory by default: see DEFAULT_TILE_BYTES."""
+    """Returns the default bytes of scratch memory on a device: see DEFAULT_TILE_BYTES."""
     total = _total_bytes(device.index) if device.type == "cuda" else None
-    return (
-        DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"] if total is None else int(SHARE_OF_CARD * total)
-    )
+    if total is None:
+        return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    return int(SHARE_OF_CARD * total)
 
 
-# Of the card, which does not change: a constant of what torch.compile traces.
+# Properties of a card do not change: they are constants to torch.compile.
 @torch.compiler.assume_constant_result
 def _total_bytes(index: int | None) -> int | None:
     return torch.cuda.get_device_properties(index).total_memory if torch.cuda.is_available() else None

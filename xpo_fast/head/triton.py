@@ -38,10 +38,7 @@ class TritonRowOperations(RowOperations):
         self.own_memory = True
         self.once = partial(one_read.run, bias=gemms.bias, **asdict(gemms.scaling))
         self.run = partial(
-            kernel.run,
-            bias=gemms.bias,
-            ref_bias=None if ref_gemms is None else ref_gemms.bias,
-            **asdict(gemms.scaling),
+            kernel.run, bias=gemms.bias, ref_bias=None if ref_gemms is None else ref_gemms.bias, **asdict(gemms.scaling)
         )
 
     def fused(self, gathered: Callable[[], Tensor], y: Tensor, outputs: Sequence[str], found: Tensor) -> bool:
@@ -77,13 +74,7 @@ class TritonRowOperations(RowOperations):
         self.run(z, y, ref_products=z_ref, out=out, upstream=upstream, grad=dz)
 
     def gradient(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        y: Tensor,
-        u: Mapping[str, Tensor],
-        v: Mapping[str, Tensor],
-        dz: Tensor,
+        self, z: Tensor, z_ref: Tensor | None, y: Tensor, u: Mapping[str, Tensor], v: Mapping[str, Tensor], dz: Tensor
     ) -> None:
         self.run(z, y, ref_products=z_ref, upstream=u, values=v, grad=dz)
 

@@ -1,4 +1,4 @@
-"""A trainable head at 3F: the loss of whole units is evaluated while their tile is live, and both gradients made."""
+"""A trainable head at 3F: the loss of whole units and both gradients are computed while their tile is live."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .rows import Group
 
 
 def pack(index: Tensor, lengths: Sequence[int], tile_tokens: int) -> list[Group]:
-    """Whole units, in order, as many a tile as fit; a unit longer than a tile has a group of its own.
+    """Packs whole units, in order, into groups that fit a tile; a unit longer than a tile is a group of its own.
 
-    index (n,): the scored positions, sorted by unit. lengths: the scored positions of each unit.
+    index (n,): the scored positions, sorted by unit. lengths: the number of scored positions of each unit.
     """
     groups: list[list[int]] = []
     room = 0
@@ -50,12 +50,10 @@ def unit_loss(
     """Returns a loss () that is a sum over units, differentiable in the operands, and the log-probs (N,), detached.
 
     coefficients(logp (n,), group) returns ∂loss/∂logp (n,) at the group's positions; total(logp (N,)) returns the loss.
-    With a weight_grad, dW · grad_scale is added to it here, and autograd is given none.
+    With a weight_grad, dW · grad_scale is added to it in this call, and autograd gets no dW.
     """
-    o = operands
-    out: Any = _UnitLoss.apply(
-        o.hidden, o.weight, o.bias, o.adapter, operands, groups, plan, coefficients, total, grad_scale
-    )
+    tensors = operands.hidden, operands.weight, operands.bias, operands.adapter
+    out: Any = _UnitLoss.apply(*tensors, operands, groups, plan, coefficients, total, grad_scale)
     return out
 
 
@@ -74,7 +72,7 @@ class _UnitLoss(torch.autograd.Function):
         total: Callable[[Tensor], Tensor],
         grad_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """The first four are the operands' own: autograd follows arguments only. See `unit_loss`."""
+        """Computes `unit_loss`. The first four repeat the operands' fields, since autograd tracks arguments only."""
         scale = 1.0 if operands.weight_grad is None else grad_scale
 
         def scaled(logp: Tensor, group: Group) -> Tensor:
@@ -104,17 +102,17 @@ class _UnitLoss(torch.autograd.Function):
 
 
 def scaled_to(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """saved · factor in a dtype: one pass over a wide dW, or none over what can be scaled in place."""
+    """Returns saved · factor in `dtype`, scaling and converting a wider tensor in one pass."""
     if saved.dtype == dtype:
         return scale_saved(saved, factor)
     return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=dtype))
 
 
 def _check_scale(factor: Tensor, scale: float) -> None:
-    """RuntimeError unless the loss was multiplied by what dW was multiplied by when it was added to `weight_grad`."""
+    """Raises RuntimeError unless the loss was multiplied by the number by which dW in `weight_grad` was scaled."""
     message = (
-        f"weight_grad was given the gradient of {scale:g} times the loss, and the backward is of another multiple: pass "
-        "what the loss is multiplied by as grad_scale="
+        f"weight_grad was given the gradient of {scale:g} times the loss, and the backward is of another multiple: "
+        "pass what the loss is multiplied by as grad_scale="
     )
     if on_host(factor):
         if not math.isclose(float(factor), scale, rel_tol=1e-6):

@@ -1,12 +1,14 @@
-"""A head whose vocabulary is cut over ranks: each multiplies the rows of W that it holds, for the same tokens.
+"""A head whose vocabulary is cut over ranks: each rank multiplies the rows of W that it holds, for the same tokens.
 
-softmax z needs every rank's logits, but only as a few sums over them. Of each row of a step's products a rank finds its
-largest logit, Σ e^(z − largest), the target's logit if it holds it, and the like for other statistics; one all-gather
-exchanges them, all at once, and each rank has the whole softmax at its own columns. dz and dW are its own; dH is the
-sum over ranks, made once, when the backward leaves the head. The products are those of a head that is not cut.
+The softmax over the whole vocabulary needs only a few sums over each rank's logits. For each row of a step's products a
+rank computes its largest logit, Σ e^(z − largest), the target's logit if it holds the target, and the like for other
+statistics. One all-gather exchanges them all, after which each rank has the exact softmax at its own columns. dz and dW
+stay local; dH is summed over the ranks once, when the backward leaves the head. The products cost what they cost
+without the cut, divided over the ranks.
 
-The exchange is one collective a step, for a gradient by recomputation another one, of a few float32 a token and rank. It is
-not overlapped with the products. Ranks combine the same numbers in the same order: their statistics are equal bit by bit.
+The exchange is one collective per step, and another one per step of a gradient by recomputation, of a few float32 per
+token and rank. It is not overlapped with the products. Ranks combine the same numbers in the same order, so their
+statistics are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -23,22 +25,22 @@ from .gemms import Gemms
 from .row_operations import RowOperations, expectation, row_blocks
 from .tiling import DEFAULT_TILE_BYTES
 
-# By handle. An entry stays: a compiled graph keeps the handle. There is one per cut of a vocabulary.
-_in_use: dict[str, VocabShard] = {}
+# Shards by handle. Entries are never removed, since a compiled graph keeps the handle; there is one per cut vocabulary.
+_by_handle: dict[str, VocabShard] = {}
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which tokens of a vocabulary the rows of this rank's weight are: start … start + rows − 1. Made by `agree`.
+    """The tokens of this rank's rows of the weight, start … start + rows − 1 of a vocabulary. Created by `agree`.
 
-    Rows from `vocab` on are padding: they are no tokens, take no part, and their gradient is 0.
+    Rows from token `vocab` on are padding: no logits are computed of them, and their gradient is 0.
     """
 
     group: Any  # torch.distributed.ProcessGroup
     vocab: int
     start: int
     rows: int  # of this rank's weight, padding included
-    largest: int  # the most tokens that a rank of the group holds
+    largest: int  # tokens of the largest shard of the group
     sum_hidden_grad: bool
 
     @classmethod
@@ -51,21 +53,25 @@ class VocabShard:
         group: Any = None,
         sum_hidden_grad: bool = True,
     ) -> VocabShard:
-        """Tell the ranks of a group who holds what. A collective: every rank calls it, once, when the model is made.
+        """Returns this rank's shard after the ranks of a group have exchanged which tokens each holds.
+
+        A collective: every rank calls it once, when the model is created.
 
             shard = xf.VocabShard.agree(weight.shape[0], vocab=50257, group=tensor_parallel_group)
             logp = xf.token_logps(hidden, weight, targets, vocab_shard=shard)
 
-        rows: of this rank's weight (and bias); as many as it likes. vocab: the number of tokens, if some rows are padding.
-        start: the first token of this rank; if not given, shards are in the order of ranks. group: all ranks if not given.
-        sum_hidden_grad: whether dH is summed over the ranks here, as for a `hidden` that each has; False where what made
-            `hidden` sums it, as the reduce-scatter of sequence parallelism does.
+        rows: the rows of this rank's weight (and bias); ranks may have different numbers. vocab: the number of tokens,
+            if some rows are padding; by default the sum of all rows.
+        start: the first token of this rank; by default shards are in the order of ranks. group: by default all ranks.
+        sum_hidden_grad: whether dH is summed over the ranks here, as it must be for a `hidden` that every rank has;
+            False if the operation that computed `hidden` sums it, as the reduce-scatter of sequence parallelism does.
 
-        For a DTensor that is sharded on its rows over a mesh of one dimension:
-        `agree(weight.to_local().shape[0], group=weight.device_mesh.get_group())`, and `weight.to_local()` as the weight.
+        For a DTensor that is sharded on its rows over a mesh of one dimension, call
+        `agree(weight.to_local().shape[0], group=weight.device_mesh.get_group())` and pass `weight.to_local()` as the
+        weight.
 
-        Raises ValueError, on every rank alike, for shards that overlap, leave a gap or hold no token, and for ranks that
-        do not agree on `vocab` or `sum_hidden_grad`.
+        Raises ValueError, on every rank alike, for shards that overlap, leave a gap or hold no token, and for ranks
+        that do not agree on `vocab` or `sum_hidden_grad`.
         """
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError("a vocabulary is cut over the ranks of a process group: call init_process_group() first")
@@ -73,26 +79,21 @@ class VocabShard:
         table: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(table, (start, rows, vocab, sum_hidden_grad), group)
         shards, vocab = _check(table)
-        return cls(
-            group,
-            vocab,
-            shards[dist.get_rank(group)][0],
-            rows,
-            max(b - a for a, b in shards),
-            sum_hidden_grad,
-        )
+        return cls(group, vocab, shards[dist.get_rank(group)][0], rows, max(b - a for a, b in shards), sum_hidden_grad)
 
     @property
     def stop(self) -> int:
+        """Returns the end of this rank's tokens, start … stop − 1."""
         return min(self.start + self.rows, self.vocab)
 
     @property
     def world(self) -> int:
+        """Returns the number of ranks of the group."""
         return dist.get_world_size(self.group)
 
     @property
     def why(self) -> str:
-        """What a plan says about it."""
+        """Returns the words that `Plan.why` has about the shard."""
         return f"; {self._part}: what {self.world} ranks found is exchanged once a tile"
 
     @property
@@ -100,46 +101,52 @@ class VocabShard:
         return f"tokens {self.start}:{self.stop} of {self.vocab}, rank {dist.get_rank(self.group)} of {self.world}"
 
     def handle(self) -> str:
-        """Returns the name by which an operator, which takes no object, finds this shard: `shard_of` of it."""
+        """Returns a string that stands for this shard in the arguments of an operator; `shard_of` is the inverse."""
         name = f"{self._part}, group {self.group.group_name}"
-        _in_use[name] = self
+        _by_handle[name] = self
         return name
 
     def tokens(self, **operands: Tensor | None) -> list[Any]:
-        """Weights and biases without the rows of padding; ValueError for other numbers of rows than agreed on."""
+        """Returns weights and biases without the rows of padding.
+
+        Raises ValueError for another number of rows than was agreed on.
+        """
         for name, x in operands.items():
             if x is not None and x.shape[:1] != (self.rows,):
                 raise ValueError(
-                    f"{name} is {tuple(x.shape)} and the ranks agreed on {self.rows} rows of this rank's: pass that shard, or "
-                    "make another VocabShard.agree(weight.shape[0], …) on every rank"
+                    f"{name} is {tuple(x.shape)} and the ranks agreed on {self.rows} rows of this rank's: pass that "
+                    "shard, or make another VocabShard.agree(weight.shape[0], …) on every rank"
                 )
         count = self.stop - self.start
         return [None if x is None else x if count == self.rows else x[:count] for x in operands.values()]
 
     def replicated(self, hidden: Tensor) -> Tensor:
-        """The hidden states (…, D) as they go into a rank's part of the head: their gradient is the sum of all parts'."""
+        """Returns the hidden states (…, D) with a gradient that is summed over the ranks, if `sum_hidden_grad`."""
         if not self.sum_hidden_grad:
             return hidden
         same: Any = _SumGradient.apply(hidden, self.group)
         return same
 
     def place(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The columns (n,) of target tokens (n,) among those of this rank, 0 for others', and which are its own (n,)."""
+        """Returns this rank's columns of target tokens (n,), 0 for other ranks' tokens, and which are its own (n,)."""
         own = (y >= self.start) & (y < self.stop)
         return torch.where(own, y - self.start, 0), own
 
     def target_rows(self, weight: Tensor, y: Tensor) -> Tensor:
-        """W[y] (n, D); zeros for the tokens of others."""
+        """Returns W[y] (n, D), with zeros for the tokens of other ranks."""
         columns, own = self.place(y)
         return weight[columns] * own.unsqueeze(1)
 
     def tile_bytes(self, device: torch.device) -> int:
-        """The default budget of a tile, whatever memory this rank has left: tiles must be the same on all."""
+        """Returns the default budget of a tile, which ignores this rank's card: tiles must be equal on all ranks."""
         return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _check(table: Sequence[tuple[int | None, int, int | None, bool]]) -> tuple[list[tuple[int, int]], int]:
-    """Each rank's tokens as (start, stop), and their number, from (start, rows, vocab, sum_hidden_grad) each."""
+    """Returns each rank's tokens (start, stop), and the vocabulary's size, from every rank's arguments of `agree`.
+
+    table: (start, rows, vocab, sum_hidden_grad) of each rank.
+    """
     starts, rows, vocabs, sums = zip(*table, strict=True)
     for name, values in (("vocab", vocabs), ("sum_hidden_grad", sums)):
         if len(set(values)) > 1:
@@ -166,7 +173,7 @@ def _check(table: Sequence[tuple[int | None, int, int | None, bool]]) -> tuple[l
 
 
 class _SumGradient(torch.autograd.Function):
-    """The same tensor; its gradient is the sum over the ranks of a group."""
+    """The identity, with a gradient that is summed over the ranks of a group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -181,31 +188,32 @@ class _SumGradient(torch.autograd.Function):
 
 
 def shard_of(handle: str) -> VocabShard | None:
-    """Returns the shard of a handle; None for the empty one, which stands for a whole vocabulary."""
-    return _in_use[handle] if handle else None
+    """Returns the shard of a handle; None for "", which stands for a vocabulary that is not cut."""
+    return _by_handle[handle] if handle else None
 
 
 class _Softmax:
-    """One over all ranks, from the largest logit (G, n) and Σ e^(z − largest) (G, n) of each."""
+    """The softmax over all ranks' columns, from each rank's largest logit (G, n) and Σ e^(z − largest) (G, n)."""
 
     def __init__(self, largest: Tensor, total: Tensor) -> None:
         self.largest = largest.amax(dim=0)  # (n,)
-        self.apart = largest - self.largest  # (G, n)
-        self.share = self.apart.exp()
+        self.shift = largest - self.largest  # (G, n)
+        self.share = self.shift.exp()
         self.total = (self.share * total).sum(dim=0)  # (n,) Σ e^(z − largest)
         self.log_total = self.total.log()
 
     @property
     def lse(self) -> Tensor:
+        """Returns log Σ e^z (n,)."""
         return self.largest + self.log_total
 
     def sum(self, x: Tensor) -> Tensor:
-        """Σ e^(z − largest)·x over all ranks (n,), from Σ e^(z − largest of a rank)·x (G, n)."""
+        """Returns Σ e^(z − largest)·x over all ranks (n,), from Σ e^(z − largest of the rank)·x (G, n)."""
         return torch.where(self.share == 0, 0, self.share * x).sum(dim=0)
 
 
 class VocabParallelRows(RowOperations):
-    """torch's row operations on a rank's columns, with the softmax of all of them."""
+    """torch's row operations on a rank's columns, with the softmax over the columns of all ranks."""
 
     def __init__(self, shard: VocabShard, gemms: Gemms, ref_gemms: Gemms | None = None) -> None:
         super().__init__(gemms, ref_gemms)
@@ -215,6 +223,7 @@ class VocabParallelRows(RowOperations):
         self._own: Tensor | None = None  # (n,) bool
 
     def softmax_(self, z: Tensor, rows: slice, *, reference: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Overwrites logits by probabilities over the whole vocabulary; they are normalised, so the sums are 1."""
         found = self._ref if reference else self._policy
         assert found is not None
         largest, log_total, total = (x[rows] for x in (found.largest, found.log_total, found.total))
@@ -222,6 +231,7 @@ class VocabParallelRows(RowOperations):
         return largest, log_total, torch.ones_like(total)
 
     def add_at_targets(self, z: Tensor, rows: slice, y: Tensor, x: Tensor) -> None:
+        """Adds x[i] to z[i, y[i]] for the rows whose target this rank holds; y are its columns."""
         assert self._own is not None
         super().add_at_targets(z, rows, y, x * self._own[rows])
 
@@ -235,6 +245,7 @@ class VocabParallelRows(RowOperations):
         dz: Tensor | None,
         factor: Tensor | None,
     ) -> None:
+        """Exchanges sums with the other ranks, writes the statistics from them, and then dz of this rank's columns."""
         y, sums = self._exchange(z, z_ref, y, outputs)
         for row, name in zip(rows, ("logp", "lse", *outputs), strict=True):
             row.copy_(self._statistic(name, sums))
@@ -242,21 +253,16 @@ class VocabParallelRows(RowOperations):
             super().statistics(z, None, y, (), torch.empty_like(rows[:2]), dz, factor)
 
     def gradient(
-        self,
-        z: Tensor,
-        z_ref: Tensor | None,
-        y: Tensor,
-        u: Mapping[str, Tensor],
-        v: Mapping[str, Tensor],
-        dz: Tensor,
+        self, z: Tensor, z_ref: Tensor | None, y: Tensor, u: Mapping[str, Tensor], v: Mapping[str, Tensor], dz: Tensor
     ) -> None:
+        """Exchanges sums with the other ranks, and then writes dz of this rank's columns."""
         y, _ = self._exchange(z, z_ref, y, ())
         super().gradient(z, z_ref, y, u, v, dz)
 
     def _exchange(
         self, z: Tensor, z_ref: Tensor | None, y: Tensor, outputs: Sequence[str]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The targets' columns (n,), and what every rank found of its own (G, n), by name; the softmax of all is kept."""
+        """Returns the targets' columns (n,), and every rank's sums by name (G, n); keeps the softmax over all ranks."""
         columns, self._own = self.shard.place(y)
         blocks = [
             self._sums(z[b], None if z_ref is None else z_ref[b], columns[b], self._own[b], outputs)
@@ -278,7 +284,7 @@ class VocabParallelRows(RowOperations):
         own: Tensor,  # (r,) bool
         outputs: Sequence[str],
     ) -> dict[str, Tensor]:
-        """What the other ranks are told of some rows, (r,) each."""
+        """Returns this rank's sums of a block of rows, (r,) each, by name: those that the ranks exchange."""
         z, e, largest = _exponentials(self.gemms, z)
         sums = {"largest": largest, "total": e.sum(dim=1)}
         sums["target"] = torch.where(own, z.gather(1, y.unsqueeze(1)).squeeze(1), 0)
@@ -303,7 +309,7 @@ class VocabParallelRows(RowOperations):
         return sums
 
     def _statistic(self, name: str, sums: Mapping[str, Tensor]) -> Tensor:
-        """A statistic of the whole vocabulary (n,)."""
+        """Returns a statistic over the whole vocabulary (n,)."""
         policy, ref = self._policy, self._ref
         assert policy is not None
         if name == "lse":
@@ -314,13 +320,13 @@ class VocabParallelRows(RowOperations):
         if name == "top1":
             return (target >= policy.largest).to(target.dtype)
         if name == "entropy":
-            return policy.log_total - policy.sum(sums[name] + sums["total"] * policy.apart) / policy.total
+            return policy.log_total - policy.sum(sums[name] + sums["total"] * policy.shift) / policy.total
         if name == "mean_logit":
             return sums[name].sum(dim=0) / self.shard.vocab
         if name == "log_sum_sq_probs":
             return (policy.share.square() * sums[name]).sum(dim=0).log() - 2 * policy.log_total
         assert ref is not None, name
-        log_ratio = (ref.largest - policy.largest) + (ref.log_total - policy.log_total)  # of the totals
+        log_ratio = (ref.largest - policy.largest) + (ref.log_total - policy.log_total)  # lse of ref − lse of policy
         if name == "kl":
             return ref.sum(sums[name]) / ref.total - log_ratio
         assert name == "reverse_kl", name
@@ -328,7 +334,7 @@ class VocabParallelRows(RowOperations):
 
 
 def _exponentials(gemms: Gemms, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Final logits (r, V), e^(z − largest) (r, V) and the largest (r,)."""
+    """Returns the final logits z (r, V), e^(z − largest) (r, V) and the largest (r,) from products."""
     z = products.clone()
     gemms.finish(z)
     largest = z.amax(dim=1)
@@ -336,5 +342,5 @@ def _exponentials(gemms: Gemms, products: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _finite(largest: Tensor) -> Tensor:
-    """The largest logits (r,), 0 where a bias of −∞ rules out every token of a rank."""
+    """Returns the largest logits (r,), with 0 where a bias of −∞ rules out every token of a rank."""
     return largest.masked_fill(largest == -torch.inf, 0)

@@ -82,11 +82,6 @@ class Head:
         """The width of `inputs`: D, or D + r with an adapter."""
         return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
 
-    def kwargs(self) -> dict[str, Any]:
-        """Returns the keyword arguments of `token_stats` that this head determines."""
-        given = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-        return given if self.adapter is None else given | {"adapter": self.adapter}
-
 
 def causal_lm(model: Any) -> Any:
     """Returns the `transformers` causal LM inside a PEFT model, or the model itself."""

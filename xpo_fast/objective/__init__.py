@@ -1,4 +1,4 @@
-"""Objective: hidden states and a head in, the loss and metrics of a method out."""
+"""The objective: from hidden states and a head to the loss and metrics of a method."""
 
 from .objective import Objective
 

@@ -1,4 +1,4 @@
-"""Rows and units of a call: which row belongs to which unit, which of them count, and a method's inputs from them."""
+"""Rows and units of a call: the rows of each unit, the units that count, and the methods' inputs from both."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from ..methods import Method
 from ..methods.math import check_rows
 
 PAIRS = ("all", "extremes")
+# Values of columns that every method accepts, for units that do not count; 0 for other columns.
 HARMLESS = {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5}
 
 
 def _columns(sides: Collection[str]) -> slice:
-    """The sides of pairs (P, 2) that are read: no list, which would be copied to a device and waited for."""
+    """Returns the columns of pairs (P, 2) that `sides` name; a slice, since an index list would wait for a device."""
     return slice(int("_w" not in sides), 1 + int("_l" in sides))
 
 
@@ -29,12 +30,12 @@ class Batch:
     """The layout of one call, from its targets alone.
 
     methods: of one layout. pairs: None, or how lists become pairs for a pairwise method ("all", "extremes").
-    list_size: rows a list, where the layout has lists. device: where the call computes; if not given nothing is computed
-    but counts, where the targets are.
+    list_size: rows per list, for layouts of lists. device: where the call computes; if not given, only counts can be
+    computed, on the targets' device.
 
-    A call needs to know which positions are scored: the layout is worked out on the host, and what the device needs of it
-    is copied there. Targets that are on a device are waited for, once, here. While a CUDA graph is captured nothing may be
-    read: then the layout is worked out on the device, and every position is taken, the ignored ones too.
+    Since a call must know which positions are scored, the layout is computed on the host, and copied to the device as
+    far as needed there. The host waits once, here, for targets that are on a device. While a CUDA graph is captured
+    nothing may be read: the layout is then computed on the device, and all positions are scored, ignored ones, too.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Batch:
         self.methods, self.ignore_index, self.pairs = methods, ignore_index, pairs
         self.name = " + ".join(m.name for m in methods)
         self.device = targets.device if device is None else device
-        self.static, self._from_host = static_shapes(targets), on_host(targets)
+        self.static, self._targets_on_host = static_shapes(targets), on_host(targets)
         if device is not None:
             self._check_capture()
             if not self.static and not torch.compiler.is_compiling():
@@ -65,84 +66,89 @@ class Batch:
         index = self._rows_of_units(flat.device)
         self.units = index.shape[0]
 
-        of_units = lengths[index]
+        unit_lengths = lengths[index]
         sides = {side for m in methods for side in m.sides}
         read = _columns(sides)
         if self.layout == "pairwise":
-            valid = (of_units[:, read] > 0).all(dim=1)
+            valid = (unit_lengths[:, read] > 0).all(dim=1)
         elif self.has_rejected:
-            valid = (of_units[:, :-1] > 0).any(dim=1) & (of_units[:, -1] > 0)
+            valid = (unit_lengths[:, :-1] > 0).any(dim=1) & (unit_lengths[:, -1] > 0)
         else:
-            valid = (of_units > 0).any(dim=1)
-        # The head need not see a row that no method reads, nor a unit that does not count.
+            valid = (unit_lengths > 0).any(dim=1)
+        # The head need not score a row that no method reads, nor a unit that does not count.
         seen = index[:, read] if self.layout == "pairwise" else index
         counted = torch.zeros(self.count, dtype=torch.bool, device=flat.device)
         counted[seen] = valid[:, None].expand_as(seen)
-        # What the head scores (N,), where it is read; and the layout there, if that is the host.
+        # The targets that the head scores (N,), and the layout: on the host, or under graph capture on the device.
         self.targets = torch.where(counted[rows], flat, ignore_index)
-        self._home = (rows, lengths, index, valid)
-        # The rows of the positions (N,), scored tokens of rows (R,), rows of units (U, rows a unit), units that count (U,).
-        self.rows, self.lengths, self.index, self.valid = (to_device(x, self.device) for x in self._home)
-        # The targets (N,) there; those that are scored (N,); each position's place in its row (N,), where rows are laid out.
+        self._row_tables = (rows, lengths, index, valid)
+        # On the call's device: the row of each position (N,), scored tokens of each row (R,), rows of each unit
+        # (U, rows per unit) and the units that count (U,).
+        self.rows, self.lengths, self.index, self.valid = (to_device(x, self.device) for x in self._row_tables)
+        # There, too: the targets (N,), whether each is scored (N,), and the offset of each position in its row (N,).
         self.device_targets = to_device(self.targets, self.device)
         self.scored = self.device_targets != ignore_index
         if self.layout == "policy" or any(m.draws_rivals for m in methods):
             self.offsets = torch.arange(rows.shape[0], device=self.device) - self.starts[self.rows]
 
     def _check_capture(self) -> None:
-        reasons = {m.name: self._against_capture(m) for m in self.methods} if self.static else {}
+        """Raises ValueError if a CUDA graph is being captured and a method cannot be captured into one."""
+        reasons = {m.name: self._capture_error(m) for m in self.methods} if self.static else {}
         for name, why in reasons.items():
             if why is not None:
                 raise ValueError(f"{name} cannot be captured into a CUDA graph: {why}; call it without one")
 
     @staticmethod
-    def _against_capture(method: Method) -> str | None:
+    def _capture_error(method: Method) -> str | None:
+        """Returns why a method cannot be captured into a CUDA graph, or None if it can."""
         if method.state is not None:
-            return "what it remembers of earlier batches would not go on from replay to replay"
+            return "what it remembers of earlier batches would not be updated from replay to replay"
         if method.unit == "batch":
             return "its losses depend on one another, and which units count is known only from the targets' values"
         return None
 
-    # --- what is where ------------------------------------------------------------------------------------------------
+    # --- rows and positions -------------------------------------------------------------------------------------------
 
     @property
     def packed(self) -> bool:
+        """Returns whether the rows are packed."""
         return self._cu_seqlens is not None
 
     @property
     def rejected_targets(self) -> Tensor:
-        """(N,) `targets`, where they are, of the rejected halves of pairs alone."""
-        return torch.where(self._home[0] >= self.units, self.targets, self.ignore_index)
+        """Returns `targets` (N,) of the rejected rows of pairs, with those of the chosen rows ignored."""
+        return torch.where(self._row_tables[0] >= self.units, self.targets, self.ignore_index)
 
     @property
     def starts(self) -> Tensor:
-        """The first position of each row: (R,)."""
+        """Returns the first position of each row: (R,)."""
         sizes = sum_rows(torch.ones_like(self.rows), self.rows, self.count)
         return sizes.cumsum(0) - sizes
 
     @cached_property
     def row_sizes(self) -> list[int]:
-        """Positions of each row, scored or not, known to the host: from shapes, or from offsets."""
+        """Returns the number of positions of each row, scored or not: from shapes, or from offsets on the host."""
         if self._cu_seqlens is None:
             return [self.shape[1]] * self.count
         if static_shapes(self._cu_seqlens):
             raise ValueError(
-                f"{self.name} needs the lengths of packed rows, which cannot be read while a CUDA graph is captured: pass "
-                "cu_seqlens= on the CPU"
+                f"{self.name} needs the lengths of packed rows, which cannot be read while a CUDA graph is captured: "
+                "pass cu_seqlens= on the CPU"
             )
         return self._cu_seqlens.diff().tolist()
 
     @property
     def width(self) -> int:
-        """The positions of the longest row."""
+        """Returns the number of positions of the longest row."""
         return self.shape[1] if len(self.shape) == 2 else max([1, *self.row_sizes])
 
     @property
     def has_rejected(self) -> bool:
-        """Whether the last row of each list is the rejected completion beside those that the policy made (`nn`)."""
+        """Returns whether the last row of each list is the rejected completion, after the policy's own (`nn`)."""
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
 
     def _rows_of_units(self, device: torch.device) -> Tensor:
+        """Returns the rows of each unit, (U, rows per unit). Raises ValueError if the number of rows does not fit."""
         order, list_size = torch.arange(self.count, device=device), self._list_size
         if self.layout == "pairwise":
             if self.count % 2:
@@ -164,10 +170,10 @@ class Batch:
             )
         return order.view(self.count // list_size, list_size)
 
-    # --- what is counted ----------------------------------------------------------------------------------------------
+    # --- counts and weights -------------------------------------------------------------------------------------------
 
     def items(self, method: Method) -> Tensor:
-        """What `reduction="mean"` counts in this batch: () int64."""
+        """Returns the number of items by which `reduction="mean"` divides the method's losses: () int64."""
         if method.denominator == "tokens":
             return self.tokens(method).sum()
         if method.denominator == "local_tokens":
@@ -175,14 +181,14 @@ class Batch:
         return self.valid.sum()
 
     def tokens(self, method: Method) -> Tensor:
-        """Scored tokens of each unit that counts, in the rows that the method reads: (U,)."""
+        """Returns the scored tokens of each unit in the rows that the method reads: (U,), 0 if it does not count."""
         lengths = self.lengths[self.index]
         if self.layout == "pairwise":
             lengths = lengths[:, _columns(method.sides)]
         return lengths.sum(dim=1) * self.valid
 
     def weights(self, method: Method, fixed_length: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What each unit's (or each token's) loss is multiplied by before the sum over units: (U,), or None for 1."""
+        """Returns the weight of each unit's losses in the sum over units: (U,), or None for 1."""
         ones = torch.ones(self.units, dtype=dtype, device=self.device)
         if method.denominator == "row_means":
             return ones / self.tokens(method).clamp(min=1)
@@ -194,7 +200,7 @@ class Batch:
 
     @property
     def beyond_shorter(self) -> Tensor:
-        """The scored tokens of a pair after its first min(len_w, len_l): (N,) bool."""
+        """Returns which positions are beyond their pair's shorter completion, in scored tokens: (N,) bool."""
         before = self.scored.long().cumsum(0) - self.scored.long()
         rank = before - torch.cat([before, before.new_zeros(1)])[self.starts[self.rows]]
         shorter = self.lengths[self.index].amin(dim=1).repeat(2)  # pairs are halves
@@ -202,12 +208,12 @@ class Batch:
 
     # --- inputs of a method -------------------------------------------------------------------------------------------
 
-    def of_units(self, rows: Tensor, units: Tensor | None) -> Tensor:
-        """(R,) values of rows as (U, rows a unit), of the units given or all."""
+    def by_unit(self, rows: Tensor, units: Tensor | None) -> Tensor:
+        """Returns values of rows (R,) as (U, rows per unit), for some units, or with None for all."""
         return rows[self.index if units is None else self.index[units]]
 
     def choose_pairs(self, scores: Tensor) -> None:
-        """With `pairs`: which completion of a list is better than which, by scores (U, K)."""
+        """Chooses the pairs of each list, as `pairs` says, by the completions' scores (U, K)."""
         if scores.shape != self.index.shape:
             raise ValueError(
                 f"{self.name}: scores must be a tensor {tuple(self.index.shape)}, got {tuple(scores.shape)}"
@@ -217,54 +223,58 @@ class Batch:
         mask = self.list_mask(None)
         finite = torch.where(mask, scores, 0.0).isfinite().all(dim=1)
         check_rows(
-            finite,
-            "finite scores",
-            "give each completion of the list one, or drop it",
-            scores=scores.sum(dim=1),
+            finite, "finite scores", "give each completion of the list one, or drop it", scores=scores.sum(dim=1)
         )
         self._chosen = list_pairs(scores, mask, self.pairs)
-        if any(m.unit == "batch" for m in self.methods):  # `counted_at` wants to know
-            _, lengths, index, _ = self._home
+        if any(m.unit == "batch" for m in self.methods):  # for `counted_indices`
+            _, lengths, index, _ = self._row_tables
             real = list_pairs(to_host(given), to_host(lengths[index] > 0), self.pairs)[2]
-            self._pairs_at_home = real.flatten()
+            self._real_pairs_on_host = real.flatten()
 
     def list_mask(self, units: Tensor | None) -> Tensor:
-        """Which of a list's completions there are: (U, K) bool."""
-        mask = self.of_units(self.lengths > 0, units)
+        """Returns which completions of a list exist: (U, K) bool."""
+        mask = self.by_unit(self.lengths > 0, units)
         return mask[:, :-1] if self.has_rejected else mask
 
     def _pairs(self, units: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns `list_pairs` of some units, or with None of all."""
         winner, loser, real = self._chosen if units is None else tuple(x[units] for x in self._chosen)
         return winner, loser, real
 
     @property
     def counted(self) -> Tensor:
-        """The units that count, or with `pairs` the pairs of all lists: bool."""
+        """Returns which units count (U,), or with `pairs` which pairs of all lists (U·C,): bool."""
         return self._pairs(None)[2].flatten() if self.pairs else self.valid
 
     @property
-    def counted_at(self) -> Tensor:
-        """Indices of those that are counted."""
-        counted = self._pairs_at_home if self.pairs else self._home[-1]
+    def counted_indices(self) -> Tensor:
+        """Returns the indices of `counted`, found on the host."""
+        counted = self._real_pairs_on_host if self.pairs else self._row_tables[-1]
         return to_device(counted.nonzero().squeeze(1), self.device)
 
     def mean_of_pairs(
         self, losses: Tensor, metrics: dict[str, Tensor], units: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (U·C,) of pairs as means over each list's (U,); metrics NaN where there is no pair."""
+        """Returns the mean loss over each list's pairs (U,), and metrics (U, C), NaN where there is no pair.
+
+        losses, metrics: of all pairs, (U·C,).
+        """
         real = self._pairs(units)[2]
         total = torch.where(real, losses.view(real.shape), 0.0).sum(dim=1)
         metrics = {name: torch.where(real, x.view(real.shape), torch.nan) for name, x in metrics.items()}
         return total / real.sum(dim=1).clamp(min=1), metrics
 
     def inputs(self, prefix: str, rows: Tensor, units: Tensor | None, absent: float) -> dict[str, Tensor]:
-        """(R,) values of rows by the names that methods know, "logp" → logp_w, logp_l; `absent` in units left out."""
+        """Returns values of rows (R,) under the methods' names of inputs: "logp" → logp_w, logp_l.
+
+        Units that do not count get `absent`.
+        """
         valid = self.valid if units is None else self.valid[units]
-        values = self.of_units(rows, units)
+        values = self.by_unit(rows, units)
         values = torch.where(valid[:, None], values, absent)
         if self.pairs:
             winner, loser, real = self._pairs(units)
-            # Where there is no pair, numbers that every method takes.
+            # Where there is no pair, numbers that every method accepts.
             dummies = (1.0, 0.0) if prefix == "score" else (absent, absent)
             sides = (torch.where(real, values.gather(1, at), x) for at, x in zip((winner, loser), dummies))
             return {prefix + side: x.flatten() for side, x in zip(("_w", "_l"), sides, strict=True)}
@@ -279,9 +289,9 @@ class Batch:
         return {"length" if prefix == "len" else prefix: values[:, 0]}
 
     def grid(self, x: Tensor, positions: Tensor | None, units: Tensor | None, absent: float = 0.0) -> Tensor:
-        """x (n,), one value a position, as (U, T) rows; `absent` where a row has no position.
+        """Returns x (n,), one value per position, as rows (U, T), with `absent` where a row has no position.
 
-        positions (n,): where the values stand, None for all N of them. units: the rows wanted, None for all.
+        positions (n,): the positions of the values, None for all N. units: the rows to return, None for all.
         """
         rows = self.rows if positions is None else self.rows[positions]
         at = self.offsets if positions is None else self.offsets[positions]
@@ -294,23 +304,24 @@ class Batch:
         return blank.index_put((rows, at), x)
 
     def rejected_grid(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x (N,) as rows (U, T), of the pairs whose rejected rows are given."""
+        """Returns x (N,) as rows (U, T), of the rejected rows given."""
         wanted = torch.full((self.count,), -1, device=self.device)
         wanted[rows] = torch.arange(rows.shape[0], device=self.device)
-        at = wanted[self.rows]  # −1, which is the last: all other rows' positions go into one that is dropped
+        at = wanted[self.rows]  # −1 for positions of other rows: they are written into an extra last row, and dropped
         blank = torch.zeros((rows.shape[0] + 1, self.width), dtype=x.dtype, device=x.device)
         return blank.index_put((at, self.offsets), x)[:-1]
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def check_columns(self, given: Mapping[str, Tensor | None], supplied: set[str]) -> dict[str, Tensor]:
-        """The methods' inputs that come from the caller; ValueError for a missing, unknown or misshapen one.
+        """Returns the caller's columns on the call's device.
 
-        supplied: inputs that the objective has from elsewhere, if the caller does not give them.
+        supplied: columns that the objective provides if the caller does not. Raises ValueError for a column that is
+        missing, unknown, or of a wrong shape or device.
         """
         takes = dict.fromkeys(n for m in self.methods for n in m.columns)
         needed = dict.fromkeys(n for m in self.methods for n in m.columns if n in m.required)
-        if self.pairs:  # nothing else could be said of each pair
+        if self.pairs:  # a list's columns cannot say more of each of its pairs
             takes = {
                 n: None for m in self.methods for n in ("scores", *m.columns) if n == "scores" or m.axes(n) == ("",)
             }
@@ -336,12 +347,13 @@ class Batch:
         return columns
 
     def placed(self, name: str, x: Tensor) -> Tensor:
-        """x where the call computes: it is there, or on the host as the targets are; else ValueError."""
-        if x.device != self.device and not (self._from_host and on_host(x)):
+        """Returns x on the call's device. Raises ValueError if it is neither there nor on the host with the targets."""
+        if x.device != self.device and not (self._targets_on_host and on_host(x)):
             raise ValueError(f"{self.name}: {name} is on {x.device} and hidden on {self.device}: move one of them")
         return to_device(x, self.device)
 
     def _column_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """Returns the shapes that a column may have; none if it may have any."""
         method = next((m for m in self.methods if name in m.inputs), None)
         if method is None or self.pairs:
             return [(self.units, self.index.shape[1])] if name == "scores" else [(self.units,), ()]
@@ -351,13 +363,19 @@ class Batch:
         return [] if "II" in axes else [sizes[a] for a in axes] + [()]
 
     def per_token(self, name: str, x: Tensor) -> bool:
-        """Whether a column has one entry a token; an (N,) one of as many packed rows as positions has one a row."""
-        return "UT" in self.methods[0].axes(name) and x.dim() > 0 and (
-            x.shape == self.shape and (x.shape != (self.units,) or "U" not in self.methods[0].axes(name))
-        )  # fmt: skip
+        """Returns whether a column has one entry per token.
+
+        Where every packed row has one position, a column (N,) is read as one entry per row.
+        """
+        axes = self.methods[0].axes(name)
+        per_row = x.shape == (self.units,) and "U" in axes
+        return "UT" in axes and x.dim() > 0 and x.shape == self.shape and not per_row
 
     def column(self, name: str, x: Tensor, units: Tensor | None) -> dict[str, Tensor]:
-        """A caller's column as inputs of the units given; in units left out, a number that every method takes."""
+        """Returns a caller's column as inputs of some units, or with None of all.
+
+        Units that do not count get a number that every method accepts.
+        """
         if self.pairs and name == "scores":
             return self.inputs("score", x.reshape(-1), units, 0.0)
         if x.dim() == 0:
@@ -369,8 +387,11 @@ class Batch:
             x = torch.where(valid, x, HARMLESS.get(name, 0.0))
         return {name: x}
 
-    def check_rows(self, name: str, values: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
-        """`values` detached, if it is of one of the shapes; else ValueError."""
+    def check_logps(self, name: str, values: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+        """Returns log-probs detached, on the call's device and at least in float32.
+
+        Raises ValueError for values of none of the shapes.
+        """
         if values.shape not in shapes:
             expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
             raise ValueError(f"{name} must be {expected}, got {tuple(values.shape)}")
@@ -380,28 +401,32 @@ class Batch:
     # --- tiles --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _by_unit(self) -> tuple[Tensor, list[list[int]]]:
-        """The positions to score sorted by unit, and how many each row of each unit has."""
-        # Positions of a row stand together, so that rows are all there is to sort.
-        if self.static:  # every position, and only sizes are known
+    def _sorted_positions(self) -> tuple[Tensor, list[list[int]]]:
+        """Returns the positions to score, sorted by unit, and the number of them in each row of each unit."""
+        # The positions of a row are contiguous, so only rows need to be sorted.
+        if self.static:  # all positions are scored, and only their numbers are known
             at, sizes = torch.arange(self.rows.shape[0], device=self.device), self.row_sizes
             index = self._rows_of_units(torch.device("cpu"))
         else:
             at = (self.targets != self.ignore_index).nonzero().squeeze(1)
-            rows, _, index, _ = self._home
+            rows, _, index, _ = self._row_tables
             sizes = torch.bincount(rows[at], minlength=self.count).tolist()
         parts = at.split(sizes)
-        by_unit = torch.cat([at[:0], *(parts[row] for row in index.flatten().tolist())])
-        return to_device(by_unit, self.device), [[sizes[row] for row in unit] for unit in index.tolist()]
+        ordered = torch.cat([at[:0], *(parts[row] for row in index.flatten().tolist())])
+        return to_device(ordered, self.device), [[sizes[row] for row in unit] for unit in index.tolist()]
 
     @property
     def longest_unit(self) -> int:
-        return max(map(sum, self._by_unit[1]), default=0)
+        """Returns the scored tokens of the longest unit."""
+        return max(map(sum, self._sorted_positions[1]), default=0)
 
     def groups(self, tile_tokens: int, vocab: int, *, by_token: bool) -> list[Group]:
-        """Whole units packed into tiles, or tokens where each is a unit; ValueError for a bad target that can be read."""
+        """Returns whole units packed into tiles; with by_token, tokens, each of them a unit.
+
+        Checks the targets: raises ValueError for one outside the vocabulary if it can be read.
+        """
         check_targets(self.targets, self.ignore_index, vocab)
-        index, sizes = self._by_unit
+        index, sizes = self._sorted_positions
         if not by_token:
             return pack(index, [sum(rows) for rows in sizes], tile_tokens)
         count = -(-index.shape[0] // tile_tokens)
@@ -413,24 +438,25 @@ class Batch:
 
     @cached_property
     def row_bounds(self) -> Tensor:
-        """Offsets (R + 1,) of the rows among all positions."""
+        """Returns the offsets (R + 1,) of the rows among all positions."""
         return self._bounds(self.row_sizes)
 
     @cached_property
     def unit_bounds(self) -> Tensor:
-        """Offsets (R + 1,) of the rows among the positions of all groups: the rows of a unit side by side."""
-        return self._bounds([size for rows in self._by_unit[1] for size in rows])
+        """Returns the offsets (R + 1,) of the rows among all groups' positions, where a unit's rows are adjacent."""
+        return self._bounds([size for rows in self._sorted_positions[1] for size in rows])
 
     def _bounds(self, sizes: list[int]) -> Tensor:
+        """Returns the offsets (R + 1,) of rows of these sizes, without a copy from the host if all are equal."""
         if len(set(sizes)) == 1:
             return sizes[0] * torch.arange(len(sizes) + 1, device=self.device)
         return to_device(torch.tensor([0, *itertools.accumulate(sizes)]), self.device)
 
 
 def list_pairs(scores: Tensor, mask: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of a list's completions are better than which: (winner (U, C), loser (U, C), real (U, C) bool).
+    """Returns the pairs of each list's completions: winner (U, C), loser (U, C), and real (U, C), whether it is a pair.
 
-    scores (U, K), higher is better; mask (U, K). how: "all" pairs, or the "extremes", the best against the worst.
+    scores (U, K), higher is better; mask (U, K). how: "all" pairs, or "extremes", the best against the worst.
     Completions of equal score are no pair.
     """
     size = scores.shape[1]

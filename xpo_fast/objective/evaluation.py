@@ -1,4 +1,4 @@
-"""The losses of one call from the policy's log-probs: per method, per unit, reduced, or as coefficients ∂loss/∂logp."""
+"""The losses of a call from the policy's log-probs: by method and unit, reduced, or as coefficients ∂loss/∂logp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Found = tuple[Tensor, dict[str, Tensor]]  # losses and metrics of a method
 
 
 class Evaluation:
-    """What a call makes of log-probs, once the batch and everything beside the policy's log-probs is known.
+    """The methods of a call as functions of the policy's log-probs; all other inputs are fixed.
 
     remembered: the objective's state, read where a method's input is not among the columns.
     """
@@ -38,32 +38,27 @@ class Evaluation:
         self.settings, self.batch, self.known = settings, batch, known
         self.remembered, self.denominator = remembered, denominator
 
-    @property
-    def by_token(self) -> bool:
-        """Whether every loss is one per token."""
-        return all(m.unit == "token" for m in self.settings.methods)
-
     def denominator_of(self, k: int) -> float | Tensor:
-        """Returns what the k-th method's sum of losses is divided by."""
+        """Returns the denominator of the k-th method's sum of losses."""
         d = self.denominator
         return d[k] if isinstance(d, Tensor) and d.dim() else d
 
-    def whole(self, logp: Tensor) -> LossOutput:
+    def output(self, logp: Tensor) -> LossOutput:
         """Returns loss and metrics from the log-probs (N,) of all positions."""
         found = [self.losses(term, logp) for term in self.settings.terms]
-        each = self._reduce_each([losses.detach() for losses, _ in found])
+        reduced = self._reduce_terms([losses.detach() for losses, _ in found])
         metrics: dict[str, Tensor] = {}
         for _, own in found:
             metrics = {**own, **metrics}
         valid = self.batch.valid
         total = self.reduce([losses for losses, _ in found])
-        return LossOutput(total, mean_metrics(metrics, valid), count_metrics(metrics, valid), tuple(each))
+        return LossOutput(total, mean_metrics(metrics, valid), count_metrics(metrics, valid), tuple(reduced))
 
     def coefficients(self, logp: Tensor, group: Group) -> Tensor:
         """Returns ∂loss/∂logp (n,) at the positions of a group, from the log-probs (n,) there."""
         at, units = group.positions, group.units
-        # Units between these have nothing to score: they are left out as any other that does not count.
-        some = None if self.by_token else torch.arange(units[0], units[-1] + 1, device=logp.device)
+        # Units in between that are not in the group have no scored token, and do not count.
+        some = None if self.settings.by_token else torch.arange(units[0], units[-1] + 1, device=logp.device)
         with torch.enable_grad(), unchecked():
             leaf = logp.detach().requires_grad_()
             found = [self.losses(term, leaf, at, some)[0] for term in self.settings.terms]
@@ -71,27 +66,27 @@ class Evaluation:
         return u
 
     def check(self) -> None:
-        """Evaluates all units once on made-up log-probs, so that a unit that is refused is named by its place."""
+        """Evaluates all units once on placeholder log-probs, so that a method's error names a unit by its index."""
         logp = self.batch.scored.new_zeros(self.batch.scored.shape, dtype=torch.float32)
         with torch.no_grad():
             for term in self.settings.terms:
                 self.losses(term, logp)
 
     def own_gradient(self, logp: Tensor) -> Tensor:
-        """Returns 0 with the gradient of the loss in everything but the policy's log-probs (N,), which carry none."""
+        """Returns 0 with the gradient of the loss in everything but the policy's log-probs (N,), which are detached."""
         found = (self.losses(term, logp)[0] for term in self.settings.terms)
         return self.reduce([x - x.detach() for x in found])
 
     def inputs(
         self, term: Term, logp: Tensor, positions: Tensor | None = None, units: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Returns a method's inputs for some units: logp (n,) at the positions (n,), or at all of them."""
+        """Returns a method's inputs for some units, or all, from logp (n,) at the positions (n,), or at all N."""
         batch, known, method = self.batch, self.known, term.method
         wanted = {n for n in method.inputs if method.wants(n, term.hyperparameters)}
         remembered = {n: to_device(x, batch.device) for n, x in self.remembered.items() if n in wanted}
         columns = {**remembered, **known.columns}
         if method.layout == "policy":
-            single = positions is not None and units is None  # a token a unit
+            single = positions is not None and units is None  # every token is a unit
 
             def grid(x: Tensor) -> Tensor:
                 x = x if positions is None else x[positions]
@@ -105,9 +100,9 @@ class Evaluation:
                     inputs[name] = grid(x.reshape(-1))
                 elif name in wanted:
                     at = units if not single else batch.rows[positions]
-                    # "II", whatever belongs to no unit, is passed on whole.
-                    whole = x.dim() == 0 or at is None or "II" in method.axes(name)
-                    inputs[name] = x if whole else x[at]
+                    # "II" marks inputs that do not belong to units.
+                    shared = x.dim() == 0 or at is None or "II" in method.axes(name)
+                    inputs[name] = x if shared else x[at]
             return {n: x for n, x in inputs.items() if n in wanted}
         discounted = self.settings.ld_alpha is not None and term.compares_pairs
         inputs = batch.inputs(
@@ -130,14 +125,14 @@ class Evaluation:
         return {n: x for n, x in inputs.items() if n in wanted}
 
     def losses(self, term: Term, logp: Tensor, positions: Tensor | None = None, units: Tensor | None = None) -> Found:
-        """Returns the losses and metrics of one method, by unit.
+        """Returns the losses and metrics of one method, by unit, with the modifiers applied.
 
         Units that do not count get loss 0; their metrics are meaningless and masked by the caller.
         """
         batch, known = self.batch, self.known
         inputs = self.inputs(term, logp, positions, units)
         if term.method.unit == "batch":
-            losses, metrics = _of_counted(term, inputs, batch)
+            losses, metrics = _evaluate_counted(term, inputs, batch)
         else:
             losses, metrics = term.method(**inputs, **term.hyperparameters)
         if known.row_weight is not None:
@@ -152,15 +147,16 @@ class Evaluation:
         return torch.where(valid, losses, 0.0), metrics
 
     def reduce(self, found: Sequence[Tensor], positions: Tensor | None = None, units: Tensor | None = None) -> Tensor:
-        """Returns the methods' losses as one scalar, or summed unit by unit with reduction="none"."""
-        each = self._reduce_each(found, positions, units)
-        total: Any = sum(term.weight * x for term, x in zip(self.settings.terms, each, strict=True))
+        """Returns the weighted sum of the methods' losses: a scalar, or by unit with reduction="none"."""
+        reduced = self._reduce_terms(found, positions, units)
+        total: Any = sum(term.weight * x for term, x in zip(self.settings.terms, reduced, strict=True))
         return total
 
-    def _reduce_each(
+    def _reduce_terms(
         self, found: Sequence[Tensor], positions: Tensor | None = None, units: Tensor | None = None
     ) -> list[Tensor]:
-        batch, settings, each = self.batch, self.settings, []
+        """Returns the reduced losses of each method, without its weight."""
+        batch, settings, reduced = self.batch, self.settings, []
         for k, (term, losses) in enumerate(zip(settings.terms, found, strict=True)):
             if settings.reduction == "mean":
                 weights = batch.weights(term.method, settings.fixed_length, losses.dtype)
@@ -168,16 +164,16 @@ class Evaluation:
                     if positions is not None:
                         weights = weights[batch.rows[positions] if units is None else units]
                     losses = losses * (weights[:, None] if losses.dim() == 2 else weights)
-            each.append(reduce_losses(losses, settings.reduction, self.denominator_of(k)))
-        return each
+            reduced.append(reduce_losses(losses, settings.reduction, self.denominator_of(k)))
+        return reduced
 
 
-def _of_counted(term: Term, inputs: Mapping[str, Tensor], batch: Batch) -> Found:
-    """Returns losses and metrics of a method whose losses depend on one another, on the units (U,) that count.
+def _evaluate_counted(term: Term, inputs: Mapping[str, Tensor], batch: Batch) -> Found:
+    """Evaluates a method whose losses depend on one another on the units that count alone.
 
-    The others get 0 and NaN.
+    Returns losses and metrics of all units (U,), 0 and NaN for those that do not count.
     """
-    at, shape = batch.counted_at, batch.counted.shape
+    at, shape = batch.counted_indices, batch.counted.shape
     inputs = {n: x[at] if x.dim() else x for n, x in inputs.items()}
     losses, metrics = term.method(**inputs, **term.hyperparameters)
 

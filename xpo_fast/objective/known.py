@@ -1,4 +1,4 @@
-"""What a call knows beside the policy's log-probs: columns, the reference's log-probs, further statistics."""
+"""The inputs of a call's methods beside the policy's log-probs: columns, the reference's log-probs, statistics."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .batch import Batch
 
 @dataclass
 class Known:
-    """What a call knows before the policy's log-probs, or beside them."""
+    """The inputs of a call's methods beside the policy's log-probs."""
 
     columns: dict[str, Tensor]
-    # (R,), and what stands in units left out
+    # Values of rows (R,), and the placeholder for units that do not count.
     rows: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)  # (N,)
-    discounted_ref: Tensor | None = None  # (R,) reference log-probs as `ld_alpha` has them
-    row_weight: Tensor | None = None  # (R,) what a row's loss is multiplied by
+    discounted_ref: Tensor | None = None  # (R,) the reference's log-probs, discounted by `ld_alpha`
+    row_weight: Tensor | None = None  # (R,) the factors of `wpo`
 
     @property
     def learns(self) -> bool:
-        """Whether the loss has a gradient by more than the policy's log-probs."""
+        """Returns whether the loss has a gradient in any of these inputs."""
         return any(x.requires_grad for x in (*self.columns.values(), *self.tokens.values()))
 
 
 def row_sums(batch: Batch, logp: Tensor, positions: Tensor | None = None, ld_alpha: float | None = None) -> Tensor:
-    """Returns log-probs (n,) of the positions, or of all, summed over rows (R,).
+    """Returns the sums over rows (R,) of log-probs (n,) at some positions, or at all N.
 
-    ld_alpha: what the tokens of a pair beyond its shorter completion are multiplied by; None for no discount.
+    ld_alpha: factor of the log-probs beyond the length of a pair's shorter completion; None for 1.
     """
     if ld_alpha is not None:
         beyond = batch.beyond_shorter if positions is None else batch.beyond_shorter[positions]

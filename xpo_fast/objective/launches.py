@@ -1,4 +1,4 @@
-"""The objective's losses by the segment kernels: rows, inputs and denominators of a batch as one launch takes them."""
+"""The objective's losses by the segment kernels: passes a batch's rows, inputs and denominators to the launches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .batch import Batch
 from .known import Known
 from .terms import Term
 
-# Which kernels take of every method.
+# Inputs that the kernels accept for every method.
 _LENGTHS = ("len_w", "len_l", "length")
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """What a term's launches have in common."""
+    """The arguments that all launches of a term share."""
 
     term: Term
-    of_units: Mapping[str, Tensor]  # (U,)
+    by_unit: Mapping[str, Tensor]  # (U,)
     others: Mapping[str, Tensor]  # (N,) by token, or () one number
     weights: Tensor | None  # (U,)
     denominator: float | Tensor | None
@@ -36,10 +36,10 @@ class _Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """A launch a term: for the loss and the metrics of a batch, or ∂loss/∂logp of some of its units."""
+    """The kernels of a call, one launch per term, in place of `Evaluation`: same `output` and `coefficients`."""
 
     batch: Batch
-    each: Sequence[_Launch]
+    launches: Sequence[_Launch]
 
     @classmethod
     def of(
@@ -53,10 +53,11 @@ class Launches:
         fixed_length: int | None,
         dtype: torch.dtype,
     ) -> Launches | None:
-        """None where the pure functions are called for: by a method without a kernel, or an input with a gradient.
+        """Returns the launches of a call, or None if the methods' pure functions must be evaluated instead.
 
-        So they are while torch.compile traces, which fuses them itself, and for packed rows while a CUDA graph is captured:
-        their offsets are on the host, from where nothing may be copied.
+        That is so for a method without a kernel and for an input with a gradient; while torch.compile traces, since it
+        fuses the functions itself; and for packed rows while a CUDA graph is captured, since their offsets are on the
+        host, from which nothing may be copied.
         """
         columns = {**state, **known.columns}
         if (
@@ -71,7 +72,7 @@ class Launches:
         ):
             return None
         columns = {n: to_device(x, batch.device) for n, x in columns.items()}
-        each = []
+        launches = []
         for term, denominator in zip(terms, denominators, strict=True):
             weights = None
             if reduction == "sum":
@@ -80,26 +81,25 @@ class Launches:
                 weights = batch.weights(term.method, fixed_length, dtype)
                 denominator = denominator.to(dtype) if isinstance(denominator, Tensor) else denominator
             inputs = _inputs(term, batch, known, columns, dtype)
-            each.append(_Launch(term, *inputs, weights, denominator))
-        return cls(batch, each)
+            launches.append(_Launch(term, *inputs, weights, denominator))
+        return cls(batch, launches)
 
-    def whole(self, logp: Tensor) -> LossOutput:
-        """Loss, metrics and counts from the log-probs (N,) of all positions, 0 where ignored."""
-        found = [self._evaluate(launch, logp, self.batch.row_bounds) for launch in self.each]
+    def output(self, logp: Tensor) -> LossOutput:
+        """Returns loss, metrics and counts from the log-probs (N,) of all positions, 0 where ignored."""
+        found = [self._evaluate(launch, logp, self.batch.row_bounds) for launch in self.launches]
         metrics: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
-        for one in found:
-            metrics, counts = {**one.metrics, **metrics}, {**one.counts, **counts}
-        weights = [launch.term.weight for launch in self.each]
-        losses = [one.loss for one in found]
+        for result in found:
+            metrics, counts = {**result.metrics, **metrics}, {**result.counts, **counts}
+        weights = [launch.term.weight for launch in self.launches]
+        losses = [result.loss for result in found]
         total: Any = losses[0] if weights == [1] else sum(w * x for w, x in zip(weights, losses, strict=True))
         return LossOutput(total, metrics, counts, tuple(x.detach() for x in losses))
 
     def coefficients(self, logp: Tensor, group: Group) -> Tensor:
-        """∂loss/∂logp (n,) at the positions of a group."""
-        first, *more = (
-            self._evaluate(launch, logp, self.batch.unit_bounds, group, launch.term.weight).u for launch in self.each
-        )
+        """Returns ∂loss/∂logp (n,) at the positions of a group, from the log-probs (n,) there."""
+        bounds = self.batch.unit_bounds
+        first, *more = (self._evaluate(launch, logp, bounds, group, launch.term.weight).u for launch in self.launches)
         return sum(more, first)
 
     def _evaluate(
@@ -110,9 +110,10 @@ class Launches:
         group: Group | None = None,
         scale: float = 1.0,
     ) -> segments.Evaluation:
+        """Launches a term's kernel for the batch, or for the units of a group."""
         method, units = launch.term.method, slice(0, self.batch.units)
         if group is not None and group.units:
-            # Units between these have nothing to score, and no position.
+            # Units in between that are not in the group have no scored position.
             units = slice(group.units[0], group.units[-1] + 1)
             rows = self.batch.index.shape[1]
             bounds = bounds[rows * units.start : rows * units.stop + 1]
@@ -127,7 +128,7 @@ class Launches:
             denominator=launch.denominator,
             scale=scale,
             positions=group.positions if group is not None and method.layout == "policy" else None,
-            **{name: x[units] for name, x in launch.of_units.items()},
+            **{name: x[units] for name, x in launch.by_unit.items()},
             **launch.others,
         )
 
@@ -135,16 +136,16 @@ class Launches:
 def _inputs(
     term: Term, batch: Batch, known: Known, columns: Mapping[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The method's inputs by unit, and the others; but for the log-probs."""
+    """Returns a method's inputs other than the policy's log-probs: those with an entry per unit, and the rest."""
     method = term.method
     rows = {"len": batch.lengths, **{n: x for n, (x, _) in known.rows.items() if n == "ref_logp"}}
-    of_units: dict[str, Tensor] = {}
+    by_unit: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
-    if method.layout == "pairwise":  # the chosen rows are one half of all, the rejected the other
+    if method.layout == "pairwise":  # the chosen rows are the first half, the rejected the second
         for name, x in rows.items():
-            of_units[name + "_w"], of_units[name + "_l"] = x.view(2, batch.units).unbind()
+            by_unit[name + "_w"], by_unit[name + "_l"] = x.view(2, batch.units).unbind()
     elif method.layout == "unpaired":
-        of_units = {"length" if name == "len" else name: x for name, x in rows.items()}
+        by_unit = {"length" if name == "len" else name: x for name, x in rows.items()}
     else:
         others = {"mask": batch.scored, **known.tokens}
     for name, x in columns.items():
@@ -153,12 +154,12 @@ def _inputs(
         if batch.per_token(name, x):
             others[name] = x.reshape(-1)
         elif "U" in INPUTS[name].axes:
-            of_units[name] = x.expand(batch.units)
-        else:  # one number for all tokens, or all there is
+            by_unit[name] = x.expand(batch.units)
+        else:  # one number for all tokens, or for the call
             others[name] = x.expand(batch.scored.shape) if "UT" in INPUTS[name].axes else x
 
-    def read(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def wanted(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         takes = {n: x for n, x in inputs.items() if method.wants(n, term.hyperparameters) or n in _LENGTHS}
         return {n: x.to(dtype) if x.is_floating_point() else x for n, x in takes.items()}
 
-    return read(of_units), read(others)
+    return wanted(by_unit), wanted(others)

@@ -1,4 +1,4 @@
-"""Objective: hidden states and a head in, the loss and metrics of a method out. It composes the arrows, owns no loss."""
+"""The objective: composes head, batch, methods and reduction into a loss with metrics; it defines no loss itself."""
 
 from __future__ import annotations
 
@@ -32,31 +32,32 @@ _IGNORED_BY_PLAN = {"denominator", "grad_scale", "ref_logps", "ref_token_logp"}
 
 
 class Objective(Settings):
-    """A method, or a weighted sum of methods, through the head.
+    """A method, or a weighted sum of methods, applied through the head.
 
         objective = Objective("simpo", beta=2.0, gamma=1.0)
         out = objective(hidden, weight, targets)
         out.loss.backward()
 
-    method: a name of METHODS; a sum of them, "dpo + 0.5*sft"; or a list of names, of which each may come with
-        hyperparameters of its own, [("dpo", {"beta": 0.2}), "sft"], and with `weights`. All of one layout.
-    reduction: "mean" over what the method's mean is over (units; tokens, rows or a fixed length: Method.denominator),
-        "sum" or "none".
-    pairs: with a pairwise method and lists of K scored completions: "all" pairs of a list, whose mean is its loss, or
-        the "extremes", its best against its worst.
-    ld_alpha: in [0, 1], multiplies the log-probs, policy's and reference's, of a pair's tokens beyond the length of its
-        shorter completion (LD-DPO, arXiv 2409.06411).
+    method: a name of METHODS; a sum of them, "dpo + 0.5*sft"; or a list of names, each of which may be paired with
+        hyperparameters of its own, [("dpo", {"beta": 0.2}), "sft"], with `weights`. All must have one layout.
+    weights: one factor per method, unless the sum names them.
+    reduction: "mean" over the items of the method (units; tokens, rows or a fixed length: Method.denominator), "sum" or
+        "none".
+    pairs: for a pairwise method on lists of K scored completions: "all" pairs of a list, whose mean is its loss, or
+        "extremes", its best against its worst.
+    ld_alpha: in [0, 1], multiplies the log-probs, the policy's and the reference's, of a pair's tokens beyond the
+        length of its shorter completion (LD-DPO, arXiv 2409.06411).
     wpo: multiplies each loss by w_w·w_l, w the exponential of the mean over tokens of log p − log Σp², detached (WPO,
-        arXiv 2406.11827); clamp: by at most 1, as its authors do.
-    fixed_length: the tokens of a row that `dr_grpo` divides by, the longest completion that may be sampled. Give it: if not
-        given it is the width of the batch, which changes with the rows that are in it.
-    top_k, seed: of the rival tokens that `cringe` draws.
-    tile_bytes: the budget of the tile of logits; if not given, 256 MiB on the CPU and 7% of a GPU's memory.
-    Further keyword arguments are hyperparameters; among several methods, of all that have them.
+        arXiv 2406.11827). clamp: whether the factor is at most 1, as in its authors' code.
+    fixed_length: the number of tokens per row that `dr_grpo` divides by, the length of the longest completion that may
+        be sampled. Pass it: the default, the width of the batch, changes with the rows in it.
+    top_k, seed: `cringe` draws its rival tokens from the top_k most likely ones, by a generator with this seed.
+    tile_bytes: the budget of the tile of logits; by default 256 MiB on the CPU and 7% of a GPU's memory.
+    Further keyword arguments are hyperparameters, passed to every method that has them.
 
-    What `beta_dpo` and `bco` remember of earlier batches is in `state`, see `state_dict`; it changes in calls with
-    gradient, by the rows of all ranks. KTO's reference point is read from there where `kl` is not given: who estimates it
-    puts it there.
+    `state` holds the statistics of earlier batches that `beta_dpo` and `bco` keep, see `state_dict`. It is updated in
+    calls with gradient, from the rows of all ranks. KTO's reference point is read from it where `kl` is not passed; the
+    caller that estimates the point writes it there.
 
     Raises ValueError for an unknown method, hyperparameter, reduction or backend.
     """
@@ -74,11 +75,9 @@ class Objective(Settings):
         logit_scale: float = 1.0,
         ignore_index: int = -100,
         ref_hidden: Tensor | None = None,  # shaped as hidden, width Dr
-        ref_weight: Tensor
-        | HeadLike
-        | None = None,  # (V, Dr), or a Head; if not given the policy's; needed with adapter
+        ref_weight: Tensor | HeadLike | None = None,  # (V, Dr), or a Head; by default the policy's; needed with adapter
         ref_bias: Tensor | None = None,  # (V,)
-        ref_logps: Tensor | None = None,  # (R,) log-probs of the rows under the reference, summed; or one a token
+        ref_logps: Tensor | None = None,  # (R,) summed log-probs of the rows under the reference; or shaped as targets
         list_size: int | None = None,
         denominator: float | Tensor | None = None,
         weight_grad: Tensor | None = None,  # (V, D) float32
@@ -87,36 +86,38 @@ class Objective(Settings):
         vocab_shard: VocabShard | None = None,
         **columns: Tensor,
     ) -> LossOutput:
-        """The loss, differentiable in hidden, weight and bias, and detached metrics.
+        """Computes the loss, differentiable in hidden, weight and bias, and detached metrics.
 
-        Rows: pairwise methods take R = 2P rows, the P chosen ones and then the P rejected; listwise ones the K rows of
-        a prompt side by side (`list_size`, or the width of `scores`), an empty row where a list is shorter, for `nn`
-        the rejected completion as the last of each; unpaired and policy methods a row a unit.
-        The reference is `ref_hidden` (with `ref_weight`, or the policy's head), or `ref_logps`, a number a row, or
-        shaped as targets where a method looks at tokens; a method without a reference reads neither.
-        denominator: what the sum of losses is divided by, the items (`count_items`) of a whole optimizer step over
-        micro-batches and ranks; those of this call if not given. columns: the method's other inputs by name, with one
-        entry a unit, a scalar, or shaped as targets for inputs of tokens.
+        Rows: pairwise methods take R = 2P rows, the P chosen ones and then the P rejected ones. Listwise methods take
+        the K rows of a prompt side by side (K is `list_size`, or the width of `scores`), with empty rows where a list
+        is shorter; for `nn` the last row of a list is the rejected completion. A unit of other methods is one row.
+        The reference is `ref_hidden` (with `ref_weight`, or the policy's head), or `ref_logps`, one number per row, or
+        shaped as targets for methods that compare tokens. Methods without a reference ignore both.
+        denominator: divides the sum of losses: the items (`count_items`) of a whole optimizer step over micro-batches
+        and ranks; by default the items of this call. columns: the method's other inputs by name, with one entry per
+        unit, one number, or shaped as targets for inputs by token.
 
-        weight_grad: as in `token_stats`. Where the gradients are made in this call (3F), dW is added in it, too, times
-        grad_scale: what the loss will be multiplied by before the backward, which is checked there.
+        weight_grad: as in `token_stats`. If the gradients are computed in this call (3F), dW · grad_scale is added to
+        it in this call. grad_scale: the number that will multiply the loss before the backward, which checks it.
 
-        adapter: as in `token_stats`, hidden then (…, D + r); ref_hidden then needs ref_weight, and ref_bias.
-        A DTensor's weight, or ZeRO-3's, is gathered once a call, policy and reference together, and vocab_shard is as in `token_stats`; the
-        loss is then the same on every rank of the shard's group, if `beta_dpo` draws the same there: seed them alike. `cringe`
-        reads single logits and takes none.
+        adapter: as in `token_stats`; hidden is then (…, D + r), and ref_hidden needs ref_weight, and ref_bias.
+        A weight that is a DTensor, or in parts by ZeRO-3, is gathered once per call, for policy and reference together.
+        vocab_shard: as in `token_stats`. The loss is then the same on every rank of the shard's group; for `beta_dpo`
+        only if the ranks have the same random seed, since it draws. `cringe` reads single logits, and refuses it.
 
-        The host waits for a device once, at the start, to learn which positions are scored; not at all where targets
-        and cu_seqlens are on the CPU, and columns and the reference's log-probs may be with them. Captured into a CUDA
-        graph, a call takes targets on the device (cu_seqlens on the CPU: row lengths are the graph's), scores every
-        position, and gives the same; methods that look at the batch as a whole refuse.
+        The host waits for a device once, at the start, to read which positions are scored; not at all if targets and
+        cu_seqlens are on the CPU, where columns and the reference's log-probs may then be, too. A call that is captured
+        into a CUDA graph takes targets on the device and cu_seqlens on the CPU (row lengths are fixed in the graph),
+        scores every position, and returns the same. Methods with a state, or whose losses depend on the whole batch,
+        raise ValueError.
 
-        A unit with a row that has no scored token (a list or a row of a policy method: with none at all) is left out:
-        zero loss, not counted. With none left the loss is 0, with a graph. What it costs: see `plan`.
+        A unit does not count if one of its rows has no scored token (a list, or a row of a policy method: if it has
+        none at all). Its loss is 0, and it is not among the items. If no unit counts the loss is 0, with a graph. For
+        the cost of a call see `plan`.
 
         Raises ValueError for operands, rows or columns that do not fit, a missing reference or column, an unknown
-        column, and (on the CPU) a target outside the vocabulary or a column's number out of range: on a device both trip an
-        assertion of the device's.
+        column, and (on the CPU) a target outside the vocabulary or a column's number out of range; on a device these
+        two trip a device-side assertion.
         """
         operands = Operands(
             hidden,
@@ -146,7 +147,7 @@ class Objective(Settings):
         else:
             logp = self._statistics(known, batch, operands)
             self._update_state(evaluation, logp)
-            out = (self._launches(evaluation, operands) or evaluation).whole(logp)
+            out = (self._launches(evaluation, operands) or evaluation).output(logp)
         for term in self.terms:
             if term.method.token_reward and "ref_token_logp" in known.tokens:
                 reward = term.hyperparameters["beta"] * (logp.detach() - known.tokens["ref_token_logp"])
@@ -154,27 +155,27 @@ class Objective(Settings):
         return out
 
     def _live(self, evaluation: Evaluation, operands: Operands, grad_scale: float) -> tuple[LossOutput, Tensor]:
-        """Returns the output with its gradients made unit by unit while their tile is live, 3F, and the log-probs (N,)."""
+        """Returns the output, and the log-probs (N,); gradients are computed while each unit's tile is live: 3F."""
         batch, known = evaluation.batch, evaluation.known
         if known.columns and on_host(operands.hidden):
             evaluation.check()
-        judge = self._launches(evaluation, operands) or evaluation
+        evaluate = self._launches(evaluation, operands) or evaluation
         plan = self._head_plan(operands, batch)
         operands = dataclasses.replace(operands, targets=batch.device_targets, ref=None)
-        groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=evaluation.by_token)
+        groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=self.by_token)
         outputs: list[LossOutput] = []
 
         def total(logp: Tensor) -> Tensor:
-            outputs.append(judge.whole(logp))
+            outputs.append(evaluate.output(logp))
             return outputs[0].loss
 
-        loss, logp = unit_loss(operands, groups, plan, judge.coefficients, total, grad_scale)
+        loss, logp = unit_loss(operands, groups, plan, evaluate.coefficients, total, grad_scale)
         if known.learns:
             loss = loss + evaluation.own_gradient(logp)
         return dataclasses.replace(outputs[0], loss=loss), logp
 
     def _statistics(self, known: Known, batch: Batch, operands: Operands) -> Tensor:
-        """Returns the policy's log-probs (N,); adds the further statistics that the methods need to `known`."""
+        """Returns the policy's log-probs (N,), and adds the other statistics that the methods need to `known`."""
         stats = statistics(operands, self.outputs(), self.plan_options)
         if stats.kl is not None:
             known.rows["kl"] = (sum_rows(stats.kl, batch.rows, batch.count), 0.0)
@@ -187,11 +188,11 @@ class Objective(Settings):
         return stats.logp
 
     def _launches(self, evaluation: Evaluation, operands: Operands) -> Launches | None:
-        """Returns the segment kernels for this call; None where the pure functions are called for, as with a modifier."""
+        """Returns the segment kernels of this call, or None if it needs the pure functions, as modifiers do."""
         batch = evaluation.batch
         backend = named_backend(self.backend, batch.device, sharded=operands.shard is not None)
         modified = self.pairs or self.wpo or self.ld_alpha is not None
-        if modified or backend == "auto" or not get_backend(backend).joins_losses:
+        if modified or backend == "auto" or not get_backend(backend).loss_kernels:
             return None
         denominators = [evaluation.denominator_of(k) for k in range(len(self.terms))]
         options = self.reduction, self.fixed_length, accumulation_dtype(operands.weight.dtype)
@@ -206,6 +207,7 @@ class Objective(Settings):
         columns: Mapping[str, Any],
         device: torch.device | None,
     ) -> Batch:
+        """Returns the layout of a call; without a device, for counts only."""
         scores = columns.get("scores")
         if list_size is None and isinstance(scores, Tensor) and scores.dim() == 2:
             list_size = scores.shape[1] + self.has_rejected
@@ -216,16 +218,17 @@ class Objective(Settings):
         return batch
 
     def _denominator(self, given: float | Tensor | None, batch: Batch) -> float | Tensor:
+        """Returns the caller's denominator on the call's device, or the items of the batch if there is none."""
         if given is None:
             given = self._items(batch)
         elif isinstance(given, Tensor) and given.dim() and given.shape != (len(self.terms),):
             raise ValueError(
-                f"denominator must be () or ({len(self.terms)},), one entry a method, got {tuple(given.shape)}"
+                f"denominator must be () or ({len(self.terms)},), one entry per method, got {tuple(given.shape)}"
             )
         return to_device(given, batch.device) if isinstance(given, Tensor) else given
 
     def _update_state(self, evaluation: Evaluation, logp: Tensor) -> None:
-        """Takes the batch into what is remembered; without gradient, only for this call where there is nothing yet."""
+        """Updates the methods' state by the batch; without gradient, estimates a missing state for this call only."""
         batch, known = evaluation.batch, evaluation.known
         for term in self.terms:
             own = {n for n in term.method.columns if term.method.axes(n) == ("",)}
@@ -243,15 +246,17 @@ class Objective(Settings):
                     known.columns.update({n: remembered[n] for n in own})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the methods remember of earlier batches, the same on every rank, and where `seed` has got to."""
+        """Returns the methods' statistics of earlier batches, equal on all ranks, and the state of the generator."""
         state = {name: x.detach().clone() for name, x in self.state.items()}
         return state if self.rivals.state is None else {**state, "draws": self.rivals.state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores a `state_dict`."""
         self.state = {name: x.detach().clone() for name, x in state.items() if name != "draws"}
         self.rivals.state = state.get("draws")
 
     def _items(self, batch: Batch) -> Tensor:
+        """Returns the items of a batch, see `count_items`."""
         items = [batch.items(m) for m in self.methods]
         return items[0] if len(items) == 1 else torch.stack(items)
 
@@ -263,11 +268,14 @@ class Objective(Settings):
         ignore_index: int = -100,
         list_size: int | None = None,
     ) -> Tensor:
-        """What `denominator` counts in a batch, see Method.denominator: int64, () or one entry a method, with the targets."""
+        """Counts the items of a batch that `denominator` sums up, see Method.denominator.
+
+        Returns int64 on the targets' device: (), or one entry per method of a sum.
+        """
         return self._items(self._batch(targets, cu_seqlens, ignore_index, list_size, {}, None))
 
     def plan(self, hidden: Tensor, weight: Tensor | HeadLike, targets: Tensor, **call: Any) -> Plan:
-        """Returns how a call with these arguments will run: backend, tile and passes. Print it."""
+        """Returns how a call with these arguments will run: backend, tile and passes, which print(plan) describes."""
         operands = take_operands(hidden, weight, targets, call).admit(gather=False)
         cu_seqlens, list_size = (call.pop(name, None) for name in ("cu_seqlens", "list_size"))
         columns = {n for m in self.methods for n in m.columns} | ({"scores"} if self.pairs else set())
@@ -280,8 +288,7 @@ class Objective(Settings):
         passes, why = plan.passes, plan.why
         tokens = int((batch.targets != ignore_index).sum())
         if self._evaluates_live(operands):
-            by_token = all(m.unit == "token" for m in self.methods)
-            groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=by_token)
+            groups = batch.groups(plan.tile_tokens, operands.vocab, by_token=self.by_token)
             sizes = [len(group.positions) for group in groups]
             again = sum(max(n - plan.tile_tokens, 0) for n in sizes)
             passes = passes - 1 + (again / tokens if tokens else 0)
@@ -299,12 +306,13 @@ class Objective(Settings):
         return dataclasses.replace(plan, tokens=tokens, passes=passes, why=why)
 
     def _head_plan(self, operands: Operands, batch: Batch) -> Plan:
+        """Returns the plan of the policy's pass over the head."""
         live = self._evaluates_live(operands)
         outputs = () if live else self.outputs()
         return plan_of(operands, outputs, self.plan_options, batch.longest_unit if live else 0)
 
     def _evaluates_live(self, operands: Operands) -> bool:
-        """Whether the gradient is made at 3F, unit by unit, in the forward."""
+        """Returns whether the gradients are computed in the forward, unit by unit, at 3F."""
         backend = named_backend(self.backend, operands.hidden.device, sharded=operands.shard is not None)
         return (
             torch.is_grad_enabled()
@@ -318,7 +326,7 @@ class Objective(Settings):
 
 
 def _refuse_for_rivals(name: str, operands: Operands) -> None:
-    """Raises ValueError for operands of which no single logit can be read."""
+    """Raises ValueError for operands whose single logits cannot be computed."""
     if operands.shard is not None:
         raise ValueError(
             f"{name} reads single logits, which no rank has all of: gather the head, and leave out vocab_shard"

@@ -1,4 +1,4 @@
-"""The reference of a call: its log-probs, given or computed, or an error that says which are missing."""
+"""The reference of a call: its log-probs, given or computed, or an error that names those that are missing."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def add_reference(
     ref_logps: Tensor | None,  # of rows (R,), or shaped as targets
     ref_tokens: Tensor | None,  # shaped as targets
 ) -> None:
-    """Adds the rows' log-probs under the reference to `known`, and the tokens' where they are known.
+    """Adds the rows' log-probs under the reference to `known`, and the tokens' if they are available.
 
-    Raises ValueError if a method needs a reference that is not there, or more of it than was given, or if it came twice.
+    Raises ValueError if a method needs a reference and none is given, or more of it than was given, or if it was given
+    in two ways.
     """
     ref = operands.ref
     reads = [term for term in settings.terms if term.reads_reference]
@@ -33,9 +34,11 @@ def add_reference(
         return
     names = ", ".join(term.method.name for term in reads)
     by_token = settings.layout == "policy" or settings.ld_alpha is not None
-    if sum(x is not None for x in (ref, ref_logps, ref_tokens)) > 1:
-        raise ValueError("the reference came twice: pass one of ref_hidden=, ref_logps= and ref_token_logp=")
-    if ref_logps is None and ref is None and ref_tokens is None:
+    forms = {"ref_hidden=": ref, "ref_logps=": ref_logps, "ref_token_logp=": ref_tokens}
+    given = [name for name, x in forms.items() if x is not None]
+    if len(given) > 1:
+        raise ValueError(f"expected one reference, and the reference came twice, by {' and '.join(given)}: pass one")
+    if not given:
         if settings.needs_reference:
             what = "shaped as targets, the log-prob of each token" if by_token else "the summed log-prob of each row"
             raise ValueError(
@@ -46,12 +49,12 @@ def add_reference(
     if ref is None and settings.needs_reference_hidden:
         raise ValueError(f"{names} compares whole distributions with the reference's: pass ref_hidden=")
     tokens: Tensor | None = None
-    rows, whole = torch.Size((batch.count,)), torch.Size(batch.shape)
+    per_row, per_token = torch.Size((batch.count,)), torch.Size(batch.shape)
     if ref_tokens is not None:
-        tokens = batch.check_rows("ref_token_logp", ref_tokens, [whole]).reshape(-1)
+        tokens = batch.check_logps("ref_token_logp", ref_tokens, [per_token]).reshape(-1)
     elif ref_logps is not None:
-        ref_logps = batch.check_rows("ref_logps", ref_logps, [rows, whole])
-        if ref_logps.shape == whole and (whole != rows or by_token):
+        ref_logps = batch.check_logps("ref_logps", ref_logps, [per_row, per_token])
+        if ref_logps.shape == per_token and (per_token != per_row or by_token):
             tokens = ref_logps.reshape(-1)
     else:
         assert ref is not None
@@ -67,7 +70,7 @@ def add_reference(
     elif by_token:
         raise ValueError(
             f"{names} looks at the reference's single tokens: pass ref_hidden=, or ref_logps= shaped as targets, "
-            f"{tuple(batch.shape)}; got ({batch.count},), one a row"
+            f"{tuple(batch.shape)}; got ({batch.count},), one per row"
         )
     else:
         assert ref_logps is not None

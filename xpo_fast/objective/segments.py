@@ -1,7 +1,7 @@
-"""Losses in one launch: from token log-probs to the loss, its metrics and ∂loss/∂logp, by csrc/segments.cu.
+"""Losses in one launch of csrc/segments.cu: from token log-probs to the loss, its metrics and ∂loss/∂logp.
 
-The pure functions of methods/ are the definition, and tests hold the kernels to them. `supports` says which methods there is
-a kernel for; where it says why not, the caller has the pure function.
+The pure functions of methods/ are the definition, against which tests check the kernels. `supports` returns why a
+method has no kernel; the caller then evaluates the pure function.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from .. import native
 from ..methods import Method, get_method
 
-# Where there are kernels, and for which dtype of log-probs, with what their symbols end in.
+# The devices that have kernels, and the dtypes of log-probs, each with the suffix of its symbols.
 DEVICES = {"cuda"}
 DTYPES = {torch.float32: ""}
 
 # --- csrc/segments.h --------------------------------------------------------------------------------------------------
 
 _INT, _REAL, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_PAIRS, _LOGISTIC, _HINGE, _SQUARED, _EXPONENTIAL, _TRUNCATED_QUADRATIC, _SAVAGE = "pairs", *range(6)
+_PAIRS, _LOGISTIC, _HINGE, _SQUARED = "pairs", *range(3)
 _ROWS, _SIGMOID_GAIN, _LOGISTIC_GAIN = "rows", *range(2)
 _TOKENS, _CLIPPED, _PENALISED, _PLAIN, _WEIGHTED, _GATED = "tokens", *range(5)
 _BY_TOKEN, _MEAN_OF_ROW, _SUM_OF_ROW = range(3)
@@ -34,12 +34,14 @@ _METRICS = {_PAIRS: 7, _ROWS: 5, _TOKENS: 5}
 
 
 def _fields(*parts: str) -> list[tuple[str, Any]]:
-    """Fields from "kind name name …"."""
+    """Returns ctypes fields from strings "kind name name …"."""
     kinds = {"int": _INT, "real": _REAL, "pointer": _POINTER}
     return [(name, kinds[kind]) for kind, *names in map(str.split, parts) for name in names]
 
 
 class SegmentCall(ctypes.Structure):
+    """The arguments that all launches share: xpo_segment_call of csrc/segments.h."""
+
     _fields_ = _fields(
         "int tokens start units",
         "pointer logp offsets weights denominator",
@@ -52,6 +54,8 @@ _CALL = ("call", SegmentCall)
 
 
 class SegmentPairs(ctypes.Structure):
+    """The arguments of a launch for pairs of rows."""
+
     _fields_ = [
         _CALL,
         *_fields(
@@ -65,13 +69,14 @@ class SegmentPairs(ctypes.Structure):
 
 
 class SegmentRows(ctypes.Structure):
-    _fields_ = [
-        _CALL,
-        *_fields("pointer ref desirable point length", "int kind", "real beta lambda_d lambda_u"),
-    ]
+    """The arguments of a launch for unpaired rows."""
+
+    _fields_ = [_CALL, *_fields("pointer ref desirable point length", "int kind", "real beta lambda_d lambda_u")]
 
 
 class SegmentTokens(ctypes.Structure):
+    """The arguments of a launch for tokens of policy methods."""
+
     _fields_ = [
         _CALL,
         *_fields(
@@ -86,9 +91,9 @@ STRUCTS = {_PAIRS: SegmentPairs, _ROWS: SegmentRows, _TOKENS: SegmentTokens}
 
 
 @cache
-def _numbers(verb: str, kind: type) -> tuple[str, ...]:
-    """The fields that are numbers of a kind."""
-    return tuple(name for name, k, *_ in STRUCTS[verb]._fields_ if k is kind)
+def _numbers(family: str, kind: type) -> tuple[str, ...]:
+    """Returns the names of the fields that are integers, or reals (`kind`)."""
+    return tuple(name for name, k, *_ in STRUCTS[family]._fields_ if k is kind)
 
 
 # --- from methods to kernels ------------------------------------------------------------------------------------------
@@ -96,28 +101,28 @@ def _numbers(verb: str, kind: type) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a method is to the kernels: one of three, its numbers, its metrics' places, its inputs' fields."""
+    """The kernel of a method and how to call it."""
 
-    verb: str
-    numbers: Mapping[str, float]
-    metrics: dict[str, int]
-    inputs: Mapping[str, str]
-    required: tuple[str, ...]
+    family: str  # _PAIRS, _ROWS or _TOKENS
+    numbers: Mapping[str, float]  # value of each field
+    metrics: dict[str, int]  # index of each metric in the kernel's outputs
+    inputs: Mapping[str, str]  # field of each input
+    required: tuple[str, ...]  # inputs that must be given
 
 
-_PAIR_METRICS = {
-    "rewards/chosen": 0, "rewards/rejected": 1, "rewards/accuracies": 2, "rewards/margins": 3,
-    "logps/chosen": 4, "logps/rejected": 5,
-}  # fmt: skip
-_ROW_METRICS = {"rewards/chosen": 0, "rewards/rejected": 1, "logps/chosen": 2, "logps/rejected": 3}
-_CLIP_METRICS = {
-    "ratio": 0, "clip_ratio/low_mean": 1, "clip_ratio/high_mean": 2, "clip_ratio/region_mean": 3,
-}  # fmt: skip
+def _index(names: str) -> dict[str, int]:
+    """Returns the index of each of the names, which spaces separate."""
+    return {name: k for k, name in enumerate(names.split())}
+
+
+_PAIR_METRICS = _index("rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected")
+_ROW_METRICS = _index("rewards/chosen rewards/rejected logps/chosen logps/rejected")
+_CLIP_METRICS = _index("ratio clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean")
 _KL_METRIC = {"kl": 4}
 
 
 def _smoothed(beta: float, label_smoothing: float, **numbers: float) -> dict[str, float]:
-    """−(1−ε) log σ(h) − ε log σ(−h)."""
+    """Returns the numbers of −(1−ε) log σ(h) − ε log σ(−h)."""
     weights = {"positive": 1 - label_smoothing, "negative": label_smoothing}
     return {"kind": _LOGISTIC, "scale": beta, "reward_scale": beta, **weights, **numbers}
 
@@ -132,38 +137,29 @@ def _robust_dpo(o: Any) -> dict[str, float]:
     return _dpo(o) | weights
 
 
-def _of_margin(kind: int, beta: float, target: float = 1.0) -> dict[str, float]:
+def _margin_loss(kind: int, beta: float, target: float = 1.0) -> dict[str, float]:
     return {"kind": kind, "scale": beta, "reward_scale": beta, "target": target}
 
 
-_GPO = {
-    "hinge": _HINGE, "squared": _SQUARED, "exponential": _EXPONENTIAL, "truncated_quadratic": _TRUNCATED_QUADRATIC,
-    "savage": _SAVAGE,
-}  # fmt: skip
+_GPO = _index("logistic hinge squared exponential truncated_quadratic savage")
 
 
 def _gpo(o: Any) -> dict[str, float]:
-    return _smoothed(o["beta"], 0.0) if o["f"] == "logistic" else _of_margin(_GPO[o["f"]], o["beta"])
+    return _smoothed(o["beta"], 0.0) if o["f"] == "logistic" else _margin_loss(_GPO[o["f"]], o["beta"])
 
 
 def _ipo(o: Any) -> dict[str, float]:
-    of_margin = {"kind": _SQUARED, "scale": 1.0, "target": 1 / (2 * o["beta"])}
-    return {**of_margin, "reward_scale": o["beta"], "by_length": o["variant"] == "mean"}
+    squared = _margin_loss(_SQUARED, 1.0, target=1 / (2 * o["beta"]))
+    return {**squared, "reward_scale": o["beta"], "by_length": o["variant"] == "mean"}
 
 
 def _simpo(o: Any) -> dict[str, float]:
-    ratio = o["gamma_beta_ratio"]
-    gamma = o["gamma"] if ratio is None else ratio * o["beta"]
+    gamma = o["gamma"] if o["gamma_beta_ratio"] is None else o["gamma_beta_ratio"] * o["beta"]
     return _smoothed(o["beta"], o["label_smoothing"], shift=gamma, by_length=True)
 
 
-def _cpo(o: Any) -> dict[str, float]:
-    likelihood = {"likelihood": o["alpha"], "likelihood_by_length": o["nll"] == "mean"}
-    return _dpo(o) | likelihood
-
-
 def _clipped(eps_low: float, eps_high: float, cap: float | None = None) -> dict[str, float]:
-    """C(eps_low, eps_high) as bounds on log r, see methods/policy.py."""
+    """Returns the numbers of C(eps_low, eps_high), see methods/policy.py, as bounds on log r."""
     low = math.log1p(-eps_low) if eps_low < 1 else -math.inf
     highest = math.inf if cap is None else math.log(cap)
     return {"kind": _CLIPPED, "log_low": low, "log_high": math.log1p(eps_high), "log_cap": highest}
@@ -184,12 +180,12 @@ _NUMBERS: dict[str, Callable[[Any], dict[str, float]]] = {
     "robust_dpo": _robust_dpo,
     "rso": lambda o: _gpo({"beta": o["beta"], "f": "hinge" if o["loss"] == "hinge" else "logistic"}),
     "gpo": _gpo,
-    "slic": lambda o: _of_margin(_HINGE, 1.0, o["delta"]) | {"likelihood": o["lam"]},
+    "slic": lambda o: _margin_loss(_HINGE, 1.0, o["delta"]) | {"likelihood": o["lam"]},
     "ipo": _ipo,
     "dpo_norm": lambda o: _smoothed(o["beta"], 0.0, by_length=True),
     "rdpo": lambda o: _smoothed(o["beta"], 0.0, price=o["alpha"] if o["variant"] == "derived" else -o["alpha"]),
     "simpo": _simpo,
-    "cpo": _cpo,
+    "cpo": lambda o: _dpo(o) | {"likelihood": o["alpha"], "likelihood_by_length": o["nll"] == "mean"},
     "kto": lambda o: {"kind": _SIGMOID_GAIN, **o},
     "apo_zero_unpaired": lambda o: {"kind": _SIGMOID_GAIN, **o},
     "bco": lambda o: {"kind": _LOGISTIC_GAIN, "beta": o["beta"], "lambda_d": 1.0, "lambda_u": 1.0},
@@ -206,24 +202,25 @@ _NUMBERS: dict[str, Callable[[Any], dict[str, float]]] = {
     "sapo": lambda o: {"kind": _GATED, "tau_pos": o["tau_pos"], "tau_neg": o["tau_neg"]},
 }
 _TOKEN_METRICS = {
-    _PLAIN: {"logps": 0}, _PENALISED: {"ratio": 0, **_KL_METRIC}, _WEIGHTED: {"ratio": 0, "cispo_clip_ratio": 2},
-    _GATED: {"ratio": 0}, _CLIPPED: _CLIP_METRICS,
-}  # fmt: skip
-# Inputs of a method → fields of a kernel. The log-probs are given by token, the lengths by the rows' offsets unless told.
+    _PLAIN: {"logps": 0},
+    _PENALISED: {"ratio": 0, **_KL_METRIC},
+    _WEIGHTED: {"ratio": 0, "cispo_clip_ratio": 2},
+    _GATED: {"ratio": 0},
+    _CLIPPED: _CLIP_METRICS,
+}
+# Inputs of a method → fields of a kernel. Log-probs are given by token; lengths follow from the offsets unless given.
 _INPUTS = {
     "pairwise": {"ref_logp_w": "ref_w", "ref_logp_l": "ref_l", "len_w": "len_w", "len_l": "len_l"},
-    "unpaired": {
-        "ref_logp": "ref", "desirable": "desirable", "kl": "point", "delta": "point", "length": "length",
-    },
+    "unpaired": {"ref_logp": "ref", "desirable": "desirable", "kl": "point", "delta": "point", "length": "length"},
     "policy": {"mask": "mask", "advantage": "advantage", "old_logp": "old", "ref_token_logp": "ref"},
-}  # fmt: skip
+}
 _UNREQUIRED = {"logp_w", "logp_l", "logp", "token_logp", "len_w", "len_l", "length", "mask"}
 
 
 def supports(method: str, hyperparameters: Mapping[str, Any], columns: Sequence[str] = ()) -> str | None:
-    """None if there is a kernel for the method with these hyperparameters and optional columns; else why there is none.
+    """Returns why there is no kernel for the method with these hyperparameters and optional columns; None if there is.
 
-    ValueError for an unknown method, and for a hyperparameter that is unknown or out of range.
+    Raises ValueError for an unknown method, and for a hyperparameter that is unknown or out of range.
     """
     kernel = _kernel(method, tuple(sorted(hyperparameters.items())))
     if isinstance(kernel, str):
@@ -236,16 +233,17 @@ def supports(method: str, hyperparameters: Mapping[str, Any], columns: Sequence[
 
 @lru_cache(maxsize=64)
 def _kernel(name: str, given: tuple[tuple[str, Any], ...]) -> Kernel | str:
+    """Returns the kernel of a method with these hyperparameters, or why there is none."""
     method = get_method(name)
     method.check_hyperparameters(dict(given))
     if name not in _NUMBERS:
         return f"{name} has no kernel; there are kernels for {', '.join(_NUMBERS)}"
     options = {**method.defaults, **dict(given)}
-    _rehearse(method, options)
+    _check_ranges(method, options)
     if options.get("entropy_coef"):
         return f"{name} with entropy_coef has no kernel: the entropy has a gradient of its own"
     numbers, inputs = _NUMBERS[name](options), _INPUTS[method.layout]
-    # Lengths are the kernels' own affair: they may be given to every method.
+    # The kernels accept lengths for every method.
     inputs = {n: field for n, field in inputs.items() if n in method.inputs or n.startswith("len")}
     required = tuple(n for n in method.required if n not in _UNREQUIRED)
     if method.layout == "pairwise":
@@ -260,21 +258,22 @@ def _kernel(name: str, given: tuple[tuple[str, Any], ...]) -> Kernel | str:
     return Kernel(_TOKENS, numbers, _TOKEN_METRICS[int(numbers["kind"])], inputs, required)
 
 
-def _rehearse(method: Method, options: Mapping[str, Any]) -> None:
-    """ValueError for a hyperparameter out of range: from the method itself, of made-up numbers."""
-    made_up = {}
+def _check_ranges(method: Method, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for a hyperparameter out of range, by evaluating the method on placeholders."""
+    inputs = {}
     for name in method.inputs:
         if method.wants(name, options):
             dtype = torch.bool if name.endswith("mask") or name == "desirable" else torch.float32
-            made_up[name] = torch.ones([1] * len(method.axes(name)[0]), dtype=dtype)
-    method(**made_up, **options)
+            inputs[name] = torch.ones([1] * len(method.axes(name)[0]), dtype=dtype)
+    method(**inputs, **options)
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
 
 
-def _outputs(verb: str, logp: Tensor, rows: int, with_token_losses: bool) -> tuple[Tensor, ...]:
-    units, metrics = rows // 2 if verb == _PAIRS else rows, _METRICS[verb]
+def _outputs(family: str, logp: Tensor, rows: int, with_token_losses: bool) -> tuple[Tensor, ...]:
+    """Allocates the outputs of `_segments`."""
+    units, metrics = rows // 2 if family == _PAIRS else rows, _METRICS[family]
     return (
         torch.empty_like(logp),
         logp.new_empty(rows),
@@ -288,7 +287,7 @@ def _outputs(verb: str, logp: Tensor, rows: int, with_token_losses: bool) -> tup
 
 @torch.library.custom_op("xpo_fast::segments", mutates_args=())
 def _segments(
-    verb: str,
+    family: str,
     logp: Tensor,  # (n,)
     offsets: Tensor,  # (R + 1,)
     weights: Tensor | None,  # (U,)
@@ -300,13 +299,13 @@ def _segments(
     start: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u (n,), sums (R,), values (1 + M, U), loss (), means (M,), counts (M,), token losses (n,) or (0,)."""
+    """Returns u (n,), sums (R,), values (1 + M, U), loss (), means (M,), counts (M,), token losses (n,) or (0,)."""
     rows = offsets.shape[0] - 1
-    by_token = verb == _TOKENS and not integers[_numbers(verb, _INT).index("sequence")]
-    outputs = _outputs(verb, logp, rows, by_token)
+    by_token = family == _TOKENS and not integers[_numbers(family, _INT).index("sequence")]
+    outputs = _outputs(family, logp, rows, by_token)
     u, sums, values, loss, means, counts, token_losses = outputs
-    # The ticket, and after it how many entries a row's metrics have.
-    scratch = offsets.new_empty(1 + (_METRICS[verb] * rows if verb == _TOKENS else 0), dtype=torch.int32)
+    # The ticket, a counter of finished blocks, and then the number of entries of each row's metrics.
+    scratch = offsets.new_empty(1 + (_METRICS[family] * rows if family == _TOKENS else 0), dtype=torch.int32)
 
     def at(x: Tensor | None) -> int | None:
         return None if x is None else x.data_ptr()
@@ -316,13 +315,13 @@ def _segments(
         *map(at, (u, sums, values, loss, means, counts, scratch)),
     )
     own: dict[str, Any] = dict(zip(names.split(",") if names else (), map(at, tensors), strict=True))
-    own |= zip(_numbers(verb, _INT), integers, strict=True)
-    own |= zip(_numbers(verb, _REAL), reals, strict=True)
-    if verb == _TOKENS:
+    own |= zip(_numbers(family, _INT), integers, strict=True)
+    own |= zip(_numbers(family, _REAL), reals, strict=True)
+    if family == _TOKENS:
         own |= {"row_counts": scratch.data_ptr() + 4, "token_losses": at(token_losses) if by_token else None}
-    struct = STRUCTS[verb](call, **own)
+    struct = STRUCTS[family](call, **own)
     native.call(
-        f"xpo_segment_{verb}{DTYPES[logp.dtype]}",
+        f"xpo_segment_{family}{DTYPES[logp.dtype]}",
         ctypes.byref(struct),
         device=logp.device,
         reads=(logp, offsets, weights, denominator, *tensors),
@@ -332,9 +331,9 @@ def _segments(
 
 
 @_segments.register_fake
-def _(verb, logp, offsets, weights, denominator, tensors, names, integers, reals, start, scale):
-    by_token = verb == _TOKENS and not integers[_numbers(verb, _INT).index("sequence")]
-    return _outputs(verb, logp, offsets.shape[0] - 1, by_token)
+def _(family, logp, offsets, weights, denominator, tensors, names, integers, reals, start, scale):
+    by_token = family == _TOKENS and not integers[_numbers(family, _INT).index("sequence")]
+    return _outputs(family, logp, offsets.shape[0] - 1, by_token)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -356,10 +355,10 @@ _segments.register_autograd(_backward, setup_context=_save)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a launch gives; only the loss is differentiable, in the log-probs.
+    """The result of a launch; only the loss is differentiable, in the log-probs.
 
-    loss (); u (n,) = ∂loss/∂logp, 0 where no row is; sums (R,) of the rows' log-probs; losses (U,) of the units, of token
-    methods (n,), 0 in what is left out.
+    loss (). u (n,) = ∂loss/∂logp, 0 outside the rows. sums (R,) of the rows' log-probs. losses (U,) of the units, or
+    (n,) of token methods; 0 where a unit does not count.
     """
 
     loss: Tensor
@@ -373,17 +372,17 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Means over the units or tokens that count, as reduce.mean_metrics: () each."""
+        """Returns means over the units or tokens that count, as reduce.mean_metrics: () each."""
         return {name: self._means[k] for name, k in self._places.items()}
 
     @property
     def counts(self) -> dict[str, Tensor]:
-        """What the means are over, as reduce.count_metrics: () int64 each."""
+        """Returns the number of entries of each mean, as reduce.count_metrics: () int64 each."""
         return {name: self._counts[k] for name, k in self._places.items()}
 
     @property
     def unit_metrics(self) -> dict[str, Tensor]:
-        """(U,) each, NaN in what is left out; of policy methods none."""
+        """Returns the metrics by unit, (U,) each, NaN where a unit does not count; none for policy methods."""
         return {} if self._values is None else {n: self._values[1 + k] for n, k in self._places.items()}
 
 
@@ -401,98 +400,101 @@ def evaluate(
     positions: Tensor | None = None,  # (n,) int64
     **inputs: Tensor | None,
 ) -> Evaluation:
-    """A method's loss of rows that are segments of logp, on the current stream; nothing is waited for.
+    """Computes a method's loss over rows that are segments of logp, on the current stream; the host does not wait.
 
     Row i is logp[offsets[i] − start : offsets[i + 1] − start], as far as that lies in logp. Pairwise methods take the
-    chosen rows and then the rejected, or `interleaved`: each pair's chosen row and then its rejected one. A unit with a row
-    without a token is left out. loss = scale · Σ weights · losses / denominator, undivided if that is 0.
+    chosen rows and then the rejected ones, or with `interleaved` each pair's chosen row followed by its rejected one. A
+    unit with a row that has no token does not count. loss = scale · Σ weights · losses / denominator, undivided if the
+    denominator is 0.
 
-    inputs: the method's other inputs by their names: by unit, or of policy methods by token, (N,), where logp[i] is at
-    positions[i] of the N, or all there is. Not needed: `mask`, if every token counts; lengths, if the segments' are theirs
-    (else int64).
+    inputs: the method's other inputs by name: by unit, or for policy methods by token: (N,) with logp[i] at
+    positions[i], or without positions (n,). Optional are `mask`, if every token counts, and lengths (int64), if they
+    are those of the segments.
 
-    Raises ValueError for what `supports` refuses, for log-probs that are not float32 on a CUDA device, and for inputs that
-    are missing, unknown or do not fit; RuntimeError where there is no library, or a launch fails.
+    Raises ValueError if `supports` returns a reason, for log-probs that are not float32 on a CUDA device, and for
+    inputs that are missing, unknown or do not fit; RuntimeError if there is no library, or a launch fails.
     """
     kernel = _kernel(method, tuple(sorted(hyperparameters.items())))
     if isinstance(kernel, str):
         raise ValueError(kernel)
     if logp.device.type not in DEVICES or logp.dtype not in DTYPES or logp.dim() != 1:
         raise ValueError(
-            f"{method}: the kernel takes float32 log-probs (n,) on a CUDA device, got {logp.dtype} {tuple(logp.shape)} on "
-            f"{logp.device}"
+            f"{method}: the kernel takes float32 log-probs (n,) on a CUDA device, got {logp.dtype} "
+            f"{tuple(logp.shape)} on {logp.device}"
         )
     rows = offsets.shape[0] - 1
-    if offsets.dim() != 1 or rows < 0 or (kernel.verb == _PAIRS and rows % 2):
-        raise ValueError(
-            f"{method}: expected offsets (R + 1,){' of pairs of rows' * (kernel.verb == _PAIRS)}, got {tuple(offsets.shape)}"
-        )
-    units = rows // 2 if kernel.verb == _PAIRS else rows
+    if offsets.dim() != 1 or rows < 0 or (kernel.family == _PAIRS and rows % 2):
+        expected = "offsets (R + 1,)" + " of pairs of rows" * (kernel.family == _PAIRS)
+        raise ValueError(f"{method}: expected {expected}, got {tuple(offsets.shape)}")
+    units = rows // 2 if kernel.family == _PAIRS else rows
     given = {name: x for name, x in inputs.items() if x is not None}
     missing = [name for name in kernel.required if name not in given]
     unknown = [name for name in given if name not in kernel.inputs]
     if missing or unknown:
         found = (("missing", missing), ("unknown", unknown))
         raise ValueError(
-            f"{method}: {'; '.join(f'{what} {names}' for what, n in found if (names := ', '.join(n)))}. Beside log-probs and "
-            f"offsets its kernel takes {', '.join(kernel.inputs)}"
+            f"{method}: {'; '.join(f'{what} {names}' for what, n in found if (names := ', '.join(n)))}. "
+            f"Beside log-probs and offsets its kernel takes {', '.join(kernel.inputs)}"
         )
-    fit = _Fit(method, logp, units)
+    converted = _Converter(method, logp, units)
     numbers = dict(kernel.numbers)
-    if kernel.verb == _PAIRS:
+    if kernel.family == _PAIRS:
         numbers |= {"pair_step": 2 if interleaved else 1, "side_step": 1 if interleaved else max(units, 1)}
     tensors: dict[str, Tensor] = {}
-    if kernel.verb == _TOKENS:
+    if kernel.family == _TOKENS:
         if positions is not None:
-            tensors["positions"] = fit("positions", positions, "n", torch.int64)
-        # One entry a row, or a token; of a call with as many tokens as rows without positions, a row.
+            tensors["positions"] = converted("positions", positions, "n", torch.int64)
+        # One entry per row or per token; per row if both are possible.
         numbers["advantage_by_token"] = given["advantage"].shape != (units,)
     elif positions is not None:
         raise ValueError(f"{method} has no inputs by token: leave out positions")
-    every = None if positions is None else "N"
+    per_token = "n" if positions is None else "N"
     for name, x in given.items():
-        by_token = kernel.verb == _TOKENS and (name != "advantage" or numbers["advantage_by_token"])
-        size = "" if kernel.inputs[name] == "point" else (every or "n") if by_token else "U"
+        by_token = kernel.family == _TOKENS and (name != "advantage" or numbers["advantage_by_token"])
+        size = "" if kernel.inputs[name] == "point" else per_token if by_token else "U"
         lengths = name.startswith("len")
         kind = torch.int64 if lengths else torch.bool if name in ("mask", "desirable") else logp.dtype
-        tensors[kernel.inputs[name]] = fit(name, x, size, kind)
+        tensors[kernel.inputs[name]] = converted(name, x, size, kind)
     if not isinstance(denominator, Tensor):
         scale, denominator = scale / (denominator or 1), None
     u, sums, values, loss, means, counts, token_losses = _segments(
-        kernel.verb,
+        kernel.family,
         logp.contiguous(),
-        fit("offsets", offsets, "N", torch.int64),
-        None if weights is None else fit("weights", weights, "U", logp.dtype),
-        None if denominator is None else fit("denominator", denominator.to(logp.dtype), "", logp.dtype),
+        converted("offsets", offsets, "N", torch.int64),
+        None if weights is None else converted("weights", weights, "U", logp.dtype),
+        None if denominator is None else converted("denominator", denominator.to(logp.dtype), "", logp.dtype),
         list(tensors.values()),
         ",".join(tensors),
-        [int(numbers.get(n, 0)) for n in _numbers(kernel.verb, _INT)],
-        [float(numbers.get(n, 0)) for n in _numbers(kernel.verb, _REAL)],
+        [int(numbers.get(n, 0)) for n in _numbers(kernel.family, _INT)],
+        [float(numbers.get(n, 0)) for n in _numbers(kernel.family, _REAL)],
         start,
         scale,
     )
-    by_token = kernel.verb == _TOKENS and not numbers.get("sequence")
+    by_token = kernel.family == _TOKENS and not numbers.get("sequence")
     metrics = kernel.metrics | (_KL_METRIC if "ref_token_logp" in given else {})
-    losses, by_unit = token_losses if by_token else values[0], None if kernel.verb == _TOKENS else values
+    losses, by_unit = token_losses if by_token else values[0], None if kernel.family == _TOKENS else values
     return Evaluation(loss, u, sums, losses, means, counts, by_unit, metrics)
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """Inputs as the kernels read them: detached, contiguous, of the kernels' dtype; ValueError for one that does not fit."""
+class _Converter:
+    """Conversion of a call's inputs to what the kernels read: detached, contiguous, of the kernels' dtype."""
 
     method: str
     logp: Tensor
     units: int
 
     def __call__(self, name: str, x: Tensor, size: str, dtype: torch.dtype) -> Tensor:
-        """size: "" one number, "U" one a unit, "n" one a log-prob, "N" any number."""
+        """Returns an input in `dtype`. Raises ValueError for another kind of number, device or shape.
+
+        size: "" one number, "U" one per unit, "n" one per log-prob, "N" any length.
+        """
         expected = {"": (), "U": (self.units,), "n": tuple(self.logp.shape), "N": tuple(x.shape[:1])}[size]
         same_kind = x.is_floating_point() == dtype.is_floating_point
         same_kind = same_kind and (x.dtype == torch.bool) == (dtype == torch.bool)
         if not same_kind or x.device != self.logp.device or x.shape != expected:
             raise ValueError(
-                f"{self.method}: {name} must be {expected} {dtype} on {self.logp.device}, got {tuple(x.shape)} {x.dtype} on "
-                f"{x.device}"
+                f"{self.method}: {name} must be {expected} {dtype} on {self.logp.device}, got {tuple(x.shape)} "
+                f"{x.dtype} on {x.device}"
             )
         return x.detach().to(dtype).contiguous()

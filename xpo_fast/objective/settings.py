@@ -1,4 +1,4 @@
-"""What is asked of an objective: its methods, modifiers and reduction, checked together before any call."""
+"""The settings of an objective: its methods, modifiers and reduction, checked together before any call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..head.choice import named_backend
 from ..head.plan import PlanOptions
 from ..methods import Method
 from ..reduce import REDUCTIONS
-from .batch import PAIRS
+from .batch import HARMLESS, PAIRS
 from .rivals import Rivals
 from .terms import parse_terms
 
@@ -47,51 +47,61 @@ class Settings:
         self.fixed_length = fixed_length
         self.plan_options = PlanOptions(backend, tile_bytes)
         self.rivals = Rivals(top_k, seed, self.plan_options)
-        self.state: dict[str, Tensor] = {}  # what the methods remember between calls
+        self.state: dict[str, Tensor] = {}  # the methods' statistics of earlier calls
         self._check_modifiers()
 
     @property
     def method(self) -> Method:
-        """The first method."""
+        """Returns the first method."""
         return self.methods[0]
 
     @property
     def hyperparameters(self) -> Mapping[str, Any]:
-        """The first method's."""
+        """Returns the first method's hyperparameters."""
         return self.terms[0].hyperparameters
 
     @property
     def layout(self) -> str:
-        """How the rows of a call are laid out, see `Method.layout`."""
+        """Returns the layout of a call's rows, see `Method.layout`; "listwise" with `pairs`."""
         return "listwise" if self.pairs else self.method.layout
 
     @property
+    def by_token(self) -> bool:
+        """Returns whether all methods have one loss per token."""
+        return all(m.unit == "token" for m in self.methods)
+
+    @property
     def needs_reference(self) -> bool:
+        """Returns whether a method needs a reference."""
         return any(term.method.reads_reference(term.hyperparameters) for term in self.terms)
 
     @property
     def needs_reference_tokens(self) -> bool:
-        """Whether the reference must be known token by token, not as a sum over each row."""
+        """Returns whether the reference's log-prob of each token is needed, not only its sum over each row."""
         by_token = self.layout == "policy" or self.ld_alpha is not None or self.needs_reference_hidden
         return self.needs_reference and by_token
 
     @property
     def needs_reference_hidden(self) -> bool:
-        """Whether the reference's hidden states are needed: for divergences over the vocabulary."""
+        """Returns whether the reference's hidden states are needed, for divergences over the vocabulary."""
         return "kl" in self.outputs()
 
     @property
     def has_rejected(self) -> bool:
-        """Whether a rejected completion follows those of each list (`nn`)."""
+        """Returns whether a rejected completion follows those of each list (`nn`)."""
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
 
     @property
     def draws_rivals(self) -> bool:
+        """Returns whether a method reads the logits of rival tokens (`cringe`)."""
         return any(m.draws_rivals for m in self.methods)
 
     @property
     def data_kind(self) -> str:
-        """The data that it learns from, by `data.load`'s names; ValueError if that must be made while training."""
+        """Returns the kind of data set to train on, one of `data.KINDS`.
+
+        Raises ValueError for methods that learn from completions sampled during training.
+        """
         if self.layout in ("policy", "reward"):
             raise ValueError(
                 f"{self.method.name} learns from completions sampled and scored while it trains, not from a data set: "
@@ -103,11 +113,12 @@ class Settings:
         return "chosen" if sides == {"_w"} else "rejected" if sides == {"_l"} else "pair"
 
     def rehearse(self, columns: Mapping[str, Tensor | None] | None = None) -> None:
-        """Try the methods on made-up log-probs: ValueError for a hyperparameter or a number out of range.
+        """Evaluates the methods on placeholder log-probs, to find what they refuse before any call.
 
-        columns: the columns that there will be, with the numbers of some units or None; made up, too, if not given.
-            ValueError for a method that cannot do without another. `rejected` among them says that there are completions
-            under this name.
+        columns: the columns that calls will have, with the numbers of some units, or None for placeholders. `rejected`
+            among them says that there are completions of this name. By default placeholders stand for all columns.
+
+        Raises ValueError for a hyperparameter or a number out of range, and for a column that `columns` lacks.
         """
         given = {name: x for name, x in (columns or {}).items() if x is not None and x.dim()}
         sizes = {"U": 1, "K": 2, "T": 1, "I": 1}
@@ -117,7 +128,9 @@ class Settings:
             method = term.method
             known = self.supplied() | ({"score_w", "score_l"} if self.pairs else set()) | set(columns or {})
             inputs = {
-                name: given[name] if name in given and not self.pairs else made_up(name, method.axes(name)[0], sizes)
+                name: given[name]
+                if name in given and not self.pairs
+                else placeholder(name, method.axes(name)[0], sizes)
                 for name in method.inputs
                 if method.wants(name, term.hyperparameters)
                 and (columns is None or name in known or name not in method.columns)
@@ -129,20 +142,19 @@ class Settings:
             raise ValueError(f"{self.method.name}: missing rejected, the completion to move away from")
 
     def _check_modifiers(self) -> None:
+        """Raises ValueError for a modifier that is out of range or does not go with the methods."""
         names = ", ".join(m.name for m in self.methods)
         layouts = {m.layout for m in self.methods}
         if len(layouts) > 1:
             raise ValueError(f"methods of different layouts do not go together: {names} ({', '.join(layouts)})")
         if layouts == {"reward"} or any("returns" in m.inputs for m in self.methods):
             raise ValueError(
-                f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value head"
+                f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value "
+                "head"
             )
-        for name, value, kind in (
-            ("wpo", self.wpo, bool),
-            ("clamp", self.clamp, bool),
-        ):
-            if type(value) is not kind:
-                raise ValueError(f"expected {name} to be {kind.__name__}, got {value!r}")
+        for name, value in (("wpo", self.wpo), ("clamp", self.clamp)):
+            if type(value) is not bool:
+                raise ValueError(f"expected {name} to be bool, got {value!r}")
         if self.fixed_length is not None and not (type(self.fixed_length) is int and self.fixed_length >= 1):
             raise ValueError(f"expected fixed_length of at least one token, got {self.fixed_length!r}")
         if self.fixed_length is not None and all(m.denominator != "fixed_length" for m in self.methods):
@@ -158,7 +170,8 @@ class Settings:
             of_pairs = {n for m in self.methods for n in m.required if n in m.columns and m.axes(n) != ("",)}
             if of_pairs - {"score_w", "score_l"} or any(m.denominator == "tokens" for m in self.methods):
                 raise ValueError(
-                    f"pairs= is for methods that need of a pair nothing but its scores and are a mean over pairs, not {names}"
+                    "pairs= is for methods that need nothing but its scores beside a pair and whose loss is a mean "
+                    f"over pairs, not {names}"
                 )
         if self.ld_alpha is not None:
             if self.pairs:
@@ -174,36 +187,30 @@ class Settings:
             raise ValueError(f'reduction="none" needs losses of one shape, and {names} are of tokens and of rows')
 
     def __str__(self) -> str:
-        options = {
-            "pairs": self.pairs, "ld_alpha": self.ld_alpha, "wpo": self.wpo or None, "fixed_length": self.fixed_length,
-        }  # fmt: skip
-        given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        options = {name: getattr(self, name) for name in ("pairs", "ld_alpha", "wpo", "fixed_length")}
+        given = "".join(f", {name}={x!r}" for name, x in options.items() if x is not None and x is not False)
         return " + ".join(map(str, self.terms)) + given
 
     def __repr__(self) -> str:
         return f"Objective({self}, reduction={self.reduction!r})"
 
     def outputs(self) -> tuple[str, ...]:
-        """The statistics that the methods need beside the log-prob."""
+        """Returns the names of the statistics that the methods need beside the log-prob, see `TokenStats`."""
         wants = {n for t in self.terms for n in t.method.inputs if t.method.wants(n, t.hyperparameters)}
-        needed = {
-            "kl": {"kl_w", "kl_l"} & wants,
-            "entropy": {"entropy"} & wants,
-            "log_sum_sq_probs": self.wpo,
-        }
+        needed = {"kl": {"kl_w", "kl_l"} & wants, "entropy": {"entropy"} & wants, "log_sum_sq_probs": self.wpo}
         return tuple(name for name, needs in needed.items() if needs)
 
     def supplied(self) -> set[str]:
-        """Columns that need not be given: what is remembered, and `nn`'s second reference if there is but one."""
+        """Returns the columns that need not be given: those of the state, and `nn`'s second reference."""
         remembered = {n for m in self.methods if m.state for n in m.columns if m.axes(n) == ("",)}
         return {"ref_pos_logp_l", *self.state, *remembered}
 
 
-def made_up(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:
-    """Harmless values of an input."""
+def placeholder(name: str, axes: str, sizes: Mapping[str, int]) -> Tensor:
+    """Returns placeholder values of an input that every method accepts."""
     shape = [sizes[axis] for axis in axes]
     if name in ("desirable", "mask", "ptx_mask"):
         return torch.ones(shape, dtype=torch.bool)
     if name in ("scores", "ranks"):
         return torch.arange(sizes["K"], 0.0, -1.0).expand(shape) / (sizes["K"] if name == "scores" else 1)
-    return torch.full(shape, {"score_w": 1.0, "score_l": 0.0, "prob_w": 0.5, "kl": 0.0}.get(name, 1.0))
+    return torch.full(shape, {**HARMLESS, "kl": 0.0}.get(name, 1.0))

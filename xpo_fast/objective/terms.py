@@ -1,4 +1,4 @@
-"""What an objective is a sum of: methods, with their hyperparameters and weights."""
+"""The terms of an objective: methods with their hyperparameters and weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TERM = re.compile(r"\s*(?:([0-9.eE+-]*[0-9.])\s*\*)?\s*([A-Za-z_]\w*)\s*")
 
 @dataclass(frozen=True)
 class Term:
-    """One method of an objective, and what its mean is multiplied by."""
+    """One method of an objective, with its hyperparameters and the weight of its loss."""
 
     method: Method
     hyperparameters: Mapping[str, Any]
@@ -23,11 +23,12 @@ class Term:
 
     @property
     def compares_pairs(self) -> bool:
+        """Returns whether the method compares both sides of a pair with a reference."""
         return {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l"} <= set(self.method.inputs)
 
     @property
     def reads_reference(self) -> bool:
-        """Whether it looks at a reference if there is one; it may do without."""
+        """Returns whether the method reads a reference if there is one; it need not require it."""
         return any(n.startswith("ref_") and self.method.wants(n, self.hyperparameters) for n in self.method.inputs)
 
     def __str__(self) -> str:
@@ -41,7 +42,11 @@ def parse_terms(
     weights: Sequence[float] | None,
     shared: Mapping[str, Any],
 ) -> list[Term]:
-    """The methods that an objective's first argument names, with hyperparameters and weights."""
+    """Parses an objective's first argument into terms.
+
+    weights: one per method, or None. shared: hyperparameters for every method that has them; those of an entry have
+    priority. Raises ValueError for an unknown method or hyperparameter, and for weights that do not fit.
+    """
     parsed: list[tuple[str, Mapping[str, Any], float]] = []
     if isinstance(method, str):
         for part in method.split(" + ") if " + " in method else [method]:
@@ -56,8 +61,8 @@ def parse_terms(
             name, own = (entry, {}) if isinstance(entry, str) else entry if isinstance(entry, tuple) else (None, None)
             if not isinstance(name, str) or not isinstance(own, Mapping):
                 raise ValueError(
-                    f"expected a list of names, of which each may come as (name, hyperparameters), got {method!r}; weights "
-                    "go into weights="
+                    f"expected a list of names, of which each may come as (name, hyperparameters), got {method!r}; "
+                    "weights go into weights="
                 )
             parsed.append((name, own, 1.0))
     if not parsed:
@@ -74,10 +79,10 @@ def parse_terms(
         own = {**{k: v for k, v in shared.items() if k in found.defaults}, **own}
         found.check_hyperparameters(own)
         terms.append(Term(found, {**found.defaults, **own}, scale))
-    nobody = {k: v for k, v in shared.items() if not any(k in t.method.defaults for t in terms)}
-    if nobody:
+    unknown = {k: v for k, v in shared.items() if not any(k in t.method.defaults for t in terms)}
+    if unknown:
         if len(terms) == 1:
-            terms[0].method.check_hyperparameters(nobody)
+            terms[0].method.check_hyperparameters(unknown)
         names = ", ".join(t.method.name for t in terms)
-        raise ValueError(f"none of {names} has a hyperparameter {', '.join(nobody)}")
+        raise ValueError(f"none of {names} has a hyperparameter {', '.join(unknown)}")
     return terms

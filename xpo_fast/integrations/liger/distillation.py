@@ -17,7 +17,7 @@ from torch import Tensor
 from ...head.autograd import refuse_double_backward
 from ...head.chunked import Gradients, Passes
 from ...head.operands import Operands, reference
-from ...head.plan import fit
+from ...head.plan import fit_tiles
 from ...head.row_operations import RowOperations, expectation, row_blocks
 from ...head.units import scaled_to
 from ...methods.math import check
@@ -137,7 +137,7 @@ class _Distillation(torch.autograd.Function):
         # The student's logits padded; and a softmax for each part where one does not serve both.
         copies = _COPIES + wider + (wider or recipe.temperature != 1)
         options = {"heads": 2, "copies": copies, "dz": any(needs), "learns": needs[1]}
-        tiling, *_ = fit("torch", vocab, weight.dtype, weight.device, tile_bytes, **options)
+        tiling, *_ = fit_tiles("torch", vocab, weight.dtype, weight.device, tile_bytes, **options)
         passes = Passes(operands if recipe.soft else replace(operands, ref=None), tiling, RowOperations)
         sums, grads = _pass(passes, recipe, needs)
         count = (operands.targets != operands.ignore_index).sum().to(sums.device).clamp(min=1)
@@ -164,9 +164,7 @@ def _pass(passes: Passes, recipe: _Recipe, needs: tuple[bool, ...]) -> tuple[Ten
     with_dz = any(needs)
     spans = passes.spans(with_dz)
     found = torch.zeros((2, len(passes)), dtype=passes.gemms.dtype, device=passes.hidden.device)
-    # A loss scale is applied in the backward only: until then small values would underflow in float16.
-    dtype = passes.gemms.dtype if passes.hidden.dtype == torch.float16 else passes.hidden.dtype
-    grads = Gradients(passes, spans, needs, dtype)
+    grads = Gradients(passes, spans, needs, passes.early_grad_dtype)
     at_target = found.new_full((1, 1), -recipe.hard_weight)
     for step in passes.steps(spans):
         with passes.rows(step):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...device import to_device
 from ...head.sharded import unpartitioned
-from ...head.spec import accumulation_dtype
+from ...head.spec import Scaling, accumulation_dtype
 from ...methods import METHODS
 from ...methods.math import check, check_choice, check_rows, k3, past_overflow
 from ...reduce import sum_over_ranks
@@ -131,7 +131,8 @@ def liger_fused_linear_grpo(
     level, by_row = importance_sampling_level, importance_sampling_level == "sequence"
     _check(loss_type, level, max_completion_length, delta, beta, sapo_temperature_pos, sapo_temperature_neg)
     weight = unpartitioned(weight)[0].to(_input.dtype)
-    operands = padded_rows(_input, weight, selected_token_ids, bias, _IGNORE, temperature)
+    operands = padded_rows(_input, weight, selected_token_ids, bias, _IGNORE)
+    operands = replace(operands, scaling=Scaling(float(temperature)))
     shape = batch, _ = tuple(selected_token_ids.shape)
     place = accumulation_dtype(operands.weight.dtype), operands.hidden.device
     given = _data("attention_mask", attention_mask, *place, shape)

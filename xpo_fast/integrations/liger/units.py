@@ -28,12 +28,11 @@ def padded_rows(
     targets: Tensor,  # (R, T)
     bias: Tensor | None,  # (V,)
     ignore_index: int,
-    temperature: float = 1.0,
 ) -> Operands:
     """Returns the operands of padded rows, admitted, with the targets on the device of the hidden states."""
     if targets.dim() != 2:
         raise ValueError(f"expected padded rows, targets (B, T), got {tuple(targets.shape)}")
-    scaling = Scaling(float(temperature))  # explicit: torch.compile cannot trace the default
+    scaling = Scaling()  # explicit: torch.compile cannot trace the default
     operands = Operands(hidden, weight, targets, bias, scaling=scaling, ignore_index=ignore_index).admit()
     return replace(operands, targets=to_device(targets, operands.hidden.device))
 

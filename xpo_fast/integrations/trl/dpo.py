@@ -53,8 +53,7 @@ class DPOConfig(dpo_config.DPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*dpo_config.DPOConfig._VALID_DICT_FIELDS, "hyperparameters"]
 
     beta: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "β (default: that of the method; 0.1 for TRL's losses)."},
+        default=None, metadata={"help": "β (default: that of the method; 0.1 for TRL's losses)."}
     )
     hyperparameters: dict[str, Any] | str | None = field(
         default=None,

@@ -144,11 +144,7 @@ class TPOTrainer(_WithoutLogits, _TPOTrainer):
         if mode == "train":
             self._total_train_tokens += gather(inputs["attention_mask"].sum()).sum().item() // self._tp_size
         log["num_tokens"] = [self._total_train_tokens]
-        sums = {
-            "logits/chosen": logits,
-            "logits/rejected": logits,
-            "mean_token_accuracy": top1.to(logits.dtype),
-        }
+        sums = {"logits/chosen": logits, "logits/rejected": logits, "mean_token_accuracy": top1.to(logits.dtype)}
         for name, x in sums.items():
             half = int(name.endswith("rejected"))
             parts = torch.stack([y.chunk(branches)[half].sum() for y in (x, lengths)])

@@ -37,10 +37,7 @@ def scores_only_labels(device: torch.device) -> bool:
 
 
 def add_fused_lm_head(
-    model: Any,
-    temperature: float = 1.0,
-    cast_lm_head_to_fp32: bool = False,
-    outputs: tuple[str, ...] = ("log_probs",),
+    model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple[str, ...] = ("log_probs",)
 ) -> None:
     """Teaches a model's forward `fused_lm_head=True`, as TRL's function of this name, with an adapter on the head, too.
 

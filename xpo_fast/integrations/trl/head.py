@@ -17,7 +17,7 @@ from ...head.autograd import token_stats as token_stats_operator
 from ...head.backends import check_backend
 from ...head.choice import choose_backend
 from ...head.operands import Operands, check_operands
-from ...head.plan import fit
+from ...head.plan import fit_tiles
 from ...head.row_operations import copies
 from ...head.sharded import gathered
 from ...head.spec import Scaling, accumulation_dtype
@@ -120,11 +120,12 @@ class HeadStatistics(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         needs = tuple(ctx.needs_input_grad[:3]) if grad else (False, False, False)
         saves = needs[0] and not any(needs[1:]) and not ("entropy" in names and options.entropy_learns)
-        operands = _cast(dtype, hidden, weight, bias, targets, scaling)
+        given = Operands(hidden, weight, targets, bias, scaling=scaling, ignore_index=IGNORE)
+        operands = _cast(dtype, given)
         check_operands(operands.hidden, operands.weight, targets, operands.bias)
         backend = choose_backend(options.backend, weight.device, dtype)
         check_backend(backend, weight.device)
-        tiling, *_ = fit(
+        tiling, *_ = fit_tiles(
             backend,
             weight.shape[0],
             dtype,
@@ -160,7 +161,8 @@ class HeadStatistics(torch.autograd.Function):
         # A float32 weight under autocast gets its gradient unrounded.
         wide = weight.dtype == accumulation_dtype(ctx.dtype) != ctx.dtype
         d_weight = torch.zeros_like(weight) if needs[1] and wide else None
-        operands = _cast(ctx.dtype, hidden, weight, bias, targets, ctx.scaling, d_weight)
+        given = Operands(hidden, weight, targets, bias, weight_grad=d_weight, scaling=ctx.scaling, ignore_index=IGNORE)
+        operands = _cast(ctx.dtype, given)
         values = {} if d_entropy is None else {"entropy": entropy}
         found = token_stats_backward(
             *operands.packed(),
@@ -172,21 +174,14 @@ class HeadStatistics(torch.autograd.Function):
             [*needs, False],
         )
         grads = (found[0], found[1] if d_weight is None else d_weight, found[2])
-        given = (hidden, weight, bias)
-        own = (g.to(x.dtype) if need else None for g, x, need in zip(grads, given, needs, strict=True))
+        learning = (hidden, weight, bias)
+        own = (g.to(x.dtype) if need else None for g, x, need in zip(grads, learning, needs, strict=True))
         return *own, *[None] * 5
 
 
-def _cast(
-    dtype: torch.dtype,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    scaling: Scaling,
-    weight_grad: Tensor | None = None,
-) -> Operands:
+def _cast(dtype: torch.dtype, operands: Operands) -> Operands:
     """Returns the operands in a dtype, detached."""
-    h, w, b = (None if x is None else x.detach().to(dtype) for x in (hidden, weight, bias))
-    assert h is not None
-    return Operands(h, w, targets, b, weight_grad=weight_grad, scaling=scaling, ignore_index=IGNORE)
+    o = operands
+    hidden, weight, bias = (None if x is None else x.detach().to(dtype) for x in (o.hidden, o.weight, o.bias))
+    assert hidden is not None
+    return dataclasses.replace(operands, hidden=hidden, weight=weight, bias=bias)
