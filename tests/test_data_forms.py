@@ -20,7 +20,7 @@ from xpo_fast import Objective, data
 from xpo_fast.cli import build_parser, loading, options
 from xpo_fast.data import DataError, encode, load, load_prompts, origins
 from xpo_fast.data.forms import parse_columns, renamed
-from xpo_fast.rewards.ratings import load_ratings
+from xpo_fast.rewards.encoding import load_ratings
 from xpo_fast.rewards.trainer import RewardConfig
 
 LOAD, SOURCES = (importlib.import_module(f"xpo_fast.data.{name}") for name in ("load", "sources"))  # not the functions

@@ -134,7 +134,7 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
 
 
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
-    from ..rewards.implicit import ImplicitReward
+    from ..rewards.model import ImplicitReward
 
     name = args.reference
     if name is None:

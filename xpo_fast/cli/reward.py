@@ -174,7 +174,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
 def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     """Returns rows to train on, and rows held out or None, in the form that `RewardTrainer` reads."""
     from .. import data
-    from ..rewards.ratings import load_ratings
+    from ..rewards.encoding import load_ratings
 
     how = options.reading(args)
 
