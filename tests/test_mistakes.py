@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
-from xpo_fast.cli import loading, train_log
+from xpo_fast.cli import loading, training
 from xpo_fast.models import load_model
 from xpo_fast.recipes import get_recipe
 from xpo_fast.recipes.loop import run as run_recipe
@@ -533,7 +533,7 @@ def test_a_limit_on_the_size_of_files(home, out):
 
 def at_step(monkeypatch, step: int, action) -> None:
     """Let a run do this as its step number `step` begins."""
-    json_log = train_log.json_log
+    json_log = training.json_log
 
     def acting(args):
         callback = json_log(args)
@@ -542,7 +542,7 @@ def at_step(monkeypatch, step: int, action) -> None:
         )
         return callback
 
-    monkeypatch.setattr(train_log, "json_log", acting)
+    monkeypatch.setattr(training, "json_log", acting)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -30,19 +30,6 @@ TRAINER_ARGUMENTS = (
 NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "debug", "api_key")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, if there is one that is not said."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if has_default(action) else action.help
-
-
-def has_default(action: argparse.Action) -> bool:
-    """Returns whether an option has a default that its help does not mention."""
-    value = action.default
-    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
-
-
 # --- types of options ---------------------------------------------------------------------------------------------
 
 

@@ -98,12 +98,9 @@ def _with_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
     if isinstance(prompt, list):
         return after_system(row, prompt, where)
     if systems := systems_of(row):
-        system = " and ".join(systems)
-        how = (
-            "--columns question=prompt reads both as a conversation"
-            if isinstance(row.get("prompt"), str)
-            else "write the row as messages"
-        )
+        system, how = " and ".join(systems), "write the row as messages"
+        if isinstance(row.get("prompt"), str):
+            how = "--columns question=prompt reads both as a conversation"
         raise DataError(
             f"{where}: {system} is given beside text, which has no place for a system prompt; {how}, or take {system} "
             "out of the rows"
@@ -181,10 +178,8 @@ def _check_list(completions: Any, where: str) -> None:
             f"{where}: completions must be a list of texts or of conversations; "
             f"got {type(completions).__name__}; drop the row, or give a list"
         )
-    if len(completions) < 2:
-        raise DataError(
-            f"{where}: completions must be two or more, to be compared; got {len(completions)}; drop the row"
-        )
+    if (n := len(completions)) < 2:
+        raise DataError(f"{where}: completions must be two or more, to be compared; got {n}; drop the row")
 
 
 def completions_of(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
@@ -311,9 +306,8 @@ def _encodable(value: str, name: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {name} holds half a surrogate pair ({error.reason}); repair or drop the row"
-        ) from error
+        found = f"half a surrogate pair ({error.reason})"
+        raise DataError(f"{where}: {name} holds {found}; repair or drop the row") from error
     return value
 
 
@@ -397,16 +391,12 @@ def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[s
     yield from unread(raw, [row["prompt"], *completions])
 
 
-def _form(value: str | list) -> str:
-    return "text" if isinstance(value, str) else "a conversation"
-
-
 def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
     """Raises DataError for a shaped row that is text where the first is a conversation, or that has other fields."""
-    forms = [_form(row["prompt"]), _form(first["prompt"])]
-    if forms[0] != forms[1]:
+    form, first_form = ("text" if isinstance(x["prompt"], str) else "a conversation" for x in (row, first))
+    if form != first_form:
         raise DataError(
-            f"{row['where']}: this row is {forms[0]} where {first['where']} is {forms[1]}; "
+            f"{row['where']}: this row is {form} where {first['where']} is {first_form}; "
             "give all rows of a data set in one form"
         )
     for has, lacks in ((first, row), (row, first)):

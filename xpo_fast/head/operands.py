@@ -77,50 +77,35 @@ class Operands:
         vocabulary may be larger. Raises ValueError for operands that do not fit together.
         """
         given = self._without_heads()
-        hidden, weight, bias, adapter = given.hidden, given.weight, given.bias, given.adapter
-        weight_grad, ref, shard = given.weight_grad, given.ref, given.shard
-        if adapter is not None and ref is not None and ref.weight is None:
+        hidden, weight_grad, shard = given.hidden, given.weight_grad, given.shard
+        ref_hidden, ref_weight, ref_bias = given.ref or (None, None, None)
+        if given.adapter is not None and ref_hidden is not None and ref_weight is None:
             raise ValueError(
                 "with an adapter the policy's weight and bias need not be the reference's (DoRA scales the rows of the "
                 "weight, lora_bias adds to the bias): pass ref_weight=, and ref_bias= if it has one, with ref_hidden="
             )
-        ref_hidden, ref_weight, ref_bias = (None, None, None) if ref is None else ref
+        heads = {"weight": given.weight, "bias": given.bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        adapter = {"adapter": given.adapter}  # which its GEMMs cast
         if not gather:
-            weight, bias, adapter, ref_weight, ref_bias = unpartitioned(weight, bias, adapter, ref_weight, ref_bias)
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = cast_for_autocast(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias
-        )
+            heads, adapter = (dict(zip(x, unpartitioned(*x.values()))) for x in (heads, adapter))
+        hidden, ref_hidden, *cast = cast_for_autocast(hidden, ref_hidden, *heads.values())
+        parts = {**dict(zip(heads, cast)), **adapter}
         if gather:
             refuse_sharded(hidden=hidden, targets=given.targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
-            weight, bias, ref_weight, ref_bias, adapter = gathered(
-                weight_grad=weight_grad,
-                weight=weight,
-                bias=bias,
-                ref_weight=ref_weight,
-                ref_bias=ref_bias,
-                adapter=adapter,
-            )
+            parts = dict(zip(parts, gathered(weight_grad=weight_grad, **parts)))
         if shard is not None:
-            weight, bias, ref_weight, ref_bias, weight_grad, adapter = shard.tokens(
-                weight=weight,
-                bias=bias,
-                ref_weight=ref_weight,
-                ref_bias=ref_bias,
-                weight_grad=weight_grad,
-                adapter=adapter,
-            )
-            hidden = shard.replicated(hidden)
-        check_operands(hidden, weight, given.targets, bias, adapter)
-        if ref_hidden is None:
-            ref = None
-        else:
+            parts["weight_grad"] = weight_grad
+            parts = dict(zip(parts, shard.tokens(**parts)))
+            weight_grad, hidden = parts.pop("weight_grad"), shard.replicated(hidden)
+        ref_weight, ref_bias = parts.pop("ref_weight"), parts.pop("ref_bias")
+        check_operands(hidden, targets=given.targets, **parts)
+        ref = None
+        if ref_hidden is not None:
             if ref_weight is None:
-                ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+                ref_weight, ref_bias = parts["weight"], parts["bias"] if ref_bias is None else ref_bias
             ref = Reference(ref_hidden, ref_weight, ref_bias)
-            _check_reference(ref, given.targets, weight.shape[0], "teacher" if teacher else "reference")
-        return dataclasses.replace(
-            given, hidden=hidden, weight=weight, bias=bias, adapter=adapter, ref=ref, weight_grad=weight_grad
-        )
+            _check_reference(ref, given.targets, parts["weight"].shape[0], "teacher" if teacher else "reference")
+        return dataclasses.replace(given, hidden=hidden, ref=ref, weight_grad=weight_grad, **parts)
 
     def _without_heads(self) -> Operands:
         """Returns the operands with every HeadLike replaced by its fields.

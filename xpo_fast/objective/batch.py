@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -311,92 +311,11 @@ class Batch:
         blank = torch.zeros((rows.shape[0] + 1, self.width), dtype=x.dtype, device=x.device)
         return blank.index_put((at, self.offsets), x)[:-1]
 
-    # --- columns ------------------------------------------------------------------------------------------------------
-
-    def check_columns(self, given: Mapping[str, Tensor | None], supplied: set[str]) -> dict[str, Tensor]:
-        """Returns the caller's columns on the call's device.
-
-        supplied: columns that the objective provides if the caller does not. Raises ValueError for a column that is
-        missing, unknown, or of a wrong shape or device.
-        """
-        takes = dict.fromkeys(n for m in self.methods for n in m.columns)
-        needed = dict.fromkeys(n for m in self.methods for n in m.columns if n in m.required)
-        if self.pairs:  # a list's columns cannot say more of each of its pairs
-            takes = {
-                n: None for m in self.methods for n in ("scores", *m.columns) if n == "scores" or m.axes(n) == ("",)
-            }
-            needed = {n: None for n in takes if n == "scores" or n in needed}
-        unknown = sorted(set(given) - set(takes))
-        missing = [n for n in needed if given.get(n) is None and n not in supplied]
-        if unknown or missing:
-            raise ValueError(
-                f"{self.name}: "
-                + "; ".join(f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unknown", unknown)) if n)
-                + f". It takes the columns: {', '.join(takes) or 'none'}"
-            )
-        columns = {name: x for name, x in given.items() if x is not None}
-        for name, x in columns.items():
-            expected = self._column_shapes(name)
-            if not isinstance(x, Tensor) or (expected and tuple(x.shape) not in expected):
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                shapes = " or ".join(dict.fromkeys(str(shape) for shape in expected))
-                if expected == [(), ()]:
-                    raise ValueError(f"{self.name}: {name} must be one number () for all units, got {got}")
-                raise ValueError(f"{self.name}: {name} must be a tensor {shapes}, got {got}")
-            columns[name] = self.placed(name, x)
-        return columns
-
     def placed(self, name: str, x: Tensor) -> Tensor:
         """Returns x on the call's device. Raises ValueError if it is neither there nor on the host with the targets."""
         if x.device != self.device and not (self._targets_on_host and on_host(x)):
             raise ValueError(f"{self.name}: {name} is on {x.device} and hidden on {self.device}: move one of them")
         return to_device(x, self.device)
-
-    def _column_shapes(self, name: str) -> list[tuple[int, ...]]:
-        """Returns the shapes that a column may have; none if it may have any."""
-        method = next((m for m in self.methods if name in m.inputs), None)
-        if method is None or self.pairs:
-            return [(self.units, self.index.shape[1])] if name == "scores" else [(self.units,), ()]
-        width = self.index.shape[1] - self.has_rejected
-        sizes = {"": (), "U": (self.units,), "UK": (self.units, width), "UT": tuple(self.shape)}
-        axes = method.axes(name)
-        return [] if "II" in axes else [sizes[a] for a in axes] + [()]
-
-    def per_token(self, name: str, x: Tensor) -> bool:
-        """Returns whether a column has one entry per token.
-
-        Where every packed row has one position, a column (N,) is read as one entry per row.
-        """
-        axes = self.methods[0].axes(name)
-        per_row = x.shape == (self.units,) and "U" in axes
-        return "UT" in axes and x.dim() > 0 and x.shape == self.shape and not per_row
-
-    def column(self, name: str, x: Tensor, units: Tensor | None) -> dict[str, Tensor]:
-        """Returns a caller's column as inputs of some units, or with None of all.
-
-        Units that do not count get a number that every method accepts.
-        """
-        if self.pairs and name == "scores":
-            return self.inputs("score", x.reshape(-1), units, 0.0)
-        if x.dim() == 0:
-            return {name: x}
-        valid = self.valid
-        if units is not None:
-            x, valid = x[units], valid[units]
-        if x.dim() == 1 and x.is_floating_point():
-            x = torch.where(valid, x, HARMLESS.get(name, 0.0))
-        return {name: x}
-
-    def check_logps(self, name: str, values: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
-        """Returns log-probs detached, on the call's device and at least in float32.
-
-        Raises ValueError for values of none of the shapes.
-        """
-        if values.shape not in shapes:
-            expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
-            raise ValueError(f"{name} must be {expected}, got {tuple(values.shape)}")
-        values = self.placed(name, values.detach())
-        return values if values.dtype == torch.float64 else values.float()
 
     # --- tiles --------------------------------------------------------------------------------------------------------
 

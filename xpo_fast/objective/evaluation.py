@@ -14,6 +14,7 @@ from ..methods.math import unchecked
 from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..types import LossOutput
 from .batch import Batch
+from .columns import column, per_token
 from .known import Known, row_sums
 from .settings import Settings
 from .terms import Term
@@ -96,7 +97,7 @@ class Evaluation:
             inputs["mask"] = grid(batch.scored)
             inputs |= {n: grid(x) for n, x in known.tokens.items() if n in wanted}
             for name, x in columns.items():
-                if name in wanted and batch.per_token(name, x):
+                if name in wanted and per_token(batch, name, x):
                     inputs[name] = grid(x.reshape(-1))
                 elif name in wanted:
                     at = units if not single else batch.rows[positions]
@@ -121,7 +122,7 @@ class Evaluation:
             inputs["mask"] = batch.list_mask(units)
         for name, x in columns.items():
             if name in wanted or name == "scores":
-                inputs |= batch.column(name, x, units)
+                inputs |= column(batch, name, x, units)
         return {n: x for n, x in inputs.items() if n in wanted}
 
     def losses(self, term: Term, logp: Tensor, positions: Tensor | None = None, units: Tensor | None = None) -> Found:

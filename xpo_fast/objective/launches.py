@@ -16,6 +16,7 @@ from ..methods.inputs import INPUTS
 from ..types import LossOutput
 from . import segments
 from .batch import Batch
+from .columns import per_token
 from .known import Known
 from .terms import Term
 
@@ -151,7 +152,7 @@ def _inputs(
     for name, x in columns.items():
         if not method.wants(name, term.hyperparameters):
             continue
-        if batch.per_token(name, x):
+        if per_token(batch, name, x):
             others[name] = x.reshape(-1)
         elif "U" in INPUTS[name].axes:
             by_unit[name] = x.expand(batch.units)

@@ -22,6 +22,7 @@ from ..head.units import unit_loss
 from ..methods.vocabulary import wpo_weights
 from ..types import LossOutput
 from .batch import Batch
+from .columns import check_columns
 from .evaluation import Evaluation
 from .known import Known
 from .launches import Launches
@@ -133,7 +134,7 @@ class Objective(Settings):
         ).admit()
         ref_tokens = columns.pop("ref_token_logp", None)
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns, operands.hidden.device)
-        known = Known(batch.check_columns(columns, self.supplied()))
+        known = Known(check_columns(batch, columns, self.supplied()))
         known.rows["len"] = (batch.lengths, 1.0)
         operands = dataclasses.replace(operands.flat(), targets=batch.targets)
         if self.draws_rivals:

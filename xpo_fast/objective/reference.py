@@ -11,6 +11,7 @@ from ..head.operands import Operands
 from ..head.rows import sum_rows
 from ..head.statistics import statistics
 from .batch import Batch
+from .columns import check_logps
 from .known import Known, row_sums
 from .settings import Settings
 
@@ -51,9 +52,9 @@ def add_reference(
     tokens: Tensor | None = None
     per_row, per_token = torch.Size((batch.count,)), torch.Size(batch.shape)
     if ref_tokens is not None:
-        tokens = batch.check_logps("ref_token_logp", ref_tokens, [per_token]).reshape(-1)
+        tokens = check_logps(batch, "ref_token_logp", ref_tokens, [per_token]).reshape(-1)
     elif ref_logps is not None:
-        ref_logps = batch.check_logps("ref_logps", ref_logps, [per_row, per_token])
+        ref_logps = check_logps(batch, "ref_logps", ref_logps, [per_row, per_token])
         if ref_logps.shape == per_token and (per_token != per_row or by_token):
             tokens = ref_logps.reshape(-1)
     else:
