@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,13 @@ from ..trainer import (
     check_head,
     check_rows,
     map_splits,
-    option,
     warn_of_lost_updates,
     warn_of_trained_adapter,
     with_adapter,
     with_lengths,
 )
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
+from ..trainer.config import argument
 from ..trainer.reference import LiveReference, rows_fingerprint
 from .encoding import both_orders, load_ratings, pad_id, separators
 from .model import RewardModel
@@ -56,20 +56,22 @@ from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 class RewardConfig(XPOConfig):
     """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring only."""
 
-    method: str = option("bradley_terry", "The method that trains the reward model: " + ", ".join(USES))
-    objectives: list[str] | None = option(
-        None,
-        "Names of the rewards of regression, columns of numbers in the data, and of gated. "
-        "None: the column reward alone.",
+    method: str = argument("bradley_terry", "The method that trains the reward model: " + ", ".join(USES))
+    objectives: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the rewards of regression, columns of numbers in the data, and of gated. "
+            "None: the column reward alone."
+        },
     )
-    objective_weights: list[float] | None = option(
-        None, "Weights of the objectives in the reward of regression. None: their mean."
+    objective_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the objectives in the reward of regression. None: their mean."}
     )
-    length_alpha: float | None = option(None, "Divides the reward by this number + the tokens of the completion.")
-    length_target: float = option(0.0, "Length in tokens that costs nothing, with length_lam.")
-    length_lam: float = option(0.0, "Reward subtracted per token more or fewer than length_target.")
-    learning_rate: float = option(1e-5, "The initial learning rate of AdamW.")
-    value_head_learning_rate: float | None = option(
+    length_alpha: float | None = argument(None, "Divides the reward by this number + the tokens of the completion.")
+    length_target: float = argument(0.0, "Length in tokens that costs nothing, with length_lam.")
+    length_lam: float = argument(0.0, "Reward subtracted per token more or fewer than length_target.")
+    learning_rate: float = argument(1e-5, "The initial learning rate of AdamW.")
+    value_head_learning_rate: float | None = argument(
         None, "Learning rate of the value head, whose weights begin near 0. None: learning_rate."
     )
 

@@ -12,7 +12,8 @@ from ..methods.advantages import ADVANTAGES, OF_GROUPS
 from ..methods.registry import RLDefaults
 from ..objective import Objective
 from ..objective.terms import parse_terms
-from ..trainer import MethodConfig, option
+from ..trainer import MethodConfig
+from ..trainer.config import argument
 from ..wording import did_you_mean
 
 
@@ -53,80 +54,80 @@ class RLConfig(MethodConfig):
     rloo is on-policy with one step per rollout, and uses its clipped variant (variant="clipped") with several.
     """
 
-    method: str = option("grpo", "A policy method of xpo_fast.METHODS, or a sum.")
-    num_generations: int = option(8, "Completions per prompt.")
-    prompts_per_rollout: int | None = option(None, "Prompts per rollout. None: those that one step trains on.")
-    epochs_per_rollout: int = option(1, "Passes over the completions of a rollout.")
-    max_new_tokens: int = option(256, "Longest completion in tokens.")
-    temperature: float = option(1.0, "Temperature of sampling and of every log-prob.")
-    top_p: float = option(
+    method: str = argument("grpo", "A policy method of xpo_fast.METHODS, or a sum.")
+    num_generations: int = argument(8, "Completions per prompt.")
+    prompts_per_rollout: int | None = argument(None, "Prompts per rollout. None: those that one step trains on.")
+    epochs_per_rollout: int = argument(1, "Passes over the completions of a rollout.")
+    max_new_tokens: int = argument(256, "Longest completion in tokens.")
+    temperature: float = argument(1.0, "Temperature of sampling and of every log-prob.")
+    top_p: float = argument(
         1.0, "Nucleus sampling: the smallest set of tokens with this probability; log-probs are over all tokens."
     )
-    top_k: int | None = option(None, "Sample from the k most likely tokens; log-probs are over all tokens.")
-    stop: tuple[str, ...] = option((), "Texts that end a completion.")
-    generation_batch_size: int = option(64, "Completions per batch of sampling.")
-    continuous_batching: bool = option(
+    top_k: int | None = argument(None, "Sample from the k most likely tokens; log-probs are over all tokens.")
+    stop: tuple[str, ...] = argument((), "Texts that end a completion.")
+    generation_batch_size: int = argument(64, "Completions per batch of sampling.")
+    continuous_batching: bool = argument(
         False,
         "Sample by transformers' continuous batching on CUDA if the model supports it: faster, and the same seed need "
         "not give the same completions.",
     )
-    max_draws: int | None = option(
+    max_draws: int | None = argument(
         None,
         "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others are drawn in "
         f"their place, at most this many times per rollout. 1: never. None: {_of_methods('max_draws')}.",
     )
-    overlong: str = option(
+    overlong: str = argument(
         "auto",
         "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty (−1 for a truncated "
         f"one, rising to 0 over the overlong_buffer tokens before), or auto: {_of_methods('overlong')}.",
     )
-    overlong_buffer: int | None = option(
+    overlong_buffer: int | None = argument(
         None, "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."
     )
-    missing_eos_penalty: float = option(0.0, "Subtracted from the reward of a truncated completion.")
-    advantage: str = option("auto", f"auto (the method's own), {', '.join(ADVANTAGES)}.")
-    whiten_advantages: bool = option(True, "With gae: scale advantages to mean 0, variance 1 per rollout.")
-    gamma: float = option(1.0, "Discount γ of gae.")
-    lam: float = option(0.95, "λ of gae.")
-    vf_coef: float = option(0.1, "Weight of the critic's loss, with gae.")
-    value_head_learning_rate: float | None = option(
+    missing_eos_penalty: float = argument(0.0, "Subtracted from the reward of a truncated completion.")
+    advantage: str = argument("auto", f"auto (the method's own), {', '.join(ADVANTAGES)}.")
+    whiten_advantages: bool = argument(True, "With gae: scale advantages to mean 0, variance 1 per rollout.")
+    gamma: float = argument(1.0, "Discount γ of gae.")
+    lam: float = argument(0.95, "λ of gae.")
+    vf_coef: float = argument(0.1, "Weight of the critic's loss, with gae.")
+    value_head_learning_rate: float | None = argument(
         None, "Learning rate of the critic's value head, with gae. None: learning_rate."
     )
-    value_clip: float = option(0.2, "Clipping range of a value around its old value.")
-    reference: str = option(
+    value_clip: float = argument(0.2, "Clipping range of a value around its old value.")
+    reference: str = argument(
         "auto", "The reference policy: adapter (switched off), copy, none, or auto: the one needed."
     )
-    ref_mixin: float = option(
+    ref_mixin: float = argument(
         0.0,
         "After every rollout: reference ← (1 − x)·reference + x·policy for every weight; of a PEFT model for the "
         "adapter's.",
     )
-    kl_coef: float | None = option(
+    kl_coef: float | None = argument(
         None,
         "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the sampled tokens (k1: "
         f"unbiased in value and gradient). None: {_of_methods('kl_coef')}. In the loss it is the method's beta.",
     )
-    kl_target: float | None = option(
+    kl_target: float | None = argument(
         None,
         "Adaptive KL: kl_coef (or the method's beta) is raised where the divergence is above this many "
         "nats per completion, and lowered below; for ppo_penalty, nats per token from the sampling policy.",
     )
-    kl_horizon: int = option(
+    kl_horizon: int = argument(
         10_000, "A rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/kl_horizon."
     )
-    off_policy: str = option(
+    off_policy: str = argument(
         "auto",
         "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level "
         "of the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none.",
     )
-    off_policy_cap: float = option(2.0, "Upper limit of these weights.")
-    eval_generations: int = option(1, "Completions per held-out prompt.")
-    log_samples: bool = option(
+    off_policy_cap: float = argument(2.0, "Upper limit of these weights.")
+    eval_generations: int = argument(1, "Completions per held-out prompt.")
+    log_samples: bool = argument(
         True,
         "Write every completion into samples.jsonl, one per line, for datasets.load_dataset('json', "
         "data_files=…) or pandas.read_json(…, lines=True).",
     )
-    show_samples: int = option(0, "Completions of the last rollout to print, by reward, with every log.")
+    show_samples: int = argument(0, "Completions of the last rollout to print, by reward, with every log.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
-from .config import MethodConfig, XPOConfig, option
+from .config import MethodConfig, XPOConfig
 from .preference import XPOTrainer, layout
 from .setup import (
     check_head,
@@ -27,7 +27,6 @@ __all__ = [
     "check_rows",
     "layout",
     "map_splits",
-    "option",
     "prepare_model",
     "reading",
     "save_objective",
