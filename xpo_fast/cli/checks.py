@@ -35,6 +35,13 @@ def check(args: argparse.Namespace) -> None:
     for name in ("weight_decay", "max_grad_norm"):
         if not 0 <= given.get(name, 0) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {given[name]}")
+    if given.get("backend", "auto") != "auto":
+        from ..head.backends import get_backend
+
+        try:
+            get_backend(args.backend)
+        except ValueError as error:
+            raise UsageError(f"--backend: {error}") from error
     if given.get("chat_template") is not None:
         read_template(args.chat_template)
     if not given.get("dry_run", False):
