@@ -31,10 +31,11 @@ class Collator:
     Returns:
         input_ids, attention_mask, targets (R, T) int64, and those of the following that the rows carry:
 
-        * pair: score_w, score_l, prob_w, margin (P,) float32;
-        * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets
-          (B, T') int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
-        * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
+        * the numbers of the kind by the methods' names for them (`Kind.numbers`), (U,) float32, desirable bool; for a
+          list (P, K), NaN where a completion is missing;
+        * unpaired: kl_input_ids, kl_attention_mask, kl_targets (B, T') int64, the prompts with their mismatched
+          completions; kl_ref_logps (B,) float32;
+        * list: list_lengths (P,) int64;
         * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a completion
           that is missing.
 

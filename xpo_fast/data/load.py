@@ -71,10 +71,9 @@ def load(
     with an empty prompt.
 
     Returns:
-        The columns prompt, `Kind.completions` and where; and those of the following that the data has, as floats:
-        score_chosen, score_rejected, prob (P(chosen beats rejected), also read from prob_chosen), margin for pairs;
-        reward, value for unpaired rows, and their label as a bool; scores (K numbers) for lists, and their rejected
-        completion. Prompts and completions are all strings, or all lists of messages.
+        The columns prompt, `Kind.completions` and where; and those of `Kind.numbers` that the data has, as floats, for
+        lists K of them: prob is P(chosen beats rejected), also read from prob_chosen; a label is a bool. Lists may have
+        a rejected completion. Prompts and completions are all strings, or all lists of messages.
 
     Raises:
         DataError: for a source that does not exist or cannot be read, no rows, a row that is not of these forms, or a
