@@ -215,6 +215,7 @@ def lines(err: str) -> list[str]:
         ("train --attn flash_attention_2", "flash-attn, or use another attention implementation: sdpa or eager"),
         ("train --attn nope", "nope"),
         ("train --backend cuda", "backend='torch'"),
+        ("train --backend tritn", "--backend: no backend named 'tritn'; there are auto, dense"),
         ("eval-reward --model model", "no reward model in 'model': it holds ['LlamaForCausalLM']"),
         ("eval-reward --policy model --reference nowhere/at/all", "nowhere/at/all"),
         # of a vocabulary that does not fit

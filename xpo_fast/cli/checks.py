@@ -43,6 +43,13 @@ def check(args: argparse.Namespace) -> None:
         for name in names.split():
             if (value := given.get(name)) is not None and not holds(value):
                 raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value:.15g}")
+    if given.get("backend", "auto") != "auto":
+        from ..head.backends import get_backend
+
+        try:
+            get_backend(args.backend)
+        except ValueError as error:
+            raise UsageError(f"--backend: {error}") from error
     if given.get("chat_template") is not None:
         read_template(args.chat_template)
     if not given.get("dry_run", False):

@@ -51,6 +51,10 @@ def _names(command: str, dest: str, commands: dict[str, Parser]) -> list[str] | 
 
         layouts = {"train": ("pairwise", "listwise", "unpaired"), "rl": ("policy",)}.get(command)
         return sorted(name for name, m in METHODS.items() if layouts is None or m.layout in layouts)
+    if dest == "backend":
+        from ..head.backends import BACKENDS
+
+        return ["auto", *BACKENDS]
     if (command, dest) == ("recipe", "name"):
         from ..recipes import RECIPES
 

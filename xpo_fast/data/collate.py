@@ -69,9 +69,10 @@ class Collator:
             rows += [(row["prompt_ids"], row["rejected_ids"])] if last else []
         batch = self._pad(rows)
         batch["list_lengths"] = torch.tensor([len(row["completions_ids"]) for row in features])
-        if "scores" in features[0]:
-            scores = [filled(row["scores"], longest, math.nan) for row in features]
-            batch["scores"] = torch.tensor(scores, dtype=torch.float32)  # (P, K)
+        for name, key in get_kind(self.kind).numbers.items():
+            if name in features[0]:
+                numbers = [filled(row[name], longest, math.nan) for row in features]
+                batch[key] = torch.tensor(numbers, dtype=torch.float32)  # (P, K)
         if "ref_logp" in features[0]:
             ref_logps: list[float] = []
             for row in features:

@@ -211,25 +211,25 @@ def _extras(given: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
         if len(aliases) > 1:
             raise DataError(f"{where}: {' and '.join(aliases)} are two names of one number; remove either field")
         for alias in aliases:
-            if name == "scores":
-                extras[name] = _scores(given[alias], len(given["completions"]), where)
+            if kind.listed:
+                extras[name] = _numbers_of_list(given[alias], alias, len(given["completions"]), where)
             else:
                 extras[name] = _READERS.get(name, _number)(given[alias], alias, where)
     return extras
 
 
-def _scores(value: Any, count: int, where: str) -> list[float]:
+def _numbers_of_list(value: Any, name: str, count: int, where: str) -> list[float]:
     if not isinstance(value, list):
         raise DataError(
-            f"{where}: scores must be a list of numbers, one per completion; got {type(value).__name__}; "
+            f"{where}: {name} must be a list of numbers, one per completion; got {type(value).__name__}; "
             "drop the row, or give a list"
         )
     if len(value) != count:
         raise DataError(
-            f"{where}: expected one score per completion; got {len(value)} scores for {count} completions; "
+            f"{where}: expected one of {name} per completion; got {len(value)} {name} for {count} completions; "
             "give the others, or drop the row"
         )
-    return [_number(score, f"scores[{i}]", where) for i, score in enumerate(value)]
+    return [_number(number, f"{name}[{i}]", where) for i, number in enumerate(value)]
 
 
 def _number(value: Any, name: str, where: str) -> float:
