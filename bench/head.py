@@ -25,8 +25,9 @@ from torch import Tensor
 
 import memory
 from contenders import Contender, Missing, make_contenders, make_floor
-from measure import environment, ratio, table, time_interleaved, write_json
+from measure import environment, ratio, table, time_interleaved
 from problem import CASES, ROWS, Case, Results, float64_truth, make_batch, make_weight
+from xpo_fast.files import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest absolute error of a log-prob; for the others, the norm of the error divided by the norm of the truth.
