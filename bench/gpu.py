@@ -278,6 +278,7 @@ def about(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Returns the options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="NxDxV")
     parser.add_argument("--cases", nargs="+", choices=TASKS, default=list(TASKS))
@@ -300,6 +301,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     args = parse_arguments()
     if not torch.cuda.is_available() and not args.quick:
         print("no GPU: bench/head.py measures on a CPU; --quick tries this script on one", file=sys.stderr)

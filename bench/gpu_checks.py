@@ -231,6 +231,7 @@ def files_with_checks() -> list[str]:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to FILE during the run")
     parser.add_argument(

@@ -372,6 +372,7 @@ def show(name: str, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="SECTION")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE during the run")

@@ -208,6 +208,7 @@ def timing_table(records: list[dict[str, Any]]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Returns the options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=_listed(Shape.parse), default=SHAPES, metavar="NxDxV,...")
     for flag, known in (("--dtype", DTYPES), ("--cases", CASES)):
@@ -242,6 +243,7 @@ def _known(names: Mapping[str, Any]) -> Callable[[str], str]:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     args = parse_arguments()
     about = environment()
     results: dict[str, Any] = {"environment": about, "timing": [], "aims": [], "memory": []}

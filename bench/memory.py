@@ -129,6 +129,7 @@ def memory_table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--contender", required=True)

@@ -310,6 +310,7 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs, as data.load reads them")
     parser.add_argument("--model", default=SMOLLM2)

@@ -33,6 +33,7 @@ from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="pairs of chosen and rejected transcripts")

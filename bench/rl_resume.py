@@ -61,7 +61,7 @@ def tiny() -> dict[str, Any]:
 
 
 def smollm2() -> dict[str, Any]:
-    """SmolLM2-135M in bfloat16 with an adapter, on the sums of examples/verifiable_reward.py."""
+    """Returns SmolLM2-135M in bfloat16 with an adapter, to be trained on the sums of examples/verifiable_reward.py."""
     from peft import LoraConfig
 
     from xpo_fast.models import SMOLLM2, load_model
@@ -173,6 +173,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)

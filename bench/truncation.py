@@ -73,6 +73,7 @@ def logp_errors(width: int, vocab: int, tokens: int) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[2048, 4096], metavar="D")
     parser.add_argument("--vocab", type=int, default=8192)
