@@ -6,6 +6,7 @@ Each law is a function that returns what breaks it. Beside it stands a house tha
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ KNOWN_TO_KERNELS = ("files", "store", "wording")
 LISTS = ("xpo_fast.methods.pairwise", "xpo_fast.methods.policy")  # of methods: long, and no machines
 FACES_WITH_MORE = ("xpo_fast", "xpo_fast.demo_data")  # names that are imported late; a path
 FILE_LINES, CLASS_LINES = 500, 400
+ROOMS = ("xpo_fast", "kernels", "bench", "tests", "examples")
+THEIRS = {"rewards.py"}  # files of a reader's own, in commands
 
 
 def room(module):
@@ -150,3 +153,11 @@ def test_catches(law, changed, expected, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         assert law(arrows.read(tmp_path)) == (expected if broken else [])
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "README.md", "docs/gpu.md"])
+def test_pages_name_files_that_exist(page):
+    named = set(re.findall(r"[\w/]*\b\w+\.py\b", (ROOT / page).read_text("utf-8")))
+    tracked = [f"/{p.relative_to(ROOT)}" for room in ROOMS for p in (ROOT / room).rglob("*.py")] + ["/setup.py"]
+    missing = {name for name in named if not any(path.endswith("/" + name.lstrip("/")) for path in tracked)}
+    assert named and missing <= THEIRS

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode (no dropout) and switches gradients off; each module's mode is restored afterwards."""
+    """Puts the model into eval mode (no dropout) and switches gradients off; then restores each module's mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

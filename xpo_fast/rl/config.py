@@ -78,8 +78,8 @@ class RLConfig(MethodConfig):
     )
     overlong: str = argument(
         "auto",
-        "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty (−1 for a truncated "
-        f"one, rising to 0 over the overlong_buffer tokens before), or auto: {_of_methods('overlong')}.",
+        "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty (−1 for a "
+        f"truncated one, rising to 0 over the overlong_buffer tokens before), or auto: {_of_methods('overlong')}.",
     )
     overlong_buffer: int | None = argument(
         None, "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."
@@ -104,8 +104,8 @@ class RLConfig(MethodConfig):
     )
     kl_coef: float | None = argument(
         None,
-        "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the sampled tokens (k1: "
-        f"unbiased in value and gradient). None: {_of_methods('kl_coef')}. In the loss it is the method's beta.",
+        "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the sampled tokens "
+        f"(k1: unbiased in value and gradient). None: {_of_methods('kl_coef')}. In the loss it is the method's beta.",
     )
     kl_target: float | None = argument(
         None,
