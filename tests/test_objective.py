@@ -314,6 +314,16 @@ def test_ways_to_give_a_reference(name, learn):
 OF_ONE_BATCH = [n for n in THROUGH_HEAD if xf.METHODS[n].unit == "batch"]  # whose losses depend on one another
 
 
+def test_a_reference_that_no_method_reads_is_ignored():
+    """Whatever it is: of another width, dtype or vocabulary."""
+    hidden, weight, _ = operands()
+    objective, targets = xf.Objective("simpo"), targets_of()
+    want = objective(hidden, weight, targets).loss
+    for ref in ({"ref_hidden": hidden[..., :2].float()}, {"ref_hidden": hidden, "ref_weight": weight[:3]}):
+        assert objective(hidden, weight, targets, **ref).loss == want
+        assert objective.plan(hidden, weight, targets, **ref) == objective.plan(hidden, weight, targets)
+
+
 @pytest.mark.parametrize("name", [n for n in THROUGH_HEAD if n not in [*OF_ONE_BATCH, "bnpo"]])
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
 def test_micro_batches(name, learn):

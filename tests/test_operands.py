@@ -16,6 +16,7 @@ from xpo_fast.head.operands import Operands, Reference
 from xpo_fast.head.row_operations import OutOfPlaceRowOperations
 from xpo_fast.head.spec import Scaling
 from xpo_fast.integrations.liger import liger_fused_linear_dpo, liger_fused_linear_grpo
+from xpo_fast.integrations.liger.distillation import distillation_loss
 
 ROWS, WIDTH, VOCAB, RANK = (4, 6), 8, 21, 3
 
@@ -92,6 +93,13 @@ def test_what_a_head_has_is_said_once(head, options, message):
         xf.token_stats(HIDDEN, head, TARGETS, outputs=("kl",), ref_hidden=HIDDEN, **options)
 
 
+@pytest.mark.parametrize("name", ["weight", "ref_weight"])
+def test_a_layer_is_no_head(name):
+    arguments = {"weight": PLAIN.weight, "ref_weight": PLAIN.weight, name: torch.nn.Linear(WIDTH, VOCAB)}
+    with pytest.raises(ValueError, match=rf"{name} must be a tensor \(V, D\) or a Head, got Linear"):
+        xf.token_stats(HIDDEN, targets=TARGETS, outputs=("kl",), ref_hidden=HIDDEN, **arguments)
+
+
 LABELS = TARGETS.clamp(min=0)
 CALLS = {
     "token_logps": lambda w: xf.token_logps(HIDDEN, w, TARGETS),
@@ -117,6 +125,37 @@ def test_what_is_gathered_is_cast_before(call, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         CALLS[call](PLAIN.weight)
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_weight_of_both_is_cast_once(same):
+    """So that one that is kept in parts is gathered once, as it is without autocast."""
+    theirs = PLAIN.weight if same else PLAIN.weight.clone()
+    given = Operands(HIDDEN, PLAIN.weight, TARGETS, PLAIN.bias, ref=Reference(HIDDEN, theirs))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = given.admit()
+    assert found.ref is not None and found.weight.dtype == found.ref.weight.dtype == torch.bfloat16
+    assert (found.weight is found.ref.weight) == same
+
+
+class Sharded(torch.Tensor):
+    """Looks like a DTensor."""
+
+    full_tensor = None
+
+
+TEACHER = {"teacher_hidden": HIDDEN, "teacher_weight": PLAIN.weight}
+REFUSED = {
+    "ref_hidden": lambda x: xf.token_stats(HIDDEN, PLAIN.weight, TARGETS, ref_hidden=x),
+    "teacher_hidden": lambda x: distillation_loss(HIDDEN, PLAIN.weight, TARGETS, **TEACHER | {"teacher_hidden": x}),
+    "_input": lambda x: liger_fused_linear_dpo(x, PLAIN.weight, TARGETS, use_ref_model=False),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_has_the_callers_name(name):
+    with pytest.raises(ValueError, match=f"expected {name} to be a plain tensor"):
+        REFUSED[name](HIDDEN.as_subclass(Sharded))
 
 
 def test_an_operator_gets_all_of_it():

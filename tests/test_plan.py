@@ -137,3 +137,21 @@ def test_memory_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as caught:
         xf.token_logps(torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 4, 2]), chunk_tokens=2)
     assert "a tile of 2 tokens x 5" in caught.value.__notes__[0] and "tile_bytes=" in caught.value.__notes__[0]
+
+
+def test_an_option_that_there_is_not():
+    """A misspelt budget is an error, not the default."""
+    hidden, weight = torch.ones(4, 6), torch.ones(29, 6)
+    assert head_plan(hidden, weight, chunk_tokens=3, temperature=2.0).tile_tokens == 3
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chunk_token'"):
+        head_plan(hidden, weight, chunk_token=3)
+
+
+def test_an_objectives_settings_may_change():
+    """The plan, and the call, go by what `backend` and `tile_bytes` are when it is made."""
+    objective = xf.Objective("simpo")
+    hidden, weight, targets = torch.ones(2, 4, 6), torch.ones(29, 6), torch.ones(2, 4, dtype=torch.long)
+    objective.tile_bytes = 29 * 4 * 3
+    assert objective.plan(hidden, weight, targets).tile_tokens == 3
+    objective.backend = "dense"
+    assert objective.plan(hidden, weight, targets).backend == "dense"

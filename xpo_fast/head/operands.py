@@ -84,20 +84,23 @@ class Operands:
                 "with an adapter the policy's weight and bias need not be the reference's (DoRA scales the rows of the "
                 "weight, lora_bias adds to the bias): pass ref_weight=, and ref_bias= if it has one, with ref_hidden="
             )
-        heads = {"weight": given.weight, "bias": given.bias, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        theirs = "teacher" if teacher else "ref"  # the caller's names of them begin so
+        refs = f"{theirs}_weight", f"{theirs}_bias"
+        heads = {"weight": given.weight, "bias": given.bias, refs[0]: ref_weight, refs[1]: ref_bias}
         adapter = {"adapter": given.adapter}  # which its GEMMs cast
         if not gather:
             heads, adapter = (dict(zip(x, unpartitioned(*x.values()))) for x in (heads, adapter))
         hidden, ref_hidden, *cast = cast_for_autocast(hidden, ref_hidden, *heads.values())
         parts = {**dict(zip(heads, cast)), **adapter}
         if gather:
-            refuse_sharded(hidden=hidden, targets=given.targets, ref_hidden=ref_hidden, weight_grad=weight_grad)
+            named = {"hidden": hidden, "targets": given.targets, f"{theirs}_hidden": ref_hidden}
+            refuse_sharded(**named, weight_grad=weight_grad)
             parts = dict(zip(parts, gathered(weight_grad=weight_grad, **parts)))
         if shard is not None:
             parts["weight_grad"] = weight_grad
             parts = dict(zip(parts, shard.tokens(**parts)))
             weight_grad, hidden = parts.pop("weight_grad"), shard.replicated(hidden)
-        ref_weight, ref_bias = parts.pop("ref_weight"), parts.pop("ref_bias")
+        ref_weight, ref_bias = (parts.pop(name) for name in refs)
         check_operands(hidden, targets=given.targets, **parts)
         ref = None
         if ref_hidden is not None:
@@ -116,7 +119,7 @@ class Operands:
         operands = self
         scaling, ref = self.scaling, self.ref
         if not isinstance(self.weight, Tensor):
-            head: HeadLike = self.weight
+            head = _head("weight", self.weight)
             given = {"bias": self.bias, "adapter": self.adapter, "softcap": scaling.softcap}
             twice = [name for name, x in given.items() if x is not None]
             twice += ["logit_scale"] * (scaling.logit_scale != 1)
@@ -134,7 +137,7 @@ class Operands:
                 scaling=scaling,
             )
         if ref is not None and ref.weight is not None and not isinstance(ref.weight, Tensor):
-            head = ref.weight
+            head = _head("ref_weight", ref.weight)
             if head.adapter is not None:
                 raise ValueError("the reference's Head has an adapter: merge or disable it, then read the Head again")
             theirs, ours = (head.softcap, float(head.logit_scale)), (scaling.softcap, scaling.logit_scale)
@@ -215,6 +218,16 @@ def unpacked_scaling(numbers: Sequence[float]) -> Scaling:
 def reference(hidden: Tensor | None, weight: Any, bias: Tensor | None) -> Reference | None:
     """Returns the reference of a call, or None if its hidden states are not given."""
     return None if hidden is None else Reference(hidden, weight, bias)
+
+
+def _head(name: str, head: Any) -> HeadLike:
+    """Returns what came in place of a weight. Raises ValueError if it is no head."""
+    if not hasattr(head, "inputs"):
+        raise ValueError(
+            f"{name} must be a tensor (V, D) or a Head, got {type(head).__name__}: pass its weight, or "
+            "Head.from_model(model)"
+        )
+    return head
 
 
 def _inputs(head: HeadLike, hidden: Tensor) -> Tensor:

@@ -95,11 +95,14 @@ def scored_positions(
 def cast_for_autocast(*tensors: Any) -> list[Any]:
     """Returns the tensors in autocast's dtype if it is enabled, else as they are; float64 tensors are not cast.
 
-    Nor are parameters of ZeRO-3, since a cast copy is no parameter that could be gathered: `gathered` casts them.
+    Nor are parameters of ZeRO-3, since a cast copy is no parameter that could be gathered: `gathered` casts them. A
+    tensor that comes twice is cast once, so that a weight of policy and reference is gathered once.
     """
     device = next(t for t in tensors if t is not None).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    alone = (t is None or t.dtype == torch.float64 or hasattr(t, "ds_shape") for t in tensors)
-    return [t if as_it_is else t.to(dtype) for t, as_it_is in zip(tensors, alone, strict=True)]
+    given = {id(t): t for t in tensors}
+    alone = {at for at, t in given.items() if t is None or t.dtype == torch.float64 or hasattr(t, "ds_shape")}
+    cast = {at: t if at in alone else t.to(dtype) for at, t in given.items()}
+    return [cast[id(t)] for t in tensors]

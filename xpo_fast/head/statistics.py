@@ -173,10 +173,14 @@ def head_plan(
 
     weight: with a vocab_shard, without the rows of padding; the tiles are then the same on all ranks of its group.
     unit_tokens: the scored tokens of the longest unit, if a tile should hold whole units. options: see `token_stats`.
+    Raises TypeError for an option that `token_stats` does not have.
     """
     plan_options = PlanOptions(**{name: options.pop(name) for name in PlanOptions._fields if name in options})
     positions = hidden.new_empty(hidden.shape[:-1], dtype=torch.long)
-    return plan_of(take_operands(hidden, weight, positions, options), outputs, plan_options, unit_tokens)
+    operands = take_operands(hidden, weight, positions, options)
+    if options:
+        raise TypeError(f"head_plan() got an unexpected keyword argument {next(iter(options))!r}")
+    return plan_of(operands, outputs, plan_options, unit_tokens)
 
 
 def _dense(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str, Tensor]:

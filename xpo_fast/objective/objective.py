@@ -126,7 +126,7 @@ class Objective(Settings):
             targets,
             bias,
             adapter,
-            reference(ref_hidden, ref_weight, ref_bias),
+            reference(ref_hidden, ref_weight, ref_bias) if self.reads_reference else None,
             weight_grad,
             vocab_shard,
             Scaling(float(temperature), softcap, float(logit_scale)),
@@ -277,7 +277,10 @@ class Objective(Settings):
 
     def plan(self, hidden: Tensor, weight: Tensor | HeadLike, targets: Tensor, **call: Any) -> Plan:
         """Returns how a call with these arguments will run: backend, tile and passes, which print(plan) describes."""
-        operands = take_operands(hidden, weight, targets, call).admit(gather=False)
+        operands = take_operands(hidden, weight, targets, call)
+        if not self.reads_reference:
+            operands = dataclasses.replace(operands, ref=None)
+        operands = operands.admit(gather=False)
         cu_seqlens, list_size = (call.pop(name, None) for name in ("cu_seqlens", "list_size"))
         columns = {n for m in self.methods for n in m.columns} | ({"scores"} if self.pairs else set())
         unknown = sorted(set(call) - _IGNORED_BY_PLAN - columns)
@@ -298,7 +301,7 @@ class Objective(Settings):
             why += f"; {plan.reason}" if plan.reason else ""
             if again:
                 why += f"; units longer than a tile make {again} tokens' logits again"
-        if operands.ref is not None and any(term.reads_reference for term in self.terms):
+        if operands.ref is not None:
             passes, why = passes + 1, why + "; 1F of it for the reference"
         if self.draws_rivals:
             rejected = int((batch.rejected_targets != ignore_index).sum())

@@ -45,7 +45,6 @@ class Settings:
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
         self.fixed_length = fixed_length
-        self.plan_options = PlanOptions(backend, tile_bytes)
         self.rivals = Rivals(top_k, seed, self.plan_options)
         self.state: dict[str, Tensor] = {}  # the methods' statistics of earlier calls
         self._check_modifiers()
@@ -61,6 +60,11 @@ class Settings:
         return self.terms[0].hyperparameters
 
     @property
+    def plan_options(self) -> PlanOptions:
+        """Returns backend and tile_bytes as they are now, which `plan_of` is given."""
+        return PlanOptions(self.backend, self.tile_bytes)
+
+    @property
     def layout(self) -> str:
         """Returns the layout of a call's rows, see `Method.layout`; "listwise" with `pairs`."""
         return "listwise" if self.pairs else self.method.layout
@@ -74,6 +78,11 @@ class Settings:
     def needs_reference(self) -> bool:
         """Returns whether a method needs a reference."""
         return any(term.method.reads_reference(term.hyperparameters) for term in self.terms)
+
+    @property
+    def reads_reference(self) -> bool:
+        """Returns whether a method reads a reference if there is one; it need not require it."""
+        return any(term.reads_reference for term in self.terms)
 
     @property
     def needs_reference_tokens(self) -> bool:

@@ -13,6 +13,7 @@ from ...head import units
 from ...head.operands import Operands
 from ...head.plan import plan_of
 from ...head.rows import Group
+from ...head.sharded import refuse_sharded
 from ...head.spec import Scaling, accumulation_dtype, check_targets
 from ...head.statistics import statistics
 from ...methods.math import unchecked
@@ -32,6 +33,7 @@ def padded_rows(
     """Returns the operands of padded rows, admitted, with the targets on the device of the hidden states."""
     if targets.dim() != 2:
         raise ValueError(f"expected padded rows, targets (B, T), got {tuple(targets.shape)}")
+    refuse_sharded(_input=hidden, target=targets)  # by Liger's names
     scaling = Scaling()  # explicit: torch.compile cannot trace the default
     operands = Operands(hidden, weight, targets, bias, scaling=scaling, ignore_index=ignore_index).admit()
     return replace(operands, targets=to_device(targets, operands.hidden.device))

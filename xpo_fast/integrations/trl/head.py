@@ -68,7 +68,7 @@ class HeadFunction:
         log_probs is always computed. It and entropy are differentiable in hidden, weight and bias.
         """
         names = tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs)
-        head = Head(weight, bias, final_logit_softcapping, logit_scale)
+        head = Head(weight, bias, final_logit_softcapping or None, logit_scale)
         model = READ_FROM.get()
         if model is not None:
             # The hidden states are as TRL takes them from the backbone, and so are its softcap and scale.
