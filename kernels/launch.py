@@ -196,9 +196,6 @@ def override(name: str, choice: Any) -> Iterator[None]:
         _overrides.update(before)
 
 
-# --- the measurements in tuning.json ---------------------------------------------------------------------------------
-
-
 def entry(name: str, device: torch.device, key: Key) -> str:
     """Returns the name of a measurement in the file: device, Triton version, launch, source of the kernels, problem."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -233,9 +230,6 @@ def forget() -> None:
     """Discards what was read from the file: the next `lookup` reads it again."""
     _entries.cache_clear()
     _chosen.cache_clear()
-
-
-# --- what gates.py compiles ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

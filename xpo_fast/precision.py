@@ -159,9 +159,6 @@ def settings() -> dict[str, str]:
     return {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
 
 
-# --- instructions and measurements ----------------------------------------------------------------------------------
-
-
 def _flag(name: str) -> bool:
     """Tells whether torch finds an instruction set on this CPU; False if this torch does not know it."""
     return bool(getattr(torch.cpu, name, lambda: False)())

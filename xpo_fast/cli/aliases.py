@@ -180,8 +180,6 @@ def resume(given: Given, typed: Typed) -> list[str]:
     return ["--resume"] if given.switch() else [f"--resume={given.values[0]}", *given.values[1:]]
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
 _NO_LAYOUTS = (
     "packed layouts do not exist yet: --group-by-length makes batches of rows of like length, with less padding"
 )

@@ -118,9 +118,6 @@ def _online(method: Method) -> str:
     return ", ".join(said)
 
 
-# --- docs/methods.md ----------------------------------------------------------------------------------------------
-
-
 def markdown() -> str:
     """Returns the text of docs/methods.md."""
     methods = [m for _, m in sorted(METHODS.items())]

@@ -113,9 +113,6 @@ def _yaml() -> Any:
     return yaml
 
 
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
 def _read(path: Path) -> Iterator[tuple[str, Given]]:
     """Yields (where, option) for every entry; lists and mappings become the options of a command line."""
     yaml = _yaml()

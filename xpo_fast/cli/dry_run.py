@@ -84,9 +84,6 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
     _end()
 
 
-# --- the parts ----------------------------------------------------------------------------------------------------
-
-
 def _without_weights(args: argparse.Namespace, *, adapter: bool) -> tuple[Any, Any]:
     """Returns the model as it is trained, with shapes but no weights, and its tokenizer."""
     from ..trainer import with_adapter, with_tokenizer

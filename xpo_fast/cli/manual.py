@@ -64,9 +64,6 @@ def run(whole: Parser, commands: dict[str, Parser], args: argparse.Namespace) ->
     return 0
 
 
-# --- docs/commands.md ---------------------------------------------------------------------------------------------
-
-
 def markdown(commands: dict[str, Parser]) -> str:
     """Returns docs/commands.md."""
     parts = [_OPENING.format(regenerate=REGENERATE)]

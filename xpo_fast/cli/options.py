@@ -29,9 +29,6 @@ TRAINER_ARGUMENTS = (
 NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "debug", "api_key")
 
 
-# --- types of options ---------------------------------------------------------------------------------------------
-
-
 def columns(text: str) -> dict[str, str]:
     """Parses NAME=COLUMN, several with commas between them."""
     try:
@@ -64,9 +61,6 @@ class _Push(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values is not self.const or not getattr(namespace, self.dest):
             setattr(namespace, self.dest, values)
-
-
-# --- groups of options --------------------------------------------------------------------------------------------
 
 
 def add_option(group: Any, usage: str, about: str, default: Any = None, **how: Any) -> None:
@@ -310,9 +304,6 @@ def add_length_rule(group: Any) -> None:
     add("--length-alpha A", "divide rewards by A + the tokens of the completion", type=float)
     add("--length-target TOKENS", "length that costs nothing with --length-penalty", 0.0)
     add("--length-penalty X", "subtract X·|tokens − target| from rewards", 0.0)
-
-
-# --- values as keyword arguments ----------------------------------------------------------------------------------
 
 
 def length_rule(args: argparse.Namespace) -> dict[str, float | None]:

@@ -85,9 +85,6 @@ def _follow(value: Any, keys: list[str], depth: int, where: str) -> Any:
     )
 
 
-# --- messages -------------------------------------------------------------------------------------
-
-
 def message(value: Any, name: str, where: str) -> dict[str, str]:
     """Returns a message as {"role", "content"}; name: the field that holds it, for errors.
 
@@ -159,9 +156,6 @@ def _conversation(value: Any, name: str, where: str) -> list[dict[str, str]]:
             "drop the row"
         )
     return [message(one, name, where) for one in value]
-
-
-# --- forms ----------------------------------------------------------------------------------------
 
 
 def recognised(given: dict[str, Any], kind: Kind | None, where: str) -> dict[str, Any]:

@@ -226,9 +226,6 @@ def prompt_keys(dataset: datasets.Dataset) -> np.ndarray:
     return keys
 
 
-# --- Arrow files --------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """Makes the folder of the Arrow files, which is removed when the process ends."""

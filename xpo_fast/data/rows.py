@@ -53,9 +53,6 @@ def check_names(names: Iterable[str], also: Sequence[str] = ()) -> None:
             )
 
 
-# --- a raw row -----------------------------------------------------------------------------------
-
-
 def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
     """Returns a row of a source in the form of its kind; two rows where a pair is read as unpaired.
 
@@ -406,8 +403,6 @@ def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
                 "give it in every row, or in none"
             )
 
-
-# --- a data set ----------------------------------------------------------------------------------
 
 _CHECKED_AT_ONCE = 1000  # pairs of lists are made of them
 

@@ -162,9 +162,6 @@ def mixture(weights: list[float | None], counts: list[int], seed: int) -> np.nda
     return np.asarray(mixed["i"][:])
 
 
-# --- folders, hub names and files ---------------------------------------------------------------------------------
-
-
 def _load_dataset(source: str, path: Path, split: str, config: str | None) -> Any:
     datasets = require("datasets", "train")
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or _file_type(path)

@@ -218,9 +218,6 @@ def _tuned(device: torch.device) -> str:
     return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16] if own else ""
 
 
-# --- the file: a verdict that is not lasting has its time too ---------------------------------------------------------
-
-
 def _entries() -> Mapping[str, Any]:
     """All entries; none if the file cannot be read, since a check costs little to repeat."""
     try:

@@ -110,9 +110,6 @@ def _mean_logps(logps: Tensor, lens: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     return logps / torch.where(mask, lens, 1.0), logps
 
 
-# --- LiPO: kinds of loss, each (s, ψ, mask) → (P,) with s and ψ 0 outside the mask --------------------------
-
-
 def _lambda(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     better = _better(scores, mask)
     # |2^ψi − 2^ψj|, for ψi > ψj, as 2^ψi (1 − 2^−gap): neither cancellation nor ∞ − ∞.

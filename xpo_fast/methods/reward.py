@@ -266,9 +266,6 @@ def haf(
     return bt + alpha * policy, pair_metrics(reward_w, reward_l, reward_loss=bt, policy_loss=policy)
 
 
-# --- functions of rewards -----------------------------------------------------------------------------------------
-
-
 def ensemble(
     rewards: Tensor,  # (..., E) of E reward models
     how: str = "mean",

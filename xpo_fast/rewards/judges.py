@@ -129,9 +129,6 @@ class RewardJudge(Judge):
         return form == "preference" or not hasattr(self.model, "score")
 
 
-# --- groups of completions of one prompt ----------------------------------------------------------------------------
-
-
 def group_scores(
     judge: Judge,
     prompts: Sequence[Prompt],

@@ -258,9 +258,6 @@ def points_of(reply: str) -> float:
     return found[-1] if found and found[-1] <= 5 else math.nan
 
 
-# --- questions as text or as conversations --------------------------------------------------------------------------
-
-
 def as_prompt(text: str, chat: bool) -> Prompt:
     """Returns a question as a conversation of one turn, or as text that ends where the answer begins."""
     return [{"role": "user", "content": text}] if chat else f"{text}\n\nAnswer:"

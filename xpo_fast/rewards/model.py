@@ -47,8 +47,6 @@ class RewardModel:
                 )
             install_fused_loss(model)
 
-    # --- scoring --------------------------------------------------------------------------------------------------
-
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the reward of each completion, (R,) float32 on the CPU."""
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions})
@@ -106,8 +104,6 @@ class RewardModel:
             return model(input_ids=ids.masked_fill(mask == 0, pad), attention_mask=mask).logits
         finally:
             model.config.pad_token_id = None
-
-    # --- files ----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `load` reads. A model with a PEFT adapter is saved as the adapter."""

@@ -215,8 +215,6 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -x))
 
 
-# --- plots --------------------------------------------------------------------------------------------------------
-
 _COLOURS = {"chosen": "#1b7837", "rejected": "#c2502f", "line": "#2b4a78"}
 
 

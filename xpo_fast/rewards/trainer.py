@@ -223,8 +223,6 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         super()._save(output_dir, state_dict)
         save_spec(self.spec, output_dir or str(self.args.output_dir))
 
-    # --- the loss -------------------------------------------------------------------------------------------------
-
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         return self._valid(batch).sum()
 

@@ -183,8 +183,6 @@ class UnitTrainer(Trainer):
         loss = loss * self.accelerator.num_processes
         return (loss, metrics) if return_outputs else loss
 
-    # --- evaluation -----------------------------------------------------------------------------------------------
-
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as Trainer does; loss and metrics are means over the units of the whole data set."""
         self._eval_means = Means()
@@ -233,8 +231,6 @@ class UnitTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._means.pop())
         super().log(logs, start_time)
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint, complete or not at all; SavingError names the last complete one, which stays."""

@@ -106,8 +106,6 @@ class XPOTrainer(UnitTrainer):
             dtype = str(self.accelerator.mixed_precision)
             self._cached = CachedReference(model, folder, dtype=dtype, kind=self.kind)
 
-    # --- data -----------------------------------------------------------------------------------------------------
-
     def _encode(self, dataset: Any) -> Any:
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
         if dataset is None:
@@ -226,8 +224,6 @@ class XPOTrainer(UnitTrainer):
         with torch.enable_grad():
             return self.objective.plan(hidden, head, targets, **how)
 
-    # --- the loss -------------------------------------------------------------------------------------------------
-
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         targets, how = layout(self.kind, batch)
         return self.objective.count_items(targets, **how)
@@ -307,8 +303,6 @@ class XPOTrainer(UnitTrainer):
         dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         return torch.tensor(dataset["reward"]).float().mean()
-
-    # --- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as `UnitTrainer` does; KTO's reference point is estimated on all of it, the state is restored."""

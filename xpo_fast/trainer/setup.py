@@ -19,8 +19,6 @@ from ..models.modes import evaluating
 from ..precision import warn_if_slow
 from .reference import row_tokens
 
-# --- models -------------------------------------------------------------------------------------------------------
-
 
 def with_tokenizer(
     model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
@@ -146,9 +144,6 @@ def warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:
             "(mixed precision), or use LoRA",
             stacklevel=3,
         )
-
-
-# --- data sets ----------------------------------------------------------------------------------------------------
 
 
 def map_splits(dataset: Any, fn: Any) -> Any:

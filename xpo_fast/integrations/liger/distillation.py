@@ -269,9 +269,6 @@ def _cosine(z: Tensor, t: Tensor, recipe: _Recipe) -> tuple[Tensor, Tensor, floa
     return recipe.beta * (1 - cosine.squeeze(1)), slope, recipe.beta
 
 
-# --- Liger's names ----------------------------------------------------------------------------------------------------
-
-
 def _form(divergence: str, name: str, doc: str) -> Callable[..., Tensor | tuple[Tensor, Tensor, Tensor]]:
     """Returns Liger's function of a divergence."""
 

@@ -106,8 +106,6 @@ def _method(name: str, **hyperparameters: Any) -> Callable[..., Losses]:
     return call
 
 
-# --- DPO --------------------------------------------------------------------------------------------------------------
-
 DPO_METHODS = {  # loss_type → the name of its method
     "sigmoid": "dpo",
     "hinge": "rso",
@@ -186,9 +184,6 @@ class LigerFusedLinearDPOLoss(
     check=_check_dpo,
 ):
     """Module of `liger_fused_linear_dpo`; the weight comes first."""
-
-
-# --- without a reference ----------------------------------------------------------------------------------------------
 
 
 def liger_fused_linear_cpo(
