@@ -1,10 +1,10 @@
-"""What pyproject.toml cannot say: the packages, of which kernels/ is installed as xpo_fast.kernels; and csrc/.
+"""Declares what pyproject.toml cannot: the packages, with kernels/ installed as xpo_fast.kernels, and the CUDA library.
 
-Where nvcc is (on PATH, or in CUDA_HOME or CUDA_PATH) csrc/*.cu become xpo_fast/_native/libxpo_fast_cuda.so, which links
-nothing but CUDA's static runtime and is loaded by ctypes. Beside it, ptxas.txt says by which nvcc and which command it was
-made, and what each kernel takes. It is made again where a source is newer, or nvcc or the command is another.
-XPO_FAST_CUDA=0 leaves it out; XPO_FAST_CUDA=1 makes it an error that it cannot be built, elsewhere a warning. Targets that
-this nvcc does not know are left out with a warning.
+If nvcc is found (in CUDA_HOME or CUDA_PATH, or on PATH), csrc/*.cu are built into xpo_fast/_native/libxpo_fast_cuda.so,
+which links only CUDA's static runtime and is loaded by ctypes. ptxas.txt beside it records the version of nvcc, the
+command, and the resources of each kernel. The library is rebuilt if a source is newer, or if nvcc or the command has
+changed. XPO_FAST_CUDA=0 skips the library. A failed build is a warning, and an error with XPO_FAST_CUDA=1. Targets that
+nvcc does not know are skipped with a warning.
 """
 
 import os
@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 NAME, REPORT = "libxpo_fast_cuda.so", "ptxas.txt"
-# compute_90 is PTX: what the library is not compiled for, the driver compiles from it when it loads.
+# compute_90 is PTX, from which the driver compiles for all other devices when it loads the library.
 TARGETS = {
     "sm_80": "arch=compute_80,code=sm_80",
     "sm_90a": "arch=compute_90a,code=sm_90a",
@@ -30,14 +30,15 @@ WANTED = os.environ.get("XPO_FAST_CUDA", "")
 
 
 def find_nvcc() -> str | None:
+    """Returns the path of nvcc in CUDA_HOME, in CUDA_PATH or on PATH, the first that exists, or None."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     return shutil.which("nvcc", path=os.pathsep.join(os.path.join(h, "bin") for h in homes)) or shutil.which("nvcc")
 
 
 def known_targets(nvcc: str) -> dict[str, str]:
-    """Return the targets that this nvcc compiles for; all of them if it says so of none, so that the build tells why.
+    """Returns the targets that nvcc compiles for; all of them if it accepts none, so that the build shows the error.
 
-    It is asked for a dry run of each: --list-gpu-code lists no target of one chip or one family, as 90a and 100f are.
+    nvcc makes a dry run of each, since --list-gpu-code lists no targets of one chip or family, such as 90a and 100f.
     """
     dry_run = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull, "-gencode"]
     known = {
@@ -55,9 +56,10 @@ def known_targets(nvcc: str) -> dict[str, str]:
 
 
 class BuildNative(build_ext):
-    """nvcc in place of Python's compiler, and a library in place of an extension module."""
+    """Builds a plain library with nvcc, instead of an extension module with Python's compiler."""
 
     def run(self) -> None:
+        """Builds the library, or warns and leaves it out if that fails and XPO_FAST_CUDA is not 1."""
         for ext in list(self.extensions):
             try:
                 self._build(ext)
@@ -65,14 +67,16 @@ class BuildNative(build_ext):
                 if WANTED == "1":
                     raise
                 warnings.warn(f"xpo-fast is installed without its CUDA library: {error}", stacklevel=1)
-                for file in self._files(ext):  # of an earlier build, of which all is installed
+                for file in self._files(ext):  # of an earlier build: they would be installed
                     file.unlink(missing_ok=True)
                 self.extensions.remove(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
+        """Returns the library's path within the package."""
         return os.path.join(*fullname.split(".")[:-1], NAME)
 
     def get_outputs(self) -> list[str]:
+        """Returns the files to install: each library and its report."""
         return [str(f) for ext in self.extensions for f in self._files(ext)]
 
     def _files(self, ext: Extension) -> tuple[Path, Path]:
@@ -94,7 +98,7 @@ class BuildNative(build_ext):
         if not self.force and self._is_current(library, report, how):
             return
         library.parent.mkdir(parents=True, exist_ok=True)
-        beside = library.with_name(f".{os.getpid()}.{NAME}")  # renamed when whole: a library may be in use
+        beside = library.with_name(f".{os.getpid()}.{NAME}")  # renamed once complete: the old library may be in use
         command += ["-o", str(beside)]
         try:
             done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
@@ -114,9 +118,10 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The library is of a platform, but of no Python."""
+    """Tags the wheel by platform only: the library does not depend on the version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Returns the tags of Python, ABI and platform."""
         *_, platform = super().get_tag()
         return "py3", "none", platform
 

@@ -1,14 +1,14 @@
-"""One state, a few actions: do the algorithms find the policy that is known to be the best?
+"""Checks that RL algorithms find the optimal policy of a bandit, a single state with six actions.
 
     python bench/closed_form.py --json bench/results/closed-form.json --plot docs/closed_form.png
 
-Maximising E_π[r] − β·KL(π ‖ ref) over the policies of a single state has the solution π* ∝ ref·exp(r/β). Each algorithm
-starts at ref and samples its own actions; losses, advantages and gradients are the library's, the head's rows are the
-logits. Reported is the total variation ½ Σ |π − π*|, π averaged over the last quarter of the steps, for each seed.
+The policy that maximises E_π[r] − β·KL(π ‖ ref) is π* ∝ ref·exp(r/β). Each algorithm starts at ref and samples its own
+actions. Losses, advantages and gradients are the library's; the rows of the head are the logits. For each seed, the
+total variation ½ Σ |π − π*| is reported, with π averaged over the last quarter of the steps.
 
-GRPO's own KL term, k3 in the loss, leads elsewhere: on-policy the gradient of k3 is that of KL(ref ‖ π), so that it
-settles at π = β·ref/(λ − r), λ such that it sums to 1. It is measured against that, and against π*.
-Exit status 1 if a distance is above 0.03.
+GRPO's own KL term, k3 in the loss, has another solution: on-policy, the gradient of k3 is that of KL(ref ‖ π), so the
+policy converges to β·ref/(λ − r), with λ such that it sums to 1. It is compared with that policy, and with π*.
+Exit status 1: a distance is above 0.03.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure import environment, table, write_json
+from measure import environment, table
 from xpo_fast import METHODS, Objective
+from xpo_fast.files import write_json
 from xpo_fast.methods.advantages import gae, group_normalised, leave_one_out
 from xpo_fast.methods.math import k1
 
@@ -33,7 +34,7 @@ TOLERANCE = 0.03
 
 
 class Bandit:
-    """The task: log ref and rewards, (V,) float64 each."""
+    """Random log-probs of the reference and random rewards of the actions, (V,) float64 each."""
 
     def __init__(self, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -41,11 +42,11 @@ class Bandit:
         self.reward = torch.randn(ACTIONS, generator=g, dtype=torch.float64)
 
     def optimum(self) -> Tensor:
-        """π* ∝ ref·exp(r/β), (V,)."""
+        """Returns π* ∝ ref·exp(r/β), (V,)."""
         return (self.log_ref + self.reward / BETA).softmax(0)
 
     def forward_optimum(self) -> Tensor:
-        """What maximises E_π[r] − β·KL(ref ‖ π): β·ref/(λ − r), λ by bisection; (V,)."""
+        """Returns the maximiser of E_π[r] − β·KL(ref ‖ π), (V,): β·ref/(λ − r), with λ by bisection."""
         ref = self.log_ref.exp()
         low, high = (self.reward + BETA * ref).max(), self.reward.max() + BETA
         for _ in range(100):
@@ -55,7 +56,7 @@ class Bandit:
 
 
 class Policy:
-    """A head whose one hidden state is 1: its weight (V, 1) are the logits; and, for PPO, the value of the state."""
+    """Trains a head (V, 1) whose hidden states are all 1, so that its weight is the logits; for PPO, also a value."""
 
     def __init__(self, bandit: Bandit, seed: int, steps: int) -> None:
         self.weight = bandit.log_ref[:, None].clone().requires_grad_()
@@ -65,13 +66,15 @@ class Policy:
         self.random = torch.Generator().manual_seed(seed)
 
     def log_probs(self) -> Tensor:
+        """Returns log π, (V,)."""
         return self.weight.detach()[:, 0].log_softmax(0)
 
     def sample(self) -> Tensor:
-        """(GROUPS·GROUP, 1) actions."""
+        """Returns sampled actions (GROUPS·GROUP, 1)."""
         return self.log_probs().exp().multinomial(GROUPS * GROUP, replacement=True, generator=self.random)[:, None]
 
     def learn(self, objective: Objective, actions: Tensor, more: Tensor | float = 0.0, **given: Any) -> None:
+        """Makes a step of the optimizer. more: a loss that is added; given: the objective's other inputs."""
         hidden = torch.ones(*actions.shape, 1, dtype=torch.float64)
         loss = objective(hidden, self.weight, actions, **given).loss + more
         self.optimizer.zero_grad()
@@ -80,12 +83,13 @@ class Policy:
 
 
 def _penalised(bandit: Bandit, policy: Policy, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """The rewards with the divergence taken off, and log π: (R, 1) each."""
+    """Returns the rewards minus β·k1, and log π, of the actions: (R, 1) each."""
     logp, log_ref = policy.log_probs()[actions], bandit.log_ref[actions]
     return bandit.reward[actions] - BETA * k1(logp, log_ref), logp
 
 
 def ppo(bandit: Bandit, policy: Policy) -> None:
+    """Makes one rollout and EPOCHS steps of PPO with a critic, k1 in the reward."""
     actions = policy.sample()
     rewards, logp = _penalised(bandit, policy, actions)
     mask = torch.ones_like(actions, dtype=torch.bool)
@@ -98,12 +102,14 @@ def ppo(bandit: Bandit, policy: Policy) -> None:
 
 
 def rloo(bandit: Bandit, policy: Policy) -> None:
+    """Makes one rollout and one step of RLOO, k1 in the reward."""
     actions = policy.sample()
     rewards, _ = _penalised(bandit, policy, actions)
     policy.learn(Objective("rloo"), actions, advantage=leave_one_out(rewards.view(GROUPS, GROUP)).flatten())
 
 
 def grpo(bandit: Bandit, policy: Policy) -> None:
+    """Makes one rollout and EPOCHS steps of GRPO, k1 in the reward."""
     actions = policy.sample()
     rewards, logp = _penalised(bandit, policy, actions)
     advantage = group_normalised(rewards.view(GROUPS, GROUP), scale=False).flatten()
@@ -112,14 +118,16 @@ def grpo(bandit: Bandit, policy: Policy) -> None:
 
 
 def grpo_k3(bandit: Bandit, policy: Policy) -> None:
+    """Makes one rollout and one step of GRPO, k3 in the loss."""
     actions = policy.sample()
     advantage = group_normalised(bandit.reward[actions].view(GROUPS, GROUP), scale=False).flatten()
-    # A group's mean has its own reward in it, which makes of the gradient (K − 1)/K of what it is: the KL term is not so.
+    # A group's mean includes the own reward, which scales the reward's gradient by (K − 1)/K, but not the KL's.
     advantage = advantage * GROUP / (GROUP - 1)
     policy.learn(Objective("grpo", beta=BETA), actions, advantage=advantage, ref_logps=bandit.log_ref[actions])
 
 
 def dpo(bandit: Bandit, policy: Policy) -> None:
+    """Samples pairs, draws preferences from a Bradley–Terry model of the rewards, and makes one step of DPO."""
     actions = policy.sample()
     a, b = actions.chunk(2)
     wins = (bandit.reward[a] - bandit.reward[b]).sigmoid()
@@ -138,11 +146,12 @@ ALGORITHMS: dict[str, tuple[Callable[[Bandit, Policy], None], Callable[[Bandit],
 
 
 def distance(p: Tensor, q: Tensor) -> float:
+    """Returns the total variation ½ Σ |p − q|."""
     return 0.5 * float((p - q).abs().sum())
 
 
 def run(name: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """Train one algorithm; distances from where it should end, along the way and at the end."""
+    """Trains one algorithm and returns the distances from its solution, during the run and at its end."""
     torch.manual_seed(seed)
     algorithm, goal = ALGORITHMS[name]
     bandit = Bandit(seed)
@@ -155,12 +164,18 @@ def run(name: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
         if step >= steps - steps // 4:
             mean = mean + policy.log_probs().exp() / (steps // 4)
     return {
-        "algorithm": name, "seed": seed, "steps": steps, "start": curve[0], "distance": distance(mean, target),
-        "distance_from_optimum": distance(mean, bandit.optimum()), "curve": curve,
-    }  # fmt: skip
+        "algorithm": name,
+        "seed": seed,
+        "steps": steps,
+        "start": curve[0],
+        "distance": distance(mean, target),
+        "distance_from_optimum": distance(mean, bandit.optimum()),
+        "curve": curve,
+    }
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Draws the distances by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,6 +193,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -191,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [
         [r["algorithm"], str(r["seed"]), *(f"{r[k]:.3f}" for k in ("start", "distance", "distance_from_optimum"))]
         for r in records
-    ]  # fmt: skip
+    ]
     print(table(["algorithm", "seed", "at the start", "at the end", "from ref·exp(r/β)"], rows))
     return int(any(r["distance"] > TOLERANCE for r in records))
 

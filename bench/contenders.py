@@ -1,37 +1,48 @@
-"""Every way of computing the head's losses, forward and backward: floor, ours, materialised, peers.
+"""Contenders that compute the head's losses, forward and backward: the floor, ours, materialised, peers.
 
-Packages are imported where they are used, so that a missing one stops its own contender only.
+Peers' packages are imported where they are used, so that a missing one affects only its own contender.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from problem import BETA, IGNORE, LOSSES, Batch, Case, Results, token_loss
+from xpo_fast import Objective, token_logps
 
 
 class Missing(Exception):
-    """A contender that this installation does not have; the message says what to install."""
+    """Raised if a contender's package is not installed; the message says what to install."""
+
+
+@contextmanager
+def needed(package: str, install: str) -> Iterator[None]:
+    """Raises `Missing` for imports that fail in a `with` block. install: arguments for `pip install`."""
+    try:
+        yield
+    except ImportError as error:
+        raise Missing(f"{package} does not import ({error}): pip install {install}") from error
 
 
 class Contender(NamedTuple):
     """A way to compute a case's results."""
 
-    call: Callable[[Batch], Results]  # returns the results that it computes
-    gemms: int  # number of its products of 2·N·V·D FLOP, N the scored positions
+    call: Callable[[Batch], Results]
+    gemms: int  # number of its products of 2·N·V·D FLOP, where N counts scored positions
     ours: bool = False
 
 
 def make_floor(batch: Batch, case: Case, *, new_gradients: bool = False) -> Contender:
-    """Returns the bare products, on real operands, into buffers allocated beforehand. Its call returns no results.
+    """Returns the bare products of real operands, written into buffers made beforehand. Its call returns no results.
 
-    new_gradients: writes the gradients into new memory, as a training step does. The operating system maps it page by
-    page at the first write, which takes time.
+    new_gradients: write the gradients into new memory, as a training step does. The operating system maps new memory
+    page by page at the first write, which takes time.
     """
     hidden, _ = batch.scored()
     weight = batch.weight
@@ -54,11 +65,11 @@ def make_floor(batch: Batch, case: Case, *, new_gradients: bool = False) -> Cont
 
 
 def make_contenders(case: Case, tile_bytes: int | None = None) -> dict[str, Callable[[], Contender]]:
-    """Returns a maker of every contender of a case by name, ours first; it raises `Missing` without the package.
+    """Returns a maker of each contender of a case by name, ours first; a maker raises `Missing` without its package.
 
-    tile_bytes: the budget of our tile, if not the default.
+    tile_bytes: the budget of our tile; None: the default.
     """
-    everywhere = case.floor_gemms * (2 if case.prompts else 1)  # products of a contender that computes prompts, too
+    everywhere = case.floor_gemms * (2 if case.prompts else 1)  # products of a contender that also computes the prompts
     if case.loss == "token":
         return {
             "xpo_fast token_logps": lambda: _our_tokens(case, tile_bytes),
@@ -76,7 +87,7 @@ def make_contenders(case: Case, tile_bytes: int | None = None) -> dict[str, Call
 
 
 class Leaves:
-    """Maker of the operands as leaves of a new graph per call, with the head's gradient so far where it accumulates."""
+    """Makes the operands leaves of a new graph per call; in an accumulating case the head keeps its gradient."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -108,11 +119,6 @@ def _results(loss: Tensor, hidden: Tensor, weight: Tensor, logps: Tensor | None 
 
 
 def _our_tokens(case: Case, tile_bytes: int | None) -> Contender:
-    try:
-        from xpo_fast import token_logps
-    except ImportError as error:
-        raise Missing(f"xpo_fast does not import ({error}): pip install -e .") from error
-
     leaves = Leaves(case)
 
     def call(batch: Batch) -> Results:
@@ -124,12 +130,7 @@ def _our_tokens(case: Case, tile_bytes: int | None) -> Contender:
 
 
 def _our_objective(case: Case, tile_bytes: int | None) -> Contender:
-    try:
-        from xpo_fast import Objective
-    except ImportError as error:
-        raise Missing(f"xpo_fast does not import ({error}): pip install -e .") from error
     objective = Objective("dpo", beta=BETA, tile_bytes=tile_bytes)
-
     leaves = Leaves(case)
 
     def call(batch: Batch) -> Results:
@@ -143,53 +144,60 @@ def _our_objective(case: Case, tile_bytes: int | None) -> Contender:
 
 
 def _materialised(case: Case, gemms: int) -> Contender:
-    """Returns the code without a library: logits in the operands' dtype, then a float32 log-softmax."""
+    """Returns the code one writes without a library."""
     leaves = Leaves(case)
 
     def call(batch: Batch) -> Results:
         hidden, weight = leaves(batch)
-        logprobs = F.linear(hidden, weight).float().log_softmax(-1)
-        logps = logprobs.gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        logps = materialised_logps(F.linear(hidden, weight), batch.targets.clamp(min=0))
         logps = torch.where(batch.mask, logps, 0.0)
         return _results(LOSSES[case.loss](logps), hidden, weight, logps)
 
     return Contender(call, gemms)
 
 
-def _trl(case: Case) -> Contender:
-    """Returns TRL's function with the tile width that TRL uses and no optional output.
+def materialised_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the log-probs of targets (…) from a float32 log-softmax of logits (…, V)."""
+    return logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    It is given the scored positions alone; TRL's trainers give it the prompts, too, where Triton does not run.
-    """
-    try:
+
+def trl_logps() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Returns TRL's function of hidden (N, D), weight, targets (N,), with TRL's tile width and no optional output."""
+    with needed("TRL 1.16", "trl==1.16.0"):
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    except ImportError as error:
-        raise Missing(f"TRL 1.16 does not import ({error}): pip install trl==1.16.0") from error
 
-    leaves = Leaves(case)
+    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        found, *_ = ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+        )
+        return found
+
+    return logps
+
+
+def _trl(case: Case) -> Contender:
+    """Returns TRL on the scored positions only; TRL's trainers also give it the prompts where Triton does not run."""
+    function, leaves = trl_logps(), Leaves(case)
 
     def call(batch: Batch) -> Results:
         hidden, weight = leaves(batch)
         scored, targets = Batch(hidden, weight, batch.targets).scored()
-        found, *_ = ChunkedLogProbFunction.apply(
-            scored, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
-        )
-        logps = batch.spread(found)
+        logps = batch.spread(function(scored, weight, targets))
         return _results(LOSSES[case.loss](logps), hidden, weight, logps)
 
     return Contender(call, gemms=4 if case.train_head else 3)
 
 
-def _liger(case: Case, gemms: int) -> Contender:
-    """Returns Liger's class without a reference model, and not compiled, which on a CPU takes a C++ compiler."""
-    try:
+def liger_dpo(compiled: bool) -> Any:
+    """Returns Liger's DPO without a reference model. compiled: its default, which on a CPU needs a C++ compiler."""
+    with needed("Liger 0.8.5", "liger-kernel==0.8.5"):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
-    objective = LigerFusedLinearDPOLoss(IGNORE, beta=BETA, compiled=False, use_ref_model=False)
+    return LigerFusedLinearDPOLoss(IGNORE, beta=BETA, compiled=compiled, use_ref_model=False)
 
-    leaves = Leaves(case)
+
+def _liger(case: Case, gemms: int) -> Contender:
+    objective, leaves = liger_dpo(compiled=False), Leaves(case)
 
     def call(batch: Batch) -> Results:
         hidden, weight = leaves(batch)
@@ -200,7 +208,7 @@ def _liger(case: Case, gemms: int) -> Contender:
 
 
 def _torch_fused(case: Case, gemms: int, chunked: bool) -> Contender:
-    """Returns torch's function, which computes the sum and no log-probs, and materialises unless given options."""
+    """Returns torch's function, which gives no log-probs. chunked: in chunks, else it materialises the logits."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Missing(f"torch {torch.__version__} has no linear_cross_entropy: pip install torch==2.13.0")
 

@@ -1,20 +1,20 @@
-"""Benchmarks the head on one GPU in one run: correctness, then times and memory, ours and the peers side by side.
+"""Benchmarks the head on one GPU in one run: correctness, then times and memory, of ours and of the peers.
 
     python bench/gpu.py --json bench/results/gpu.json
     python bench/gpu.py --quick                          # tiny shapes, on the CPU if there is no GPU
 
-bf16. Four cases: `frozen`, the log-probs of every token with a frozen head, forward and backward; `trainable`, DPO with
-a trainable head (peers that only have cross-entropy run that: the same products); `logps`, log-probs without gradient;
-and `gather`, log-probs of given logits, forward and backward, at the smallest N.
+Everything is in bf16. The cases are `frozen`, the log-probs of every token with a frozen head, forward and backward;
+`trainable`, DPO with a trainable head (peers that only have cross-entropy run that, which has the same products);
+`logps`, log-probs without gradient; and `gather`, log-probs of given logits, forward and backward, at the smallest N.
 
-Correctness comes first: every contender is compared with float64 on fresh random data, in memory that held NaN; a wrong
-one gets no time. Times are of device events: the median over repeats in which all contenders take turns on rotating
-inputs, with work queued ahead so that the host's launches are hidden. The floor is the GEMMs alone, by the platform's
-BLAS on real operands; for `gather`, reading the logits twice and writing them once. Memory is the peak above inputs and
+Correctness comes first: every contender is compared with float64 on fresh random data, in memory that held NaN, and a
+wrong one is not timed. Times are the median of device events over repeats in which all contenders take turns on
+rotating inputs; work queued ahead hides the host's launches. The floor is the GEMMs alone, by the platform's BLAS on
+real operands; for `gather`, it is reading the logits twice and writing them once. Memory is the peak above inputs and
 gradients.
 
-All runs in one process, which an illegal access ends for everybody. So the result file is written after each contender
-and each case, and names what was being done. gpu_stages.py runs this and the other stages.
+All contenders run in one process, which an illegal access of any of them ends. So the result file is written after each
+contender and each case, and names the current step. gpu_stages.py runs this and the other stages.
 
 Exit status 1: one of ours is wrong, fails, or (on a GPU) is missing; 3: this process has lost its device.
 """
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import os
 import secrets
 import statistics
@@ -39,25 +38,25 @@ import torch
 from contenders import Missing
 from gpu_contenders import CONTENDERS, OURS, TASKS, Contender, Task, make_floor, make_ours
 from gpu_device import capture_problem, float64_flops, lost, peak_mib, poison, synchronize, waits_for_device
-from gpu_inputs import find_gather_truth, find_truths, make_batch, make_logits, make_weight
+from gpu_inputs import find_gather_truth, find_truths, make_logits, make_rows
 from gpu_report import accuracy, aim_line, aims, memory_aims, memory_cell, summary, time_cell
 from head import TOLERANCES, Shape, errors_of
-from measure import MIB, environment, ratio, time_interleaved
-from problem import Batch, Results
+from measure import MIB, environment, ratio, time_interleaved, versions
+from problem import Batch, Results, make_weight
 from report import DEVICE_LOST, Report
 from xpo_fast.head.choice import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
-SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # in this order, until the time is used up
+SHAPES = [Shape(n, d, v) for n in (8192, 2048, 32768) for d, v in HEADS]  # in order of priority
 QUICK_SHAPES = [Shape(64, 48, 1009), Shape(128, 48, 777)]
 BATCHES = 3
 REPEATS = (3, 20)
 SAMPLE_S = 0.4  # per contender and case
-AHEAD_MS = 10.0  # an objective launches some 200 kernels and copies beside its products: 2.5 to 4 ms of the host
-FIRST_CALLS_S = 60.0  # a contender whose first calls, which compile, have taken longer is left out
+AHEAD_MS = 10.0  # the host takes 2.5 to 4 ms for the about 200 launches of an objective
+FIRST_CALLS_S = 60.0  # a contender whose first calls (which compile) take longer in all is left out
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
-GATHER_TOKENS = 2048  # with more logits nothing changes
-# Beyond these a peer is wrong, not imprecise.
+GATHER_TOKENS = 2048  # more logits would not change the rate
+# A peer with larger errors is wrong, not only imprecise.
 PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}
 
 
@@ -81,20 +80,25 @@ class Bench:
 
     @property
     def elapsed_s(self) -> float:
+        """Returns the seconds since the start of the run."""
         return time.monotonic() - self.start
 
     def save(self) -> None:
+        """Writes all results so far."""
         found = {"timing": self.records, "aims": self.aims(), "memory_aims": self.memory_aims()}
         outcome = {"missing": self.missing, "skipped": self.skipped, "problems": self.problems}
         self.report.save(**found, **outcome)
 
     def aims(self) -> list[dict[str, Any]]:
+        """Returns the aims for times and precision, as judged so far."""
         return aims(self.records, max(shape.scored for shape in self.args.shapes))
 
     def memory_aims(self) -> list[str]:
+        """Returns a line per peak of our backends."""
         return memory_aims(self.records, self.facts.get("device_memory_mib", 0))
 
     def begin(self, doing: str, contender: str = "") -> None:
+        """Writes all results so far, and what is done next."""
         self.report.begin(doing, contender)
         self.save()
 
@@ -103,13 +107,13 @@ class Bench:
         self.begin("measuring the rate of float64")
         float64_rate = float64_flops(self.device)
         for shape in self.args.shapes:
-            # Estimate: no shape takes longer than in proportion to a measured one.
+            # Assumes that time grows at most in proportion to the products.
             bounds_s = [s * max(1.0, shape.gemm_flop / known.gemm_flop) for known, s in self.shapes_s.items()]
             if self.elapsed_s + min(bounds_s, default=0.0) > self.args.budget_s:
                 self.skipped.append(f"{shape}, after {self.elapsed_s:.0f} of {self.args.budget_s:.0f} s")
                 continue
             before_s = self.elapsed_s - sum(self.first_calls_s.values())
-            # Two passes over the vocabulary, the second with two more products; two losses.
+            # For each of two losses, two passes over the vocabulary: one product, then three.
             truth_s = 8 * shape.gemm_flop / float64_rate
             self.run_shape(shape, check=truth_s < self.args.check_s)
             self.shapes_s[shape] = self.elapsed_s - sum(self.first_calls_s.values()) - before_s
@@ -117,9 +121,10 @@ class Bench:
         self.report.end()
 
     def run_shape(self, shape: Shape, check: bool) -> None:
+        """Measures all cases of a shape. check: compare with float64."""
         self.begin(f"making the inputs and the truth of {shape}")
-        weight = make_weight(shape, self.device, self.args.seed)
-        batches = [make_batch(weight, shape.scored, self.args.seed + 1 + k) for k in range(BATCHES)]
+        weight = make_weight(shape.vocab, shape.width, torch.bfloat16, self.device, self.args.seed)
+        batches = [make_rows(weight, shape.scored, self.args.seed + k) for k in range(BATCHES)]
         with_gemms = [name for name in self.args.cases if TASKS[name].gemms]
         truths = find_truths(batches[0], with_gemms) if check and with_gemms else None
         for name in with_gemms:
@@ -135,6 +140,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def run_case(self, shape: Shape, name: str, batches: list[Batch], truths: dict[str, Results] | None) -> None:
+        """Checks, then times all contenders of a case, and adds their records. truths: results by loss, if known."""
         task = TASKS[name]
         where = f"{name}, {shape}"
         floor = make_floor(batches[0], task)
@@ -154,7 +160,7 @@ class Bench:
                     self.problems.append(f"missing: {error}")
                 continue
             except Exception as error:
-                # A peer may not support the installed versions, and fail in any way.
+                # A peer that does not support the installed versions may fail in any way.
                 if contender in OURS:
                     raise
                 self.missing.setdefault(contender, f"{contender}: {type(error).__name__}: {error}"[:300])
@@ -192,13 +198,14 @@ class Bench:
                 record["of_floor"] = ratio(records["floor"]["samples_ms"], record["samples_ms"])
 
     def record(self, shape: Shape, case: str, contender: str, **more: Any) -> dict[str, Any]:
+        """Returns a new record of a contender."""
         where = {"shape": shape._asdict(), "case": case, "contender": contender}
         return {**where, "flop": TASKS[case].gemms * shape.gemm_flop, **more}
 
     def check(
         self, made: Contender, contender: str, record: dict[str, Any], batch: Batch, truths: dict[str, Results] | None
     ) -> None:
-        """Makes the first call, which compiles, and a second one in poisoned memory, whose errors are recorded."""
+        """Makes the first call, which compiles, and a second one in poisoned memory, and records its errors."""
         synchronize(self.device)
         start = time.perf_counter()
         found = made.call(batch)
@@ -221,7 +228,7 @@ class Bench:
             record["errors"] = errors
 
     def check_capture(self, backend: str, record: dict[str, Any], task: Task, batch: Batch, where: str) -> None:
-        """Tries to capture a call, once per case at the fewest tokens; a graph needs the labels on the device."""
+        """Captures a call as a graph, only at the fewest tokens; labels are on the device, as a graph needs them."""
         if self.device.type == "cpu" or batch.targets.numel() > min(shape.scored for shape in self.args.shapes):
             return
         made = make_ours(task, self.device, backend, labels_on_host=False)
@@ -230,6 +237,7 @@ class Bench:
             self.problems.append(f"not captured: {backend}, {where}: {record['not_captured']}")
 
     def time(self, calls: dict[str, Callable[[Batch], Results]], records: dict[str, Any], batches: list[Batch]) -> None:
+        """Times the calls in turn, and adds the samples to their records."""
         start = time.perf_counter()
         for call in calls.values():
             call(batches[-1])
@@ -244,7 +252,7 @@ class Bench:
 
             measure = partial(sample_with_events, ahead_ms=AHEAD_MS)
         gc.collect()
-        gc.freeze()  # keeps collections from visiting all modules
+        gc.freeze()  # the collections of time_interleaved need not visit all modules
         gc.disable()
         try:
             for contender, samples_ms in measure(calls, batches, repeats).items():
@@ -255,13 +263,10 @@ class Bench:
 
 
 def about(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the context of the measurements: `environment`, the device, the peers' versions and the seed."""
     found = environment()
     found["commit"] = found["commit"] or args.commit
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found["versions"] |= versions(PACKAGES)
     if device.type != "cpu":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
@@ -273,23 +278,22 @@ def about(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    first, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    """Returns the options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="NxDxV")
     parser.add_argument("--cases", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument(
         "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="measure only these contenders"
     )
     parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], help="leave out these contenders")
-    parser.add_argument("--budget-s", type=float, default=510.0, help="start no shape that would end later than this")
+    parser.add_argument("--budget-s", type=float, default=510.0, help="skip shapes that would not end within this time")
     parser.add_argument(
-        "--check-s", type=float, default=15.0, help="skip the check of shapes whose float64 results take longer"
+        "--check-s", type=float, default=15.0, help="do not check shapes whose float64 results take longer"
     )
     parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="seed of the data (default: fresh)")
-    parser.add_argument("--commit", help="commit to name in the results if there is no git")
+    parser.add_argument("--commit", help="commit to record if there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, two repeats: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="try this script: tiny shapes, two repeats")
     args = parser.parse_args()
     args.shapes = args.shapes or (QUICK_SHAPES if args.quick else SHAPES)
     args.only = [name for name in args.only if name not in args.without]
@@ -297,6 +301,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     args = parse_arguments()
     if not torch.cuda.is_available() and not args.quick:
         print("no GPU: bench/head.py measures on a CPU; --quick tries this script on one", file=sys.stderr)
@@ -313,8 +318,8 @@ def main() -> int:
     except Exception as error:  # the earlier results are kept
         bench.problems.append(f"ended early: {type(error).__name__}: {error}")
     bench.save()
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{facts['device']}, commit {facts['commit']}, {versions}, seed {args.seed}, {bench.elapsed_s:.0f} s")
+    installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(f"{facts['device']}, commit {facts['commit']}, {installed}, seed {args.seed}, {bench.elapsed_s:.0f} s")
     memory = summary(bench.records, memory_cell, list(CONTENDERS))
     print(f"\npeak MiB above inputs and gradients\n\n{memory}")
     times = summary(bench.records, time_cell, ["floor", *CONTENDERS])

@@ -1,14 +1,13 @@
-"""Runs every check of the kernels on the GPU at hand and records each outcome: the stage `checks` of gpu_stages.py.
+"""Runs all checks of the kernels on this machine's GPU and records each outcome: the stage `checks` of gpu_stages.py.
 
     python bench/gpu_checks.py --json checks.json --jobs 8
     python bench/gpu_checks.py --quick --select gather      # interpreted on the CPU if there is no GPU
 
-These are the checks of the kernels' tests (their functions check_*), those tests of csrc/ that run on a device, and the
-checks below, which need more than one launch: the kernels of objectives, graphs replayed on new data, concurrent
-threads.
+The checks are the functions check_* of the kernels' tests, those tests of csrc/ that run on a device, and the functions
+below, which need more than one launch: the kernels of objectives, graphs replayed on new data, concurrent threads.
 
-An illegal access affects only the process that made it: a worker whose device is lost ends at once, its check counts as
-failed, and another worker takes the rest. Exit status 1: a check failed or none was run.
+An illegal access affects only the process that made it: a worker that has lost its device ends at once, its check
+counts as failed, and another worker runs the rest. Exit status 1: a check failed, or none passed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch.testing import assert_close
 
 HERE = Path(__file__).resolve()
 TESTS = HERE.parent.parent / "tests"
-PARAMETER = "XPO_FAST_CHECKS_WITH"  # names a parameter that the checks to run must have, such as a device
+PARAMETER = "XPO_FAST_CHECKS_WITH"  # value of a parameter that selects checks, such as a device
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 OBJECTIVES = ("dpo", "simpo", "ipo", "cpo", "kto", "grpo", "gspo", "cispo", "dapo")
@@ -38,7 +37,7 @@ HYPER: dict[str, dict[str, Any]] = {"cispo": {"eps": 0.2}}
 
 @pytest.fixture
 def backend():
-    """The cuda backend; on a CPU the torch backend stands in for it."""
+    """Returns the cuda backend, or the torch backend in its place on a CPU."""
     from xpo_fast.head.backends import check_backend
 
     try:
@@ -53,7 +52,7 @@ def backend():
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def check_objective_kernels(name, learn, backend):
-    """Loss, gradients and metrics are those of the dense backend with torch's losses; float32, rows of many lengths."""
+    """Loss, gradients and metrics equal those of the dense backend, in float32, on rows of different lengths."""
     import xpo_fast as xf
 
     rows, length, width, vocab = 12, 96, 64, 4099
@@ -81,7 +80,7 @@ def check_objective_kernels(name, learn, backend):
         gradients = {k: x.grad for k, x in leaves.items() if x.requires_grad}
         found.append({"loss": out.loss.detach(), **gradients, **out.metrics})
     for key, want in found[0].items():
-        # A metric that this call does not have is NaN in both.
+        # A metric that is not defined for this call is NaN in both.
         size = want.double().nan_to_num(0).abs().max().item()
         assert_close(found[1][key], want, rtol=2e-4, atol=2e-5 * (size + 1e-9), equal_nan=True, msg=key)
 
@@ -89,7 +88,7 @@ def check_objective_kernels(name, learn, backend):
 @pytest.mark.skipif(not CUDA, reason="captures a graph, and there is no GPU")
 @pytest.mark.parametrize("which", ["triton", "cuda", "torch"])
 def check_graph_on_new_data(which):
-    """A replay gives what a call would, also on data that the captured call has not seen."""
+    """A replay on data that the captured call has not seen gives the results of a call."""
     import xpo_fast as xf
 
     def problem(seed: int) -> list[torch.Tensor]:
@@ -126,7 +125,7 @@ def check_graph_on_new_data(which):
 
 @pytest.mark.parametrize("which", ["triton", "cuda", "torch"])
 def check_threads(which):
-    """Several vocabularies at once, each on a stream of its own thread, give the bits of a single call."""
+    """Concurrent calls, each in a thread and on a stream of its own, give the bits of a single call."""
     import xpo_fast as xf
     from xpo_fast.head.backends import check_backend
 
@@ -162,7 +161,7 @@ def check_threads(which):
                 for _ in range(repeats):
                     if not all(torch.equal(a, b) for a, b in zip(call(vocab), want[vocab], strict=True)):
                         wrong.append(f"V {vocab}: other bits")
-        except Exception as error:  # in a thread, where nobody else would see it
+        except Exception as error:  # the thread would swallow it
             wrong.append(f"V {vocab}: {type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=work, args=(vocab,)) for vocab in vocabs]
@@ -177,7 +176,7 @@ def check_threads(which):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps only the tests with the parameter that is asked for: the others run elsewhere."""
+    """Keeps only the tests that have the parameter, if one is set: the others run elsewhere."""
     wanted = os.environ.get(PARAMETER)
     if wanted:
         left = [x for x in items if wanted in getattr(getattr(x, "callspec", None), "params", {}).values()]
@@ -187,7 +186,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Ends a worker whose device is lost, since all its later checks would fail; other workers go on."""
+    """Ends a worker that has lost its device, since all its later checks would fail; other workers continue."""
     if "PYTEST_XDIST_WORKER" in os.environ and CUDA and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -197,12 +196,13 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 class Recorder:
-    """Records the outcome of every check; failures are written to the file at once."""
+    """Records the outcome of every check, and writes failures to the file at once."""
 
     def __init__(self, report: Any) -> None:
         self.report, self.found, self.problems = report, report.content["checks"], report.content["problems"]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Records the outcome of a check, or of its setup or teardown if that did not pass."""
         if report.when != "call" and report.outcome == "passed":
             return
         outcome = report.outcome if report.when == "call" or report.skipped else "error"
@@ -216,13 +216,14 @@ class Recorder:
             self.report.save()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Records a file that could not be collected."""
         if report.failed:
             self.problems.append(f"{report.nodeid}: not collected: {report.longreprtext[-1000:]}")
             self.report.save()
 
 
 def files_with_checks() -> list[str]:
-    """Returns the test files that run their checks in a process of their own, and this one."""
+    """Returns the test files that have checks, and this file."""
     return [
         *(str(path) for path in sorted(TESTS.glob("test_*.py")) if "run_checks(__file__" in path.read_text()),
         str(HERE),
@@ -230,10 +231,9 @@ def files_with_checks() -> list[str]:
 
 
 def main() -> int:
-    first, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE as it comes")
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes to FILE during the run")
     parser.add_argument(
         "--jobs", type=int, default=0, help="number of worker processes (needs pytest-xdist); 0: only this one"
     )

@@ -1,4 +1,4 @@
-"""The contenders of gpu.py: ours, the materialised loss, the peers, and the floor of bare products."""
+"""Makes the contenders of gpu.py: ours, the materialised loss, the peers, and the floor of bare products."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contenders import Missing
-from problem import BETA, IGNORE, LOSSES, Batch, Results
+from contenders import Missing, liger_dpo, materialised_logps, needed, trl_logps
+from problem import BETA, LOSSES, Batch, Results
 
-FLOOR_TOKENS = 8192  # per GEMM of the floor: more tokens make it no faster and need not fit
+FLOOR_TOKENS = 8192  # per GEMM of the floor: more would be no faster, and might not fit
 
 
 class Task(NamedTuple):
-    """What all contenders of a case compute."""
+    """A case: what its contenders compute."""
 
     train_head: bool
     loss: str | None  # "token" or "dpo"; None: no gradient
-    gemms: int  # of the floor, 2·N·V·D FLOP each; 0: the batch holds logits (R, T, V) in place of hidden states
+    gemms: int  # number of the floor's products of 2·N·V·D FLOP; 0: the batch has logits (R, T, V) for hidden states
 
 
 TASKS = {
@@ -36,11 +36,11 @@ class Contender(NamedTuple):
     """A call to be measured."""
 
     call: Callable[[Batch], Results]
-    loss: str | None  # the loss it computes, which need not be the task's
+    loss: str | None  # the loss that it computes, which may differ from the task's
     ours: bool = False
 
 
-# Every maker is given all positions scored (R, T), and returns None if the contender has no such task.
+# A maker returns None if its contender has no such task. Every position of a batch is scored.
 
 
 def _finish(
@@ -65,7 +65,7 @@ def _finish(
 
 
 def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bool = True) -> Contender:
-    """Ours, with labels on the host as a data loader has them: then nothing waits to learn which tokens are scored."""
+    """Returns ours. labels_on_host: as from a data loader, so that no call waits to learn which tokens are scored."""
     from xpo_fast import Objective, gather_logps, token_logps
     from xpo_fast.head.backends import check_backend
 
@@ -97,13 +97,12 @@ def make_ours(task: Task, device: torch.device, backend: str, labels_on_host: bo
 
 
 def make_materialised(task: Task, device: torch.device) -> Contender:
-    """The code one writes without a library: logits in bf16, then a float32 log-softmax."""
+    """Returns the code one writes without a library: logits in bf16, then a float32 log-softmax."""
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
             logits = torch.nn.functional.linear(hidden, weight) if task.gemms else hidden
-            logprobs = logits.float().log_softmax(-1)
-            return None, logprobs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+            return None, materialised_logps(logits, batch.targets)
 
         return _finish(batch, task, forward)
 
@@ -111,20 +110,14 @@ def make_materialised(task: Task, device: torch.device) -> Contender:
 
 
 def make_trl(task: Task, device: torch.device) -> Contender | None:
-    """TRL's function with TRL's own tile width and no optional output."""
+    """Returns TRL's log-probs."""
     if not task.gemms:
         return None
-    try:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    except ImportError as error:
-        raise Missing(f"TRL 1.16 does not import ({error}): pip install trl==1.16.0") from error
+    function = trl_logps()
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            operands = hidden.flatten(0, 1), weight, None, batch.targets.flatten()
-            logps, *_ = ChunkedLogProbFunction.apply(*operands, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
-            return None, logps.view(batch.targets.shape)
+            return None, function(hidden.flatten(0, 1), weight, batch.targets.flatten()).view(batch.targets.shape)
 
         return _finish(batch, task, forward)
 
@@ -132,15 +125,10 @@ def make_trl(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_liger_dpo(task: Task, device: torch.device) -> Contender | None:
-    """Liger's class without a reference model; compiled, its default, if there is a GPU."""
+    """Returns Liger's DPO, compiled on a GPU."""
     if task.loss != "dpo":
         return None
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
-    compiled = device.type != "cpu"  # on a CPU it would need a C++ compiler
-    objective = LigerFusedLinearDPOLoss(IGNORE, beta=BETA, compiled=compiled, use_ref_model=False)
+    objective = liger_dpo(compiled=device.type != "cpu")
 
     def call(batch: Batch) -> Results:
         return _finish(batch, task, lambda h, w: (objective(w, h, batch.targets)[0], None))
@@ -149,14 +137,13 @@ def make_liger_dpo(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_liger_ce(task: Task, device: torch.device) -> Contender | None:
+    """Returns Liger's cross-entropy."""
     if task.loss is None or not task.gemms:
         return None
     if device.type == "cpu":
         raise Missing("Liger's cross-entropy needs a GPU")
-    try:
+    with needed("Liger 0.8.5", "liger-kernel==0.8.5"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise Missing(f"Liger 0.8.5 does not import ({error}): pip install liger-kernel==0.8.5") from error
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
     def call(batch: Batch) -> Results:
@@ -166,21 +153,17 @@ def make_liger_ce(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_liger_fused(task: Task, device: torch.device) -> Contender | None:
-    """Liger's log-probs per token, by its own kernels on Hopper; the loss of these is computed by torch."""
+    """Returns Liger's log-probs, by its own kernels on Hopper; torch computes the loss of these."""
     if not task.gemms:
         return None
-    # Its check of the targets waits for the device; it is switched off because these targets are in range.
+    # Switches off a check of the targets that would wait for the device; the targets here are in range.
     os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
-    try:
+    packages = "liger-kernel==0.8.5 'nvidia-cutlass-dsl[cu13]>=4.6' apache-tvm-ffi"
+    with needed("Liger 0.8.5's fused scaled cross-entropy", packages):
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
         from liger_kernel.ops.fused_linear_scaled_cross_entropy import _resolve_implementation
 
         _resolve_implementation(device)  # imports the kernels' compiler
-    except ImportError as error:
-        raise Missing(
-            f"Liger 0.8.5's fused scaled cross-entropy does not import ({error}): "
-            "pip install liger-kernel==0.8.5 'nvidia-cutlass-dsl[cu13]>=4.6' apache-tvm-ffi"
-        ) from error
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -193,14 +176,13 @@ def make_liger_fused(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_cce(task: Task, device: torch.device) -> Contender | None:
+    """Returns Cut Cross-Entropy's log-probs."""
     if not task.gemms:
         return None
     if device.type == "cpu":
         raise Missing("Cut Cross-Entropy needs a GPU")
-    try:
+    with needed("Cut Cross-Entropy", "cut-cross-entropy"):
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise Missing(f"Cut Cross-Entropy does not import ({error}): pip install cut-cross-entropy") from error
 
     def call(batch: Batch) -> Results:
         return _finish(batch, task, lambda h, w: (None, -linear_cross_entropy(h, w, batch.targets, reduction="none")))
@@ -209,14 +191,13 @@ def make_cce(task: Task, device: torch.device) -> Contender | None:
 
 
 def make_quack(task: Task, device: torch.device) -> Contender | None:
+    """Returns QuACK's cross-entropy, which always computes the head's gradient."""
     if not task.train_head:
         return None
     if device.type == "cpu":
         raise Missing("QuACK's chunked cross-entropy needs a GPU")
-    try:
+    with needed("QuACK", "quack-kernels"):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise Missing(f"QuACK does not import ({error}): pip install quack-kernels") from error
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -242,7 +223,7 @@ CONTENDERS: dict[str, Callable[[Task, torch.device], Contender | None]] = {
 
 
 def make_floor(batch: Batch, task: Task) -> Contender:
-    """The bare GEMMs, or the bare memory traffic, into buffers made beforehand. Its call returns nothing."""
+    """Returns the bare GEMMs or memory traffic, with buffers made beforehand. Its call returns no results."""
     if not task.gemms:
         gradient = torch.empty_like(batch.hidden)
 

@@ -1,4 +1,4 @@
-"""Poisons a device's memory, and tells its peaks, its waits, whether a call can be captured, and whether it is lost."""
+"""Poisons a device's memory, and tells a call's peak memory and waits, whether it can be captured, and lost devices."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ LARGE = 2**32  # bytes: more than any one buffer here
 
 
 def poison_sizes(free: int, segments: Sequence[dict[str, Any]]) -> list[int]:
-    """Returns the sizes of blocks to fill so that all memory the allocator hands out next, of `free` bytes, was filled.
+    """Returns the sizes of blocks to fill so that all memory which the allocator hands out next has been filled.
 
+    free: bytes that the device has left. segments: of torch.cuda.memory_snapshot().
     The allocator hands out the smallest free block that is large enough, splits larger ones, and never joins blocks of
     two segments. So memory that it has yet to request from the device is filled in blocks of LARGE, not in many smaller
-    ones; and the free blocks of segments that are partly in use (torch.cuda.memory_snapshot) are filled one by one.
+    ones, and the free blocks of segments that are partly in use are filled one by one.
     """
     spare = []
     for segment in segments:
@@ -35,7 +36,7 @@ def poison_sizes(free: int, segments: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def poison(device: torch.device) -> None:
-    """Fills with NaN the memory that the allocator will hand out next, on every stream that it has served."""
+    """Fills the memory that the allocator will hand out next with NaN, for every stream that it has served."""
     if device.type == "cpu":
         return
     torch.cuda.synchronize(device)
@@ -66,13 +67,13 @@ def lost(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a device that is not the CPU."""
+    """Waits for a device; does nothing for the CPU."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
 def peak_mib(call: Callable[[], Results], device: torch.device) -> float | None:
-    """Returns the peak above earlier allocations and the gradients; None on a CPU."""
+    """Returns the peak memory of a call above earlier allocations and its gradients; None on a CPU."""
     if device.type == "cpu":
         return None
     torch.cuda.synchronize(device)
@@ -85,7 +86,7 @@ def peak_mib(call: Callable[[], Results], device: torch.device) -> float | None:
 
 
 def waits_for_device(call: Callable[[], Results], device: torch.device) -> str | None:
-    """Returns the line on which the host waits for the device, as far as torch can tell, or None."""
+    """Returns the line on which a call makes the host wait for the device, as far as torch notices, or None."""
     if device.type == "cpu":
         return None
     torch.cuda.set_sync_debug_mode("error")

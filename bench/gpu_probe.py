@@ -1,15 +1,16 @@
-"""Shows where the head's time goes on a GPU, and whether anything runs at all, in sections that gpu_stages.py calls.
+"""Measures where the head's time goes on a GPU, and whether it runs at all, in sections that gpu_stages.py calls.
 
     python bench/gpu_probe.py smoke gemms rows steps host --json probes.json
     python bench/gpu_probe.py smoke --quick                # tiny, on the CPU if there is no GPU
 
-    smoke   versions, driver, the two ceilings (a GEMM, a copy), each backend on a small problem against float64
-    gemms   TFLOP/s of h·Wᵀ by rows and by dtype of the output: what a step costs beside the floor's product
-    rows    every kernel over a step's logits in its default configuration: milliseconds, and picoseconds per logit
-    steps   one call by tokens per step and lanes: which of them the plan should choose
-    host    microseconds of host time to launch a call while the device is kept busy
-    tiny    every kernel and backend once on odd and on aligned rows: what a memory checker can watch in seconds
-    tuning  the fastest launch of every kernel, kept in $XPO_FAST_CACHE
+    smoke       versions, driver, peak rates (a GEMM, a copy), each backend on a small problem against float64
+    gemms       TFLOP/s of h·Wᵀ by number of rows and by dtype of the output
+    rows        each kernel on a step's logits in its default configuration: milliseconds, and picoseconds per logit
+    steps       milliseconds of a call by tokens per step and by lanes, which the plan chooses
+    wide-steps  the same, with more values of tokens per step
+    host        microseconds that the host takes to launch a call while the device is busy
+    tiny        each kernel and backend once on unaligned and on aligned rows, for a memory checker
+    tuning      the fastest launch of each kernel, kept in $XPO_FAST_CACHE
 
 Times are medians of device events on normally distributed operands. Exit status 1: something of ours fails; 3: this
 process has lost its device.
@@ -37,9 +38,9 @@ from torch import Tensor
 from gpu import AHEAD_MS, about
 from gpu_contenders import OURS
 from gpu_device import lost, synchronize
-from gpu_inputs import make_weight
-from head import TOLERANCES, Shape
+from head import TOLERANCES
 from measure import table
+from problem import make_weight
 from report import DEVICE_LOST, Report
 
 HEADS = [(4096, 128256), (2048, 151936)]  # (D, V)
@@ -48,12 +49,12 @@ STEPS = (256, 384, 768, 1024, 1536)
 WIDE_STEPS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 ROWS = (128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 STEP_TOKENS = 768  # in the section `rows`
-VOCABS = (128256, 151936, 151937)  # with the last one rows are not aligned
+VOCABS = (128256, 151936, 151937)  # the rows of the last one are not aligned
 PEERS = ("trl", "liger_kernel", "cutlass", "quack", "cut_cross_entropy")
 
 
 class Probe:
-    """The device, sizes that suit it, and how a call is timed on it."""
+    """The device, problem sizes that suit it, operands on it, and the timing of calls."""
 
     def __init__(self, quick: bool, device: torch.device, report: Report, seed: int) -> None:
         self.quick, self.device, self.report, self.seed = quick, device, report, seed
@@ -63,7 +64,7 @@ class Probe:
         self.dtype = torch.bfloat16
 
     def ms(self, call: Callable[[], object], repeats: int = 8) -> float:
-        """Returns the median device time of a call; on a CPU its wall time."""
+        """Returns the median milliseconds of device time of a call; on a CPU the wall time of one call."""
         call()
         if self.device.type == "cpu":
             start = time.perf_counter()
@@ -74,23 +75,25 @@ class Probe:
         return statistics.median(sample_with_events({"": lambda _: call()}, [None], repeats, ahead_ms=AHEAD_MS)[""])
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Returns normally distributed numbers."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         made = torch.empty(shape, dtype=self.dtype, device=self.device)
         return made.normal_(std=std, generator=generator)
 
     def head(self, width: int, vocab: int) -> Tensor:
-        return make_weight(Shape(self.tokens, width, vocab), self.device, self.seed)
+        """Returns the weight (V, D) of a head."""
+        return make_weight(vocab, width, self.dtype, self.device, self.seed)
 
     def targets(self, vocab: int, tokens: int) -> Tensor:
-        """Returns targets (N,) on the host, where a data loader has them."""
+        """Returns targets (N,) on the host, as from a data loader."""
         return torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(self.seed))
 
     def logits(self, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
-        """Returns uninitialised logits whose rows are aligned as the head aligns them."""
+        """Returns uninitialised logits (rows, V), aligned as the head aligns them."""
         return torch.empty(rows, -(-vocab // 64) * 64, device=self.device, dtype=dtype)[:, :vocab]
 
     def backends(self) -> list[str]:
-        """Returns those of our backends that run here."""
+        """Returns our backends that run on the device."""
         from xpo_fast.head.backends import check_backend
 
         found = []
@@ -102,7 +105,7 @@ class Probe:
 
 
 def smoke(probe: Probe) -> list[dict[str, Any]]:
-    """Whether any other section is worth its time."""
+    """Returns the versions, the rates of a GEMM and a copy, and each backend's errors on small problems."""
     import importlib.util
 
     import xpo_fast as xf
@@ -130,7 +133,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
             try:
                 check_backend(backend, probe.device)
                 logps, (grad,) = _token_logps(xf, hidden, weight, targets, backend)
-            except Exception as error:  # a failing backend must not hide the others
+            except Exception as error:  # the other backends are still to be tried
                 record["value"] = f"{type(error).__name__}: {error}"[:300]
                 if lost(probe.device):
                     raise
@@ -142,7 +145,7 @@ def smoke(probe: Probe) -> list[dict[str, Any]]:
                 bounds = TOLERANCES["bf16"]
                 record["right"] = error <= bounds["logps"] and slope <= bounds["hidden_grad"]
             found.append(record)
-    if not any(record.get("right") for record in found):  # which of them are wrong is for the checks to find
+    if not any(record.get("right") for record in found):  # gpu_checks.py finds which of them are wrong
         probe.problems.append("none of our backends gives the log-probs of a small problem")
     return found
 
@@ -164,6 +167,7 @@ def _token_logps(
 
 
 def gemms(probe: Probe) -> Iterator[dict[str, Any]]:
+    """Yields the rates of the head's product, a record per head and number of rows."""
     for width, vocab in probe.heads:
         weight = probe.head(width, vocab)
         for rows in (8, 64) if probe.quick else ROWS:
@@ -198,6 +202,7 @@ def _problems(probe: Probe, vocab: int, tokens: int, width: int = 48) -> Iterato
 
 
 def rows(probe: Probe) -> Iterator[dict[str, Any]]:
+    """Yields the times of the row kernels, a record per vocabulary and kernel."""
     from xpo_fast.head import cuda
 
     tokens = 8 if probe.quick else STEP_TOKENS
@@ -221,7 +226,7 @@ def rows(probe: Probe) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def tiled(step: int, lanes: int) -> Iterator[None]:
-    """Fixes the tokens per step and the lanes of plans in a `with` block; tiles stay as planned."""
+    """Fixes the tokens per step and the lanes of plans in a `with` block; tiles remain as planned."""
     from xpo_fast.head import plan as head
 
     fit_tiles = head.fit_tiles
@@ -241,7 +246,7 @@ def tiled(step: int, lanes: int) -> Iterator[None]:
 
 
 def _calls(probe: Probe, width: int, vocab: int, tokens: int, backend: str) -> dict[str, Callable[[], object]]:
-    """Returns one call per case that makes its own logits, by name."""
+    """Returns a call by name for each case that computes logits itself."""
     import xpo_fast as xf
 
     weight, hidden = probe.head(width, vocab), probe.normal(tokens // 4, 4, width).flatten(0, 1)
@@ -266,6 +271,7 @@ def _calls(probe: Probe, width: int, vocab: int, tokens: int, backend: str) -> d
 
 
 def steps(probe: Probe, wide: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the times of calls, a record per head, tokens per step and lanes. wide: WIDE_STEPS in place of STEPS."""
     from xpo_fast.head.choice import choose_backend
     from xpo_fast.head.tiling import Tiling
 
@@ -285,7 +291,7 @@ def steps(probe: Probe, wide: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def host(probe: Probe) -> Iterator[dict[str, Any]]:
-    """The device sleeps meanwhile, so that the host neither fills a queue nor waits."""
+    """Yields the host's times. The device sleeps during a call, so that the host neither fills a queue nor waits."""
     width, vocab = probe.heads[0]
     for backend in probe.backends():
         for tokens in (probe.tokens // 16, probe.tokens):
@@ -302,7 +308,7 @@ def host(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def tiny(probe: Probe) -> Iterator[dict[str, Any]]:
-    """Checks only that everything ends: a memory checker looks on."""
+    """Runs every kernel and backend, and yields their names; a memory checker watches the process."""
     for vocab in (1031, 4160):
         for name, problem in _problems(probe, vocab, 5):
             problem.run(*problem.inputs(probe.seed))
@@ -317,7 +323,7 @@ def tiny(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def tune(probe: Probe) -> Iterator[dict[str, Any]]:
-    """As `xpo-fast tune`; in the interpreter every candidate is tried and none is timed or kept."""
+    """Runs `xpo-fast tune`. In the interpreter, every candidate is tried, and none is timed or kept."""
     from xpo_fast.kernels import launch, timing  # pyright: ignore[reportMissingImports]
 
     from xpo_fast import cli
@@ -351,10 +357,12 @@ INTERPRETED = ("rows", "tiny", "tuning")  # sections that need the interpreter o
 
 
 def cell(value: Any) -> str:
+    """Returns a value as a cell of a table."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
+    """Prints the records of a section."""
     columns = list(dict.fromkeys(key for record in records for key in record))
     if "what" in columns or not records:
         lines = [f"{'WRONG: ' if r.get('right') is False else ''}{r['what']}: {cell(r['value'])}" for r in records]
@@ -364,13 +372,12 @@ def show(name: str, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    first, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=SECTIONS, metavar="SECTION")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as they come")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--commit", help="commit to name in the results if there is no git")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE during the run")
+    parser.add_argument("--quick", action="store_true", help="try this script: tiny sizes")
+    parser.add_argument("--commit", help="commit to record if there is no git")
     parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="seed of the data (default: fresh)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -378,10 +385,10 @@ def main() -> int:
             print("no GPU: --quick tries this script on a CPU", file=sys.stderr)
             return 2
         if set(args.sections) & set(INTERPRETED):
-            if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it at import, which has happened: start again
+            if os.environ.get("TRITON_INTERPRET") != "1":  # Triton read it at import: start again
                 os.environ["TRITON_INTERPRET"] = "1"
                 os.execv(sys.executable, [sys.executable, *sys.argv])
-            np.seterr(all="ignore")  # the interpreter computes with IEEE arithmetic, NaN and ∞ included
+            np.seterr(all="ignore")  # NaN and infinities are normal in the interpreter
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.json)
     report.begin("reading the environment")

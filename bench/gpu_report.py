@@ -1,4 +1,4 @@
-"""Judges the records of gpu.py: the aims that they meet or miss, and the tables of them."""
+"""Compares the records of gpu.py with the aims, and formats them as tables."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ AIMS = (
     *(Aim(task, "Liger fused", 1.0) for task in ("frozen", "trainable", "logps")),
     Aim("trainable", "QuACK CE", 1.0),
 )
-LOGPS_AIM_TFLOPS = 700  # log-probs alone
+LOGPS_AIM_TFLOPS = 700  # without gradient
 # Largest absolute error of a log-prob. Tensor cores sum products of bf16 operands in float32 and truncate (Fasi et al.
-# 2021): that is 1.2e-4 of the error at a width of 4096 (truncation.py), which no later kernel can undo.
+# 2021). At a width of 4096 that alone is an error of 1.2e-4 (truncation.py), which no later kernel can undo.
 LOGP_AIM = 2e-4
-ACCURACY_AIM = 100  # the factor by which ours is more accurate than ACCURACY_PEER, whose logits pass through float16
+ACCURACY_AIM = 100  # RMS error of ACCURACY_PEER, whose logits pass through float16, divided by ours
 ACCURACY_PEER = "Liger fused"
-# Peak memory above inputs and gradients, at vocabularies in MEMORY_VOCAB. With a trainable head it is what the plan
-# allows, a share of the card: reported, without an aim.
+# Peak memory above inputs and gradients, at vocabularies in MEMORY_VOCAB. With a trainable head the plan takes a share
+# of the card, which is reported without an aim.
 MEMORY_VOCAB = range(150_000, 160_000)
 MEMORY_CASES = ("frozen", "logps")
-MEMORY_AIM_MB, MEMORY_GROWTH_AIM_MB = 2600, 300  # in all; growth for four times the tokens
+MEMORY_AIM_MB, MEMORY_GROWTH_AIM_MB = 2600, 300  # in all; growth when tokens quadruple
 
 
 def aims(records: list[dict[str, Any]], most_tokens: int) -> list[dict[str, Any]]:
-    """Returns each aim with each of our backends' worst value; an aim is met if one backend meets it."""
+    """Returns the aims, each with the worst value of each of our backends; one backend is enough to meet an aim."""
     found = []
     for aim in AIMS:
         ours: dict[str, dict[str, Any]] = {}
@@ -94,7 +94,7 @@ def _accuracy_aims(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_aims(records: list[dict[str, Any]], card_mib: float) -> list[str]:
-    """Returns a line per peak of our backends and its aim; growth is judged between shapes that fill a tile."""
+    """Returns a line per peak of our backends and its aim; growth is only judged between shapes that fill a tile."""
     peaks_mb = {
         (r["contender"], r["case"], Shape(**r["shape"])): r["peak_mib"] * MIB / 1e6
         for r in records
@@ -121,14 +121,14 @@ def memory_aims(records: list[dict[str, Any]], card_mib: float) -> list[str]:
 
 
 def nearest(ours: dict[str, dict[str, Any]], record: dict[str, Any], value: float) -> None:
-    """Keeps the smallest value of a backend, and the case it belongs to."""
+    """Records the value of a backend and its case, if it is the smallest of this backend so far."""
     known = ours.get(record["contender"])
     if known is None or value < known["value"]:
         ours[record["contender"]] = {"value": value, "at": f"{record['case']} {Shape(**record['shape'])}"}
 
 
 def judged(what: str, aim: float, ours: dict[str, dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-    """Returns an aim with the values of our backends, or nothing if none was measured."""
+    """Returns a list of one aim with the values of our backends, or of none if nothing was measured."""
     if not ours:
         return []
     best = max(ours, key=lambda backend: ours[backend]["value"])
@@ -158,7 +158,7 @@ def summary(records: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]
 
 
 def time_cell(r: dict[str, Any]) -> str:
-    """Returns the median milliseconds and the floor's share of a record, or why there are none; "?" if unchecked."""
+    """Returns the median milliseconds of a record and the floor's share, or why it has none; "?" if unchecked."""
     if "failed" in r:
         return "OOM" if "out of memory" in r["failed"] else "failed"
     if "median_ms" not in r:

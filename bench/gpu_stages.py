@@ -1,19 +1,19 @@
-"""A first run on a GPU in two commands: stages, each in a process of its own with its own time limit.
+"""Runs all GPU checks and benchmarks in two commands: stages, each in a process of its own with its own time limit.
 
-    python3 bench/gpu_stages.py plan                      # both commands, what to carry, what each stage decides
-    python3 bench/gpu_stages.py pack build/gpu            # the packages that a machine without a network needs
+    python3 bench/gpu_stages.py plan                      # prints both commands, files to copy, purpose of each stage
+    python3 bench/gpu_stages.py pack build/gpu            # archives the packages for a machine without a network
     python3 bench/gpu_stages.py first --out OUT           # at most six minutes
-    python3 bench/gpu_stages.py second --out OUT          # at most seven
-    python3 bench/gpu_stages.py first --dry --out OUT     # tiny, on a CPU, with stand-ins for what needs a GPU
+    python3 bench/gpu_stages.py second --out OUT          # at most seven and a half
+    python3 bench/gpu_stages.py first --dry --out OUT     # tiny sizes on a CPU
 
-Made for a machine with a GPU to which this folder is copied: only torch and Triton have to be installed there.
+It is made for a machine with a GPU to which this folder is copied; only torch and Triton must be installed there.
 
-An illegal access affects only the process that made it, and a hanging kernel only the process that waits for it; so no
-stage can cost another its time or results. A stage writes its result file as it goes. One that ends early has named
-what it was doing, and if that was the work of a peer, the stage is run again without that peer. All results are in
-OUT/results.json, and all output in OUT/log.txt.
+An illegal access affects only the process that made it, and a hanging kernel only the process that waits for it, so no
+stage can cost another one its time or results. A stage writes its result file during the run. If it ends early, the
+file names its current step, and if that was the work of a peer, the stage is run again without that peer. All results
+are in OUT/results.json, and all output in OUT/log.txt.
 
-Exit status 1: a stage did not end well.
+Exit status 1: a stage failed, or did not end in time.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = "site.tar.xz"
-# Packages that the peers need beside the torch, Triton, transformers and pandas of the machine; TRL's trainers import
+# Packages that the peers need beyond the machine's torch, Triton, transformers and pandas. TRL's trainers import
 # datasets.
 PACKAGES = ("trl==1.16.0", "liger_kernel==0.8.5", "datasets", "dill<0.4.2", "multiprocess<0.70.20")
-# NVIDIA's compiler for Liger's kernels on Hopper, most of the archive. QuACK 0.6.5 imports with neither 4.7.0 nor
-# 4.8.1.
+# NVIDIA's compiler for Liger's kernels on Hopper, the largest part of the archive. QuACK 0.6.5 imports with neither
+# 4.7.0 nor 4.8.1.
 COMPILER = "4.8.1"
 COMPILED_PEERS = (
     *(f"nvidia-cutlass-dsl{part}=={COMPILER}" for part in ("", "-libs-core", "-libs-base", "-libs-cu13")),
@@ -51,8 +51,8 @@ PLATFORM = (
     *(f"--platform=manylinux{n}_x86_64" for n in ("_2_28", "_2_27", "_2_24", "_2_17", "2014")),
 )
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
-TAIL = 45  # lines of a stage's output that are printed; the log has all
-OURS = ("triton", "cuda", "torch")  # the contenders of gpu.py that a stage is never run without
+TAIL = 45  # lines of a stage's output that are printed; the log has all of it
+OURS = ("triton", "cuda", "torch")  # contenders of gpu.py that a stage is never run without
 
 
 class Stage(NamedTuple):
@@ -64,7 +64,7 @@ class Stage(NamedTuple):
     command: tuple[str, ...]  # arguments of python; {out} stands for the result file
     dry: tuple[str, ...] = ()  # further arguments of a dry run
     under: tuple[str, ...] = ()  # a tool that runs the command; not in a dry run
-    gate: bool = False  # whether a failure ends the call
+    gate: bool = False  # whether a failure ends the command
     peers: bool = False  # whether it takes --without PEER
 
 
@@ -83,11 +83,11 @@ CONTENDERS = "triton,torch,cuda,TRL,Liger CE,Liger fused"
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 CALLS: dict[str, tuple[Stage, ...]] = {
     "first": (
-        _probe("smoke", 40, "smoke", "whether anything runs: if not, the call ends here", gate=True),
+        _probe("smoke", 40, "smoke", "whether anything runs; if not, the command ends here", gate=True),
         Stage(
             "checks",
             95,
-            "whether `auto` may be triton: every kernel variant on the device against float64",
+            "whether `auto` may be triton: each variant of the kernels on the device against float64",
             ("bench/gpu_checks.py", "--jobs", "8", "--json", "{out}"),
             ("--quick", "--jobs", "0", "--select", "strided or real or graph_on or (objective and frozen)"),
         ),
@@ -96,17 +96,22 @@ CALLS: dict[str, tuple[Stage, ...]] = {
             80,
             "8192x4096x128256",
             CONTENDERS,
-            "the aims at D 4096: shares of the floor, TRL, Liger, log-probs alone, precision, graphs, waits",
+            "the aims at D 4096: share of the floor, TRL, Liger, log-probs without gradient, precision, graphs, waits",
         ),
         _head("head-2048", 65, "8192x2048x151936", CONTENDERS, "the aims at D 2048, and peak memory"),
-        _probe("probes", 65, "gemms rows steps host", "tokens a step and lanes; which term of the time is over"),
+        _probe(
+            "probes",
+            65,
+            "gemms rows steps host",
+            "tokens per step, lanes, and which part of the time exceeds its prediction",
+        ),
     ),
     "second": (
-        _probe("memcheck", 60, "tiny", "no access outside of what is ours", under=(*SANITIZER, "memcheck")),
+        _probe("memcheck", 60, "tiny", "no access out of bounds", under=(*SANITIZER, "memcheck")),
         _probe("racecheck", 60, "tiny", "no race in shared memory", under=(*SANITIZER, "racecheck")),
         _probe("synccheck", 40, "tiny", "no barrier that some threads miss", under=(*SANITIZER, "synccheck")),
-        _probe("tuning", 110, "tuning", "the default launches: what is faster becomes the default"),
-        _probe("wide-steps", 70, "wide-steps", "the plan's bytes a step, beside the first call's few"),
+        _probe("tuning", 110, "tuning", "the default launches: faster ones become the default"),
+        _probe("wide-steps", 70, "wide-steps", "the plan's bytes per step, with more values than the first command"),
         _head(
             "head-peers",
             80,
@@ -119,21 +124,21 @@ CALLS: dict[str, tuple[Stage, ...]] = {
 }
 
 
-# Seconds of a call: its stages, and unpacking the archive before them.
+# Seconds of a command: its stages, and unpacking the archive before them.
 LIMITS_S = {"first": 360, "second": 435}
 DRY_FACTOR = 4.0  # longer limits on a CPU, which interprets the kernels
 BUILD = "XPO_FAST_CUDA=1 python setup.py build_ext --inplace"
 
 
 class Ended(NamedTuple):
-    """How a stage ended, and how much of its results there is."""
+    """How a stage ended, and how complete its results are."""
 
     stage: str
     how: str
     well: bool
     seconds: float
     results: str  # whole, partial, broken, none
-    doing: str = ""  # its work when it ended early
+    doing: str = ""  # the step at which it ended early
     contender: str = ""
 
     def __str__(self) -> str:
@@ -142,7 +147,7 @@ class Ended(NamedTuple):
 
 
 def read_results(path: Path) -> tuple[str, dict[str, Any]]:
-    """Returns how much of a result file there is ("none", "broken", "partial" or "whole"), and its content."""
+    """Returns how complete a result file is ("none", "broken", "partial" or "whole"), and its content."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -157,7 +162,7 @@ def read_results(path: Path) -> tuple[str, dict[str, Any]]:
 def run_stage(
     stage: Stage, out: Path, limit_s: float, environment: dict[str, str], *, dry: bool, without: Sequence[str] = ()
 ) -> Ended:
-    """Runs a stage in a process group of its own, which has ended when this returns; its output goes to the log."""
+    """Runs a stage in a process group of its own, which has ended on return; the log gets its output."""
     result = out / f"{stage.name}.json"
     result.unlink(missing_ok=True)
     arguments = [argument.replace("{out}", str(result)) for argument in (*stage.command, *(stage.dry if dry else ()))]
@@ -165,7 +170,7 @@ def run_stage(
     if stage.under and not dry and shutil.which(stage.under[0]) is None:
         return Ended(stage.name, f"not run: no {stage.under[0]} here", False, 0.0, "none")
     command = [*(() if dry else stage.under), sys.executable, *arguments]
-    if stage.under:  # a memory checker sees allocations of the driver, not parts of one that a cache hands out
+    if stage.under:  # a memory checker sees the driver's allocations, not a cache's blocks within them
         environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
     with (out / "log.txt").open("ab") as log:
@@ -205,7 +210,7 @@ def run_stage(
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those it started, and waits for it a limited time."""
+    """Ends a process group, and waits a limited time for its first process."""
     for kind, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 4 * GRACE_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
@@ -220,7 +225,7 @@ def run_call(
 ) -> list[Ended]:
     """Runs the stages in order until the time is used up, and writes the summary after each."""
     start, found = time.monotonic(), []
-    with_peers: dict[str, Any] = {}  # results of a stage before it was run again
+    with_peers: dict[str, Any] = {}  # results of stages that were run again, by stage and peer
 
     def save() -> None:
         results = {stage.name: read_results(out / f"{stage.name}.json")[1] for stage in stages} | with_peers
@@ -256,7 +261,7 @@ def run_call(
 
 @contextlib.contextmanager
 def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, str]]:
-    """Yields the stages' environment: this checkout as if installed, the packages of the archive, and no network."""
+    """Yields environment variables for stages: this checkout and the archive's packages importable, and no network."""
     with tempfile.TemporaryDirectory(prefix="gpu-site-") as site:
         if archive is not None:
             with tarfile.open(archive, "r:xz") as packed:
@@ -267,7 +272,7 @@ def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, s
             if path.name not in ("kernels", "__pycache__"):
                 (package / path.name).symlink_to(path)
         (package / "kernels").symlink_to(ROOT / "kernels")
-        # Packages come with *.pth files, which Python reads in site folders but not on PYTHONPATH.
+        # Some packages have *.pth files, which Python reads in site folders but not on PYTHONPATH.
         (Path(site) / "sitecustomize.py").write_text(f"import site\n\nsite.addsitedir({site!r})\n")
         paths = [site, os.environ.get("PYTHONPATH", "")]
         environment = {
@@ -283,13 +288,13 @@ def prepared(archive: Path | None, out: Path, dry: bool) -> Iterator[dict[str, s
 
 
 def pack(folder: Path, *, compiler: bool) -> Path:
-    """Puts the packages for the machine's Python into one archive, small enough to be carried, and returns its path."""
+    """Archives the packages for the machine's Python and returns the path. compiler: COMPILED_PEERS too."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [*PACKAGES, *(COMPILED_PEERS if compiler else ())]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
     with tempfile.TemporaryDirectory(dir=folder) as site:
         subprocess.run([*pip, *PLATFORM, "--target", site, *wanted], check=True)
-        # Most is x86 machine code: filtered so that its jumps compress, and in one dictionary.
+        # Most of it is x86 machine code: a filter makes its jumps compress, and one dictionary holds all of it.
         filters = [
             {"id": lzma.FILTER_X86},
             {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * 2**20},
@@ -301,18 +306,19 @@ def pack(folder: Path, *, compiler: bool) -> Path:
 
 
 def plan(folder: Path) -> str:
-    """Returns the instructions for the run, in order."""
+    """Returns the instructions for the run: files to copy, and both commands with their stages."""
     archive = folder / ARCHIVE
     size = f"{archive.stat().st_size / 2**20:.0f} MiB" if archive.exists() else "not there yet"
     shown = archive.relative_to(ROOT) if archive.is_relative_to(ROOT) else archive
     library = [*(ROOT / "xpo_fast" / "_native").glob("*.so")]
     lines = [
-        "To carry, beside the files of this repository:",
-        f"  {shown} ({size}): TRL, Liger and what they need; made by `python3 bench/gpu_stages.py pack {shown.parent}`",
+        "To copy, with the files of this repository:",
+        f"  {shown} ({size}): the peers and their dependencies; made by",
+        f"    `python3 bench/gpu_stages.py pack {shown.parent}`",
         f"  xpo_fast/_native ({'built' if library else f'missing: {BUILD}'})",
     ]
     for name, stages in CALLS.items():
-        lines += ["", f"The {name} call, at most {LIMITS_S[name]} s:", ""]
+        lines += ["", f"The {name} command, at most {LIMITS_S[name]} s:", ""]
         lines.append(f'  python3 bench/gpu_stages.py {name} --archive {shown} --out "$OUT"')
         lines.append("")
         lines += [f"  {stage.name:<11} {stage.limit_s:>4} s  {stage.decides}" for stage in stages]
@@ -320,19 +326,18 @@ def plan(folder: Path) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    first, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    """Returns the options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, stages in CALLS.items():
         call = commands.add_parser(name, help=", ".join(stage.name for stage in stages))
         call.add_argument("--out", type=Path, required=True, help="folder for the results")
         call.add_argument("--archive", type=Path, help="archive of the packages that the machine lacks, made by `pack`")
         call.add_argument(
-            "--limit-s", type=float, default=LIMITS_S[name], help="seconds of the whole call (default: %(default)s)"
+            "--limit-s", type=float, default=LIMITS_S[name], help="seconds for all stages (default: %(default)s)"
         )
         call.add_argument("--only", nargs="+", choices=[s.name for s in stages], help="run only these stages")
-        call.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, with longer limits")
+        call.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, with longer time limits")
     for name in ("plan", "pack"):
         other = commands.add_parser(name)
         other.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "gpu")
@@ -342,6 +347,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
     args = parse_arguments(arguments)
     if args.command == "plan":
         print(plan(args.folder))
@@ -358,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limit_s -= time.monotonic() - start
         found = run_call(stages, args.out.resolve(), environment, dry=args.dry, limit_s=limit_s)
     for stage in stages:
-        if read_results(args.out / f"{stage.name}.json")[1]:  # results.json has it
+        if read_results(args.out / f"{stage.name}.json")[1]:  # results.json contains it
             (args.out / f"{stage.name}.json").unlink()
     print("\n" + "\n".join(map(str, found)) + f"\n{time.monotonic() - start:.0f} s in all")
     return 0 if all(ended.well for ended in found) else 1

@@ -1,13 +1,13 @@
-"""The head, side by side in one run: ours, the bare products, the materialised loss, TRL, Liger, torch.
+"""Benchmarks the head on a CPU in one run: ours, the bare products, the materialised loss, TRL, Liger, torch.
 
     python bench/head.py --memory --json bench/results/head-cpu.json
 
-Forward and backward, all on the same operands and threads. Correctness first: every contender against float64
-on the same operands; ours gets no time if it is outside its tolerance. Then repeats, each calling everybody
-in turn. A ratio of times is the median over repeats of the ratio within a repeat.
+All run forward and backward on the same operands and threads. Correctness comes first: every contender is compared with
+float64 on the same operands, and ours is not timed if it is outside its tolerance. Then each repeat calls every
+contender in turn. A ratio of times is the median over repeats of the ratio within a repeat.
 
-Exit status 1: ours is outside its tolerance or over its memory, or a contender is missing (--skip-missing
-lets it).
+Exit status 1: ours is outside its tolerance or exceeds its memory bound, or a contender is missing (unless
+--skip-missing).
 """
 
 from __future__ import annotations
@@ -25,36 +25,40 @@ from torch import Tensor
 
 import memory
 from contenders import Contender, Missing, make_contenders, make_floor
-from measure import environment, ratio, table, time_interleaved, write_json
+from measure import environment, ratio, table, time_interleaved
 from problem import CASES, ROWS, Case, Results, float64_truth, make_batch, make_weight
+from xpo_fast.files import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Largest absolute error of a log-prob; of the others, the norm of the error over the norm of the truth.
-# 2⁻⁸ is the most that one rounding to bf16 can do.
+# Largest absolute error of a log-prob; for the others, the norm of the error divided by the norm of the truth.
+# 2⁻⁸ is the largest relative error of one rounding to bf16.
 TOLERANCES = {
     "fp32": {"logps": 2e-5, "loss": 1e-5, "hidden_grad": 1e-5, "weight_grad": 1e-5},
     "bf16": {"logps": 1e-3, "loss": 1e-3, "hidden_grad": 2**-8, "weight_grad": 2**-8},
 }
 FLOOR = "floor: the products alone"
 FLOOR_NEW = "the same, gradients into new memory"
-BATCHES = 3  # the repeats go round them
+BATCHES = 3  # used in turn by the repeats
 
 
 class Shape(NamedTuple):
+    """The sizes of a head's problem, written N×D×V."""
+
     scored: int  # N
     width: int  # D
     vocab: int  # V
 
     @classmethod
     def parse(cls, text: str) -> Shape:
+        """Returns the shape that a text such as 1024x576x49152 names; raises argparse.ArgumentTypeError for others."""
         try:
             shape = cls(*map(int, text.split("x")))
         except (TypeError, ValueError):
             raise argparse.ArgumentTypeError(
-                f"expected NxDxV (scored tokens, width, vocabulary) as 1024x576x49152, got {text!r}"
+                f"expected NxDxV (scored tokens, width, vocabulary) such as 1024x576x49152, got {text!r}"
             ) from None
         if shape.scored % ROWS or min(shape) < 1:
-            raise argparse.ArgumentTypeError(f"expected N in multiples of {ROWS}, the rows, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected N to be a multiple of {ROWS}, the number of rows, got {text!r}")
         return shape
 
     def __str__(self) -> str:
@@ -62,6 +66,7 @@ class Shape(NamedTuple):
 
     @property
     def gemm_flop(self) -> int:
+        """Returns the FLOP of one product of the head."""
         return 2 * self.scored * self.width * self.vocab
 
 
@@ -70,7 +75,7 @@ QUICK_SHAPE = Shape(64, 40, 1009)
 
 
 class Aim(NamedTuple):
-    """The baseline's time over ours should be at least `speedup`."""
+    """The baseline's time divided by ours should be at least `speedup`."""
 
     case: str
     baseline: str
@@ -93,7 +98,7 @@ AIMS = (
 def run_case(
     shape: Shape, dtype: str, name: str, weight: Tensor, repeats: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Check, then time, every contender of a case: a record each, and why others are missing."""
+    """Checks, then times every contender of a case; returns a record per contender, and why others are missing."""
     case = CASES[name]
     length = shape.scored // ROWS * (2 if case.prompts else 1)
     batches = [make_batch(weight, ROWS, length, case.prompts, seed) for seed in range(BATCHES)]
@@ -144,7 +149,7 @@ def _available(case: Case) -> tuple[dict[str, Contender], list[str]]:
 
 
 def errors_of(found: Results, truth: Results) -> dict[str, float | None]:
-    """Error by result; None if it is not a number, which JSON has no word for."""
+    """Returns the error of each result by name; None for NaN and infinities, which JSON does not have."""
     errors = {}
     for name, value in found.items():
         error = _largest_error(value, truth[name]) if name == "logps" else _relative_error(value, truth[name])
@@ -157,7 +162,7 @@ def _largest_error(found: Tensor, truth: Tensor) -> float:
 
 
 def _relative_error(found: Tensor, truth: Tensor) -> float:
-    """Norm of the error over the norm of the truth; by blocks, since the head's gradient may be gigabytes."""
+    """Returns the norm of the error divided by the norm of the truth, in blocks, since a gradient may be gigabytes."""
     error = norm = 0.0
     for f, t in zip(torch.atleast_1d(found).split(8192), torch.atleast_1d(truth).split(8192), strict=True):
         error += (f.double() - t).square().sum().item()
@@ -170,7 +175,7 @@ def _outside(errors: Mapping[str, float | None], dtype: str) -> list[str]:
 
 
 def compare_with_aims(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ours aims at in this case, and what it came to."""
+    """Returns the aims of a case, each with the speed-up that was measured and whether it meets the aim."""
     timed = {r["contender"]: r for r in records if "samples_ms" in r}
     ours = next((r for r in timed.values() if r["ours"]), None)
     if ours is None:
@@ -186,7 +191,7 @@ def compare_with_aims(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def timing_table(records: list[dict[str, Any]]) -> str:
-    """One case as a Markdown table."""
+    """Returns the records of a case as a Markdown table."""
     rows = []
     for r in records:
         if "samples_ms" in r:
@@ -203,23 +208,22 @@ def timing_table(records: list[dict[str, Any]]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=style)
+    """Returns the options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=_listed(Shape.parse), default=SHAPES, metavar="NxDxV,...")
     for flag, known in (("--dtype", DTYPES), ("--cases", CASES)):
         parser.add_argument(flag, type=_listed(_known(known)), default=list(known), metavar=",".join(known))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
-    parser.add_argument("--no-timing", action="store_true", help="measure memory alone")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--no-timing", action="store_true", help="measure only memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, two repeats: does everything run?")
-    parser.add_argument("--skip-missing", action="store_true", help="do without what is not installed")
+    parser.add_argument("--quick", action="store_true", help="try this script: tiny shapes, two repeats")
+    parser.add_argument("--skip-missing", action="store_true", help="missing contenders are not an error")
     args = parser.parse_args()
     if args.repeats < 1:
-        parser.error(f"expected at least 1 of --repeats, got {args.repeats}")
+        parser.error(f"expected --repeats of at least 1, got {args.repeats}")
     if args.no_timing and not args.memory:
-        parser.error("--no-timing leaves nothing to measure: give --memory with it")
+        parser.error("--no-timing without --memory leaves nothing to measure: add --memory")
     if args.quick:
         args.shapes, args.repeats = [QUICK_SHAPE], 2
     return args
@@ -239,6 +243,7 @@ def _known(names: Mapping[str, Any]) -> Callable[[str], str]:
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     args = parse_arguments()
     about = environment()
     results: dict[str, Any] = {"environment": about, "timing": [], "aims": [], "memory": []}

@@ -1,12 +1,12 @@
-"""Counts the launches of a call of the head on a device, the bytes they move, and the memory they take; times nothing.
+"""Counts the launches of a call of the head on a device, the bytes they move and the memory they take, without times.
 
     python bench/launches.py --json bench/results/launches.json
 
 The calls run on the meta device, which has shapes and no values, but take the branches of a CUDA device. Every operator
-that works on the device counts as one launch (a few as several: SEVERAL), and so does every kernel of ours. Nothing
-reads the device: that would raise. `bytes a logit`: the bytes of tensors as wide as the vocabulary that all but the
-GEMMs read and write, and those that the GEMMs read and write, each divided by scored tokens times V. `peak`: the most
-that the call holds at once beyond its operands, gradients included, on a card of 80 GB.
+on the device counts as one launch (those in SEVERAL as more), and so does every kernel of ours. A call that reads the
+device raises. `bytes a logit`: bytes read and written of tensors as wide as the vocabulary, by the GEMMs and by
+everything else, divided by N·V. `peak`: the most memory that the call holds at once beyond its operands, gradients
+included, on a card of 80 GB.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from head import Shape
-from measure import table, write_json
+from measure import table
+from xpo_fast.files import write_json
 
 META = torch.device("meta")
 GEMMS = ("mm", "addmm", "addmv_")
-FREE = (  # they launch nothing
+FREE = (  # without a launch
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("detach", "alias"),
 )
 SEVERAL = {"logsumexp": 7, "index_put": 2}  # launches per operator
-OVERWRITES = ("copy_", "fill_", "zero_")  # they do not read what they write
+OVERWRITES = ("copy_", "fill_", "zero_")  # do not read their output
 ROWS = ("index_select", "index_copy_")
-PICKS = ("gather", "scatter_add_")  # they move single entries
-PADDING = 64  # columns that a tile may have beyond the vocabulary
+PICKS = ("gather", "scatter_add_")  # move single entries
+PADDING = 64  # of a tile: columns beyond the vocabulary at most
 
 
 class Meter(TorchDispatchMode):
-    """Counts launches and bytes in a `with` block."""
+    """Counts launches, bytes and memory in a `with` block."""
 
     def __init__(self, vocab: int, weight: Tensor) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Meter(TorchDispatchMode):
 
         kwargs = kwargs or {}
         operators = {op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)}
-        if func in operators:  # run the operator itself, instead of the shapes that it declares
+        if func in operators:  # count its code, not only the shapes that it declares
             with self:
                 return operators[func](*args, **kwargs)
         self.note_freed()
@@ -70,6 +71,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def note(self, func: Any, before: list[Tensor], after: list[Tensor], args: Any, kwargs: Any) -> None:
+        """Counts an operator on the device. before, after: the tensors among its inputs and outputs."""
         known = {x.untyped_storage()._cdata for x in before}
         for x in after:
             storage = x.untyped_storage()
@@ -84,7 +86,7 @@ class Meter(TorchDispatchMode):
             return
         written = [kwargs["out"]] if "out" in kwargs else [args[0]] if name.endswith("_") else after
         read = tree_leaves((args, {k: x for k, x in kwargs.items() if k != "out"}))
-        if name in ROWS:  # only the rows picked, not all
+        if name in ROWS:  # only the selected rows
             read = written = [args[3] if name == "index_copy_" else after[0]]
         elif name in OVERWRITES or (name == "addmm" and kwargs.get("beta", 1) == 0):
             read = read[1:]
@@ -95,28 +97,33 @@ class Meter(TorchDispatchMode):
             self.row_bytes += moved
 
     def count(self, name: str, launches: int = 1) -> None:
+        """Counts launches under a name."""
         self.launches += launches
         self.kernels[name] = self.kernels.get(name, 0) + launches
 
     def wide_bytes(self, x: Tensor) -> int:
-        """The bytes of a tensor of logits; 0 for other tensors, and for the head, transposed for a GEMM."""
+        """Returns the bytes of a tensor of logits; 0 for others, and for the head, whose transpose is as wide."""
         wide = x.dim() == 2 and self.vocab <= x.shape[1] <= self.vocab + PADDING
         return x.numel() * x.itemsize if wide and x.untyped_storage()._cdata != self.head else 0
 
     def note_freed(self) -> None:
+        """Forgets memory that has been freed."""
         for key, (storage, _) in list(self.held.items()):
             if storage.expired():
                 del self.held[key]
 
-    # Stand-ins for our kernels, which cannot run here.
+    # Stand-ins for our kernels, which cannot run on the meta device.
 
     def rows_run(self, products: Tensor, targets: Tensor, **options: Any) -> None:
+        """Counts kernels.rows.run."""
         self.kernel("row_pass", products, options, reads=2 if options.get("grad") is not None else 1)
 
     def one_read_run(self, products: Tensor, targets: Tensor, **options: Any) -> None:
+        """Counts kernels.one_read.run, or the kernel of csrc/rows.cu."""
         self.kernel("one_read", products, options, reads=1)
 
     def kernel(self, name: str, products: Tensor, options: dict[str, Any], reads: int) -> None:
+        """Counts a launch of a kernel that reads the products `reads` times and writes the gradient, if any."""
         self.count(name)
         tensors = [products, *(options[k] for k in ("ref_products",) if options.get(k) is not None)]
         grad = options.get("grad")
@@ -150,14 +157,14 @@ class Meter(TorchDispatchMode):
 
 ROW_TOKENS = 1024
 SHAPES = [Shape(n, d, v) for n in (8192, 32768) for d, v in ((4096, 128256), (2048, 151936), (4096, 32000))]
-CARD_BYTES = 80 * 10**9  # the scratch memory is a share of it
-RANKS = 8  # over which a vocabulary is cut
+CARD_BYTES = 80 * 10**9  # scratch memory is a share of it
+RANKS = 8  # that share a vocabulary
 
 
 class Case(NamedTuple):
-    """A call to be counted: it takes hidden (N, D), weight (V, D), targets (N,) on the host, and a backend."""
+    """A call to be counted."""
 
-    call: Callable[[Tensor, Tensor, Tensor, str], Any]
+    call: Callable[[Tensor, Tensor, Tensor, str], Any]  # of hidden (N, D), weight (V, D), targets (N,), backend
     learns: bool = False  # whether the head is trainable
     backends: tuple[str, ...] = ("torch", "triton", "cuda")
 
@@ -199,7 +206,7 @@ def _gather(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> No
     from xpo_fast.head import gather
 
     logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
-    # The one thing that a call waits for: it asks the device which positions are scored.
+    # Replaces the only wait of a call, which asks the device for the scored positions.
     every = torch.arange(hidden.shape[0], device=META)
     with mock.patch.object(gather, "scored_positions", lambda *_: every):
         logp, _ = gather._forward._init_fn(logits, targets, 1.0, -100, False, False)
@@ -267,9 +274,8 @@ def measure(name: str, shape: Shape, backend: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    first, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     found = [

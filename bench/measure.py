@@ -1,6 +1,6 @@
-"""Measuring: interleaved timing, peak memory, what it ran on, tables and result files.
+"""Measures times and peak memory, describes the machine, and formats tables, for every benchmark and the demo.
 
-Knows nothing of heads and losses and imports nothing of bench/: every benchmark can share it, and the demo.
+It knows nothing of heads and losses, and imports nothing of bench/.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Result = TypeVar("Result")
 def time_interleaved(
     contenders: Mapping[str, Callable[[Input], object]], inputs: Sequence[Input], repeats: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, by contender: one sample a repeat.
+    """Returns wall-clock milliseconds by contender, one sample per repeat. Call each contender once beforehand.
 
-    A repeat calls every contender once on the same input, so that a drift of the machine meets them all; the
-    input and who goes first change with the repeat. Warm up before. Results are freed outside the clock.
+    A repeat calls every contender once on the same input, so that a drift of the machine affects all of them. The input
+    and the first contender change from repeat to repeat. Results are freed outside the timed region.
     """
     names = list(contenders)
     samples_ms: dict[str, list[float]] = {name: [] for name in names}
@@ -53,15 +53,15 @@ def time_interleaved(
 
 
 def ratio(numerator_ms: Sequence[float], denominator_ms: Sequence[float]) -> float:
-    """Median over repeats of the ratio within the repeat: what drifts between repeats cancels."""
+    """Returns the median over repeats of the ratio within a repeat, in which drift between repeats cancels."""
     return statistics.median(n / d for n, d in zip(numerator_ms, denominator_ms, strict=True))
 
 
 def peak_allocated_mib(call: Callable[[], Result]) -> tuple[float, Result]:
-    """Peak of what `call` allocates through torch's CPU allocator, its results included, and its result.
+    """Returns the peak of what `call` allocates through torch's CPU allocator, its results included, and its result.
 
-    Exact: every allocation and release is traced, those inside an operator too. What a BLAS takes for itself
-    is not seen; `peak_resident_mib` sees it.
+    The peak is exact: every allocation and release is traced, also those inside operators. Memory that a BLAS library
+    allocates for itself is not counted; `peak_resident_mib` counts it.
     """
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
@@ -75,13 +75,13 @@ def peak_allocated_mib(call: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def peak_resident_mib(call: Callable[[], Result]) -> tuple[float | None, Result]:
-    """How far `call` raises the resident memory of this process, its results included, and its result.
+    """Returns by how much `call` raises the resident memory of this process, its results included, and its result.
 
-    Linux only: None elsewhere. Where a process has freed much, the allocator hides what the call takes.
+    The first value is None except on Linux. It is too low if the process has freed memory that its allocator has kept.
     """
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # makes the high-water mark start again from now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return None, call()
     before_kib = _status_kib("VmRSS")
@@ -97,12 +97,12 @@ def _status_kib(field: str) -> int:
 
 
 def size_mib(tensors: Iterable[Tensor]) -> float:
-    """Bytes of the tensors' elements, in MiB."""
+    """Returns the size of the tensors' elements in MiB."""
     return sum(t.numel() * t.element_size() for t in tensors) / MIB
 
 
 def environment() -> dict[str, Any]:
-    """What a figure needs beside it to be worth quoting: commit, machine, threads, versions."""
+    """Returns the context of a measurement: commit, date, machine, threads, versions."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
@@ -113,7 +113,7 @@ def environment() -> dict[str, Any]:
         "held_to": settings(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
     }
 
 
@@ -126,9 +126,10 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -137,7 +138,7 @@ def _versions() -> dict[str, str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first to the left and the others to the right."""
+    """Returns a Markdown table with aligned columns, the first to the left and the others to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
@@ -149,7 +150,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file, and its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+def read_json(path: Path | None) -> dict[str, Any]:
+    """Returns the content of a result file, or {} if there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}

@@ -1,7 +1,7 @@
-"""Peak memory of the head's losses beyond inputs, outputs and gradients, a fresh process a configuration.
+"""Measures the peak memory of the head's losses beyond inputs, outputs and gradients, in one process per configuration.
 
-Half of every row is prompt. `bench/head.py --memory` runs all of it; as a script, this measures one
-configuration and prints a line of JSON.
+Half of every row is prompt. `bench/head.py --memory` measures all configurations; this script measures one of them and
+prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from problem import CASES, Batch, make_batch, make_weight
 from xpo_fast.head.gemms import release_tiles
 
 DEFAULT_TILE_MIB = 256
-ALLOWANCE = 1.10  # indices, statistics of tokens, one tile's hidden states and gradients
+ALLOWANCE = 1.10  # of the tile: room for indices, token statistics, one tile's hidden states and gradients
 
 
 @dataclass(frozen=True)
 class Layout:
+    """A configuration: the sizes of a batch, and our tile."""
+
     rows: int
     length: int  # T
     vocab: int  # V
@@ -35,11 +37,12 @@ class Layout:
 
     @property
     def scored(self) -> int:
+        """Returns N, the number of scored positions."""
         return self.rows * (self.length - self.length // 2)
 
 
-# One thing varies in each group. In the last, with a small tile, a copy of the hidden states (64 MiB in fp32)
-# would show, and then one of the head (256 MiB).
+# One quantity varies within a group. The tile of the last group is so small that a copy of the hidden states (64 MiB in
+# fp32, first layout) or of the head (256 MiB, second layout) would exceed the bound.
 LAYOUTS = {
     "scored tokens": [Layout(4, 512, 2**15), Layout(16, 512, 2**15), Layout(64, 512, 2**15)],
     "T": [Layout(128, 128, 2**15), Layout(16, 1024, 2**15), Layout(2, 8192, 2**15)],
@@ -51,9 +54,9 @@ QUICK = Layout(4, 64, 1009)
 
 
 def sweep(dtype: str, quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield one record a configuration: ours on every layout, then every contender on one.
+    """Yields one record per configuration: ours on every layout, then every contender on one.
 
-    quick: ours on one tiny layout.
+    quick: only ours, on one tiny layout.
     """
     for group, layouts in ({"quick": [QUICK]} if quick else LAYOUTS).items():
         for layout in layouts:
@@ -76,20 +79,20 @@ def _in_fresh_process(layout: Layout, case: str, contender: str, dtype: str) -> 
 
 
 def measure(layout: Layout, case: str, contender: str, dtype: str) -> dict[str, Any]:
-    """The peaks of one configuration in this process; {"missing": why} where there is no such contender."""
+    """Returns the peaks of one configuration in this process, or {"missing": why} without the contender's package."""
     about = {"case": case, "contender": contender, "dtype": dtype, **asdict(layout), "scored": layout.scored}
     tile_bytes = None if layout.tile_mib == DEFAULT_TILE_MIB else layout.tile_mib * MIB
     try:
         made = make_contenders(CASES[case]._replace(prompts=True), tile_bytes)[contender]()
     except Missing as error:
         return {**about, "missing": str(error)}
-    made.call(_batch(Layout(2, 8, 64, 16), dtype))  # code and threads are there before anything is counted
+    made.call(_batch(Layout(2, 8, 64, 16), dtype))  # loads code and starts threads before anything is measured
     batch = _batch(layout, dtype)
     release_tiles()
     resident_mib, results = peak_resident_mib(lambda: made.call(batch))
     results_mib = size_mib(results.values())
     del results
-    release_tiles()  # or the second measurement would find the tile of the first
+    release_tiles()  # or the second measurement would reuse the first one's tile
     allocated_mib, _ = peak_allocated_mib(lambda: made.call(batch))
     found = {
         **about,
@@ -110,7 +113,7 @@ def _batch(layout: Layout, dtype: str) -> Batch:
 
 
 def memory_table(records: list[dict[str, Any]]) -> str:
-    """The configurations as a Markdown table, in MiB."""
+    """Returns the records as a Markdown table, in MiB."""
     sizes = ["N", "rows × T", "V", "D"]
     rows = []
     for r in records:
@@ -126,7 +129,8 @@ def memory_table(records: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--contender", required=True)
     parser.add_argument("--dtype", required=True, choices=("float32", "bfloat16"))

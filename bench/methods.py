@@ -1,21 +1,20 @@
-"""Every method on a real model: twenty steps on real preference pairs, and its own loss before and after.
+"""Trains a real model with every method, twenty steps on real preference pairs, and compares its loss before and after.
 
     python bench/methods.py --data hh-rlhf-harmless-test.jsonl.gz --json bench/results/methods.json
 
-SmolLM2-135M-Instruct with LoRA on its last layers, a few short pairs of --data (rows of chosen and rejected). What a
-method needs beside is derived from them: the chosen completion scores 1 and the rejected 0, and is preferred with
-probability 0.9; a list is the two and their first halves, which score 0.7 and 0.2; a desirable row has reward 1, an
-undesirable one −1; those are the advantages of policy methods too, whose samples are these rows. Methods with a data set
-run through XPOTrainer, as `xpo-fast train` does; policy methods in a plain loop through Objective; those of a reward
-model on a value head over the last token. Losses are those of the training rows, without dropout.
+The model is SmolLM2-135M-Instruct with LoRA on its last layers, the data a few short pairs of --data. Other inputs of
+the methods are derived from the pairs. The chosen completion scores 1 and the rejected one 0; the chosen one is
+preferred with probability 0.9. A list is both completions and their first halves, which score 0.7 and 0.2. A desirable
+row has reward 1, an undesirable one −1. The samples of policy methods are the same rows, with 1 and −1 as advantages.
 
-Exit status 1 if a loss did not fall.
+Methods with a data set run in XPOTrainer, as in `xpo-fast train`; policy methods in a plain loop with Objective; those
+of reward models with a value head at the last token. Losses are those of the training rows, without dropout.
+Exit status 1: a loss did not fall.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -29,30 +28,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from measure import environment, table, write_json
+from measure import environment, read_json, table
 from xpo_fast import METHODS, Head, Objective, data
+from xpo_fast.files import write_json
 from xpo_fast.models import SMOLLM2, install_fused_loss, load_model
 from xpo_fast.models.lm_head import causal_lm
 
-# What has no default, or would leave a part of the method out.
+# Hyperparameters without a default, or whose default switches off a part of the method.
 SETTINGS: dict[str, dict[str, Any]] = {
     "cispo": {"eps": 0.2},
     "cringe": {"top_k": 1},
     "grpo": {"beta": 0.04},
     "dr_grpo": {"fixed_length": 64},
     "ppo": {"entropy_coef": 0.01},
-    "beta_dpo": {"keep": 1.0},  # all pairs, so that the loss before and after is of the same ones
+    "beta_dpo": {"keep": 1.0},  # all pairs, so that both losses are of the same ones
     "grm": {"alpha": 0.5},
 }
-# Weights without gradient move with the policy, and the loss's value with them, which no gradient descends: its value is
-# taken with them as at the start, where old and reference policy are the policy.
+# These losses have weights without gradient that change with the policy, so gradient descent need not reduce their
+# value. It is computed with the old and reference log-probs equal to the policy's, as they are at the start.
 WEIGHTED = ("cispo", "nash_md", "vespo")
-LAYERS = 4  # of the model's last that are trained
+LAYERS = 4  # last layers of the model that are trained
 SEED = 0
 
 
 def raw_pairs(path: str, count: int) -> list[dict[str, Any]]:
-    """The first pairs of --data with a short prompt."""
+    """Returns the first pairs of a file that have a short prompt."""
     rows: Any = data.load(path, kind="pair")
     short = (row for row in rows if sum(len(m["content"]) for m in row["prompt"]) < 120)
     pairs = [row for _, row in zip(range(count), short, strict=False)]
@@ -60,12 +60,13 @@ def raw_pairs(path: str, count: int) -> list[dict[str, Any]]:
 
 
 def first_half(completion: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns a completion with the first half of its words."""
     words = completion[-1]["content"].split()
     return [*completion[:-1], {**completion[-1], "content": " ".join(words[: max(1, len(words) // 2)])}]
 
 
 def rows_for(kind: str, pairs: list[dict[str, Any]], *, with_rejected: bool) -> list[dict[str, Any]]:
-    """The pairs as data of a kind, with everything that a method may want of it."""
+    """Returns the pairs as rows of a kind of data set, with all columns that a method may take."""
     rows: list[dict[str, Any]] = []
     for pair in pairs:
         prompt, w, l = pair["prompt"], pair["chosen"], pair["rejected"]  # noqa: E741
@@ -86,21 +87,25 @@ def rows_for(kind: str, pairs: list[dict[str, Any]], *, with_rejected: bool) -> 
 
 
 def with_lora(model: Any) -> Any:
+    """Returns the model with a new adapter on its last layers."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(SEED)
     layers = range(model.config.num_hidden_layers)[-LAYERS:]
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=16, layers_to_transform=list(layers),
+        task_type="CAUSAL_LM",
+        r=8,
+        lora_alpha=16,
+        layers_to_transform=list(layers),
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    )  # fmt: skip
+    )
     return get_peft_model(model, config)
 
 
 def run_trainer(
     name: str, objective: Objective, model: Any, tokenizer: Any, pairs: list, args: argparse.Namespace
 ) -> tuple[float, float, str]:
-    """Loss before, loss after, and the kind of data."""
+    """Trains with XPOTrainer; returns the loss before, the loss after, and the kind of data."""
     from xpo_fast.trainer import XPOConfig, XPOTrainer
 
     rows = rows_for(objective.data_kind, pairs, with_rejected="ref_pos_logp_l" in METHODS[name].inputs)
@@ -129,9 +134,13 @@ def run_trainer(
             seed=SEED,
         )
         trainer = XPOTrainer(
-            with_lora(model), config, train_dataset=encoded, eval_dataset=encoded, processing_class=tokenizer,
+            with_lora(model),
+            config,
+            train_dataset=encoded,
+            eval_dataset=encoded,
+            processing_class=tokenizer,
             objective=objective,
-        )  # fmt: skip
+        )
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
@@ -140,9 +149,9 @@ def run_trainer(
 
 
 def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any], Tensor]:
-    """The loss of sampled rows as a function of the model; old and reference log-probs are those at the start.
+    """Returns the loss of sampled rows as a function of the model; old and reference log-probs are those at the start.
 
-    Without gradient that of WEIGHTED, which is shown, is with them as the model's own.
+    For the methods in WEIGHTED, the value without gradient, which is reported, uses the model's own instead.
     """
     name = objective.method.name
     rows = batch["input_ids"].shape[0] // 2
@@ -176,7 +185,10 @@ def policy_loss(objective: Objective, batch: dict[str, Tensor]) -> Callable[[Any
 
 
 def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> Callable[[Any, nn.Module], Tensor]:
-    """The loss of a reward model: a value head over each row's last token; token log-probs where the method has them."""
+    """Returns the loss of a reward model as a function of the model and a value head (D → 4) at each row's last token.
+
+    Methods that also have log-probs as inputs get the model's own, with those at the start as the reference's.
+    """
     method = METHODS[name]
     rows = batch["input_ids"].shape[0] // 2
     last = (batch["targets"] != data.IGNORE_INDEX).int().cumsum(1).argmax(1) + 1
@@ -189,20 +201,17 @@ def reward_loss(name: str, batch: dict[str, Tensor], hyper: dict[str, Any]) -> C
             at = values[torch.arange(2 * rows), last]  # (2P, 4)
             reward_w, reward_l = at[:, 0].chunk(2)
             group = torch.stack([reward_w, reward_l], dim=1)
-            known: dict[str, Tensor] = {
-                "reward_w": reward_w, "reward_l": reward_l, "logit": reward_w - reward_l, "rewards": group,
-                "ranks": torch.tensor([[1.0, 2.0]]).expand(rows, 2), "prob_w": torch.full((rows,), 0.9),
-                "targets": torch.tensor([[1.0, -1.0]]).expand(rows, 2), "mask": scored,
-                "rewards_w": at[:rows, :2], "rewards_l": at[rows:, :2],
-                "gate_w": at[:rows, 2:], "gate_l": at[rows:, 2:],
-                "value": values[..., 0], "old_value": torch.zeros_like(values[..., 0]),
-                "returns": sign[:, None].expand(scored.shape),
-            }  # fmt: skip
+            ranks, wanted = (torch.tensor([pair]).expand(rows, 2) for pair in ([1.0, 2.0], [1.0, -1.0]))
+            known: dict[str, Tensor] = {"reward_w": reward_w, "reward_l": reward_l, "logit": reward_w - reward_l}
+            known |= {"rewards": group, "ranks": ranks, "targets": wanted, "prob_w": torch.full((rows,), 0.9)}
+            known |= {"rewards_w": at[:rows, :2], "rewards_l": at[rows:, :2]}
+            known |= {"gate_w": at[:rows, 2:], "gate_l": at[rows:, 2:], "value": values[..., 0], "mask": scored}
+            known |= {"old_value": torch.zeros_like(values[..., 0]), "returns": sign[:, None].expand(scored.shape)}
             if name == "discriminator":
                 known |= {"logit": at[:, 0], "desirable": sign > 0}
             given: dict[str, Any] = {n: x for n, x in known.items() if n in method.inputs}
             if method.layout == "reward":
-                given.pop("mask", None)  # of completions there, and none is missing
+                given.pop("mask", None)  # there it is a mask of completions, none of which is missing
             if "logp_w" in method.inputs:
                 batch.setdefault("start", _row_logps(hidden, head, batch["targets"]).detach())
                 given = {n: x for n, x in given.items() if n in method.columns}
@@ -226,7 +235,7 @@ def _row_logps(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 def run_loop(
     name: str, hyper: dict[str, Any], model: Any, tokenizer: Any, pairs: list, args: argparse.Namespace
 ) -> tuple[float, float, str]:
-    """Policy methods and those of reward models, in a plain loop."""
+    """Trains in a plain loop; returns the loss before, the loss after, and what the method was trained on."""
     encoded: Any = data.encode(
         data.load(rows_for("pair", pairs, with_rejected=False), kind="pair"),
         tokenizer,
@@ -260,15 +269,8 @@ def run_loop(
     return before, after, what
 
 
-def earlier(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Records that a file has already, by method: of other runs of this script, or of one that was cut short."""
-    if path is None or not path.is_file():
-        return {}
-    return {r["method"]: r for r in json.loads(path.read_text())["methods"]}
-
-
 def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record each; the file of --json is written after every method."""
+    """Trains with each method and returns a record of each; the file of --json is updated after every method."""
     options = {k: v for k, v in vars(args).items() if k not in ("json", "data", "methods")}
     pairs = raw_pairs(args.data, args.pairs)
     model, tokenizer = load_model(args.model, dtype="float32")
@@ -288,32 +290,39 @@ def run(names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             before, after, what = run_trainer(name, objective, model, tokenizer, pairs, args)
         record = {
-            "commit": environment()["commit"], "method": name, "settings": hyper, "data": what, "steps": args.steps, "loss_before": before,
-            "loss_after": after, "fell": after < before and math.isfinite(after),
+            "commit": environment()["commit"],
+            "method": name,
+            "settings": hyper,
+            "data": what,
+            "steps": args.steps,
+            "loss_before": before,
+            "loss_after": after,
+            "fell": after < before and math.isfinite(after),
             "seconds": time.perf_counter() - start,
-        }  # fmt: skip
+        }
         print(f"{name:<20} {before:10.5f} {after:10.5f} {record['seconds']:6.1f} s", file=sys.stderr, flush=True)
         records.append(record)
         if args.json:
-            kept = {**earlier(args.json), name: record}
+            kept = {r["method"]: r for r in read_json(args.json).get("methods", [])} | {name: record}
             content = {"environment": environment(), "options": options, "methods": [kept[n] for n in sorted(kept)]}
             write_json(args.json, content)
     return records
 
 
 def main() -> int:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=style)
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="FILE", help="preference pairs, as data.load reads them")
     parser.add_argument("--model", default=SMOLLM2)
-    parser.add_argument("--methods", metavar="NAME,…", help="these alone (default: all)")
+    parser.add_argument("--methods", metavar="NAME,…", help="only these methods (default: all)")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="records of other methods that are in it are kept")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the records to FILE, and keep those of other methods in it"
+    )
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

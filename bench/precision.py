@@ -1,10 +1,10 @@
-"""bfloat16 against float32 on this CPU: a layer's products, the head, a real model forward, backward and sampling.
+"""Times bfloat16 and float32 on this CPU: a layer's products, the head, a real model's forward, backward and sampling.
 
     python bench/precision.py --json bench/results/precision-cpu.json
 
-Each setting of instructions is a process of its own, because torch and oneDNN read it once: what the CPU has, and what it
-would be without. In it both dtypes take turns on the same model, and a ratio is the median over repeats of the ratio within
-a repeat. `auto` is what `xpo_fast.precision` chooses for a bfloat16 checkpoint there.
+The settings are the CPU's own instructions, and fewer of them. Each runs in a process of its own, because torch and
+oneDNN read the setting once. The two dtypes take turns on the same model; a ratio is the median over repeats of the
+ratio within a repeat. `auto` is the dtype that `xpo_fast.precision` chooses for a bfloat16 checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 import xpo_fast as xf
-from measure import environment, ratio, table, time_interleaved, write_json
+from measure import environment, ratio, table, time_interleaved
 from xpo_fast import precision
+from xpo_fast.files import write_json
 from xpo_fast.models import hidden_states, load_model
 
 SETTINGS = {
@@ -32,7 +33,7 @@ SETTINGS = {
     "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
 }
 DTYPES = (torch.float32, torch.bfloat16)
-ROWS, LENGTH = 4, 32  # few tokens: without the instructions a backward in bfloat16 takes 70 times as long
+ROWS, LENGTH = 4, 32  # few tokens: without instructions for bfloat16, its backward is 70 times as slow
 NEW_TOKENS = 16
 SCORED = 256
 
@@ -40,7 +41,7 @@ Call = Callable[[torch.dtype], Any]
 
 
 def parts() -> dict[str, Call]:
-    """What is timed, by name: a function of the dtype."""
+    """Returns the calls to be timed, by name, as functions of the dtype."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -66,10 +67,9 @@ def parts() -> dict[str, Call]:
             forward(dtype)
 
     def sample(dtype: torch.dtype) -> None:
-        models[dtype].generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+        length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        models[dtype].generate(**batch, **length, do_sample=False, pad_token_id=0)
 
     def head(dtype: torch.dtype) -> None:
         leaf = hidden.to(dtype).requires_grad_()
@@ -88,7 +88,7 @@ def parts() -> dict[str, Call]:
 
 
 def measured(repeats: int) -> dict[str, Any]:
-    """The times of one setting, which this process was started in."""
+    """Returns the times with the instructions that this process was started with."""
     device = torch.device("cpu")
     found: dict[str, Any] = {
         "instructions": precision.instructions(),
@@ -110,9 +110,10 @@ def measured(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

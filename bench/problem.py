@@ -1,4 +1,4 @@
-"""What the head benchmarks compute: random batches, two losses of their log-probs, the truth in float64."""
+"""Defines the problems of the head benchmarks: random batches, two losses of their log-probs, exact results."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 8  # rows of a batch: 4 pairs
-BETA = 0.01  # the rows of a pair differ by some hundreds in log-prob: no pair saturates
+ROWS = 8  # per batch: 4 pairs
+BETA = 0.01  # log-probs of the rows of a pair differ by some hundreds: at this β no pair saturates
 IGNORE = -100
 LOGIT_STD = 3.0
-LEANS = (-10.0, 30.0)  # what a hidden state's lean towards its target adds to the target's logit
-FLOAT64_BLOCK = 8192  # vocabulary entries that the truth takes at a time
+LEANS = (-10.0, 30.0)  # range of what is added to the logit of a hidden state's target
+FLOAT64_BLOCK = 8192  # vocabulary entries per block of the float64 results
+
+CPU = torch.device("cpu")
 
 Results = dict[str, Tensor]  # loss (), logps (R, T), hidden_grad (R, T, D), weight_grad (V, D)
 
 
 class Case(NamedTuple):
+    """A loss and what it is computed on."""
+
     loss: str  # "token" or "dpo"
     train_head: bool
-    prompts: bool = False  # whether the first half of every row is prompt, which is not scored
-    accumulated: bool = False  # whether the head has a gradient already, to which this one is added
+    prompts: bool = False  # whether the first half of every row is an unscored prompt
+    accumulated: bool = False  # whether the gradient is added to an earlier one of the head
 
     @property
     def floor_gemms(self) -> int:
+        """Returns the least number of products of 2·N·V·D FLOP each."""
         return 3 if self.train_head else 2
 
 
@@ -43,43 +48,47 @@ CASES = {
 
 @dataclass(frozen=True)
 class Batch:
+    """Rows of hidden states, the head, and the aligned targets."""
+
     hidden: Tensor  # (R, T, D)
     weight: Tensor  # (V, D)
     targets: Tensor  # (R, T), -100 where not scored
 
     @property
     def mask(self) -> Tensor:
+        """Returns whether each position is scored, (R, T) bool."""
         return self.targets != IGNORE
 
     def scored(self) -> tuple[Tensor, Tensor]:
-        """hidden (N, D) and targets (N,) of the scored positions; views where that is every position."""
+        """Returns hidden (N, D) and targets (N,) of the scored positions: views if every position is scored."""
         mask = self.mask
         if bool(mask.all()):
             return self.hidden.flatten(0, 1), self.targets.flatten()
         return self.hidden[mask], self.targets[mask]
 
     def spread(self, logps: Tensor) -> Tensor:
-        """(N,) of the scored positions → (R, T), zero elsewhere."""
+        """Returns log-probs (N,) of the scored positions as (R, T), with zeros elsewhere."""
         return logps.new_zeros(self.targets.shape).masked_scatter(self.mask, logps)
 
 
-def make_weight(vocab: int, width: int, dtype: torch.dtype) -> Tensor:
-    """(V, D) head that gives logits of standard deviation 3 on hidden states of unit variance."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(vocab, width, generator=generator).mul_(LOGIT_STD / width**0.5).to(dtype)
+def make_weight(vocab: int, width: int, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0) -> Tensor:
+    """Returns a head (V, D) that gives logits of standard deviation 3 on hidden states of unit variance."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(vocab, width, generator=generator, device=device)
+    return weight.mul_(LOGIT_STD / width**0.5).to(dtype)
 
 
 def make_batch(weight: Tensor, rows: int, length: int, prompts: bool, seed: int) -> Batch:
-    """Rows of `length` random hidden states, each leaning towards or away from its target's row of the head.
+    """Returns rows of random hidden states on the weight's device, each shifted along its target's row of the head.
 
-    Log-probs from about −30 to 0: hopeless tokens and confident ones, as a model has them.
+    The log-probs are between about −30 and 0, as a model's are, from very unlikely to certain tokens.
     """
-    generator = torch.Generator().manual_seed(1 + seed)
-    vocab, width = weight.shape
-    targets = torch.randint(vocab, (rows, length), generator=generator)
-    lean = torch.empty(rows, length, 1).uniform_(*LEANS, generator=generator)
+    device, (vocab, width) = weight.device, weight.shape
+    generator = torch.Generator(device).manual_seed(1 + seed)
+    targets = torch.randint(vocab, (rows, length), generator=generator, device=device)
+    lean = torch.empty(rows, length, 1, device=device).uniform_(*LEANS, generator=generator)
     direction = weight[targets].float()  # (R, T, D)
-    hidden = torch.randn(rows, length, width, generator=generator)
+    hidden = torch.randn(rows, length, width, generator=generator, device=device)
     hidden += lean * direction / direction.square().sum(-1, keepdim=True)
     if prompts:
         targets[:, : length // 2] = IGNORE
@@ -87,12 +96,12 @@ def make_batch(weight: Tensor, rows: int, length: int, prompts: bool, seed: int)
 
 
 def token_loss(logps: Tensor) -> Tensor:
-    """−Σ log-probs."""
+    """Returns −Σ log-probs."""
     return -logps.sum()
 
 
 def dpo_loss(logps: Tensor) -> Tensor:
-    """DPO of (R, T) log-probs, chosen rows first; the reference's are zero, which costs nobody anything."""
+    """Returns the DPO loss of log-probs (R, T), chosen rows first, with reference log-probs of zero."""
     chosen, rejected = logps.sum(-1).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
@@ -101,9 +110,9 @@ LOSSES = {"token": token_loss, "dpo": dpo_loss}
 
 
 def float64_truth(batch: Batch, case: Case) -> Results:
-    """The results in float64 on the same operands, a block of the vocabulary at a time.
+    """Returns the results in float64 on the same operands, computed one block of the vocabulary at a time.
 
-    The head's gradient, gigabytes, is kept in float32: that rounding is far below every tolerance.
+    The head's gradient, of gigabytes, is rounded to float32: that error is far below every tolerance.
     """
     hidden, targets = batch.scored()
     hidden = hidden.double()
@@ -133,7 +142,7 @@ def float64_truth(batch: Batch, case: Case) -> Results:
 def _float64_blocks(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor]]]:
-    """Yield a block of the vocabulary, its logits (N, v), and where in them the targets are that it holds."""
+    """Yields blocks of the vocabulary, their logits (N, v), and the indices in these of the targets of the block."""
     for start in range(0, len(weight), FLOAT64_BLOCK):
         block = slice(start, min(start + FLOAT64_BLOCK, len(weight)))
         token = ((targets >= block.start) & (targets < block.stop)).nonzero().squeeze(1)

@@ -1,11 +1,12 @@
-"""A reward model on Anthropic's HH pairs: held-out accuracy before and after one pass over the others.
+"""Trains a reward model on Anthropic's HH pairs: held-out accuracy before and after one epoch.
 
-    python bench/reward_hh.py --data hh-rlhf-harmless-test.jsonl.gz --json bench/results/reward-hh.json --plot docs/reward_hh.png
+    python bench/reward_hh.py --data hh-rlhf-harmless-test.jsonl.gz --json bench/results/reward-hh.json \\
+        --plot docs/reward_hh.png
 
-SmolLM2-135M-Instruct in bfloat16 with LoRA on its last layers and a value head, Bradley–Terry. The seed draws the held-out
-pairs (prompts apart), the order, the adapter and the head. The untrained start is the same model with that head at random.
-The differences are paired: the same held-out pairs before and after. Beside them, what taking the shorter answer would
-rank right. Exit status 1 if a seed's gain is below two standard errors.
+The model is SmolLM2-135M-Instruct in bfloat16 with LoRA on its last layers and a value head, the loss Bradley–Terry.
+The seed draws the held-out pairs (no prompt is in both parts), the order, the adapter and the head. `before` is the
+same model with its random head. The gain is paired: both accuracies are of the same held-out pairs. `the shorter` is
+the accuracy of always preferring the shorter answer. Exit status 1: a seed's gain is below two standard errors.
 """
 
 from __future__ import annotations
@@ -23,53 +24,61 @@ from typing import Any
 from peft import LoraConfig
 from transformers import logging as transformers_logging
 
-from measure import environment, table, write_json
+from measure import environment, read_json, table
 from xpo_fast import data
+from xpo_fast.files import write_json
 from xpo_fast.models import load_model
 from xpo_fast.rewards.report import compare, plot, score_pairs, summary
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="pairs of chosen and rejected transcripts")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--json", metavar="FILE", type=Path, help="write the figures there; runs that it has are not made again")
-    add("--plot", metavar="FILE", help="write the picture of the first seed's trained scores there")
-    add("--held-out", type=int, default=900, help="pairs to measure on")
-    add("--train-pairs", type=int, default=1412, help="pairs to train on")
-    add("--max-length", type=int, default=128, help="tokens; prompts lose their beginning")
-    add("--layers", type=int, default=10, help="of the last layers, how many have an adapter")
+    add("--json", metavar="FILE", type=Path, help="write the results to FILE; runs that it has are not repeated")
+    add("--plot", metavar="FILE", help="write a plot of the first seed's scores after training to FILE")
+    add("--held-out", type=int, default=900, help="number of pairs to measure on")
+    add("--train-pairs", type=int, default=1412, help="number of pairs to train on")
+    add("--max-length", type=int, default=128, help="in tokens; longer prompts are cut at their beginning")
+    add("--layers", type=int, default=10, help="number of last layers with an adapter")
     add("--rank", type=int, default=16)
-    add("--lr", type=float, default=1e-4, help="of the adapter")
+    add("--lr", type=float, default=1e-4, help="learning rate of the adapter")
     add("--value-head-lr", type=float, default=1e-3)
     add("--batch-size", type=int, default=16)
     args = parser.parse_args()
     logging.getLogger("xpo_fast").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
 
-    found = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {"runs": []}
-    runs = {run["seed"]: run for run in found["runs"]}
+    runs = {run["seed"]: run for run in read_json(args.json).get("runs", [])}
     for seed in args.seeds:
         if seed not in runs:
             runs[seed] = run(args, seed, args.plot if seed == args.seeds[0] else None)
         if args.json:
             write_json(args.json, {"runs": [runs[seed] for seed in sorted(runs)]})
-    rows = [[str(r["seed"]), *(f"{x:.3f}" for x in (r["before"]["accuracy"], r["after"]["accuracy"])),
-             "[{:.3f}, {:.3f}]".format(*r["after"]["accuracy_95"]),
-             "{accuracy_difference:+.3f} ± {standard_error:.3f}".format(**r["gain"]),
-             f"{r['before']['log_loss']:.3f}", f"{r['after']['log_loss']:.3f}", f"{1 - r['after']['longer_wins']:.3f}",
-             f"{r['cpu_s']:.0f}"]
-            for r in (runs[seed] for seed in args.seeds)]  # fmt: skip
-    header = ["seed", "before", "after", "95%", "gain ± standard error", "log-loss before", "after", "the shorter", "CPU s"]  # fmt: skip
-    print(table(header, rows))
+    rows = [
+        [
+            str(r["seed"]),
+            *(f"{x:.3f}" for x in (r["before"]["accuracy"], r["after"]["accuracy"])),
+            "[{:.3f}, {:.3f}]".format(*r["after"]["accuracy_95"]),
+            "{accuracy_difference:+.3f} ± {standard_error:.3f}".format(**r["gain"]),
+            f"{r['before']['log_loss']:.3f}",
+            f"{r['after']['log_loss']:.3f}",
+            f"{1 - r['after']['longer_wins']:.3f}",
+            f"{r['cpu_s']:.0f}",
+        ]
+        for r in (runs[seed] for seed in args.seeds)
+    ]
+    header = ["seed", "before", "after", "95%", "gain ± standard error", "log-loss before", "after", "the shorter"]
+    print(table([*header, "CPU s"], rows))
     gains = [runs[seed]["gain"] for seed in args.seeds]
     return int(any(g["accuracy_difference"] < 2 * g["standard_error"] for g in gains))
 
 
 def run(args: argparse.Namespace, seed: int, picture: str | None) -> dict[str, Any]:
-    """Train with this seed's pairs, adapter and order."""
+    """Trains with a seed and returns the record of the run. picture: file for a plot of the scores after training."""
     train, held = split(data.load(args.data, kind="pair"), args.held_out, args.train_pairs, seed)
     model, tokenizer = load_model("smollm2-135m", dtype="bfloat16")
     layers: Any = model.config.num_hidden_layers
@@ -89,10 +98,10 @@ def run(args: argparse.Namespace, seed: int, picture: str | None) -> dict[str, A
         )
         start, cpu = time.perf_counter(), time.process_time()
         before = score_pairs("before", trainer.reward_model(), held)
-        say(before)
+        show(before)
         trainer.train()
         after = score_pairs("after", trainer.reward_model(), held)
-        say(after)
+        show(after)
     if picture:
         plot(after, picture)
     return {
@@ -111,6 +120,7 @@ def run(args: argparse.Namespace, seed: int, picture: str | None) -> dict[str, A
 
 
 def config(args: argparse.Namespace, seed: int, folder: str) -> RewardConfig:
+    """Returns the settings of the trainer."""
     return RewardConfig(
         output_dir=folder,
         use_cpu=True,
@@ -131,7 +141,7 @@ def config(args: argparse.Namespace, seed: int, folder: str) -> RewardConfig:
 
 
 def split(rows: Any, held: int, train: int, seed: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Rows to train on, and rows held out, of other prompts."""
+    """Returns rows to train on and held-out rows, which share no prompt. held, train: their numbers."""
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(rows["prompt"]):
         groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
@@ -144,11 +154,13 @@ def split(rows: Any, held: int, train: int, seed: int) -> tuple[Any, list[dict[s
     return rows.select(rest), [rows[i] for i in taken]
 
 
-def say(scores: Any) -> None:
+def show(scores: Any) -> None:
+    """Prints the accuracy, the log-loss and the share of pairs whose longer answer wins."""
     figures = summary(scores)
     low, high = figures["accuracy_95"]
-    print(f"{scores.name}: accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {figures['pairs']} pairs, log-loss "
-          f"{figures['log_loss']:.4f}, longer wins {figures['longer_wins']:.3f}", flush=True)  # fmt: skip
+    accuracy = f"accuracy {figures['accuracy']:.4f} [{low:.4f}, {high:.4f}] on {figures['pairs']} pairs"
+    rest = f"log-loss {figures['log_loss']:.4f}, longer wins {figures['longer_wins']:.3f}"
+    print(f"{scores.name}: {accuracy}, {rest}", flush=True)
 
 
 if __name__ == "__main__":

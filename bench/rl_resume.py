@@ -1,12 +1,12 @@
-"""An online run that is killed again and again, and resumed, against one that is left alone: the same to the last bit.
+"""Compares an online run that is killed and resumed many times with an undisturbed one: all results have equal bits.
 
     python bench/rl_resume.py --kills 10 --steps 60 --json bench/results/rl-resume-cpu.json
 
-A tiny random model, or SmolLM2 with an adapter (--task smollm2), is trained with PPO (two epochs over two minibatches
-of each rollout, a critic, an adaptive KL, a reference that follows the policy), which has more to remember than any
-other method. The run is a process of its own. It gets SIGKILL a random time after a random step, ten times, in
-rollouts, in steps and while checkpoints are written, and goes on from the last complete checkpoint. The weights, every
-logged number but times, the held-out reward, and the table of samples are compared. Exit status 1 if anything differs.
+A tiny random model, or SmolLM2 with an adapter (--task smollm2), is trained with PPO, which has the most state of all
+methods: two epochs over two minibatches of each rollout, a critic, an adaptive KL, a reference that follows the policy.
+The run is a process of its own. It gets SIGKILL a random time after a random step, ten times, during rollouts, steps
+and the writing of checkpoints, and is resumed from the last complete checkpoint. The weights, every logged number
+except times, the held-out reward, and the table of samples are compared. Exit status 1: anything differs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ PROMPTS = [{"prompt": f"w{i} w{i + 1}"} for i in range(0, 20, 2)]
 
 
 def share_of_even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Returns the share of even tokens in each completion, a reward."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
 def tiny() -> dict[str, Any]:
-    """A random model of two layers, all of it trained, with dropout."""
+    """Returns a random model of two layers, which is trained whole and has dropout, with its data and settings."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -60,7 +61,7 @@ def tiny() -> dict[str, Any]:
 
 
 def smollm2() -> dict[str, Any]:
-    """SmolLM2-135M in bfloat16 with an adapter, on the sums of examples/verifiable_reward.py."""
+    """Returns SmolLM2-135M in bfloat16 with an adapter, to be trained on the sums of examples/verifiable_reward.py."""
     from peft import LoraConfig
 
     from xpo_fast.models import SMOLLM2, load_model
@@ -79,7 +80,7 @@ def smollm2() -> dict[str, Any]:
 
 
 def train(folder: Path, steps: int, method: str, task: str) -> None:
-    """The run, from its last checkpoint on if it has one; a line on stdout for every step."""
+    """Trains from the last checkpoint, if there is one; prints a line per step, and writes result.json at the end."""
     import torch
     import transformers
 
@@ -128,7 +129,7 @@ def train(folder: Path, steps: int, method: str, task: str) -> None:
     digest = hashlib.sha256()
     for _, x in sorted(trainer.model.state_dict().items()):
         digest.update(x.flatten().view(torch.uint8).numpy().tobytes())
-    # Of the whole run Trainer knows only what it has trained since it was resumed.
+    # For these two Trainer only counts what it has trained since it was resumed.
     last = [{k: v for k, v in log.items() if k not in ("train_loss", "total_flos")} for log in timeless]
     samples = hashlib.sha256((folder / "samples.jsonl").read_bytes()).hexdigest()
     result = {"weights": digest.hexdigest(), "held_out": held_out, "log": last, "samples": samples}
@@ -139,12 +140,14 @@ TASKS = {"tiny": tiny, "smollm2": smollm2}
 
 
 def run(folder: Path, args: argparse.Namespace, kills: int, chance: random.Random) -> tuple[dict[str, Any], list[int]]:
-    """The result of a run that is killed so many times, and after which steps that was."""
+    """Runs the training, kills it a number of times, and returns its result and the steps after which it was killed."""
     steps = args.steps
     command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps)]
     command += ["--method", args.method, "--task", args.task]
     killed: list[int] = []
-    targets = sorted(chance.sample(range(1, steps * 3 // 4), kills))  # the run must not end before the last
+    targets = sorted(
+        chance.sample(range(1, steps * 3 // 4), kills)
+    )  # early enough that the run does not end before the last one
     while True:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert child.stdout is not None
@@ -165,16 +168,18 @@ def run(folder: Path, args: argparse.Namespace, kills: int, chance: random.Rando
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Returns the names of the results that differ."""
     return [name for name in a if a[name] != b[name]]
 
 
 def main() -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--method", default="ppo")
     parser.add_argument("--task", choices=TASKS, default="tiny")
-    parser.add_argument("--seed", type=int, default=0, help="of when to kill")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times at which the run is killed")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -190,7 +195,8 @@ def main() -> int:
     print(f"{args.task}, {args.method}, {args.steps} steps, killed after steps {killed}: ", end="")
     print(f"{', '.join(wrong)} differ" if wrong else "weights, log, held-out reward and samples are the same")
     if args.json is not None:
-        from measure import environment, write_json
+        from measure import environment
+        from xpo_fast.files import write_json
 
         about = {"task": args.task, "method": args.method, "steps": args.steps, "seed": args.seed}
         about["killed_after_steps"] = killed

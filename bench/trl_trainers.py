@@ -1,17 +1,19 @@
-"""TRL's trainers with and without this engine: the same runs, equal in what they log, and what they cost.
+"""Compares TRL's trainers with and without this engine: the numbers that they log, their times and their memory.
 
     python bench/trl_trainers.py equal --json bench/results/trl-cpu.json
     python bench/trl_trainers.py time --json bench/results/trl-cpu.json
 
-equal: every trainer and loss type on a tiny random model, twenty steps without and with `install()` (the experimental
-trainers: TRL's class and ours). Every number that both log is compared: |theirs − ours| / max(1, |theirs|). The exit
-status is 1 above 1e-4.
-time: SmolLM2-135M on the packaged pairs, one loss type per trainer. Twenty steps of each are compared in the same way.
-In another run theirs and ours alternate from step to step: the median times of a step, and of TRL's function of the
-head and its replacement, forward and backward. Peak memory is that of one step, by torch's CPU allocator.
+equal: each trainer with each loss type trains a tiny random model for twenty steps, without and with `install()` (the
+experimental trainers: TRL's class and ours). Every number that both log is compared: |theirs − ours| / max(1,
+|theirs|).
+time: each trainer with one loss type trains SmolLM2-135M on the packaged pairs. Twenty steps are compared in the same
+way. In another run, theirs and ours alternate from step to step, which gives the median times of a step, and of TRL's
+function of the head and its replacement, forward and backward. Peak memory is that of one step, by torch's CPU
+allocator.
 
-Each command writes its part of the file, case by case, and leaves the rest. All is in float32. AsyncGRPO trains on
-samples drawn beforehand in place of a vLLM server's, with plain attention for FlashAttention 3, which needs a GPU.
+Exit status 1: a difference is above 1e-4. Each command writes its part of the file, case by case, and keeps the other.
+Everything is in float32. AsyncGRPO trains on samples drawn beforehand in place of a vLLM server's, with plain attention
+in place of FlashAttention 3, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from measure import environment, peak_allocated_mib, table, write_json
+from measure import environment, peak_allocated_mib, read_json, table
 from xpo_fast.demo_data import PAIRS
+from xpo_fast.files import write_json
 from xpo_fast.integrations import trl as engine
 from xpo_fast.integrations.trl.head import HeadStatistics
 from xpo_fast.models import SMOLLM2, load_model
@@ -71,7 +74,7 @@ class Case:
 
     @property
     def experimental(self) -> bool:
-        """Returns whether the trainer is of TRL's experimental part and has a subclass here."""
+        """Returns whether this package has a subclass of the trainer, which is in TRL's experimental part."""
         return self.trainer in ("CPO", "ORPO", "TPO", "OnlineDPO")
 
     @property
@@ -143,7 +146,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0, **config: Any) -> Any:
-    """Returns a random Llama of one layer, whose logits are spread enough that no loss is in a flat part."""
+    """Returns a random Llama of one layer, with logits so large that no loss is flat."""
     torch.manual_seed(seed)
     options = {
         "vocab_size": VOCAB,
@@ -201,7 +204,7 @@ def dataset(pairs: list[dict[str, Any]], kind: str) -> datasets.Dataset:
 
 
 def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Returns some number per sample, which differs between samples."""
+    """Returns a number per sample that differs between samples."""
     return [sum(i % 7 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
@@ -239,11 +242,11 @@ class Rollouts:
                 self.rollout_buffer.put(sample)
 
     def check_health(self, stale_after_s: float) -> None:
-        """Raises RuntimeError: the trainer asks only once the buffer is empty."""
-        raise RuntimeError(f"all of {self.groups} groups of samples are used up")
+        """Raises RuntimeError, since the trainer calls this only if the buffer is empty."""
+        raise RuntimeError(f"all samples of the {self.groups} groups are used: make more groups")
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Takes the weights and drops them."""
+        """Takes the weights without using them."""
         for _ in iterator:
             pass
 
@@ -254,7 +257,7 @@ class Rollouts:
 
 
 class PlainAttention:
-    """FlashAttention 3 for AsyncGRPO's packed rows, by torch."""
+    """Replaces FlashAttention 3 by torch's attention for AsyncGRPO's packed rows."""
 
     @staticmethod
     def flash_attn_varlen_func(
@@ -288,7 +291,7 @@ def async_grpo(options: dict[str, Any], extra: dict[str, Any]) -> None:
     packing._flash_attn = lambda: PlainAttention
     device: Any = async_grpo_trainer
     device.get_peak_flops_per_device = lambda *_: None
-    # With 0 the server is not asked for it. All samples are drawn at the start.
+    # token_budget=0: the server is not asked for it. max_staleness: all samples are of the first policy.
     options |= {"token_budget": 0, "max_staleness": STEPS}
     extra["rollout_worker"] = extra["weight_transfer"] = Rollouts()
 
@@ -343,7 +346,7 @@ def make_trainer(
     if case.trainer == "AsyncGRPO":
         async_grpo(options, extra)
         model.save_pretrained(Path(folder) / "policy")
-        model = str(Path(folder) / "policy")  # it takes no other
+        model = str(Path(folder) / "policy")  # it takes only paths
     args = config(**{**options, **case.arguments, **arguments})
     made = trainer(model=model, args=args, train_dataset=dataset(pairs, case.kind), processing_class=tokenizer, **extra)
     made.remove_callback(transformers.PrinterCallback)
@@ -351,7 +354,7 @@ def make_trainer(
 
 
 def train(trainer: Any, ours: bool) -> list[dict[str, float]]:
-    """Trains and returns the logs of each step. ours: with `install()`, which the experimental trainers do not use."""
+    """Trains and returns the log of each step. ours: with `install()`, which does not affect experimental trainers."""
     torch.manual_seed(0)
     with engine.install() if ours else contextlib.nullcontext():
         trainer.train()
@@ -406,7 +409,7 @@ LAYERS = 2  # last layers of SmolLM2 that are trained, unless the whole model is
 
 
 class Alternation(transformers.TrainerCallback):
-    """Ours in odd steps, theirs in even ones, and the seconds of each step and in the head's function."""
+    """Alternates between theirs and ours from step to step, and records the seconds of a step and in the head."""
 
     def __init__(self, trainer: Any, theirs: type) -> None:
         self.trainer, self.classes = trainer, (theirs, type(trainer))
@@ -423,12 +426,12 @@ class Alternation(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Records the times of the step."""
-        ours = (state.global_step - 1) % 2  # counted already
+        ours = (state.global_step - 1) % 2  # global_step has been increased
         self.steps[ours].append(time.perf_counter() - self._start)
         self.loss[ours].append(self._in_loss)
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function with its time added to that of the step's loss."""
+        """Returns the function, which then adds its time to that of the step's loss."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -531,7 +534,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the cases of a part, writes and prints their records, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("equal", "time"))
-    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="cases whose name begins so")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="CASE", help="only cases whose names begin with one of these"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--whole", action="store_true", help="time: train the whole model, not its last layers")
     parser.add_argument("--json", type=Path)
@@ -540,9 +545,7 @@ def main(argv: list[str] | None = None) -> int:
 
     chosen = TIMED if args.part == "time" else list(CASES.values())
     chosen = [c for c in chosen if not args.only or any(str(c).startswith(o) for o in args.only)]
-    found: dict[str, Any] = {}
-    if args.json and args.json.is_file():
-        found = json.loads(args.json.read_text())
+    found = read_json(args.json)
 
     def key(r: dict[str, Any]) -> tuple[str, str]:
         return r["case"], r.get("trained", "")

@@ -1,18 +1,19 @@
-"""How precise a log-prob can be whose products a tensor core makes: an emulation, with the bench's data.
+"""Emulates the precision of log-probs whose products a tensor core computes, on the data of the benchmarks.
 
     python bench/truncation.py
 
-A tensor core of NVIDIA's multiplies bfloat16 operands exactly, 16 products at a time, and cuts off, not rounds, where it adds their
-sum to the float32 accumulator (M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ
-Computer Science 7:e330, 2021; measured there up to Ampere, taken here to hold of Hopper). The error of a logit then grows with the
-width, and always towards zero. Beside it: an accumulator that rounds, and logits that pass through float16 or bfloat16 afterwards,
-as peers' do.
+NVIDIA's tensor cores multiply bfloat16 operands exactly, and truncate, instead of rounding, where they add the sum of
+16 products to the float32 accumulator (M. Fasi, N. J. Higham, M. Mikaitis, S. Pranesh: Numerical behavior of NVIDIA
+tensor cores, PeerJ Computer Science 7:e330, 2021; measured there up to Ampere, and assumed here for Hopper). So the
+error of a logit grows with the width, and is always towards zero. For comparison: an accumulator that rounds, and
+logits that pass through float16 or bfloat16 afterwards, as peers' logits do.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ import torch
 from measure import table
 from problem import make_batch, make_weight
 
-K = 16  # products that are summed before the accumulator sees them
+K = 16  # products that are summed before they are added to the accumulator
 
 
 def towards_zero(x: np.ndarray) -> np.ndarray:
-    """float64 → float32, cut off."""
+    """Truncates float64 to float32."""
     nearest = x.astype(np.float32)
     over = np.abs(nearest.astype(np.float64)) > np.abs(x)
     nearest[over] = np.nextafter(nearest[over], np.float32(0))
@@ -32,11 +33,12 @@ def towards_zero(x: np.ndarray) -> np.ndarray:
 
 
 def to_nearest(x: np.ndarray) -> np.ndarray:
+    """Rounds float64 to float32."""
     return x.astype(np.float32)
 
 
-def products(hidden: np.ndarray, weight: np.ndarray, rounded) -> np.ndarray:
-    """(N, V) float32 of (N, D) and (V, D), K terms at a time."""
+def products(hidden: np.ndarray, weight: np.ndarray, rounded: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Returns logits (N, V) float32 of hidden (N, D) and weight (V, D), accumulating K terms at a time."""
     total = np.zeros((len(hidden), len(weight)), np.float32)
     for k in range(0, hidden.shape[1], K):
         total = rounded(total.astype(np.float64) + hidden[:, k : k + K] @ weight[:, k : k + K].T)
@@ -44,11 +46,12 @@ def products(hidden: np.ndarray, weight: np.ndarray, rounded) -> np.ndarray:
 
 
 def staged(logits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Rounds logits to a dtype and back to float32."""
     return torch.from_numpy(logits).to(dtype).float().numpy()
 
 
 def logp_errors(width: int, vocab: int, tokens: int) -> dict[str, np.ndarray]:
-    """(N,) errors of the log-probs by how the logits were made, on data as of bench/gpu.py."""
+    """Returns the errors (N,) of log-probs by the arithmetic of their logits, on data like that of bench/gpu.py."""
     batch = make_batch(make_weight(vocab, width, torch.bfloat16), 1, tokens, prompts=False, seed=0)
     hidden, weight = batch.hidden[0].double().numpy(), batch.weight.double().numpy()
     at = np.arange(tokens), batch.targets[0].numpy()
@@ -70,9 +73,8 @@ def logp_errors(width: int, vocab: int, tokens: int) -> dict[str, np.ndarray]:
 
 
 def main() -> int:
-    first, _, details = (__doc__ or "").partition("\n\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=first, epilog=details, formatter_class=style)
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[2048, 4096], metavar="D")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=48)

@@ -1,49 +1,49 @@
-"""The curves of examples/verifiable_reward.py: each method and its control with shuffled rewards, a seed or several.
+"""Runs examples/verifiable_reward.py with each method and with a control, whose rewards are shuffled, for some seeds.
 
     python bench/verifiable_reward.py --json bench/results/verifiable-reward.json --plot docs/verifiable_reward.png
 
-SmolLM2-135M in bfloat16, about 7 minutes a run of GRPO or RLOO on one core. Runs that the file has are not made again, and
---add takes those that the example itself has written. Said of each: the reward of 64 sums held out, before and after, how
-far of the way to the most that can be had, 1, that is, the divergence from the reference and the length at the end.
-Exit status 1 if a method comes less than 0.3 of the way, or its control more than 0.1.
+The model is SmolLM2-135M in bfloat16; a run of GRPO or RLOO takes about 7 minutes on one core. Runs that the file has
+are not repeated, and --add takes files that the example itself has written. Reported per run: the reward of 64 held-out
+sums before and after, the gain as a share of the possible gain (the largest reward is 1), and the divergence from the
+reference and the length at the end. Exit status 1: the share of a method is below 0.3, or that of a control above 0.1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from measure import environment, table, write_json
-from xpo_fast.files import finite
+from measure import environment, read_json, table
+from xpo_fast.files import write_json
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "verifiable_reward.py"
 METHODS = ("grpo", "ppo", "rloo")
-WAY, CONTROL = 0.3, 0.1
+LEAST_SHARE, MOST_CONTROL = 0.3, 0.1
 
 
 def share(run: dict[str, Any]) -> float:
-    """Of the way from the reward before to 1."""
+    """Returns the gain in reward as a share of the possible gain, to 1."""
     return (run["after"] - run["before"]) / (1 - run["before"])
 
 
 def curve(run: dict[str, Any], *names: str) -> dict[int, float]:
-    """Of the first of these that is logged, by the step: PPO's second step on a rollout says nothing of the rollout."""
+    """Returns the values by step of the first of `names` that is logged, at the steps that log their rollout."""
     name = next(name for name in names if name in run["log"][0])
     return {row["step"]: row[name] for row in run["log"] if name in row and "reward" in row}
 
 
 def last(values: dict[int, float]) -> float:
-    """The mean over the last five rollouts."""
+    """Returns the mean over the last five rollouts."""
     found = list(values.values())[-5:]
     return sum(found) / len(found)
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draws the reward, the divergence and the length by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,7 +59,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             values = curve(run, *names)
             axes.plot([*values], [*values.values()], label=label, **look)
     for axes, title in zip(
-        panels, ("reward of the samples", "KL (PPO, RLOO: a completion; GRPO: a token)", "tokens"), strict=True
+        panels, ("reward of the samples", "KL (PPO, RLOO: per completion; GRPO: per token)", "tokens"), strict=True
     ):
         axes.set(title=title, xlabel="step")
     panels[0].legend(frameon=False, fontsize=8)
@@ -67,6 +67,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -76,31 +77,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)
 
-    found = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {"runs": []}
-
     def key(run: dict[str, Any]) -> tuple[str, bool, int]:
         return run["method"], run["shuffled"], run["seed"]
 
-    runs = {key(run): run for run in [*found["runs"], *(json.loads(f.read_text()) for f in args.add)]}
+    runs = {key(run): run for run in [*read_json(args.json).get("runs", []), *map(read_json, args.add)]}
     for seed in args.seeds:
         for method in args.methods:
             for control in (False, True):
                 if (method, control, seed) not in runs:
                     runs[method, control, seed] = _run(method, control, seed, args.steps)
                 if args.json:
-                    write_json(args.json, {"environment": environment(), "runs": finite([*runs.values()])})
+                    write_json(args.json, {"environment": environment(), "runs": [*runs.values()]})
     if args.plot:
         plot(list(runs.values()), args.plot)
     rows = [
         [
-            run["method"] + (", shuffled" if run["shuffled"] else ""), str(run["seed"]), str(len(run["log"])),
-            f"{run['before']:.3f}", f"{run['after']:.3f}", f"{share(run):+.2f}", f"{last(curve(run, 'objective/kl', 'kl')):.3f}",
+            run["method"] + (", shuffled" if run["shuffled"] else ""),
+            str(run["seed"]),
+            str(len(run["log"])),
+            f"{run['before']:.3f}",
+            f"{run['after']:.3f}",
+            f"{share(run):+.2f}",
+            f"{last(curve(run, 'objective/kl', 'kl')):.3f}",
             f"{last(curve(run, 'completions/mean_length')):.1f}",
         ]
         for run in runs.values()
-    ]  # fmt: skip
+    ]
     print(table(["rewards of", "seed", "steps", "before", "after", "of the way", "KL", "tokens"], rows))
-    return int(any(share(run) > CONTROL if run["shuffled"] else share(run) < WAY for run in runs.values()))
+    return int(any(share(run) > MOST_CONTROL if run["shuffled"] else share(run) < LEAST_SHARE for run in runs.values()))
 
 
 def _run(method: str, control: bool, seed: int, steps: int) -> dict[str, Any]:

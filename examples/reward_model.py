@@ -20,8 +20,7 @@ from xpo_fast.data import load
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.precision import fastest
-from xpo_fast.rewards.implicit import ImplicitReward
-from xpo_fast.rewards.model import RewardModel
+from xpo_fast.rewards.model import ImplicitReward, RewardModel
 from xpo_fast.rewards.report import PairScores, compare, score_pairs, summary
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 from xpo_fast.trainer import XPOConfig, XPOTrainer

@@ -1,4 +1,4 @@
-"""What the whole suite shares: thirteen thousand collected tests are no garbage, so the collector need not look at them again."""
+"""Freezes the thousands of collected tests, so that the garbage collector need not visit them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A world of gloo processes on this machine: each runs a function of its rank, and what they found is read from files."""
+"""A world of gloo processes on this machine: each runs a function of its rank, and writes its results to a file."""
 
 from __future__ import annotations
 
@@ -64,9 +64,14 @@ def _results(folder: Path, world: int) -> list[Any]:
 def _worker(rank: int, port: int, folder: str, world: int, run: Callable[[int], Any], join: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {
-        "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": f"{port}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "WORLD_SIZE": f"{world}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{port}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     try:
         if join:
             warnings.simplefilter("error", UserWarning)

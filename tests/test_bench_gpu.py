@@ -201,8 +201,11 @@ def test_run_again_without_the_peer_that_ended_it(tmp_path):
     """
     found, summary = call(tmp_path, stub("head", dies, peers=True), stub("next", "whole()"))
     assert [(e.stage, e.contender) for e in found] == [
-        ("head", "Liger fused"), ("head", "TRL"), ("head", "triton"), ("next", "")
-    ]  # fmt: skip
+        ("head", "Liger fused"),
+        ("head", "TRL"),
+        ("head", "triton"),
+        ("next", ""),
+    ]
     results = summary["results"]
     assert results["head, ended at Liger fused"]["seen"] == 1
     assert results["head, ended at TRL"]["seen"] == 2
@@ -264,8 +267,10 @@ def test_dry_run(tmp_path):
     command = [sys.executable, SCRIPT.parent / "gpu_stages.py", "first", "--dry", "--only", "smoke"]
     done = subprocess.run(
         [*command, "--archive", tmp_path / "site.tar.xz", "--out", tmp_path],
-        capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smoke: ended well" in done.stdout
     smoke = json.loads((tmp_path / "results.json").read_text())["results"]["smoke"]

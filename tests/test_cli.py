@@ -21,20 +21,7 @@ import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, models
-from xpo_fast.cli import (
-    aliases,
-    checks,
-    doctor,
-    held_out,
-    loading,
-    loss_types,
-    manual,
-    options,
-    rl,
-    settings,
-    train_log,
-    training,
-)
+from xpo_fast.cli import aliases, checks, doctor, loading, manual, options, rl, settings, training, typed
 from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
@@ -161,7 +148,7 @@ def test_train_on_every_form(home, tmp_path, capsys, form):
 def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_path, capsys, monkeypatch):
     given = ["--full", "--lr", "1e-2", "--eval-split", "0", "--epochs", "1"]
     assert train(home, tmp_path / "whole", *given) == 0
-    json_log = train_log.json_log
+    json_log = training.json_log
 
     def interrupting(args):
         callback = json_log(args)
@@ -170,10 +157,10 @@ def test_a_stopped_run_is_resumed_and_ends_as_if_it_had_not_stopped(home, tmp_pa
         )
         return callback
 
-    monkeypatch.setattr(train_log, "json_log", interrupting)
+    monkeypatch.setattr(training, "json_log", interrupting)
     assert train(home, tmp_path / "part", *given) == 130
     assert "stopped after step 3 of 5, checkpoint saved" in capsys.readouterr().out
-    monkeypatch.setattr(train_log, "json_log", json_log)
+    monkeypatch.setattr(training, "json_log", json_log)
 
     assert train(home, tmp_path / "part", *given) == 2
     assert "--resume goes on with it, --overwrite starts anew" in capsys.readouterr().err
@@ -220,7 +207,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     loaded = data.load(rows, kind="pair")
 
     def split(seed):
-        return held_out.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
+        return loading.hold_out(argparse.Namespace(eval_split=options.share(share), seed=seed), loaded)
 
     kept, held = split(1)
     assert len(held) == 4 and len(kept) == 16  # of 5 asked for: prompts come in twos
@@ -597,7 +584,7 @@ def test_loss_types_are_those_of_the_table_of_conversions():
     rows = [
         line.split("|") for line in (Path(__file__).parents[1] / "docs" / "conversions.md").read_text().splitlines()
     ]
-    for theirs, ours in loss_types.loss_types().items():
+    for theirs, ours in typed.loss_types().items():
         assert ours in METHODS
         if theirs not in (ours, "nll"):  # what SFTTrainer calls its only loss of this kind
             here = [row for row in rows if len(row) > 4 and re.search(rf"`{ours}[`(]", row[2])]
@@ -881,9 +868,7 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_constants_of_the_parser_are_those_of_the_rooms_that_it_does_not_import():
-    from xpo_fast.head.backends import BACKENDS
-
-    assert options.BACKENDS == BACKENDS and options.SMOLLM2 == models.SMOLLM2
+    assert options.SMOLLM2 == models.SMOLLM2
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -891,7 +876,7 @@ def test_completion(shell, capsys, tmp_path):
     pytest.importorskip("shtab", reason="an optional extra: pip install xpo_fast[train]")
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    for name in ("train", "eval-reward", "push-to-hub", "simpo", "adamw_torch_fused", "self-rewarding"):
+    for name in ("train", "eval-reward", "push-to-hub", "simpo", "adamw_torch_fused", "self-rewarding", "dense"):
         assert name in script, name
     program = shutil.which(shell)
     if program is None:

@@ -107,7 +107,7 @@ def test_compiled_objective(name, trainable):
 
 @pytest.fixture(scope="module")
 def device_guard(tmp_path_factory):
-    """What a torch without CUDA lacks even for tensors of CUDA that have no values: to be told which device is current."""
+    """Registers a device guard, which a torch without CUDA needs for CUDA tensors even if they have no values."""
     if torch.cuda.is_available():
         return
     folder, home = tmp_path_factory.mktemp("guard"), Path(torch.__file__).parent
@@ -133,10 +133,14 @@ def gpu(monkeypatch, device_guard, tmp_path):
     torch._dynamo.reset()
     has_triton()  # remembered: without a GPU there is no code to generate
     answers = {
-        "is_available": True, "current_device": 0, "get_device_name": "GPU", "get_device_capability": (8, 0),
+        "is_available": True,
+        "current_device": 0,
+        "get_device_name": "GPU",
+        "get_device_capability": (8, 0),
         "get_device_properties": SimpleNamespace(total_memory=80 * 10**9),
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
-    }  # fmt: skip
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+    }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
 

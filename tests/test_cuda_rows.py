@@ -564,7 +564,7 @@ def test_objective_by_the_kernel(backend, name, learn, monkeypatch):
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_the_streams_of_launches(backend, lost, monkeypatch):
-    """Rows are the other stream's, in order with the products of the caller's; a wait that is lost around them is found."""
+    """Rows run on the other stream, in order with the caller's products; a missing wait around them is found."""
     operands, seen = test_streams.operands(), []
     narrow = [x.float() if x.is_floating_point() else x for x in operands]
     monkeypatch.setattr(test_streams, "operands", lambda: narrow)
@@ -673,8 +673,12 @@ extern "C" void rounded(const float* x, uint32_t* bf16, uint32_t* half, int n) {
 
 
 def test_the_emulation_finds_faults(tmp_path):
-    """A barrier left out between threads or blocks, a copy not waited for, a barrier that not all reach, 16 bytes at an odd
-    place, a shuffle of half a warp, 48 KiB beside static memory without opting in, a write too far."""
+    """It finds each of these faults.
+
+    They are a missing barrier between threads or blocks, a copy without a wait, a barrier that not all threads reach,
+    an unaligned access of 16 bytes, a shuffle of half a warp, 48 KiB beside static memory without opting in, and a
+    write out of bounds.
+    """
     library = library_of(FAULTY.replace("cluster_", "xpo::cluster_"), tmp_path)
 
     def launch(which, right, reversed=False):

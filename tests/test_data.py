@@ -1,5 +1,6 @@
 """Data: every form and every fault of the input, token ids against hand-made ones, padding as a property."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -1191,6 +1192,17 @@ def test_numbers_are_columns_under_the_methods_names():
     assert torch.equal(batch["reward"], torch.tensor([0.1, 0.1])) and batch["value"].tolist() == [-2, -2]
     batch = Collator(0, "unpaired")([{**row, "label": True, "kl_completion_ids": [8]}])
     assert batch["desirable"].tolist() == [True] and batch["kl_input_ids"].tolist() == [[5, 8]]
+
+
+def test_numbers_of_a_list_are_one_per_completion(monkeypatch):
+    numbers = {"scores": "scores", "places": "ranks"}
+    monkeypatch.setitem(KINDS, "list", dataclasses.replace(KINDS["list"], numbers=numbers))
+    rows = [{**LIST, "places": [1, 3, 2]}, {**LIST, "completions": ["a", "b"], "scores": [1, 0], "places": [1, 2]}]
+    assert load(rows, kind="list")["places"] == [[1.0, 3.0, 2.0], [1.0, 2.0]]
+    batch = Collator(0, "list")(encoded(rows, tokenizer(), "list"))
+    assert batch["ranks"].nan_to_num(-1).tolist() == [[1, 3, 2], [1, 2, -1]]
+    with pytest.raises(DataError, match="one of places per completion; got 2 places for 3 completions"):
+        load([{**LIST, "places": [1, 2]}], kind="list")
 
 
 def test_reference_log_probs_follow_their_rows():

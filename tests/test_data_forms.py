@@ -17,10 +17,10 @@ import pytest
 
 from test_data import answer, tokenizer, user, words, write
 from xpo_fast import Objective, data
-from xpo_fast.cli import build_parser, held_out, options
+from xpo_fast.cli import build_parser, loading, options
 from xpo_fast.data import DataError, encode, load, load_prompts, origins
 from xpo_fast.data.forms import parse_columns, renamed
-from xpo_fast.rewards.ratings import load_ratings
+from xpo_fast.rewards.encoding import load_ratings
 from xpo_fast.rewards.trainer import RewardConfig
 
 LOAD, SOURCES = (importlib.import_module(f"xpo_fast.data.{name}") for name in ("load", "sources"))  # not the functions
@@ -515,7 +515,7 @@ def test_without_bos_the_first_token_of_a_text_is_its_prompt():
 
 def test_texts_are_held_out_by_what_they_say():
     rows = load([{"text": f"{word} cat"} for word in ("a", "a", "is", "it", "what")], kind="chosen")
-    kept, held = held_out.hold_out(Namespace(eval_split=2.0, seed=0), rows)
+    kept, held = loading.hold_out(Namespace(eval_split=2.0, seed=0), rows)
     assert len(held) == 2 and not set(kept["chosen"]) & set(held["chosen"])
 
 
@@ -642,7 +642,7 @@ def peak_mib(path, rows, monkeypatch):
             file.write(json.dumps(row | {"completion": row["completion"] + "x" * 4000}) + "\n")
     tracemalloc.start()
     try:
-        kept, held = held_out.hold_out(Namespace(eval_split=None, seed=0), load(path, kind="unpaired"))
+        kept, held = loading.hold_out(Namespace(eval_split=None, seed=0), load(path, kind="unpaired"))
         encoded = encode(kept, tokenizer(), kind="unpaired", max_length=16)
         assert len(encoded) + len(held) == rows
         return tracemalloc.get_traced_memory()[1] / 2**20

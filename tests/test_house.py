@@ -6,11 +6,12 @@ Each law is a function that returns what breaks it. Beside it stands a house tha
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-import house
+import arrows
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the top down: a room imports from lower floors only. "" is the face of the package, which imports when asked.
@@ -27,6 +28,8 @@ KNOWN_TO_KERNELS = ("files", "store", "wording")
 LISTS = ("xpo_fast.methods.pairwise", "xpo_fast.methods.policy")  # of methods: long, and no machines
 FACES_WITH_MORE = ("xpo_fast", "xpo_fast.demo_data")  # names that are imported late; a path
 FILE_LINES, CLASS_LINES = 500, 400
+ROOMS = ("xpo_fast", "kernels", "bench", "tests", "examples")
+THEIRS = {"rewards.py"}  # files of a reader's own, in commands
 
 
 def room(module):
@@ -36,21 +39,21 @@ def room(module):
 
 def upward(files):
     """Imports from a room that is not on a lower floor; the files of the ground floor may import one another."""
-    pairs = sorted({(m, t) for m, t, *_ in house.imports(files) if room(m) != room(t)})
+    pairs = sorted({(m, t) for m, t, *_ in arrows.imports(files) if room(m) != room(t)})
     floors = ((m, t, FLOOR[room(m)], FLOOR[room(t)]) for m, t in pairs)
     return [f"{m} imports {t}" for m, t, above, below in floors if above >= below and not above == below == GROUND]
 
 
 def unknown(files):
     """Imports of a lower room that the importing one must not know."""
-    pairs = sorted({(m, t) for m, t, *_ in house.imports(files) if room(m) != room(t)})
+    pairs = sorted({(m, t) for m, t, *_ in arrows.imports(files) if room(m) != room(t)})
     of_kernels = [(m, t) for m, t in pairs if room(m) == "kernels" and room(t) not in KNOWN_TO_KERNELS]
     return [f"{m} imports {t}" for m, t in pairs if room(t) in UNKNOWN.get(room(m), ()) or (m, t) in of_kernels]
 
 
 def own_faces(files):
     """Files that import the face of their own room, and not the file that has what they need."""
-    pairs = {(m, t) for m, t, *_ in house.imports(files) if m.rpartition(".")[0] == t != "xpo_fast"}
+    pairs = {(m, t) for m, t, *_ in arrows.imports(files) if m.rpartition(".")[0] == t != "xpo_fast"}
     return sorted(f"{m} imports {t}" for m, t in pairs if m != "xpo_fast.cli.__main__")
 
 
@@ -77,15 +80,15 @@ def too_long(files):
 
 
 def knots(files):
-    return [sorted(knot) for knot in house.knots(files)]
+    return [sorted(knot) for knot in arrows.knots(files)]
 
 
 @pytest.fixture(scope="module")
 def files():
-    return house.read(ROOT)
+    return arrows.read(ROOT)
 
 
-LAWS = (upward, unknown, knots, house.privates, own_faces, busy_faces, too_long)
+LAWS = (upward, unknown, knots, arrows.privates, own_faces, busy_faces, too_long)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -129,8 +132,8 @@ BROKEN = [
         ],
         [["xpo_fast.a", "xpo_fast.data", "xpo_fast.data.load"]],
     ),
-    (house.privates, ["head/a.py", "from .b import _x, __version__, y"], ["xpo_fast.head.a: xpo_fast.head.b._x"]),
-    (house.privates, ["head/a.py", "from . import b\nb._x(self._y)"], ["xpo_fast.head.a: xpo_fast.head.b._x"]),
+    (arrows.privates, ["head/a.py", "from .b import _x, __version__, y"], ["xpo_fast.head.a: xpo_fast.head.b._x"]),
+    (arrows.privates, ["head/a.py", "from . import b\nb._x(self._y)"], ["xpo_fast.head.a: xpo_fast.head.b._x"]),
     (own_faces, ["head/a.py", "from . import b, x"], ["xpo_fast.head.a imports xpo_fast.head"]),
     (busy_faces, ["head/__init__.py", "'Doc.'\nfrom . import a\nx = 1"], ["xpo_fast.head"]),
     (too_long, ["head/a.py", "x = 1\n" * 502], ["xpo_fast.head.a: 2 lines too long"]),
@@ -149,4 +152,12 @@ def test_catches(law, changed, expected, tmp_path):
             path = tmp_path / name if name.startswith("kernels") else tmp_path / "xpo_fast" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        assert law(house.read(tmp_path)) == (expected if broken else [])
+        assert law(arrows.read(tmp_path)) == (expected if broken else [])
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "README.md", "docs/gpu.md"])
+def test_pages_name_files_that_exist(page):
+    named = set(re.findall(r"[\w/]*\b\w+\.py\b", (ROOT / page).read_text("utf-8")))
+    tracked = [f"/{p.relative_to(ROOT)}" for room in ROOMS for p in (ROOT / room).rglob("*.py")] + ["/setup.py"]
+    missing = {name for name in named if not any(path.endswith("/" + name.lstrip("/")) for path in tracked)}
+    assert named and missing <= THEIRS

@@ -12,8 +12,8 @@ from test_trainer import WORDS, make_model, make_tokenizer
 from xpo_fast import METHODS
 from xpo_fast.methods.math import win_rates
 from xpo_fast.recipes.mixture import AgainstMixture, MixtureRollout
-from xpo_fast.recipes.revision import revised
 from xpo_fast.recipes.selection import SELECTORS, accepted
+from xpo_fast.recipes.stages import revised
 from xpo_fast.rewards import Rewards
 from xpo_fast.rewards.judges import FunctionJudge, Judge, RewardJudge, group_scores, group_wins, text_of
 from xpo_fast.rewards.llm_judges import FIVE_POINTS, LLMJudge, SampledChoice, SelfRewardJudge, TokenChoice, points_of

@@ -1,7 +1,7 @@
-"""The objective on the `cuda` backend: its losses by the segment kernels, run on the host, against materialised float64.
+"""The objective on the `cuda` backend: losses of the segment kernels, run on the host, against materialised float64.
 
-Each test says which launches there were, too: a method that has a kernel goes through it, and where the pure function is
-called for there is none.
+Each test also asserts the launches: a method that has a kernel uses it, and there is none where the pure function is
+called for.
 """
 
 from __future__ import annotations

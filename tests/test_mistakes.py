@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
-from xpo_fast.cli import loading, train_log
+from xpo_fast.cli import loading, training
 from xpo_fast.models import load_model
 from xpo_fast.recipes import get_recipe
 from xpo_fast.recipes.loop import run as run_recipe
@@ -215,6 +215,7 @@ def lines(err: str) -> list[str]:
         ("train --attn flash_attention_2", "flash-attn, or use another attention implementation: sdpa or eager"),
         ("train --attn nope", "nope"),
         ("train --backend cuda", "backend='torch'"),
+        ("train --backend tritn", "--backend: no backend named 'tritn'; there are auto, dense"),
         ("eval-reward --model model", "no reward model in 'model': it holds ['LlamaForCausalLM']"),
         ("eval-reward --policy model --reference nowhere/at/all", "nowhere/at/all"),
         # of a vocabulary that does not fit
@@ -533,7 +534,7 @@ def test_a_limit_on_the_size_of_files(home, out):
 
 def at_step(monkeypatch, step: int, action) -> None:
     """Let a run do this as its step number `step` begins."""
-    json_log = train_log.json_log
+    json_log = training.json_log
 
     def acting(args):
         callback = json_log(args)
@@ -542,7 +543,7 @@ def at_step(monkeypatch, step: int, action) -> None:
         )
         return callback
 
-    monkeypatch.setattr(train_log, "json_log", acting)
+    monkeypatch.setattr(training, "json_log", acting)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

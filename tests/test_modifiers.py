@@ -61,7 +61,7 @@ def test_a_sum_of_methods(first, options, learn, tile):
 @tiles
 @pytest.mark.parametrize("pairs", ["all", "extremes"])
 def test_pairs_out_of_lists(pairs, tile, learn, packed):
-    """Every strictly better completion of a list against each worse one, by a plain double loop; empty rows left out."""
+    """Each strictly better completion of a list against each worse one, as by a double loop, without empty rows."""
     xs, targets = operands(learn), targets_of()
     scores = torch.tensor([[3.0, 1.0, 3.0, 9.0, 2.0], [0.0, 1.0, 5.0, 1.0, 1.0]])
     ref_hidden = oracle.normal(10, T, WIDTH, seed=8)
@@ -233,7 +233,7 @@ def rewards_of(xs, targets, ref, beta=1.0):
 
 
 def test_bco_remembers_the_mean_reward():
-    """Over all rows so far, those that count; updated before use; kept through state_dict; untouched without gradient."""
+    """Over all rows so far that count; updated before use; kept by state_dict; unchanged without gradient."""
     targets, columns = targets_of(), {"desirable": torch.arange(10) % 2 == 0}
     objective, seen = xf.Objective("bco", beta=0.1), []
     for seed in range(3):

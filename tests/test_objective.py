@@ -6,6 +6,7 @@ Tests over METHODS make a method's columns from the names it takes, so a new met
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -338,10 +339,8 @@ def test_micro_batches(name, learn):
         for c in cuts:
             cols = {n: column(n, x, c) for n, x in columns.items()}
             refs = {n: part(x, c) for n, x in ref.items()}
-            out = objective(
-                part(xs[0], c), xs[1], part(targets, c), bias=xs[2], denominator=items, list_size=list_size(method),
-                **refs, **cols,
-            )  # fmt: skip
+            call = partial(objective, bias=xs[2], denominator=items, list_size=list_size(method))
+            out = call(part(xs[0], c), xs[1], part(targets, c), **refs, **cols)
             out.loss.backward()
             total = total + out.loss.detach()
         results.append((total, *(x.grad for x in xs if x.requires_grad)))
@@ -432,7 +431,7 @@ def test_a_column_may_carry_a_gradient(learn):
 @learns
 @layouts
 def test_left_out_units_do_not_matter(learn, packed):
-    """Liger's NaNs: an ignored half, hidden states at masked positions. NaN there, and in the dropped units' own data."""
+    """Liger's NaNs: an ignored half, masked positions. There is NaN in both, and in the data of dropped units."""
     xs, targets = operands(learn), targets_of()
     method = xf.METHODS["slic"]
     columns, _ = given_to(method, len(LENGTHS))

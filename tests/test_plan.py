@@ -44,7 +44,7 @@ def test_without_a_card_to_ask():
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("width", [2048, 3584, 5120, 8192])
 def test_a_pair_of_two_rows_of_8k_is_one_tile_of_an_80_gb_card(card, width, backend):
-    """16384 tokens and a vocabulary of 152k, trainable: 3F up to a tenth. dW's accumulator is not taken from the tile."""
+    """16384 tokens, a vocabulary of 152k, trainable: 3F up to a tenth; dW's accumulator is not taken from the tile."""
     card(85 * 10**9)  # what a card of 80 GiB says that it has
     tiling, *_ = fit_tiles(backend, 151936, BF16, GPU, None, learns=True, unit_tokens=16384)
     again = max(16384 - tiling.tile, 0)
@@ -94,7 +94,7 @@ def test_what_needs_no_cast_is_in_place(card, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_a_device_without_mixed_gemms_is_in_place(dtype):
-    """Where the weight is widened, dz is in the dtype of the products and in their place, so that a tile is one step."""
+    """If the weight is widened, dz has the dtype of the products and replaces them, so a tile is one step."""
     tiling, dz_dtype, logits = fit_tiles("torch", 152000, dtype, torch.device("mps"), None)
     assert tiling.tile == tiling.step and dz_dtype is None and logits == 1
 

@@ -31,8 +31,7 @@ from xpo_fast.models.value_head import (
     value_head,
 )
 from xpo_fast.rewards.ensemble import RewardEnsemble
-from xpo_fast.rewards.implicit import ImplicitReward
-from xpo_fast.rewards.model import RewardModel
+from xpo_fast.rewards.model import ImplicitReward, RewardModel
 from xpo_fast.rewards.spec import USES, RewardSpec
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 

@@ -19,8 +19,8 @@ from xpo_fast.methods.advantages import advantages
 from xpo_fast.rewards import RewardError
 from xpo_fast.rewards.judges import Judge, win_rate
 from xpo_fast.rl import RLTrainer, last_checkpoint
-from xpo_fast.rl.batches import Batches
 from xpo_fast.rl.config import RLConfig
+from xpo_fast.rl.experience import Batches
 from xpo_fast.rl.sample_log import table
 from xpo_fast.rollout import GenerateRollout
 from xpo_fast.trainer import Means

@@ -12,7 +12,7 @@ from transformers import TrainerState
 
 from test_trainer import PEFT_WARNING, make_model, make_tokenizer
 from xpo_fast import cli, models
-from xpo_fast.cli import rl_rewards, train_log, training
+from xpo_fast.cli import rl_rewards, training
 from xpo_fast.models.value_head import attach_value_head
 from xpo_fast.rewards.model import RewardModel
 
@@ -221,7 +221,7 @@ def test_models_that_reward_go_where_the_policy_is(home, tmp_path):
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path), resume="last", overwrite=False)
-    callback, path = train_log.json_log(args), tmp_path / "train_log.jsonl"
+    callback, path = training.json_log(args), tmp_path / "train_log.jsonl"
 
     def log(*steps):
         for step in steps:
@@ -234,12 +234,12 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     path.write_text(path.read_text() + "\n")
-    callback = train_log.json_log(args)
+    callback = training.json_log(args)
     log(0)  # the measurement before training, again
     callback.on_train_begin(None, TrainerState(global_step=2), None)
     log(3, 4)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
-    train_log.json_log(args).on_train_begin(None, TrainerState(global_step=0), None)  # a run of its own
+    training.json_log(args).on_train_begin(None, TrainerState(global_step=0), None)  # a run of its own
     assert path.read_text() == ""
 
 

@@ -197,10 +197,14 @@ def pure(method, options, logp, offsets, inputs, weights, denominator, scale=1.0
     if losses.dim() == 2:
         losses = losses[at]
     return {
-        "loss": loss.detach(), "u": u, "sums": sums.detach(), "losses": losses.detach(),
-        "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid),
+        "loss": loss.detach(),
+        "u": u,
+        "sums": sums.detach(),
+        "losses": losses.detach(),
+        "metrics": mean_metrics(metrics, valid),
+        "counts": count_metrics(metrics, valid),
         "unit_metrics": {n: torch.where(valid, x, torch.nan) for n, x in metrics.items() if takes.layout != "policy"},
-    }  # fmt: skip
+    }
 
 
 def kernel(method, options, logp, offsets, inputs, weights, denominator, scale=1.0, dtype=torch.float64, **others):
@@ -208,10 +212,9 @@ def kernel(method, options, logp, offsets, inputs, weights, denominator, scale=1
         x = x.to(DEVICE) if isinstance(x, torch.Tensor) else x
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    return segments.evaluate(
-        method, options, there(logp), there(offsets), weights=there(weights), denominator=there(denominator), scale=scale,
-        **{n: there(x) for n, x in (inputs | others).items()},
-    )  # fmt: skip
+    inputs = {"weights": weights, "denominator": denominator, **inputs, **others}
+    moved = {n: there(x) for n, x in inputs.items()}
+    return segments.evaluate(method, options, there(logp), there(offsets), scale=scale, **moved)
 
 
 def narrowed(call):
@@ -242,7 +245,7 @@ def assert_same(ours, truth, rtol):
 
 
 def assert_three_way(ours, theirs, truth):
-    """float32 kernels err no more than twice as much as the pure function in float32, or by 1e-6 of the largest number."""
+    """Errors of float32 kernels are at most twice those of the pure function, plus 1e-6 of the largest number."""
     ours, theirs, truth = flattened(ours), flattened(theirs), flattened(truth)
     for name, x in ours.items():
         exact, known = truth[name], ~truth[name].isnan()
@@ -257,14 +260,16 @@ CALLS = [
     *(pytest.param(m, o, lambda m=m, o=o, **k: row_inputs(m, 2, **k), id=f"{m}{o}") for m, o in ROWS),
     *(
         pytest.param(
-            m, o, lambda m=m, o=o, t=t, p=p, **k: token_inputs(m, o, 3, by_token=t, on_policy=p, **k),
+            m,
+            o,
+            lambda m=m, o=o, t=t, p=p, **k: token_inputs(m, o, 3, by_token=t, on_policy=p, **k),
             id=f"{m}{o}{'-by_token' * t}{'-on_policy' * p}",
         )
         for m, o in TOKENS
         for t, p in ((False, False), (True, False), (False, True))
         if "old_logp" in METHODS[m].inputs or not p
     ),
-]  # fmt: skip
+]
 every = pytest.mark.parametrize(("method", "options", "make"), CALLS)
 
 
@@ -287,11 +292,11 @@ def test_far_out(host, method, options, make):
 def test_float32(machine, method, options, make):
     call = make()
     single = narrowed(call)
-    wide = tuple(
-        {n: x.double() if x.is_floating_point() else x for n, x in part.items()} if isinstance(part, dict)
-        else part.double() if part.is_floating_point() else part
-        for part in single
-    )  # fmt: skip
+
+    def widened(x):
+        return x.double() if x.is_floating_point() else x
+
+    wide = tuple({n: widened(x) for n, x in p.items()} if isinstance(p, dict) else widened(p) for p in single)
     ours = kernel(method, options, *single, 3.0, 0.7, dtype=torch.float32)
     assert_three_way(ours, pure(method, options, *single, 3.0, 0.7), pure(method, options, *wide, 3.0, 0.7))
 
@@ -306,7 +311,7 @@ def test_every_hyperparameter_is_tried():
         assert names == set(METHODS[method].defaults) - {"entropy_coef"}, method
 
 
-# --- the order of sums --------------------------------------------------------------------------------------------------
+# --- the order of sums ------------------------------------------------------------------------------------------------
 
 
 def test_a_segment_has_one_sum(host):
@@ -348,7 +353,7 @@ def test_more_units_than_blocks(machine):
     assert_same(kernel(*call, dtype=torch.float32), pure(*call), 2e-6)
 
 
-# --- parts of a batch ---------------------------------------------------------------------------------------------------
+# --- parts of a batch -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["dpo", "simpo", "ipo", "cpo"])
@@ -438,7 +443,7 @@ def test_offsets_beyond_the_log_probs(machine):
         assert method != "grpo" or ((out.losses[left_out] == 0).all() and (out.losses[[2, 3, 4]] == -1).all())
 
 
-# --- where autograd and arithmetic could differ -------------------------------------------------------------------------
+# --- where autograd and arithmetic could differ -----------------------------------------------------------------------
 
 
 def test_at_the_kinks(host):
@@ -484,7 +489,7 @@ def test_past_the_overflow_of_float32(machine):
             torch.testing.assert_close(ours.losses.cpu(), theirs["losses"], rtol=2e-6, atol=eps)
 
 
-# --- the edges ----------------------------------------------------------------------------------------------------------
+# --- the edges --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -526,9 +531,13 @@ def test_autograd(host):
 
 @pytest.mark.parametrize(
     ("method", "make"),
-    [("dpo", lambda: pair_inputs("dpo", 1)), ("kto", lambda: row_inputs("kto", 1)), ("ppo", lambda: token_inputs("ppo", {}, 1)),
-     ("gspo", lambda: token_inputs("gspo", {}, 1))],
-)  # fmt: skip
+    [
+        ("dpo", lambda: pair_inputs("dpo", 1)),
+        ("kto", lambda: row_inputs("kto", 1)),
+        ("ppo", lambda: token_inputs("ppo", {}, 1)),
+        ("gspo", lambda: token_inputs("gspo", {}, 1)),
+    ],
+)
 def test_the_operator(host, monkeypatch, method, make):
     """Schema, fake and autograd, as torch.library sees them."""
     seen = []
@@ -551,7 +560,7 @@ def test_structs_are_those_of_the_header(library):
         assert ctypes.sizeof(struct) == size()
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_supports_says_why_not():

@@ -1,8 +1,9 @@
-"""The kernels' own source under ThreadSanitizer, a CUDA thread a thread of the host: what no order of taking turns shows.
+"""The kernels' own source under ThreadSanitizer, with a thread of the host per CUDA thread.
 
-csrc/emulate_threads.h orders what CUDA orders and nothing else, so a race that is found is one on a GPU. Each mutant lacks
-an order that the kernels need; the emulation by turns (test_cuda_rows.py, test_segments.py) runs most of them without a
-fault. They are compiled together, once for each state of the sources, and chosen when they run.
+It finds races that no order of taking turns shows. csrc/emulate_threads.h orders what CUDA orders and nothing else, so
+a race that is found is one on a GPU. Each mutant lacks an order that the kernels need; the emulation by turns
+(test_cuda_rows.py, test_segments.py) runs most of them without a fault. They are compiled together, once for each state
+of the sources, and selected when they run.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ int main() {
     };
     for (int i = 0; i < 2; ++i) {
         SegmentPairs<float> p{};
-        p.call = call(rows / 2), p.pair_step = 1, p.side_step = rows / 2, p.scale = p.reward_scale = 0.3, p.positive = 1;
+        p.call = call(rows / 2), p.pair_step = 1, p.side_step = rows / 2;
+        p.scale = p.reward_scale = 0.3, p.positive = 1;
         int code = launch_pairs<float, 3, 64>(&p, nullptr);
         std::printf("%d %.3f\\n", code, loss);
         SegmentRows<float> r{};
@@ -86,7 +88,8 @@ int main() {
         std::printf("%d %.3f\\n", code, loss);
         for (int sequence = 0; sequence < 2; ++sequence) {
             SegmentTokens<float> t{};
-            t.call = call(rows), t.advantage = each.data(), t.old = t.ref = old.data(), t.row_counts = scratch.data() + 1;
+            t.call = call(rows), t.advantage = each.data(), t.old = t.ref = old.data();
+            t.row_counts = scratch.data() + 1;
             t.token_losses = sequence ? nullptr : losses.data(), t.sequence = sequence;
             t.log_low = -0.2, t.log_high = 0.2, t.log_cap = INFINITY, t.beta = 0.1;
             code = launch_tokens<float, 3, 64>(&t, nullptr);
@@ -96,7 +99,7 @@ int main() {
 }
 """
 
-# name → (file, what stands there once, what the mutant has in its place; a statement, unless it tells itself by its NUMBER)
+# name → (file, text that it has once, the mutant's replacement: a statement, or an expression that tests its NUMBER)
 MUTANTS = {
     "rows": {
         "a block exits before others have read its memory": ("rows.cu", "if (a.ranks > 1) cluster_wait();", ""),

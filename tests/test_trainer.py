@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import xpo_fast as xf
 from ranks import run_world
+from xpo_fast.data import KINDS
 from xpo_fast.models import install_fused_loss, load_model, remove_fused_loss
 from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.resume import last_checkpoint
@@ -589,7 +590,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
 
 # --- other data than pairs and thumbs ---
 
-PAIR_NUMBERS = {"score_chosen": 2.0, "score_rejected": -0.5, "prob": 0.8}
+PAIR_NUMBERS = {**dict.fromkeys(KINDS["pair"].numbers, 0.8), "score_chosen": 2.0, "score_rejected": -0.5}
 
 
 def rows_of(kind: str, count: int = 8, seed: int = 0) -> list[dict]:

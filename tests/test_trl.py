@@ -168,8 +168,9 @@ def test_options_of_trls_act_on_own_methods(name, loss, options, tmp_path):
 
 # --- any pairwise method as a loss type -------------------------------------------------------------------------------
 
-COLUMNS = {"score_w": 2.0, "score_l": 0.5, "prob_w": 0.9, "reward_w": 1.5, "reward_l": -0.5, "logp_sft": -7.0}
 PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwise"]
+COLUMNS = {c: 0.9 for name in PAIRWISE for c in METHODS[name].columns if METHODS[name].axes(c) == ("U",)}
+COLUMNS |= {"score_w": 2.0, "score_l": 0.5, "reward_w": 1.5, "reward_l": -0.5, "logp_sft": -7.0}
 
 
 def own(loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True, peft_config=None, **arguments):

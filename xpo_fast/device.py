@@ -41,9 +41,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
     Raises ValueError while a CUDA graph is captured, since replaying it would not copy x again.
     """
-    if x.device == device:
-        return x
-    if not on_host(x):
+    if x.device == device or not on_host(x):
         return x.to(device)
     if torch.compiler.is_compiling():
         return x.to(device, non_blocking=True)

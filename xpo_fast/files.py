@@ -31,11 +31,7 @@ class SavingError(OSError):
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Raises SavingError, naming `path`, for what the writers of torch, safetensors, tokenizers and Python raise
-    inside.
-
-    Errors that are not about files pass unchanged.
-    """
+    """Raises SavingError, naming `path`, for what torch, safetensors, tokenizers and Python raise about files."""
     try:
         yield
     except SavingError:
@@ -64,18 +60,15 @@ def _why_not_written(error: Exception) -> str | None:
         reason = "the file ended before all of it was written"  # torch does not say why
     else:
         return None
-    limited = ("too large", "ended before")
-    hint = "; a quota, or a limit on the size of files (ulimit -f)?" if any(x in reason for x in limited) else ""
-    return reason + hint
+    limited = any(x in reason for x in ("too large", "ended before"))
+    return reason + "; a quota, or a limit on the size of files (ulimit -f)?" * limited
 
 
 def _room(path: Path) -> str:
     """Returns " (1.5 GiB free there)", or "" if the disk does not answer."""
-    try:
-        free = shutil.disk_usage(existing_part(path)).free
-    except OSError:  # the disk itself is gone
-        return ""
-    return f" ({size(free)} free there)"
+    with contextlib.suppress(OSError):  # the disk itself is gone
+        return f" ({size(shutil.disk_usage(existing_part(path)).free)} free there)"
+    return ""
 
 
 def size(count: float) -> str:
@@ -90,18 +83,13 @@ def size(count: float) -> str:
 def check_writable(folder: Path, what: str) -> None:
     """Raises ValueError, naming the argument `what`, if no file can be made in the folder, which need not exist."""
     there = existing_part(folder)
-    reason = None
-    if not there.is_dir():
-        reason = f"{there} is a file, not a folder"
-    else:
-        try:
-            # A folder and a file in it: in /proc, only making one shows that it is refused.
-            with _folder_in(there, ".xpo-fast-") as probe:
-                (probe / "probe").write_bytes(b"probe")
-        except OSError as error:
-            reason = f"{there} cannot be written ({error.strerror})"
-    if reason is not None:
-        raise ValueError(f"{what} {folder}: {reason}; name a folder that can be written")
+    try:
+        # A folder and a file in it: in /proc, only making one shows that it is refused.
+        with _folder_in(there, ".xpo-fast-") as probe:
+            (probe / "probe").write_bytes(b"probe")
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})" if there.is_dir() else "is a file, not a folder"
+        raise ValueError(f"{what} {folder}: {there} {reason}; name a folder that can be written") from error
 
 
 def finite(value: Any) -> Any:

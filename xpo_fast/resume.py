@@ -7,6 +7,7 @@ then on: the number of steps, the learning rate's schedule and warm-up, logging,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 MADE_WITH = "made_with.json"
 # Arguments of TrainingArguments that a resumed run takes from the checkpoint's optimizer, whatever is asked for.
 OF_THE_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-_LAST_WRITTEN = "trainer_state.json"  # the last file of a checkpoint to be written
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # per file of weights
 
 
@@ -41,11 +41,9 @@ def last_checkpoint(output_dir: str | Path, *files: str) -> str | None:
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Tells whether the folder is a checkpoint that was written to its end."""
-    try:
-        json.loads((Path(folder) / _LAST_WRITTEN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    with contextlib.suppress(OSError, ValueError):  # trainer_state.json is the last file of a checkpoint to be written
+        return json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8")) is not None
+    return False
 
 
 def write_made_with(folder: str | Path, made_with: Mapping[str, Any]) -> None:
@@ -67,13 +65,12 @@ def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} cannot be read ({error}): go on from another checkpoint") from error
     now = as_json(now)
     changed = [name for name in now if name in was and not _same(was[name], now[name])]
-    if not changed:
-        return
-    changes = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(now[name])}" for name in changed)
-    raise ValueError(
-        f"{folder} is of another run, where {changes}: go on with the same options and data, or begin a new run in "
-        f"another output folder, with the model {folder} if it is to begin with these weights"
-    )
+    if changed:
+        changes = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(now[name])}" for name in changed)
+        raise ValueError(
+            f"{folder} is of another run, where {changes}: go on with the same options and data, or begin a new run in "
+            f"another output folder, with the model {folder} if it is to begin with these weights"
+        )
 
 
 def model_identity(name: str) -> Any:

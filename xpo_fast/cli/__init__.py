@@ -7,7 +7,6 @@ rewritten into the form that the parser declares (parser.py, aliases.py, config_
 transformers before a command needs it.
 """
 
-from .commands import build_parser, parsers
-from .main import main, parse
+from .main import build_parser, main, parse, parsers
 
 __all__ = ["build_parser", "main", "parse", "parsers"]

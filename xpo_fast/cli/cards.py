@@ -33,9 +33,8 @@ def where(text: str) -> set[str]:
 def table(methods: list[Method]) -> str:
     """Returns one line per method."""
     rows = [("name", "data", "unit", "reference", "hyperparameters")]
-    rows += [
-        (m.name, m.layout, m.unit, _reference(m), " ".join(f"{k}={v}" for k, v in m.defaults.items())) for m in methods
-    ]
+    given = (" ".join(f"{k}={v}" for k, v in m.defaults.items()) for m in methods)
+    rows += [(m.name, m.layout, m.unit, _reference(m), text) for m, text in zip(methods, given)]
     width = max(len(row[0]) for row in rows)
     lines = [f"{a:<{width}}  {b:<8}  {c:<5}  {d:<9}  {e}".rstrip() for a, b, c, d, e in rows]
     if not methods:
@@ -54,10 +53,6 @@ def _unit(method: Method) -> str:
     """Returns the word for what has one loss; the unit "batch" says only that losses depend on one another."""
     in_batch = {"pairwise": "pair", "listwise": "list"}
     return in_batch.get(method.layout, "row") if method.unit == "batch" else method.unit
-
-
-def _mean_over(method: Method) -> str:
-    return DENOMINATORS[method.denominator].format(unit=_unit(method))
 
 
 def shape(method: Method, name: str) -> str:
@@ -80,7 +75,7 @@ def card(method: Method) -> str:
     facts = {
         "data": f"{method.layout}: {LAYOUTS[method.layout].about}",
         "reference": _reference(method),
-        "the mean is over": _mean_over(method),
+        "the mean is over": DENOMINATORS[method.denominator].format(unit=_unit(method)),
         **({"online RL": rl} if (rl := _online(method)) else {}),
         "survey": method.card.survey or "-",
     }
@@ -89,21 +84,14 @@ def card(method: Method) -> str:
         f"{name} {shape(method, name)}": INPUTS[name].meaning + ("" if name in method.required else " (optional)")
         for name in method.inputs
     }
+    parts = {"inputs": inputs, "hyperparameters": hyperparameters, "facts": facts}
+    parts["attributes, in the words of the survey's Table 1"] = attributes
     return "\n\n".join(
         [
             f"{method.name}: {method.card.paper}",
             f"  loss per {_unit(method)} = {method.card.equation}",
             textwrap.indent(_doc(method), "  "),
-            *(
-                f"{title}\n{_columns(part)}"
-                for title, part in (
-                    ("inputs", inputs),
-                    ("hyperparameters", hyperparameters),
-                    ("facts", facts),
-                    ("attributes, in the words of the survey's Table 1", attributes),
-                )
-                if part
-            ),
+            *(f"{title}\n{_columns(part)}" for title, part in parts.items() if part),
         ]
     )
 
@@ -122,10 +110,8 @@ def _online(method: Method) -> str:
     if "token_logp" not in method.inputs:
         return ""
     rl, plain = method.card.rl, RLDefaults()
-    said = [f"advantage {rl.advantage}"]
-    said += [
-        f"{n} {getattr(rl, n)}" for n in ("kl_coef", "max_draws", "overlong") if getattr(rl, n) != getattr(plain, n)
-    ]
+    own = [n for n in ("kl_coef", "max_draws", "overlong") if getattr(rl, n) != getattr(plain, n)]
+    said = [f"{n} {getattr(rl, n)}" for n in ("advantage", *own)]
     said += [f"{n}={value!r} unless {' or '.join(rl.unless)} is given" for n, value in rl.settings.items()]
     said += [f"{n}={value!r} for several steps per rollout" for n, value in rl.reuse.items()]
     said += ["kl_target adapts beta"] * rl.adapts_beta + ["one step per rollout"] * ("old_logp" not in method.inputs)
@@ -138,17 +124,11 @@ def _online(method: Method) -> str:
 def markdown() -> str:
     """Returns the text of docs/methods.md."""
     methods = [m for _, m in sorted(METHODS.items())]
+    given = {m.name: " ".join(f"`{k}={v!r}`" for k, v in m.defaults.items()) for m in methods}
     overview = _markdown_table(
         ("method", "data", "unit", "reference", "hyperparameters", "survey"),
         (
-            (
-                f"[`{m.name}`](#{m.name})",
-                m.layout,
-                m.unit,
-                _reference(m),
-                " ".join(f"`{k}={v!r}`" for k, v in m.defaults.items()),
-                m.card.survey or "",
-            )
+            (f"[`{m.name}`](#{m.name})", m.layout, m.unit, _reference(m), given[m.name], m.card.survey or "")
             for m in methods
         ),
     )
@@ -157,22 +137,17 @@ def markdown() -> str:
     )
     return "\n".join(
         [
-            "# Methods",
-            "",
+            "# Methods\n",
             f"Made from the registry by `{REGENERATE}`. Each method is a function of keyword tensors; its "
-            "signature is in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.",
-            "",
+            "signature is in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.\n",
             "Letters: P pairs or prompts, B rows, K completions per prompt (or objectives of a reward model), T tokens "
             "per row; `_w` the chosen completion, `_l` the rejected one. Log-probs are in nats, summed over a "
             "completion's tokens. Δw = logp_w − ref_logp_w, Δl likewise, h = β(Δw − Δl), σ the logistic function. "
-            "*S n* is equation n of the survey (arXiv 2407.16216).",
-            "",
+            "*S n* is equation n of the survey (arXiv 2407.16216).\n",
             overview,
-            "## Attributes",
-            "",
+            "## Attributes\n",
             "The survey's 13, in the words of its Table 1, with the names and words that `xpo-fast methods --where "
-            "NAME=WORD` takes (`none` is -; Hybrid counts as both):",
-            "",
+            "NAME=WORD` takes (`none` is -; Hybrid counts as both):\n",
             _markdown_table(
                 ("attribute", "about", "name", "words"),
                 ((code, a.about, f"`{a.name}`", ", ".join(a.words)) for code, a in ATTRIBUTES.items()),
@@ -185,19 +160,12 @@ def markdown() -> str:
 
 def _section(method: Method) -> str:
     title, _, text = _doc(method).partition("\n\n")
-    inputs = _markdown_table(
-        ("input", "shape", "meaning"),
-        (
-            (
-                f"`{name}`" + ("" if name in method.required else " (optional)"),
-                shape(method, name),
-                INPUTS[name].meaning,
-            )
-            for name in method.inputs
-        ),
-    )
+    optional = {name: "" if name in method.required else " (optional)" for name in method.inputs}
+    rows = ((f"`{name}`{end}", shape(method, name), INPUTS[name].meaning) for name, end in optional.items())
+    inputs = _markdown_table(("input", "shape", "meaning"), rows)
     words = {k: f" ({', '.join(f'`{w}`' for w in taken)})" for k, taken in method.choices.items()}
     hyperparameters = ", ".join(f"`{k}={v!r}`" + words.get(k, "") for k, v in method.defaults.items())
+    mean_over = DENOMINATORS[method.denominator].format(unit=_unit(method))
     parts = [
         f"## {method.name}",
         _escape(title),
@@ -205,7 +173,7 @@ def _section(method: Method) -> str:
         _escape(text.strip()),
         inputs.rstrip(),
         f"- Hyperparameters: {hyperparameters or 'none'}",
-        f"- Mean over {_mean_over(method)}; data {method.layout}: "
+        f"- Mean over {mean_over}; data {method.layout}: "
         f"{LAYOUTS[method.layout].about}; reference: {_reference(method)}",
         f"- Online RL: {rl}" if (rl := _online(method)) else "",
         f"- Paper: {_escape(method.card.paper)}; survey: {method.card.survey or 'not in it'}",

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,38 @@ from .options import TRAINER_ARGUMENTS
 from .parser import UsageError
 from .settings import check_like
 
-_AT_LEAST_ONE = (
-    *("batch_size", "grad_accum", "lora_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps"),
-    *("eval_batch_size", "num_proc", "max_pairs"),
-)
-_POSITIVE = ("lr", "epochs", "lora_alpha", "tile_mib", "value_head_lr")
+# What numbers must be, in words and as a condition.
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "batch_size grad_accum lora_rank logging_steps save_steps save_total_limit eval_steps eval_batch_size num_proc "
+    "max_pairs": ("at least 1", lambda x: x >= 1),
+    "lr epochs lora_alpha tile_mib value_head_lr": ("positive", lambda x: 0 < x < math.inf),
+    "warmup_ratio": ("a share in [0, 1)", lambda x: 0 <= x < 1),
+    # transformers reads a value of 1 and more as steps, and below 1 as a share.
+    "warmup_steps": (
+        "a number of steps, or a share of them below 1",
+        lambda x: 0 <= x < math.inf and (x < 1 or x == int(x)),
+    ),
+    "max_steps": ("at least 1, or -1 for --epochs", lambda x: x >= 1 or x == -1),
+    "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    "lora_dropout": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "weight_decay max_grad_norm": ("at least 0", lambda x: 0 <= x < math.inf),
+}
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UsageError for options of any command: numbers, files to read, folders to write into, reporters."""
-    _check_numbers(args)
     given = vars(args)
-    if not 0 <= given.get("seed", 0) < 2**32:
-        raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
-    if not 0 <= given.get("lora_dropout", 0) < 1:
-        raise UsageError(f"--lora-dropout must be at least 0 and below 1, got {args.lora_dropout}")
-    for name in ("weight_decay", "max_grad_norm"):
-        if not 0 <= given.get(name, 0) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {given[name]}")
+    for names, (expected, holds) in _NUMBERS.items():
+        for name in names.split():
+            if (value := given.get(name)) is not None and not holds(value):
+                raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value:.15g}")
+    if given.get("backend", "auto") != "auto":
+        from ..head.backends import get_backend
+
+        try:
+            get_backend(args.backend)
+        except ValueError as error:
+            raise UsageError(f"--backend: {error}") from error
     if given.get("chat_template") is not None:
         read_template(args.chat_template)
     if not given.get("dry_run", False):
@@ -64,27 +79,6 @@ def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
         check_hub()
     elif args.hub_private:
         raise UsageError("--hub-private is for --push-to-hub")
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name in _AT_LEAST_ONE:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in _POSITIVE:
-        value = getattr(args, name, None)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("warmup_ratio", "warmup_steps"):
-        value = getattr(args, name, None)
-        bound = 1 if name == "warmup_ratio" else math.inf
-        # transformers reads a value of 1 and more as steps, and below 1 as a share.
-        if value is not None and not (0 <= value < bound and (value < 1 or value == int(value))):
-            expected = "a share in [0, 1)" if bound == 1 else "a number of steps, or a share of them below 1"
-            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, got {value:g}")
-    steps = getattr(args, "max_steps", -1)
-    if steps == 0 or steps < -1:
-        raise UsageError(f"--max-steps must be at least 1, or -1 for --epochs; got {steps}")
 
 
 def check_names(args: argparse.Namespace) -> None:
@@ -126,16 +120,14 @@ def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")  # of packages when they are imported
         given = TrainingArguments(**arguments)
         try:
-            layer: Any = torch.nn.Linear(
-                128, 128, bias=False, device=given.device
-            )  # large enough for optimizers that quantise
+            # Large enough for optimizers that quantise.
+            layer: Any = torch.nn.Linear(128, 128, bias=False, device=given.device)
             optimizer, keywords = Trainer.get_optimizer_cls_and_kwargs(given, layer)
             layer.weight.grad = torch.ones_like(layer.weight)
             optimizer(layer.parameters(), **keywords).step()
         except Exception as error:  # any package may provide the optimizer
-            raise UsageError(
-                f"--optim {name} does not work here: {str(error).strip() or type(error).__name__}"
-            ) from error
+            reason = str(error).strip() or type(error).__name__
+            raise UsageError(f"--optim {name} does not work here: {reason}") from error
 
 
 def check_quantisation(args: argparse.Namespace) -> None:
@@ -169,7 +161,7 @@ def check_hub() -> None:
     try:
         huggingface_hub.HfApi().whoami()
     except Exception as error:  # each client of the hub has errors of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"--push-to-hub: the hub does not answer or does not know the token ({reason}); log in with `hf auth "
             "login`, or leave --push-to-hub out and upload later with `hf upload`"

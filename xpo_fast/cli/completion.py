@@ -9,7 +9,6 @@ from typing import Any
 
 from .parser import Parser
 
-SHELLS = ("bash", "zsh", "fish")
 _FILES = ("data", "eval_data", "ptx_data", "held_out_data", "config", "chat_template")
 _FOLDERS = ("model", "output_dir", "resume", "ref_cache", "reward_model", "policy", "server_lora")
 
@@ -19,11 +18,10 @@ def add_parser(commands: Any, whole: Parser) -> None:
     parser = commands.add_parser(
         "completion",
         help="tab completion for bash, zsh or fish",
-        allow_abbrev=False,
         description="Print the script that completes commands, options, files and names, for example: xpo-fast "
         "completion bash > ~/.local/share/bash-completion/completions/xpo-fast",
     )
-    parser.add_argument("shell", choices=SHELLS, metavar="bash|zsh|fish", help="the shell")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish", help="the shell")
     parser.set_defaults(run=partial(run, whole, commands.choices))
 
 
@@ -53,6 +51,10 @@ def _names(command: str, dest: str, commands: dict[str, Parser]) -> list[str] | 
 
         layouts = {"train": ("pairwise", "listwise", "unpaired"), "rl": ("policy",)}.get(command)
         return sorted(name for name, m in METHODS.items() if layouts is None or m.layout in layouts)
+    if dest == "backend":
+        from ..head.backends import BACKENDS
+
+        return ["auto", *BACKENDS]
     if (command, dest) == ("recipe", "name"):
         from ..recipes import RECIPES
 

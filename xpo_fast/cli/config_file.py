@@ -20,10 +20,8 @@ from .typed import Typed, around, hyperparameters
 FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
-# Options NAME=VALUE, which a file may write as a mapping; and those of them that are taken from file and command line
-# both.
-_MAPPINGS = ("set", "train", "columns")
-_SETTINGS = ("set", "train")
+_SETTINGS = ("set", "train")  # options NAME=VALUE that are taken from file and command line both
+_MAPPINGS = (*_SETTINGS, "columns")  # options that a file may write as a mapping
 
 
 def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:
@@ -35,9 +33,10 @@ def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str
     """
     alone = around(command, parser, typed)
     entries = [
-        (where, _repeated(parser, given, where))
+        (where, one)
         for where, given in _read(Path(path))
         if not aliases.overridden(given.name, alone)
+        for one in _repeated(parser, given, where)
     ]
     from_file = [word for _, given in entries for word in given.typed]
     both = around(command, parser, [*from_file, *typed])
@@ -204,21 +203,14 @@ def _value(node: Any) -> Any:
     return node.value
 
 
-def _repeated(parser: Parser, given: Given, where: str) -> Given:
-    """Returns the option; values that begin with dashes become one --name=VALUE each, if the option may be repeated."""
+def _repeated(parser: Parser, given: Given, where: str) -> list[Given]:
+    """Returns the option, once per value if values begin with dashes; UsageError if it may not be repeated."""
     dashed = next((word for word in given.words if word.startswith("--")), None)
     if dashed is None:
-        return given
-    action = parser.named(given.name)
-    if not isinstance(action, argparse._AppendAction):
+        return [given]
+    if not isinstance(parser.named(given.name), argparse._AppendAction):
         raise UsageError(f"{where}: {given.name}: no value of its list begins with --, got {dashed!r}")
-    return _Repeated(given.name, None, given.words)
-
-
-class _Repeated(Given):
-    @property
-    def typed(self) -> list[str]:
-        return [f"--{self.name}={word}" for word in self.words]
+    return [Given(given.name, word, []) for word in given.words]
 
 
 def _check_setting(given: Given, typed: Typed, where: str) -> None:
@@ -265,14 +257,11 @@ def _checked(parser: Parser, found: list[str]) -> list[tuple[str, str]]:
         else:
             if action is None:
                 raise UsageError(f"one value is taken there, got another, {word!r}")
-            if action.nargs in ("+", "*"):
-                first = (
-                    [] if any(dest == action.dest for _, dest in words) else [(action.option_strings[-1], action.dest)]
-                )
-                _of_type(parser, action, word)
-                words += [*first, (word, action.dest)]
-                continue
             repeated = any(dest == action.dest for _, dest in words)
+            if action.nargs in ("+", "*"):
+                _of_type(parser, action, word)
+                words += [*[(action.option_strings[-1], action.dest)] * (not repeated), (word, action.dest)]
+                continue
             if action.nargs == 0 or (repeated and not isinstance(action, argparse._AppendAction)):
                 raise argparse.ArgumentError(action, f"takes one value, got another, {word!r}")
             words.append((_of_type(parser, action, word), action.dest))

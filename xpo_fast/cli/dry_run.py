@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import loading, options
+from . import loading, options, training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,13 +71,11 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         )
     rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
-    print(f"rewards    {', '.join(names)}")
-    print(f"method     {config.objective()}, advantages: {config.estimator}")
     print(
+        f"rewards    {', '.join(names)}\n"
+        f"method     {config.objective()}, advantages: {config.estimator}\n"
         f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most "
-        f"{config.max_new_tokens} tokens"
-    )
-    print(
+        f"{config.max_new_tokens} tokens\n"
         f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
         f"{_name(config.lr_scheduler_type)}"
     )
@@ -116,20 +114,11 @@ def _batch(encoded: Any, collate: Any, config: Any) -> dict[str, Tensor]:
 
 
 def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit: str = "rows") -> None:
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    base = total if args.full else total - trained
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     bits = "4 bits" if args.load_in_4bit else "8 bits" if args.load_in_8bit else dtype
-    how = (
-        "every weight"
-        if args.full
-        else "the value head"
-        if getattr(args, "head_only", False)
-        else f"LoRA of rank {args.lora_rank}"
-    )
-    print(f"model      {args.model}: {base / 1e6:.1f}M weights in {bits}; {how} is trained")
+    how = "the value head" if getattr(args, "head_only", False) else f"LoRA of rank {args.lora_rank}"
+    how = "every weight" if args.full else how
+    print(f"model      {args.model}: {training.weights(model, full=args.full)[0]} weights in {bits}; {how} is trained")
     held = "none" if held_out is None else len(held_out)
     print(f"data       {options.sources(args, rows)}: {len(rows)} {unit} to train on, {held} held out")
 
@@ -140,15 +129,13 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
 
     uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
     prompt = [len(ids) for ids in uncut["prompt_ids"]]
-    completions = list(_completions(uncut, kind))
+    completions = _completions(uncut, kind)
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]
     kept = [len(ids) for ids in encoded["prompt_ids"]]
-    shortened = [[len(ids) for ids in row] for row in _completions(encoded, kind)]
+    shortened = [[*map(len, row)] for row in _completions(encoded, kind)]
     _table({"prompt": prompt, "completion": [len(ids) for row in completions for ids in row], "both": both})
     cut_prompts = sum(a < b for a, b in zip(kept, prompt, strict=True))
-    cut = sum(
-        a < len(b) for short, row in zip(shortened, completions, strict=True) for a, b in zip(short, row, strict=True)
-    )
+    cut = sum(a < len(b) for short, row in zip(shortened, completions, strict=True) for a, b in zip(short, row))
     read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
     scored = sum(map(sum, shortened))
     print(
@@ -161,13 +148,11 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     )
 
 
-def _completions(encoded: Any, kind: str) -> Iterable[list[list[int]]]:
-    from .. import data
+def _completions(encoded: Any, kind: str) -> list[list[list[int]]]:
+    from ..data import KINDS
 
-    about = data.KINDS[kind]
-    columns = [encoded[name] for name in about.encoded[1:]]
-    for row in zip(*columns, strict=True):
-        yield list(row[0]) if about.listed else list(row)
+    rows = zip(*(encoded[name] for name in KINDS[kind].encoded[1:]), strict=True)
+    return [list(row[0] if KINDS[kind].listed else row) for row in rows]
 
 
 def _table(lengths: dict[str, list[int]]) -> None:
@@ -197,13 +182,13 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
     from ..models import Head
     from ..models.fused_loss import causal_lm
 
-    def shape_of(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        return torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
-
     head = Head.from_model(causal_lm(model))
-    head = dataclasses.replace(head, **{name: shape_of(x) for name, x in vars(head).items()})
+    shapes = {
+        name: torch.empty((), dtype=x.dtype, device=config.device).expand(x.shape).requires_grad_(x.requires_grad)
+        for name, x in vars(head).items()
+        if isinstance(x, torch.Tensor)
+    }
+    head = dataclasses.replace(head, **shapes)
     hidden = head.weight.new_empty(()).expand(*targets.shape, head.width).requires_grad_()
     return config.objective().plan(hidden, head, targets.to(config.device), **layout)
 

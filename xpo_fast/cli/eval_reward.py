@@ -24,8 +24,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval-reward",
         help="measure reward models and policies on pairs",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Accuracy, calibration, dependence on length and distributions of scores, as figures and plots, "
         "of every --model (explicit rewards) and every --policy (implicit rewards) on the same pairs.",
     )
@@ -94,15 +92,13 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     lists = isinstance(first, dict) and "completions" in first
     rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", **how))
     if lists:
-        given, rows = rows, []
-        for row in given:
-            ranked = list(zip(row["completions"], row["scores"], strict=True))
-            rows += [
-                {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}
-                for a, score in ranked
-                for b, other in ranked
-                if score > other
-            ]
+        rows = [
+            {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}
+            for row in rows
+            for a, score in zip(row["completions"], row["scores"], strict=True)
+            for b, other in zip(row["completions"], row["scores"], strict=True)
+            if score > other
+        ]
         if not rows:
             names = ", ".join(args.data)
             raise data.DataError(f"{names}: no list has two different scores: there is no pair to measure on")
@@ -137,17 +133,8 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
         yield score_pairs(name, _implicit(args, folder), pairs)
 
 
-def _placed(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
-    """Returns a model on the accelerator, and its tokenizer."""
-    from ..models import load_model
-
-    model, tokenizer = load_model(name, dtype=args.dtype, device=loading.device_of(args))
-    place: Any = model.to
-    return place(loading.accelerator_of(args)), tokenizer
-
-
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
-    from ..rewards.implicit import ImplicitReward
+    from ..rewards.model import ImplicitReward
 
     name = args.reference
     if name is None:
@@ -158,10 +145,10 @@ def _implicit(args: argparse.Namespace, folder: str) -> Any:
                 "--reference none"
             )
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    policy, tokenizer = _placed(args, folder)
+    policy, tokenizer = loading.placed(args, folder, args.dtype)
     return ImplicitReward(
         policy,
-        None if name == "none" else _placed(args, name)[0],
+        None if name == "none" else loading.placed(args, name, args.dtype)[0],
         tokenizer,
         beta=args.beta,
         per_token=args.per_token,
@@ -187,28 +174,25 @@ def can_plot() -> bool:
 
 def _write_scores(path: Path, pairs: list[dict[str, Any]], scored: list[PairScores]) -> None:
     """Writes a line per pair: its place in the data, its lengths, and the two scores of each scorer."""
-    lines = []
-    for i, row in enumerate(pairs):
-        first = scored[0]
-        line = {
+    lines = (
+        {
             "where": row["where"],
-            "tokens": [int(first.chosen_tokens[i]), int(first.rejected_tokens[i])],
+            "tokens": [int(scored[0].chosen_tokens[i]), int(scored[0].rejected_tokens[i])],
             **{scores.name: [float(scores.chosen[i]), float(scores.rejected[i])] for scores in scored},
         }
-        lines.append(json.dumps(line) + "\n")
-    write_atomically(path, "".join(lines).encode())
+        for i, row in enumerate(pairs)
+    )
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
-    head = f"{'scorer':<28}{'accuracy':>10}{'±SE':>8}{'mean':>9}{'std':>9}{'log-loss':>10}{'calib.':>8}{'~length':>9}"
-    print(head)
+    print(f"{'scorer':<28}{'accuracy':>10}{'±SE':>8}{'mean':>9}{'std':>9}{'log-loss':>10}{'calib.':>8}{'~length':>9}")
     for row in report["scorers"]:
         correlation = row["length_correlation"]
         print(
             f"{row['name']:<28}{row['accuracy']:>10.3f}{row['standard_error']:>8.3f}{row['score_mean']:>9.3f}"
             f"{row['score_std']:>9.3f}{row.get('log_loss', math.nan):>10.3f}"
-            f"{row.get('calibration_error', math.nan):>8.3f}"
-            f"{math.nan if correlation is None else correlation:>9.2f}"
+            f"{row.get('calibration_error', math.nan):>8.3f}{math.nan if correlation is None else correlation:>9.2f}"
         )
     longer, pairs = report["scorers"][0]["longer_wins"], report["scorers"][0]["pairs"]
     print(f"{'the longer completion':<28}{longer:>10.3f}   of {pairs} pairs")

@@ -1,13 +1,17 @@
-"""Loads the model and tokenizer that the options ask for: dtype, quantisation, device, adapter."""
+"""Makes what the options ask for: model and tokenizer, the adapter, and the rows held out."""
 
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .options import SMOLLM2
+from .options import HELD_OUT_AT_MOST, SMOLLM2, count
 from .parser import UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 # The options of an adapter, and the fields of peft's LoraConfig.
 LORA = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_targets": "target_modules"}
@@ -53,6 +57,15 @@ def accelerator_of(args: argparse.Namespace) -> str:
 
     accelerator = None if args.cpu else torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else str(accelerator)
+
+
+def placed(args: argparse.Namespace, name: str, dtype: str) -> tuple[Any, Any]:
+    """Returns a model on the accelerator, and its tokenizer."""
+    from ..models import load_model
+
+    model, tokenizer = load_model(name, dtype=dtype, device=device_of(args))
+    move: Any = model.to
+    return move(accelerator_of(args)), tokenizer
 
 
 def quantised(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,3 +118,36 @@ def lora(args: argparse.Namespace) -> Any:
         lora_dropout=args.lora_dropout,
         target_modules=targets,
     )
+
+
+def hold_out(args: argparse.Namespace, rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Returns the rows to train on, and the rows of --eval-split or None; rows of one prompt stay together."""
+    import numpy as np
+
+    wanted = min(len(rows) // 10, HELD_OUT_AT_MOST) if args.eval_split is None else count(args.eval_split, len(rows))
+    if wanted == 0:
+        return rows, None
+    from ..data import prompt_keys
+
+    # Numbers for prompts, and arrays of rows: a file may have more of them than lists would fit into memory.
+    _, firsts, group = np.unique(prompt_keys(rows), return_index=True, return_inverse=True)
+    order: Any = np.argsort(firsts)  # as they come in the data
+    sizes = np.bincount(group)
+    random.Random(args.seed).shuffle(order)
+    left, chosen = wanted, np.zeros(len(order), dtype=bool)
+    for prompt in order:  # a prompt seen in training says little about what was learned
+        if sizes[prompt] <= left:
+            chosen[prompt] = True
+            left -= int(sizes[prompt])
+        if not left:
+            break
+    is_held = chosen[group]
+    held, kept = np.flatnonzero(is_held), np.flatnonzero(~is_held)
+    if not len(kept) or not len(held):
+        if args.eval_split is None:
+            return rows, None
+        raise UsageError(
+            f"--eval-split {args.eval_split:g} of {len(rows)} rows with {len(order)} different prompts leaves "
+            f"{len(kept)} rows to train on and {len(held)} to evaluate; rows of one prompt stay together"
+        )
+    return rows.select(kept), rows.select(held)

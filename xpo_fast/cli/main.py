@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .. import __version__
 from ..wording import did_you_mean, one_line
-from . import aliases, config_file, resuming
-from .commands import build_parser, parsers
+from . import aliases, completion, config_file, eval_reward, manual, recipe, resuming, reward, rl, train, tune
+from . import methods as catalogue
 from .parser import Given, Options, Parser, UsageError, spelled, split, unknown
-from .signals import terminable
-from .streams import outliving_readers
+from .signals import outliving_readers, terminable
 from .typed import around
 
 
@@ -44,6 +44,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             return getattr(stop, "status", 130)
 
 
+def build_parser() -> Parser:
+    """Returns the parser of the whole command line; `parsers` returns those of its commands."""
+    parser = Parser(
+        prog="xpo-fast",
+        description="Preference training, supervised fine-tuning and RL of language models, without logits in memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (train, reward, eval_reward, rl, recipe, catalogue):
+        command.add_parser(commands)
+    _add_doctor(commands)
+    tune.add_parser(commands)
+    manual.add_parser(commands, parser)
+    completion.add_parser(commands, parser)
+    return parser
+
+
+def parsers(parser: Parser | None = None) -> dict[str, Parser]:
+    """Returns the parser of each command by its name."""
+    actions = (build_parser() if parser is None else parser)._actions
+    (commands,) = (a for a in actions if isinstance(a, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from . import doctor
+
+        return doctor.run(args)
+
+    parser = commands.add_parser("doctor", help="versions, devices, backends, and what is missing")
+    about = "check the kernels of triton anew on every GPU, for each dtype, and keep the verdict; exit code 1 if one"
+    parser.add_argument("--check", action="store_true", help=f"{about} fails")
+    parser.set_defaults(run=run)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Returns the options of a command line, those of its --config included.
 
@@ -64,14 +100,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = commands[command]
     try:
         typed = around(command, parser, words)
-        config = typed.options.get("config")
+        config, given = typed.options.get("config"), []
         if sum(isinstance(g, Given) and g.name == "config" for g in split(words)) > 1:
             raise UsageError("--config came twice; write the options into one file")
         if config is not None and config.values and parser.named("config") is not None:
-            given = config_file.words(config.values[0], command, parser, words)
+            given = config_file.words(config.first, command, parser, words)
             typed = around(command, parser, [*given, *words])
-        else:
-            given = []
         found, off = spelled(parser, words, lambda other: aliases.translate(other, typed))
         found = [word for word in found if not (word.startswith("--") and _dest(parser, word) in off)]
     except UsageError as error:
@@ -109,7 +143,7 @@ def _message(error: BaseException, args: argparse.Namespace) -> str:
 def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
     """Returns further lines that say what to do."""
     if _of_memory(error):
-        return [line for line in [_less_memory(args)] if line]
+        return _less_memory(args)
     checkpoint = getattr(error, "checkpoint", None)
     if checkpoint is not None and "resume" in args:
         return [f"the last whole checkpoint is {checkpoint}: make room, then go on with the same command and --resume"]
@@ -120,10 +154,10 @@ def _of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
 
 
-def _less_memory(args: argparse.Namespace) -> str | None:
+def _less_memory(args: argparse.Namespace) -> list[str]:
     """Returns what to do after memory ran out, by the options that the command has."""
     if not hasattr(args, "batch_size"):
-        return None
+        return []
     halve = "halve --batch-size"
     if hasattr(args, "grad_accum"):
         halve += " and double --grad-accum, which trains the same"
@@ -131,4 +165,4 @@ def _less_memory(args: argparse.Namespace) -> str | None:
     named = {name: f"--set {name}=N" for name in getattr(args, "parser", Parser).settings}
     named |= {name: f"--{name.replace('_', '-')}" for name in names if hasattr(args, name)}
     others = ", ".join(named[name] for name in names if name in named)
-    return f"{halve}; or use {others}" if others else halve
+    return [f"{halve}; or use {others}" if others else halve]

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..wording import did_you_mean
 from .aliases import ALIASES, REFUSALS
-from .loss_types import loss_types
-from .options import has_default
-from .parser import Parser, UsageError, option
+from .parser import Parser, UsageError, has_default, option
+from .typed import loss_types
 
 REGENERATE = "xpo-fast help --markdown > docs/commands.md"
 
@@ -46,7 +45,7 @@ EXAMPLES = {
 
 def add_parser(commands: Any, whole: Parser) -> None:
     """Adds `xpo-fast help`. whole: the parser that has the commands."""
-    parser = commands.add_parser("help", help="the help of a command", allow_abbrev=False)
+    parser = commands.add_parser("help", help="the help of a command")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="a command; none: the list of them")
     parser.add_argument("--markdown", action="store_true", help="all commands with all options, in Markdown")
     parser.set_defaults(run=partial(run, whole, commands.choices))

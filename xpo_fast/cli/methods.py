@@ -12,7 +12,6 @@ def add_parser(commands: Any) -> None:
         "methods",
         help="list the methods and their hyperparameters",
         description="The methods as a table, one method's card, or all of them as docs/methods.md.",
-        allow_abbrev=False,
     )
     which = methods.add_mutually_exclusive_group().add_argument
     which("--card", metavar="NAME", help="everything about one method: equation, paper, inputs")

@@ -11,9 +11,8 @@ from typing import Any
 from .parser import UsageError
 from .settings import setting
 
-# Written out, and held to head.plan.BACKENDS and models.SMOLLM2 by a test: the parser is built for every command, for
-# --help and for tab completion, and importing those takes seconds.
-BACKENDS = ("dense", "torch", "triton", "cuda")
+# Written out, and held to models.SMOLLM2 by a test: the parser is built for every command, for --help and for tab
+# completion, and importing models takes seconds.
 SMOLLM2 = "smollm2-135m"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,19 +27,6 @@ TRAINER_ARGUMENTS = (
 )
 # Options that config.yaml leaves out: how a run was started, and what is secret.
 NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "debug", "api_key")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, if there is one that is not said."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if has_default(action) else action.help
-
-
-def has_default(action: argparse.Action) -> bool:
-    """Returns whether an option has a default that its help does not mention."""
-    value = action.default
-    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
 
 
 # --- types of options ---------------------------------------------------------------------------------------------
@@ -276,7 +262,7 @@ def add_optimisation(
 def add_head(parser: argparse.ArgumentParser, backend: str = "backend of the LM head", *, tiles: bool = True) -> None:
     """Adds --backend, and --tile-mib. backend: help of --backend."""
     add = adder(parser.add_argument_group("head"))
-    add("--backend", backend, "auto", choices=("auto", *BACKENDS))
+    add("--backend NAME", f"{backend}; `xpo-fast doctor` lists them", "auto")
     if tiles:
         add("--tile-mib MIB", "memory for one tile of logits (default: the head decides)", type=float)
 

@@ -36,6 +36,19 @@ class Setting:
     about: str
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, if there is one that is not said."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if has_default(action) else action.help
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Returns whether an option has a default that its help does not mention."""
+    value = action.default
+    return value is not None and value is not False and value != [] and "(default" not in (action.help or "")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one or two lines, with the nearest names.
 
@@ -45,6 +58,9 @@ class Parser(argparse.ArgumentParser):
 
     rare: Collection[str] = ()
     settings: Mapping[str, Setting] = MappingProxyType({})
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(formatter_class=Help, allow_abbrev=False, **how)
 
     def format_help(self) -> str:
         """Returns the help without the rare options."""
@@ -63,19 +79,14 @@ class Parser(argparse.ArgumentParser):
         """Returns the help with every option, and the settings after them."""
         formatter = self._get_formatter()
         formatter.start_section("settings, each as --set NAME=VALUE")
-        formatter.add_arguments(
-            [
-                argparse.Action([], name, help=s.about, metavar=f"{name}={s.metavar}")
-                for name, s in self.settings.items()
-            ]
-        )
+        for name, s in self.settings.items():
+            formatter.add_argument(argparse.Action([], name, help=s.about, metavar=f"{name}={s.metavar}"))
         formatter.end_section()
         return f"{super().format_help()}\n{formatter.format_help()}"
 
     def error(self, message: str) -> NoReturn:
         """Prints the message, with the nearest names of an unknown choice, and where to read on; exits with code 2."""
-        choice = _CHOICE.search(message)
-        if choice:
+        if choice := _CHOICE.search(message):
             message += did_you_mean(choice["given"], re.findall(r"[^\s',]+", choice["names"]))
         print(f"{self.prog}: error: {message}\nsee {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
@@ -119,16 +130,23 @@ class Options(argparse.Namespace):
         self.parser = parser
 
 
+@dataclass(frozen=True)
 class Given:
     """One option as it was typed: its name without dashes, the text after `=` or None, and the words that follow it."""
 
-    def __init__(self, name: str, value: str | None, words: list[str]) -> None:
-        self.name, self.value, self.words = name, value, words
+    name: str
+    value: str | None
+    words: list[str]
 
     @property
     def values(self) -> list[str]:
         """The value after `=`, or the words that follow the option."""
         return self.words if self.value is None else [self.value]
+
+    @property
+    def first(self) -> str:
+        """The first of `values`; "true" for an option without a value."""
+        return self.values[0] if self.values else "true"
 
     @property
     def typed(self) -> list[str]:
@@ -137,9 +155,7 @@ class Given:
 
     def switch(self) -> bool | None:
         """Returns True or False for an option written as a switch, None for another value."""
-        if not self.values:
-            return True
-        word = self.values[0].lower()
+        word = self.first.lower()
         return True if word in TRUE else False if word in FALSE else None
 
 
@@ -182,10 +198,9 @@ def spelled(
         action = parser.named(given.name)
         negated = parser.negated(given.name)
         if action is not None:
+            off.discard(action.dest)
             if _own(action, given, found):
                 off.add(action.dest)
-            else:
-                off.discard(action.dest)
         elif negated is not None and given.value is None:
             off.add(negated.dest)
             found += given.words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "recipe",
         help="generate, judge, select, train, again: RSO, self-rewarding, RLAIF, SPPO, …",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Run a recipe for iterative alignment. Every iteration's samples, judgements and selected pairs "
         "are kept in --output-dir, and a run that was stopped goes on with --resume.",
     )
@@ -132,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from ..rollout import GenerateRollout, Sampling
 
     transformers_logging.disable_progress_bar()
+    say = functools.partial(print, flush=True)
     rows, held_out = _rows(args)
     further: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
     lr = args.lr or (1e-6 if args.full else 5e-5)
@@ -169,16 +169,12 @@ def run(args: argparse.Namespace) -> int:
             begin=lambda: config_file.write(args, output, "recipe", resumed=args.resume),
             keep_models=args.keep_models,
             notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
-            say=_say,
+            say=say,
         ),
     )
     for i, score in enumerate(outcome.history):
-        _say(f"held-out score {'at the start' if i == 0 else f'after iteration {i}'}: {score:.4f}")
+        say(f"held-out score {'at the start' if i == 0 else f'after iteration {i}'}: {score:.4f}")
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _card(name: str) -> str:
@@ -242,8 +238,7 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if kind == "function":
         from ..rewards import load_reward
 
-        others = [spec for spec in specs if not spec.startswith("function:")]
-        if others:
+        if others := [spec for spec in specs if not spec.startswith("function:")]:
             raise UsageError(f"functions do not go together with another judge, {others[0]}")
         return FunctionJudge([load_reward(spec.partition(":")[2]) for spec in specs])
     if len(specs) > 1:
@@ -255,13 +250,7 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
         model.model.to(loading.accelerator_of(args))
         return RewardJudge(model)
     if kind == "llm":
-        from ..models import load_model
-
-        model, tokenizer = load_model(
-            rest or args.model, dtype="auto" if rest else args.dtype, device=loading.device_of(args)
-        )
-        move: Any = model.to
-        return LLMJudge(TokenChoice(move(loading.accelerator_of(args)), tokenizer))
+        return LLMJudge(TokenChoice(*loading.placed(args, rest or args.model, "auto" if rest else args.dtype)))
     if kind == "server" and rest:
         from transformers import AutoTokenizer
 
@@ -270,6 +259,5 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
         if not args.judge_tokenizer:
             raise UsageError("server: needs --judge-tokenizer, that of the model behind it")
         tokenizer = AutoTokenizer.from_pretrained(args.judge_tokenizer)
-        chat = bool(tokenizer.chat_template)
-        return LLMJudge(SampledChoice(ServerRollout(rest, tokenizer), chat=chat))
+        return LLMJudge(SampledChoice(ServerRollout(rest, tokenizer), chat=bool(tokenizer.chat_template)))
     raise UsageError(f"--judge {specs[0]}: expected {JUDGE_SPECS}")

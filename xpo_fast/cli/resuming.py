@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,12 @@ _FIXED = (
 )
 
 
-def made_with(args: argparse.Namespace, rows: Any, method_args: dict[str, Any], *, lr: float) -> dict[str, Any]:
+def made_with(
+    args: argparse.Namespace, checkpoint: str | None, rows: Any, method_args: dict[str, Any], *, lr: float
+) -> dict[str, Any]:
     """Returns what the checkpoints of a run are compared by: names of options, and their values.
 
+    Raises ValueError for a checkpoint of another run, before a model is loaded.
     rows: to train on. method_args: hyperparameters of --set. lr: the default of --lr.
     """
     from transformers import TrainingArguments
@@ -34,7 +36,7 @@ def made_with(args: argparse.Namespace, rows: Any, method_args: dict[str, Any], 
     found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _FIXED if name in args}
     if trained == "an adapter":
         found |= {f"--{name.replace('_', '-')}": vars(lora(args))[field] for name, field in LORA.items()}
-    return {
+    made = {
         "the command": args.run.__module__.rpartition(".")[2],
         "what is trained": trained,
         **found,
@@ -43,13 +45,6 @@ def made_with(args: argparse.Namespace, rows: Any, method_args: dict[str, Any], 
         "--model": model_identity(args.model),
         "--data": {"name": ", ".join(args.data), "hash": rows_identity(rows)},
     }
-
-
-def check_resume(
-    args: argparse.Namespace, checkpoint: str | None, rows: Any, method_args: dict[str, Any], *, lr: float
-) -> dict[str, Any]:
-    """Raises ValueError for a checkpoint of another run, before loading the model; returns `made_with` of this one."""
-    made = made_with(args, rows, method_args, lr=lr)
     if checkpoint is not None:
         check_made_with(checkpoint, made)
     return made
@@ -78,7 +73,6 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
     last: finds the last whole checkpoint in a folder, if that takes more than transformers' own files.
     """
     output, resume = Path(args.output_dir), args.resume
-    steps = {int(m[1]): p for p in output.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
     if resume == "last":
         found = (last or last_checkpoint)(output)
         if found is None:
@@ -88,7 +82,7 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
         if not is_checkpoint(resume):
             raise UsageError(f"--resume {resume}: no checkpoint there, expected a folder with trainer_state.json")
         return resume
-    if steps and not args.overwrite:
+    if not args.overwrite and any(p.name.removeprefix("checkpoint-").isdigit() for p in output.glob("checkpoint-*")):
         raise UsageError(
             f"{output} has checkpoints of an earlier run: --resume goes on with it, --overwrite starts anew, "
             "--output-dir names another place"

@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_json
-from . import checks, dry_run, held_out, loading, options, resuming, train_log, training
+from . import checks, dry_run, loading, options, resuming, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
 
@@ -26,8 +25,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "reward",
         help="train a reward model",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Train a causal LM with a value head to score completions, and measure it on rows held out.",
     )
     parser.set_defaults(run=run)
@@ -95,7 +92,7 @@ def _numbers(text: str) -> list[float]:
 def run(args: argparse.Namespace) -> int:
     """Trains a reward model, or with --dry-run only reports."""
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
-    output, checkpoint = Path(args.output_dir), None if args.dry_run else resuming.checkpoint(args)
+    checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
 
     from ..models.value_head import load_value_head
@@ -111,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
-    made_with = resuming.check_resume(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
+    made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
     model, tokenizer = loading.load(args)
     continues = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if continues:
@@ -126,14 +123,13 @@ def run(args: argparse.Namespace) -> int:
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=None if args.full or args.head_only or gate_alone else loading.lora(args),
-        callbacks=[train_log.json_log(args)],
+        callbacks=[training.json_log(args)],
     )
     trainer.given |= made_with
     say = training.printer(trainer)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     held = 0 if eval_rows is None else len(eval_rows)
     say(
-        f"model      {args.model}, {trained / 1e6:.2f}M weights trained\n"
+        f"model      {args.model}, {training.weights(trainer.model, full=True)[1]} weights trained\n"
         f"data       {options.sources(args, train_rows)}: {len(train_rows)} rows to train on, {held} held out\n"
         f"method     {args.method}, lr {config.learning_rate:g}"
     )
@@ -142,17 +138,13 @@ def run(args: argparse.Namespace) -> int:
         results["before"] = _held_out(trainer, eval_rows, None)
     results["train"] = training.fit(trainer, args, "reward", checkpoint)
     if eval_rows is not None:
-        results["after"] = _held_out(trainer, eval_rows, output / "report.png")
+        results["after"] = _held_out(trainer, eval_rows, Path(args.output_dir) / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")
         for name, value in results["after"].items():
             if isinstance(value, float):
                 say(f"{name:<24}{results['before'].get(name, math.nan):>10.4f}{value:>10.4f}")
-    if trainer.is_world_process_zero():
-        write_json(output / "results.json", results)
-    say(
-        f"\nsaved in {output}: the reward model, train_log.jsonl, results.json\n"
-        f"use it: from xpo_fast.rewards.model import RewardModel; reward = RewardModel.load({str(output)!r})"
-    )
+    use = "rewards.model import RewardModel; reward = RewardModel.load"
+    training.finish(trainer, results, "the reward model, train_log.jsonl", use)
     return 0
 
 
@@ -182,7 +174,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
 def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     """Returns rows to train on, and rows held out or None, in the form that `RewardTrainer` reads."""
     from .. import data
-    from ..rewards.ratings import load_ratings
+    from ..rewards.encoding import load_ratings
 
     how = options.reading(args)
 
@@ -196,7 +188,7 @@ def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
         return rows
 
     rows = read(args.data)
-    return (rows, read(args.eval_data)) if args.eval_data else held_out.hold_out(args, rows)
+    return (rows, read(args.eval_data)) if args.eval_data else loading.hold_out(args, rows)
 
 
 def _held_out(trainer: Any, rows: Any, picture: Path | None) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_json
-from . import checks, dry_run, loading, options, resuming, rl_rewards, settings, train_log, training
+from . import checks, dry_run, loading, options, resuming, rl_rewards, settings, training
 from .parser import HelpAll, Setting, UsageError
 from .typed import hyperparameters
 
@@ -71,8 +70,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "rl",
         help="train a model by rewards for its own completions",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Online RL: sample completions, score them by functions, reward models or a judge, and take "
         "steps of a policy method on them. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli rl …",
     )
@@ -160,18 +157,17 @@ def run(args: argparse.Namespace) -> int:
     from ..rl import RLTrainer, last_checkpoint
     from ..rollout import ServerRollout
 
-    output = Path(args.output_dir)
     checkpoint = None if args.dry_run else resuming.checkpoint(args, last_checkpoint)
     config = _config(args, method_args, fields)
     train, held_out = _prompts(args)
     if args.dry_run:
         dry_run.prompts(args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out)
         return 0
-    made_with = resuming.check_resume(args, checkpoint, train, method_args, lr=_learning_rate(args))
+    made_with = resuming.made_with(args, checkpoint, train, method_args, lr=_learning_rate(args))
     model, tokenizer = loading.load(args)
     functions += rl_rewards.reward_models(args, config.device)
     ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
-    moments = output / rl_rewards.ENSEMBLE_FILE
+    moments = Path(args.output_dir) / rl_rewards.ENSEMBLE_FILE
     members = [name for name, _ in map(rl_rewards.weighted, args.reward_model)]
     if ensemble is not None and checkpoint is not None:
         ensemble.load_moments(moments, members)
@@ -190,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
         peft_config=None if args.full else loading.lora(args),
         ptx_dataset=args.ptx_data,
         rollout=rollout,
-        callbacks=[train_log.json_log(args)],
+        callbacks=[training.json_log(args)],
     )
     trainer.given |= made_with
     say = training.printer(trainer)
@@ -205,22 +201,14 @@ def run(args: argparse.Namespace) -> int:
     results["train"] = training.fit(trainer, args, "rl", checkpoint)
     if held_out:
         results["after"] = trainer.evaluate()
-        say(f"\n{f'held out: {len(held_out)} prompts':<32}{'before':>10}{'after':>10}")
-        shown = {
+        names = {
             "reward": "reward",
             "tokens": "completions/mean_length",
             "share truncated": "completions/clipped_ratio",
         }
-        for label, name in shown.items():
-            before, after = (results[when][f"eval_{name}"] for when in ("before", "after"))
-            say(f"{label:<32}{before:>10.3f}{after:>10.3f}")
-    if trainer.is_world_process_zero():
-        write_json(output / "results.json", results)
-    say(
-        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, "
-        "samples.jsonl, train_log.jsonl, results.json\n"
-        f"use it: from xpo_fast.models import load_model; model, tokenizer = load_model({str(output)!r})"
-    )
+        shown = {label: (f"eval_{name}", ".3f") for label, name in names.items()}
+        training.print_held_out(say, f"held out: {len(held_out)} prompts", results, shown)
+    training.finish(trainer, results, f"the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl")
     return 0
 
 
@@ -277,7 +265,6 @@ def _sampling(config: RLConfig) -> dict[str, str]:
 
 def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
     config = trainer.args
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
     if config.bf16 or config.fp16:
         how += f", {args.dtype} mixed precision"
@@ -288,7 +275,7 @@ def _print_header(trainer: RLTrainer, args: argparse.Namespace, say: Callable[[s
     )
     held = trainer.eval_dataset
     for name, text in {
-        "model": f"{args.model}: {how}, {trained / 1e6:.2f}M trained",
+        "model": f"{args.model}: {how}, {training.weights(trainer.model, full=True)[1]} trained",
         "data": f"{options.sources(args, trainer.prompts)}: {len(trainer.prompts)} prompts to train on, "
         f"{len(held) if held else 'none'} held out",
         "rewards": ", ".join(f"{w:g}*{n}" for n, w in zip(trainer.rewards.names, trainer.rewards.weights, strict=True)),

@@ -50,18 +50,14 @@ RL = {
 def divided(given: Iterable[tuple[str, Any]], settings: Mapping[str, Setting]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits the pairs of --set into hyperparameters of the method and checked settings."""
     values = dict(given)
-    own = {name: value for name, value in values.items() if name in settings}
+    own = {name: values.pop(name) for name in [*values] if name in settings}
     for name, value in own.items():
-        _check(name, settings[name].type, value)
-    return {name: value for name, value in values.items() if name not in settings}, own
-
-
-def _check(name: str, kind: type, value: Any) -> None:
-    if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise UsageError(f"--set {name}: expected a whole number, got {value!r}")
-    if kind is str and not isinstance(value, str):
-        raise UsageError(f"--set {name}: expected a name, got {value!r}")
-    check_like(f"--set {name}", kind(), value)
+        kind = settings[name].type
+        if kind is not float and type(value) is not kind:
+            what = "a whole number" if kind is int else "a name"
+            raise UsageError(f"--set {name}: expected {what}, got {value!r}")
+        check_like(f"--set {name}", kind(), value)
+    return values, own
 
 
 def check_names(method: str, given: Iterable[str], own: Iterable[str], whose: str, further: Iterable[str]) -> None:
@@ -72,9 +68,9 @@ def check_names(method: str, given: Iterable[str], own: Iterable[str], whose: st
     refused, own, further = sorted({*given} - {*own} - {*further}), [*own], [*further]
     if refused:
         raise UsageError(
-            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; it has "
-            f"{', '.join(own) or 'none'}; and {whose} has "
-            f"{', '.join(further)}{did_you_mean(refused[0], [*own, *further])}"
+            f"--set {refused[0]}: {method} has no hyperparameter {', '.join(refused)}; "
+            f"it has {', '.join(own) or 'none'}; and {whose} has {', '.join(further)}"
+            f"{did_you_mean(refused[0], [*own, *further])}"
         )
 
 

@@ -1,8 +1,9 @@
-"""Ends a run on Ctrl-C and SIGTERM: after the step under way, with a checkpoint, or at once."""
+"""Ends a run on Ctrl-C and SIGTERM, after its step or at once; keeps it alive when the reader of its output is gone."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -87,3 +88,43 @@ def stop_after_step(trainer: Trainer) -> Iterator[Sequence[int]]:
     trainer.add_callback(Stop())
     with _handling(interrupt, signal.SIGINT, signal.SIGTERM):
         yield stopped
+
+
+class _Outliving:
+    """A stream that drops text once its reader has closed the pipe."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())  # so does the rest of the buffers when Python ends
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Inside, nothing fails because the reader of stdout or stderr is gone."""
+    outliving: Any = [_Outliving(stream) for stream in (sys.stdout, sys.stderr)]
+    with contextlib.redirect_stdout(outliving[0]), contextlib.redirect_stderr(outliving[1]):
+        try:
+            yield
+        finally:
+            for stream in outliving:
+                stream.flush()

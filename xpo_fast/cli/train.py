@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..files import write_json
-from . import checks, dry_run, held_out, loading, options, resuming, settings, train_log, training
+from . import checks, dry_run, loading, options, resuming, settings, training
 from .options import OBJECTIVE_OPTIONS
 from .parser import UsageError
 
 if TYPE_CHECKING:
     from .. import Objective
-    from ..data import Kind
     from ..trainer import XPOConfig, XPOTrainer
+
+# Metrics of the rows held out that are printed: label, name, format.
+_SHOWN = {
+    "loss": ("eval_loss", ".4f"),
+    "chosen has the higher reward": ("eval_rewards/accuracies", ".1%"),
+    "reward margin": ("eval_rewards/margins", ".4f"),
+    "chosen is likelier per token": ("eval_likelier_per_token", ".1%"),
+    "reward of desirable rows": ("eval_rewards/chosen", ".4f"),
+    "reward of undesirable rows": ("eval_rewards/rejected", ".4f"),
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -24,8 +31,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model on pairs, lists, single rows or by supervised fine-tuning",
-        formatter_class=options.Help,
-        allow_abbrev=False,
         description="Train a causal LM on preferences, or by supervised fine-tuning (--method sft), and report what "
         "it has learned on rows held out. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli train …",
     )
@@ -68,15 +73,27 @@ def run(args: argparse.Namespace) -> int:
     """Trains, or with --dry-run only reports."""
     objective = _objective(args.method, dict(args.set))
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
-    output, checkpoint = Path(args.output_dir), None if args.dry_run else resuming.checkpoint(args)
+    checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
     # Data first: a mistake in it is reported before a model is loaded.
     train_rows, eval_rows = _rows(args, objective)
     if args.dry_run:
         dry_run.preferences(args, objective, _config(args, eval_rows), train_rows, eval_rows)
         return 0
-    made_with = resuming.check_resume(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
-    trainer = _trainer(args, train_rows, eval_rows)
+    made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
+    model, tokenizer = loading.load(args)
+
+    from ..trainer import XPOTrainer
+
+    trainer = XPOTrainer(
+        model,
+        _config(args, eval_rows),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=None if args.full else loading.lora(args),
+        callbacks=[training.json_log(args)],
+    )
     trainer.given |= made_with
     say = training.printer(trainer)
     _print_header(trainer, args, say)
@@ -88,13 +105,10 @@ def run(args: argparse.Namespace) -> int:
     results["train"] = training.fit(trainer, args, "train", checkpoint)
     if eval_rows is not None:
         results["after"] = trainer.held_out()
-        _print_held_out(results["before"], results["after"], len(eval_rows), trainer.kind, say)
-    if trainer.is_world_process_zero():
-        write_json(output / "results.json", results)
-    say(
-        f"\nsaved in {output}: the {'model' if args.full else 'adapter'}, train_log.jsonl, results.json\n"
-        f"use it: from xpo_fast.models import load_model; model, tokenizer = load_model({str(output)!r})"
-    )
+        labelled = "label" in trainer.kind.numbers
+        shown = {label: line for label, line in _SHOWN.items() if labelled or "desirable" not in label}
+        training.print_held_out(say, f"held out: {len(eval_rows)} {trainer.kind.unit}", results, shown)
+    training.finish(trainer, results, f"the {'model' if args.full else 'adapter'}, train_log.jsonl")
     return 0
 
 
@@ -125,7 +139,7 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     if args.eval_data:
         held = data.load(args.eval_data, kind=objective.data_kind, **how)
     else:
-        rows, held = held_out.hold_out(args, rows)
+        rows, held = loading.hold_out(args, rows)
     for one in (rows, held):
         if one is not None:
             data.check_columns(one, objective.data_kind, objective.rehearse)
@@ -153,49 +167,13 @@ def _config(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
     )
 
 
-def _trainer(args: argparse.Namespace, train_rows: Any, eval_rows: Any) -> XPOTrainer:
-    from ..trainer import XPOTrainer
-
-    model, tokenizer = loading.load(args)
-    return XPOTrainer(
-        model,
-        _config(args, eval_rows),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=None if args.full else loading.lora(args),
-        callbacks=[train_log.json_log(args)],
-    )
-
-
-def _print_held_out(
-    before: dict[str, float], after: dict[str, float], rows: int, kind: Kind, say: Callable[[str], None]
-) -> None:
-    lines = {
-        "loss": ("eval_loss", ".4f"),
-        "chosen has the higher reward": ("eval_rewards/accuracies", ".1%"),
-        "reward margin": ("eval_rewards/margins", ".4f"),
-        "chosen is likelier per token": ("eval_likelier_per_token", ".1%"),
-        "reward of desirable rows": ("eval_rewards/chosen", ".4f"),
-        "reward of undesirable rows": ("eval_rewards/rejected", ".4f"),
-    }
-    if "label" not in kind.numbers:
-        lines = {label: line for label, line in lines.items() if "desirable" not in label}
-    title = f"held out: {rows} {kind.unit}"
-    say(f"\n{title:<32}{'before':>10}{'after':>10}")
-    for label, (name, form) in lines.items():
-        if name in after:
-            start = format(before[name], form) if name in before else "-"
-            say(f"{label:<32}{start:>10}{after[name]:>10{form}}")
-
-
 def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
     import torch
 
-    parameters = list(trainer.model.parameters())
-    total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-    base = total if args.full else total - trained
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    from ..precision import name_of
+
+    base, trained = training.weights(trainer.model, full=args.full)
+    dtype = name_of(next(trainer.model.parameters()).dtype)
     how = "full fine-tuning" if args.full else f"LoRA of rank {args.lora_rank}"
     if trainer.accelerator.mixed_precision != "no":
         how += f", {trainer.accelerator.mixed_precision} mixed precision"
@@ -204,7 +182,7 @@ def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[
     step = args.batch_size * args.grad_accum * trainer.accelerator.num_processes
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
-        "model": f"{args.model}: {base / 1e6:.1f}M weights in {dtype}; {how}, {trained / 1e6:.2f}M trained",
+        "model": f"{args.model}: {base} weights in {dtype}; {how}, {trained} trained",
         "data": f"{options.sources(args, trainer.train_dataset)}: {len(trainer.train_dataset)} {what} to train on, "
         f"{held}",
         "method": f"{trainer.objective}, lr {trainer.args.learning_rate:g}, {step} {what} a step",

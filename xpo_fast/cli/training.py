@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import saving
+from ..files import finite, saving, write_atomically, write_json
 from . import config_file
 from .parser import UsageError
 from .signals import Stopped, stop_after_step
@@ -80,6 +81,37 @@ def training_arguments(args: argparse.Namespace, *, lr: float, evaluates: bool) 
     return found
 
 
+def weights(model: Any, *, full: bool) -> tuple[str, str]:
+    """Returns the number of weights, those of an adapter left out, and of those that are trained, in millions."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{(total if full else total - trained) / 1e6:.1f}M", f"{trained / 1e6:.2f}M"
+
+
+def print_held_out(
+    say: Callable[[str], None], title: str, results: dict[str, Any], lines: dict[str, tuple[str, str]]
+) -> None:
+    """Prints metrics before and after training. lines: a metric's label, its name and format."""
+    say(f"\n{title:<32}{'before':>10}{'after':>10}")
+    for label, (name, form) in lines.items():
+        if name in results["after"]:
+            before = format(results["before"][name], form) if name in results["before"] else "-"
+            say(f"{label:<32}{before:>10}{results['after'][name]:>10{form}}")
+
+
+def finish(
+    trainer: Trainer,
+    results: dict[str, Any],
+    files: str,
+    use: str = "models import load_model; model, tokenizer = load_model",
+) -> None:
+    """Writes results.json, and prints what was saved and how it is used. files: what there is besides results.json."""
+    output = Path(str(trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        write_json(output / "results.json", results)
+    printer(trainer)(f"\nsaved in {output}: {files}, results.json\nuse it: from xpo_fast.{use}({str(output)!r})")
+
+
 def printer(trainer: Trainer) -> Callable[[str], None]:
     """Returns print on the main process, and a function that does nothing on the others."""
     return print if trainer.is_world_process_zero() else lambda line: None
@@ -123,6 +155,49 @@ def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: st
         with saving(output):
             trainer.save_state()
     return metrics
+
+
+def json_log(args: argparse.Namespace) -> Any:
+    """Returns a callback that appends every log to train_log.jsonl in --output-dir.
+
+    The file of an earlier run stays until training begins. A resumed run removes the lines of steps after its
+    checkpoint, which it trains again, and does not write what it measures before them.
+    """
+    from transformers import TrainerCallback
+
+    path = Path(args.output_dir) / "train_log.jsonl"
+    waiting: list[str] | None = []  # lines until training begins
+
+    class JsonLog(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal waiting
+            if not state.is_world_process_zero:
+                return
+            kept, waiting = waiting or [], None
+            if state.global_step:
+                if not path.is_file():
+                    return
+                kept, last = [], 0
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                    with contextlib.suppress(ValueError):  # was being written when the run died
+                        if last <= json.loads(line)["step"] <= state.global_step:
+                            kept.append(line)
+                            last = json.loads(line)["step"]
+            write_atomically(path, "".join(kept).encode())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not (state.is_world_process_zero and logs):
+                return
+            line = json.dumps(finite({"step": state.global_step, **logs})) + "\n"
+            if waiting is not None:
+                waiting.append(line)
+                return
+            with saving(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+
+    return JsonLog()
 
 
 @contextlib.contextmanager

@@ -25,8 +25,6 @@ def add_parser(commands: Any) -> None:
         description="Time every candidate launch of every Triton kernel on the GPU at hand, refuse those whose results "
         "differ from the default's, and keep the fastest in $XPO_FAST_CACHE/tuning.json (~/.cache/xpo_fast). A process "
         "reads that file once: tune before you train. Exit code 1: a problem could not be tuned; 2: there is no GPU.",
-        formatter_class=options.Help,
-        allow_abbrev=False,
     )
     vocabs, tokens = [32000, 128256, 151936], [4096, 1024, 16384]
     counts = "numbers of rows; all but the first are used only where the choice depends on it"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from . import loss_types
+from ..wording import did_you_mean
 from .options import OBJECTIVE_OPTIONS
-from .parser import Given, Parser, split
+from .parser import Given, Parser, UsageError, split
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,11 @@ class Typed:
     parser: Parser
     options: Mapping[str, Given]  # by name, with dashes
 
-    def has(self, name: str) -> bool:
-        """Returns whether the option was typed; its name has dashes."""
-        return name in self.options
-
     @property
     def method(self) -> str:
         """The method of --method or --loss_type, by its name in this project, or the default."""
-        if self.has("loss-type") and not self.has("method"):
-            return loss_types.as_method(self.options["loss-type"], self.command, self.options)[0].partition("=")[2]
+        if "loss-type" in self.options and "method" not in self.options:
+            return as_method(self.options["loss-type"], self)[0].partition("=")[2]
         given = self.options.get("method")
         return given.values[0] if given and given.values else self.parser.get_default("method") or ""
 
@@ -50,3 +46,38 @@ def hyperparameters(method: str, command: str) -> tuple[str, ...]:
     names = [part.partition("*")[2] or part for part in method.replace(" ", "").split("+")]
     own = [name for part in names if part in METHODS for name in METHODS[part].defaults]
     return (*dict.fromkeys(own), *(OBJECTIVE_OPTIONS if command == "train" else ()))
+
+
+POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+def loss_types() -> dict[str, str]:
+    """Returns the method of each loss type of TRL's trainers on preferences, as docs/conversions.md has them."""
+    from ..integrations.liger.pairs import DPO_METHODS
+
+    same = ("aot", "aot_unpaired", "sft", "kto", "apo_zero_unpaired", "simpo")  # DPO's, KTO's, CPO's and SFT's
+    return {**DPO_METHODS, **{name: name for name in same}, "sigmoid_norm": "dpo_norm", "nll": "sft"}
+
+
+def as_method(given: Given, typed: Typed) -> list[str]:
+    """Returns the words for --loss_type; raises UsageError for an unknown one, or other options against it."""
+    if "method" in typed.options:
+        raise UsageError(f"--{given.name} and --method both say what the loss is: leave one out")
+    names = given.values
+    known: dict[str, str] = dict(zip(POLICY_LOSS_TYPES, POLICY_LOSS_TYPES))
+    if typed.command != "rl":
+        from ..methods import METHODS
+
+        known = {name: name for name in METHODS} | loss_types()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--{given.name}: no loss type named {name!r}{did_you_mean(name, known)}")
+    level = typed.options.get("importance-sampling-level")
+    if level is not None and names:
+        by_sequence = level.values[:1] == ["sequence"]
+        if by_sequence and names[0] not in ("grpo", "luspo"):
+            raise UsageError(f"--{level.name} sequence goes with --loss_type grpo or luspo, got {names[0]}")
+        if not by_sequence and names[0] == "luspo":
+            raise UsageError(f"--{level.name} token: luspo has the ratio of a sequence")
+        known = {**known, "grpo": "gspo"} if by_sequence else known
+    return [f"--method={' + '.join(known[name] for name in names)}", *["--set=variant=hard"] * ("sppo_hard" in names)]

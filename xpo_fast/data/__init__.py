@@ -4,14 +4,14 @@
 
 A data set is of one kind, a key of `KINDS`, by what a method learns from:
 
-    pair        prompt, chosen, rejected      score_chosen and score_rejected, prob, margin
-    unpaired    prompt, completion            label or reward (or both), value
+    pair        prompt, chosen, rejected
+    unpaired    prompt, completion            label or reward (or both)
     list        prompt, completions           scores or rejected (or both)
     rejected    prompt, rejected
     chosen      prompt, chosen
 
-On the right are the numbers that the data may carry beside the text (and a list's `rejected`, one more completion, for
-the methods that compare it with all the others): in every row of a data set or in none.
+On the right is what rows must have beside the text (a list's `rejected` is one more completion, for the methods that
+compare it with all the others). They may carry the numbers of their `Kind`, in every row of a data set or in none.
 
 Every row keeps its place in the column `where` (``"pairs.jsonl:17"``), so that an error can name it.
 """

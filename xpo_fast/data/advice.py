@@ -47,14 +47,10 @@ def unread(given: dict[str, Any], read: list[Any]) -> Iterator[str]:
 def looks_like(given: dict[str, Any]) -> str:
     """Returns a few words to follow "this looks like ", or "" for a row like none that is known."""
     names = given.keys()
-    conversation = next((name for name in CONVERSATIONS if name in given), None)
-    if conversation is not None:
-        first = next(iter(given[conversation]), None) if isinstance(given[conversation], list) else None
-        return (
-            "ShareGPT (from, value)"
-            if isinstance(first, dict) and "from" in first
-            else f"a conversation ({conversation})"
-        )
+    if (name := next((name for name in CONVERSATIONS if name in given), None)) is not None:
+        first = next(iter(given[name]), None) if isinstance(given[name], list) else None
+        is_shared = isinstance(first, dict) and "from" in first
+        return "ShareGPT (from, value)" if is_shared else f"a conversation ({name})"
     if {"chosen", "rejected"} <= names:
         return "a pair"
     if {"completion", "label"} <= names:
@@ -93,11 +89,9 @@ def _paths(given: dict[str, Any], name: str) -> list[str]:
         if isinstance(inner, dict) and not is_message(inner):
             lifted = isinstance(value, list)
             paths |= {f"{column}.{key}": [one] if lifted else one for key, one in inner.items()}
-    fitting = {
-        path: path.rpartition(".")[2].lower().replace("-", "_") for path, value in paths.items() if _fits(value, name)
-    }
-    synonyms = _SYNONYMS.get(name, ())
-    ranked = [path for known in (name, *synonyms) for path, key in fitting.items() if key == known]
+    fits = [path for path, value in paths.items() if _fits(value, name)]
+    fitting = {path: path.rpartition(".")[2].lower().replace("-", "_") for path in fits}
+    ranked = [path for known in (name, *_SYNONYMS.get(name, ())) for path, key in fitting.items() if key == known]
     ranked += [path for path, key in fitting.items() if name in key.split("_")]
     close = difflib.get_close_matches(name, fitting.values(), n=3, cutoff=0.75)
     return list(dict.fromkeys([*ranked, *(path for path, key in fitting.items() if key in close)]))
@@ -105,13 +99,11 @@ def _paths(given: dict[str, Any], name: str) -> list[str]:
 
 def _fits(value: Any, name: str) -> bool:
     """Returns whether a value could be that of the field `name`: text, a number, or a list of one of them."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name == "label":
         return isinstance(value, bool) or value in (0, 1)
     if name in ("reward", "score_chosen", "score_rejected"):
-        return number
-    if name == "scores":
-        return isinstance(value, list) and bool(value) and isinstance(value[0], (int, float))
-    if name == "completions":
-        return isinstance(value, list) and bool(value) and (isinstance(value[0], str) or is_text(value[0]))
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in ("scores", "completions"):
+        first = value[0] if isinstance(value, list) and value else None
+        return isinstance(first, (int, float)) if name == "scores" else is_text(first)
     return is_text(value)

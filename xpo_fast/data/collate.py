@@ -28,19 +28,15 @@ class Collator:
     completion, and −100 elsewhere. Padding is known by length and never by id: EOS is scored even where
     ``pad_token_id`` is the same id.
 
-    Returns:
-        input_ids, attention_mask, targets (R, T) int64, and those of the following that the rows carry:
+    Returns input_ids, attention_mask, targets (R, T) int64, and those of the following that the rows carry:
 
-        * pair: score_w, score_l, prob_w, margin (P,) float32;
-        * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets
-          (B, T') int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
-        * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
-        * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a completion
-          that is missing.
+    * pair: score_w, score_l, prob_w, margin (P,) float32;
+    * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets (B, T')
+      int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
+    * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
+    * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a missing one.
 
-    Raises:
-        DataError: for a list with fewer reference log-probs than completions.
-        ValueError: for an unknown kind.
+    Raises DataError for a list with fewer reference log-probs than completions; ValueError for an unknown kind.
     """
 
     pad_token_id: int
@@ -69,14 +65,14 @@ class Collator:
         last = "rejected_ids" in features[0]
         rows: list[tuple[list[int], list[int]]] = []
         for row in features:
-            listed = [(row["prompt_ids"], completion) for completion in row["completions_ids"]]
-            rejected = [(row["prompt_ids"], row["rejected_ids"])] if last else []
-            rows += filled(listed, longest, ([], [])) + rejected
+            rows += filled([(row["prompt_ids"], ids) for ids in row["completions_ids"]], longest, ([], []))
+            rows += [(row["prompt_ids"], row["rejected_ids"])] if last else []
         batch = self._pad(rows)
         batch["list_lengths"] = torch.tensor([len(row["completions_ids"]) for row in features])
-        if "scores" in features[0]:
-            scores = [filled(row["scores"], longest, math.nan) for row in features]
-            batch["scores"] = torch.tensor(scores, dtype=torch.float32)  # (P, K)
+        for name, key in get_kind(self.kind).numbers.items():
+            if name in features[0]:
+                numbers = [filled(row[name], longest, math.nan) for row in features]
+                batch[key] = torch.tensor(numbers, dtype=torch.float32)  # (P, K)
         if "ref_logp" in features[0]:
             ref_logps: list[float] = []
             for row in features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xpo_fast")
 
-_AT_ONCE = 1000  # rows
 _COUNTS = ("completions_cut", "count", "prompt_cut", "rewritten")  # per row, for `_report` alone
 
 
@@ -44,19 +44,12 @@ def encode(
     Unpaired rows with a label also get `kl_completion_ids`, the mismatched completion of KTO's KL estimate: that of the
     next row (cyclic) with another prompt, cut to fit. It depends neither on batch size nor on `num_proc`.
 
-    Args:
-        dataset: from `load`, of this kind.
-        kind: a key of `KINDS`.
-        max_length, max_prompt_length: tokens.
-        num_proc: the number of processes that tokenize; None: this one.
+    dataset: from `load`, of this kind. kind: a key of `KINDS`. Lengths are in tokens. num_proc: how many processes.
 
-    Returns:
-        One column of ids for each column of text, ``…_ids`` (completions_ids: a list of lists), and the other columns.
-
-    Raises:
-        DataError: for a conversation without a chat template or refused by it, a prompt or completion without a token,
-            or labelled unpaired data of one row.
-        ValueError: for a length that is too small, or columns that are not those of `load`.
+    Returns one column of ids for each column of text, ``…_ids`` (completions_ids: a list of lists), and the others.
+    Raises DataError for a conversation without a chat template or refused by it, a prompt or completion without a
+    token, or labelled unpaired data of one row; ValueError for a length that is too small, or columns that are not
+    those of `load`.
     """
     row_kind = get_kind(kind)
     if max_length < 2:
@@ -65,9 +58,9 @@ def encode(
         raise ValueError(f"max_prompt_length must be at least 1 or None; got {max_prompt_length}")
     loaded = [{"prompt", "where", *form} for form in row_kind.forms if set(form) >= set(row_kind.completions)]
     if not any(columns <= set(dataset.column_names) for columns in loaded):
+        expected = " or ".join(", ".join(sorted(columns)) for columns in loaded)
         raise ValueError(
-            f"encode takes what load(…, kind={kind!r}) gives, with columns "
-            f"{' or '.join(', '.join(sorted(columns)) for columns in loaded)}; "
+            f"encode takes what load(…, kind={kind!r}) gives, with columns {expected}; "
             f"got {', '.join(dataset.column_names)}"
         )
     if not len(dataset):
@@ -100,9 +93,7 @@ def encode(
     )
     _report(encoded, max_length)
     encoded = encoded.remove_columns([*_COUNTS])
-    if labelled:
-        return _add_mismatched(encoded, prompt_keys(dataset), max_length)
-    return encoded
+    return _add_mismatched(encoded, prompt_keys(dataset), max_length) if labelled else encoded
 
 
 def leading_ids(tokenizer: Any, prompt: str | list) -> list[int]:
@@ -134,9 +125,9 @@ def encode_rows(
 ) -> dict[str, list]:
     """Tokenizes and cuts a batch of rows, see `encode`.
 
-    batch: columns, those of `load`; leading: from `leading_ids`, for rows of text. Returns columns of ids, the other
-    columns, and per row the counts `prompt_cut`, `completions_cut`, `count` (of completions) and `rewritten` (whether
-    the chat template writes the prompt differently before an answer).
+    batch: columns, those of `load`. leading: from `leading_ids`, for rows of text. Returns also the counts
+    `prompt_cut`, `completions_cut`, `count` (of completions) and `rewritten` (whether the chat template writes the
+    prompt differently before an answer).
     """
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     row_kind = get_kind(kind)
@@ -148,8 +139,9 @@ def encode_rows(
         prompt, completions, rewritten = split_ids(tokenizer, group, [next(ids) for _ in group])
         if isinstance(row["prompt"], str):
             completions = [_with_eos(completion, tokenizer.eos_token_id) for completion in completions]
-            if not row["prompt"]:
-                prompt, completions = _split_text_alone(completions, leading)
+            if not row["prompt"] and completions[0][: len(leading)] == leading:  # a text alone
+                start, [text] = len(leading) or 1, completions
+                prompt, completions = text[:start], [text[start:]]
             elif prompt[: len(leading)] != leading:
                 prompt = leading + prompt
         for name, part in zip(("prompt", *names), (prompt, *completions)):
@@ -206,20 +198,9 @@ def split_ids(tokenizer: Any, texts: list[str], ids: list[list[int]]) -> tuple[l
             # A token spans the boundary: keep the prompt as generation will see it, and start a token there.
             completions += tokenize(tokenizer, [text[len(prompt_text) :]])
         else:
-            shared = min(_shared_prefix(prompt, other) for other in fulls)
+            shared = len(os.path.commonprefix([prompt, *fulls]))  # noqa: RUF071 (it compares lists)
             return prompt[:shared], [other[shared:] for other in fulls], True
     return prompt, completions, False
-
-
-def _shared_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _split_text_alone(texts: list[list[int]], leading: list[int]) -> tuple[list[int], list[list[int]]]:
-    """Splits the ids of a text without a prompt: the prompt is the leading special tokens, or else the first token."""
-    [text] = texts
-    start = len(leading) or 1
-    return (text[:start], [text[start:]]) if text[: len(leading)] == leading else (leading, texts)
 
 
 def _with_eos(completion: list[int], eos: int | None) -> list[int]:
@@ -241,7 +222,7 @@ def _cut(
 def _report(encoded: datasets.Dataset, max_length: int) -> None:
     """Logs how many prompts and completions were cut, and warns of prompts that the chat template rewrites."""
     sums = dict.fromkeys(_COUNTS, 0)
-    for batch in encoded.select_columns([*_COUNTS]).iter(batch_size=_AT_ONCE):
+    for batch in encoded.select_columns([*_COUNTS]).iter(batch_size=1000):
         sums = {name: total + sum(batch[name]) for name, total in sums.items()}
     cut, count, prompts_cut, rewritten = sums.values()
     logger.log(
@@ -261,14 +242,12 @@ def _add_mismatched(encoded: datasets.Dataset, prompts: np.ndarray, max_length: 
     """Adds the column `kl_completion_ids`, see `encode`; prompts: from `prompt_keys`."""
     datasets = require("datasets", "train")
     others = encoded.select_columns("completion_ids").select(_next_with_another_prompt(prompts)).flatten_indices()
-    encoded = datasets.concatenate_datasets(
-        [encoded, others.rename_column("completion_ids", "kl_completion_ids")], axis=1
-    )
-    return encoded.map(_cut_mismatched, fn_kwargs={"max_length": max_length}, desc="mismatched completions")
+    others = others.rename_column("completion_ids", "kl_completion_ids")
 
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        return {"kl_completion_ids": row["kl_completion_ids"][: max_length - len(row["prompt_ids"])]}
 
-def _cut_mismatched(row: dict[str, Any], max_length: int) -> dict[str, Any]:
-    return {"kl_completion_ids": row["kl_completion_ids"][: max_length - len(row["prompt_ids"])]}
+    return datasets.concatenate_datasets([encoded, others], axis=1).map(cut, desc="mismatched completions")
 
 
 def _next_with_another_prompt(prompts: np.ndarray) -> np.ndarray:

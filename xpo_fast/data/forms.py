@@ -31,9 +31,6 @@ _SPEAKERS = {
 _TOOL_SPEAKERS = ("function_call", "function", "observation", "tool", "tool_call", "tool_response")
 
 
-# --- columns by other names -----------------------------------------------------------------------
-
-
 def parse_columns(text: str) -> dict[str, str]:
     """Parses ``chosen=responses.best,prompt=question`` as {"chosen": "responses.best", "prompt": "question"}."""
     columns: dict[str, str] = {}
@@ -61,9 +58,7 @@ def renamed(row: Any, columns: Mapping[str, str], where: str) -> Any:
     """
     if not isinstance(row, dict):
         return row
-    found = {
-        name: row[path] if path in row else _follow(row, path.split("."), 0, where) for name, path in columns.items()
-    }
+    found = {name: row[x] if x in row else _follow(row, x.split("."), 0, where) for name, x in columns.items()}
     return {name: value for name, value in row.items() if name not in columns.values()} | found
 
 
@@ -277,10 +272,9 @@ def _prompt_alone(given: dict[str, Any], where: str) -> dict[str, Any]:
 
 def prompts_of(given: dict[str, Any]) -> tuple[str, ...]:
     """Returns the columns that could be the prompt of a row without a conversation."""
-    names = tuple(
-        name for name in ("instruction", *PROMPTS) if isinstance(given.get(name), str) and given[name].strip()
-    )
-    return tuple(name for name in names if name != "input") if "instruction" in names else names
+    texts = {name: given[name] for name in ("instruction", *PROMPTS) if isinstance(given.get(name), str)}
+    names = [name for name, text in texts.items() if text.strip()]
+    return tuple(name for name in names if name != "input" or "instruction" not in names)
 
 
 def _single(given: dict[str, Any], names: tuple[str, ...], where: str) -> str | None:
@@ -366,22 +360,17 @@ def after_system(given: dict[str, Any], turns: list[dict[str, str]], where: str)
 
 
 def _refuse_media(given: dict[str, Any], where: str) -> None:
-    for name in _MEDIA:
-        if given.get(name):
-            raise DataError(
-                f"{where}: {name} is given, and models here read text alone; drop the row, or take the column out"
-            )
+    found = [f"{name} is given, and models here read text alone" for name in _MEDIA if given.get(name)]
     if given.get("tools") not in (None, "", "[]", []):
-        raise DataError(f"{where}: tools are given, which are not supported; drop the row, or take the column out")
+        found.append("tools are given, which are not supported")
+    if found:
+        raise DataError(f"{where}: {found[0]}; drop the row, or take the column out")
 
 
 def is_text(value: Any) -> bool:
     """Returns whether a value could be a completion: text, a message or a list of messages."""
-    return (
-        isinstance(value, str)
-        or is_message(value)
-        or (isinstance(value, list) and bool(value) and is_message(value[0]))
-    )
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(value, str) or is_message(first)
 
 
 def _last_text(value: Any) -> str:

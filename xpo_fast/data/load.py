@@ -45,41 +45,36 @@ def load(
 ) -> datasets.Dataset:
     """Reads preference data of any of the usual forms into one.
 
-    Args:
-        source: a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name for
-            `datasets.load_dataset`, a `datasets.Dataset` or `DatasetDict`, or a list of dicts; or a list of paths and
-            names, which are read one after another. A path or name may be followed by ``:SPLIT``, ``:WEIGHT`` or
-            ``:SPLIT:WEIGHT``. What `load` has returned for this kind stays as it is; rows that were changed since are
-            checked again.
-        kind: a key of `KINDS`. A pair read as unpaired gives a desirable and an undesirable row; one with scores read
-            as a list gives a list of two; read as rejected or chosen, it gives that half. Unpaired rows read as chosen
-            are taken whatever their label.
-        split: which split of a hub name, folder or `DatasetDict` to read where the name does not say it; a single file
-            is one split.
-        columns: {field: column}, for columns of other names; a column may be a path into dicts and over lists, as
-            ``responses.best`` (`data.forms.renamed`).
-        config: the configuration of a hub name, `name` of `datasets.load_dataset`.
-        seed: seed of the order in which several sources with weights are mixed. A weight is a source's share of the
-            rows: each next row comes from a source drawn with these probabilities (`datasets.interleave_datasets`),
-            until one source has no row left; so no row is taken twice, and some rows of the other sources are left out.
+    source: a .jsonl or .json file (also .gz), a .parquet or .csv file, a folder or hub name of `datasets.load_dataset`,
+        a `datasets.Dataset` or `DatasetDict`, or a list of dicts; or a list of paths and names, read one after another.
+        A path or name may be followed by ``:SPLIT``, ``:WEIGHT`` or ``:SPLIT:WEIGHT``. What `load` has returned for
+        this kind stays as it is; rows that were changed since are checked again.
+    kind: a key of `KINDS`. A pair read as unpaired gives a desirable and an undesirable row; one with scores read as a
+        list gives a list of two; read as rejected or chosen, it gives that half. Unpaired rows read as chosen are taken
+        whatever their label.
+    split: of a hub name, folder or `DatasetDict` whose name does not say it; a single file is one split.
+    columns: {field: column}, for columns of other names; a column may be a path into dicts and over lists, as
+        ``responses.best`` (`data.forms.renamed`).
+    config: the configuration of a hub name, `name` of `datasets.load_dataset`.
+    seed: of the order in which several sources with weights are mixed. A weight is a source's share of the rows: each
+        next row comes from a source drawn with these probabilities (`datasets.interleave_datasets`), until one source
+        has no row left; so no row is taken twice, and some rows of the other sources are left out.
 
-    Forms: TRL's preference data, prompt given or shared by `chosen` and `rejected`; TRL's unpaired data
-    (`prompt`, `completion`, `label`); lists (`prompt`, `completions`, `scores`); each as strings or as lists of
-    ``{"role", "content"}``; and Anthropic's transcripts (``"\\n\\nHuman: … \\n\\nAssistant: …"``), which become
-    conversations. The last turn of a conversation without a prompt is its completion. ShareGPT, Alpaca and others are
-    read where only one reading is possible, see `data.forms` and docs/data.md; rows of `text` alone are read as chosen,
-    with an empty prompt.
+    Forms: TRL's preference data, prompt given or shared by `chosen` and `rejected`; TRL's unpaired data (`prompt`,
+    `completion`, `label`); lists (`prompt`, `completions`, `scores`); each as strings or as lists of ``{"role",
+    "content"}``; and Anthropic's transcripts (``"\\n\\nHuman: … \\n\\nAssistant: …"``), which become conversations.
+    The last turn of a conversation without a prompt is its completion. ShareGPT, Alpaca and others are read where only
+    one reading is possible, see `data.forms` and docs/data.md; rows of `text` alone are read as chosen, with an empty
+    prompt.
 
-    Returns:
-        The columns prompt, `Kind.completions` and where; and those of the following that the data has, as floats:
-        score_chosen, score_rejected, prob (P(chosen beats rejected), also read from prob_chosen), margin for pairs;
-        reward, value for unpaired rows, and their label as a bool; scores (K numbers) for lists, and their rejected
-        completion. Prompts and completions are all strings, or all lists of messages.
+    Returns the columns prompt, `Kind.completions` and where; and those of the following that the data has, as floats:
+    score_chosen, score_rejected, prob (P(chosen beats rejected), also read from prob_chosen), margin for pairs; reward,
+    value for unpaired rows, and their label as a bool; scores (K numbers) for lists, and their rejected completion.
+    Prompts and completions are all strings, or all lists of messages.
 
-    Raises:
-        DataError: for a source that does not exist or cannot be read, no rows, a row that is not of these forms, or a
-            row that lacks a field that other rows have.
-        ValueError: for an unknown kind, and for a name in `columns` that is no field of a row.
+    Raises DataError for a source that does not exist or cannot be read, no rows, a row that is not of these forms, or
+    one that lacks a field that other rows have; ValueError for an unknown kind, and for a name in `columns` that is no
+    field of a row.
     """
     row_kind = get_kind(kind)
     check_names(columns or ())
@@ -93,16 +88,8 @@ def load(
 
     if again and source.info.config_name == kind and _is_unchanged(source, shape):
         return source
-    rows = load_rows(
-        source,
-        shape,
-        split=split,
-        columns=columns,
-        config=config,
-        seed=seed,
-        expected=row_kind.expected,
-        notes=lambda made, row: notes_of(made, row, row_kind),
-    )
+    how: Any = {"split": split, "columns": columns, "config": config, "seed": seed, "expected": row_kind.expected}
+    rows = load_rows(source, shape, notes=lambda made, row: notes_of(made, row, row_kind), **how)
     rows.info.config_name, rows.info.dataset_name = kind, rows._fingerprint
     return rows
 
@@ -145,19 +132,20 @@ def load_rows(
     parts = sources(source, split, config)
     first: dict[str, Any] = {}
     found = []
+
+    def shaped(part: Source, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+        for where, row in part.rows():
+            row = renamed(row, columns or {}, where)
+            for made in shape(row, where):
+                first.update({} if first else made)
+                check_alike(made, first)
+                counts.update(notes(made, row))
+                yield made
+
     for part in parts:
         counts: Counter[str] = Counter()
-
-        def shaped(part: Source = part, counts: Counter[str] = counts) -> Iterator[dict[str, Any]]:
-            for where, row in part.rows():
-                row = renamed(row, columns or {}, where)
-                for made in shape(row, where):
-                    first.update({} if first else made)
-                    check_alike(made, first)
-                    counts.update(notes(made, row))
-                    yield made
-
-        rows: Any = datasets.Dataset.from_list([*shaped()]) if isinstance(part.source, list) else _mapped(shaped())
+        made = shaped(part, counts)
+        rows: Any = datasets.Dataset.from_list([*made]) if isinstance(part.source, list) else _mapped(made)
         if not rows:
             raise DataError(f"{part.label}: no rows; expected {expected} in each row")
         for note, count in counts.items():
@@ -217,12 +205,8 @@ def origins(rows: Any) -> dict[str, int]:
     for start in range(0, len(rows), _AT_ONCE):
         some = rows[start : start + _AT_ONCE]
         # A column `where` of the user's own is no place.
-        places = (
-            [row["where"] for row in some if isinstance(row["where"], Place)]
-            if isinstance(some, list)
-            else some["where"]
-        )
-        counts.update(re.sub(r"(:\d+|\[\d+\])$", "", str(place)) for place in places)
+        places = [row["where"] for row in some] if isinstance(some, list) else [*map(Place, some["where"])]
+        counts.update(re.sub(r"(:\d+|\[\d+\])$", "", str(place)) for place in places if isinstance(place, Place))
     return dict(counts)
 
 

@@ -98,12 +98,9 @@ def _with_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
     if isinstance(prompt, list):
         return after_system(row, prompt, where)
     if systems := systems_of(row):
-        system = " and ".join(systems)
-        how = (
-            "--columns question=prompt reads both as a conversation"
-            if isinstance(row.get("prompt"), str)
-            else "write the row as messages"
-        )
+        system, how = " and ".join(systems), "write the row as messages"
+        if isinstance(row.get("prompt"), str):
+            how = "--columns question=prompt reads both as a conversation"
         raise DataError(
             f"{where}: {system} is given beside text, which has no place for a system prompt; {how}, or take {system} "
             "out of the rows"
@@ -181,10 +178,8 @@ def _check_list(completions: Any, where: str) -> None:
             f"{where}: completions must be a list of texts or of conversations; "
             f"got {type(completions).__name__}; drop the row, or give a list"
         )
-    if len(completions) < 2:
-        raise DataError(
-            f"{where}: completions must be two or more, to be compared; got {len(completions)}; drop the row"
-        )
+    if (n := len(completions)) < 2:
+        raise DataError(f"{where}: completions must be two or more, to be compared; got {n}; drop the row")
 
 
 def completions_of(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
@@ -216,25 +211,25 @@ def _extras(given: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
         if len(aliases) > 1:
             raise DataError(f"{where}: {' and '.join(aliases)} are two names of one number; remove either field")
         for alias in aliases:
-            if name == "scores":
-                extras[name] = _scores(given[alias], len(given["completions"]), where)
+            if kind.listed:
+                extras[name] = _numbers_of_list(given[alias], alias, len(given["completions"]), where)
             else:
                 extras[name] = _READERS.get(name, _number)(given[alias], alias, where)
     return extras
 
 
-def _scores(value: Any, count: int, where: str) -> list[float]:
+def _numbers_of_list(value: Any, name: str, count: int, where: str) -> list[float]:
     if not isinstance(value, list):
         raise DataError(
-            f"{where}: scores must be a list of numbers, one per completion; got {type(value).__name__}; "
+            f"{where}: {name} must be a list of numbers, one per completion; got {type(value).__name__}; "
             "drop the row, or give a list"
         )
     if len(value) != count:
         raise DataError(
-            f"{where}: expected one score per completion; got {len(value)} scores for {count} completions; "
+            f"{where}: expected one of {name} per completion; got {len(value)} {name} for {count} completions; "
             "give the others, or drop the row"
         )
-    return [_number(score, f"scores[{i}]", where) for i, score in enumerate(value)]
+    return [_number(number, f"{name}[{i}]", where) for i, number in enumerate(value)]
 
 
 def _number(value: Any, name: str, where: str) -> float:
@@ -311,9 +306,8 @@ def _encodable(value: str, name: str, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {name} holds half a surrogate pair ({error.reason}); repair or drop the row"
-        ) from error
+        found = f"half a surrogate pair ({error.reason})"
+        raise DataError(f"{where}: {name} holds {found}; repair or drop the row") from error
     return value
 
 
@@ -397,16 +391,12 @@ def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[s
     yield from unread(raw, [row["prompt"], *completions])
 
 
-def _form(value: str | list) -> str:
-    return "text" if isinstance(value, str) else "a conversation"
-
-
 def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
     """Raises DataError for a shaped row that is text where the first is a conversation, or that has other fields."""
-    forms = [_form(row["prompt"]), _form(first["prompt"])]
-    if forms[0] != forms[1]:
+    form, first_form = ("text" if isinstance(x["prompt"], str) else "a conversation" for x in (row, first))
+    if form != first_form:
         raise DataError(
-            f"{row['where']}: this row is {forms[0]} where {first['where']} is {forms[1]}; "
+            f"{row['where']}: this row is {form} where {first['where']} is {first_form}; "
             "give all rows of a data set in one form"
         )
     for has, lacks in ((first, row), (row, first)):

@@ -7,6 +7,7 @@ index into anything else.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import importlib
 import itertools
@@ -130,8 +131,9 @@ def _parse_name(text: str, split: str, config: str | None) -> Source:
     # Neither "C:\\pairs.jsonl" nor "https://host/pairs.jsonl" names a split.
     end = ends[0] if ends else 2 if len(pieces) > 1 and pieces[1].startswith(("\\", "//")) else 1
     name, rest = ":".join(pieces[:end]), pieces[end:]
-    weight = _weight(rest[-1]) if rest else None
-    splits = rest if weight is None else rest[:-1]
+    weight, splits = None, rest
+    with contextlib.suppress(ValueError, IndexError):
+        weight, splits = float(rest[-1]), rest[:-1]
     if len(splits) > 1 or not all(splits):
         raise DataError(f"{text}: expected NAME, NAME:SPLIT, NAME:WEIGHT or NAME:SPLIT:WEIGHT")
     if splits and Path(name).expanduser().is_file():
@@ -141,13 +143,6 @@ def _parse_name(text: str, split: str, config: str | None) -> Source:
     if weight is not None and not 0 < weight < math.inf:
         raise DataError(f"{text}: a weight must be positive and finite; got {weight:g}")
     return Source(name, splits[0] if splits else split, _name(name), weight, config)
-
-
-def _weight(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def mixture(weights: list[float | None], counts: list[int], seed: int) -> np.ndarray | None:
@@ -160,9 +155,8 @@ def mixture(weights: list[float | None], counts: list[int], seed: int) -> np.nda
         return None
     datasets = require("datasets", "train")
     ends = list(itertools.accumulate(counts, initial=0))
-    numbers = [
-        datasets.Dataset.from_dict({"i": np.arange(a, b)}).with_format("numpy") for a, b in itertools.pairwise(ends)
-    ]
+    spans = [{"i": np.arange(a, b)} for a, b in itertools.pairwise(ends)]
+    numbers = [datasets.Dataset.from_dict(span).with_format("numpy") for span in spans]
     probabilities = [share / sum(shares) for share in shares]
     mixed = datasets.interleave_datasets(numbers, probabilities, seed=seed, stopping_strategy="first_exhausted")
     return np.asarray(mixed["i"][:])

@@ -11,6 +11,7 @@ import torch
 
 from .. import native
 from ..device import has_triton
+from ..wording import did_you_mean
 from .gemms import Gemms
 from .row_operations import MakeRowOperations, RowOperations
 from .vocab_parallel import VocabParallelRows, VocabShard
@@ -115,7 +116,9 @@ BACKENDS = tuple(_BACKENDS)
 def get_backend(name: str) -> Backend:
     """Returns the backend of that name. Raises ValueError if there is none."""
     if name not in _BACKENDS:
-        raise ValueError(f"no backend named {name!r}; there are auto, {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"no backend named {name!r}; there are auto, {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}"
+        )
     return _BACKENDS[name]
 
 

@@ -26,14 +26,10 @@ from .registry import register
 from .survey import NO_REWARD
 
 
-def _inside(x: Tensor, mask: Tensor, otherwise: float = 0.0) -> Tensor:
-    return torch.where(mask, x, otherwise)
-
-
 def _lists(mask: Tensor | None, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Returns mask and scores (P, K), scores 0 outside the mask."""
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
-    scores = _inside(scores, mask)
+    scores = torch.where(mask, scores, 0.0)
     total = scores.sum(dim=1)
     check_rows(total.isfinite(), "finite scores", "mask the completions that have none", sum_of_scores=total)
     return mask, scores
@@ -41,7 +37,7 @@ def _lists(mask: Tensor | None, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ranks(x: Tensor, mask: Tensor) -> Tensor:
     """Returns distinct ranks (P, K) int64, 0 = highest: ties in the order given, entries outside the mask last."""
-    order = _inside(x.detach(), mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    order = torch.where(mask, x.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1)
 
 
@@ -68,7 +64,7 @@ def _zero_if_alone(losses: Tensor, mask: Tensor) -> Tensor:
 def _log_softmax(x: Tensor, mask: Tensor) -> Tensor:
     """Returns x − logsumexp(x) over the last dimension where mask, 0 elsewhere."""
     # The lowest number and not −∞, which would make a row without an entry NaN.
-    return _inside(_inside(x, mask, torch.finfo(x.dtype).min).log_softmax(dim=-1), mask)
+    return torch.where(mask, torch.where(mask, x, torch.finfo(x.dtype).min).log_softmax(dim=-1), 0.0)
 
 
 def _likelihood_of_order(terms: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -104,14 +100,14 @@ def _metrics(reward: Tensor, logps: Tensor, scores: Tensor, mask: Tensor) -> dic
 def _implicit_rewards(logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Returns s and the log-probs, (P, K), 0 outside the mask."""
     check_beta(beta)
-    logps = _inside(logps, mask)
-    return beta * (logps - _inside(ref_logps, mask)), logps
+    logps = torch.where(mask, logps, 0.0)
+    return beta * (logps - torch.where(mask, ref_logps, 0.0)), logps
 
 
 def _mean_logps(logps: Tensor, lens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Returns p and the log-probs, (P, K), 0 outside the mask."""
-    logps = _inside(logps, mask)
-    return logps / _inside(lens, mask, 1.0), logps
+    logps = torch.where(mask, logps, 0.0)
+    return logps / torch.where(mask, lens, 1.0), logps
 
 
 # --- LiPO: kinds of loss, each (s, ψ, mask) → (P,) with s and ψ 0 outside the mask --------------------------
@@ -127,18 +123,6 @@ def _lambda(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     return -(weight * logsigmoid(_differences(s))).sum(dim=(1, 2))
 
 
-def _pair_logistic(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(_better(scores, mask), -logsigmoid(_differences(s)), 0.0).sum(dim=(1, 2))
-
-
-def _pair_hinge(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(_better(scores, mask), torch.relu(1 - _differences(s)), 0.0).sum(dim=(1, 2))
-
-
-def _point_mse(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    return ((s - scores) ** 2).sum(dim=1)
-
-
 def _point_sigmoid(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     outside = (scores < 0) | (scores > 1)
     extreme = scores.gather(1, (scores - 0.5).abs().argmax(dim=1, keepdim=True)).squeeze(1)
@@ -149,11 +133,12 @@ def _point_sigmoid(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
         scores=extreme,
     )
     losses = -scores * logsigmoid(s) - (1 - scores) * logsigmoid(-s)
-    return _inside(losses, mask).sum(dim=1)
+    return torch.where(mask, losses, 0.0).sum(dim=1)
 
 
-def _softmax(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    return -(scores * _log_softmax(s, mask)).sum(dim=1)
+def _over_pairs(losses: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """Returns the sum (P,) of losses (P, K, K) over the pairs ψ_i > ψ_j."""
+    return torch.where(_better(scores, mask), losses, 0.0).sum(dim=(1, 2))
 
 
 def _list_mle(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -162,11 +147,11 @@ def _list_mle(s: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
 _KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "lambda": _lambda,
-    "pair_logistic": _pair_logistic,
-    "pair_hinge": _pair_hinge,
-    "point_mse": _point_mse,
+    "pair_logistic": lambda s, scores, mask: _over_pairs(-logsigmoid(_differences(s)), scores, mask),
+    "pair_hinge": lambda s, scores, mask: _over_pairs(torch.relu(1 - _differences(s)), scores, mask),
+    "point_mse": lambda s, scores, mask: ((s - scores) ** 2).sum(dim=1),
     "point_sigmoid": _point_sigmoid,
-    "softmax": _softmax,
+    "softmax": lambda s, scores, mask: -(scores * _log_softmax(s, mask)).sum(dim=1),
     "list_mle": _list_mle,
 }
 
@@ -257,8 +242,7 @@ def rrhf(
     check(lam_sft >= 0, "lam_sft >= 0", lam_sft)
     mask, scores = _lists(mask, scores)
     p, logps = _mean_logps(logps, lens, mask)
-    hinges = torch.where(_better(scores, mask), torch.relu(-_differences(p)), 0.0).sum(dim=(1, 2))
-    losses = hinges - lam_sft * _best(logps, scores, mask)
+    losses = _over_pairs(torch.relu(-_differences(p)), scores, mask) - lam_sft * _best(logps, scores, mask)
     return _zero_if_alone(losses, mask), _metrics(p, logps, scores, mask)
 
 
@@ -326,8 +310,8 @@ def nn(
     check(gamma >= 0, "gamma >= 0", gamma)
     check(alpha >= 0, "alpha >= 0", alpha)
     mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask.bool()
-    logps, count = _inside(logps, mask), mask.sum(dim=1).clamp(min=1)
-    reward_w = gamma * (logps - _inside(ref_logps, mask)).sum(dim=1) / count
+    logps, count = torch.where(mask, logps, 0.0), mask.sum(dim=1).clamp(min=1)
+    reward_w = gamma * (logps - torch.where(mask, ref_logps, 0.0)).sum(dim=1) / count
     reward_l = alpha * (logp_l - ref_pos_logp_l)
     metrics = pair_metrics(reward_w, reward_l, logps.sum(dim=1) / count, logp_l)
     return -logsigmoid(reward_w - reward_l), metrics

@@ -32,6 +32,22 @@ from .registry import register
 from .survey import NO_REWARD
 
 
+def _rewards(
+    beta: float, logp_w: Tensor, logp_l: Tensor, ref_logp_w: Tensor, ref_logp_l: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns βΔw and βΔl. Raises ValueError unless beta > 0."""
+    check_beta(beta)
+    return beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+
+
+def _dpo(
+    logp_w: Tensor, logp_l: Tensor, ref_logp_w: Tensor, ref_logp_l: Tensor, beta: float, label_smoothing: float
+) -> Losses:
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    check_smoothing(label_smoothing)
+    return smoothed(reward_w - reward_l, label_smoothing), pair_metrics(reward_w, reward_l, logp_w, logp_l)
+
+
 @register(
     paper="Direct Preference Optimization (arXiv 2305.18290); smoothing: cDPO, Mitchell 2023",
     equation="−(1−ε) log σ(h) − ε log σ(−h)",
@@ -51,11 +67,7 @@ def dpo(
     L = −(1−ε) log σ(h) − ε log σ(−h); ε = `label_smoothing`, the probability that a label is flipped (cDPO).
     Survey S10, S12. At policy = reference every loss is ln 2.
     """
-    check_beta(beta)
-    check_smoothing(label_smoothing)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
-    losses = smoothed(reward_w - reward_l, label_smoothing)
-    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
+    return _dpo(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, label_smoothing)
 
 
 @register(paper="Provably Robust DPO (arXiv 2403.00409)", equation="[−(1−ε) log σ(h) + ε log σ(−h)] / (1−2ε)")
@@ -72,9 +84,8 @@ def robust_dpo(
 
     L = [−(1−ε) log σ(h) + ε log σ(−h)] / (1−2ε). Its mean over flips is the clean DPO loss. It can be negative.
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check_smoothing(label_smoothing)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h, eps = reward_w - reward_l, label_smoothing
     losses = (-(1 - eps) * logsigmoid(h) + eps * logsigmoid(-h)) / (1 - 2 * eps)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
@@ -124,8 +135,7 @@ def rso(
 
     `loss="hinge"`: L = max(0, 1 − h), the normalised SLiC hinge. `loss="sigmoid"`: L = −log σ(h), which is `dpo`.
     """
-    check_beta(beta)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     h = reward_w - reward_l
     losses = torch.relu(1 - h) if loss == "hinge" else -logsigmoid(h)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
@@ -147,9 +157,8 @@ def dpop(
     `variant="paper"`: L = −log σ(h − βλ·max(0, −Δw)). `variant="survey"`, as S13 prints it, with the penalty
     outside: L = −log σ(h) + λ·max(0, −Δw).
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check(lam >= 0, "lam >= 0", lam)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h, penalty = reward_w - reward_l, lam * torch.relu(ref_logp_w - logp_w)
     losses = -logsigmoid(h - beta * penalty) if variant == "paper" else -logsigmoid(h) + penalty
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
@@ -305,8 +314,7 @@ def gpo(
     L = f(h). Survey S18; f by the paper's Table 1: logistic log(1 + e⁻ʰ), which is `dpo`; hinge max(0, 1 − h);
     squared (h − 1)²; exponential e⁻ʰ; truncated_quadratic max(0, 1 − h)²; savage 1/(1 + eʰ)².
     """
-    check_beta(beta)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     return _GPO[f](reward_w - reward_l), pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
@@ -331,11 +339,10 @@ def odpo(
     L = −log σ(h − α·log(score_w − score_l)). `offset="identity"`: − α·(score_w − score_l), the paper's ablation.
     ValueError for a chosen completion that is not scored higher.
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check(alpha >= 0, "alpha >= 0", alpha)
     gap = score_w - score_l
     check_rows(gap > 0, "score_w > score_l", "drop the pair or swap it", score_w=score_w, score_l=score_l)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l - alpha * (gap.log() if offset == "log" else gap)
     return -logsigmoid(h), pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
@@ -363,9 +370,8 @@ def rdpo(
     `variant="derived"`: L = −log σ(h + α(len_w − len_l)), which follows from the objective S44: its optimum has
     r = βΔ + α·len + const. `variant="survey"`: −log σ(h − α(len_w − len_l)), with the sign that S46 prints.
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check(alpha >= 0, "alpha >= 0", alpha)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     price = alpha * (len_w - len_l).to(reward_w.dtype)
     h = reward_w - reward_l + (price if variant == "derived" else -price)
     return -logsigmoid(h), pair_metrics(reward_w, reward_l, logp_w, logp_l)
@@ -425,15 +431,8 @@ def orpo(
     mean_w, mean_l = logp_w / len_w, logp_l / len_l
     ratio = log_odds(mean_w) - log_odds(mean_l)
     losses = -mean_w - lam * logsigmoid(ratio)
-    return losses, pair_metrics(
-        lam * mean_w,
-        lam * mean_l,
-        logp_w,
-        logp_l,
-        nll_loss=-mean_w,
-        log_odds_chosen=ratio,
-        log_odds_ratio=logsigmoid(ratio),
-    )
+    others = {"nll_loss": -mean_w, "log_odds_chosen": ratio, "log_odds_ratio": logsigmoid(ratio)}
+    return losses, pair_metrics(lam * mean_w, lam * mean_l, logp_w, logp_l, **others)
 
 
 @register(
@@ -524,14 +523,7 @@ def dno(
 
     L = −(1−ε) log σ(h) − ε log σ(−h), ref = π^t. Survey S62, the practical algorithm.
     """
-    return dpo(
-        logp_w=logp_w,
-        logp_l=logp_l,
-        ref_logp_w=ref_logp_w,
-        ref_logp_l=ref_logp_l,
-        beta=beta,
-        label_smoothing=label_smoothing,
-    )
+    return _dpo(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, label_smoothing)
 
 
 @register(
@@ -555,14 +547,7 @@ def token_dpo(
     L = −(1−ε) log σ(h) − ε log σ(−h), h = Σ_t β(log π − log ref) over the chosen less that over the rejected.
     Survey S23–24. The objective gives the tokens' rewards.
     """
-    return dpo(
-        logp_w=logp_w,
-        logp_l=logp_l,
-        ref_logp_w=ref_logp_w,
-        ref_logp_l=ref_logp_l,
-        beta=beta,
-        label_smoothing=label_smoothing,
-    )
+    return _dpo(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, label_smoothing)
 
 
 # f′(π/ref) as a function of Δ = log(π/ref), up to a constant.
@@ -643,9 +628,8 @@ def exo(
     L = σ(h)[log σ(h) − log(1−ε)] + σ(−h)[log σ(−h) − log ε], ε = `label_smoothing` in (0, 0.5). The paper's Eq. 16,
     as TRL's `exo_pair`. It is 0 where σ(h) = 1 − ε.
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check(0 < label_smoothing < 0.5, "label_smoothing in (0, 0.5)", label_smoothing)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l
     losses = torch.sigmoid(h) * (logsigmoid(h) - math.log1p(-label_smoothing))
     losses = losses + torch.sigmoid(-h) * (logsigmoid(-h) - math.log(label_smoothing))
@@ -668,8 +652,7 @@ def nca(
 
     L = −log σ(βΔw) − ½ log σ(−βΔw) − ½ log σ(−βΔl), as TRL's `nca_pair`.
     """
-    check_beta(beta)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     losses = -logsigmoid(reward_w) - 0.5 * (logsigmoid(-reward_w) + logsigmoid(-reward_l))
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
@@ -687,8 +670,7 @@ def bco_pair(
 
     L = −log σ(βΔw) − log σ(−βΔl), as TRL's `bco_pair`, without the shift δ that `bco` has.
     """
-    check_beta(beta)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     losses = -logsigmoid(reward_w) - logsigmoid(-reward_l)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
@@ -717,11 +699,10 @@ def aot(
     L = −(1−ε) log σ(βd) − ε log σ(−βd), d = x_(i) − y_(i), the differences of the sorted margins x = logp_w − logp_l
     and y = ref_logp_w − ref_logp_l of a rank's batch; as TRL's `aot`. A pair's loss is the one that its x enters.
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check_smoothing(label_smoothing)
     margin = logp_w - logp_l
     losses = smoothed(beta * (margin - _matched(margin, ref_logp_w - ref_logp_l)), label_smoothing)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
@@ -744,9 +725,8 @@ def aot_unpaired(
     L = −(1−ε) log σ(βd) − ε log σ(−βd), d = x_(i) − y_(i), the differences of the sorted log-ratios x = Δw and y = Δl
     of a rank's batch; as TRL's `aot_unpaired`. A pair's loss is the one that its Δw enters.
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check_smoothing(label_smoothing)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     losses = smoothed(reward_w - _matched(reward_w, reward_l), label_smoothing)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
@@ -764,8 +744,7 @@ def apo_zero(
 
     L = 1 − σ(βΔw) + σ(βΔl). The paper's Eq. 7, as TRL's `apo_zero`.
     """
-    check_beta(beta)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     losses = torch.sigmoid(-reward_w) + torch.sigmoid(reward_l)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
@@ -783,8 +762,7 @@ def apo_down(
 
     L = σ(βΔw) + 1 − σ(h). The paper's Eq. 8, as TRL's `apo_down`.
     """
-    check_beta(beta)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     losses = torch.sigmoid(reward_w) + torch.sigmoid(reward_l - reward_w)
     return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
@@ -807,9 +785,8 @@ def discopop(
     L = −log σ(h)·(1 − m) + e⁻ʰ·m, m = σ(h/τ). The paper's Eq. 5, as TRL's `discopop`. Not convex; at h = 0 it is
     ½(ln 2 + 1).
     """
-    check_beta(beta)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     check(tau > 0, "tau > 0", tau)
-    reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
     h = reward_w - reward_l
     # e⁻ʰ·m in one exponent: as two factors they are ∞ and 0 at h ≪ 0.
     exponential = past_overflow(torch.exp, logsigmoid(h / tau) - h)
@@ -834,11 +811,9 @@ def dpo_norm(
 
     L = −log σ(β(Δw/len_w − Δl/len_l)), as TRL's `sigmoid_norm`. The metrics' rewards are βΔ/len.
     """
-    check_beta(beta)
-    reward_w = beta * (logp_w - ref_logp_w) / len_w
-    reward_l = beta * (logp_l - ref_logp_l) / len_l
-    losses = -logsigmoid(reward_w - reward_l)
-    return losses, pair_metrics(reward_w, reward_l, logp_w, logp_l)
+    reward_w, reward_l = _rewards(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    reward_w, reward_l = reward_w / len_w, reward_l / len_l
+    return -logsigmoid(reward_w - reward_l), pair_metrics(reward_w, reward_l, logp_w, logp_l)
 
 
 @register(

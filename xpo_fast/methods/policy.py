@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,6 +30,7 @@ from .registry import RLDefaults, register
 _USES = {"ref_token_logp": "beta", "entropy": "entropy_coef"}
 
 _ATTRIBUTES = {"reward": "Explicit", "policy": "On"}
+_register = partial(register, attributes=_ATTRIBUTES, unit="token", denominator="tokens")
 _PPO = RLDefaults(advantage="gae", kl_coef=0.05)
 
 
@@ -151,12 +153,9 @@ def _sequence_surrogate(
 # --- PPO ----------------------------------------------------------------------------------------------------
 
 
-@register(
+@_register(
     paper="Proximal Policy Optimization Algorithms (arXiv 1707.06347); dual clip: arXiv 1912.09729",
     equation="C(ε, ε); with dual clip c and A < 0: min(C(ε, ε), −c·A)",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
     uses={"entropy": "entropy_coef"},
     rl=_PPO,
 )
@@ -183,12 +182,9 @@ def ppo(
     return losses, _by_token(metrics, mask, losses.dtype)
 
 
-@register(
+@_register(
     paper="Proximal Policy Optimization Algorithms (arXiv 1707.06347); clipping the value: its authors' code",
     equation="½ max((V − R)², (clip(V, V_old ± c) − R)²)",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
 )
 def ppo_value(
     *,
@@ -212,12 +208,9 @@ def ppo_value(
     return 0.5 * torch.maximum(plain, clipped), _by_token(metrics, mask, value.dtype)
 
 
-@register(
+@_register(
     paper="Proximal Policy Optimization Algorithms (arXiv 1707.06347)",
     equation="−r·A + β·k3(old ‖ new)",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
     rl=replace(_PPO, adapts_beta=True),
 )
 def ppo_penalty(
@@ -248,13 +241,10 @@ def adapt(beta: float, kl: float | Tensor, target: float) -> float:
     return 2 * beta if kl > 1.5 * target else beta / 2 if kl < target / 1.5 else beta
 
 
-@register(
+@_register(
     paper="Training language models to follow instructions with human feedback (arXiv 2203.02155)",
     equation="C(ε, ε) + β·k3 − γ·mean of ptx_logp",
     survey="S2",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
     uses={"ref_token_logp": "beta"},
     rl=_PPO,
 )
@@ -288,13 +278,10 @@ def ppo_ptx(
 # --- REINFORCE ----------------------------------------------------------------------------------------------
 
 
-@register(
+@_register(
     paper="Simple statistical gradient-following algorithms, Williams 1992; of language models: Back to "
     "Basics (arXiv 2402.14740)",
     equation="−A·token_logp",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
     rl=RLDefaults(advantage="batch_mean"),
 )
 def reinforce(
@@ -308,11 +295,10 @@ def reinforce(
     return -advantage * logp, _by_token({"logps": logp}, mask, logp.dtype)
 
 
-@register(
+@_register(
     paper="Back to Basics: Revisiting REINFORCE Style Optimization for RLHF (arXiv 2402.14740)",
     equation="−A Σ_t token_logp",
     survey="S48",
-    attributes=_ATTRIBUTES,
     unit="row",
     denominator="units",
     axes={"advantage": ("U",)},
@@ -344,14 +330,7 @@ def rloo(
 # --- GRPO and its family ------------------------------------------------------------------------------------
 
 
-@register(
-    paper="DeepSeekMath (arXiv 2402.03300)",
-    equation="C(ε, ε) + β·k3",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="row_means",
-    uses=_USES,
-)
+@_register(paper="DeepSeekMath (arXiv 2402.03300)", equation="C(ε, ε) + β·k3", denominator="row_means", uses=_USES)
 def grpo(
     *,
     token_logp: Tensor,  # (B, T)
@@ -371,11 +350,10 @@ def grpo(
     return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
 
-@register(
+@_register(
     paper="Dr. GRPO: Understanding R1-Zero-Like Training (arXiv 2503.20783)",
     equation="C(ε, ε) + β·k3",
     attributes={**_ATTRIBUTES, "length": "Control"},
-    unit="token",
     denominator="fixed_length",
     uses=_USES,
     rl=RLDefaults(advantage="group_mean"),
@@ -401,11 +379,9 @@ def dr_grpo(
     return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
 
-@register(
+@_register(
     paper="BNPO: Beta Normalization Policy Optimization (arXiv 2506.02864); as a reduction: TRL",
     equation="C(ε, ε) + β·k3",
-    attributes=_ATTRIBUTES,
-    unit="token",
     denominator="local_tokens",
     uses=_USES,
 )
@@ -429,12 +405,9 @@ def bnpo(
     return _surrogate(token_logp, advantage, mask, old_logp, (eps, eps), (ref_token_logp, beta, entropy, entropy_coef))
 
 
-@register(
+@_register(
     paper="DAPO: An Open-Source LLM Reinforcement Learning System at Scale (arXiv 2503.14476)",
     equation="C(ε_low, ε_high) + β·k3",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
     uses=_USES,
     rl=RLDefaults(max_draws=10, overlong="penalty"),  # as its authors run it (verl's max_num_gen_batches)
 )
@@ -460,10 +433,9 @@ def dapo(
     )
 
 
-@register(
+@_register(
     paper="Group Sequence Policy Optimization (arXiv 2507.18071)",
     equation="C(ε_low, ε_high) with r = exp(mean_t log r_t)",
-    attributes=_ATTRIBUTES,
     unit="row",
     denominator="units",
     uses=_USES,
@@ -486,18 +458,11 @@ def gspo(
     L = C(ε_low, ε_high) with r = exp(mean over tokens of token_logp − old_logp), + β·(mean of k3). With one advantage
     per token, the mean over tokens of C. As TRL 1.16 with importance_sampling_level="sequence", loss_type="grpo".
     """
-    return _sequence_surrogate(
-        token_logp,
-        advantage,
-        mask,
-        old_logp,
-        (eps_low, eps_high),
-        (ref_token_logp, beta, entropy, entropy_coef),
-        mean=True,
-    )
+    regularisers = ref_token_logp, beta, entropy, entropy_coef
+    return _sequence_surrogate(token_logp, advantage, mask, old_logp, (eps_low, eps_high), regularisers, mean=True)
 
 
-@register(
+@_register(
     paper="Length-Unbiased Sequence Policy Optimization (arXiv 2602.05261)",
     equation="length · C(ε_low, ε_high) with r = exp(mean_t log r_t)",
     attributes={**_ATTRIBUTES, "length": "Control"},
@@ -523,23 +488,13 @@ def luspo(
     L = length·C(ε_low, ε_high) with the ratio of `gspo`, + β·(sum of k3). As TRL 1.16 with
     importance_sampling_level="sequence"; the ε are the paper's (TRL takes 0.2 unless told).
     """
-    return _sequence_surrogate(
-        token_logp,
-        advantage,
-        mask,
-        old_logp,
-        (eps_low, eps_high),
-        (ref_token_logp, beta, entropy, entropy_coef),
-        mean=False,
-    )
+    regularisers = ref_token_logp, beta, entropy, entropy_coef
+    return _sequence_surrogate(token_logp, advantage, mask, old_logp, (eps_low, eps_high), regularisers, mean=False)
 
 
-@register(
+@_register(
     paper="CISPO: MiniMax-M1 (arXiv 2506.13585)",
     equation="−sg(min(r, cap))·A·token_logp",
-    attributes=_ATTRIBUTES,
-    unit="token",
-    denominator="tokens",
     uses=_USES,
     rl=RLDefaults(settings={"cap": 5.0}, unless=("eps",)),  # ScaleRL (arXiv 2510.13786)
 )
@@ -576,11 +531,9 @@ def cispo(
     return losses, _by_token(metrics, mask, losses.dtype)
 
 
-@register(
+@_register(
     paper="Soft Adaptive Policy Optimization (arXiv 2511.20347)",
     equation="−(4/τ) σ(τ(r − 1))·A, τ = τ_pos where A > 0, else τ_neg",
-    attributes=_ATTRIBUTES,
-    unit="token",
     denominator="row_means",
     uses=_USES,
 )
@@ -612,12 +565,10 @@ def sapo(
     return losses, _by_token(metrics, mask, losses.dtype)
 
 
-@register(
+@_register(
     paper="VESPO: Variational Sequence-Level Soft Policy Optimization (arXiv 2602.10693)",
     equation="−sg(φ)·A·token_logp, φ = w^k e^{λ(1 − w)}, w = Π_t r_t",
-    attributes=_ATTRIBUTES,
     unit="row",
-    denominator="tokens",
     uses=_USES,
 )
 def vespo(
@@ -659,7 +610,7 @@ def vespo(
 # --- Nash learning ------------------------------------------------------------------------------------------
 
 
-@register(
+@_register(
     paper="Nash Learning from Human Feedback (arXiv 2312.00886)",
     equation="−sg(prob_w − ½ − β Σ_t log(π/ref))·Σ_t token_logp",
     survey="S55–59",

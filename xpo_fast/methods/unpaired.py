@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from .math import Losses, check, check_beta, check_bool
 from .registry import register
 from .survey import NO_REWARD
 
-_ATTRIBUTES = {**NO_REWARD, "feedback": "Binary", "feedback-form": "-"}
+_register = partial(register, attributes={**NO_REWARD, "feedback": "Binary", "feedback-form": "-"}, unit="row")
 
 
 def _metrics(desirable: Tensor, reward: Tensor, logp: Tensor, **others: Tensor) -> dict[str, Tensor]:
@@ -50,12 +51,10 @@ def kto_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return (total[0] / total[1]).clamp(min=0)
 
 
-@register(
+@_register(
     paper="KTO: Model Alignment as Prospect Theoretic Optimization (arXiv 2402.01306)",
     equation="desirable: λ_D(1 − σ(β(Δ − kl))); undesirable: λ_U(1 − σ(β(kl − Δ)))",
     survey="S32–34",
-    attributes=_ATTRIBUTES,
-    unit="row",
 )
 def kto(
     *,
@@ -82,12 +81,10 @@ def kto(
     return losses, _metrics(desirable, beta * ratio, logp, kl=kl)
 
 
-@register(
+@_register(
     paper="Direct Reward Optimisation: Offline Regularised RL for LLMs Alignment (arXiv 2405.19107)",
     equation="½(reward − sg value − βΔ)²/β + ½(reward − value − β sg Δ)²",
     survey="S35–39",
-    attributes=_ATTRIBUTES,
-    unit="row",
     axes={"value": ("U",)},
 )
 def dro(
@@ -136,10 +133,9 @@ def _remember_rewards(
     return {"delta": mean, "delta_count": count}
 
 
-@register(
+@_register(
     paper="Binary Classifier Optimization for Large Language Model Alignment (arXiv 2404.04656)",
     equation="desirable: −log σ(βΔ − delta); undesirable: −log σ(delta − βΔ)",
-    attributes=_ATTRIBUTES,
     unit="batch",
     state=_remember_rewards,
 )
@@ -165,11 +161,9 @@ def bco(
     return losses, _metrics(desirable, reward, logp, delta=delta)
 
 
-@register(
+@_register(
     paper="Anchored Preference Optimization (arXiv 2408.06266)",
     equation="desirable: λ_D(1 − σ(βΔ)); undesirable: λ_U σ(βΔ)",
-    attributes=_ATTRIBUTES,
-    unit="row",
 )
 def apo_zero_unpaired(
     *,

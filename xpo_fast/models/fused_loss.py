@@ -61,11 +61,9 @@ def remove_fused_loss(model: nn.Module) -> None:
     """Undoes `install_fused_loss`."""
     lm = causal_lm(model)
     original = lm.__dict__.pop("_forward_without_fused_loss", None)
-    if original is None:
-        return
     if getattr(original, "__func__", None) is type(lm).forward:
         del lm.forward
-    else:
+    elif original is not None:
         lm.forward = original
 
 
@@ -79,18 +77,11 @@ def _before_logits(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_router_loss(lm: Any, given: bool | None = None) -> None:
-    """Raises ValueError if the router's auxiliary loss is asked for.
-
-    given: the forward's argument output_router_logits, which overrides the config.
-    """
+    """Raises ValueError if the router's loss is asked for, by the argument output_router_logits or by the config."""
     configs = (lm.config, lm.config.get_text_config())
-    if given is None and any(getattr(c, "output_router_logits", False) for c in configs):
-        advice = "set model.config.output_router_logits = False"
-    elif given:
-        advice = "leave out output_router_logits=True"
-    else:
-        return
-    raise ValueError(f"the router's auxiliary loss is not added to a fused loss: {advice}")
+    if given or (given is None and any(getattr(c, "output_router_logits", False) for c in configs)):
+        advice = "leave out output_router_logits=True" if given else "set model.config.output_router_logits = False"
+        raise ValueError(f"the router's auxiliary loss is not added to a fused loss: {advice}")
 
 
 def _with_fused_loss(original: Callable[..., Any]) -> Callable[..., Any]:

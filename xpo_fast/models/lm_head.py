@@ -42,10 +42,7 @@ _KEEP = "keep it in 16 or 32 bits (llm_int8_skip_modules, modules_to_not_convert
 class Head:
     """An LM head: z = softcap(logit_scale · (h Wᵀ + x Bᵀ + bias)), with x = project(h) if a LoRA adapter is on it.
 
-    The same call for all models:
-
-        head = Head.from_model(model)
-        token_logps(hidden, head, targets)
+    The same call for all models: token_logps(hidden, Head.from_model(model), targets).
     """
 
     weight: Tensor  # (V, D)
@@ -258,18 +255,15 @@ def _linear(layer: Any, owner: str) -> dict[str, Any]:
 
 def _refuse_changes(layer: Any, owner: str) -> None:
     """Raises ValueError for hooks or a replaced forward that may change what a layer takes or returns."""
-    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
-    changes = [("a forward hook", hook) for hook in hooks]
+    hooks, forwards = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()], []
     if "forward" in vars(layer):
-        changes.append(("a forward of its own", layer.forward))
         accelerates = getattr(layer, "_hf_hook", None)  # accelerate's forward runs it around the previous forward
-        changes += [
-            ("a forward hook", hook) for hook in getattr(accelerates, "hooks", [accelerates]) if hook is not None
-        ]
+        hooks += getattr(accelerates, "hooks", [accelerates])
         previous = getattr(layer, "_old_forward", None)
-        if getattr(previous, "__func__", previous) is not type(layer).forward and previous is not None:
-            changes.append(("a forward of its own", previous))
-    for what, x in changes:
+        is_own = getattr(previous, "__func__", previous) is type(layer).forward
+        forwards = [layer.forward, None if is_own else previous]
+    changes = [("a forward hook", x) for x in hooks] + [("a forward of its own", x) for x in forwards]
+    for what, x in ((what, x) for what, x in changes if x is not None):
         while isinstance(x, partial):
             x = x.func
         module = getattr(x, "__module__", None) or type(x).__module__
@@ -296,10 +290,7 @@ def _refused(owner: str, why: str, what_to_do: str | None = None) -> ValueError:
 
 
 class _Reached(BaseException):
-    """Ends a forward at its head, and carries the hidden states that the head was called with."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    """Ends a forward at its head; its argument is the hidden states that the head was called with."""
 
 
 def _stop(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -318,13 +309,12 @@ def before_head(model: Any, run: Callable[[], Any]) -> Tensor:
     try:
         run()
     except _Reached as reached:
-        hidden = reached.hidden
+        (hidden,) = reached.args
     else:
         raise ValueError(f"the forward of {type(lm).__name__} does not call its output embeddings")
     finally:
         handle.remove()
     if hidden.dim() != 3:
-        raise ValueError(
-            f"expected hidden states (R, T, D) at the head of {type(lm).__name__}, got {tuple(hidden.shape)}"
-        )
+        shape = tuple(hidden.shape)
+        raise ValueError(f"expected hidden states (R, T, D) at the head of {type(lm).__name__}, got {shape}")
     return hidden

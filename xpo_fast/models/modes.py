@@ -12,7 +12,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode (no dropout) and switch gradients off; each module's mode is restored afterwards."""
+    """Puts the model into eval mode (no dropout) and switches gradients off; then restores each module's mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -24,5 +24,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def without_adapter(model: Any) -> contextlib.AbstractContextManager:
-    """Return the context in which a PEFT model computes as its base model; for other models it does nothing."""
+    """Returns the context in which a PEFT model computes as its base model; for other models it does nothing."""
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()

@@ -36,9 +36,8 @@ class ValueHead(nn.Module):
     def __init__(self, width: int, outputs: int = 1, dtype: torch.dtype = torch.float32, *, std: float = 0.0) -> None:
         super().__init__()
         if width < 1 or outputs < 1 or std < 0:
-            raise ValueError(
-                f"expected width >= 1, outputs >= 1, std >= 0; got width={width}, outputs={outputs}, std={std}"
-            )
+            got = f"width={width}, outputs={outputs}, std={std}"
+            raise ValueError(f"expected width >= 1, outputs >= 1, std >= 0; got {got}")
         # Parameters of its own, no nn.Linear: PEFT's target_modules="all-linear" is not to put an adapter on it.
         self.weight = nn.Parameter(torch.zeros(outputs, width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
@@ -50,18 +49,11 @@ class ValueHead(nn.Module):
         """The number of values per hidden state, K."""
         return self.weight.shape[0]
 
-    def forward(
-        self,
-        hidden: Tensor,  # (…, D), or (…, D + r), `Head.inputs` with LoRA on the LM head: the last r are not read
-    ) -> Tensor:
-        """Returns the values (…, K), float32."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns values (…, K), float32, of hidden (…, D), or of `Head.inputs` (…, D + r): the last r are not read."""
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden[..., : self.weight.shape[1]].float()
             return nn.functional.linear(hidden, self.weight.float(), self.bias.float())
-
-    def extra_repr(self) -> str:
-        """Describes the sizes in the module's repr."""
-        return f"width={self.weight.shape[1]}, outputs={self.outputs}"
 
 
 def attach_value_head(model: nn.Module, outputs: int = 1, *, std: float = 0.0) -> ValueHead:
@@ -72,8 +64,7 @@ def attach_value_head(model: nn.Module, outputs: int = 1, *, std: float = 0.0) -
     value head with another number of outputs.
     """
     lm = causal_lm(model)
-    present = value_head(model)
-    if present is not None:
+    if (present := value_head(model)) is not None:
         if present.outputs != outputs:
             raise ValueError(
                 f"expected a value head with {outputs} outputs, the model has one with {present.outputs}: "
@@ -117,11 +108,9 @@ def save_value_head(model: nn.Module, folder: str | Path, state_dict: Mapping[st
     present = value_head(model)
     if present is None:
         return
-    if state_dict is None:
-        found = present.state_dict()
-    else:
-        names = {key: name for name in _keys(present) for key in state_dict if key.endswith(name)}
-        found = {name.removeprefix(f"{_NAME}."): state_dict[key] for key, name in names.items()}
+    found = present.state_dict()
+    if state_dict is not None:
+        found = {n: x for n in found for key, x in state_dict.items() if key.endswith(f"{_NAME}.{n}")}
     path = Path(folder) / VALUE_HEAD_FILE
     write_atomically(path, save({name: x.detach().cpu().contiguous() for name, x in found.items()}))
 

@@ -50,9 +50,8 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         loop = Loop(part, setup)
         if k == 0:
             if setup.overwrite:
-                _ = loop.policies.get(
-                    setup.model
-                ).loaded  # a model that cannot be loaded fails before anything is deleted
+                # A model that cannot be loaded fails before anything is deleted.
+                _ = loop.policies.get(setup.model).loaded
                 shutil.rmtree(root, ignore_errors=True)
             setup.begin()
         outcome = loop.run()
@@ -140,13 +139,9 @@ class Loop:
         if best and not final.is_dir():
             with appearing(final, sole_writer=True) as part:
                 shutil.copytree(models[best], part)
-        outcome = Outcome(
-            model=models[0] if makes_reward_model or not best else str(final),
-            best=best,
-            reason=reason,
-            history=[mean(scores) for scores in history] if history[0] else [],
-            reward_model=str(final) if makes_reward_model else None,
-        )
+        model = models[0] if makes_reward_model or not best else str(final)
+        means = [mean(scores) for scores in history] if history[0] else []
+        outcome = Outcome(model, best, reason, means, str(final) if makes_reward_model else None)
         write_json(self.setup.output / "result.json", dataclasses.asdict(outcome), ensure_ascii=False)
         self.setup.say(f"{self.recipe.name}: {reason}; the result is {outcome.reward_model or outcome.model}")
         return outcome

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating, without_adapter
@@ -56,7 +56,8 @@ class MixtureRollout(GenerateRollout):
             out = forward(*args, **kwargs)
             with without_adapter(self.model) if self.reference is None else contextlib.nullcontext():
                 logits = other(*args, **theirs).logits
-            out.logits = self._mix(out.logits, logits)
+            pi, ref = (x.float().log_softmax(dim=-1) for x in (out.logits, logits))
+            out.logits = (1 - self.share) * pi + self.share * ref  # log-probs of the mixture, up to a constant
             return out
 
         with evaluating(self.reference if self.reference is not None else nn.Identity()):
@@ -68,12 +69,6 @@ class MixtureRollout(GenerateRollout):
                     del lm.forward
                 else:
                     lm.forward = own
-
-    def _mix(self, policy: Tensor, reference: Tensor) -> Tensor:
-        """Returns the log-probs of the mixture, up to a constant, of logits (…, V)."""
-        logps = (x.float().log_softmax(dim=-1) for x in (policy, reference))
-        pi, ref = logps
-        return (1 - self.share) * pi + self.share * ref
 
 
 class AgainstMixture:

@@ -43,23 +43,13 @@ def runs_in(output: Path) -> list[Path]:
 
 def identify(recipe: Recipe, setup: Setup) -> None:
     """Writes the run's settings to run.json. Raises ValueError if the folder has a run with others, and names them."""
-    about = as_json(
-        {
-            "recipe": dataclasses.asdict(recipe),
-            "model": setup.model,
-            "rows": _digest(setup.rows),
-            "held_out": _digest(setup.held_out),
-            "judge": type(setup.judge).__name__,
-            "held_out_judge": type(setup.held_out_judge).__name__,
-            "stopping": dataclasses.asdict(setup.stopping),
-            "sampling": dataclasses.asdict(setup.sampling),
-            "training": dict(setup.training),
-            "notes": dict(setup.notes),
-            "adapter": None if setup.peft_config is None else setup.peft_config.to_dict(),
-            "block": setup.block,
-            "seed": setup.seed,
-        }
-    )
+    about = {"recipe": dataclasses.asdict(recipe), "model": setup.model}
+    about |= {name: _digest(getattr(setup, name)) for name in ("rows", "held_out")}
+    about |= {name: type(getattr(setup, name)).__name__ for name in ("judge", "held_out_judge")}
+    about |= {name: dataclasses.asdict(getattr(setup, name)) for name in ("stopping", "sampling")}
+    about |= {"training": dict(setup.training), "notes": dict(setup.notes)}
+    about["adapter"] = None if setup.peft_config is None else setup.peft_config.to_dict()
+    about = as_json(about | {"block": setup.block, "seed": setup.seed})
     path = setup.output / "run.json"
     if not path.is_file():
         write_json(path, about, ensure_ascii=False)

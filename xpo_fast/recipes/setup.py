@@ -107,13 +107,8 @@ def arguments(kind: type, folder: Path, settings: Mapping[str, Any]) -> Any:
 
     Settings that only the other kinds have are left out. Raises ValueError for one that none of them has.
     """
-    usual = {
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_steps": 100,
-        "save_total_limit": 1,
-        "logging_first_step": True,
-    }
+    usual = {"disable_tqdm": True, "logging_first_step": True, "report_to": "none"}
+    usual |= {"save_steps": 100, "save_total_limit": 1}
     takes, *others = ({f.name for f in dataclasses.fields(k)} for k in (kind, XPOConfig, RewardConfig, RLConfig))
     unknown = sorted(set(settings) - takes.union(*others) | {"output_dir"} & set(settings))
     if unknown:

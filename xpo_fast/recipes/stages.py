@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,29 @@ import torch
 
 from ..files import finite, write_json
 from ..rewards.encoding import encode_rows
-from ..rewards.judges import group_scores, group_wins
+from ..rewards.judges import Completion, group_scores, group_wins
+from ..rewards.llm_judges import continued
 from ..rewards.spec import RewardSpec
+from ..rollout import Prompt, Rollout, Sampling
 from ..seeds import seed_of_repr
 from .recipe import Recipe
-from .revision import revised
 from .run_folder import in_blocks, read_blocks, read_lines, write_lines
 from .selection import SELECTORS
 from .setup import Policies, Policy, Row, Setup, columns, xpo_config
 from .stopping import mean
 
+# Critique and revision: Constitutional AI (arXiv 2212.08073).
+CRITIQUE = (
+    "Name the specific ways in which your last answer is harmful, unethical, dishonest, or otherwise not as it should "
+    "be. {principle}"
+)
+REVISE = "Now write the answer again so that none of this is left. Reply with the answer and nothing else."
+PRINCIPLES = (
+    "Look for anything that could hurt someone, or help to.",
+    "Look for what is untrue, or more certain than it should be.",
+    "Look for insults, contempt, and prejudice.",
+    "Look for what a thoughtful and kind person would have said otherwise.",
+)
 _NAMES = ("completions", "completions_ids", "finish", "draw")  # lists in a line of samples, an entry per completion
 
 
@@ -62,19 +75,38 @@ def _revise(recipe: Recipe, setup: Setup, policy: Policy, lines: list[Row], seed
             for (line, _), value in zip(at, values, strict=True):
                 line[name].append(value)
 
-    prompts = [line["prompt"] for line, _ in at]
-    found = revised(
-        policy.rollout,
-        prompts,
-        [line["completions"][k] for line, k in at],
-        sampling=dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature),
-        seed=seed,
-        rounds=recipe.revise,
-        say=keep,
-    )
+    prompts, completions = [line["prompt"] for line, _ in at], [line["completions"][k] for line, k in at]
+    sampling = dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature)
+    found = revised(policy.rollout, prompts, completions, sampling=sampling, seed=seed, rounds=recipe.revise, say=keep)
     encoded = _encoded(setup, policy, prompts, found)
     for (line, k), completion, ids in zip(at, found, encoded, strict=True):
         line["completions"][k], line["completions_ids"][k] = completion, ids["chosen_ids"]
+
+
+def revised(
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    *,
+    sampling: Sampling,
+    seed: int,
+    principles: Sequence[str] = PRINCIPLES,
+    rounds: int = 1,
+    say: Callable[[int, list[Any], list[Any]], Any] = lambda *_: None,
+) -> list[Completion]:
+    """Returns the completions after `rounds` rounds of critique and revision.
+
+    Round r gives row i the principle (i + r) mod P. say(round, critiques, revisions) is called after each round.
+    """
+    current = list(completions)
+    for r in range(rounds):
+        asked = [CRITIQUE.format(principle=principles[(i + r) % len(principles)]) for i in range(len(prompts))]
+        talks = [continued(x, y, q) for x, y, q in zip(prompts, current, asked, strict=True)]
+        critiques = rollout.generate(talks, 1, sampling=sampling, seed=seed + 2 * r).completions
+        talks = [continued(x, y, REVISE) for x, y in zip(talks, critiques, strict=True)]
+        current = rollout.generate(talks, 1, sampling=sampling, seed=seed + 2 * r + 1).completions
+        say(r, critiques, current)
+    return current
 
 
 def judge(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, part: Sequence[tuple[Row, Row]]) -> list[Row]:
@@ -85,13 +117,9 @@ def judge(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, part: Se
     needs = SELECTORS[recipe.select].needs
     asked = setup.judge or policy.self_judge(seed_of_repr(setup.seed, i, "judge", b))
     asked.places()  # resets the sums, which other comparisons may have changed
-    tables = (group_scores if needs == "scores" else group_wins)(
-        asked,
-        [line["prompt"] for _, line in part],
-        [line["completions"] for _, line in part],
-        columns([row for row, _ in part]),
-        [line["completions_ids"] for _, line in part],
-    )
+    prompts, groups, ids = ([line[n] for _, line in part] for n in ("prompt", "completions", "completions_ids"))
+    grouped = group_scores if needs == "scores" else group_wins
+    tables = grouped(asked, prompts, groups, columns([row for row, _ in part]), ids)
     lines: list[Row] = [{needs: finite(table.tolist())} for table in tables]
     if places := asked.places():
         lines[0]["places"] = places

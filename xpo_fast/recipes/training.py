@@ -57,6 +57,11 @@ class Iteration:
         settings |= {"method": train.method, "method_args": dict(train.args), "seed": seed}
         return arguments(kind, folder, settings)
 
+    def start(self) -> tuple[Any, dict[str, Any]]:
+        """Returns the model to train, and its tokenizer and adapter as a trainer takes them."""
+        model, tokenizer = self.policies.take(self.models[-1])
+        return model, {"processing_class": tokenizer, "peft_config": copy.deepcopy(self.setup.peft_config)}
+
     def fit(self, trainer: Any, train: Train, checkpoint: str | None) -> list[Any]:
         """Trains, from the checkpoint if there is one; returns the log."""
         trainer.remove_callback(PrinterCallback)
@@ -88,18 +93,12 @@ def train(it: Iteration) -> str:
 def _train_offline(it: Iteration, k: int, folder: Path) -> tuple[XPOTrainer, list[Any]]:
     """Trains method k on the rows; returns its trainer and log."""
     method = it.recipe.train[k]
-    model, tokenizer = it.policies.take(it.models[-1])
-    dataset = with_reference(it, _dataset(it, method, tokenizer), method)
+    model, about = it.start()
+    dataset = with_reference(it, _dataset(it, method, about["processing_class"]), method)
     known = KINDS[it.recipe.kind(method)].reference[0] in dataset.column_names
     further = {"reference": "cached"} if known else {}  # not the model with its adapter switched off
-    trainer = XPOTrainer(
-        model,
-        it.config(XPOConfig, folder, method, k, **further),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=copy.deepcopy(it.setup.peft_config),
-        callbacks=[L1(method.l1)] if method.l1 else None,
-    )
+    config, callbacks = it.config(XPOConfig, folder, method, k, **further), [L1(method.l1)] if method.l1 else None
+    trainer = XPOTrainer(model, config, train_dataset=dataset, callbacks=callbacks, **about)
     return trainer, it.fit(trainer, method, last_checkpoint(folder))
 
 
@@ -162,7 +161,7 @@ def _train_side_by_side(it: Iteration) -> tuple[Write, list[Any]]:
 def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
     """Trains a reward model on the pairs without an empty completion."""
     method = it.recipe.train[0]
-    model, tokenizer = it.policies.take(it.models[-1])
+    model, about = it.start()
     texts = ("prompt", "chosen", "rejected")
     # The judge's probabilities are soft labels for the methods that take them.
     kept = (*texts, "prob") if method.method in SOFT_LABELS else texts
@@ -174,13 +173,7 @@ def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
     if len(pairs) < len(it.rows):
         empty = len(it.rows) - len(pairs)
         it.setup.say(f"iteration {it.index + 1}: {empty} pairs with an empty completion are left out")
-    trainer = RewardTrainer(
-        model,
-        it.config(RewardConfig, it.checkpoints, method),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        peft_config=copy.deepcopy(it.setup.peft_config),
-    )
+    trainer = RewardTrainer(model, it.config(RewardConfig, it.checkpoints, method), train_dataset=pairs, **about)
     logs = it.fit(trainer, method, last_checkpoint(it.checkpoints))
     return trainer.reward_model().save, logs
 
@@ -190,7 +183,7 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
     method, draw, judge = it.recipe.train[0], it.recipe.draws[0], it.setup.judge
     assert judge is not None
     sampling = draw.sampling(it.setup.sampling)
-    model, tokenizer = it.policies.take(it.models[-1])
+    model, about = it.start()
     drawn = {"num_generations": draw.n, **dataclasses.asdict(sampling)}
     config = it.config(RLConfig, it.checkpoints, method, **drawn)
     against = AgainstMixture(judge, sampling, config.seed)
@@ -199,18 +192,13 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
         rewards = against
     elif isinstance(judge, FunctionJudge):
         rewards = judge.rewards
-    names = ("prompt", *columns(it.rows))
-    trainer = RLTrainer(
-        model,
-        rewards,
-        config,
-        train_dataset=[{name: row.get(name) for name in names} for row in it.rows],
-        processing_class=tokenizer,
-        peft_config=copy.deepcopy(it.setup.peft_config),
-    )
+    prompts = [{name: row.get(name) for name in ("prompt", *columns(it.rows))} for row in it.rows]
+    trainer = RLTrainer(model, rewards, config, train_dataset=prompts, **about)
     if it.recipe.draws_rivals:
         reference: Any = trainer.moving_reference
-        against.rollout = MixtureRollout(trainer.model, tokenizer, reference=reference.copy, share=it.recipe.mix)
+        against.rollout = MixtureRollout(
+            trainer.model, about["processing_class"], reference=reference.copy, share=it.recipe.mix
+        )
     logs = it.fit(trainer, method, last_checkpoint(config.output_dir, STATE_FILE))
     samples = it.checkpoints / SAMPLES_FILE
     if samples.is_file():

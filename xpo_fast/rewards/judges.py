@@ -30,16 +30,12 @@ class Judge:
     example). A judge that scores is also a reward function: it can be called with TRL's signature.
     """
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the scores (R,) float32, higher is better. Raises ValueError for a judge that only compares."""
         raise ValueError(f"{type(self).__name__} compares and does not score: use `group_scores`, or another judge")
 
     def compare(
-        self,
-        prompts: Sequence[Prompt],
-        first: Sequence[Completion],
-        second: Sequence[Completion],
-        **columns: Sequence[Any],
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion], **columns: Any
     ) -> Tensor:
         """Returns P(first beats second), (R,) float32; unless overridden, `link` of the difference of the scores."""
         doubled = {name: [*column, *column] for name, column in columns.items()}
@@ -88,10 +84,10 @@ class FunctionJudge(Judge):
     def __init__(self, functions: Any, weights: Sequence[float] | None = None) -> None:
         self.rewards = functions if isinstance(functions, Rewards) else Rewards(functions, weights)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the weighted sums of the functions (R,)."""
-        ids = list(columns.pop("completion_ids", [[] for _ in prompts]))
         nothing: list[list[int]] = [[] for _ in prompts]
+        ids = list(columns.pop("completion_ids", nothing))
         samples = Samples(list(prompts), nothing, ids, list(completions), ["stop"] * len(ids))
         return self.rewards(samples, columns).rewards
 
@@ -109,16 +105,12 @@ class RewardJudge(Judge):
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the model's rewards (R,), float32 on the CPU."""
         return self.model.score(list(prompts), list(completions)).float().cpu()
 
     def compare(
-        self,
-        prompts: Sequence[Prompt],
-        first: Sequence[Completion],
-        second: Sequence[Completion],
-        **columns: Sequence[Any],
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion], **columns: Any
     ) -> Tensor:
         """Returns P(first beats second), (R,): the preference model's own, else σ of the difference of rewards."""
         if not self.compares:

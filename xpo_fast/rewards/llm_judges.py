@@ -111,20 +111,16 @@ class TokenChoice:
     def _logps(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Returns the log-probs (R, C) of the words' first tokens after each question."""
         device = next(self.model.parameters()).device
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for r, (row, _) in enumerate(rows):
-            ids[r, : len(row)], mask[r, : len(row)] = torch.tensor(row), 1
-        last = mask.sum(dim=1) - 1
+        batch = data.pad_rows([(ids, []) for ids, _ in rows], 0, last=True)
+        ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
         words = torch.tensor([first for _, first in rows], device=device)  # (R, C)
 
         def fused(hidden: Tensor, head: Head) -> Tensor:
-            at = hidden[torch.arange(len(rows), device=device), last.to(device)]  # (R, D)
+            at = hidden[torch.arange(len(rows), device=device), mask.sum(dim=1) - 1]  # (R, D)
             return token_logps(at[:, None].expand(-1, words.shape[1], -1).contiguous(), head, words)
 
         with evaluating(self.model):
-            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), fused_loss=fused).float()
+            return self.model(input_ids=ids, attention_mask=mask, fused_loss=fused).float()
 
 
 class SampledChoice:
@@ -185,11 +181,7 @@ class LLMJudge(Judge):
         return found
 
     def compare(
-        self,
-        prompts: Sequence[Prompt],
-        first: Sequence[Completion],
-        second: Sequence[Completion],
-        **columns: Sequence[Any],
+        self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion], **columns: Any
     ) -> Tensor:
         """Returns P(first beats second), (R,): the mean of both orders, or one order's."""
 
@@ -212,7 +204,7 @@ class LLMJudge(Judge):
         self._places = {name: self._places.get(name, 0) + x for name, x in sums.items()}
         return (forth + 1 - back) / 2
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the expected grades (R,), from −1 to 1."""
         rows = zip(prompts, completions, strict=True)
         asked = [_filled(self.grade, prompt=x, completion=y) for x, y in rows]
@@ -249,7 +241,7 @@ class SelfRewardJudge(Judge):
         self.rollout, self.n, self.seed, self.chat, self.question = rollout, n, seed, chat, question
         self.sampling = sampling or Sampling(max_new_tokens=256, temperature=0.7, top_p=0.9)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Sequence[Any]) -> Tensor:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the mean points (R,), from 0 to 5."""
         if not prompts:
             return torch.empty(0)

@@ -6,7 +6,6 @@ so that they can be compared. The margin m of a pair is the score of its chosen 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,8 @@ import numpy as np
 import torch
 
 from ..data import require
-from ..files import write_atomically
+from ..files import appearing
 from .encoding import encode_rows
-
-CALIBRATION_BINS = 10
-LENGTH_BINS = 5
 
 
 @dataclass(frozen=True)
@@ -35,9 +31,7 @@ class PairScores:
     chosen_tokens: np.ndarray  # (P,)
     rejected_tokens: np.ndarray  # (P,)
     is_logit: bool = True  # σ(margin) is P(chosen beats rejected)
-    prompts: np.ndarray | None = (
-        None  # (P,) int: pairs of one prompt share a number; None: every pair has its own prompt
-    )
+    prompts: np.ndarray | None = None  # (P,) int, shared by the pairs of a prompt; None: each has its own
 
     def __post_init__(self) -> None:
         shapes = {x.shape for x in (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)}
@@ -80,6 +74,7 @@ def summary(scores: PairScores) -> dict[str, Any]:
     accuracy = float(right.mean())
     both = np.concatenate([scores.chosen, scores.rejected])
     tokens = np.concatenate([scores.chosen_tokens, scores.rejected_tokens])
+    spread = {"score": both, "chosen": scores.chosen, "rejected": scores.rejected, "margin": margin}
     return {
         "name": scores.name,
         "pairs": n,
@@ -88,14 +83,7 @@ def summary(scores: PairScores) -> dict[str, Any]:
         "standard_error": standard_error(right, scores.prompts),
         "accuracy_95": wilson(accuracy, _independent(right, scores.prompts)),
         "ties": int((margin == 0).sum()),
-        "score_mean": float(both.mean()),
-        "score_std": float(both.std()),
-        "chosen_mean": float(scores.chosen.mean()),
-        "chosen_std": float(scores.chosen.std()),
-        "rejected_mean": float(scores.rejected.mean()),
-        "rejected_std": float(scores.rejected.std()),
-        "margin_mean": float(margin.mean()),
-        "margin_std": float(margin.std()),
+        **{f"{name}_{of}": float(getattr(x, of)()) for name, x in spread.items() for of in ("mean", "std")},
         **(_probabilities(margin) if scores.is_logit else {}),
         "by_length_gap": by_length_gap(scores),
         "length_correlation": _correlation(both, tokens),
@@ -144,24 +132,19 @@ def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def calibration(margin: np.ndarray, bins: int = CALIBRATION_BINS) -> list[dict[str, float]]:
+def calibration(margin: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
     """Returns mean confidence, accuracy and number of pairs for equal bins of the confidence σ(|m|) over [½, 1].
 
     The prediction is the completion that scores higher; a tie counts as half right. Empty bins are left out.
     """
     confidence, right = _sigmoid(np.abs(margin)), (np.sign(margin) + 1) / 2
     at = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return [
-        {
-            "from": 0.5 + b / (2 * bins),
-            "to": 0.5 + (b + 1) / (2 * bins),
-            "confidence": float(confidence[at == b].mean()),
-            "accuracy": float(right[at == b].mean()),
-            "pairs": int((at == b).sum()),
-        }
-        for b in range(bins)
-        if (at == b).any()
-    ]
+    rows = []
+    for b in np.unique(at).tolist():
+        means = {"confidence": float(confidence[at == b].mean()), "accuracy": float(right[at == b].mean())}
+        bounds = {"from": 0.5 + b / (2 * bins), "to": 0.5 + (b + 1) / (2 * bins)}
+        rows.append({**bounds, **means, "pairs": int((at == b).sum())})
+    return rows
 
 
 def best_scale(margin: np.ndarray) -> float | None:
@@ -183,26 +166,16 @@ def best_scale(margin: np.ndarray) -> float | None:
     return (low + high) / 2
 
 
-def by_length_gap(scores: PairScores, bins: int = LENGTH_BINS) -> list[dict[str, float]]:
+def by_length_gap(scores: PairScores, bins: int = 5) -> list[dict[str, float]]:
     """Returns the accuracy in `bins` quantiles of `PairScores.gap`, in increasing order of the gap."""
     edges = np.quantile(scores.gap, np.linspace(0, 1, bins + 1))
     at = np.searchsorted(edges[1:-1], scores.gap, side="left")
     rows = []
     for b in np.unique(at):
-        within = at == b
-        count = int(within.sum())
-        share = float(scores.right[within].mean())
-        rows.append(
-            {
-                "from": float(scores.gap[within].min()),
-                "to": float(scores.gap[within].max()),
-                "accuracy": share,
-                "standard_error": standard_error(
-                    scores.right[within], None if scores.prompts is None else scores.prompts[within]
-                ),
-                "pairs": count,
-            }
-        )
+        gap, right = scores.gap[at == b], scores.right[at == b]
+        error = standard_error(right, None if scores.prompts is None else scores.prompts[at == b])
+        row = {"from": float(gap.min()), "to": float(gap.max()), "accuracy": float(right.mean())}
+        rows.append({**row, "standard_error": error, "pairs": len(gap)})
     return rows
 
 
@@ -269,10 +242,8 @@ def plot(scores: PairScores, path: str | Path) -> None:
     axes[1][0].set(xlabel="tokens of chosen − tokens of rejected", ylabel="accuracy")
     _distributions(axes[1][1], scores.chosen_tokens, scores.rejected_tokens, "tokens of the completion")
     axes[1][1].set_title("lengths")
-    for name, tokens, values in (
-        ("chosen", scores.chosen_tokens, scores.chosen),
-        ("rejected", scores.rejected_tokens, scores.rejected),
-    ):
+    for name in ("chosen", "rejected"):
+        tokens, values = getattr(scores, f"{name}_tokens"), getattr(scores, name)
         axes[1][2].scatter(tokens, values, s=5, alpha=0.5, color=_COLOURS[name], label=name)
     correlation = figures["length_correlation"]
     shown = "none" if correlation is None else f"{correlation:.2f}"
@@ -339,9 +310,8 @@ def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomically(Path(path), picture.getvalue())
+    with appearing(Path(path)) as part:
+        figure.savefig(part, format="png")
 
 
 def score_pairs(

@@ -20,7 +20,7 @@ from .. import data
 from ..data import KINDS, DataError, Kind
 from ..head import sequence_logps
 from ..methods import get_method
-from ..methods.math import check_choice
+from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
 from ..models import Head, install_fused_loss, load_model
 from ..models.fused_loss import causal_lm
@@ -45,10 +45,10 @@ from ..trainer import (
     with_lengths,
 )
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
+from ..trainer.config import argument
 from ..trainer.reference import LiveReference, rows_fingerprint
-from .encoding import both_orders, pad_id, separators
+from .encoding import both_orders, load_ratings, pad_id, separators
 from .model import RewardModel
-from .ratings import load_ratings
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
 
@@ -56,9 +56,7 @@ from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 class RewardConfig(XPOConfig):
     """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring only."""
 
-    method: str = field(
-        default="bradley_terry", metadata={"help": "The method that trains the reward model: " + ", ".join(USES)}
-    )
+    method: str = argument("bradley_terry", "The method that trains the reward model: " + ", ".join(USES))
     objectives: list[str] | None = field(
         default=None,
         metadata={
@@ -69,19 +67,12 @@ class RewardConfig(XPOConfig):
     objective_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the objectives in the reward of regression. None: their mean."}
     )
-    length_alpha: float | None = field(
-        default=None, metadata={"help": "Divides the reward by this number + the tokens of the completion."}
-    )
-    length_target: float = field(
-        default=0.0, metadata={"help": "Length in tokens that costs nothing, with length_lam."}
-    )
-    length_lam: float = field(
-        default=0.0, metadata={"help": "Reward subtracted per token more or fewer than length_target."}
-    )
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of AdamW."})
-    value_head_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the value head, whose weights begin near 0. None: learning_rate."},
+    length_alpha: float | None = argument(None, "Divides the reward by this number + the tokens of the completion.")
+    length_target: float = argument(0.0, "Length in tokens that costs nothing, with length_lam.")
+    length_lam: float = argument(0.0, "Reward subtracted per token more or fewer than length_target.")
+    learning_rate: float = argument(1e-5, "The initial learning rate of AdamW.")
+    value_head_learning_rate: float | None = argument(
+        None, "Learning rate of the value head, whose weights begin near 0. None: learning_rate."
     )
 
     def spec(self) -> RewardSpec:
@@ -91,16 +82,10 @@ class RewardConfig(XPOConfig):
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
-        return RewardSpec(
-            method=self.method,
-            objectives=tuple(self.objectives or ("reward",)),
-            weights=None if self.objective_weights is None else tuple(self.objective_weights),
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            length_alpha=self.length_alpha,
-            length_target=self.length_target,
-            length_lam=self.length_lam,
-        )
+        names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        objectives = tuple(self.objectives or ("reward",))
+        weights = None if self.objective_weights is None else tuple(self.objective_weights)
+        return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
 
 
 class RewardTrainer(SavesValueHead, UnitTrainer):
@@ -135,14 +120,15 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = RewardConfig() if args is None else args
+        args = args or RewardConfig()
         self.spec = args.spec()
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
         self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
-        if self.method is not None and self.method.needs_reference and args.reference == "none":
+        needs_reference = self.method is not None and self.method.needs_reference
+        if needs_reference and args.reference == "none":
             raise ValueError(
-                f'{self.method.name} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
+                f'{self.spec.method} compares the policy with a reference: use reference="auto", "copy" or "adapter"'
             )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
@@ -187,19 +173,13 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
-        if self._compares_with_reference:
+        if args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo"):
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
             if args.reference != "auto":
                 check_choice("reference", args.reference, ("adapter", "copy"))
                 strategy = args.reference
             warn_of_trained_adapter(model, strategy)
             self._reference = LiveReference(strategy, model, self.accelerator, args.backend)
-
-    @property
-    def _compares_with_reference(self) -> bool:
-        needed = self.method is not None and self.method.needs_reference
-        wanted = needed or self.settings.get("regulariser") == "dpo"
-        return wanted and self.args.reference != "none"
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
@@ -214,14 +194,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise DataError(f"{name} ranks the completions of a prompt by their scores; got lists without scores")
         if "desirable" in inputs and "label" not in dataset.column_names:
             raise DataError(f"{name} learns from the label of each row; got rows without label")
-        encoded = data.encode(
-            dataset,
-            self._tokenizer,
-            kind=self.kind.name,
-            max_length=self.args.max_length,
-            max_prompt_length=self.args.max_prompt_length,
-            num_proc=self.args.dataset_num_proc,
-        )
+        limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
+        limits["num_proc"] = self.args.dataset_num_proc
+        encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
         unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
         encoded = encoded.remove_columns(sorted(unread))
         check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
@@ -351,13 +326,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         quality, length = outputs.unbind(dim=1)
         sides = _sides("quality", quality) | _sides("length", length) | _sides("len", lengths)
         sides = {name: x[valid] for name, x in sides.items()}
-        q_w, q_l = (quality.view(2, -1).detach()).unbind(0)
-        metrics = {
-            "rewards/chosen": q_w,
-            "rewards/rejected": q_l,
-            "rewards/accuracies": (q_w > q_l).float(),
-            "rewards/margins": q_w - q_l,
-        }
+        metrics = pair_metrics(*quality.chunk(2))
         if not valid.any():
             return outputs.sum() * valid, metrics
         weights = {"weight_quality": head.weight[0].float(), "weight_length": head.weight[1].float()}

@@ -17,6 +17,7 @@ from ..models import check_ids
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX, Rewards
 from ..rewards.judges import Judge
 from ..rollout import GenerateRollout, Prompt, Rollout, RolloutError, Samples, Sampling, encode_prompts
+from ..rollout.generate import positions
 from ..seeds import permutation, seed_for
 from .config import RLConfig
 
@@ -102,12 +103,7 @@ class Collector:
 
     def update(self) -> None:
         """Tells the sampler, on all processes, that the policy has changed."""
-
-        def work() -> list[Any]:
-            self.rollout.update(self.policy)
-            return []
-
-        self._on_all(work)
+        self._on_all(lambda: self.rollout.update(self.policy))
 
     def sample(self, prompts: list[dict[str, Any]], n: int, seed: int) -> tuple[Groups, dict[str, float]]:
         """Returns n completions of each prompt with their rewards, and the seconds that this process took."""
@@ -127,19 +123,13 @@ class Collector:
             scored = self.rewards(samples, columns | {PROMPT_INDEX: [i for i in at for _ in range(n)]})
             self._warn_of_truncation(samples)
             times.update({"time/generate_s": generated - began, "time/reward_s": time.perf_counter() - generated})
-            rows = [
-                Completion(
-                    samples.prompts[i],
-                    samples.prompt_ids[i],
-                    samples.completions[i],
-                    ids,
-                    samples.finish[i] == "length",
-                    None if samples.logps is None else samples.logps[i],
-                    scored.each[i].tolist(),
-                    float(scored.rewards[i]) + self._length_reward(samples.finish[i] == "length", len(ids)),
-                )
-                for i, ids in enumerate(samples.completion_ids)
-            ]
+            rows = []
+            for i, ids in enumerate(samples.completion_ids):
+                truncated, logps = samples.finish[i] == "length", None if samples.logps is None else samples.logps[i]
+                reward = float(scored.rewards[i]) + self._length_reward(truncated, len(ids))
+                prompt, prompt_ids, completion = samples.prompts[i], samples.prompt_ids[i], samples.completions[i]
+                scores = scored.each[i].tolist()
+                rows.append(Completion(prompt, prompt_ids, completion, ids, truncated, logps, scores, reward))
             return [(i, rows[k * n : (k + 1) * n]) for k, i in enumerate(at)]
 
         groups = sorted(self._on_all(work), key=lambda group: group[0])
@@ -155,13 +145,13 @@ class Collector:
             rows.append(self.prompts[order[index]])
         return rows
 
-    def _on_all(self, work: Callable[[], list[Any]]) -> list[Any]:
+    def _on_all(self, work: Callable[[], list[Any] | None]) -> list[Any]:
         """Runs `work` on all processes and returns the items of all; where it fails on one, it raises on all."""
         from accelerate.utils import gather_object
 
         found, error = [], None
         try:
-            found = work()
+            found = work() or []
         except Exception as raised:
             error = raised
         problem = None if error is None else f"{type(error).__name__}: {error}"
@@ -189,11 +179,10 @@ class Collector:
 
     def _length_reward(self, truncated: bool, length: int) -> float:
         """Returns what is added to a completion's reward for its length: 0, or a penalty."""
-        args = self.args
-        reward = -args.missing_eos_penalty if truncated else 0.0
-        if args.overlong_handling == "penalty":
-            over = length - (args.max_new_tokens - args.penalised_tokens)
-            reward -= 1.0 if truncated else min(max(over / args.penalised_tokens, 0.0), 1.0)
+        penalised, reward = self.args.penalised_tokens, -self.args.missing_eos_penalty if truncated else 0.0
+        if self.args.overlong_handling == "penalty":
+            over = length - (self.args.max_new_tokens - penalised)
+            reward -= 1.0 if truncated else min(max(over / penalised, 0.0), 1.0)
         return reward
 
 
@@ -212,10 +201,8 @@ def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollo
     ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
     for k, row in enumerate(ids):
         check_ids(policy, tokenizer, row, str(rows[k].get("where", f"prompt {k}")))
-    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return
-    long = [k for k, x in enumerate(ids) if len(x) >= limit]
+    limit = positions(policy)
+    long = [k for k, x in enumerate(ids) if limit is not None and len(x) >= limit]
     if long:
         raise ValueError(
             f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the "

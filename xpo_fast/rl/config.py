@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..methods import METHODS
@@ -13,6 +13,7 @@ from ..methods.registry import RLDefaults
 from ..objective import Objective
 from ..objective.terms import parse_terms
 from ..trainer import MethodConfig
+from ..trainer.config import argument
 from ..wording import did_you_mean
 
 
@@ -53,128 +54,87 @@ class RLConfig(MethodConfig):
     rloo is on-policy with one step per rollout, and uses its clipped variant (variant="clipped") with several.
     """
 
-    method: str = field(default="grpo", metadata={"help": "A policy method of xpo_fast.METHODS, or a sum."})
-    num_generations: int = field(default=8, metadata={"help": "Completions per prompt."})
-    prompts_per_rollout: int | None = field(
-        default=None, metadata={"help": "Prompts per rollout. None: those that one step trains on."}
+    method: str = argument("grpo", "A policy method of xpo_fast.METHODS, or a sum.")
+    num_generations: int = argument(8, "Completions per prompt.")
+    prompts_per_rollout: int | None = argument(None, "Prompts per rollout. None: those that one step trains on.")
+    epochs_per_rollout: int = argument(1, "Passes over the completions of a rollout.")
+    max_new_tokens: int = argument(256, "Longest completion in tokens.")
+    temperature: float = argument(1.0, "Temperature of sampling and of every log-prob.")
+    top_p: float = argument(
+        1.0, "Nucleus sampling: the smallest set of tokens with this probability; log-probs are over all tokens."
     )
-    epochs_per_rollout: int = field(default=1, metadata={"help": "Passes over the completions of a rollout."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of every log-prob."})
-    top_p: float = field(
-        default=1.0,
-        metadata={
-            "help": "Nucleus sampling: the smallest set of tokens with this probability; log-probs are over all tokens."
-        },
+    top_k: int | None = argument(None, "Sample from the k most likely tokens; log-probs are over all tokens.")
+    stop: tuple[str, ...] = argument((), "Texts that end a completion.")
+    generation_batch_size: int = argument(64, "Completions per batch of sampling.")
+    continuous_batching: bool = argument(
+        False,
+        "Sample by transformers' continuous batching on CUDA if the model supports it: faster, and the same seed need "
+        "not give the same completions.",
     )
-    top_k: int | None = field(
-        default=None, metadata={"help": "Sample from the k most likely tokens; log-probs are over all tokens."}
+    max_draws: int | None = argument(
+        None,
+        "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others are drawn in "
+        f"their place, at most this many times per rollout. 1: never. None: {_of_methods('max_draws')}.",
     )
-    stop: tuple[str, ...] = field(default=(), metadata={"help": "Texts that end a completion."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Completions per batch of sampling."})
-    continuous_batching: bool = field(
-        default=False,
-        metadata={
-            "help": "Sample by transformers' continuous batching on CUDA if the model supports it: faster, and "
-            "the same seed need not give the same completions."
-        },
+    overlong: str = argument(
+        "auto",
+        "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty (−1 for a "
+        f"truncated one, rising to 0 over the overlong_buffer tokens before), or auto: {_of_methods('overlong')}.",
     )
-    max_draws: int | None = field(
-        default=None,
-        metadata={
-            "help": "Dynamic sampling: while prompts whose completions all have one reward are in a rollout, others "
-            "are drawn in their place, at most this many times per rollout. 1: never. None: "
-            f"{_of_methods('max_draws')}."
-        },
+    overlong_buffer: int | None = argument(
+        None, "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."
     )
-    overlong: str = field(
-        default="auto",
-        metadata={
-            "help": "Truncated completions: keep, mask (they are in the group's mean, not in the loss), penalty "
-            "(−1 for a truncated one, rising to 0 over the overlong_buffer tokens before), or auto: "
-            f"{_of_methods('overlong')}."
-        },
+    missing_eos_penalty: float = argument(0.0, "Subtracted from the reward of a truncated completion.")
+    advantage: str = argument("auto", f"auto (the method's own), {', '.join(ADVANTAGES)}.")
+    whiten_advantages: bool = argument(True, "With gae: scale advantages to mean 0, variance 1 per rollout.")
+    gamma: float = argument(1.0, "Discount γ of gae.")
+    lam: float = argument(0.95, "λ of gae.")
+    vf_coef: float = argument(0.1, "Weight of the critic's loss, with gae.")
+    value_head_learning_rate: float | None = argument(
+        None, "Learning rate of the critic's value head, with gae. None: learning_rate."
     )
-    overlong_buffer: int | None = field(
-        default=None,
-        metadata={"help": "Tokens over which the penalty rises. None: a fifth of max_new_tokens, as in DAPO."},
+    value_clip: float = argument(0.2, "Clipping range of a value around its old value.")
+    reference: str = argument(
+        "auto", "The reference policy: adapter (switched off), copy, none, or auto: the one needed."
     )
-    missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Subtracted from the reward of a truncated completion."}
+    ref_mixin: float = argument(
+        0.0,
+        "After every rollout: reference ← (1 − x)·reference + x·policy for every weight; of a PEFT model for the "
+        "adapter's.",
     )
-    advantage: str = field(default="auto", metadata={"help": f"auto (the method's own), {', '.join(ADVANTAGES)}."})
-    whiten_advantages: bool = field(
-        default=True, metadata={"help": "With gae: scale advantages to mean 0, variance 1 per rollout."}
+    kl_coef: float | None = argument(
+        None,
+        "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the sampled tokens "
+        f"(k1: unbiased in value and gradient). None: {_of_methods('kl_coef')}. In the loss it is the method's beta.",
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount γ of gae."})
-    lam: float = field(default=0.95, metadata={"help": "λ of gae."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the critic's loss, with gae."})
-    value_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critic's value head, with gae. None: learning_rate."}
+    kl_target: float | None = argument(
+        None,
+        "Adaptive KL: kl_coef (or the method's beta) is raised where the divergence is above this many "
+        "nats per completion, and lowered below; for ppo_penalty, nats per token from the sampling policy.",
     )
-    value_clip: float = field(default=0.2, metadata={"help": "Clipping range of a value around its old value."})
-    reference: str = field(
-        default="auto",
-        metadata={"help": "The reference policy: adapter (switched off), copy, none, or auto: the one needed."},
+    kl_horizon: int = argument(
+        10_000, "A rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/kl_horizon."
     )
-    ref_mixin: float = field(
-        default=0.0,
-        metadata={
-            "help": "After every rollout: reference ← (1 − x)·reference + x·policy for every weight; of a PEFT model "
-            "for the adapter's."
-        },
+    off_policy: str = argument(
+        "auto",
+        "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level "
+        "of the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none.",
     )
-    kl_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the KL penalty subtracted from the reward: kl_coef · Σ(log π − log ref) over the "
-            "sampled tokens (k1: unbiased in value and gradient). "
-            f"None: {_of_methods('kl_coef')}. In the loss it is the method's beta."
-        },
+    off_policy_cap: float = argument(2.0, "Upper limit of these weights.")
+    eval_generations: int = argument(1, "Completions per held-out prompt.")
+    log_samples: bool = argument(
+        True,
+        "Write every completion into samples.jsonl, one per line, for datasets.load_dataset('json', "
+        "data_files=…) or pandas.read_json(…, lines=True).",
     )
-    kl_target: float | None = field(
-        default=None,
-        metadata={
-            "help": "Adaptive KL: kl_coef (or the method's beta) is raised where the divergence is above this many "
-            "nats per completion, and lowered below; for ppo_penalty, nats per token from the sampling policy."
-        },
-    )
-    kl_horizon: int = field(
-        default=10_000,
-        metadata={"help": "A rollout of n completions changes kl_coef by a factor within 1 ± 0.2·n/kl_horizon."},
-    )
-    off_policy: str = field(
-        default="auto",
-        metadata={
-            "help": "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level "
-            "of the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none."
-        },
-    )
-    off_policy_cap: float = field(default=2.0, metadata={"help": "Upper limit of these weights."})
-    eval_generations: int = field(default=1, metadata={"help": "Completions per held-out prompt."})
-    log_samples: bool = field(
-        default=True,
-        metadata={
-            "help": "Write every completion into samples.jsonl, one per line, for datasets.load_dataset('json', "
-            "data_files=…) or pandas.read_json(…, lines=True)."
-        },
-    )
-    show_samples: int = field(
-        default=0, metadata={"help": "Completions of the last rollout to print, by reward, with every log."}
-    )
+    show_samples: int = argument(0, "Completions of the last rollout to print, by reward, with every log.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            *("num_generations", "epochs_per_rollout", "generation_batch_size", "max_draws", "overlong_buffer"),
-            *("kl_horizon", "eval_generations", "max_new_tokens"),
-        ):
+        counts = "num_generations prompts_per_rollout epochs_per_rollout generation_batch_size max_new_tokens"
+        for name in f"{counts} max_draws overlong_buffer kl_horizon eval_generations".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.show_samples < 0:
-            raise ValueError(f"show_samples must be 0 or more, got {self.show_samples}")
-        if self.prompts_per_rollout is not None and self.prompts_per_rollout < 1:
-            raise ValueError(f"prompts_per_rollout must be at least 1 or None, got {self.prompts_per_rollout}")
         for name in ("temperature", "off_policy_cap"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -183,7 +143,7 @@ class RLConfig(MethodConfig):
                 f"value_head_learning_rate is the critic's, and there is one with gae: {self.method} has advantages by "
                 f"{self.estimator!r}. Leave it out, or set advantage='gae'"
             )
-        for name in ("vf_coef", "missing_eos_penalty", "kl_coef"):
+        for name in ("vf_coef", "missing_eos_penalty", "kl_coef", "show_samples"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.ref_mixin <= 1:
@@ -307,9 +267,7 @@ class RLConfig(MethodConfig):
     @property
     def estimator(self) -> str:
         """How rewards become advantages, of ADVANTAGES."""
-        if self.advantage != "auto":
-            return self.advantage
-        return self._defaults.advantage
+        return self._defaults.advantage if self.advantage == "auto" else self.advantage
 
     @property
     def reward_kl(self) -> float:

@@ -1,21 +1,84 @@
-"""Makes an Experience of scored completions: their log-probs, values and advantages, as the steps on them need."""
+"""Makes an Experience of scored completions, which it measures and gives advantages, and cuts it into micro-batches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .. import data
+from ..data import pad_rows
+from ..head import token_logps, token_stats
 from ..methods.advantages import advantages, gae, whiten
 from ..methods.math import k1
+from ..models import Head
+from ..models.value_head import ValueHead
 from ..objective import Objective
+from ..rollout import score_tokens
+from ..seeds import permutation
 from ..types import IGNORE_INDEX
 from .collect import Completion
 from .config import RLConfig
-from .measure import Measure
+from .reference import MovingReference
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Measure:
+    """Measurement of completions by a run's models, in eval mode, without gradient, shared among the processes."""
+
+    policy: Any
+    critic: ValueHead | None
+    reference: MovingReference | None
+    accelerator: Accelerator
+    args: RLConfig
+    tile_bytes: int | None  # budget of the head's tile
+    pad: int
+
+    def __call__(self, rows: list[Completion], which: Tensor, *, by_policy: bool) -> dict[str, Tensor]:
+        """Measures the rows `which` (R,) bool: (R, C) float32 on the CPU each, 0 for other rows and after a row's end.
+
+        ref_token_logp if there is a reference; with by_policy also old_logp, entropy, and old_value if there is a
+        critic. C is the longest completion of all rows. Every process must call it.
+        """
+        from accelerate.utils import gather_object
+
+        order = sorted(which.nonzero()[:, 0].tolist(), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].ids))
+        mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        pairs = [(rows[i].prompt_ids, rows[i].ids) for i in mine]
+        size: Any = {"batch_size": self.args.per_device_eval_batch_size, "pad": self.pad}
+        found: dict[str, Tensor] = {}
+        with self.accelerator.autocast():
+            if by_policy:
+                names = ["old_logp", "entropy", *(("old_value",) if self.critic is not None else ())]
+                found |= score_tokens(self.policy, pairs, names, self._by_policy, **size)
+            if self.reference is not None:
+                with self.reference.scoring() as model:
+                    found |= score_tokens(model, pairs, ["ref_token_logp"], self._by_reference, **size)
+        width = max(1, *(len(row.ids) for row in rows))
+        measured = {name: torch.zeros(len(rows), width) for name in found}
+        for at, values in gather_object([(mine, found)]):
+            for name, x in values.items():
+                measured[name][at, : x.shape[1]] = x
+        return measured
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"temperature": self.args.temperature, "tile_bytes": self.tile_bytes, "backend": self.args.backend}
+
+    def _by_policy(self, hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
+        stats = token_stats(hidden, head, targets, outputs=("entropy",), **self._options)
+        assert stats.entropy is not None
+        values = {} if self.critic is None else {"old_value": self.critic(hidden)[..., 0]}
+        return {"old_logp": stats.logp, "entropy": stats.entropy, **values}
+
+    def _by_reference(self, hidden: Tensor, head: Head, targets: Tensor) -> dict[str, Tensor]:
+        return {"ref_token_logp": token_logps(hidden, head, targets, **self._options)}
 
 
 @dataclass
@@ -40,28 +103,6 @@ class Experience:
         return torch.where(at < lengths[rows][:, None], 0, IGNORE_INDEX)
 
 
-@dataclass
-class _Table:
-    """Completions of a rollout as tensors, (R,) each, and (R, C) by token."""
-
-    reward: Tensor  # float32, NaN where there is none
-    valued: Tensor  # bool, whether there is a reward
-    counted: Tensor  # bool, whether the loss's mean divides by the row
-    lengths: Tensor  # int64
-    mask: Tensor  # (R, C) bool
-
-    @classmethod
-    def of(cls, rows: list[Completion], args: RLConfig) -> _Table:
-        reward = torch.tensor([row.reward for row in rows])
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]
-        valued = ~reward.isnan()
-        counted = valued & (lengths > 0)
-        if args.overlong_handling == "mask":
-            counted &= ~torch.tensor([row.truncated for row in rows])
-        return cls(reward, valued, counted, lengths, mask)
-
-
 def make_experience(
     rows: list[Completion],
     args: RLConfig,
@@ -84,8 +125,14 @@ def make_experience(
     first then, and rows that are spared are not even measured. Raises ValueError for advantages that are not finite,
     and for a correction that args ask for and the sampler makes impossible.
     """
-    table = _Table.of(rows, args)
-    if not all(row.logps is not None for row in rows):
+    reward = torch.tensor([row.reward for row in rows])  # (R,)
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]  # (R, C)
+    valued = ~reward.isnan()
+    counted = valued & (lengths > 0)
+    if args.overlong_handling == "mask":
+        counted &= ~torch.tensor([row.truncated for row in rows])
+    if any(row.logps is None for row in rows):
         correction = "none"
     if args.off_policy in ("token", "sequence") and correction == "none":
         raise ValueError(f"off_policy={args.off_policy!r} needs a sampler that gives its own log-probs")
@@ -95,67 +142,60 @@ def make_experience(
 
     def rewarded(reward: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the advantages of these rewards, and the rows that are kept."""
-        found = advantages(reward, table.valued, args.estimator, args.num_generations)
-        return found, table.counted & (found != 0) if spare else table.counted
+        found = advantages(reward, valued, args.estimator, args.num_generations)
+        return found, counted & (found != 0) if spare else counted
 
-    advantage, kept = (None, table.counted) if measured_first else rewarded(table.reward)
-    measured = measure(rows, table.valued & (table.lengths > 0) if measured_first else kept, by_policy=by_policy)
+    advantage, kept = (None, counted) if measured_first else rewarded(reward)
+    measured = measure(rows, valued & (lengths > 0) if measured_first else kept, by_policy=by_policy)
     metrics: dict[str, float] = {}
     kl = None
     if by_policy and measure.reference is not None:
-        kl = torch.where(table.mask, k1(measured["old_logp"], measured["ref_token_logp"]), 0.0)  # (R, C)
+        kl = torch.where(mask, k1(measured["old_logp"], measured["ref_token_logp"]), 0.0)  # (R, C)
         per_row = kl.sum(dim=1)[kept]
         metrics["objective/kl"] = float(per_row.mean()) if len(per_row) else math.nan
     columns: dict[str, Tensor] = {}
     if measure.critic is not None:
-        gained = torch.zeros_like(table.mask, dtype=torch.float32) if kl is None else -kl_coef * kl
-        advantage, returns, about = _by_critic(table, gained, measured["old_value"], args)
+        gained = torch.zeros(mask.shape) if kl is None else -kl_coef * kl  # (R, C)
+        gained[torch.arange(len(rows)), (lengths - 1).clamp(min=0)] += torch.where(valued, reward, 0.0)
+        advantage, returns, about = _by_critic(gained, measured["old_value"], mask & counted[:, None], args)
         columns |= {"old_value": measured["old_value"], "returns": returns}
         metrics |= about
     elif advantage is None:
         assert kl is not None
-        advantage, kept = rewarded(table.reward - kl_coef * kl.sum(dim=1))
+        advantage, kept = rewarded(reward - kl_coef * kl.sum(dim=1))
     if correction != "none":
         advantage, metrics["off_policy/weight"] = _corrected(
-            advantage, rows, table.mask, kept, measured["old_logp"], correction, args.off_policy_cap
+            advantage, rows, mask, kept, measured["old_logp"], correction, args.off_policy_cap
         )
     if not advantage.isfinite().all():
-        known = table.reward[table.valued]
+        known = reward[valued]
         raise ValueError(
             f"advantages of rollout {number} are not finite: rewards from {known.min():g} to {known.max():g}"
             f"{f', divergence {kl.sum(dim=1).max():g}' if kl is not None else ''}; give rewards of a smaller scale"
         )
     if "entropy" in measured:
-        metrics["entropy"] = float(measured["entropy"][table.mask & kept[:, None]].mean())
+        metrics["entropy"] = float(measured["entropy"][mask & kept[:, None]].mean())
     metrics["groups/dropped"] = 1 - float(kept.view(-1, args.num_generations).any(dim=1).float().mean())
-    columns |= {"advantage": advantage, "prob_w": table.reward}
+    columns |= {"advantage": advantage, "prob_w": reward}
     columns |= {name: measured[name] for name in ("old_logp", "ref_token_logp") if name in measured}
     reads = {name for m in objective.methods for name in m.columns}
     reads |= {"old_value", "returns"} if measure.critic is not None else set()
     reads |= {"ref_token_logp"} if any(t.reads_reference for t in objective.terms) else set()
     if args.steps_per_rollout == 1:  # the policy is the one that sampled
         reads -= {"old_logp"}
-    experience = Experience(
-        [row.prompt_ids for row in rows],
-        [row.ids for row in rows],
-        table.counted,
-        kept,
-        {name: x.contiguous() for name, x in columns.items() if name in reads},
-    )
-    return experience, metrics
+    columns = {name: x.contiguous() for name, x in columns.items() if name in reads}
+    return Experience([row.prompt_ids for row in rows], [row.ids for row in rows], counted, kept, columns), metrics
 
 
 def _by_critic(
-    table: _Table,
-    gained: Tensor,  # (R, C) reward of each token beside the completion's own
+    reward: Tensor,  # (R, C) of each token
     value: Tensor,  # (R, C)
+    tokens: Tensor,  # (R, C) bool, those of rows that are counted
     args: RLConfig,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Returns advantages and returns of every token by gae, (R, C) each, and metrics of the values."""
-    tokens = table.mask & table.counted[:, None]
-    gained[torch.arange(len(gained)), (table.lengths - 1).clamp(min=0)] += torch.where(table.valued, table.reward, 0.0)
-    advantage, returns = gae(gained, value, tokens, args.gamma, args.lam)
-    explained = 1 - _variance(returns - value, tokens) / _variance(returns, tokens)
+    advantage, returns = gae(reward, value, tokens, args.gamma, args.lam)
+    explained = 1 - (returns - value)[tokens].var(correction=0) / returns[tokens].var(correction=0)
     metrics = {"value/mean": float(value[tokens].mean()), "value/explained": float(explained)}
     if args.whiten_advantages:
         advantage = torch.where(tokens, whiten(advantage, tokens), 0.0)
@@ -190,10 +230,6 @@ def _corrected(
     return advantage * weight, mean
 
 
-def _variance(x: Tensor, mask: Tensor) -> Tensor:
-    return x[mask].var(correction=0)
-
-
 def correction_level(args: RLConfig, objective: Objective, *, own_sampler: bool) -> str:
     """Returns at which level advantages are weighed by policy over sampler: none, token or sequence.
 
@@ -218,3 +254,101 @@ def spares_rows(objective: Objective, *, other_losses: bool) -> bool:
         and all("advantage" in t.method.columns and t.method.denominator != "local_tokens" for t in terms)
         and not any(t.hyperparameters.get(x) for t in terms for x in ("beta", "entropy_coef"))
     )
+
+
+@dataclass
+class Batches:
+    """Maker of a step's micro-batches."""
+
+    args: RLConfig
+    objective: Objective
+    accelerator: Accelerator
+    pad: int
+    texts: list[list[int]]  # token ids of pretraining texts; none for a method that mixes in none
+
+    def step(
+        self, experience: Experience, step: int, *, spare: bool
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Returns this process's micro-batches of a step of the run, and the denominators of their losses, () each.
+
+        spare: rows with gradient 0 are left out of the batches; the denominators count them.
+        """
+        args, ranks = self.args, self.accelerator.num_processes
+        rollout, at = divmod(step, args.steps_per_rollout)
+        epoch, part = divmod(at, args.minibatches)
+        order = permutation(len(experience.kept), args.seed, "order", rollout + 1, epoch)
+        rows = order.chunk(args.minibatches)[part]
+        kept = rows[experience.kept[rows]]
+        if spare:  # then it does not matter which rows share a batch: those of similar length do, for less padding
+            sizes = [len(experience.prompt_ids[i]) + len(experience.completion_ids[i]) for i in kept.tolist()]
+            kept = kept[torch.tensor(sizes, dtype=torch.int64).argsort(stable=True)]
+        size = args.per_device_train_batch_size
+        micro = kept.split(size) if len(kept) else ()
+        spared = rows[experience.counted[rows] & ~experience.kept[rows]]
+        counts = [self.objective.count_items(experience.targets(of)) for of in (*micro, spared) if len(of)]
+        none = self.objective.count_items(torch.full((1, 1), IGNORE_INDEX))
+        items = {
+            "policy": torch.stack([none, *counts]).sum(dim=0).clamp(min=1),
+            "tokens": experience.lengths[rows[experience.counted[rows]]].sum().clamp(min=1),
+        }
+        per_step = args.gradient_accumulation_steps * ranks
+        mine = range(self.accelerator.process_index, per_step, ranks)
+        batches = [
+            self.batch(experience, micro[k] if k < len(micro) else None, (step * per_step + k) * size) for k in mine
+        ]
+        return batches, {name: x.to(args.device) for name, x in items.items()}
+
+    def batch(self, experience: Experience, rows: Tensor | None, first_text: int) -> dict[str, Tensor]:
+        """Returns rows (n,) as a batch, with pretraining texts from number `first_text` on.
+
+        rows None: a single token without a target, from which nothing is learned; other processes wait for this one.
+        """
+        chosen = torch.zeros(1, dtype=torch.int64) if rows is None else rows
+        pairs = [(experience.prompt_ids[i], experience.completion_ids[i]) for i in chosen.tolist()]
+        texts = []
+        if rows is None:
+            pairs = [(pairs[0][0][:1], pairs[0][1][:1] or pairs[0][0][:1])]
+        elif self.texts:
+            size = self.args.per_device_train_batch_size
+            texts = [self.texts[(first_text + k) % len(self.texts)] for k in range(size)]
+        batch = pad_rows([*pairs, *((ids[:1], ids[1:]) for ids in texts)], self.pad)
+        targets = batch["targets"]
+        batch["targets"] = targets[: len(pairs)]
+        if self.texts:
+            batch["ptx_targets"] = targets[len(pairs) :]
+        if rows is None:
+            batch["targets"] = torch.full_like(batch["targets"], IGNORE_INDEX)
+        for name, x in experience.columns.items():
+            x = x[chosen]
+            if x.dim() == 2:
+                placed = torch.zeros(batch["targets"].shape, dtype=x.dtype)
+                for k, (prompt, ids) in enumerate(pairs):
+                    placed[k, len(prompt) - 1 : len(prompt) - 1 + len(ids)] = x[k, : len(ids)]
+                x = placed
+            batch[name] = x
+        return batch
+
+
+def pretraining_texts(dataset: Any, objective: Objective, tokenizer: Any, longest: int) -> list[list[int]]:
+    """Returns the token ids of the texts that ppo_ptx mixes in, cut at `longest` tokens; none for other methods.
+
+    dataset: strings, or rows with `text`, as `data.read` takes them. Texts of fewer than two tokens are left out.
+    Raises ValueError where the method mixes in text and there is none, or the other way round.
+    """
+    wanted = any("ptx_logp" in m.columns for m in objective.methods)
+    if wanted != (dataset is not None):
+        raise ValueError(
+            f"{objective} mixes in pretraining text: pass ptx_dataset=, strings or rows with a text"
+            if wanted
+            else f"ptx_dataset= is for ppo_ptx, {objective} mixes in no text"
+        )
+    if not wanted:
+        return []
+    rows = dataset if isinstance(dataset, list) else [row for _, row in data.read(dataset, "train")]
+    texts = [row if isinstance(row, str) else row.get("text") for row in rows]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("ptx_dataset: expected strings, or rows with a text, and at least one")
+    ids = [ids[:longest] for ids in tokenizer(texts, verbose=False)["input_ids"] if len(ids) > 1]
+    if not ids:
+        raise ValueError("ptx_dataset: no text has two tokens or more")
+    return ids

@@ -32,18 +32,11 @@ def sample_lines(
     for k, group in enumerate(groups):
         for row in group:
             i = place.get(id(row))
-            about = {
-                **where,
-                "group": k,
-                "prompt": row.prompt,
-                "completion": row.completion,
-                "tokens": len(row.ids),
-                "truncated": row.truncated,
-                "reward": row.reward,
-                "rewards": dict(zip(names, row.scores, strict=True)),
-                "advantage": None if i is None else float(advantages[i]),
-                "trained": i is not None and bool(experience.kept[i]),
-            }
+            about = {**where, "group": k, "prompt": row.prompt, "completion": row.completion, "tokens": len(row.ids)}
+            about |= {"truncated": row.truncated, "reward": row.reward}
+            about["rewards"] = dict(zip(names, row.scores, strict=True))
+            about["advantage"] = None if i is None else float(advantages[i])
+            about["trained"] = i is not None and bool(experience.kept[i])
             lines.append(finite(about))
     return lines
 

@@ -38,12 +38,10 @@ from ..seeds import seed_for
 from ..trainer import Means, UnitTrainer, check_head, prepare_model, warn_of_trained_adapter, with_tokenizer
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
-from .batches import Batches, pretraining_texts
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
-from .collect import Collector, Completion, check_completions, check_prompts, data_columns, describe
+from .collect import Collector, check_completions, check_prompts, data_columns, describe
 from .config import RLConfig
-from .experience import Experience, correction_level, make_experience, spares_rows
-from .measure import Measure
+from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
 from .reference import MovingReference, choose_reference
 from .sample_log import SAMPLES_FILE, append_lines, sample_lines, table
 
@@ -81,8 +79,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     a checkpoint (if save_strategy is not "no", and a step has been taken), and a run resumed from it makes the same
     rollout again and ends with exactly the weights, log and samples of an undisturbed one. If an evaluation fails, the
     checkpoint written is that of the step before it; the resumed run continues after that evaluation. KeyboardInterrupt
-    ends the run at once, without a
-    checkpoint: the steps since the last one are taken again, and are the same.
+    ends the run at once, without a checkpoint: the steps since the last one are taken again, and are the same.
     NaN, an infinity or None for one completion: it has no reward, see above. A group of equal rewards: see above, and
     max_draws. A completion without an EOS, cut at max_new_tokens: no EOS is appended, neither for scoring nor for
     training; overlong and missing_eos_penalty decide its reward.
@@ -104,7 +101,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         ptx_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = RLConfig() if args is None else args
+        args = args or RLConfig()
         model, processing_class = with_tokenizer(model, processing_class)
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.objective = args.objective()
@@ -147,11 +144,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._measure = Measure(
             self.policy, self.critic, self.moving_reference, self.accelerator, args, self.objective.tile_bytes, pad
         )
+        continuous = None if args.continuous_batching else False
         rollout = rollout or GenerateRollout(
-            model,
-            processing_class,
-            batch_size=args.generation_batch_size,
-            continuous=None if args.continuous_batching else False,
+            model, processing_class, batch_size=args.generation_batch_size, continuous=continuous
         )
         self._collector = Collector(
             self.policy, rollout, self.rewards, self.accelerator, args, self.sampling, self.prompts
@@ -161,6 +156,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.progress = Progress(args.reward_kl)
         self.experience: Experience | None = None
         self._step_means, self._rollout_means, self._penalty_means = Means(), Means(), Means()
+        self._all_means = {"loss": self._means, "step": self._step_means}
+        self._all_means |= {"rollout": self._rollout_means, "penalty": self._penalty_means}
         self._step_began = 0.0
         self._head_checked = False
         self._shown: list[dict[str, Any]] = []  # samples for the next log
@@ -222,15 +219,6 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "reference": self.reference,
         }
 
-    @property
-    def _all_means(self) -> dict[str, Means]:
-        return {
-            "loss": self._means,
-            "step": self._step_means,
-            "rollout": self._rollout_means,
-            "penalty": self._penalty_means,
-        }
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -283,7 +271,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
-            self._check_rows(rows)
+            check_completions(rows, self.policy, self.processing_class)
+            if not self._head_checked:
+                longest = max((row.prompt_ids + row.ids for row in rows), key=len)
+                check_head(self.model, longest, args.device, args.backend)
+                self._head_checked = True
             own = isinstance(self.rollout, GenerateRollout)
             experience, metrics = make_experience(
                 rows,
@@ -317,15 +309,6 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.progress, self.experience = progress, experience
         metrics["time/rollout_s"] = time.perf_counter() - began
         self._note(self._rollout_means, metrics)
-
-    def _check_rows(self, rows: list[Completion]) -> None:
-        """Raises ValueError for completions that cannot be trained on; checks the head once, on the longest."""
-        check_completions(rows, self.policy, self.processing_class)
-        if self._head_checked:
-            return
-        longest = max(rows, key=lambda row: len(row.prompt_ids) + len(row.ids))
-        check_head(self.model, longest.prompt_ids + longest.ids, self.args.device, self.args.backend)
-        self._head_checked = True
 
     # --- logs and evaluation ------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models import check_ids
 from ..models.lm_head import causal_lm
@@ -81,23 +83,19 @@ class GenerateRollout:
         lm = causal_lm(unwrapped(self.model))
         warn_if_slow(lm.dtype, lm.device)
         eos = eos_ids(self.tokenizer, lm)
-        asked = requests(prompts, n, seed, self.tokenizer, sampling, _positions(lm))
+        asked = requests(prompts, n, seed, self.tokenizer, sampling, positions(lm))
         for request in asked:
             check_ids(lm, self.tokenizer, request.ids, f"prompt {request.place[0]}")
         generated: list[Any] = [None] * len(asked)
         continuous = self._continuous(lm, sampling)
         with evaluating(lm):
             for at in _batches(asked, len(asked) if continuous is not None else self.batch_size):
-                part = [asked[i] for i in at]
-                done = None
+                part, done = [asked[i] for i in at], None
                 if continuous is not None:
                     done = self._continuously(lm, part, sampling, seed, eos, continuous)
                 if done is None:
-                    done = [
-                        one
-                        for start in range(0, len(part), self.batch_size)
-                        for one in self._in_batch(lm, part[start : start + self.batch_size], sampling, seed, eos)
-                    ]
+                    parts = (part[k : k + self.batch_size] for k in range(0, len(part), self.batch_size))
+                    done = [one for some in parts for one in self._in_batch(lm, some, sampling, seed, eos)]
                 for i, one in zip(at, done, strict=True):
                     generated[i] = one
         return as_samples(asked, generated, self.tokenizer, sampling, eos)
@@ -109,11 +107,9 @@ class GenerateRollout:
         width, longest = max(len(request.ids) for request in asked), asked[0].max_tokens
         pad = self.tokenizer.pad_token_id
         pad = min(eos, default=0) if pad is None else pad  # is masked, and never read
-        input_ids = torch.full((len(asked), width), pad, dtype=torch.int64)  # (B, S)
-        attention_mask = torch.zeros_like(input_ids)
-        for r, request in enumerate(asked):
-            input_ids[r, width - len(request.ids) :] = torch.tensor(request.ids)
-            attention_mask[r, width - len(request.ids) :] = 1
+        rows = [torch.tensor(request.ids) for request in asked]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")  # (B, S)
+        attention_mask = pad_sequence([torch.ones_like(x) for x in rows], batch_first=True, padding_side="left")
         processors, draw = transformers.LogitsProcessorList(), None
         if sampling.temperature > 0:
             if sampling.temperature != 1:
@@ -124,10 +120,8 @@ class GenerateRollout:
                 processors.append(transformers.TopPLogitsWarper(float(sampling.top_p)))
             draw = _Draw([request.place for request in asked], seed, longest, width, lm.device)
             processors.append(draw)  # type: ignore[arg-type]  # any callable of ids and scores will do
-        criteria: Any = transformers.StoppingCriteriaList()
         stopping = _StopStrings(self.tokenizer, sampling.stop, width, len(asked)) if sampling.stop else None
-        if stopping is not None:
-            criteria.append(stopping)
+        criteria: Any = transformers.StoppingCriteriaList([] if stopping is None else [stopping])
         config = transformers.GenerationConfig(
             max_new_tokens=longest, do_sample=False, eos_token_id=sorted(eos) or None, pad_token_id=pad, use_cache=True
         )
@@ -187,13 +181,8 @@ class GenerateRollout:
         try:
             devices = [lm.device] if lm.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
-                found = list(
-                    lm.generate_batch(
-                        [request.ids for request in asked],
-                        generation_config=generation,
-                        continuous_batching_config=config,
-                    ).values()
-                )
+                settings = {"generation_config": generation, "continuous_batching_config": config}
+                found = list(lm.generate_batch([request.ids for request in asked], **settings).values())
             faults = [one.error for one in found if one.error is not None]
             if faults or len(found) != len(asked):
                 raise RolloutError(
@@ -279,7 +268,7 @@ def _without_settings(lm: Any) -> Iterator[None]:
         lm.generation_config = held
 
 
-def _positions(lm: Any) -> int | None:
+def positions(lm: Any) -> int | None:
     """Returns the number of positions the model has for tokens; None for no limit."""
     found = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
@@ -288,11 +277,6 @@ def _positions(lm: Any) -> int | None:
 def _batches(asked: list[Request], size: int) -> Iterator[list[int]]:
     """Yields batches of request indices, longest prompts first, at most `size` each and of equal max_tokens."""
     order = sorted(range(len(asked)), key=lambda i: (asked[i].max_tokens, -len(asked[i].ids)))
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == size or asked[i].max_tokens != asked[batch[0]].max_tokens):
+    for _, alike in itertools.groupby(order, key=lambda i: asked[i].max_tokens):
+        while batch := [*itertools.islice(alike, size)]:
             yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

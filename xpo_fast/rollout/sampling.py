@@ -170,7 +170,7 @@ class Generated:
     ids: list[int]
     finish: str
     logps: list[float] | None = None
-    text: str | None = None  # None: the text of its ids
+    text: str | None = None  # None: the text of its ids without the EOS and other special tokens
 
 
 def requests(
@@ -202,7 +202,10 @@ def as_samples(
     """Returns the requests and their completions as `Samples`; texts end before the first stop string."""
     completions: list[Any] = []
     for request, one in zip(asked, generated, strict=True):
-        text = completion_text(one.ids, tokenizer, eos) if one.text is None else one.text
+        text = one.text
+        if text is None:
+            body = one.ids[:-1] if one.ids and one.ids[-1] in eos else one.ids
+            text = tokenizer.decode(list(body), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text = text[: min((at for at in map(text.find, sampling.stop) if at >= 0), default=len(text))]
         completions.append(text if isinstance(request.prompt, str) else [{"role": "assistant", "content": text}])
     logps = [one.logps for one in generated if one.logps is not None]
@@ -214,12 +217,6 @@ def as_samples(
         finish=[one.finish for one in generated],
         logps=logps if len(logps) == len(asked) else None,
     )
-
-
-def completion_text(ids: Sequence[int], tokenizer: Any, eos: set[int]) -> str:
-    """Returns the text of a completion without its EOS and other special tokens."""
-    body = ids[:-1] if ids and ids[-1] in eos else ids
-    return tokenizer.decode(list(body), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def eos_ids(tokenizer: Any, model: Any = None) -> set[int]:

@@ -212,29 +212,11 @@ class ServerRollout:
     def _complete(
         self, request: Request, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp
     ) -> Generated:
-        """Completes a request; a failure sets `given_up`, and one set already is a failure."""
+        """Sends a request and reads its answer; a failure sets `given_up`, and one set already is a failure."""
         if given_up.is_set():
             raise RolloutError("given up")
-        try:
-            return self._completed(request, sampling, seed, eos, given_up)
-        except RolloutError as error:
-            given_up.why = given_up.why or error
-            given_up.set()
-            raise
-
-    def _completed(
-        self, request: Request, sampling: Sampling, seed: int, eos: set[int], given_up: _GivenUp
-    ) -> Generated:
-        """Sends a request and reads its answer."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": request.ids,
-            "max_tokens": request.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed_at(seed, *request.place),
-            "logprobs": 1,
-        }
+        body = {"model": self.model, "prompt": request.ids, "max_tokens": request.max_tokens, "logprobs": 1}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed_at(seed, *request.place)}
         if self.vllm:
             body |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
             body["top_k"] = -1 if sampling.top_k is None else sampling.top_k
@@ -242,15 +224,19 @@ class ServerRollout:
             body["top_k"] = sampling.top_k
         if sampling.stop:
             body["stop"] = list(sampling.stop)
-        answer = self._request("/v1/completions", body | self.extra, given_up)
         try:
-            choice = json.loads(answer)["choices"][0]
-            return self._read(choice, sampling, eos)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RolloutError(
-                f"{self.url}/v1/completions: expected a completion as OpenAI's API has them ({error!r}), "
-                f"got {answer[:200]}"
-            ) from error
+            answer = self._request("/v1/completions", body | self.extra, given_up)
+            try:
+                return self._read(json.loads(answer)["choices"][0], sampling, eos)
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise RolloutError(
+                    f"{self.url}/v1/completions: expected a completion as OpenAI's API has them ({error!r}), "
+                    f"got {answer[:200]}"
+                ) from error
+        except RolloutError as error:
+            given_up.why = given_up.why or error
+            given_up.set()
+            raise
 
     def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> Generated:
         """Reads a choice of the server's answer; raises ValueError or KeyError for a malformed one."""

@@ -70,16 +70,10 @@ class Means:
         return {"names": list(self._sums), "sums": None if sums is None else sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device, *, main: bool) -> None:
-        """Restores a `state_dict`.
-
-        main: whether this is the one rank that holds the restored sums; the others start at 0.
-        """
-        names, sums = state["names"], state["sums"]
-        if sums is None:
-            self._sums = {}
-            return
+        """Restores a `state_dict`. main: of the one rank that holds the restored sums; the others start at 0."""
+        sums = torch.zeros(0, 2) if state["sums"] is None else state["sums"]
         sums = (sums if main else torch.zeros_like(sums)).to(device)
-        self._sums = dict(zip(names, sums.unbind(0), strict=True))
+        self._sums = dict(zip(state["names"], sums.unbind(0), strict=True))
 
 
 class UnitTrainer(Trainer):
@@ -117,15 +111,11 @@ class UnitTrainer(Trainer):
     def made_with(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one; written into every checkpoint, see resume.py."""
         args = self.args
-        configs = getattr(self.model, "peft_config", {})
-        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        configs = {name: config.to_dict() for name, config in getattr(self.model, "peft_config", {}).items()}
         return {
             "trainer": type(self).__name__,
-            "adapter": {
-                name: {k: v for k, v in config.to_dict().items() if k not in _IGNORED_OF_ADAPTERS}
-                for name, config in configs.items()
-            },
-            "rows per step": step,
+            "adapter": {n: {k: v for k, v in c.items() if k not in _IGNORED_OF_ADAPTERS} for n, c in configs.items()},
+            "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,
             **self.given,
@@ -200,12 +190,10 @@ class UnitTrainer(Trainer):
         self._eval_means = Means()
         output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_means.pop()
-        names = [f"{_LOSS}{k}" for k in range(len(self.loss_weights))]
-        losses = [means.pop(name) for name in names if name in means]
+        losses = [means.pop(name) for k in range(len(self.loss_weights)) if (name := f"{_LOSS}{k}") in means]
         if losses:
             means["loss"] = sum(w * x for w, x in zip(self.loss_weights, losses, strict=True))
-        for name, value in means.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def prediction_step(

@@ -21,23 +21,15 @@ from ..resume import is_checkpoint
 
 STATE_FILE = "objective.pt"
 _MODEL_FILES = (  # patterns of the files of a saved model or adapter, in whichever form it was saved
-    "adapter_config.json",
-    "adapter_model.*",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model-*-of-*.bin",
-    "pytorch_model.bin.index.json",
-    "value_head.safetensors",
-    "reward_model.json",
+    *("adapter_config.json", "adapter_model.*", "value_head.safetensors", "reward_model.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
 )
 
 
 def save_objective(objective: Objective, folder: str | Path) -> None:
     """Writes the objective's state into a checkpoint; an objective without state writes nothing."""
-    state = objective.state_dict()
-    if state:
+    if state := objective.state_dict():
         torch.save({name: x.cpu() for name, x in state.items()}, Path(folder) / STATE_FILE)
 
 

@@ -12,30 +12,31 @@ from ..objective import Objective
 from ..reporters import check_reporters
 
 
+def argument(default: Any, about: str) -> Any:
+    """Returns a field of a configuration with its default and its help."""
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass
 class MethodConfig(TrainingArguments):
     """`transformers.TrainingArguments` with a method and how its head runs."""
 
-    method: str = field(
-        default="dpo", metadata={"help": "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft."}
-    )
+    method: str = argument("dpo", "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft.")
     method_args: dict | str | None = field(
         default=None,
         metadata={"help": 'Hyperparameters, and options of xpo_fast.Objective, for example {"beta": 0.1}.'},
     )
-    backend: str = field(default="auto", metadata={"help": "The backend of the head: auto, torch, dense, …"})
-    tile_mib: float | None = field(
-        default=None, metadata={"help": "Memory for one tile of logits, in MiB. None: the head decides."}
-    )
+    backend: str = argument("auto", "The backend of the head: auto, torch, dense, …")
+    tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
 
     # Other defaults than TrainingArguments has.
-    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must be False: batches are made from columns that the model does not know."}
+    learning_rate: float = argument(1e-6, "The initial learning rate of AdamW.")
+    remove_unused_columns: bool | None = argument(
+        False, "Must be False: batches are made from columns that the model does not know."
     )
     report_to: Any = field(default="none", metadata={"help": "Where to report: none, tensorboard, wandb, …"})
-    logging_steps: float = field(default=10, metadata={"help": "Log every N steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses from the log."})
+    logging_steps: float = argument(10, "Log every N steps.")
+    logging_nan_inf_filter: bool = argument(False, "Hide NaN and inf losses from the log.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,24 +68,17 @@ class MethodConfig(TrainingArguments):
 class XPOConfig(MethodConfig):
     """`MethodConfig` for a data set of preferences: how long rows may be, and where the reference comes from."""
 
-    max_length: int = field(
-        default=1024, metadata={"help": "Longest prompt and completion in tokens; longer rows are cut."}
+    max_length: int = argument(1024, "Longest prompt and completion in tokens; longer rows are cut.")
+    max_prompt_length: int | None = argument(
+        None, "Longest prompt in tokens; longer ones lose their beginning. None: no limit."
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their beginning. None: no limit."}
+    reference: str = argument(
+        "auto",
+        "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
+        "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
+        "adapter where there is one, cached otherwise.",
     )
-    reference: str = field(
-        default="auto",
-        metadata={
-            "help": "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
-            "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
-            "adapter where there is one, cached otherwise."
-        },
+    ref_cache_dir: str | None = argument(
+        None, "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
     )
-    ref_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."},
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Number of processes that tokenize. None: one."}
-    )
+    dataset_num_proc: int | None = argument(None, "Number of processes that tokenize. None: one.")

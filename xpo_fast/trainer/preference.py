@@ -112,18 +112,11 @@ class XPOTrainer(UnitTrainer):
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
         if dataset is None:
             return None
-        rows, given = None, dataset
+        rows, given, args = None, dataset, self.args
         if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
-            args: XPOConfig = self.args
             rows = data.load(dataset, kind=self.kind.name)
-            dataset = data.encode(
-                rows,
-                self._tokenizer,
-                kind=self.kind.name,
-                max_length=args.max_length,
-                max_prompt_length=args.max_prompt_length,
-                num_proc=args.dataset_num_proc,
-            )
+            how: Any = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+            dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, num_proc=args.dataset_num_proc, **how)
         unread = [] if self._estimates_kl else ["kl_completion_ids"]
         if not self.objective.has_rejected and self.kind.listed:
             unread.append("rejected_ids")
@@ -154,7 +147,9 @@ class XPOTrainer(UnitTrainer):
         rows = self.train_dataset or self.eval_dataset
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
         if rows:
-            self._check_head(rows[0])
+            completion = rows[0][self.kind.encoded[1]]
+            ids = rows[0]["prompt_ids"] + (completion[0] if self.kind.listed else completion)
+            check_head(self.model, ids, self.args.device, self.args.backend)
         self.train_dataset = self._with_reference(self.train_dataset, "")
         self.eval_dataset = map_splits(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
         self._prepared = True
@@ -176,8 +171,8 @@ class XPOTrainer(UnitTrainer):
     @property
     def made_with(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one: those of `UnitTrainer`, method, reference, rows."""
-        about = {"method": str(self.objective), "reference": self.reference, "rows": self._rows}
-        return {**super().made_with, **about}
+        method = str(self.objective)
+        return {**super().made_with, "method": method, "reference": self.reference, "rows": self._rows}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Returns batches of eval_dataset (default: the trainer's own), encoded and with its reference."""
@@ -325,8 +320,6 @@ class XPOTrainer(UnitTrainer):
         self.objective.load_state_dict(state)
         return output
 
-    # --- checks ---------------------------------------------------------------------------------------------------
-
     def _check_parallelism(self) -> None:
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
@@ -336,11 +329,6 @@ class XPOTrainer(UnitTrainer):
                 f"reference={self.reference!r} needs the whole model on every rank, which FSDP and DeepSpeed do not "
                 'keep: use LoRA with reference="adapter"'
             )
-
-    def _check_head(self, row: dict[str, Any]) -> None:
-        completion = row[self.kind.encoded[1]]
-        completion = completion[0] if self.kind.listed else completion
-        check_head(self.model, row["prompt_ids"] + completion, self.args.device, self.args.backend)
 
 
 def layout(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:

@@ -110,28 +110,20 @@ def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, ba
         return rows.view(batch["list_lengths"].shape[0], -1, 2)
     completions = [*rows.chunk(len(kind.completions))]
     if "kl_input_ids" in batch:
-        names = ("kl_input_ids", "kl_attention_mask", "kl_targets")
-        completions.append(row_logps(model, *(batch[name] for name in names), backend=backend))
+        rows = (batch["kl_input_ids"], batch["kl_attention_mask"], batch["kl_targets"])
+        completions.append(row_logps(model, *rows, backend=backend))
     return torch.stack(completions, dim=1)
 
 
 class LiveReference:
-    """A reference whose log-probs are computed with every batch: by a frozen copy, or with the adapter switched off.
-
-    strategy: "copy" or "adapter".
-    """
+    """A reference whose log-probs are computed with every batch: by a frozen "copy", or with the "adapter" off."""
 
     def __init__(self, strategy: str, model: nn.Module, accelerator: Accelerator, backend: str) -> None:
         self.accelerator, self.backend = accelerator, backend
-        self.copy: nn.Module | None = None
-        if strategy == "copy":
-            self.copy = frozen_copy(model).to(accelerator.device)
+        self.copy = frozen_copy(model).to(accelerator.device) if strategy == "copy" else None
 
     def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
-        """Computes the reference's summed log-prob of each row, (R,) float32.
-
-        model: the policy, as wrapped for training.
-        """
+        """Computes the reference's summed log-prob of each row, (R,) float32. model: the policy, as wrapped."""
         with self._scoring(model) as scored:
             return row_logps(scored, input_ids, attention_mask, targets, backend=self.backend)[:, 0]
 
@@ -182,16 +174,10 @@ class CachedReference:
         self.kind = kind
         self.weights = weights_fingerprint(model)
         config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_IN_KEY}
-        about = {
-            "format": _FORMAT,
-            "kind": kind.name,
-            "weights": self.weights,
-            "compute_dtype": dtype,
-            "config": config,
-        }
-        self.context = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        self.about = {"format": _FORMAT, "kind": kind.name, "weights": self.weights, "compute_dtype": dtype}
+        self.about["config"] = config
+        self.context = hashlib.sha256(json.dumps(self.about, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = folder / self.context[:16]
-        self.about = about
 
     def attach(
         self,
@@ -210,6 +196,7 @@ class CachedReference:
         model: not wrapped, with the weights that this reference was made from. Raises ValueError if its weights are
             others and something has to be computed.
         """
+        from safetensors.numpy import save
         from tqdm.auto import tqdm
 
         starts = range(0, len(dataset), SHARD_ROWS)
@@ -218,7 +205,12 @@ class CachedReference:
         values = _from_main_process(accelerator, lambda: [_read(p, len(s)) for p, s in zip(paths, shards, strict=True)])
         missing = [i for i, value in enumerate(values) if value is None]
         if missing:
-            self._check_weights(model)
+            if weights_fingerprint(model) != self.weights:
+                raise ValueError(
+                    "the reference log-probs of this dataset are not cached, and the model has been trained since it "
+                    "was handed to the trainer, so they cannot be computed any more. Give the dataset to the trainer "
+                    'as eval_dataset before training, or use reference="copy"'
+                )
             if accelerator.is_main_process:
                 write_atomically(self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode())
         rows = sum(len(shards[i]) for i in missing)
@@ -226,10 +218,9 @@ class CachedReference:
         size: Any = {"batch_size": batch_size, "backend": backend, "advance": bar.update}
         with bar, without_adapter(model):
             for i in missing:
-                logps = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)
-                values[i] = logps[..., 0].numpy()
+                values[i] = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)[..., 0].numpy()
                 if accelerator.is_main_process:
-                    _write(paths[i], values[i])
+                    write_atomically(paths[i], save({"logps": np.ascontiguousarray(values[i])}))
         tables = [v for v in values if v is not None]
         if self.kind.listed:
             rows: Any = dataset
@@ -243,14 +234,6 @@ class CachedReference:
 
     def _key(self, shard: datasets.Dataset) -> str:
         return hashlib.sha256((self.context + rows_fingerprint(shard)).encode()).hexdigest()[:32]
-
-    def _check_weights(self, model: nn.Module) -> None:
-        if weights_fingerprint(model) != self.weights:
-            raise ValueError(
-                "the reference log-probs of this dataset are not cached, and the model has been trained since it was "
-                "handed to the trainer, so they cannot be computed any more. Give the dataset to the trainer as "
-                'eval_dataset before training, or use reference="copy"'
-            )
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -337,9 +320,8 @@ def _from_main_process(accelerator: Accelerator, read: Callable[[], list]) -> li
     """Returns, on every process, what read() returns on the main one."""
     from accelerate.utils import broadcast_object_list
 
-    result = [read() if accelerator.is_main_process else None]
-    result = broadcast_object_list(result) if accelerator.num_processes > 1 else result
-    return result[0]  # type: ignore[return-value]
+    result: Any = [read() if accelerator.is_main_process else None]
+    return (broadcast_object_list(result) if accelerator.num_processes > 1 else result)[0]
 
 
 def _read(path: Path, rows: int) -> np.ndarray | None:
@@ -355,9 +337,3 @@ def _read(path: Path, rows: int) -> np.ndarray | None:
         warnings.warn(f"{path} cannot be read ({error}); its rows are computed again", stacklevel=2)
         return None
     return table if table.ndim == 2 and table.shape[0] == rows else None
-
-
-def _write(path: Path, table: np.ndarray) -> None:
-    from safetensors.numpy import save
-
-    write_atomically(path, save({"logps": np.ascontiguousarray(table)}))

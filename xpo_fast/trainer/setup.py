@@ -19,9 +19,6 @@ from ..models.modes import evaluating
 from ..precision import warn_if_slow
 from .reference import row_tokens
 
-_PROBE_TOKENS = 8
-_ROWS_PER_CHECK = 10_000
-
 # --- models -------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +89,7 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
 
     ids: tokens of any text, of which the first 9 are used.
     """
-    tokens = torch.tensor([ids[: _PROBE_TOKENS + 1]], device=device)
+    tokens = torch.tensor([ids[:9]], device=device)
     inputs = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
     targets = tokens[:, 1:]
 
@@ -126,14 +123,8 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
 
 
 def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:
-    """Warns if the reference is the model without its adapter, and that adapter has been trained before.
-
-    Then the reference is not the model that was handed to the trainer.
-    """
-    if reference != "adapter":
-        return
-    trained = any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters())
-    if trained:
+    """Warns if the reference is not the model as handed to the trainer, but that without its trained adapter."""
+    if reference == "adapter" and any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters()):
         warnings.warn(
             "the model carries an adapter that is not zero, and the reference is the model with its adapter off: its "
             "base, not the model as handed over. To compare with that, merge the adapter (model.merge_and_unload()) "
@@ -177,7 +168,7 @@ def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sou
     for name in (n for n in encoded.column_names if n.endswith("_ids")):
         column: Any = encoded.with_format("arrow").select_columns([name])
         highest = -1
-        for table in column.iter(batch_size=_ROWS_PER_CHECK):
+        for table in column.iter(batch_size=10_000):
             ids: Any = table[name].combine_chunks()
             while hasattr(ids.type, "value_type"):
                 ids = ids.flatten()

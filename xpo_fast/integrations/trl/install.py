@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...head.backends import get_backend
 from ...head.choice import named_backend
 from .base import check_version
 from .fuse import NoLayer, add_fused_lm_head, scores_only_labels
@@ -49,8 +50,9 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     where another package has replaced them.
     """
     check_version()
-    if named_backend(backend) == "dense":
-        raise ValueError("the dense backend makes all logits, to be compared with: pass backend='torch'")
+    named = named_backend(backend)
+    if named != "auto" and get_backend(named).rows is None:
+        raise ValueError(f"the {named} backend makes all logits, to be compared with: pass backend='torch'")
     check_signatures()
     places = theirs()
     before = {place: getattr(*place) for place in places}
