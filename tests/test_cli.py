@@ -521,6 +521,8 @@ def test_names_of_trl_for_reward():
     ("command", "words", "message"),
     [
         ("train", "--packing", "packed layouts do not exist yet: --group-by-length"),
+        ("rl", "--generation_batch_size 32", "rl has --prompts-per-rollout; for the completions"),
+        ("rl", "--kl_horizon 5", "--kl_horizon is a value of --set: write --set kl_horizon=5"),
         ("train", "--bf16", "--bf16 is mixed precision, which goes with --full; with an adapter, --dtype bfloat16"),
         ("train", "--full --bf16 --fp16",
          "--bf16 is --dtype bfloat16, and --fp16 asks for another: leave one of them out"),
@@ -912,7 +914,10 @@ def test_the_page_of_commands_is_what_the_parsers_say(capsys):
 
 
 def test_every_example_on_the_page_parses():
-    for example in manual.EXAMPLES.values():
+    page = manual.markdown(cli.parsers())
+    shown = re.findall(r"^    (xpo-fast .*)$", page, re.MULTILINE)
+    assert len(shown) > 20
+    for example in (*shown, *manual.EXAMPLES.values()):
         program, *words = shlex.split(example.partition(" (or: ")[0])
         assert program == "xpo-fast"
         if "--config" not in words:

@@ -296,7 +296,8 @@ REFUSALS = {
     "write the weight after the function: --reward FILE.py:FUNCTION=WEIGHT": "reward_weights "
     "multi_objective_aggregation",
     "--prompts-per-rollout N says how many prompts a rollout has": "steps_per_generation",
-    "rl has --prompts-per-rollout, and --set generation_batch_size=N for sampling": "generation_batch_size",
+    "rl has --prompts-per-rollout; for the completions sampled at a time write --set generation_batch_size=N": ""
+    "generation_batch_size",
     "write --method f_dpo --set divergence=alpha --set alpha=1−X": "f_alpha_divergence_coef",
     "its term is a mean over the batch's tokens: add sft, as in --method 'simpo + 1.0*sft'": "cpo_alpha",
     "--set ref_mixin=X of xpo-fast rl moves the reference after every rollout": "ref_model_mixup_alpha "
@@ -360,18 +361,18 @@ def translate(given: Given, typed: Typed) -> list[str]:
     name = given.name.replace("-", "_")
     if typed.command not in COMMANDS:
         return given.typed
-    if name in typed.parser.settings:
-        value = given.values[0] if given.values else typed.parser.settings[name].metavar
-        raise UsageError(
-            f"--{given.name} is a value of --set: write --set {name}={value}, see {typed.parser.prog} --help-all"
-        )
     if name in TRAINER_ARGUMENTS:
         return trainer_argument(given, name)
     alias = ALIASES.get(name)
     if alias is not None:
         return alias.words(given, typed)
-    if name in REFUSED:
+    if name in REFUSED:  # before the settings: TRL's generation_batch_size is not the one of --set
         raise UsageError(f"--{given.name} is not an option of xpo-fast {typed.command}: {REFUSED[name]}")
+    if name in typed.parser.settings:
+        value = given.values[0] if given.values else typed.parser.settings[name].metavar
+        raise UsageError(
+            f"--{given.name} is a value of --set: write --set {name}={value}, see {typed.parser.prog} --help-all"
+        )
     if typed.command != "recipe" and name in hyperparameters(typed.method, typed.command):
         return set_words(given, name)
     return given.typed

@@ -73,7 +73,7 @@ def markdown(commands: dict[str, Parser]) -> str:
         for group in parser._action_groups:
             actions = [a for a in group._group_actions if a.dest != "help"]
             if actions:
-                parts.append(_group(str(group.title), actions, name, told))
+                parts.append(_group(str(group.title), actions, name, parser, told))
         if parser.settings:
             rows = "\n".join(f"| `{key}={s.metavar}` | {_text(s.about)}. |" for key, s in parser.settings.items())
             parts.append(
@@ -82,12 +82,12 @@ def markdown(commands: dict[str, Parser]) -> str:
     return "\n".join(parts) + "\n" + _names_elsewhere()
 
 
-def _group(title: str, actions: list[argparse.Action], command: str, told: set[str]) -> str:
+def _group(title: str, actions: list[argparse.Action], command: str, parser: Parser, told: set[str]) -> str:
     example = EXAMPLES.get(title)
     lines = [f"### {title}\n"] if title not in ("options", "positional arguments") else []
     if example and command in example.split()[1:2]:
         lines.append(f"    {example}\n")
-    elif example and title in _SHARED and command in _BEGINNINGS:
+    elif example and title in _SHARED and command in _BEGINNINGS and _has_all(parser, example):
         lines.append(f"    {example.replace('xpo-fast train --data pairs.jsonl', _BEGINNINGS[command])}\n")
     lines += ["| option | what it does |", "| --- | --- |"]
     for action in actions:
@@ -106,6 +106,11 @@ _BEGINNINGS = {
     "reward": "xpo-fast reward --data pairs.jsonl",
     "rl": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short",
 }
+
+
+def _has_all(parser: Parser, example: str) -> bool:
+    """Returns whether the command has every option of an example."""
+    return all(parser.named(word) for word in example.split() if word.startswith("--"))
 
 
 def _usage(action: argparse.Action) -> str:
