@@ -112,8 +112,9 @@ def _folder_in(folder: Path, prefix: str) -> Iterator[Path]:
 def appearing(path: Path, *, sole_writer: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or a folder to, and renames it to `path` when the block ends without an error.
 
-    A reader, or a run that was killed here, sees the old file or all of the new one; of a folder that is replaced it may
-    find neither. The parent folder is made if there is none. Raises SavingError, naming `path`, for errors about files in the block.
+    A reader, or a run that was killed here, sees the old file or all of the new one; of a folder that is replaced it
+    may find neither. The parent folder is made if there is none. Raises SavingError, naming `path`, for errors about
+    files in the block.
     sole_writer: no other process writes `path`; the leftovers of a killed one are deleted first.
     """
     with saving(path):
