@@ -23,14 +23,17 @@ from .kinds import KINDS, DataError, Kind
 from .load import Place, load, load_prompts, load_rows, origins, prompt_keys
 from .rows import check_columns
 from .sources import read, require
+from .template import Conversation, as_conversation, write
 
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
     "Collator",
+    "Conversation",
     "DataError",
     "Kind",
     "Place",
+    "as_conversation",
     "check_columns",
     "encode",
     "encode_rows",
@@ -47,4 +50,5 @@ __all__ = [
     "split_ids",
     "tokenize",
     "with_column",
+    "write",
 ]

@@ -12,6 +12,7 @@ from .kinds import DataError, get_kind
 from .load import prompt_keys
 from .rows import completions_of, grouped
 from .sources import require
+from .template import as_conversation, write
 
 if TYPE_CHECKING:
     import datasets
@@ -66,11 +67,6 @@ def encode(
     if not len(dataset):
         raise DataError(f"no rows to encode; expected at least one {kind} row")
     first = dataset[0]
-    if not isinstance(first["prompt"], str) and not tokenizer.chat_template:
-        raise DataError(
-            f"{first['where']}: a conversation, and the tokenizer has no chat template to write it with; "
-            "pass one (--chat-template FILE), or give prompt and completions as text"
-        )
     labelled = "label" in row_kind.numbers and "label" in dataset.column_names
     if labelled and len(dataset) == 1:
         raise DataError(
@@ -170,16 +166,9 @@ def render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> l
     """Returns the text of the prompt, then the text of the prompt with each completion; where: the row, for errors."""
     if isinstance(prompt, str):
         return [prompt, *(prompt + completion for completion in completions)]
-    try:
-        return [
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
-            *(tokenizer.apply_chat_template(prompt + completion, tokenize=False) for completion in completions),
-        ]
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        raise DataError(
-            f"{where}: the chat template refuses this conversation ({error}); "
-            "drop the row, or pass another template (--chat-template FILE)"
-        ) from error
+    conversation = as_conversation(prompt)
+    wholes = (write(tokenizer, conversation.followed_by(completion), where) for completion in completions)
+    return [write(tokenizer, conversation, where, answer=True), *wholes]
 
 
 def split_ids(tokenizer: Any, texts: list[str], ids: list[list[int]]) -> tuple[list[int], list[list[int]], bool]:

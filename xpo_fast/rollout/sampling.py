@@ -137,20 +137,7 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, i: int) -> str:
         raise ValueError(
             f'prompt {i}: expected text, or messages [{{"role": …, "content": …}}, …], got {messages!r:.80}'
         )
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"prompt {i}: a conversation, and the tokenizer has no chat template to write it with; pass one "
-            "(--chat-template FILE), or give the prompts as text"
-        )
-    goes_on = messages[-1]["role"] == "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
-        )
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        raise ValueError(
-            f"prompt {i}: the chat template refuses it ({error}): drop it, or give the tokenizer another template"
-        ) from error
+    return data.write(tokenizer, messages, f"prompt {i}", answer=True)
 
 
 @dataclass
