@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from .kinds import DataError, get_kind
 from .load import prompt_keys
 from .rows import completions_of, grouped
 from .sources import require
-from .template import as_conversation, write
+from .template import as_conversation, prompt_of, report, unwritten_of, warn_of_unread, write
 
 if TYPE_CHECKING:
     import datasets
@@ -30,6 +32,7 @@ def encode(
     max_length: int = 1024,
     max_prompt_length: int | None = None,
     num_proc: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> datasets.Dataset:
     """Tokenizes a data set of `load`, and cuts its rows to a length.
 
@@ -46,6 +49,7 @@ def encode(
     next row (cyclic) with another prompt, cut to fit. It depends neither on batch size nor on `num_proc`.
 
     dataset: from `load`, of this kind. kind: a key of `KINDS`. Lengths are in tokens. num_proc: how many processes.
+    chat_template_kwargs: variables of the chat template; those of a row's column come first.
 
     Returns one column of ids for each column of text, ``…_ids`` (completions_ids: a list of lists), and the others.
     Raises DataError for a conversation without a chat template or refused by it, a prompt or completion without a
@@ -67,6 +71,7 @@ def encode(
     if not len(dataset):
         raise DataError(f"no rows to encode; expected at least one {kind} row")
     first = dataset[0]
+    warn_of_unread(tokenizer, chat_template_kwargs, first["prompt"])
     labelled = "label" in row_kind.numbers and "label" in dataset.column_names
     if labelled and len(dataset) == 1:
         raise DataError(
@@ -85,10 +90,12 @@ def encode(
             "leading": leading_ids(tokenizer, first["prompt"] or next(iter(completions_of(first, row_kind).values()))),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
+            "chat_template_kwargs": chat_template_kwargs,
         },
     )
     _report(encoded, max_length)
-    encoded = encoded.remove_columns([*_COUNTS])
+    report(itertools.chain.from_iterable(encoded["unwritten"]), len(encoded))
+    encoded = encoded.remove_columns([*_COUNTS, "unwritten"])
     return _add_mismatched(encoded, prompt_keys(dataset), max_length) if labelled else encoded
 
 
@@ -118,20 +125,24 @@ def encode_rows(
     leading: list[int],
     max_length: int,
     max_prompt_length: int | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, list]:
     """Tokenizes and cuts a batch of rows, see `encode`.
 
     batch: columns, those of `load`. leading: from `leading_ids`, for rows of text. Returns also the counts
     `prompt_cut`, `completions_cut`, `count` (of completions) and `rewritten` (whether the chat template writes the
-    prompt differently before an answer).
+    prompt differently before an answer), and `unwritten`, what the chat template leaves out.
     """
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     row_kind = get_kind(kind)
     named = [completions_of(row, row_kind) for row in rows]
-    texts = [render(tokenizer, row["prompt"], [*by.values()], row["where"]) for row, by in zip(rows, named)]
+    prompts, kwargs = [prompt_of(row) for row in rows], chat_template_kwargs
+    given = [*zip(rows, prompts, ([*by.values()] for by in named))]
+    texts = [render(tokenizer, prompt, completions, row["where"], kwargs) for row, prompt, completions in given]
+    lost = [unwritten_of(tokenizer, prompt, completions, row["where"], kwargs) for row, prompt, completions in given]
     ids = iter(tokenize(tokenizer, [text for group in texts for text in group]))
     encoded = []
-    for row, names, group in zip(rows, named, texts):
+    for row, names, group, left_out in zip(rows, named, texts, lost):
         prompt, completions, rewritten = split_ids(tokenizer, group, [next(ids) for _ in group])
         if isinstance(row["prompt"], str):
             completions = [_with_eos(completion, tokenizer.eos_token_id) for completion in completions]
@@ -157,18 +168,24 @@ def encode_rows(
                 "completions_cut": sum(len(f) < len(c) for f, c in zip(fitted, completions)),
                 "count": len(fitted),
                 "rewritten": rewritten,
+                "unwritten": left_out,
             }
         )
     return {name: [row[name] for row in encoded] for name in encoded[0]}
 
 
-def render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> list[str]:
-    """Returns the text of the prompt, then the text of the prompt with each completion; where: the row, for errors."""
+def render(
+    tokenizer: Any, prompt: Any, completions: list[Any], where: str, kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Returns the text of the prompt, then the text of the prompt with each completion; where: the row, for errors.
+
+    kwargs: variables of the chat template, see `write`.
+    """
     if isinstance(prompt, str):
         return [prompt, *(prompt + completion for completion in completions)]
     conversation = as_conversation(prompt)
-    wholes = (write(tokenizer, conversation.followed_by(completion), where) for completion in completions)
-    return [write(tokenizer, conversation, where, answer=True), *wholes]
+    wholes = [write(tokenizer, conversation.followed_by(one), where, kwargs=kwargs) for one in completions]
+    return [write(tokenizer, conversation, where, answer=True, kwargs=kwargs), *wholes]
 
 
 def split_ids(tokenizer: Any, texts: list[str], ids: list[list[int]]) -> tuple[list[int], list[list[int]], bool]:
