@@ -96,8 +96,8 @@ class MovingReference:
     @contextlib.contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         """Yields the model that computes as the reference inside the block."""
-        if self._kept is None:
+        if self.copy is not None:
             yield self.copy
-        else:
+        elif self._kept is not None:
             with self._kept.in_place():
                 yield self.policy

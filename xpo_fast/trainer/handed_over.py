@@ -18,6 +18,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -98,34 +99,32 @@ class HandedOver:
     def _with_new_adapter(self, strategy: str, requested: str, model: nn.Module, sharded: bool, averaged: bool) -> str:
         changed = self._changed(model)
         self.off = not changed
-        if strategy == "copy":
-            return strategy
-        if not changed:
-            moved = None if sharded else effect_of_adapter(model)
-            if moved is not None and moved > _IDLE and averaged:
-                raise ValueError(
-                    f"ref_mixin averages the adapter, and the new one moves log-probs by up to {moved:.3g} before the "
-                    "first step: the reference would not start as the model handed over. Leave init_lora_weights at "
-                    "its default, or ref_mixin at 0"
-                )
-            if moved is not None and moved > _IDLE:
-                warnings.warn(
-                    f"the new adapter is not idle: it moves log-probs by up to {moved:.3g} before the first step. The "
-                    "reference is the model without it, and the policy does not start there, nor the loss at its known "
-                    "first value; leave init_lora_weights at its default to start as the reference",
-                    stacklevel=4,
-                )
-            return strategy
-        if requested == "adapter" or not all(same for _, same in changed):
-            how = getattr(next(iter(getattr(model, "peft_config", {}).values()), None), "init_lora_weights", None)
+        same = all(adds_up for _, adds_up in changed)  # with the adapter on
+        if changed and strategy != "copy" and (requested == "adapter" or not same):
             raise ValueError(
-                f"making the adapter (init_lora_weights={how!r}) changed {len(changed)} of the base weights, such as "
-                f"{changed[0][0]}, so the model with its adapter off is not the one that was handed over"
-                + ("" if all(same for _, same in changed) else ", nor is it that with its adapter on")
+                f"making the adapter changed {len(changed)} of the base weights, such as {changed[0][0]}, so the model "
+                "with its adapter off is not the one that was handed over"
+                + ("" if same else ", nor is it with its adapter on")
                 + ': use reference="copy", which copies the model before'
-                + (', or "auto"' if all(same for _, same in changed) else "")
+                + (', or "auto"' if same else "; or leave init_lora_weights at its default")
             )
-        return "kept" if strategy == "adapter" else strategy
+        moved = 0.0 if same else math.inf
+        if not changed and not sharded:
+            moved = effect_of_adapter(model) or 0.0
+        if moved > _IDLE:
+            about = "" if moved == math.inf else f" (it moves log-probs by up to {moved:.3g})"
+            if averaged:
+                raise ValueError(
+                    f"ref_mixin averages the adapter, and the new one is not idle{about}: the reference would not "
+                    "start as the model handed over. Leave init_lora_weights at its default, or ref_mixin at 0"
+                )
+            warnings.warn(
+                f"the new adapter is not idle before the first step{about}: the reference is the model as it was "
+                "handed over, and the policy does not start there, nor the loss at its known first value. Leave "
+                "init_lora_weights at its default to start as the reference",
+                stacklevel=4,
+            )
+        return "kept" if changed and strategy == "adapter" else strategy
 
     def _changed(self, model: Any) -> list[tuple[str, bool]]:
         """Returns the base weights that the new adapter changed, and whether base and adapter together are the same."""
@@ -182,14 +181,18 @@ class Kept:
         with self._switched(), in_place_of([(p, self.weights[n]) for n, p in self._parameters.items()]):
             yield
 
-    @contextlib.contextmanager
-    def _switched(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self.off:
-                with warnings.catch_warnings():  # of biases that stay as they are trained: here they do not
-                    warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
-                    stack.enter_context(without_adapter(self.model))
-            yield
+    def _switched(self) -> contextlib.AbstractContextManager:
+        return switched_off(self.model) if self.off else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """`without_adapter`, without PEFT's warning of trained biases, which are set back or not looked at here."""
+    with contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+            stack.enter_context(without_adapter(model))
+        yield
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -224,7 +227,7 @@ def effect_of_adapter(model: Any) -> float | None:
 
     def difference(compute: Any) -> float:
         on = compute()
-        with without_adapter(model):
+        with switched_off(model):
             off = compute()
         return 0.0 if torch.equal(on, off) else max(float((on - off).abs().max()), torch.finfo(torch.float32).tiny)
 

@@ -25,9 +25,9 @@ from ..files import write_atomically
 from ..head import sequence_logps, token_logps
 from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
-from ..models.modes import evaluating, without_adapter
+from ..models.modes import evaluating
 from ..objective import Objective
-from .handed_over import HandedOver, Kept, adapter_identity
+from .handed_over import HandedOver, Kept, adapter_identity, switched_off
 
 if TYPE_CHECKING:
     import datasets
@@ -230,7 +230,7 @@ class CachedReference:
         rows = sum(len(shards[i]) for i in missing)
         bar = tqdm(total=rows, unit="row", desc=f"reference log-probs{label}", disable=not (progress and missing))
         size: Any = {"batch_size": batch_size, "backend": backend, "advance": bar.update}
-        with bar, without_adapter(model) if self.adapter_off else contextlib.nullcontext():
+        with bar, switched_off(model) if self.adapter_off else contextlib.nullcontext():
             for i in missing:
                 values[i] = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)[..., 0].numpy()
                 if accelerator.is_main_process:
