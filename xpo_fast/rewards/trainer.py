@@ -34,13 +34,13 @@ from ..models.value_head import (
 )
 from ..reduce import count_metrics, mean_metrics
 from ..trainer import (
+    HandedOver,
     UnitTrainer,
     XPOConfig,
     check_head,
     check_rows,
     map_splits,
     warn_of_lost_updates,
-    warn_of_trained_adapter,
     with_adapter,
     with_lengths,
 )
@@ -142,6 +142,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         if processing_class is None:
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
         warn_of_lost_updates(model, args)
+        compares = args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo")
+        handed_over = HandedOver(model, peft_config, copied=compares and args.reference == "copy")
         set_seed(args.seed)  # adapter and head are drawn at random here, before Trainer sets the seed
         # A gate is trained alone on rewards that the model already has.
         self.gate_alone = self.spec.form == "gated" and value_head(model) is not None
@@ -173,13 +175,14 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
-        if args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo"):
+        if compares:
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
             if args.reference != "auto":
                 check_choice("reference", args.reference, ("adapter", "copy"))
                 strategy = args.reference
-            warn_of_trained_adapter(model, strategy)
-            self._reference = LiveReference(strategy, model, self.accelerator, args.backend)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            strategy = handed_over.settle(strategy, args.reference, model, sharded=sharded)
+            self._reference = LiveReference(strategy, model, self.accelerator, args.backend, handed_over)
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
@@ -217,6 +220,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def made_with(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a checkpoint."""
         about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
+        about |= {} if self._reference is None else self._reference.identity
         return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -35,7 +35,7 @@ from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
-from ..trainer import Means, UnitTrainer, check_head, prepare_model, warn_of_trained_adapter, with_tokenizer
+from ..trainer import HandedOver, Means, UnitTrainer, check_head, prepare_model, with_tokenizer
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
@@ -58,9 +58,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     train_dataset, eval_dataset: what `load_prompts` reads: rows with a prompt, and columns for the reward functions.
     rollout: the sampler; the model itself (`GenerateRollout`) if not given.
     ptx_dataset: texts that `ppo_ptx` mixes in: strings, or rows with `text`.
-    The reference policy is the model as it is handed over here; of a PEFT model its base model, which is the same
-    unless its adapter has been trained before (a warning says so). With ref_mixin it follows the policy, see
-    `MovingReference`. Other arguments are Trainer's.
+    The reference policy is the model as it is handed over here, with its adapter if it carries one, as in `XPOTrainer`.
+    With ref_mixin it follows the policy, see `MovingReference`. Other arguments are Trainer's.
 
     The log's entropy and objective/kl are means over the completions that are trained on, its rewards and lengths over
     all.
@@ -111,10 +110,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
+        handed_over = HandedOver(model, peft_config, copied=args.reference == "copy")
         model = prepare_model(model, args, peft_config)
         self.reference = choose_reference(args, self.objective, model, adapts_beta=self._adapts_beta)
-        if not args.ref_mixin:
-            warn_of_trained_adapter(model, self.reference)
         if args.max_steps <= 0:
             rollouts = math.ceil(args.num_train_epochs * len(self.prompts) / args.prompts)
             args.max_steps = max(rollouts, 1) * args.steps_per_rollout
@@ -135,8 +133,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             )
         self.policy: Any = self.accelerator.unwrap_model(self.model)
         self.moving_reference: MovingReference | None = None
+        self.reference = handed_over.settle(self.reference, args.reference, model, averaged=args.ref_mixin > 0)
         if self.reference != "none":
-            self.moving_reference = MovingReference(self.reference, self.policy, self.accelerator, args.ref_mixin)
+            how = (self.policy, self.accelerator, args.ref_mixin, handed_over)
+            self.moving_reference = MovingReference(self.reference, *how)
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
         pad: Any = processing_class.pad_token_id
         texts = pretraining_texts(ptx_dataset, self.objective, processing_class, args.max_new_tokens + 1)
@@ -217,6 +217,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "num_generations": args.num_generations,
             "steps_per_rollout": args.steps_per_rollout,
             "reference": self.reference,
+            **({} if self.moving_reference is None else self.moving_reference.identity),
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

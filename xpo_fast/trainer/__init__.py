@@ -3,6 +3,7 @@
 from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import MethodConfig, XPOConfig
+from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .preference import XPOTrainer, layout
 from .setup import (
     check_head,
@@ -10,7 +11,6 @@ from .setup import (
     map_splits,
     prepare_model,
     warn_of_lost_updates,
-    warn_of_trained_adapter,
     with_adapter,
     with_lengths,
     with_tokenizer,
@@ -18,6 +18,8 @@ from .setup import (
 
 __all__ = [
     "STATE_FILE",
+    "HandedOver",
+    "Kept",
     "Means",
     "MethodConfig",
     "UnitTrainer",

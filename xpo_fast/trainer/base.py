@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
-from .checkpoints import check_room, reading, replace_model, replacing
+from .checkpoints import check_room, reading, replace_model, replacing, trained_at_root, unsaved
 from .setup import check_trainable
 
+_UNSAVED = (
+    "{} weights, such as {}, are trained beside the adapter and are not saved with it, neither in checkpoints nor by "
+    "save_model: name their modules in the adapter's modules_to_save, or save the model with merge_and_unload()"
+)
 _LOSS = "loss of method "  # prefix among the means of an evaluation
 _IGNORED_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
@@ -103,6 +108,8 @@ class UnitTrainer(Trainer):
             )
         if self.train_dataset is not None:
             check_trainable(self.model)
+            if apart := unsaved(self.model):
+                warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
         self._means = Means()
         self._eval_means = Means()
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
@@ -131,6 +138,10 @@ class UnitTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        if resume_from_checkpoint and (apart := unsaved(self.model)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not the whole model: {_UNSAVED.format(len(apart), apart[0])}"
+            )
         if resume_from_checkpoint:
             check_made_with(resume_from_checkpoint, self.made_with)
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
@@ -268,6 +279,7 @@ class UnitTrainer(Trainer):
                 super().save_model(str(new), _internal_call=True)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    trained_at_root(new, self.model)
                     replace_model(folder, new, earlier, self.model)
         except SavingError as error:
             error.checkpoint = last_checkpoint(str(self.args.output_dir))

@@ -29,16 +29,9 @@ from ..reduce import sum_over_ranks
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import XPOConfig
-from .reference import CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
-from .setup import (
-    check_head,
-    check_rows,
-    map_splits,
-    prepare_model,
-    warn_of_trained_adapter,
-    with_lengths,
-    with_tokenizer,
-)
+from .handed_over import WEIGHTS, HandedOver
+from .reference import KEPT, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
+from .setup import check_head, check_rows, map_splits, prepare_model, with_lengths, with_tokenizer
 
 
 class XPOTrainer(UnitTrainer):
@@ -51,8 +44,10 @@ class XPOTrainer(UnitTrainer):
     objective: an `Objective` to use in place of the one that args describe.
     Other arguments are Trainer's.
 
-    The reference policy is the model as it is handed over here. With reference="adapter", which "auto" chooses for a
-    PEFT model, it is the base model, which is the same unless the adapter was trained before (a warning says so).
+    The reference policy is the model as it is handed over here, with its adapter if it carries one. "auto" is, for a
+    PEFT model, "adapter", the model with its adapter switched off, where that is the same; and else "kept", the model
+    with the weights in training kept as they were handed over. reference="adapter" is the model without its adapter
+    even if the adapter has been trained before (a warning says so).
     """
 
     args: XPOConfig
@@ -80,9 +75,10 @@ class XPOTrainer(UnitTrainer):
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
 
+        copied = args.reference == "copy" and self.objective.needs_reference
+        handed_over = HandedOver(model, peft_config, copied=copied)
         model = prepare_model(model, args, peft_config)
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
-        warn_of_trained_adapter(model, self.reference)
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
         pad: Any = processing_class.pad_token_id
@@ -96,15 +92,19 @@ class XPOTrainer(UnitTrainer):
             **kwargs,
         )
         self._check_parallelism()
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        settled = handed_over.settle(self.reference, args.reference, model, sharded=sharded)
+        if settled != self.reference:
+            self.reference, self.reference_reason = settled, KEPT
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
-        if self.reference in ("copy", "adapter"):
-            self._live = LiveReference(self.reference, model, self.accelerator, args.backend)
-        elif self.reference == "cached":
+        if self.reference == "cached":
             folder = Path(args.ref_cache_dir or cache_dir() / "reference")
-            dtype = str(self.accelerator.mixed_precision)
-            self._cached = CachedReference(model, folder, dtype=dtype, kind=self.kind)
+            how: Any = {"dtype": str(self.accelerator.mixed_precision), "adapter_off": handed_over.off}
+            self._cached = CachedReference(model, folder, kind=self.kind, **how)
+        elif self.reference != "none":
+            self._live = LiveReference(self.reference, model, self.accelerator, args.backend, handed_over)
 
     def _encode(self, dataset: Any) -> Any:
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
@@ -170,7 +170,10 @@ class XPOTrainer(UnitTrainer):
     def made_with(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one: those of `UnitTrainer`, method, reference, rows."""
         method = str(self.objective)
-        return {**super().made_with, "method": method, "reference": self.reference, "rows": self._rows}
+        about = {"method": method, "reference": self.reference, "rows": self._rows}
+        if self._cached is not None:
+            about[WEIGHTS] = self._cached.weights[:16]
+        return {**super().made_with, **about, **({} if self._live is None else self._live.identity)}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Returns batches of eval_dataset (default: the trainer's own), encoded and with its reference."""

@@ -120,17 +120,6 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         )
 
 
-def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:
-    """Warns if the reference is not the model as handed to the trainer, but that without its trained adapter."""
-    if reference == "adapter" and any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters()):
-        warnings.warn(
-            "the model carries an adapter that is not zero, and the reference is the model with its adapter off: its "
-            "base, not the model as handed over. To compare with that, merge the adapter (model.merge_and_unload()) "
-            "and pass a peft_config for a new one",
-            stacklevel=3,
-        )
-
-
 def warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:
     """Warns if weights in 16 bits are trained with a learning rate under 1e-5.
 
