@@ -82,6 +82,12 @@ class RewardConfig(XPOConfig):
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
+        if self.objective_weights is not None and USES[self.method][1] != "objectives":
+            raise ValueError(f"objective_weights weigh the rewards of regression; {self.method} has none to weigh")
+        if self.length_target and not self.length_lam:
+            raise ValueError(f"length_target={self.length_target:g} is where length_lam is 0: set length_lam, too")
+        if self.ref_cache_dir is not None:
+            raise ValueError("ref_cache_dir has no effect: a reward model's reference is computed live, leave it out")
         names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
@@ -132,6 +138,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
+        compares = needs_reference or self.settings.get("regulariser") == "dpo"
+        if args.reference not in ("auto", "none") and not compares:
+            raise ValueError(f'{self.spec.method} has no reference: use reference="auto", got {args.reference!r}')
         if isinstance(model, str):
             folder = Path(model)
             model, tokenizer = load_model(model)
@@ -173,7 +182,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
-        if args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo"):
+        if args.reference != "none" and compares:
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
             if args.reference != "auto":
                 check_choice("reference", args.reference, ("adapter", "copy"))

@@ -36,6 +36,7 @@ from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
 from ..trainer import Means, UnitTrainer, check_head, prepare_model, warn_of_trained_adapter, with_tokenizer
+from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
@@ -102,6 +103,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or RLConfig()
+        if kwargs.pop("data_collator", None) is not None:
+            raise ValueError("data_collator= has no batches to make: those of online RL are cut from rollouts")
+        sampler = sorted({"generation_batch_size", "continuous_batching"} & set(changed(args)))
+        if rollout is not None and sampler:
+            raise ValueError(f"{' and '.join(sampler)} of the arguments are for GenerateRollout: give them to rollout=")
         model, processing_class = with_tokenizer(model, processing_class)
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.objective = args.objective()

@@ -29,6 +29,7 @@ from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
+from .arguments import check_trainer_arguments
 from .checkpoints import check_room, reading, replace_model, replacing
 from .setup import check_trainable
 
@@ -95,7 +96,10 @@ class UnitTrainer(Trainer):
     eval_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_trainer_arguments(kwargs)
         super().__init__(*args, **kwargs)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
@@ -131,6 +135,11 @@ class UnitTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint is None and self.args.resume_from_checkpoint:
+            raise ValueError(
+                f"args.resume_from_checkpoint={self.args.resume_from_checkpoint!r} is for the script: pass it on, "
+                "train(resume_from_checkpoint=args.resume_from_checkpoint)"
+            )
         if resume_from_checkpoint:
             check_made_with(resume_from_checkpoint, self.made_with)
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))

@@ -26,6 +26,7 @@ from ..models import Head
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import sum_over_ranks
+from .arguments import changed
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import XPOConfig
@@ -73,6 +74,8 @@ class XPOTrainer(UnitTrainer):
         args = XPOConfig() if args is None else args
         model, processing_class = with_tokenizer(model, processing_class)
 
+        if objective is not None and (idle := sorted({"method", "method_args", "tile_mib"} & set(changed(args)))):
+            raise ValueError(f"objective= stands in for {', '.join(idle)} of the arguments: give one of the two")
         self.objective = objective if objective is not None else args.objective()
         self.kind = KINDS[self.objective.data_kind]
         self.loss_weights = [term.weight for term in self.objective.terms]
@@ -315,8 +318,6 @@ class XPOTrainer(UnitTrainer):
         return output
 
     def _check_parallelism(self) -> None:
-        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and self.reference in ("copy", "cached"):
             raise ValueError(
