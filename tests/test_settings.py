@@ -18,7 +18,7 @@ from xpo_fast.trainer.arguments import REFUSED, REFUSED_BY_TRAINER, REFUSED_ONLI
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
 # Fields of TrainingArguments that act in these trainers as transformers says.
-ACT = set(
+ACT = (
     "output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type "
     "lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args optim_target_modules weight_decay adam_beta1 "
     "adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing "
@@ -35,8 +35,7 @@ ACT = set(
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
     "train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
     "ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics "
-    # of the saved config: the cache is off in a forward with a loss
-    "use_cache".split()
+    "use_cache"  # of the saved config: the cache is off in a forward with a loss
 )
 # Trainer itself never reads these: they are for the script around it, or for the launcher.
 OF_THE_SCRIPT = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
@@ -62,8 +61,10 @@ VALUES = {
 def test_every_field_of_training_arguments_acts_or_is_refused():
     """A field that a new version of transformers adds belongs into ACT, if it acts here, or into REFUSED."""
     fields = {f.name for f in dataclasses.fields(TrainingArguments)}
-    assert fields <= ACT | OF_THE_SCRIPT | BY_RULE | set(REFUSED)
-    assert not set(REFUSED) & (ACT | OF_THE_SCRIPT | BY_RULE) and set(REFUSED_ONLINE) <= ACT | set(REFUSED)
+    assert fields <= {*ACT.split()} | OF_THE_SCRIPT | BY_RULE | set(REFUSED)
+    assert not set(REFUSED) & ({*ACT.split()} | OF_THE_SCRIPT | BY_RULE) and set(REFUSED_ONLINE) <= {
+        *ACT.split()
+    } | set(REFUSED)
     own = {f.name for kind in (XPOConfig, RewardConfig, RLConfig) for f in dataclasses.fields(kind)} - fields
     assert not own & set(REFUSED_ONLINE)
 

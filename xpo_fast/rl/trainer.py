@@ -277,7 +277,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
-            check_completions(rows, self.policy, self.processing_class)
+            check_completions(rows, self.policy, self.processing_class, self.rollout)
             if not self._head_checked:
                 longest = max((row.prompt_ids + row.ids for row in rows), key=len)
                 check_head(self.model, longest, args.device, args.backend)
@@ -292,6 +292,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 correction=correction_level(args, self.objective, own_sampler=own),
                 spare=self._spares,
                 number=progress.rollouts,
+                names=self.rewards.names,
             )
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times
         metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}

@@ -39,12 +39,10 @@ REFUSED: dict[str, str] = {
 
 _NO_LOADER = "the batches of online RL are cut from rollouts, no data loader reads them: leave it out"
 _BY_SEED = "prompts are drawn in an order that follows from seed alone, pass after pass: leave it out"
+_OF_A_LOADER = "drop_last num_workers persistent_workers prefetch_factor multiprocessing_context in_order"
 REFUSED_ONLINE: dict[str, str] = {
     **REFUSED,
-    **{
-        f"dataloader_{name}": _NO_LOADER
-        for name in "drop_last num_workers persistent_workers prefetch_factor multiprocessing_context in_order".split()
-    },
+    **{f"dataloader_{name}": _NO_LOADER for name in _OF_A_LOADER.split()},
     "train_sampling_strategy": _BY_SEED,
     "length_column_name": _BY_SEED,
     "data_seed": _BY_SEED,
