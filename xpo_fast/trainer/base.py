@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,24 @@ class UnitTrainer(Trainer):
         # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
         loss = loss * self.accelerator.num_processes
         return (loss, metrics) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as Trainer does, with draws that follow from args.seed alone and leave training's as they were."""
+        with self._draws_of_their_own():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predicts as Trainer does, with draws as in `evaluate`."""
+        with self._draws_of_their_own():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _draws_of_their_own(self) -> Iterator[None]:
+        """Seeds torch's generators inside, and restores them: data loaders and methods such as beta_dpo draw there."""
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed)
+            yield
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as Trainer does; loss and metrics are means over the units of the whole data set."""

@@ -310,12 +310,13 @@ class XPOTrainer(UnitTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as `UnitTrainer` does; KTO's reference point is estimated on all of it, the state is restored."""
         state = self.objective.state_dict()
-        if self._estimates_kl:
-            self.objective.state.pop("kl", None)
-            self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
-        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.objective.load_state_dict(state)
-        return output
+        try:
+            if self._estimates_kl:
+                self.objective.state.pop("kl", None)
+                self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.objective.load_state_dict(state)
 
     def _check_parallelism(self) -> None:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
