@@ -52,7 +52,8 @@ class Iteration:
 
     def config(self, kind: type, folder: Path, train: Train, k: int = 0, **further: Any) -> Any:
         """Returns the arguments, of the class `kind`, that method k is trained with."""
-        settings = {"ref_cache_dir": str(self.setup.output / "reference"), **self.setup.training, **further}
+        cache = {"ref_cache_dir": str(self.setup.output / "reference")} if kind is XPOConfig else {}
+        settings = {**cache, **self.setup.training, **further}
         seed = seed_of_repr(self.setup.seed, self.index, "train", k)
         settings |= {"method": train.method, "method_args": dict(train.args), "seed": seed}
         return arguments(kind, folder, settings)

@@ -92,6 +92,12 @@ class TokenChoice:
         for start in range(0, len(order), self.batch_size):
             at = order[start : start + self.batch_size]
             table[at] = self._logps([rows[r] for r in at]).softmax(dim=1).cpu()
+        if (broken := table.isnan().any(dim=1)).any():
+            asked = questions[int(broken.nonzero()[0])]
+            raise ValueError(
+                f"the judge's model, {type(self.model).__name__}, has logits that are not finite after "
+                f"{text_of(asked)[-80:]!r}: load it in another dtype, or another model"
+            )
         return table
 
     def _ids(self, question: Prompt, words: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -82,6 +82,12 @@ class RewardConfig(XPOConfig):
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
+        if self.objective_weights is not None and USES[self.method][1] != "objectives":
+            raise ValueError(f"objective_weights weigh the rewards of regression; {self.method} has none to weigh")
+        if self.length_target and not self.length_lam:
+            raise ValueError(f"length_target={self.length_target:g} is where length_lam is 0: set length_lam, too")
+        if self.ref_cache_dir is not None:
+            raise ValueError("ref_cache_dir has no effect: a reward model's reference is computed live, leave it out")
         names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
@@ -132,6 +138,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
+        compares = needs_reference or self.settings.get("regulariser") == "dpo"
+        if args.reference not in ("auto", "none") and not compares:
+            raise ValueError(f'{self.spec.method} has no reference: use reference="auto", got {args.reference!r}')
         if isinstance(model, str):
             folder = Path(model)
             model, tokenizer = load_model(model)
@@ -142,7 +151,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         if processing_class is None:
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
         warn_of_lost_updates(model, args)
-        compares = args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo")
+        compares = compares and args.reference != "none"
         handed_over = HandedOver(model, peft_config, copied=compares and args.reference == "copy")
         set_seed(args.seed)  # adapter and head are drawn at random here, before Trainer sets the seed
         # A gate is trained alone on rewards that the model already has.

@@ -211,16 +211,23 @@ def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollo
         )
 
 
-def check_completions(rows: list[Completion], policy: Any, tokenizer: Any) -> None:
-    """Raises ValueError for completions that the policy cannot be trained on, whatever sampled them."""
+def check_completions(rows: list[Completion], policy: Any, tokenizer: Any, rollout: Rollout) -> None:
+    """Raises ValueError for completions of `rollout` that the policy cannot be trained on; it names a server's URL."""
+    sampler = getattr(rollout, "url", type(rollout).__name__)
     for row in rows:
         check_ids(policy, tokenizer, [*row.prompt_ids, *row.ids], "a completion")
         if not row.prompt_ids:
             raise ValueError(f"a prompt without a token: {row.prompt!r:.80}; its first answer token has no predecessor")
         if row.logps is not None and len(row.logps) != len(row.ids):
             raise ValueError(
-                f"the sampler gave {len(row.logps)} log-probs for {len(row.ids)} tokens: set off_policy='none', "
-                "or mend the sampler"
+                f"the sampler {sampler} gave {len(row.logps)} log-probs for {len(row.ids)} tokens: set "
+                "off_policy='none', or mend the sampler"
+            )
+        if row.logps is not None and math.isnan(sum(row.logps)):
+            at = next(i for i, x in enumerate(row.logps) if not math.isfinite(x))
+            raise ValueError(
+                f"the sampler {sampler} gave {row.logps[at]} as the log-prob of token {at} of its completion "
+                f"{row.completion!r:.80} of {row.prompt!r:.80}: its model is broken, or has been updated by halves"
             )
 
 

@@ -36,6 +36,7 @@ from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
 from ..trainer import HandedOver, Means, UnitTrainer, check_head, prepare_model, with_tokenizer
+from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
@@ -101,6 +102,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or RLConfig()
+        if kwargs.pop("data_collator", None) is not None:
+            raise ValueError("data_collator= has no batches to make: those of online RL are cut from rollouts")
+        sampler = sorted({"generation_batch_size", "continuous_batching"} & set(changed(args)))
+        if rollout is not None and sampler:
+            raise ValueError(f"{' and '.join(sampler)} of the arguments are for GenerateRollout: give them to rollout=")
         model, processing_class = with_tokenizer(model, processing_class)
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.objective = args.objective()
@@ -272,7 +278,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
-            check_completions(rows, self.policy, self.processing_class)
+            check_completions(rows, self.policy, self.processing_class, self.rollout)
             if not self._head_checked:
                 longest = max((row.prompt_ids + row.ids for row in rows), key=len)
                 check_head(self.model, longest, args.device, args.backend)
@@ -287,6 +293,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 correction=correction_level(args, self.objective, own_sampler=own),
                 spare=self._spares,
                 number=progress.rollouts,
+                names=self.rewards.names,
             )
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times
         metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}

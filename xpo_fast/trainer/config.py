@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
 from ..objective import Objective
 from ..reporters import check_reporters
+from .arguments import REFUSED, check_arguments
 
 
 def argument(default: Any, about: str) -> Any:
@@ -19,7 +21,12 @@ def argument(default: Any, about: str) -> Any:
 
 @dataclass
 class MethodConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with a method and how its head runs."""
+    """`transformers.TrainingArguments` with a method and how its head runs.
+
+    Raises ValueError for a field that would have no effect, or another than is meant, see arguments.py.
+    """
+
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     method: str = argument("dpo", "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft.")
     method_args: dict | str | None = field(
@@ -42,6 +49,7 @@ class MethodConfig(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: batches are made from columns of the data set")
+        check_arguments(self, self.refused)
         if isinstance(self.method_args, str):
             self.method_args = json.loads(self.method_args)
         if self.device.type == "cpu":
@@ -82,3 +90,11 @@ class XPOConfig(MethodConfig):
         None, "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
     )
     dataset_num_proc: int | None = argument(None, "Number of processes that tokenize. None: one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_prompt_length is not None and self.max_prompt_length > self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} bounds nothing where prompt and completion have "
+                f"max_length={self.max_length} together: make it smaller, or leave it out"
+            )

@@ -26,6 +26,7 @@ from ..models import Head
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import sum_over_ranks
+from .arguments import changed
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import XPOConfig
@@ -68,6 +69,8 @@ class XPOTrainer(UnitTrainer):
         args = XPOConfig() if args is None else args
         model, processing_class = with_tokenizer(model, processing_class)
 
+        if objective is not None and (idle := sorted({"method", "method_args", "tile_mib"} & set(changed(args)))):
+            raise ValueError(f"objective= stands in for {', '.join(idle)} of the arguments: give one of the two")
         self.objective = objective if objective is not None else args.objective()
         self.kind = KINDS[self.objective.data_kind]
         self.loss_weights = [term.weight for term in self.objective.terms]
@@ -310,16 +313,15 @@ class XPOTrainer(UnitTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as `UnitTrainer` does; KTO's reference point is estimated on all of it, the state is restored."""
         state = self.objective.state_dict()
-        if self._estimates_kl:
-            self.objective.state.pop("kl", None)
-            self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
-        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.objective.load_state_dict(state)
-        return output
+        try:
+            if self._estimates_kl:
+                self.objective.state.pop("kl", None)
+                self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.objective.load_state_dict(state)
 
     def _check_parallelism(self) -> None:
-        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and self.reference in ("copy", "cached"):
             raise ValueError(
