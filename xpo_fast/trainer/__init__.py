@@ -3,6 +3,7 @@
 from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import MethodConfig, XPOConfig
+from .findings import CLOSE, OPEN, PREFLIGHT, Finding, Report, marked
 from .preference import XPOTrainer, layout
 from .setup import (
     check_head,
@@ -17,9 +18,14 @@ from .setup import (
 )
 
 __all__ = [
+    "CLOSE",
+    "OPEN",
+    "PREFLIGHT",
     "STATE_FILE",
+    "Finding",
     "Means",
     "MethodConfig",
+    "Report",
     "UnitTrainer",
     "XPOConfig",
     "XPOTrainer",
@@ -27,6 +33,7 @@ __all__ = [
     "check_rows",
     "layout",
     "map_splits",
+    "marked",
     "prepare_model",
     "reading",
     "save_objective",
