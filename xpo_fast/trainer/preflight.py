@@ -64,6 +64,7 @@ class Run:
     cached: bool = False  # the reference's log-probs are columns of the data set
     trained: Callable[[], str | None] = lambda: None  # why policy and reference may differ; None: they must not
     unread: str | None = None  # what of the arguments the run does not use
+    coupled: bool = False  # the losses of a batch depend on one another
     looks_at_model: bool = True
 
     @property
@@ -143,7 +144,7 @@ def _base(layer: Any) -> Tensor | None:
 
 
 @dataclass
-class _Truth:
+class Truth:
     """What the model itself says of some rows: the log-prob of each scored token, in float64."""
 
     rows: list[Behind]
@@ -182,30 +183,29 @@ def _shortest(run: Run) -> list[dict[str, Any]]:
     return [row for *_, row in (*found[:1], *others[: UNITS - 1])]
 
 
-def _true_logps(run: Run, rows: list[Behind]) -> _Truth:
+def true_logps(model: nn.Module, accelerator: Accelerator, rows: list[Behind]) -> Truth:
     """Returns the log-probs of completions from the model's own logits, each row alone and without padding."""
-    device = next(run.model.parameters()).device
+    device = next(model.parameters()).device
     found, largest, dtype = [], 1.0, torch.float32
-    with evaluating(run.model), run.accelerator.autocast():
+    with evaluating(model), accelerator.autocast():
         for row in rows:
             if not row.completion:
                 found.append(torch.zeros(0, dtype=torch.float64))
                 continue
             ids = torch.tensor([[*row.prompt, *row.completion]], device=device)
-            logits = run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(row.prompt) - 1 : -1]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(row.prompt) - 1 : -1]
             wide, y = logits.float(), ids[0, len(row.prompt) :, None]
             logp = wide.gather(1, y)[:, 0] - wide.logsumexp(dim=1)
             found.append(logp.double().cpu())
             largest, dtype = max(largest, float(wide.abs().max())), logits.dtype
-    return _Truth(rows, found, 2e-4 + 4 * max(torch.finfo(dtype).eps, _rounding(run)) * largest)
+    return Truth(rows, found, 2e-4 + 4 * max(torch.finfo(dtype).eps, _rounding(model)) * largest)
 
 
-def _rounding(run: Run) -> float:
+def _rounding(model: nn.Module) -> float:
     """Returns the relative rounding of products that a dtype does not tell: of TF32, and of quantised weights."""
-    model: Any = causal_lm(run.model)
-    device = next(run.model.parameters()).device
-    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return 2.0**-7 if getattr(model, "is_quantized", False) else 2.0**-10 if tf32 else 0.0
+    lm: Any = causal_lm(model)
+    tf32 = next(lm.parameters()).device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return 2.0**-7 if getattr(lm, "is_quantized", False) else 2.0**-10 if tf32 else 0.0
 
 
 def check_loss(report: Report, run: Run) -> None:
@@ -216,7 +216,7 @@ def check_loss(report: Report, run: Run) -> None:
     batch = run.prepare(run.collate([dict(f) for f in features]))
     if run.objective is None:
         return _check_invariance(report, run, features, None, 0.0)
-    truth = _true_logps(run, sequences(run.kind, features))
+    truth = true_logps(run.model, run.accelerator, sequences(run.kind, features))
     right = _check_logps(report, run, batch, truth)
     reference, alike = _check_reference(report, run, batch, truth)
     if not right or run.objective.draws_rivals:  # whose loss depends on draws
@@ -227,7 +227,7 @@ def check_loss(report: Report, run: Run) -> None:
     _check_invariance(report, run, features, expected, allowed)
 
 
-def _check_logps(report: Report, run: Run, batch: dict[str, Tensor], truth: _Truth) -> bool:
+def _check_logps(report: Report, run: Run, batch: dict[str, Tensor], truth: Truth) -> bool:
     """Compares the summed log-probs of a padded batch with the truth; returns whether they are the same."""
     padded = _padded(batch, run.rows.tokenizer.pad_token_id)
     inputs = (padded["input_ids"], padded["attention_mask"], padded["targets"])
@@ -255,7 +255,7 @@ def _check_logps(report: Report, run: Run, batch: dict[str, Tensor], truth: _Tru
     return False
 
 
-def _check_reference(report: Report, run: Run, batch: dict[str, Tensor], truth: _Truth) -> tuple[Tensor | None, bool]:
+def _check_reference(report: Report, run: Run, batch: dict[str, Tensor], truth: Truth) -> tuple[Tensor | None, bool]:
     """Returns the reference's log-probs (R,) and whether they are the policy's; says what follows."""
     if run.reference is None:
         return None, True
@@ -277,7 +277,7 @@ def _check_reference(report: Report, run: Run, batch: dict[str, Tensor], truth: 
 
 
 def _expected(
-    run: Run, features: list[dict], truth: _Truth, reference: Tensor | None, alike: bool
+    run: Run, features: list[dict], truth: Truth, reference: Tensor | None, alike: bool
 ) -> tuple[float, float] | None:
     """Returns the method's loss of these units from the true log-probs, and what rounding of them may do to it.
 
@@ -359,14 +359,16 @@ def _check_first(report: Report, run: Run, expected: float, count: int) -> None:
 
 def _check_invariance(report: Report, run: Run, features: list[dict], expected: float | None, allowed: float) -> None:
     """Compares the run's loss of its units in parts, padded and in reverse, with the expected loss, or its own."""
-    objective = run.objective
-    coupled = objective is not None and any(m.unit == "batch" or m.state is not None for m in objective.methods)
+    methods = () if run.objective is None else run.objective.methods
+    coupled = run.coupled or any(m.unit == "batch" or m.state is not None for m in methods)
     parts = [features[::-1]] if coupled or len(features) < 2 else [[f] for f in features[::-1]]
-    whole = expected if expected is not None else _loss_of(run, [features])
+    whole = expected
+    if whole is None:
+        whole = _mean_of(run, features) if run.objective is None and not coupled else _loss_of(run, [features])
     dtypes = [p.dtype for p in run.model.parameters() if p.dtype.is_floating_point]
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(run.accelerator.mixed_precision))
     eps = max(torch.finfo(x).eps for x in (dtypes[0], *([mixed] if mixed else [])))
-    allowed += max(1e-5 if expected is not None else 1e-4, 4 * max(eps, _rounding(run))) * max(abs(whole), 0.1)
+    allowed += max(1e-5 if expected is not None else 1e-4, 4 * max(eps, _rounding(run.model))) * max(abs(whole), 0.1)
     found = _loss_of(run, parts, padded=True)
     if _close(found, whole, allowed):
         ways = "padded, reordered" + ("" if len(parts) == 1 else " and in micro-batches")
@@ -397,6 +399,17 @@ def _loss_of(run: Run, parts: list[list[dict]], *, padded: bool = False) -> floa
     """Returns the run's own loss of some units, cut into micro-batches as a step is."""
     batches = [run.prepare(run.collate([dict(f) for f in part])) for part in parts]
     items = torch.stack([run.items(batch) for batch in batches]).sum(dim=0).clamp(min=1)
+    return _summed(run, batches, items, padded=padded)
+
+
+def _mean_of(run: Run, features: list[dict]) -> float:
+    """Returns the mean of the losses of single units, none of which is divided by anything."""
+    batches = [run.prepare(run.collate([dict(f)])) for f in features]
+    return _summed(run, batches, torch.ones_like(run.items(batches[0]))) / len(batches)
+
+
+def _summed(run: Run, batches: list[dict[str, Tensor]], items: Tensor, *, padded: bool = False) -> float:
+    """Returns the sum of the run's own losses of batches over `items`."""
     if run.objective is not None:
         _remember(run, batches[0])
     total = 0.0
