@@ -339,7 +339,7 @@ REFUSED = {name: what for what, names in REFUSALS.items() for name in names.spli
 
 
 # The commands that take aliases: those with a trainer.
-COMMANDS = ("train", "reward", "rl", "recipe")
+COMMANDS = ("train", "check", "reward", "rl", "recipe")
 
 # Names of one thing: typing one of them overrides the others in a configuration.
 _SYNONYMS = ({"method", "loss-type"}, {"dtype", "torch-dtype", "bf16", "fp16"}, {"lora", "full", "use-peft"})

@@ -49,7 +49,8 @@ def _names(command: str, dest: str, commands: dict[str, Parser]) -> list[str] | 
     if dest in ("method", "card"):
         from ..methods import METHODS
 
-        layouts = {"train": ("pairwise", "listwise", "unpaired"), "rl": ("policy",)}.get(command)
+        rows, sampled = ("pairwise", "listwise", "unpaired"), ("policy",)
+        layouts = {"train": rows, "check": (*rows, *sampled), "rl": sampled}.get(command)
         return sorted(name for name, m in METHODS.items() if layouts is None or m.layout in layouts)
     if dest == "backend":
         from ..head.backends import BACKENDS

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from .. import Objective
 
-OPEN, CLOSE = "⟦", "⟧"
-
 
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast train` would do. config: its XPOConfig."""
@@ -56,6 +54,7 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
     from ..rollout import encode_prompts
+    from ..trainer import CLOSE, OPEN
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
@@ -192,23 +191,15 @@ def _plan(config: Any, model: Any, targets: Tensor, layout: dict[str, Any]) -> A
 
 def _rendered(batch: dict[str, Tensor], tokenizer: Any) -> None:
     """Prints each sequence of a batch as text, the scored tokens between ⟦ and ⟧."""
+    from ..trainer import CLOSE, OPEN, marked
+
     targets, ids, mask = batch["targets"], batch["input_ids"], batch["attention_mask"]
     print(f"\nThe first {len(ids)} sequences, scored between {OPEN} and {CLOSE} (a run draws its batches by --seed):")
     for r in range(len(ids)):
         scored = [False, *(targets[r, :-1] != -100).tolist()]
         tokens = [(int(t), s) for t, s, m in zip(ids[r], scored, mask[r], strict=True) if m]
-        print(f"\n{_marked(tokens, tokenizer)}")
+        print(f"\n{marked(tokens, tokenizer)}")
     _end()
-
-
-def _marked(tokens: list[tuple[int, bool]], tokenizer: Any) -> str:
-    text, start = "", 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or tokens[end][1] != tokens[start][1]:
-            part = tokenizer.decode([token for token, _ in tokens[start:end]])
-            text += f"{OPEN}{part}{CLOSE}" if tokens[start][1] else part
-            start = end
-    return text
 
 
 def _end() -> None:

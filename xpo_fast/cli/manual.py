@@ -29,6 +29,7 @@ EXAMPLES = {
     "filters": "xpo-fast methods --where data=unpaired",
     "options": "xpo-fast eval-reward --data pairs.jsonl --model xpo-fast-reward --policy xpo-fast-out",
     "--config": "xpo-fast train --config xpo-fast-out/config.yaml --output-dir again",
+    "--preflight": "xpo-fast train --data pairs.jsonl --preflight stop",
     "--dry-run": "xpo-fast train --data pairs.jsonl --dry-run",
     "--set": "xpo-fast train --data pairs.jsonl --set beta=0.05 (or: --beta 0.05)",
     "--train": "xpo-fast train --data pairs.jsonl --train adam_beta2=0.95 (or: --adam_beta2 0.95)",

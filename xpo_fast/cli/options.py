@@ -18,6 +18,7 @@ SMOLLM2 = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
 HELD_OUT_AT_MOST = 200
+PREFLIGHT = ("off", "warn", "stop")
 OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
 ENSEMBLES = ("mean", "worst", "uncertainty")  # of reward models, see methods.reward.ensemble
 # The arguments of transformers.TrainingArguments that --train takes: those that every trainer here honours.
@@ -123,6 +124,11 @@ def add_config(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None
     if dry_run:
         about = "show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing"
         add("--dry-run", about, False)
+        about = (
+            "check rows, mask, template, reference and loss before the first step (docs/preflight.md): warn prints "
+            "what is found, stop ends the run if there is a fault, off looks at nothing"
+        )
+        add("--preflight", about, "warn", choices=PREFLIGHT)
 
 
 def add_source(group: Any, data: str, *, required: bool = True, **how: Any) -> None:

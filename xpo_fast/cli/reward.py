@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         f"data       {options.sources(args, train_rows)}: {len(train_rows)} rows to train on, {held} held out\n"
         f"method     {args.method}, lr {config.learning_rate:g}"
     )
+    training.preflight(trainer)
     results = training.report_header(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
@@ -166,6 +167,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         max_prompt_length=args.max_prompt_length,
         backend=args.backend,
         dataset_num_proc=args.num_proc,
+        preflight=args.preflight,
         **options.length_rule(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),
     )

@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = None if args.dry_run else resuming.checkpoint(args, last_checkpoint)
     config = _config(args, method_args, fields)
-    train, held_out = _prompts(args)
+    train, held_out = read_prompts(args)
     if args.dry_run:
         dry_run.prompts(args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out)
         return 0
@@ -191,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.given |= made_with
     say = training.printer(trainer)
     _print_header(trainer, args, say)
+    training.preflight(trainer)
     if ensemble is not None and ensemble.moments is None:
         rl_rewards.standardise(ensemble, trainer)
         if trainer.is_world_process_zero():
@@ -227,6 +228,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
         continuous_batching=args.continuous_batching,
         backend=args.backend,
         tile_mib=args.tile_mib,
+        preflight=args.preflight,
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
         **{"show_samples": 3} | fields,
@@ -234,7 +236,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
     )
 
 
-def _prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def read_prompts(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Returns prompts to train on, and prompts held out or None."""
     from ..data import load_prompts
 

@@ -36,6 +36,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     options.add_config(parser)
+    add_options(parser)
+
+
+def add_options(parser: Any) -> None:
+    """Adds the options of preference training but --config, which `xpo-fast check` takes, too."""
     group = options.add_data(
         parser,
         data=".jsonl, .json, .parquet or .csv file, or a data set for datasets.load_dataset: rows of prompt, chosen, "
@@ -71,23 +76,23 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or with --dry-run only reports."""
-    objective = _objective(args.method, dict(args.set))
-    checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    objective = checked_objective(args.method, dict(args.set))
+    checks.check_training(args, training.training_arguments(args, lr=learning_rate(args), evaluates=False))
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
     # Data first: a mistake in it is reported before a model is loaded.
-    train_rows, eval_rows = _rows(args, objective)
+    train_rows, eval_rows = read_rows(args, objective)
     if args.dry_run:
-        dry_run.preferences(args, objective, _config(args, eval_rows), train_rows, eval_rows)
+        dry_run.preferences(args, objective, config_of(args, eval_rows), train_rows, eval_rows)
         return 0
-    made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
+    made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=learning_rate(args))
     model, tokenizer = loading.load(args)
 
     from ..trainer import XPOTrainer
 
     trainer = XPOTrainer(
         model,
-        _config(args, eval_rows),
+        config_of(args, eval_rows),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
@@ -97,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.given |= made_with
     say = training.printer(trainer)
     _print_header(trainer, args, say)
+    training.preflight(trainer)
     results = training.report_header(args)
     if eval_rows is not None:
         results["before"] = trainer.held_out()
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _objective(method: str, given: dict[str, Any]) -> Objective:
+def checked_objective(method: str, given: dict[str, Any]) -> Objective:
     """Returns the objective; raises ValueError for an unknown name or wrong value of --set."""
     from .. import Objective
 
@@ -130,7 +136,7 @@ def _objective(method: str, given: dict[str, Any]) -> Objective:
     return objective
 
 
-def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
+def read_rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     """Returns rows to train on, and rows held out or None, with every column that the objective needs."""
     from .. import data
 
@@ -146,11 +152,13 @@ def _rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]:
     return rows, held
 
 
-def _learning_rate(args: argparse.Namespace) -> float:
+def learning_rate(args: argparse.Namespace) -> float:
+    """Returns the default of --lr."""
     return (1e-6 if args.full else 5e-5) * (10 if args.method == "sft" else 1)
 
 
-def _config(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
+def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
+    """Returns the arguments of the trainer."""
     from ..trainer import XPOConfig
 
     return XPOConfig(
@@ -163,7 +171,8 @@ def _config(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         backend=args.backend,
         tile_mib=args.tile_mib,
         dataset_num_proc=args.num_proc,
-        **training.training_arguments(args, lr=_learning_rate(args), evaluates=eval_rows is not None),
+        preflight=args.preflight,
+        **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
     )
 
 

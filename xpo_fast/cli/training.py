@@ -124,6 +124,15 @@ def report_header(args: argparse.Namespace) -> dict[str, Any]:
     return {"options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")}, "versions": versions()}
 
 
+def preflight(trainer: Any) -> None:
+    """Prints the check of the run that --preflight asks for; raises ValueError for a fault if it is to stop."""
+    if trainer.args.preflight == "off" or trainer.preflight() is None:
+        return
+    printer(trainer)(f"\n{trainer.report.screen()}\n")
+    if trainer.args.preflight == "stop":
+        trainer.report.raise_for_faults()
+
+
 def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: str | None) -> dict[str, float]:
     """Trains and saves; returns the trainer's metrics. Raises Stopped after Ctrl-C, with a checkpoint saved.
 

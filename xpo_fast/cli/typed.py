@@ -45,7 +45,7 @@ def hyperparameters(method: str, command: str) -> tuple[str, ...]:
 
     names = [part.partition("*")[2] or part for part in method.replace(" ", "").split("+")]
     own = [name for part in names if part in METHODS for name in METHODS[part].defaults]
-    return (*dict.fromkeys(own), *(OBJECTIVE_OPTIONS if command == "train" else ()))
+    return (*dict.fromkeys(own), *(OBJECTIVE_OPTIONS if command in ("train", "check") else ()))
 
 
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

@@ -33,6 +33,7 @@ from ..models.value_head import (
     value_head,
 )
 from ..reduce import count_metrics, mean_metrics
+from ..rollout.sampling import eos_ids
 from ..trainer import (
     HandedOver,
     UnitTrainer,
@@ -46,7 +47,10 @@ from ..trainer import (
 )
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.config import argument
+from ..trainer.findings import Report
+from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
+from ..trainer.row_checks import Rows
 from .encoding import both_orders, load_ratings, pad_id, separators
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
@@ -170,6 +174,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         # Narrow enough for the loss to begin at ln 2: the length bias of wider ones has to be unlearned (docs/log.md).
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
+        self._texts: Any = None  # what the training rows were encoded from
         collator = RewardCollator(pad_id(processing_class), self.spec, processing_class)
         super().__init__(
             model=model,
@@ -212,9 +217,43 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
         encoded = encoded.remove_columns(sorted(unread))
         check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
+        self._texts = dataset if self._texts is None else self._texts
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
         return with_lengths(encoded, self.args)
+
+    def preflight(self) -> Report | None:
+        """Checks the run before training: rows, what is scored, and that the loss is the same padded and in parts.
+
+        Nothing of the run changes. Returns what was found, and keeps it in `report`; None without rows to train on.
+        """
+        if self.train_dataset is None:
+            return None
+        both, rated = self.spec.form == "preference", self.spec.form == "objectives"
+        rows = Rows(
+            self.train_dataset.remove_columns("reward") if rated else self.train_dataset,
+            self.kind,
+            self._tokenizer,
+            self.args.max_length,
+            eos_ids(self._tokenizer, self._embedded),
+            collate=None if both else self.data_collator,  # whose rows hold both completions of a pair
+            texts=self._texts,
+        )
+        run = Run(
+            f"{type(self).__name__}, {self.spec.method} on {len(self.train_dataset):,} {self.kind.unit}",
+            self.model,
+            self.accelerator,
+            rows,
+            self.args.backend,
+            prepare=self._prepare_inputs,
+            collate=self.data_collator,
+            items=self._items,
+            loss=self._loss,
+            coupled=self.spec.form == "odin",
+            looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+        )
+        self.report = preflight(run)
+        return self.report
 
     def reward_model(self) -> RewardModel:
         """Returns the model in training as a `RewardModel` that shares its weights."""

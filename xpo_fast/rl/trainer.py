@@ -35,14 +35,15 @@ from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
-from ..trainer import HandedOver, Means, UnitTrainer, check_head, prepare_model, with_tokenizer
+from ..trainer import HandedOver, Means, Report, UnitTrainer, check_head, prepare_model, with_tokenizer
 from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
-from .collect import Collector, check_completions, check_prompts, data_columns, describe
+from .collect import Collector, Completion, check_completions, check_prompts, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
+from .preflight import check_before, check_rollout
 from .reference import MovingReference, choose_reference
 from .sample_log import SAMPLES_FILE, append_lines, sample_lines, table
 
@@ -165,7 +166,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._all_means = {"loss": self._means, "step": self._step_means}
         self._all_means |= {"rollout": self._rollout_means, "penalty": self._penalty_means}
         self._step_began = 0.0
-        self._head_checked = False
+        self._head_checked = self._rollout_checked = False
         self._shown: list[dict[str, Any]] = []  # samples for the next log
         self._saved: Path | None = None  # this run's last checkpoint; another in its place is an earlier run's
 
@@ -199,6 +200,36 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not self.prompts:
             raise ValueError("there are no prompts to train on: pass train_dataset=")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def preflight(self, *, sample: bool = False) -> Report | None:
+        """Checks the prompts before training, see docs/preflight.md; the first rollout is checked when it is there.
+
+        sample: collect the first rollout for it now, and ask the rewards for theirs; training collects it again.
+        Returns what was found, and keeps it in `report`, to which the first rollout adds; None without prompts.
+        """
+        if not self.prompts:
+            return None
+        self.report = check_before(self)
+        if sample:
+            groups = self._collector.collect(0, 0).groups
+            rows = [row for group in groups for row in group]
+            self.report.findings += check_rollout(self, rows, self.args.num_generations).findings
+        else:
+            self.report.add("rollout", "note", "rewards, lengths and log-probs are looked at in the first rollout")
+        return self.report
+
+    def _check_rollout(self, rows: list[Completion]) -> None:
+        """Looks at the first rollout of this process, and logs what is found or, if asked to, raises ValueError."""
+        if self._rollout_checked or self.args.preflight == "off":
+            return
+        self._rollout_checked = True
+        found = check_rollout(self, rows, self.args.num_generations)
+        if self.is_world_process_zero():
+            found.log()
+        if self.report is not None:
+            self.report.findings += found.findings
+        if self.args.preflight == "stop":
+            found.raise_for_faults()
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -295,6 +326,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 number=progress.rollouts,
                 names=self.rewards.names,
             )
+        self._check_rollout(rows)
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times
         metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}
         metrics["passes"] = progress.cursor / len(self.prompts)

@@ -3,6 +3,7 @@
 from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import MethodConfig, XPOConfig
+from .findings import CLOSE, OPEN, PREFLIGHT, Finding, Report, marked
 from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .preference import XPOTrainer, layout
 from .setup import (
@@ -17,11 +18,16 @@ from .setup import (
 )
 
 __all__ = [
+    "CLOSE",
+    "OPEN",
+    "PREFLIGHT",
     "STATE_FILE",
+    "Finding",
     "HandedOver",
     "Kept",
     "Means",
     "MethodConfig",
+    "Report",
     "UnitTrainer",
     "XPOConfig",
     "XPOTrainer",
@@ -29,6 +35,7 @@ __all__ = [
     "check_rows",
     "layout",
     "map_splits",
+    "marked",
     "prepare_model",
     "reading",
     "save_objective",

@@ -32,6 +32,7 @@ from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from .arguments import check_trainer_arguments
 from .checkpoints import check_room, reading, replace_model, replacing, trained_at_root, unsaved
+from .findings import Report
 from .setup import check_trainable
 
 _UNSAVED = (
@@ -117,6 +118,7 @@ class UnitTrainer(Trainer):
         self._means = Means()
         self._eval_means = Means()
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
+        self.report: Report | None = None  # of `preflight`
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -133,10 +135,11 @@ class UnitTrainer(Trainer):
         }
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trains as Trainer does.
+        """Trains as Trainer does, after the check that args.preflight asks for (`preflight`, once).
 
         resume_from_checkpoint: a checkpoint, or True for the last complete one in args.output_dir. Raises ValueError
-        if it is broken or was made with other settings, or if the disk has no room for a checkpoint.
+        if it is broken or was made with other settings, if the disk has no room for a checkpoint, or for a fault that
+        the check finds with args.preflight "stop".
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
@@ -158,10 +161,25 @@ class UnitTrainer(Trainer):
         if strategy != "no" and self.args.should_save and not sharded:
             check_room(self.model, self.args)
         self._prepare_to_train(resume_from_checkpoint or None)
+        self._check_before_training()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         """Does what must be done before the first step, or before training goes on from a checkpoint."""
+
+    def preflight(self) -> Report | None:
+        """Checks the run without training; returns and keeps what was found. None: this trainer has no check."""
+        return None
+
+    def _check_before_training(self) -> None:
+        """Runs `preflight`, unless it has been run, on every process; one of them logs what it finds."""
+        asked = getattr(self.args, "preflight", "off")
+        if asked == "off":
+            return
+        if self.report is None and self.preflight() is not None and self.is_world_process_zero():
+            self.report.log()
+        if self.report is not None and asked == "stop":
+            self.report.raise_for_faults()
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns what the loss of a batch is divided by: (), or one entry per loss."""

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from ..objective import Objective
 from ..reporters import check_reporters
 from .arguments import REFUSED, check_arguments
+from .findings import PREFLIGHT
 
 
 def argument(default: Any, about: str) -> Any:
@@ -35,6 +36,10 @@ class MethodConfig(TrainingArguments):
     )
     backend: str = argument("auto", "The backend of the head: auto, torch, dense, …")
     tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
+    preflight: str = argument(
+        "warn",
+        "The check of the run before its first step: warn logs what it finds, stop raises for a fault, off: none.",
+    )
 
     # Other defaults than TrainingArguments has.
     learning_rate: float = argument(1e-6, "The initial learning rate of AdamW.")
@@ -55,6 +60,8 @@ class MethodConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it where there is nothing to copy to
         check_reporters(self.report_to)
+        if self.preflight not in PREFLIGHT:
+            raise ValueError(f"preflight must be one of {', '.join(PREFLIGHT)}, got {self.preflight!r}")
         if self.tile_mib is not None and self.tile_mib <= 0:
             raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
 

@@ -26,12 +26,25 @@ from ..models import Head
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import sum_over_ranks
+from ..rollout.sampling import eos_ids
 from .arguments import changed
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .config import XPOConfig
+from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
-from .reference import KEPT, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
+from .preflight import Run, preflight
+from .reference import (
+    KEPT,
+    CachedReference,
+    LiveReference,
+    choose,
+    dataset_logps,
+    row_logps,
+    rows_fingerprint,
+    weights_fingerprint,
+)
+from .row_checks import Rows
 from .setup import check_head, check_rows, map_splits, prepare_model, with_lengths, with_tokenizer
 
 
@@ -84,6 +97,8 @@ class XPOTrainer(UnitTrainer):
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
+        self._texts: datasets.Dataset | None = None  # what the training rows were encoded from
+        self._given_objective, self._new_adapter = objective is not None, peft_config is not None
         pad: Any = processing_class.pad_token_id
         super().__init__(
             model=model,
@@ -124,6 +139,8 @@ class XPOTrainer(UnitTrainer):
         dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
         data.check_columns(dataset, self.kind.name, self.objective.rehearse)
         check_rows(self._unwrapped, self._tokenizer, dataset, given, rows)
+        if self._texts is None:
+            self._texts = rows
         return with_lengths(dataset, self.args)
 
     def _with_reference(self, dataset: datasets.Dataset | None, label: str) -> Any:
@@ -160,6 +177,48 @@ class XPOTrainer(UnitTrainer):
         if checkpoint is not None and (path := Path(checkpoint) / STATE_FILE).is_file():
             with reading(checkpoint):
                 self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
+
+    def preflight(self) -> Report | None:
+        """Checks the run before training: rows, mask, template, reference, loss and options, see docs/preflight.md.
+
+        Nothing of the run changes: random numbers, modes, the objective's state and the order of the data stay.
+        Returns what was found, and keeps it in `report`; None without rows to train on. Every process must call it.
+        """
+        if self.train_dataset is None:
+            return None
+        self.prepare()
+        rows = Rows(
+            self.train_dataset,
+            self.kind,
+            self._tokenizer,
+            self.args.max_length,
+            eos_ids(self._tokenizer, self._unwrapped),
+            collate=self.data_collator,
+            texts=self._texts,
+            held_out=self.eval_dataset if isinstance(self.eval_dataset, datasets.Dataset) else None,
+        )
+        names = " + ".join(m.name for m in self.objective.methods)
+        self.report = preflight(
+            Run(
+                f"{type(self).__name__}, {names} on {len(self.train_dataset):,} {self.kind.unit}",
+                self.model,
+                self.accelerator,
+                rows,
+                self.args.backend,
+                prepare=self._prepare_inputs,
+                collate=self.data_collator,
+                items=self._items,
+                loss=self._loss,
+                objective=self.objective,
+                given=self._columns_of,
+                reference=None if self.reference == "none" else self._reference_rows,
+                cached=self._live is None,
+                trained=self._why_not_reference,
+                unread=self._unread(),
+                looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            )
+        )
+        return self.report
 
     def _save_extra_files(self, folder: Path) -> None:
         super()._save_extra_files(folder)
@@ -265,10 +324,7 @@ class XPOTrainer(UnitTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
-        targets, given = layout(self.kind, inputs)
-        given |= {n: x for n, x in inputs.items() if n in self._columns}
-        if "value" in self._columns and "value" not in given:
-            given["value"] = self._value.to(targets.device)
+        targets, given = self._columns_of(inputs)
         given |= self._reference(model, rows, inputs)
         packed = "cu_seqlens" in given
         if packed and "ref_hidden" in given:
@@ -281,6 +337,14 @@ class XPOTrainer(UnitTrainer):
 
         out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
         return out["loss"], out["losses"], out["metrics"], out["counts"]
+
+    def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Returns targets, and the arguments of the objective about layout and columns."""
+        targets, given = layout(self.kind, inputs)
+        given |= {n: x for n, x in inputs.items() if n in self._columns}
+        if "value" in self._columns and "value" not in given:
+            given["value"] = self._value.to(targets.device)
+        return targets, given
 
     def _reference(
         self, model: nn.Module, rows: tuple[Tensor, Tensor, Tensor], inputs: dict[str, Tensor]
@@ -302,6 +366,32 @@ class XPOTrainer(UnitTrainer):
             halves = (logps, torch.zeros_like(logps))
             logps = torch.cat(halves[::-1] if self.kind.half else halves)
         return {"ref_logps": logps}
+
+    def _reference_rows(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the reference's log-prob of each row of a batch, (R,)."""
+        if self._live is None:
+            return batch["ref_logps"]
+        return self._live.logps(self.model, batch["input_ids"], batch["attention_mask"], batch["targets"])
+
+    def _why_not_reference(self) -> str | None:
+        """Returns why policy and reference differ before the first step; None if they should not."""
+        if self.state.global_step:
+            return "the policy has been trained"
+        if self._cached is not None and weights_fingerprint(self.model) != self._cached.weights:
+            return "its weights have been changed since then"
+        adapted = any(".lora_B." in name and bool(p.any()) for name, p in self.model.named_parameters())
+        if adapted and not self._new_adapter and hasattr(self.model, "disable_adapter"):
+            return "the policy carries an adapter that was trained before, and the reference does not"
+        return None
+
+    def _unread(self) -> str | None:
+        """Returns what of the arguments an objective that was given leaves unread."""
+        method, given = self.args.method, self.args.method_args
+        names = " + ".join(m.name for m in self.objective.methods)
+        if not self._given_objective or (not given and method in (names, "dpo")):
+            return None
+        asked = ", ".join([f"method={method!r}", *([f"method_args={given}"] if given else [])])
+        return f"{asked} of the arguments are not read: the trainer was given an objective, {self.objective}"
 
     @cached_property
     def _value(self) -> Tensor:

@@ -1,0 +1,107 @@
+"""`xpo-fast check`: checks a run of `xpo-fast train` or `xpo-fast rl` without training."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from . import checks, loading, options, rl, rl_rewards, settings, train, training
+from .parser import UsageError
+
+if TYPE_CHECKING:
+    from ..trainer import UnitTrainer
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `xpo-fast check`."""
+    parser = commands.add_parser(
+        "check",
+        help="check a run without training: rows, mask, template, reference, loss",
+        description="Check a run before it is started, as `xpo-fast train` and `xpo-fast rl` do before their first "
+        "step, and print what is found; nothing is trained or written. It takes the options of train, so that the verb "
+        "of a command can be replaced, and, for a method of RL, the rewards, which are asked for one rollout. Exit "
+        "code 1 if there is a fault.",
+    )
+    parser.set_defaults(run=run, dry_run=False)
+    options.add_config(parser, dry_run=False)
+    about = "accepted from the configuration of a run; this command looks at everything whatever it says"
+    options.add_option(parser, "--preflight", about, "warn", choices=options.PREFLIGHT)
+    train.add_options(parser)
+    rl_rewards.add_options(parser)
+    group = parser.add_argument_group("rollouts")
+    for name, field in rl.ROLLOUT_FIELDS.items():
+        options.add_option(group, f"--{name.replace('_', '-')} {field.metavar}", field.about, type=field.type)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks; returns 1 if there is a fault."""
+    from ..methods import METHODS
+
+    names = [part.rpartition("*")[2].strip() for part in args.method.split("+")]
+    layouts = {METHODS[name].layout for name in names if name in METHODS}
+    if "reward" in layouts:
+        raise UsageError(f"{args.method} trains a reward model: xpo-fast reward --preflight stop checks it")
+    with tempfile.TemporaryDirectory(prefix="xpo_fast-check-") as folder:
+        args.output_dir, args.report_to, args.push_to_hub = folder, "none", None
+        checks.check_training(args, training.training_arguments(args, lr=train.learning_rate(args), evaluates=False))
+        training.quiet(args)
+        trainer, how = _online(args) if "policy" in layouts else (_preferences(args), {})
+        report = trainer.preflight(**how)
+    assert report is not None  # there are rows
+    training.printer(trainer)(report.screen())
+    return 1 if report.faults else 0
+
+
+def _preferences(args: argparse.Namespace) -> UnitTrainer:
+    from ..trainer import XPOTrainer
+
+    objective = train.checked_objective(args.method, dict(args.set))
+    rows, held_out = train.read_rows(args, objective)
+    model, tokenizer = loading.load(args)
+    return XPOTrainer(
+        model,
+        train.config_of(args, held_out),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=None if args.full else loading.lora(args),
+    )
+
+
+def _online(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Returns the trainer, and the arguments of its check."""
+    functions, weights = rl_rewards.reward_functions(args)
+    method_args, fields = settings.divided(args.set, settings.RL)
+
+    from ..rewards import Rewards
+    from ..rewards.ensemble import RewardEnsemble
+    from ..rl import RLConfig, RLTrainer
+
+    fields |= {name: value for name in rl.ROLLOUT_FIELDS if (value := getattr(args, name)) is not None}
+    config = RLConfig(
+        method=args.method,
+        method_args=method_args,
+        backend=args.backend,
+        tile_mib=args.tile_mib,
+        **fields,
+        **training.training_arguments(args, lr=train.learning_rate(args), evaluates=False),
+    )
+    if args.eval_split is None:
+        args.eval_split = 0.0
+    prompts, held_out = rl.read_prompts(args)
+    model, tokenizer = loading.load(args)
+    functions += rl_rewards.reward_models(args, config.device)
+    trainer = RLTrainer(
+        model,
+        Rewards(functions, weights, timeout_s=args.reward_timeout),
+        config,
+        train_dataset=prompts,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=None if args.full else loading.lora(args),
+    )
+    ensemble = next((f for f in functions if isinstance(f, RewardEnsemble)), None)
+    if ensemble is not None:
+        rl_rewards.standardise(ensemble, trainer)
+    return trainer, {"sample": True}
