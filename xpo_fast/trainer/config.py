@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..data import check_score
 from ..objective import Objective
 from ..reporters import check_reporters
 
@@ -72,6 +73,11 @@ class XPOConfig(MethodConfig):
     max_prompt_length: int | None = argument(
         None, "Longest prompt in tokens; longer ones lose their beginning. None: no limit."
     )
+    score: str = argument(
+        "assistant",
+        "What is scored of a completion of several turns: assistant (what the assistant says), last (its last turn) or "
+        "all.",
+    )
     reference: str = argument(
         "auto",
         "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
@@ -82,3 +88,7 @@ class XPOConfig(MethodConfig):
         None, "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
     )
     dataset_num_proc: int | None = argument(None, "Number of processes that tokenize. None: one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.score)

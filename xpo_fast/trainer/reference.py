@@ -165,9 +165,9 @@ class CachedReference:
     """Reference log-probs kept on disk, in one file per `SHARD_ROWS` rows.
 
     A file's name is the hash of everything its numbers depend on: the weights, the model's config, dtype and autocast
-    dtype, and the rows' token ids. Tokenizer, chat template and truncation act through the ids, so a change of any of
-    these, or of the data, gives another name and nothing stale can be read. Files appear complete or not at all; an
-    interrupted computation goes on with the first shard that is missing.
+    dtype, and the rows' token ids and masks. Tokenizer, chat template and truncation act through these, so a change of
+    any of them, or of the data, gives another name and nothing stale can be read. Files appear complete or not at all;
+    an interrupted computation goes on with the first shard that is missing.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: Kind) -> None:
@@ -250,13 +250,13 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def rows_fingerprint(dataset: datasets.Dataset) -> str:
-    """Returns a hash of the token ids of all rows, column by column."""
+    """Returns a hash of the token ids of all rows, and of which are scored, column by column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     digest = hashlib.sha256()
     table = dataset.with_format("arrow")[:]
-    for name in sorted(n for n in dataset.column_names if n.endswith("_ids")):
+    for name in sorted(n for n in dataset.column_names if n.endswith(("_ids", "_mask"))):
         column = table[name].combine_chunks()
         digest.update(name.encode())
         while isinstance(column.type, (pa.ListType, pa.LargeListType)):
