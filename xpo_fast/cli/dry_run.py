@@ -100,6 +100,7 @@ def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
         kind=kind,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
+        score=config.score,
         num_proc=config.dataset_num_proc,
     )
 
@@ -123,7 +124,8 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     """Prints the tokens of prompts, completions and both before they are cut, and how many are cut."""
     from .. import data
 
-    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
+    how: Any = {"score": config.score, "num_proc": config.dataset_num_proc}
+    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
     prompt = [len(ids) for ids in uncut["prompt_ids"]]
     completions = _completions(uncut, kind)
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]

@@ -155,6 +155,12 @@ def add_lengths(group: Any) -> None:
     add("--num-proc N", "processes that tokenize (default: one)", type=int)
 
 
+def add_score(group: Any) -> None:
+    """Adds --score."""
+    about = "what is scored of a completion of several turns: what the assistant says, its last turn, or all of it"
+    add_option(group, "--score", about, "assistant", choices=("assistant", "last", "all"))
+
+
 def add_settings(group: Any, example: str, also: str = "") -> None:
     """Adds --set. example: of its help. also: what else it takes."""
     about = f"a hyperparameter of the method, for example --set {example}{also}"

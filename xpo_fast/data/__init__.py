@@ -18,16 +18,18 @@ Every row keeps its place in the column `where` (``"pairs.jsonl:17"``), so that 
 
 from ..types import IGNORE_INDEX
 from .collate import Collator, pad_rows
-from .encode import encode, encode_rows, leading_ids, render, split_ids, tokenize, with_column
+from .encode import encode, encode_rows, leading_ids, render, split_ids, tokenize, tokenize_after, with_column
 from .kinds import KINDS, DataError, Kind
 from .load import Place, load, load_prompts, load_rows, origins, prompt_keys
 from .rows import check_columns
 from .sources import read, require
 from .template import Conversation, as_conversation, write
+from .turns import SCORES, check_score
 
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
+    "SCORES",
     "Collator",
     "Conversation",
     "DataError",
@@ -35,6 +37,7 @@ __all__ = [
     "Place",
     "as_conversation",
     "check_columns",
+    "check_score",
     "encode",
     "encode_rows",
     "leading_ids",
@@ -49,6 +52,7 @@ __all__ = [
     "require",
     "split_ids",
     "tokenize",
+    "tokenize_after",
     "with_column",
     "write",
 ]

@@ -418,7 +418,7 @@ def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[s
         if not all(words(turn).strip() or turn.get("tool_calls") for turn in turns):
             yield "an assistant turn without words (only its end is scored)"
         if any(turn["role"] != "assistant" for turn in turns):
-            yield "a completion of several turns (the words of all of them are scored)"
+            yield "a completion of several turns (the assistant's are scored, unless --score says otherwise)"
     yield from unread(raw, [row["prompt"], *completions])
 
 

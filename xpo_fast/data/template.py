@@ -61,6 +61,10 @@ class Conversation(list):
         turns = [places.get(i, message) for i, message in enumerate(self)]
         return Conversation(turns, tools=self.tools, kwargs=self.kwargs)
 
+    def told(self, kwargs: Mapping[str, Any] | None) -> Conversation:
+        """Returns this conversation with further variables of the template; its own come first."""
+        return Conversation(self, tools=self.tools, kwargs={**(kwargs or {}), **self.kwargs})
+
     @property
     def is_begun(self) -> bool:
         """Whether the last message is the assistant's: the beginning of an answer, which a completion continues."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data import DataError
 from ..files import finite, write_json
 from ..rewards.encoding import encode_rows
 from ..rewards.judges import Completion, group_scores, group_wins
@@ -203,10 +204,20 @@ def _rejected(setup: Setup, policy: Policy) -> dict[int, Row]:
 def _encoded(
     setup: Setup, policy: Policy, prompts: Sequence[Any], completions: Sequence[Any], name: str = "chosen"
 ) -> list[Row]:
-    """Returns the token ids of prompts and completions, named as `data.encode` does for the column `name`."""
+    """Returns the token ids of prompts and completions, named as `data.encode` does for the column `name`.
+
+    They follow the prompts' own ids, as sampled completions do. Raises DataError for a completion of several turns.
+    """
     config = xpo_config(setup)
     limits = RewardSpec(max_length=config.max_length, max_prompt_length=config.max_prompt_length)
-    return encode_rows(policy.loaded[1], limits, prompts, {name: completions})
+    encoded = encode_rows(policy.loaded[1], limits, prompts, {name: completions}, own=True)
+    for i, row in enumerate(encoded):
+        if not all(row[f"{name}_mask"]):
+            raise DataError(
+                f"prompt {i}: {name} is a completion of several turns, and beside sampled completions all of it would "
+                "be scored; give its last turn alone, and the turns before it as the prompt"
+            )
+    return encoded
 
 
 def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Path, model: str) -> list[float]:

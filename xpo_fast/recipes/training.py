@@ -111,8 +111,8 @@ def _dataset(it: Iteration, method: Train, tokenizer: Any) -> datasets.Dataset:
         kept = [n for n in it.rows[0] if n.endswith("_ids") or n in KINDS[kind].numbers]
         return datasets.Dataset.from_list([{name: row[name] for name in kept} for row in it.rows])
     config = xpo_config(it.setup)
-    sizes = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    return data.encode(data.load(it.rows, kind=kind), tokenizer, kind=kind, **sizes)
+    how: Any = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "score")}
+    return data.encode(data.load(it.rows, kind=kind), tokenizer, kind=kind, **how)
 
 
 def with_reference(it: Iteration, dataset: datasets.Dataset, method: Train) -> datasets.Dataset:

@@ -77,12 +77,18 @@ def _rating(value: Any, name: str, where: str) -> float:
 
 
 def encode_rows(
-    tokenizer: Any, spec: RewardSpec, prompts: Sequence[Prompt], named: Mapping[str, Sequence[Any]]
+    tokenizer: Any,
+    spec: RewardSpec,
+    prompts: Sequence[Prompt],
+    named: Mapping[str, Sequence[Any]],
+    *,
+    own: bool = False,
 ) -> list[dict[str, Any]]:
-    """Returns token ids as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both.
+    """Returns token ids and masks as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both; …_mask.
 
     spec: gives max_length and max_prompt_length. named: the completions under the names chosen, rejected or both, one
-    per prompt. Raises ValueError for another number of completions than of prompts.
+    per prompt. own: they follow the prompts' own ids, see `data.split_ids`. Raises ValueError for another number of
+    completions than of prompts.
     """
     if any(len(completions) != len(prompts) for completions in named.values()):
         raise ValueError(
@@ -98,7 +104,7 @@ def encode_rows(
     }
     kind = "pair" if len(named) > 1 else next(iter(named))
     opening = data.leading_ids(tokenizer, prompts[0])
-    encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
+    encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length, own=own)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
@@ -136,8 +142,7 @@ def in_batches(
 
 def separators(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Returns the token ids between and after the two completions that a preference model reads."""
-    between, after = data.tokenize(tokenizer, [_BETWEEN, _AFTER])
-    return between, after
+    return data.tokenize_after(tokenizer, _BETWEEN), data.tokenize_after(tokenizer, _AFTER)
 
 
 def both_orders(

@@ -105,8 +105,8 @@ class TokenChoice:
         text = data.render(self.tokenizer, question, [], "the judge's question")[0]
         texts = [text, *(f"{text} {word}" if isinstance(question, str) else text + word for word in words)]
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        prompt, completions, _ = data.split_ids(self.tokenizer, texts, ids)
-        first = [completion[0] for completion in completions]
+        split = data.split_ids(self.tokenizer, texts, ids, own=True)
+        prompt, first = split.prompt, [completion[0] for completion in split.completions]
         if len(set(first)) < len(words):
             raise ValueError(
                 f"the tokenizer begins some of the answers {', '.join(words)} with the same token: choose others"

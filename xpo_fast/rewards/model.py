@@ -50,7 +50,7 @@ class RewardModel:
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the reward of each completion, (R,) float32 on the CPU."""
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions})
-        lengths = torch.tensor([float(len(row["chosen_ids"])) for row in features])
+        lengths = torch.tensor([float(sum(row["chosen_mask"])) for row in features])  # as in training
         return self.spec.combine(self._run(features), lengths)
 
     def outputs(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:

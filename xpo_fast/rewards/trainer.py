@@ -84,6 +84,8 @@ class RewardConfig(XPOConfig):
         check_choice("method", self.method, tuple(USES))
         if self.tile_mib is not None:
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
+        if self.score != "assistant":
+            raise ValueError("score has no effect on a reward model, which reads all of a completion: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
         if self.objective_weights is not None and USES[self.method][1] != "objectives":
@@ -214,7 +216,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
         limits["num_proc"] = self.args.dataset_num_proc
         encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
-        unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
+        names = [f"{name}_{what}" for name in ("kl_completion", "rejected") for what in ("ids", "mask")]
+        unread = {*names} & {*encoded.column_names} if "rejected" not in self.kind.completions else set()
         encoded = encoded.remove_columns(sorted(unread))
         check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
         self._texts = dataset if self._texts is None else self._texts
@@ -452,11 +455,16 @@ class RewardCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self.spec.form == "preference":
             pairs = [both_orders(row, self._between, self._after) for row in features]
+            # Of both completions in one row everything is read; the masks are of one completion.
             features = [
-                {**row, "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
+                {**_without_masks(row), "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
                 for row, (a, b) in zip(features, pairs, strict=True)
             ]
         batch = self._collate(features)
         if "ratings" in features[0]:
             batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
         return batch
+
+
+def _without_masks(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in row.items() if not name.endswith("_mask")}

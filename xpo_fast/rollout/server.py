@@ -256,7 +256,7 @@ class ServerRollout:
                     "vLLM says them (return_token_ids, or --return-tokens-as-token-ids)",
                     self.url,
                 )
-            ids, logps = data.tokenize(self.tokenizer, [text])[0], None
+            ids, logps = data.tokenize_after(self.tokenizer, text), None
         ids = [int(i) for i in ids]
         # With stop strings and no reason given, a stop string or EOS may have ended it: then no EOS is appended.
         reason = choice.get("stop_reason")

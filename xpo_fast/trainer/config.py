@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from ..data import check_score
 from ..objective import Objective
 from ..reporters import check_reporters
 from .arguments import REFUSED, check_arguments
@@ -87,6 +88,11 @@ class XPOConfig(MethodConfig):
     max_prompt_length: int | None = argument(
         None, "Longest prompt in tokens; longer ones lose their beginning. None: no limit."
     )
+    score: str = argument(
+        "assistant",
+        "What is scored of a completion of several turns: assistant (what the assistant says), last (its last turn) or "
+        "all.",
+    )
     reference: str = argument(
         "auto",
         "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
@@ -100,6 +106,7 @@ class XPOConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_score(self.score)
         if self.max_prompt_length is not None and self.max_prompt_length > self.max_length:
             raise ValueError(
                 f"max_prompt_length={self.max_prompt_length} bounds nothing where prompt and completion have "

@@ -131,12 +131,13 @@ class XPOTrainer(UnitTrainer):
         rows, given, args = None, dataset, self.args
         if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
-            how: Any = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+            how: Any = {name: getattr(args, name) for name in ("max_length", "max_prompt_length", "score")}
             dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, num_proc=args.dataset_num_proc, **how)
-        unread = [] if self._estimates_kl else ["kl_completion_ids"]
+        unread = [] if self._estimates_kl else ["kl_completion"]
         if not self.objective.has_rejected and self.kind.listed:
-            unread.append("rejected_ids")
-        dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
+            unread.append("rejected")
+        names = [f"{name}_{what}" for name in unread for what in ("ids", "mask")]
+        dataset = dataset.remove_columns([name for name in names if name in dataset.column_names])
         data.check_columns(dataset, self.kind.name, self.objective.rehearse)
         check_rows(self._unwrapped, self._tokenizer, dataset, given, rows)
         if self._texts is None:
