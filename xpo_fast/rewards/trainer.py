@@ -22,7 +22,7 @@ from ..head import sequence_logps
 from ..methods import get_method
 from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
-from ..models import Head, install_fused_loss, load_model
+from ..models import Head, install_fused_loss, load_model, padding_id
 from ..models.fused_loss import causal_lm
 from ..models.value_head import (
     SavesValueHead,
@@ -39,6 +39,7 @@ from ..trainer import (
     check_head,
     check_rows,
     map_splits,
+    row_lengths,
     warn_of_lost_updates,
     warn_of_trained_adapter,
     with_adapter,
@@ -47,7 +48,7 @@ from ..trainer import (
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.config import argument
 from ..trainer.reference import LiveReference, rows_fingerprint
-from .encoding import both_orders, load_ratings, pad_id, separators
+from .encoding import both_orders, load_ratings, separators
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -82,7 +83,8 @@ class RewardConfig(XPOConfig):
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
-        names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        # max_length is about training's memory: a model is read at the last token, wherever that is.
+        names = "method", "max_prompt_length", "length_alpha", "length_target", "length_lam"
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
         return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
@@ -159,7 +161,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         # Narrow enough for the loss to begin at ln 2: the length bias of wider ones has to be unlearned (docs/log.md).
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
-        collator = RewardCollator(pad_id(processing_class), self.spec, processing_class)
+        collator = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -169,7 +171,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self._reads_logps and self.train_dataset is not None:
+        # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
+        if (self._reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
@@ -199,10 +202,17 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
         unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
         encoded = encoded.remove_columns(sorted(unread))
-        check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
+        check_rows(self._embedded, self._tokenizer, encoded, given, dataset, lengths=self._lengths(encoded))
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
         return with_lengths(encoded, self.args)
+
+    def _lengths(self, encoded: Any) -> list[int]:
+        """Returns the tokens of each row as the model reads it: a preference model reads both completions at once."""
+        if self.spec.form != "preference":
+            return row_lengths(encoded)
+        between, after = separators(self._tokenizer)
+        return [len(both_orders(row, between, after)[0]["chosen_ids"]) + len(row["prompt_ids"]) for row in encoded]
 
     def reward_model(self) -> RewardModel:
         """Returns the model in training as a `RewardModel` that shares its weights."""
@@ -216,7 +226,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     @property
     def made_with(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a checkpoint."""
-        about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
+        spec = {**dataclasses.asdict(self.spec), "max_length": self.args.max_length}
+        about = {"reward model": spec, "settings": self.settings, "rows": self._rows}
         return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

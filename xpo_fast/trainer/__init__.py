@@ -2,11 +2,10 @@
 
 from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
+from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
 from .preference import XPOTrainer, layout
 from .setup import (
-    check_head,
-    check_rows,
     map_splits,
     prepare_model,
     warn_of_lost_updates,
@@ -29,6 +28,7 @@ __all__ = [
     "map_splits",
     "prepare_model",
     "reading",
+    "row_lengths",
     "save_objective",
     "warn_of_lost_updates",
     "warn_of_trained_adapter",

@@ -22,23 +22,16 @@ from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
 from ..methods.unpaired import kto_kl
-from ..models import Head
+from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import sum_over_ranks
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
+from .checks import check_head, check_rows
 from .config import XPOConfig
 from .reference import CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
-from .setup import (
-    check_head,
-    check_rows,
-    map_splits,
-    prepare_model,
-    warn_of_trained_adapter,
-    with_lengths,
-    with_tokenizer,
-)
+from .setup import map_splits, prepare_model, warn_of_trained_adapter, with_lengths, with_tokenizer
 
 
 class XPOTrainer(UnitTrainer):
@@ -85,7 +78,7 @@ class XPOTrainer(UnitTrainer):
         warn_of_trained_adapter(model, self.reference)
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
-        pad: Any = processing_class.pad_token_id
+        pad = padding_id(model, processing_class)
         super().__init__(
             model=model,
             args=args,
