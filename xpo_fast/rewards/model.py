@@ -42,11 +42,12 @@ class RewardModel:
         self.batch_size = batch_size
         self.__name__ = "reward_model"  # the name in a trainer's log
         self.head = value_head(model)
-        if self.head is None and not hasattr(model, "num_labels"):
+        labels = _labels(model)
+        if self.head is None and labels is None:
             raise ValueError(f"{type(model).__name__} has no value head: attach_value_head(model) first")
         self._padded: bool | None = None  # whether a classifier takes padded batches; None: not yet asked
-        if self.head is None and model.num_labels != 1:
-            raise ValueError(f"{type(model).__name__} has {model.num_labels} labels; expected one output, the reward")
+        if self.head is None and labels != 1:
+            raise ValueError(f"{type(model).__name__} has {labels} labels; expected one output, the reward")
         if self.head is not None:
             if self.head.outputs != self.spec.outputs:
                 raise ValueError(
@@ -224,6 +225,13 @@ class ImplicitReward:
         return in_batches(features, model, self.tokenizer, self.batch_size, run)
 
 
+def _labels(model: Any) -> int | None:
+    """Returns the number of a sequence classifier's outputs; None for another model."""
+    lm = causal_lm(model)
+    known = hasattr(lm, "num_labels") or type(lm).__name__.endswith("ForSequenceClassification")
+    return lm.config.num_labels if known else None
+
+
 def _tokens(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + len(row["chosen_ids"])
 
@@ -243,8 +251,8 @@ def _classifier(
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ValueError(f"no reward model in {source!r}: it holds {kinds}, expected {expected}")
     model = load_weights(AutoModelForSequenceClassification, source, dtype, device, options)
-    if model.num_labels != 1:  # which the constructor refuses too; here the source has a name
-        raise ValueError(f"{source!r} has {model.num_labels} labels; expected a reward model with one output")
+    if _labels(model) != 1:  # which the constructor refuses too; here the source has a name
+        raise ValueError(f"{source!r} has {_labels(model)} labels; expected a reward model with one output")
     return model, AutoTokenizer.from_pretrained(source, **hub_arguments(options))
 
 

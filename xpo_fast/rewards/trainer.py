@@ -202,17 +202,17 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
         unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
         encoded = encoded.remove_columns(sorted(unread))
-        check_rows(self._embedded, self._tokenizer, encoded, given, dataset, lengths=self._lengths(encoded))
+        check_rows(
+            self._embedded,
+            self._tokenizer,
+            encoded,
+            given,
+            dataset,
+            lengths=read_lengths(encoded, self.spec, self._tokenizer),
+        )
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
         return with_lengths(encoded, self.args)
-
-    def _lengths(self, encoded: Any) -> list[int]:
-        """Returns the tokens of each row as the model reads it: a preference model reads both completions at once."""
-        if self.spec.form != "preference":
-            return row_lengths(encoded)
-        between, after = separators(self._tokenizer)
-        return [len(both_orders(row, between, after)[0]["chosen_ids"]) + len(row["prompt_ids"]) for row in encoded]
 
     def reward_model(self) -> RewardModel:
         """Returns the model in training as a `RewardModel` that shares its weights."""
@@ -372,6 +372,14 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
     """Returns the chosen and the rejected half of x (2P,), under the names of a method's inputs."""
     w, l = x.chunk(2)  # noqa: E741
     return {f"{name}_w": w, f"{name}_l": l}
+
+
+def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:
+    """Returns the tokens of each encoded row as the model reads it: a preference model, both completions at once."""
+    if spec.form != "preference":
+        return row_lengths(encoded)
+    between, after = separators(tokenizer)
+    return [len(row["prompt_ids"]) + len(both_orders(row, between, after)[0]["chosen_ids"]) for row in encoded]
 
 
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
