@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
-    from ..trainer import layout
+    from ..models import padding_id
+    from ..trainer import check_rows, layout
     from ..trainer.reference import choose
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     encoded = _encoded(rows, tokenizer, objective.data_kind, config)
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
-    first = _batch(encoded, data.Collator(tokenizer.pad_token_id, objective.data_kind), config)
+    check_rows(model, tokenizer, encoded, rows)
+    first = _batch(encoded, data.Collator(padding_id(model, tokenizer), objective.data_kind), config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
@@ -38,30 +40,36 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
-    from ..rewards.trainer import RewardCollator
+    from ..models import padding_id
+    from ..rewards.trainer import RewardCollator, read_lengths
+    from ..trainer import check_rows
 
     spec = config.spec()
     model, tokenizer = _without_weights(args, adapter=not (args.full or args.head_only))
     encoded = _encoded(rows, tokenizer, spec.kind, config)
+    check_rows(model, tokenizer, encoded, rows, lengths=read_lengths(encoded, spec, tokenizer))
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, spec.kind, config)
     print(f"method     {spec.method}")
     _steps(config, len(rows))
     print("The reward is read at the last token of each completion.")
-    _rendered(_batch(encoded, RewardCollator(tokenizer.pad_token_id, spec, tokenizer), config), tokenizer)
+    _rendered(_batch(encoded, RewardCollator(padding_id(model, tokenizer), spec, tokenizer), config), tokenizer)
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
+    from ..models import check_ids, positions
     from ..rollout import encode_prompts
     from ..trainer import CLOSE, OPEN
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    for k, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
+        check_ids(model, tokenizer, tokens, str(row.get("where", f"prompt {k}")))
+    check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
     _header(args, model, rows, held_out, "prompts")
     _table({"prompt": [len(x) for x in ids]})
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int):
+    if (limit := positions(model)) is not None:
         short = sum(len(x) + config.max_new_tokens > limit for x in ids)
         none = sum(len(x) >= limit for x in ids)
         print(

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--beta", "β of the implicit reward", 0.1)
     add("--per-token", "divide log-probs by the tokens of the completion", False)
     options.add_length_rule(parser)
-    about = "longest prompt and completion (default: the reward model's, 1024 for a policy)"
+    about = "cut prompt and completion to this length, and warn (default: the reward model's, as a rule none)"
     add("--max-length TOKENS", about, type=int)
     add("--batch-size N", "rows per batch", 16)
     add("--dtype", f"dtype of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}", "auto", choices=options.DTYPES)
@@ -152,7 +152,7 @@ def _implicit(args: argparse.Namespace, folder: str) -> Any:
         tokenizer,
         beta=args.beta,
         per_token=args.per_token,
-        max_length=args.max_length or 1024,
+        max_length=args.max_length,
         batch_size=args.batch_size,
     )
 

@@ -58,10 +58,10 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 
 # Options that --help leaves to --help-all.
 _RARE = (
-    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout gamma lam "
-    "no_whiten value_head_lr continuous_batching stop server_model api_key attn trust_remote_code load_in_8bit "
-    "lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio warmup_steps weight_decay max_grad_norm train "
-    "backend tile_mib save_total_limit report_to push_to_hub hub_private debug"
+    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout "
+    "reward_max_length gamma lam no_whiten value_head_lr continuous_batching stop server_model api_key attn "
+    "trust_remote_code load_in_8bit lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio warmup_steps "
+    "weight_decay max_grad_norm train backend tile_mib save_total_limit report_to push_to_hub hub_private debug"
 )
 
 

@@ -22,7 +22,7 @@ from ..head import sequence_logps
 from ..methods import get_method
 from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
-from ..models import Head, install_fused_loss, load_model
+from ..models import Head, install_fused_loss, load_model, padding_id
 from ..models.fused_loss import causal_lm
 from ..models.value_head import (
     SavesValueHead,
@@ -41,6 +41,7 @@ from ..trainer import (
     check_head,
     check_rows,
     map_splits,
+    row_lengths,
     warn_of_lost_updates,
     with_adapter,
     with_lengths,
@@ -51,7 +52,7 @@ from ..trainer.findings import Report
 from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
-from .encoding import both_orders, load_ratings, pad_id, separators
+from .encoding import both_orders, load_ratings, separators
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -94,7 +95,8 @@ class RewardConfig(XPOConfig):
             raise ValueError(f"length_target={self.length_target:g} is where length_lam is 0: set length_lam, too")
         if self.ref_cache_dir is not None:
             raise ValueError("ref_cache_dir has no effect: a reward model's reference is computed live, leave it out")
-        names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        # max_length is about training's memory: a model is read at the last token, wherever that is.
+        names = "method", "max_prompt_length", "length_alpha", "length_target", "length_lam"
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
         return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
@@ -177,7 +179,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
         self._texts: Any = None  # what the training rows were encoded from
-        collator = RewardCollator(pad_id(processing_class), self.spec, processing_class)
+        collator = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -187,7 +189,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self._reads_logps and self.train_dataset is not None:
+        # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
+        if (self._reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
@@ -219,7 +222,14 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         names = [f"{name}_{what}" for name in ("kl_completion", "rejected") for what in ("ids", "mask")]
         unread = {*names} & {*encoded.column_names} if "rejected" not in self.kind.completions else set()
         encoded = encoded.remove_columns(sorted(unread))
-        check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
+        check_rows(
+            self._embedded,
+            self._tokenizer,
+            encoded,
+            given,
+            dataset,
+            lengths=read_lengths(encoded, self.spec, self._tokenizer),
+        )
         self._texts = dataset if self._texts is None else self._texts
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
@@ -270,7 +280,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     @property
     def made_with(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a checkpoint."""
-        about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
+        spec = {**dataclasses.asdict(self.spec), "max_length": self.args.max_length}
+        about = {"reward model": spec, "settings": self.settings, "rows": self._rows}
         about |= {} if self._reference is None else self._reference.identity
         return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
 
@@ -416,6 +427,14 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
     """Returns the chosen and the rejected half of x (2P,), under the names of a method's inputs."""
     w, l = x.chunk(2)  # noqa: E741
     return {f"{name}_w": w, f"{name}_l": l}
+
+
+def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:
+    """Returns the tokens of each encoded row as the model reads it: a preference model, both completions at once."""
+    if spec.form != "preference":
+        return row_lengths(encoded)
+    between, after = separators(tokenizer)
+    return [len(row["prompt_ids"]) + len(both_orders(row, between, after)[0]["chosen_ids"]) for row in encoded]
 
 
 def checked_settings(args: RewardConfig) -> dict[str, Any]:

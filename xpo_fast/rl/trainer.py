@@ -29,7 +29,7 @@ from ..data import load_prompts
 from ..head import token_logps
 from ..methods import METHODS
 from ..methods.policy import adapt
-from ..models import Head
+from ..models import Head, padding_id
 from ..models.value_head import SavesValueHead, ValueHead, attach_value_head
 from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..rewards import RewardFunction, Rewards
@@ -40,7 +40,8 @@ from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
-from .collect import Collector, Completion, check_completions, check_prompts, data_columns, describe
+from .checks import check_completions, check_prompts, check_sampler
+from .collect import Collector, Completion, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
 from .preflight import check_before, check_rollout
@@ -145,7 +146,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             how = (self.policy, self.accelerator, args.ref_mixin, handed_over)
             self.moving_reference = MovingReference(self.reference, *how)
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
-        pad: Any = processing_class.pad_token_id
+        pad = padding_id(model, processing_class)
         texts = pretraining_texts(ptx_dataset, self.objective, processing_class, args.max_new_tokens + 1)
         self._batches = Batches(args, self.objective, self.accelerator, pad, texts)
         self._measure = Measure(
@@ -309,12 +310,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
+            own = isinstance(self.rollout, GenerateRollout)
             check_completions(rows, self.policy, self.processing_class, self.rollout)
             if not self._head_checked:
                 longest = max((row.prompt_ids + row.ids for row in rows), key=len)
                 check_head(self.model, longest, args.device, args.backend)
+                check_sampler(rows, self.policy, args, self.accelerator, own_sampler=own)
                 self._head_checked = True
-            own = isinstance(self.rollout, GenerateRollout)
             experience, metrics = make_experience(
                 rows,
                 args,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..models import check_ids
+from ..models import check_ids, padding_id, positions
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 from ..precision import warn_if_slow
@@ -105,8 +105,7 @@ class GenerateRollout:
         import transformers
 
         width, longest = max(len(request.ids) for request in asked), asked[0].max_tokens
-        pad = self.tokenizer.pad_token_id
-        pad = min(eos, default=0) if pad is None else pad  # is masked, and never read
+        pad = padding_id(lm, self.tokenizer)
         rows = [torch.tensor(request.ids) for request in asked]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")  # (B, S)
         attention_mask = pad_sequence([torch.ones_like(x) for x in rows], batch_first=True, padding_side="left")
@@ -172,7 +171,7 @@ class GenerateRollout:
         generation = transformers.GenerationConfig(
             max_new_tokens=asked[0].max_tokens,
             eos_token_id=sorted(eos) or -1,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=padding_id(lm, self.tokenizer),
             top_k=0 if greedy or sampling.top_k is None else sampling.top_k,
             **options,
         )
@@ -266,12 +265,6 @@ def _without_settings(lm: Any) -> Iterator[None]:
         yield
     finally:
         lm.generation_config = held
-
-
-def positions(lm: Any) -> int | None:
-    """Returns the number of positions the model has for tokens; None for no limit."""
-    found = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def _batches(asked: list[Request], size: int) -> Iterator[list[int]]:

@@ -22,7 +22,7 @@ from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
 from ..methods.unpaired import kto_kl
-from ..models import Head
+from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import sum_over_ranks
@@ -30,6 +30,7 @@ from ..rollout.sampling import eos_ids
 from .arguments import changed
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
+from .checks import check_head, check_rows
 from .config import XPOConfig
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
@@ -45,7 +46,7 @@ from .reference import (
     weights_fingerprint,
 )
 from .row_checks import Rows
-from .setup import check_head, check_rows, map_splits, prepare_model, with_lengths, with_tokenizer
+from .setup import map_splits, prepare_model, with_lengths, with_tokenizer
 
 
 class XPOTrainer(UnitTrainer):
@@ -99,7 +100,7 @@ class XPOTrainer(UnitTrainer):
         self._tokenizer, self._unwrapped = processing_class, model
         self._texts: datasets.Dataset | None = None  # what the training rows were encoded from
         self._given_objective, self._new_adapter = objective is not None, peft_config is not None
-        pad: Any = processing_class.pad_token_id
+        pad = padding_id(model, processing_class)
         super().__init__(
             model=model,
             args=args,
