@@ -23,11 +23,24 @@ from .kinds import KINDS, DataError, Kind
 from .load import Place, load, load_prompts, load_rows, origins, prompt_keys
 from .rows import check_columns
 from .sources import read, require
-from .template import Conversation, as_conversation, write
+from .template import (
+    KWARGS,
+    TOOLS,
+    Conversation,
+    as_conversation,
+    check_written,
+    prompt_of,
+    read_kwargs,
+    template_columns,
+    words,
+    write,
+)
 
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
+    "KWARGS",
+    "TOOLS",
     "Collator",
     "Conversation",
     "DataError",
@@ -35,6 +48,7 @@ __all__ = [
     "Place",
     "as_conversation",
     "check_columns",
+    "check_written",
     "encode",
     "encode_rows",
     "leading_ids",
@@ -44,11 +58,15 @@ __all__ = [
     "origins",
     "pad_rows",
     "prompt_keys",
+    "prompt_of",
     "read",
+    "read_kwargs",
     "render",
     "require",
     "split_ids",
+    "template_columns",
     "tokenize",
     "with_column",
+    "words",
     "write",
 ]

@@ -114,6 +114,7 @@ class XPOTrainer(UnitTrainer):
         if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
             how: Any = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+            how["chat_template_kwargs"] = args.chat_template_kwargs
             dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, num_proc=args.dataset_num_proc, **how)
         unread = [] if self._estimates_kl else ["kl_completion_ids"]
         if not self.objective.has_rejected and self.kind.listed:
