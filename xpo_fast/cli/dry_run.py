@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,14 +59,18 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
+    from ..data import check_written
     from ..models import check_ids, positions
     from ..rollout import encode_prompts
     from ..trainer import CLOSE, OPEN
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    for k, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
-        check_ids(model, tokenizer, tokens, str(row.get("where", f"prompt {k}")))
+    prompts, kwargs = [row["prompt"] for row in rows], config.chat_template_kwargs
+    places = [str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows)]
+    check_written(tokenizer, prompts, places, kwargs)
+    ids = encode_prompts(prompts, tokenizer, kwargs)
+    for place, tokens in zip(places, ids, strict=True):
+        check_ids(model, tokenizer, tokens, place)
     check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
     _header(args, model, rows, held_out, "prompts")
     _table({"prompt": [len(x) for x in ids]})
@@ -110,6 +115,7 @@ def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
         max_prompt_length=config.max_prompt_length,
         score=config.score,
         num_proc=config.dataset_num_proc,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
 
 
@@ -133,7 +139,13 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     from .. import data
 
     how: Any = {"score": config.score, "num_proc": config.dataset_num_proc}
-    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
+    how["chat_template_kwargs"] = config.chat_template_kwargs
+    logger = logging.getLogger("xpo_fast")
+    logger.disabled = True  # the warnings have been given
+    try:
+        uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
+    finally:
+        logger.disabled = False
     prompt = [len(ids) for ids in uncut["prompt_ids"]]
     completions = _completions(uncut, kind)
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 from .forms import ANSWERS, CONVERSATIONS, PROMPTS, SYSTEMS, is_message, is_plain_text, is_text, prompts_of
-from .kinds import Kind
+from .kinds import DataError, Kind
 from .template import KWARGS, TOOLS, words
 
 # Names that people give to the fields, likeliest first: for the advice of an error, not for reading.
@@ -82,7 +82,18 @@ def _texts(value: Any) -> Iterator[str]:
             yield "\n"
 
 
-def could_be_prompt(name: str, value: Any) -> bool:
+def refuse_another_prompt(row: dict[str, Any], prompt: str, where: str) -> None:
+    """Raises DataError for a column that could be the prompt of a row whose prompt is what its answers begin with."""
+    for name, value in row.items():
+        if _could_be_prompt(name, value) and not (isinstance(value, str) and value.strip() in prompt):
+            raise DataError(
+                f"{where}: the row has no prompt field, and chosen and rejected begin with the same words "
+                f"({prompt.strip()[:40]!r}); {name} could be the prompt, too: --columns prompt={name} reads it so; or "
+                f"take {name} out of the rows"
+            )
+
+
+def _could_be_prompt(name: str, value: Any) -> bool:
     """Returns whether a column has the name of what answers answer and text in it, or messages under any name."""
     if isinstance(value, list) and value and is_message(value[0]):
         return name not in ("chosen", "rejected", "completion", "completions")

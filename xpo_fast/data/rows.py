@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..wording import did_you_mean
-from .advice import advice, could_be_prompt, looks_like, unread, unread_columns
+from .advice import advice, looks_like, refuse_another_prompt, unread, unread_columns
 from .forms import (
     ANSWERS,
     CONVERSATIONS,
@@ -87,7 +87,7 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
         raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
     prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
     if "prompt" not in given and isinstance(prompt, str):
-        _refuse_another_prompt(raw_row, prompt, where)
+        refuse_another_prompt(raw_row, prompt, where)
     prompt = _with_system(raw_row, prompt, where)
     named = dict(zip(raw, completions))
     if "label" in kind.numbers and "chosen" in named:
@@ -117,17 +117,6 @@ def _beside(row: dict[str, Any], prompt: Any, where: str) -> dict[str, Any]:
             )
         return {}
     return {name: value for name, value in ((TOOLS, tools), (KWARGS, kwargs)) if value is not None}
-
-
-def _refuse_another_prompt(row: dict[str, Any], prompt: str, where: str) -> None:
-    """Raises DataError for a column that could be the prompt of a row whose prompt is what its answers begin with."""
-    for name, value in row.items():
-        if could_be_prompt(name, value) and not (isinstance(value, str) and value.strip() in prompt):
-            raise DataError(
-                f"{where}: the row has no prompt field, and chosen and rejected begin with the same words "
-                f"({prompt.strip()[:40]!r}); {name} could be the prompt, too: --columns prompt={name} reads it so; or "
-                f"take {name} out of the rows"
-            )
 
 
 def _with_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
@@ -422,9 +411,15 @@ def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[s
     yield from unread(raw, [row["prompt"], *completions])
 
 
-def unread_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[str]:
-    """Yields the columns of a row of the source that nothing was read from; row: what was made of it."""
-    numbers = (*kind.numbers, *(_ALIASES[name] for name in kind.numbers if name in _ALIASES))
+def unread_of(
+    row: dict[str, Any], raw: dict[str, Any], kind: Kind, numbers: Sequence[str] | None = None
+) -> Iterator[str]:
+    """Yields the columns of a row of the source that nothing was read from; row: what was made of it.
+
+    numbers: the columns of numbers that are read; None for those of the kind.
+    """
+    if numbers is None:
+        numbers = (*kind.numbers, *(_ALIASES[name] for name in kind.numbers if name in _ALIASES))
     yield from unread_columns(raw, [row["prompt"], *completions_of(row, kind).values()], kind, numbers)
 
 

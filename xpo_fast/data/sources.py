@@ -105,9 +105,11 @@ def _of_conversation(struct: Mapping[str, Any]) -> bool:
 
 
 def _has_fillers(feature: Any) -> bool:
+    if feature is None:
+        return False
     if isinstance(feature, dict):
         return _of_conversation(feature) or any(map(_has_fillers, feature.values()))
-    return hasattr(feature, "feature") and _has_fillers(feature.feature)
+    return _has_fillers(getattr(feature, "feature", None))
 
 
 def _without_fillers(value: Any, feature: Any, inside: bool) -> Any:

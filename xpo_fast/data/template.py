@@ -90,6 +90,12 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
     return Conversation(prompt, tools=own.tools if tools is None else tools, kwargs={**own.kwargs, **(kwargs or {})})
 
 
+def template_columns(prompt: Any) -> dict[str, Any]:
+    """Returns the columns from which `prompt_of` makes a conversation again, of those that it has."""
+    own = Conversation() if isinstance(prompt, str) else as_conversation(prompt)
+    return {name: value for name, value in ((TOOLS, own.tools), (KWARGS, own.kwargs)) if value}
+
+
 def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     """Returns the tools that a row gives, JSON schemas or the JSON text of them; None for none.
 
@@ -275,6 +281,22 @@ def unwritten_of(
         found |= dict.fromkeys(unwritten(tokenizer, whole, where, start=start, kwargs=kwargs))
         start = len(conversation) - conversation.is_begun
     return [*found]
+
+
+def check_written(
+    tokenizer: Any, prompts: Iterable[Any], places: Iterable[str], kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Warns of what the chat template does not write of prompts, before a run; see `unwritten` for what it refuses.
+
+    places: of the prompts, for errors. kwargs: variables of the run.
+    """
+    lost, rows = Counter[str](), 0
+    for prompt, where in zip(prompts, places):
+        if not rows:
+            warn_of_unread(tokenizer, kwargs, prompt)
+        rows += 1
+        lost.update(unwritten_of(tokenizer, prompt, [], where, kwargs))
+    report(lost.elements(), rows)
 
 
 def report(unwritten: Iterable[str], rows: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data import KINDS, DataError
-from ..data.rows import check_names, shape_row
+from ..data.rows import check_names, shape_row, unread_of
 from ..models import check_ids, check_lengths, padding_id
 from ..models.modes import evaluating
 from ..rollout import Prompt
@@ -54,6 +54,7 @@ def load_ratings(
         columns=columns,
         config=config,
         seed=seed,
+        unread=lambda made, row: unread_of(made, row, KINDS["unpaired"], objectives),
         expected=f"prompt, completion and {', '.join(objectives)}",
     )
     return rows.remove_columns("ratings"), list(rows["ratings"])
@@ -90,9 +91,10 @@ def encode_rows(
 ) -> list[dict[str, Any]]:
     """Returns token ids and masks as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both; …_mask.
 
-    spec: gives max_length and max_prompt_length; a warning says how many rows they cut. named: the completions under
-    the names chosen, rejected or both, one per prompt. own: they follow the prompts' own ids, see `data.split_ids`.
-    Each row's ids follow from the row alone. Raises ValueError for another number of completions than of prompts.
+    spec: gives max_length, max_prompt_length and chat_template_kwargs; a warning says how many rows they cut. prompts:
+    text, messages, or each a `Conversation` with tools and variables of its own. named: the completions under the names
+    chosen, rejected or both, one per prompt. own: they follow the prompts' own ids, see `data.split_ids`. Each row's
+    ids follow from the row alone. Raises ValueError for another number of completions than of prompts.
     """
     if any(len(completions) != len(prompts) for completions in named.values()):
         raise ValueError(
@@ -110,7 +112,8 @@ def encode_rows(
     # Of any text, not of the first prompt, which may be a conversation, or empty, where the others are not.
     opening = data.leading_ids(tokenizer, "a")
     longest = sys.maxsize if spec.max_length is None else spec.max_length
-    encoded = data.encode_rows(columns, tokenizer, kind, opening, longest, spec.max_prompt_length, own=own)
+    how: Any = {"own": own, "chat_template_kwargs": spec.chat_template_kwargs}
+    encoded = data.encode_rows(columns, tokenizer, kind, opening, longest, spec.max_prompt_length, **how)
     cut, prompts_cut = sum(encoded["completions_cut"]), sum(encoded["prompt_cut"])
     if cut or prompts_cut:
         logger.warning(

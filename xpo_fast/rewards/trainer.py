@@ -96,7 +96,7 @@ class RewardConfig(XPOConfig):
         if self.ref_cache_dir is not None:
             raise ValueError("ref_cache_dir has no effect: a reward model's reference is computed live, leave it out")
         # max_length is about training's memory: a model is read at the last token, wherever that is.
-        names = "method", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        names = ("method", "max_prompt_length", "chat_template_kwargs", "length_alpha", "length_target", "length_lam")
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
         return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
@@ -218,6 +218,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise DataError(f"{name} learns from the label of each row; got rows without label")
         limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
         limits["num_proc"] = self.args.dataset_num_proc
+        limits["chat_template_kwargs"] = self.args.chat_template_kwargs
         encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
         names = [f"{name}_{what}" for name in ("kl_completion", "rejected") for what in ("ids", "mask")]
         unread = {*names} & {*encoded.column_names} if "rejected" not in self.kind.completions else set()

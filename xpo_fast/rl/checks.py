@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data import KWARGS, check_written
 from ..models import check_ids, check_lengths, positions
 from ..models.lm_head import causal_lm
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX
@@ -23,18 +25,36 @@ logger = logging.getLogger("xpo_fast")
 _COMPARED = 16  # completions whose log-probs are compared
 
 
-def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollout: Rollout) -> None:
-    """Raises ValueError before a run for a column or a prompt that would fail in it, and for the padding token."""
+def check_prompts(
+    rows: list[dict[str, Any]],
+    policy: Any,
+    tokenizer: Any,
+    rollout: Rollout,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError before a run for a column or a prompt that would fail in it, and for the padding token.
+
+    chat_template_kwargs: of the run, which the sampler must write its prompts with.
+    """
     for name in (PROMPT_INDEX, *OWN_COLUMNS):
         if rows and name in rows[0]:
             raise ValueError(f"the column {name!r} is what reward functions are told of the rollout: rename it")
     # Padding is masked, but Trainer writes this id into the model's config, and such a model cannot be loaded.
     check_ids(policy, tokenizer, [tokenizer.pad_token_id], "the padding token")
+    kwargs = getattr(rollout, KWARGS, chat_template_kwargs)
+    if chat_template_kwargs and kwargs != chat_template_kwargs:
+        raise ValueError(
+            f"the settings have {KWARGS} {dict(chat_template_kwargs)}, the rollout {kwargs}: pass them to the rollout, "
+            "which writes the prompts"
+        )
+    places = [str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows)]
+    prompts = [row["prompt"] for row in rows]
+    check_written(tokenizer, prompts, places, kwargs)
     if not isinstance(rollout, GenerateRollout):
         return
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    for k, row in enumerate(ids):
-        check_ids(policy, tokenizer, row, str(rows[k].get("where", f"prompt {k}")))
+    ids = encode_prompts(prompts, tokenizer, kwargs)
+    for place, row in zip(places, ids, strict=True):
+        check_ids(policy, tokenizer, row, place)
     limit = positions(policy)
     long = [k for k, x in enumerate(ids) if limit is not None and len(x) >= limit]
     if long:
