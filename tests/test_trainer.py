@@ -392,7 +392,9 @@ def test_references_that_cannot_serve_are_refused(tmp_path, method, strategy, me
 # --- evaluation, checkpoints, data --------------------------------------------------------------------------------
 
 
-REMEMBER = [n for n, m in xf.METHODS.items() if m.state or {"kl", "pos_score"} & set(m.inputs) and m.layout != "policy"]
+REMEMBER = [
+    n for n, m in xf.METHODS.items() if m.state or ({"kl", "pos_score"} & set(m.inputs) and m.layout != "policy")
+]
 
 
 @pytest.mark.parametrize("method", [*REMEMBER, "dpo"])

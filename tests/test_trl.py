@@ -414,6 +414,20 @@ def test_resume(loss, tmp_path):
         assert resumed[-1][name] == pytest.approx(whole[-1][name], rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["beta_dpo", "cringe"])
+def test_evaluation_leaves_training_alone(loss, tmp_path):
+    """To the bit: its draws, and what a method remembers."""
+    arguments = {"hyperparameters": {"seed": 5}, "ref_model": False} if loss == "cringe" else {}
+    found = []
+    for strategy in ("no", "steps"):
+        evaluates = {"eval_strategy": strategy, "eval_steps": 1, "eval_pairs": runs.tiny_pairs(3)}
+        trainer = own(loss, tmp_path / strategy, **arguments, **evaluates)
+        trainer.train()
+        found.append(({**trainer.model.state_dict()}, trainer.objective.state_dict()))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_resume_with_an_adapter_on_the_head(tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "save_total_limit": 3}
@@ -1001,6 +1015,9 @@ def test_names_of_the_module():
         ("npo", {"label_smoothing": 0.1}, "label_smoothing"),
         ("odpo", {}, "odpo needs the column 'score_w'"),
         ("tdpo", {"precompute_ref_log_probs": True, "ref_model": False}, "precompute_ref_log_probs"),
+        ("sigmoid", {"hyperparameters": {"beta": 0.2}}, "hyperparameters are those of .*, and sigmoid is TRL's"),
+        ("simpo", {}, "simpo.* compares with no reference: leave out ref_model="),
+        ("simpo", {"ref_model": False, "precompute_ref_log_probs": True}, "leave out precompute_ref_log_probs"),
         ("dpo", {"hyperparameters": "beta=0.2"}, "expected hyperparameters as a dict"),
         ("simpo", {"sync_ref_model": True, "ref_model": False}, "sync_ref_model"),
         ("dpo", {"f_divergence_type": "js_divergence"}, "f_divergence_type"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 
 def seed_for(*parts: Any) -> int:
@@ -32,3 +34,16 @@ def permutation(count: int, *parts: Any) -> Tensor:
     import torch
 
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_for(*parts)))
+
+
+@contextlib.contextmanager
+def draws_by(seed: int, where: device) -> Iterator[None]:
+    """Seeds torch's generators, of the CPU and of this device, inside; they go on afterwards as if nothing was drawn.
+
+    Dropout, data loaders and methods such as beta_dpo draw from them.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

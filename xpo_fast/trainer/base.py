@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
+from ..seeds import draws_by
 from .arguments import check_trainer_arguments
 from .checkpoints import check_room, reading, replace_model, replacing, trained_at_root, unsaved
 from .findings import Report
@@ -223,21 +224,13 @@ class UnitTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as Trainer does, with draws that follow from args.seed alone and leave training's as they were."""
-        with self._draws_of_their_own():
+        with draws_by(self.args.seed, self.args.device):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predicts as Trainer does, with draws as in `evaluate`."""
-        with self._draws_of_their_own():
+        with draws_by(self.args.seed, self.args.device):
             return super().predict(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _draws_of_their_own(self) -> Iterator[None]:
-        """Seeds torch's generators inside, and restores them: data loaders and methods such as beta_dpo draw there."""
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed)
-            yield
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as Trainer does; loss and metrics are means over the units of the whole data set."""

@@ -18,6 +18,7 @@ from ...head import shift_labels, token_logps
 from ...methods import METHODS
 from ...models import Head
 from ...objective import Objective
+from ...seeds import draws_by
 from ...trainer import STATE_FILE, save_objective
 from .base import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
 
@@ -62,8 +63,14 @@ class DPOConfig(dpo_config.DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta is None and not _own_methods(self.loss_type):
-            self.beta = dpo_config.DPOConfig.beta
+        if not _own_methods(self.loss_type):
+            if self.hyperparameters:
+                raise ValueError(
+                    f"hyperparameters are those of this project's methods, and {', '.join(self.loss_type)} is TRL's, "
+                    f"which takes its own fields; {_PREFIX}NAME is this project's where both have one"
+                )
+            if self.beta is None:
+                self.beta = dpo_config.DPOConfig.beta
 
 
 class DPOTrainer(dpo_trainer.DPOTrainer):
@@ -76,9 +83,10 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     `num_tokens`; not `entropy`, `logits/*` and `mean_token_accuracy`, which would cost another pass. The state of
     `beta_dpo` is part of the checkpoints.
 
-    Raises ValueError at the start for a loss type that neither knows, hyperparameters out of range, a missing column, a
-    mixture-of-experts loss, images, and precomputed log-probs of the reference for a method that compares single
-    tokens.
+    Raises ValueError at the start for a loss type that neither knows, hyperparameters out of range or of none of its
+    methods, a missing column, a reference for a method without one, a mixture-of-experts loss, images, and precomputed
+    log-probs of the reference for a method that compares single tokens. An evaluation draws by the seed, and leaves
+    what training draws and remembers as it was.
     """
 
     model: Any
@@ -103,7 +111,11 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             self.objective = objective_of(args)
             self.objective.rehearse()
             self._columns = _columns(self.objective, train_dataset, eval_dataset)
-            if ref_model is None and not self.objective.needs_reference:
+            if not self.objective.needs_reference:
+                given = {"ref_model=": ref_model is not None, "precompute_ref_log_probs": args.precompute_ref_log_probs}
+                if any(given.values()):
+                    idle = " and ".join(name for name, there in given.items() if there)
+                    raise ValueError(f"{self.objective} compares with no reference: leave out {idle}")
                 ref_model = _NoModel()
         fused = self.objective is None or (args is not None and args.precompute_ref_log_probs)
         token = NOT_FUSED.set(not fused)
@@ -222,6 +234,17 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
         self.compute_ref_log_probs(run, inputs)
         return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as TRL does; what an objective remembers and draws in training stays as it was."""
+        if self.objective is None:
+            return super().evaluation_loop(*args, **kwargs)
+        state = self.objective.state_dict()
+        try:
+            with draws_by(self.args.seed, self.args.device):
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.objective.load_state_dict(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
