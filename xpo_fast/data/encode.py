@@ -371,8 +371,9 @@ def _report(encoded: datasets.Dataset, max_length: int) -> dict[str, int]:
     Returns the sums of the columns `_COUNTS`.
     """
     sums = dict.fromkeys(_COUNTS, 0)
+    batch: Any
     for batch in encoded.select_columns([*_COUNTS]).iter(batch_size=1000):
-        sums = {name: total + sum(batch[name]) for name, total in sums.items()}
+        sums |= {name: total + sum(batch[name]) for name, total in sums.items()}
     cut, count, prompts_cut, rewritten, joined, _, unscored = sums.values()
     logger.log(
         logging.WARNING if cut else logging.INFO,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .kinds import DataError
-from .template import Conversation, Message, write
+from .template import Conversation, Message, words, write
 
 SCORES = ("assistant", "last", "all")  # of a completion of several turns: the assistant's, its last one, or all
 _MARK = "\ue000"  # of private use: no text that is trained on has it
@@ -59,13 +59,14 @@ def _marked(tokenizer: Any, whole: Conversation, text: str, where: str) -> Seque
     """Returns the parts of the text between the template's {% generation %} and {% endgeneration %}."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    [rendered], [spans] = render_jinja_template(
+    found: Any = render_jinja_template(
         [list(whole)],
         tools=whole.tools,
         chat_template=tokenizer.get_chat_template(tools=whole.tools),
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **whole.kwargs},
     )
+    [rendered], [spans] = found
     if rendered != text:
         raise _unclear(where)
     return spans
@@ -111,8 +112,8 @@ def _write(
 
 
 def _with_mark(turn: Message, *, front: bool = False) -> Message:
-    words = turn.get("content") or ""
-    return {**turn, "content": _MARK + words if front else words + _MARK}
+    said = words(turn)
+    return {**turn, "content": _MARK + said if front else said + _MARK}
 
 
 def _shared(a: str, b: str) -> int:

@@ -135,31 +135,27 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             **kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "sampling and scoring need the whole model on every process, which FSDP and DeepSpeed do not keep: use "
-                "data parallelism, with LoRA where memory is short"
-            )
-        self.policy: Any = self.accelerator.unwrap_model(self.model)
+            why = "sampling and scoring need the whole model on every process, which FSDP and DeepSpeed do not keep"
+            raise ValueError(f"{why}: use data parallelism, with LoRA where memory is short")
+        accelerator = self.accelerator
+        self.policy: Any = (policy := accelerator.unwrap_model(self.model))
         self.moving_reference: MovingReference | None = None
         self.reference = handed_over.settle(self.reference, args.reference, model, averaged=args.ref_mixin > 0)
         if self.reference != "none":
-            how = (self.policy, self.accelerator, args.ref_mixin, handed_over)
-            self.moving_reference = MovingReference(self.reference, *how)
+            self.moving_reference = MovingReference(self.reference, policy, accelerator, args.ref_mixin, handed_over)
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
         pad = padding_id(model, processing_class)
         texts = pretraining_texts(ptx_dataset, self.objective, processing_class, args.max_new_tokens + 1)
-        self._batches = Batches(args, self.objective, self.accelerator, pad, texts)
+        self._batches = Batches(args, self.objective, accelerator, pad, texts)
         self._measure = Measure(
-            self.policy, self.critic, self.moving_reference, self.accelerator, args, self.objective.tile_bytes, pad
+            policy, self.critic, self.moving_reference, accelerator, args, self.objective.tile_bytes, pad
         )
         continuous = None if args.continuous_batching else False
         how: Any = {"batch_size": args.generation_batch_size, "chat_template_kwargs": args.chat_template_kwargs}
         rollout = rollout or GenerateRollout(model, processing_class, continuous=continuous, **how)
-        self._collector = Collector(
-            self.policy, rollout, self.rewards, self.accelerator, args, self.sampling, self.prompts
-        )
+        self._collector = Collector(policy, rollout, self.rewards, accelerator, args, self.sampling, self.prompts)
         rows = [*self.prompts, *(held_out or [])]
-        check_prompts(rows, self.policy, processing_class, rollout, args.chat_template_kwargs)
+        check_prompts(rows, policy, processing_class, rollout, args.chat_template_kwargs)
         self.add_callback(_AfterStep(self))
         self.progress = Progress(args.reward_kl)
         self.experience: Experience | None = None
@@ -212,8 +208,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             return None
         self.report = check_before(self)
         if sample:
-            groups = self._collector.collect(0, 0).groups
-            rows = [row for group in groups for row in group]
+            rows = [row for group in self._collector.collect(0, 0).groups for row in group]
             self.report.findings += check_rollout(self, rows, self.args.num_generations).findings
         else:
             self.report.add("rollout", "note", "rewards, lengths and log-probs are looked at in the first rollout")

@@ -177,10 +177,13 @@ class UnitTrainer(Trainer):
         asked = getattr(self.args, "preflight", "off")
         if asked == "off":
             return
-        if self.report is None and self.preflight() is not None and self.is_world_process_zero():
-            self.report.log()
-        if self.report is not None and asked == "stop":
-            self.report.raise_for_faults()
+        before, report = self.report, self.report or self.preflight()
+        if report is None:
+            return
+        if before is None and self.is_world_process_zero():
+            report.log()
+        if asked == "stop":
+            report.raise_for_faults()
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns what the loss of a batch is divided by: (), or one entry per loss."""

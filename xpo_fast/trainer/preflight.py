@@ -57,7 +57,7 @@ class Run:
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch to the device
     collate: Callable[[list[dict]], dict[str, Tensor]]
     items: Callable[[dict[str, Tensor]], Tensor]  # the denominator of a batch
-    loss: Callable[..., tuple[Tensor, ...]]  # (model, batch, denominator) → loss, …
+    loss: Callable[..., Any]  # (model, batch, denominator) → loss, …
     objective: Objective | None = None  # None: the loss is another function, which is compared with itself alone
     given: Callable[[dict[str, Tensor]], tuple[Tensor, dict[str, Any]]] | None = None  # targets, columns and layout
     reference: Callable[[dict[str, Tensor]], Tensor] | None = None  # (R,) log-probs of a batch's rows; None: none
@@ -331,7 +331,9 @@ def evaluate(
         return (x - torch.log(-torch.expm1(x))).view(*targets.shape, 1)
 
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    call = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items() if not name.startswith("ref_")}
+    call: Any = {
+        name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items() if not name.startswith("ref_")
+    }
     if reference is not None and one.needs_reference_hidden:
         call |= {"ref_hidden": hidden(reference), "ref_weight": weight}
     elif reference is not None:

@@ -426,7 +426,7 @@ def _ragged(table: Any) -> _Ragged:
 
 def _keys(columns: dict[str, _Ragged], count: int) -> list[int]:
     """Returns a hash of all token ids of each row."""
-    keys = [()] * count
+    keys: list[tuple] = [()] * count
     for name, column in columns.items():
         for i, part in zip(column.row.tolist(), column.parts(), strict=True):
             keys[i] = (*keys[i], name, part)
