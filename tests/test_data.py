@@ -744,11 +744,12 @@ def test_text_without_an_eos_token_ends_with_its_last_word():
     assert got["chosen_ids"] == words("a cat")
 
 
-def test_a_token_across_the_boundary_leaves_the_prompt_as_generation_sees_it():
+def test_a_token_across_the_boundary_is_the_completions():
     # "it" + "cat" is one unknown word when read together.
     [got] = encoded([{"prompt": "what is it", "chosen": "cat", "rejected": " dog"}], tokenizer())
-    assert got["prompt_ids"] == words("what is it")
-    assert (got["chosen_ids"], got["rejected_ids"]) == (words("cat </s>"), words("dog </s>"))
+    assert got["prompt_ids"] == words("what is")
+    assert (got["chosen_ids"], got["rejected_ids"]) == (words("<unk> </s>"), words("it dog </s>"))
+    assert (got["chosen_mask"], got["rejected_mask"]) == ([True, True], [False, True, True])
 
 
 @pytest.mark.parametrize("bos", [False, True])

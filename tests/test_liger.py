@@ -1138,6 +1138,29 @@ def test_grpo_errors(options, message):
         grpo_error(**options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": loss_type, name: 0.0}
+        for name, acts in {"delta": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"), "sapo_temperature_pos": ("sapo",),
+                           "sapo_temperature_neg": ("sapo",)}.items()
+        for loss_type in grpo.LOSS_TYPES
+        if loss_type not in acts
+    ],
+    ids=lambda options: "-".join(map(str, options)) + "-" + options["loss_type"],
+)  # fmt: skip
+def test_grpo_options_are_checked_where_they_act(options):
+    """As by Liger's function; its module refuses them whatever the loss is, and so does ours."""
+    case, extra = grpo_case()
+    operands = {**case.operands("GRPO"), **extra}
+    operands["weight"] = operands.pop("lin_weight")
+    usual = {"loss_type": options["loss_type"], "max_completion_length": 9}
+    found, want = (grpo.liger_fused_linear_grpo(**operands, **x)[0] for x in (usual | options, usual))
+    assert torch.equal(found, want)
+    with pytest.raises(ValueError, match="> 0"):
+        of_ours("GRPO", **usual, **{k: x for k, x in options.items() if k not in usual})
+
+
 def test_grpo_reference():
     case, extra = grpo_case()
     with pytest.raises(ValueError, match="needs ref_per_token_logps= or ref_input="):

@@ -284,7 +284,7 @@ def test_every_method_learns_its_rows_and_is_saved(tmp_path, home, method, adapt
     assert after["eval_loss"] < 0.85 * before["eval_loss"] or method == "odin"
     trainer.save_model()
     here, there = trainer.reward_model(), RewardModel.load(tmp_path / "out")
-    assert there.spec == here.spec == RewardSpec(method=method, objectives=trainer.spec.objectives, max_length=64)
+    assert there.spec == here.spec == RewardSpec(method=method, objectives=trainer.spec.objectives)
     prompts, a, b = ["w1 w2", "w3"], [" w4 w5", " w6"], [" w7", " w8 w9 w10"]
     torch.testing.assert_close(here.compare(prompts, a, b), there.compare(prompts, a, b), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(there.compare(prompts, a, b), 1 - there.compare(prompts, b, a))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import logging
 import math
 import threading
 import time
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 
+from xpo_fast.data.template import Conversation
 from xpo_fast.rewards import RewardError, Rewards, load_reward
+from xpo_fast.rewards.judges import Judge, RewardJudge, group_scores
 from xpo_fast.rollout import Samples
 
 NAN = math.nan
@@ -287,3 +291,144 @@ def test_load_reward(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             load_reward(spec)
+
+
+# --- what functions edit --------------------------------------------------------------------------------------------
+
+
+class Dear:
+    """An object that counts its copies, or has none."""
+
+    copies = 0
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def __deepcopy__(self, memo):
+        if self.fails:
+            raise RuntimeError("there is one of it")
+        type(self).copies += 1
+        return Dear()
+
+
+def talk(count: int) -> list:
+    """One conversation with tools, in `count` rows, as a rollout has the prompt of a group."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    return [Conversation([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], tools=tools)] * count
+
+
+def test_what_a_function_edits_nobody_else_sees():
+    """trl#3079: a function that completes the prompt's messages, strips an answer, or pops from a column."""
+    answers = [[{"role": "assistant", "content": " 4"}] for _ in range(2)]
+    samples = Samples(talk(2), [[1], [1]], [[2, 3], [4]], answers, ["stop"] * 2)
+    columns = {
+        "facts": [{"is": ["a"], "by": OrderedDict(x=[1])}, ({"deep": [1]}, "b")],
+        "numbers": [torch.ones(1), np.ones(1)],
+        "prompt_index": [0, 0],
+    }
+    before = copy.deepcopy((samples, columns))
+    lengths, seen = [], []
+
+    def careless(prompts, completions, completion_ids, facts, numbers, **_):
+        for prompt, completion, ids in zip(prompts, completions, completion_ids):
+            assert isinstance(prompt, Conversation) and prompt.tools[0]["function"]["name"] == "add"
+            prompt.append(completion[0])
+            prompt[0]["content"][0]["text"] = "changed"
+            completion[0]["content"] = completion[0]["content"].strip()
+            lengths.append(len(prompt))
+            ids.clear()
+        prompts[0].tools.append("changed")
+        facts[0]["is"].pop()
+        facts[0]["by"]["x"].append(2)
+        facts[1][0]["deep"].append(2)
+        numbers[0] += 1
+        numbers[1][0] = 7
+        facts.clear()
+        return [0.0, 0.0]
+
+    def second(**given):
+        seen.append(given)
+        return [0.0, 0.0]
+
+    Rewards([careless, second])(samples, columns)
+    assert lengths == [2, 2]  # the rows of a group do not share their prompt
+    given = dict(seen[0])
+    found = (Samples(given.pop("prompts"), [[1], [1]], given.pop("completion_ids"), given.pop("completions"),
+                     ["stop"] * 2), given)  # fmt: skip
+    for theirs, ours in ((samples, columns), found):
+        assert theirs == before[0] and theirs.prompts[0].tools == talk(1)[0].tools
+        assert ours["facts"] == before[1]["facts"] and [float(x.sum()) for x in ours["numbers"]] == [1, 1]
+        assert type(ours["facts"][0]["by"]) is OrderedDict
+
+
+def test_objects_are_copied_once_for_a_function_or_named(caplog):
+    image, lock = Dear(), Dear(fails=True)
+    seen = {}
+    Rewards(lambda image, lock, **_: seen.update(image=image, lock=lock) or [0.0] * 3)(
+        make_samples(), {"image": [image] * 3, "lock": [lock] * 3}
+    )
+    assert Dear.copies == 1 and seen["image"][0] is seen["image"][2] is not image
+    assert seen["lock"][0] is lock
+    assert [r.getMessage() for r in caplog.records if "Dear" in r.getMessage()] == [
+        "a Dear of the data cannot be copied (RuntimeError: there is one of it): reward functions are given the object "
+        "itself, and what one edits in it the others see"
+    ]
+
+
+def test_only_what_a_function_takes_is_copied():
+    Dear.copies = 0
+    assert Rewards(lambda completions: [0.0] * len(completions))(make_samples(), {"image": [Dear()] * 3}).valued.all()
+    assert Dear.copies == 0
+
+
+@pytest.mark.parametrize("rule", ["score", "compare"])
+def test_what_a_judge_of_the_users_own_edits_nobody_else_sees(rule):
+    class Careless(Judge):
+        def clear(self, prompts, *sides):
+            for row in zip(prompts, *sides):
+                for turns in row:
+                    turns.append("changed")
+            return torch.zeros(len(prompts))
+
+        if rule == "score":
+            score = lambda self, prompts, completions, **_: self.clear(prompts, completions)  # noqa: E731
+        else:
+            compare = lambda self, prompts, first, second, **_: self.clear(prompts, first, second)  # noqa: E731
+
+    prompts, groups = [[{"role": "user"}]], [[[{"content": "a"}], [{"content": "b"}]]]
+    group_scores(Careless(), prompts, groups)
+    assert prompts == [[{"role": "user"}]] and groups == [[[{"content": "a"}], [{"content": "b"}]]]
+
+
+# --- whose NaN it is ------------------------------------------------------------------------------------------------
+
+
+class BrokenModel:
+    """A reward model whose second reward is NaN."""
+
+    __name__ = "broken"
+
+    def score(self, prompts, completions):
+        return torch.tensor([1.0, NAN, 3.0][: len(prompts)])
+
+    def __call__(self, prompts, completions, **_):
+        return self.score(prompts, completions).tolist()
+
+
+@pytest.mark.parametrize(
+    "function, who", [(BrokenModel(), "broken"), (RewardJudge(BrokenModel()), "RewardJudge")], ids=["model", "judge"]
+)
+def test_a_reward_that_is_nan_is_named_with_its_row(function, who, caplog):
+    """A reward model's NaN does not mean that it has none to give, as a judge's NaN does."""
+    scored = Rewards([length, function])(make_samples())
+    assert [r.getMessage() for r in caplog.records] == [
+        f"reward function {who!r} returned NaN or an infinity for 1 of 3 completions (the first is row 1, 'xx', of the "
+        "prompt 'p1'): they have no reward and are left out"
+    ]
+    assert scored.valued.tolist() == [True, False, True]
+
+
+def test_a_judge_names_the_model_whose_score_is_nan(caplog):
+    scores = group_scores(RewardJudge(BrokenModel()), ["p"], [["a", "b", "c"]])[0]
+    assert scores.isnan().tolist() == [False, True, False]
+    assert "the judge's model 'broken' returned NaN" in caplog.text and "'b', of the prompt 'p'" in caplog.text

@@ -104,7 +104,8 @@ def whole(tmp_path_factory):
         (
             returns([3e38, -3e38] * 4),
             ValueError,
-            "advantages of rollout 2 are not finite: rewards from -3e\\+38 to 3e\\+38",
+            r"advantages of rollout 2 are not finite: rewards from -3e\+38 to 3e\+38; reward function 'reward' gave "
+            r"3e\+38 for 'w.* of 'w",
         ),
     ],
     ids=["raises", "exits", "None", "wrong length", "strings", "iterator", "NaN", "Nones", "beyond float32"],
@@ -114,6 +115,23 @@ def test_a_reward_function_that_fails(tmp_path, whole, fault, error, said):
         run(tmp_path, at_third(fault))
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
     assert_same_run(run(tmp_path, resume=True), whole)
+
+
+def test_a_log_prob_that_is_nan_is_the_samplers(tmp_path):
+    """And no reward function is blamed for it; a server is named by its address."""
+    trainer = make_trainer(tmp_path, shift=math.nan, temperature=1.0)
+    for sampler in ("Recorded", "http://host:8000"):
+        with pytest.raises(ValueError, match=rf"the sampler {sampler} gave nan as the log-prob of token 0 of .* of 'w"):
+            trainer.train()
+        trainer.rollout.url = "http://host:8000"
+
+
+def test_a_reference_that_has_no_finite_log_probs_is_named(tmp_path):
+    trainer = make_trainer(tmp_path, kl_coef=0.1)
+    with torch.no_grad():
+        trainer.moving_reference.copy.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match=r"rollout 0 are not finite: the reference has log-probs that are not, .*'w"):
+        trainer.train()
 
 
 def test_one_that_blocks(tmp_path, whole):

@@ -392,6 +392,29 @@ def test_references_that_cannot_serve_are_refused(tmp_path, method, strategy, me
 # --- evaluation, checkpoints, data --------------------------------------------------------------------------------
 
 
+REMEMBER = [n for n, m in xf.METHODS.items() if m.state or {"kl", "pos_score"} & set(m.inputs) and m.layout != "policy"]
+
+
+@pytest.mark.parametrize("method", [*REMEMBER, "dpo"])
+def test_evaluation_leaves_training_alone(tmp_path, method):
+    """To the bit: what a method remembers and draws, dropout, and the order of the rows; trl#1379's kind."""
+    options = {"seed": 5} if method == "cringe" else {}
+    kind, found = xf.Objective(method).data_kind, []
+    for steps in (0, 1):
+        trainer = make_trainer(
+            tmp_path, method=method, method_args=options, rows=9, max_steps=4, per_device_train_batch_size=3,
+            model=make_model(attention_dropout=0.2), eval_rows=make_rows(7, kind, seed=5),
+            eval_strategy="steps" if steps else "no", eval_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        state = trainer.objective.state_dict()
+        found.append((trainer.model.state_dict(), state, trainer.evaluate()["eval_loss"], trainer.evaluate()))
+    (a, state_a, loss_a, again_a), (b, state_b, loss_b, _) = found
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert state_a.keys() == state_b.keys() and all(torch.equal(state_a[name], state_b[name]) for name in state_a)
+    assert loss_a == loss_b == again_a["eval_loss"]
+
+
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
 def test_evaluation_does_not_depend_on_the_batch_size(tmp_path, method):
     kind = "unpaired" if method == "kto" else "pair"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
-    from ..trainer import layout
+    from ..models import padding_id
+    from ..trainer import check_rows, layout
     from ..trainer.reference import choose
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     encoded = _encoded(rows, tokenizer, objective.data_kind, config)
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
-    first = _batch(encoded, data.Collator(tokenizer.pad_token_id, objective.data_kind), config)
+    check_rows(model, tokenizer, encoded, rows)
+    first = _batch(encoded, data.Collator(padding_id(model, tokenizer), objective.data_kind), config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
@@ -38,30 +41,40 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
-    from ..rewards.trainer import RewardCollator
+    from ..models import padding_id
+    from ..rewards.trainer import RewardCollator, read_lengths
+    from ..trainer import check_rows
 
     spec = config.spec()
     model, tokenizer = _without_weights(args, adapter=not (args.full or args.head_only))
     encoded = _encoded(rows, tokenizer, spec.kind, config)
+    check_rows(model, tokenizer, encoded, rows, lengths=read_lengths(encoded, spec, tokenizer))
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, spec.kind, config)
     print(f"method     {spec.method}")
     _steps(config, len(rows))
     print("The reward is read at the last token of each completion.")
-    _rendered(_batch(encoded, RewardCollator(tokenizer.pad_token_id, spec, tokenizer), config), tokenizer)
+    _rendered(_batch(encoded, RewardCollator(padding_id(model, tokenizer), spec, tokenizer), config), tokenizer)
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
+    from ..data import check_written
+    from ..models import check_ids, positions
     from ..rollout import encode_prompts
     from ..trainer import CLOSE, OPEN
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    prompts, kwargs = [row["prompt"] for row in rows], config.chat_template_kwargs
+    places = [str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows)]
+    check_written(tokenizer, prompts, places, kwargs)
+    ids = encode_prompts(prompts, tokenizer, kwargs)
+    for place, tokens in zip(places, ids, strict=True):
+        check_ids(model, tokenizer, tokens, place)
+    check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
     _header(args, model, rows, held_out, "prompts")
     _table({"prompt": [len(x) for x in ids]})
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int):
+    if (limit := positions(model)) is not None:
         short = sum(len(x) + config.max_new_tokens > limit for x in ids)
         none = sum(len(x) >= limit for x in ids)
         print(
@@ -100,7 +113,9 @@ def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
         kind=kind,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
+        score=config.score,
         num_proc=config.dataset_num_proc,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
 
 
@@ -123,7 +138,14 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     """Prints the tokens of prompts, completions and both before they are cut, and how many are cut."""
     from .. import data
 
-    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, num_proc=config.dataset_num_proc)
+    how: Any = {"score": config.score, "num_proc": config.dataset_num_proc}
+    how["chat_template_kwargs"] = config.chat_template_kwargs
+    logger = logging.getLogger("xpo_fast")
+    logger.disabled = True  # the warnings have been given
+    try:
+        uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
+    finally:
+        logger.disabled = False
     prompt = [len(ids) for ids in uncut["prompt_ids"]]
     completions = _completions(uncut, kind)
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--beta", "β of the implicit reward", 0.1)
     add("--per-token", "divide log-probs by the tokens of the completion", False)
     options.add_length_rule(parser)
-    about = "longest prompt and completion (default: the reward model's, 1024 for a policy)"
+    about = "cut prompt and completion to this length, and warn (default: the reward model's, as a rule none)"
     add("--max-length TOKENS", about, type=int)
     add("--batch-size N", "rows per batch", 16)
     add("--dtype", f"dtype of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}", "auto", choices=options.DTYPES)
@@ -93,7 +93,7 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", **how))
     if lists:
         rows = [
-            {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}
+            {"prompt": data.prompt_of(row), "chosen": a, "rejected": b, "where": row["where"]}
             for row in rows
             for a, score in zip(row["completions"], row["scores"], strict=True)
             for b, other in zip(row["completions"], row["scores"], strict=True)
@@ -109,6 +109,7 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
+    from ..data import prompt_of
     from ..rewards.ensemble import RewardEnsemble
     from ..rewards.model import RewardModel
     from ..rewards.report import score_pairs
@@ -127,7 +128,7 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     if args.ensemble:
         ensemble = RewardEnsemble(members, args.ensemble, args.ensemble_coef)
         answers = [row[name] for name in ("chosen", "rejected") for row in pairs]
-        ensemble.standardise([row["prompt"] for row in pairs] * 2, answers)
+        ensemble.standardise([prompt_of(row) for row in pairs] * 2, answers)
         yield score_pairs(f"ensemble ({args.ensemble})", ensemble, pairs)
     for folder, name in zip(args.policy, names[len(args.model) :], strict=True):
         yield score_pairs(name, _implicit(args, folder), pairs)
@@ -152,7 +153,7 @@ def _implicit(args: argparse.Namespace, folder: str) -> Any:
         tokenizer,
         beta=args.beta,
         per_token=args.per_token,
-        max_length=args.max_length or 1024,
+        max_length=args.max_length,
         batch_size=args.batch_size,
     )
 

@@ -168,6 +168,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         backend=args.backend,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        chat_template_kwargs=options.kwargs_of(args),
         **options.length_rule(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),
     )

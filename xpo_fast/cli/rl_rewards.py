@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from . import options
@@ -30,6 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     about = "a model of `xpo-fast reward`, or a sequence classifier of transformers; may be repeated"
     add("--reward-model FOLDER[=WEIGHT]", about, [])
+    about = (
+        "cut what a reward model reads to this length, and warn (default: the length in its folder's "
+        "reward_model.json, as a rule none)"
+    )
+    add("--reward-max-length TOKENS", about, type=int)
     add(
         "--ensemble HOW[=WEIGHT]",
         "combine all --reward-model into one reward: their mean, the worst of them, or uncertainty (the mean minus "
@@ -85,6 +91,8 @@ def reward_models(args: argparse.Namespace, device: torch.device) -> list[Any]:
 
         found.append(RewardModel.load(name, device=device))
         found[-1].model.to(device)
+        if args.reward_max_length is not None:
+            found[-1].spec = dataclasses.replace(found[-1].spec, max_length=args.reward_max_length)
     if args.ensemble:
         from ..rewards.ensemble import RewardEnsemble
 

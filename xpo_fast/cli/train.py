@@ -49,6 +49,7 @@ def add_options(parser: Any) -> None:
         "text, or prompt and completion; also ShareGPT and Alpaca",
     )
     options.add_lengths(group)
+    options.add_score(group)
 
     group = parser.add_argument_group("method")
     add = options.adder(group)
@@ -166,12 +167,14 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         method_args=dict(args.set),
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
+        score=args.score,
         reference=args.reference,
         ref_cache_dir=args.ref_cache,
         backend=args.backend,
         tile_mib=args.tile_mib,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        chat_template_kwargs=options.kwargs_of(args),
         **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
     )
 

@@ -14,6 +14,10 @@ from ..types import IGNORE_INDEX
 from .kinds import DataError, get_kind
 from .rows import filled
 
+Row = tuple[
+    list[int], list[int], "list[bool] | None"
+]  # prompt ids, completion ids, which of these are scored (None: all)
+
 
 @dataclass
 class Collator:
@@ -25,8 +29,8 @@ class Collator:
     row without a target, with one position to attend to: attention over none is NaN in some kernels.
 
     ``targets[r, t]`` is the token that position t predicts, ``input_ids[r, t + 1]``, where that token belongs to the
-    completion, and −100 elsewhere. Padding is known by length and never by id: EOS is scored even where
-    ``pad_token_id`` is the same id.
+    completion and the row's mask, if it has one, says that it is scored, and −100 elsewhere. Padding is known by length
+    and never by id: EOS is scored even where ``pad_token_id`` is the same id.
 
     Returns input_ids, attention_mask, targets (R, T) int64, and those of the following that the rows carry:
 
@@ -50,12 +54,12 @@ class Collator:
         kind = get_kind(self.kind)
         if kind.listed:
             return self._lists(features)
-        batch = self._pad([(row["prompt_ids"], row[name]) for name in kind.encoded[1:] for row in features])
+        batch = self._pad([_row(row, name) for name in kind.completions for row in features])
         batch |= _column(features, kind.reference[: len(kind.completions)], "ref_logps", torch.float32)
         for name, key in kind.numbers.items():
             batch |= _column(features, [name], key, torch.bool if name == "label" else torch.float32)
         if "kl_completion_ids" in features[0]:
-            mismatched = self._pad([(row["prompt_ids"], row["kl_completion_ids"]) for row in features])
+            mismatched = self._pad([_row(row, "kl_completion") for row in features])
             batch |= {f"kl_{name}": value for name, value in mismatched.items()}
             batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
         return batch
@@ -63,10 +67,12 @@ class Collator:
     def _lists(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(row["completions_ids"]) for row in features)
         last = "rejected_ids" in features[0]
-        rows: list[tuple[list[int], list[int]]] = []
+        rows: list[Row] = []
         for row in features:
-            rows += filled([(row["prompt_ids"], ids) for ids in row["completions_ids"]], longest, ([], []))
-            rows += [(row["prompt_ids"], row["rejected_ids"])] if last else []
+            masks = row.get("completions_mask") or [None] * len(row["completions_ids"])
+            found: list[Row] = [(row["prompt_ids"], *x) for x in zip(row["completions_ids"], masks, strict=True)]
+            rows += filled(found, longest, ([], [], None))
+            rows += [_row(row, "rejected")] if last else []
         batch = self._pad(rows)
         batch["list_lengths"] = torch.tensor([len(row["completions_ids"]) for row in features])
         for name, key in get_kind(self.kind).numbers.items():
@@ -86,19 +92,30 @@ class Collator:
             batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)  # (R,)
         return batch
 
-    def _pad(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        return pad_rows(rows, self.pad_token_id, multiple=self.pad_to_multiple_of or 1, last=True)
+    def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
+        pairs, masks = [row[:2] for row in rows], [row[2] for row in rows]
+        return pad_rows(pairs, self.pad_token_id, masks, multiple=self.pad_to_multiple_of or 1, last=True)
+
+
+def _row(row: dict[str, Any], name: str) -> Row:
+    return row["prompt_ids"], row[f"{name}_ids"], row.get(f"{name}_mask")
 
 
 def pad_rows(
-    rows: Sequence[tuple[list[int], list[int]]], pad: int, *, multiple: int = 1, last: bool = False
+    rows: Sequence[tuple[list[int], list[int]]],
+    pad: int,
+    masks: Sequence[Sequence[bool] | None] | None = None,
+    *,
+    multiple: int = 1,
+    last: bool = False,
 ) -> dict[str, Tensor]:
     """Right-pads prompts with their completions: input_ids, attention_mask, targets, (R, T) int64 each.
 
-    rows: (prompt ids, completion ids). pad: the id of padding. multiple: T is rounded up to a multiple of it. last:
-        keep the last token of each row, which predicts nothing.
+    rows: (prompt ids, completion ids). pad: the id of padding. masks: of each row which tokens of its completion are
+        scored, None for all. multiple: T is rounded up to a multiple of it. last: keep the last token of each row,
+        which predicts nothing.
 
-    Targets are the tokens of the completions, each at the position that predicts it, and −100 elsewhere. An empty row
+    Targets are the scored tokens, each at the position that predicts it, and −100 elsewhere. An empty row
     has one position to attend to: attention over none is NaN in some kernels.
     """
     longest = max(len(prompt) + len(completion) for prompt, completion in rows) - (not last)
@@ -106,12 +123,15 @@ def pad_rows(
     input_ids = torch.full(shape, pad, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    for r, (prompt, completion) in enumerate(rows):
+    for r, ((prompt, completion), mask) in enumerate(zip(rows, masks or [None] * len(rows), strict=True)):
         ids = torch.tensor([*prompt, *completion], dtype=torch.int64)
         read = ids if last else ids[:-1]
         input_ids[r, : len(read)] = read
         attention_mask[r, : max(len(read), 1)] = 1
-        targets[r, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        scored = ids[len(prompt) :]
+        if mask is not None:
+            scored = scored.where(torch.tensor(mask, dtype=torch.bool), IGNORE_INDEX)
+        targets[r, len(prompt) - 1 : len(ids) - 1] = scored
     return {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets}
 
 

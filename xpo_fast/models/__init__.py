@@ -1,20 +1,26 @@
 """A `transformers` causal LM as training uses it: loaded by name, its LM head read, a loss in place of its logits."""
 
-from .fused_loss import hidden_states, install_fused_loss, remove_fused_loss
+from .fused_loss import hidden_states, install_fused_loss, own_logits, remove_fused_loss
+from .limits import check_ids, check_lengths, embeddings, padding_id, positions, table_of_positions
 from .lm_head import Head
-from .loading import SMOLLM2, check_ids, embeddings, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
+from .loading import SMOLLM2, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
 
 __all__ = [
     "SMOLLM2",
     "Head",
     "check_ids",
+    "check_lengths",
     "embeddings",
     "hidden_states",
     "hub_arguments",
     "install_fused_loss",
     "load_model",
     "load_weights",
+    "own_logits",
+    "padding_id",
+    "positions",
     "remove_fused_loss",
     "smollm2_gguf",
     "smollm2_path",
+    "table_of_positions",
 ]

@@ -34,6 +34,11 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return head.inputs(before_head(model, lambda: model(**inputs)))
 
 
+def own_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Returns the logits (R, T, V) of the model's own forward without a cache. batch: as for `hidden_states`."""
+    return model(**_before_logits(model, batch)).logits
+
+
 def install_fused_loss(model: nn.Module) -> None:
     """Makes `model(..., fused_loss=f)` return f(hidden, head) in place of logits.
 

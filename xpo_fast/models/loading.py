@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,25 +130,6 @@ def _load_merged(folder: Path, dtype: str | torch.dtype, kwargs: dict[str, Any])
         adapted = PeftModel.from_pretrained(base, str(folder))
     merged: Any = adapted.merge_and_unload()
     return merged.requires_grad_(True), tokenizer  # peft has frozen the base model, which may be trained again
-
-
-def embeddings(model: Any) -> int:
-    """Returns the number of token embeddings of the model, which may exceed the number of its tokenizer's tokens."""
-    weight = model.get_input_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
-
-
-def check_ids(model: Any, tokenizer: Any, ids: Iterable[int | None], where: str) -> None:
-    """Raises ValueError, naming `where`, for a token id that the model has no embedding for."""
-    count = embeddings(model)
-    outside = next((i for i in ids if i is not None and i >= count), None)
-    if outside is not None:
-        token = tokenizer.convert_ids_to_tokens(outside)
-        raise ValueError(
-            f"{where}: token id {outside} ({token!r}), and the model has {count} embeddings, for ids 0 to {count - 1}; "
-            f"the tokenizer has {len(tokenizer)} tokens: use the tokenizer of this model, or call "
-            f"model.resize_token_embeddings({len(tokenizer)}) and save the model"
-        )
 
 
 def smollm2_gguf() -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data import DataError, check_written, prompt_of, template_columns
 from ..files import finite, write_json
 from ..rewards.encoding import encode_rows
 from ..rewards.judges import Completion, group_scores, group_wins
@@ -42,7 +43,11 @@ _NAMES = ("completions", "completions_ids", "finish", "draw")  # lists in a line
 def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: Sequence[Row]) -> list[Row]:
     """Returns the completions of block b of iteration i, one line per prompt."""
     prompts = [row["prompt"] for row in rows]
-    lines: list[Row] = [{"prompt": p, "prompt_ids": [], **{n: [] for n in _NAMES}} for p in prompts]
+    if not (i or b):
+        _check_written(setup, policy)
+    lines: list[Row] = [
+        {"prompt": p, **template_columns(p), "prompt_ids": [], **{n: [] for n in _NAMES}} for p in prompts
+    ]
     for d, draw in enumerate(recipe.draws):
         seed = seed_of_repr(setup.seed, i, "sample", b, d)
         samples = policy.rollout.generate(prompts, draw.n, sampling=draw.sampling(setup.sampling), seed=seed)
@@ -57,6 +62,13 @@ def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: S
         for line, row, ids in zip(lines, rows, gold, strict=True):
             _append(line, row["chosen"], ids["chosen_ids"], "stop", -1)
     return lines
+
+
+def _check_written(setup: Setup, policy: Policy) -> None:
+    """Warns of what the chat template does not write of the run's prompts; DataError for what would be unsaid."""
+    rows = [*setup.rows, *setup.held_out]
+    places = [str(row.get("where", f"row {k}")) for k, row in enumerate(rows)]
+    check_written(policy.loaded[1], [row["prompt"] for row in rows], places, xpo_config(setup).chat_template_kwargs)
 
 
 def _append(line: Row, *values: Any) -> None:
@@ -117,7 +129,8 @@ def judge(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, part: Se
     needs = SELECTORS[recipe.select].needs
     asked = setup.judge or policy.self_judge(seed_of_repr(setup.seed, i, "judge", b))
     asked.places()  # resets the sums, which other comparisons may have changed
-    prompts, groups, ids = ([line[n] for _, line in part] for n in ("prompt", "completions", "completions_ids"))
+    groups, ids = ([line[n] for _, line in part] for n in ("completions", "completions_ids"))
+    prompts = [prompt_of(line) for _, line in part]
     grouped = group_scores if needs == "scores" else group_wins
     tables = grouped(asked, prompts, groups, columns([row for row, _ in part]), ids)
     lines: list[Row] = [{needs: finite(table.tolist())} for table in tables]
@@ -141,7 +154,8 @@ def select(
         table = count if selector.needs == "nothing" else torch.from_numpy(_array(verdict[selector.needs]))
         generator = torch.Generator().manual_seed(seed_of_repr(setup.seed, i, "select", g))
         for pick in selector(table, generator, recipe.select_args):
-            row = {"prompt": line["prompt"], "prompt_ids": line["prompt_ids"], **_picked(line, pick)}
+            row = {"prompt": line["prompt"], **template_columns(prompt_of(line)), "prompt_ids": line["prompt_ids"]}
+            row |= _picked(line, pick)
             row |= rejected.get(g, {})
             if "rejected_ids" in row and row["rejected_ids"] == row.get("chosen_ids"):
                 identical += 1
@@ -203,10 +217,20 @@ def _rejected(setup: Setup, policy: Policy) -> dict[int, Row]:
 def _encoded(
     setup: Setup, policy: Policy, prompts: Sequence[Any], completions: Sequence[Any], name: str = "chosen"
 ) -> list[Row]:
-    """Returns the token ids of prompts and completions, named as `data.encode` does for the column `name`."""
+    """Returns the token ids of prompts and completions, named as `data.encode` does for the column `name`.
+
+    They follow the prompts' own ids, as sampled completions do. Raises DataError for a completion of several turns.
+    """
     config = xpo_config(setup)
-    limits = RewardSpec(max_length=config.max_length, max_prompt_length=config.max_prompt_length)
-    return encode_rows(policy.loaded[1], limits, prompts, {name: completions})
+    how: Any = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "chat_template_kwargs")}
+    encoded = encode_rows(policy.loaded[1], RewardSpec(**how), prompts, {name: completions}, own=True)
+    for i, row in enumerate(encoded):
+        if not all(row[f"{name}_mask"]):
+            raise DataError(
+                f"prompt {i}: {name} is a completion of several turns, and beside sampled completions all of it would "
+                "be scored; give its last turn alone, and the turns before it as the prompt"
+            )
+    return encoded
 
 
 def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Path, model: str) -> list[float]:

@@ -52,7 +52,8 @@ class Iteration:
 
     def config(self, kind: type, folder: Path, train: Train, k: int = 0, **further: Any) -> Any:
         """Returns the arguments, of the class `kind`, that method k is trained with."""
-        settings = {"ref_cache_dir": str(self.setup.output / "reference"), **self.setup.training, **further}
+        cache = {"ref_cache_dir": str(self.setup.output / "reference")} if kind is XPOConfig else {}
+        settings = {**cache, **self.setup.training, **further}
         seed = seed_of_repr(self.setup.seed, self.index, "train", k)
         settings |= {"method": train.method, "method_args": dict(train.args), "seed": seed}
         return arguments(kind, folder, settings)
@@ -110,8 +111,9 @@ def _dataset(it: Iteration, method: Train, tokenizer: Any) -> datasets.Dataset:
         kept = [n for n in it.rows[0] if n.endswith("_ids") or n in KINDS[kind].numbers]
         return datasets.Dataset.from_list([{name: row[name] for name in kept} for row in it.rows])
     config = xpo_config(it.setup)
-    sizes = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    return data.encode(data.load(it.rows, kind=kind), tokenizer, kind=kind, **sizes)
+    names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
+    how: Any = {name: getattr(config, name) for name in names}
+    return data.encode(data.load(it.rows, kind=kind), tokenizer, kind=kind, **how)
 
 
 def with_reference(it: Iteration, dataset: datasets.Dataset, method: Train) -> datasets.Dataset:
@@ -164,7 +166,7 @@ def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
     model, about = it.start()
     texts = ("prompt", "chosen", "rejected")
     # The judge's probabilities are soft labels for the methods that take them.
-    kept = (*texts, "prob") if method.method in SOFT_LABELS else texts
+    kept = (*texts, data.TOOLS, data.KWARGS, *(["prob"] if method.method in SOFT_LABELS else []))
     pairs = [
         {name: row[name] for name in kept if name in row}
         for row in it.rows
@@ -197,7 +199,11 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
     if it.recipe.draws_rivals:
         reference: Any = trainer.moving_reference
         against.rollout = MixtureRollout(
-            trainer.model, about["processing_class"], reference=reference.copy, share=it.recipe.mix
+            trainer.model,
+            about["processing_class"],
+            reference=reference.copy,
+            share=it.recipe.mix,
+            chat_template_kwargs=config.chat_template_kwargs,
         )
     logs = it.fit(trainer, method, last_checkpoint(config.output_dir, STATE_FILE))
     samples = it.checkpoints / SAMPLES_FILE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data import KINDS, DataError
-from ..data.rows import check_names, shape_row
-from ..models import check_ids
+from ..data.rows import check_names, shape_row, unread_of
+from ..models import check_ids, check_lengths, padding_id
 from ..models.modes import evaluating
 from ..rollout import Prompt
 from .spec import RewardSpec
+
+logger = logging.getLogger("xpo_fast")
 
 # A preference model reads: prompt, first completion, _BETWEEN, second completion, _AFTER.
 _BETWEEN, _AFTER = "\n\nSecond answer:\n", "\n\nThe better answer:"
@@ -50,6 +54,7 @@ def load_ratings(
         columns=columns,
         config=config,
         seed=seed,
+        unread=lambda made, row: unread_of(made, row, KINDS["unpaired"], objectives),
         expected=f"prompt, completion and {', '.join(objectives)}",
     )
     return rows.remove_columns("ratings"), list(rows["ratings"])
@@ -77,12 +82,19 @@ def _rating(value: Any, name: str, where: str) -> float:
 
 
 def encode_rows(
-    tokenizer: Any, spec: RewardSpec, prompts: Sequence[Prompt], named: Mapping[str, Sequence[Any]]
+    tokenizer: Any,
+    spec: RewardSpec,
+    prompts: Sequence[Prompt],
+    named: Mapping[str, Sequence[Any]],
+    *,
+    own: bool = False,
 ) -> list[dict[str, Any]]:
-    """Returns token ids as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both.
+    """Returns token ids and masks as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both; …_mask.
 
-    spec: gives max_length and max_prompt_length. named: the completions under the names chosen, rejected or both, one
-    per prompt. Raises ValueError for another number of completions than of prompts.
+    spec: gives max_length, max_prompt_length and chat_template_kwargs; a warning says how many rows they cut. prompts:
+    text, messages, or each a `Conversation` with tools and variables of its own. named: the completions under the names
+    chosen, rejected or both, one per prompt. own: they follow the prompts' own ids, see `data.split_ids`. Each row's
+    ids follow from the row alone. Raises ValueError for another number of completions than of prompts.
     """
     if any(len(completions) != len(prompts) for completions in named.values()):
         raise ValueError(
@@ -97,8 +109,18 @@ def encode_rows(
         "where": [f"row {i}" for i in range(len(prompts))],
     }
     kind = "pair" if len(named) > 1 else next(iter(named))
-    opening = data.leading_ids(tokenizer, prompts[0])
-    encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length)
+    # Of any text, not of the first prompt, which may be a conversation, or empty, where the others are not.
+    opening = data.leading_ids(tokenizer, "a")
+    longest = sys.maxsize if spec.max_length is None else spec.max_length
+    how: Any = {"own": own, "chat_template_kwargs": spec.chat_template_kwargs}
+    encoded = data.encode_rows(columns, tokenizer, kind, opening, longest, spec.max_prompt_length, **how)
+    cut, prompts_cut = sum(encoded["completions_cut"]), sum(encoded["prompt_cut"])
+    if cut or prompts_cut:
+        logger.warning(
+            "max_length=%s, max_prompt_length=%s: %d of %d completions are read without their end and EOS, %d of %d "
+            "prompts without their start; only a larger length, or None, has all of them read",
+            *(spec.max_length, spec.max_prompt_length, cut, sum(encoded["count"]), prompts_cut, len(prompts)),
+        )
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
@@ -118,13 +140,16 @@ def in_batches(
 ) -> Tensor:
     """Returns run(batch) → (R, …) of all rows, in eval mode without gradient: float32 on the CPU, in the rows' order.
 
-    Rows of similar length share a batch.
+    Rows of similar length share a batch. Raises ValueError, naming the row, for a token without an embedding, and for
+    more tokens than the model has positions.
     """
     lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in features]
     order = sorted(range(len(features)), key=lengths.__getitem__)
-    collate = data.Collator(pad_id(tokenizer), "chosen")
-    for i, row in enumerate(features):
-        check_ids(model, tokenizer, [*row["prompt_ids"], *row["chosen_ids"]], f"row {i}")
+    collate = data.Collator(padding_id(model, tokenizer), "chosen")
+    for row in features:
+        check_ids(model, tokenizer, [*row["prompt_ids"], *row["chosen_ids"]], row["where"])
+    remedy = "leave longer ones out, or cut them by max_length"
+    check_lengths(model, lengths, lambda i: features[i]["where"], remedy)
     device = next(model.parameters()).device
     found: list[Tensor] = []
     with evaluating(model):
@@ -136,23 +161,13 @@ def in_batches(
 
 def separators(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Returns the token ids between and after the two completions that a preference model reads."""
-    between, after = data.tokenize(tokenizer, [_BETWEEN, _AFTER])
-    return between, after
+    return data.tokenize_after(tokenizer, _BETWEEN), data.tokenize_after(tokenizer, _AFTER)
 
 
-def both_orders(
-    row: Mapping[str, Any], between: list[int], after: list[int]
-) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+def both_orders(row: Mapping[str, Any], between: list[int], after: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the two rows by which a preference model reads an encoded pair: chosen before rejected, and reversed."""
     w, l = row["chosen_ids"], row["rejected_ids"]  # noqa: E741
     orders = (w, l), (l, w)
-    first, second = ({"prompt_ids": row["prompt_ids"], "chosen_ids": [*a, *between, *b, *after]} for a, b in orders)
+    kept = {name: row[name] for name in ("prompt_ids", "where") if name in row}
+    first, second = ({**kept, "chosen_ids": [*a, *between, *b, *after]} for a, b in orders)
     return first, second
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Returns the id of the pad token, or else of the EOS. Raises ValueError if the tokenizer has neither."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return found
-    raise ValueError("the tokenizer has neither a pad token nor an EOS: set tokenizer.pad_token")

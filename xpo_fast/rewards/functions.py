@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -54,7 +55,8 @@ class Rewards:
 
     functions: one or more, each called as f(prompts=, completions=, completion_ids=, **columns) and returning R
         entries, numbers or None (TRL's signature, without its trainer_state and loggers; a function without **kwargs
-        receives only the arguments that it names). It may be `async`. A reward model is such a function.
+        receives only the arguments that it names). It may be `async`. A reward model is such a function. Each function
+        is given copies of its own: what it edits in them changes nothing for others, for training, or in the data.
     weights: one per function; default 1.
     timeout_s: the limit in seconds for one call of one function. A function with a limit runs in a thread of its own,
         since only a thread can be abandoned; a blocked call remains in that thread until the process ends. Without a
@@ -104,23 +106,18 @@ class Rewards:
         table = torch.full((rows, len(self.functions)), math.nan)
         lost = torch.zeros(rows, dtype=torch.bool)
         for i, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            # Copies per function: one that sorts or empties its lists must not change what is trained on.
             given = {
-                "prompts": list(samples.prompts),
-                "completions": list(samples.completions),
-                "completion_ids": [list(ids) for ids in samples.completion_ids],
-                **{key: list(column) for key, column in columns.items()},
+                "prompts": samples.prompts,
+                "completions": samples.completions,
+                "completion_ids": samples.completion_ids,
+                **columns,
             }
             values = _checked(self._call(name, function, given) if rows else [], rows, name)
             table[:, i] = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float32)
             applies = torch.tensor([v is not None for v in values], dtype=torch.bool)
             faulty = applies & ~table[:, i].isfinite()
             if faulty.any():
-                logger.warning(
-                    "reward function %r returned NaN or an infinity for %d of %d completions (the first is row %d): "
-                    "they have no reward and are left out",
-                    *(name, int(faulty.sum()), rows, int(faulty.nonzero()[0])),
-                )
+                warn_of_faults(f"reward function {name!r}", faulty, samples.prompts, samples.completions)
             lost |= faulty
         total = (table * torch.tensor(self.weights)).nansum(dim=1)
         beyond = ~lost & ~total.isfinite()
@@ -134,7 +131,9 @@ class Rewards:
         return Scored(total.masked_fill(lost, math.nan), table, list(self.names))
 
     def _call(self, name: str, function: RewardFunction, given: dict[str, Any]) -> Any:
-        arguments = _accepted(function, given, name)
+        others: dict[int, tuple[Any, Any]] = {}
+        accepted = _accepted(function, given, name)
+        arguments = {key: [copied(x, others) for x in column] for key, column in accepted.items()}
 
         def run() -> Any:
             result = function(**arguments)
@@ -157,6 +156,69 @@ class Rewards:
                 f"reward function {name!r} raised {type(error).__name__} on {len(given['prompts'])} completions: "
                 f"{error}. Catch it there and return None for a completion that cannot be scored"
             ) from error
+
+
+def warn_of_faults(
+    who: str,
+    faulty: Tensor,  # (R,) bool
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+) -> None:
+    """Logs a warning about rewards that are NaN or infinite: who gave them, how many, and the first one's row."""
+    row = int(faulty.nonzero()[0])
+    logger.warning(
+        "%s returned NaN or an infinity for %d of %d completions (the first is row %d, %.80r, of the prompt %.80r): "
+        "they have no reward and are left out",
+        *(who, int(faulty.sum()), len(faulty), row, completions[row], prompts[row]),
+    )
+
+
+_LEAVES = (str, bytes, int, float, complex, type(None))
+_PLAIN = frozenset((*_LEAVES, bool))
+_shared: set[type] = set()  # the types that a warning has named
+
+
+def copied(value: Any, others: dict[int, tuple[Any, Any]]) -> Any:
+    """Returns a value whose lists and dicts can be edited without a trace: new ones, at every depth.
+
+    Types derived from them, such as `Conversation`, stay what they are. Other objects (tensors, images) are deep
+    copies, one for each object however often it occurs; one that cannot be copied is given as it is, with a warning.
+    others: the copies made so far, by the object's id.
+    """
+    kind = type(value)
+    if kind is list:
+        plain = _PLAIN.issuperset(map(type, value))  # token ids: there are many
+        return value.copy() if plain else [copied(x, others) for x in value]
+    if kind is dict:
+        return {key: copied(x, others) for key, x in value.items()}
+    if kind is tuple:
+        return tuple([copied(x, others) for x in value])
+    if isinstance(value, _LEAVES):
+        return value
+    if isinstance(value, (list, dict)):
+        made: Any = copy.copy(value)
+        for key, x in enumerate(value) if isinstance(value, list) else value.items():
+            made[key] = copied(x, others)
+        for name, x in getattr(value, "__dict__", {}).items():
+            setattr(made, name, _copied_once(x, others))
+        return made
+    return _copied_once(value, others)
+
+
+def _copied_once(value: Any, others: dict[int, tuple[Any, Any]]) -> Any:
+    if id(value) not in others:
+        try:
+            others[id(value)] = value, copy.deepcopy(value)
+        except Exception as error:  # an open file, a tensor with a graph, a lock
+            others[id(value)] = value, value
+            if type(value) not in _shared:
+                _shared.add(type(value))
+                logger.warning(
+                    "a %s of the data cannot be copied (%s: %s): reward functions are given the object itself, and "
+                    "what one edits in it the others see",
+                    *(type(value).__name__, type(error).__name__, error),
+                )
+    return others[id(value)][1]
 
 
 def load_reward(spec: str) -> RewardFunction:

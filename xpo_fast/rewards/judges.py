@@ -9,6 +9,7 @@ completions of one prompt: `group_scores`, `group_wins`. Judges that ask a langu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import as_conversation, words
 from ..methods.math import win_rates
 from ..rollout import Prompt, Samples
-from .functions import PROMPT_INDEX, RewardFunction, Rewards
+from .functions import PROMPT_INDEX, RewardFunction, Rewards, copied, warn_of_faults
 
 Completion = str | list[dict[str, str]]
 
@@ -106,8 +108,16 @@ class RewardJudge(Judge):
         self.model = model
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
-        """Returns the model's rewards (R,), float32 on the CPU."""
-        return self.model.score(list(prompts), list(completions)).float().cpu()
+        """Returns the model's rewards (R,), float32 on the CPU; a warning names the first that is not finite."""
+        return self._finite(self.model.score(list(prompts), list(completions)), prompts, completions)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], completion_ids: Any = None, **columns: Any
+    ) -> list[float | None]:
+        """Returns the model's rewards as a reward function does; a NaN stays one, for it is not that none applies."""
+        if self.compares:
+            return super().__call__(prompts, completions)
+        return self.model.score(list(prompts), list(completions)).tolist()
 
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[Completion], second: Sequence[Completion], **columns: Any
@@ -115,7 +125,16 @@ class RewardJudge(Judge):
         """Returns P(first beats second), (R,): the preference model's own, else σ of the difference of rewards."""
         if not self.compares:
             return super().compare(prompts, first, second, **columns)
-        return self.model.compare(list(prompts), list(first), list(second)).float().cpu()
+        return self._finite(self.model.compare(list(prompts), list(first), list(second)), prompts, first)
+
+    def _finite(self, found: Tensor, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
+        """Returns what the model found, (R,) float32 on the CPU, NaN where it is not finite, which a warning names."""
+        found = found.float().cpu()
+        faulty = ~found.isfinite()
+        if faulty.any():
+            name = getattr(self.model, "__name__", type(self.model).__name__)
+            warn_of_faults(f"the judge's model {name!r}", faulty, prompts, completions)
+        return found.masked_fill(faulty, math.nan)
 
     @property
     def scores(self) -> bool:
@@ -147,7 +166,9 @@ def group_scores(
         return [torch.empty(0) for _ in groups]
     flat = [completion for group in groups for completion in group]
     known = {} if ids is None else {"completion_ids": [x for group in ids for x in group]}
-    scores = judge.score([prompts[i] for i in at], flat, **_rows(columns, at), **known)
+    given = [[prompts[i] for i in at], flat, {**_rows(columns, at), **known}]
+    asked, answers, further = copied(given, {})  # a judge of the user's own may edit what it is given
+    scores = judge.score(asked, answers, **further)
     return list(scores.split([len(group) for group in groups]))
 
 
@@ -170,7 +191,8 @@ def group_wins(
     first, second = ([groups[row[0]][row[side]] for row in met] for side in (1, 2))
     tables = [torch.full((len(group), len(group)), 0.5) for group in groups]
     if met:
-        probabilities = judge.compare([prompts[g] for g in at], first, second, **_rows(columns, at))
+        asked, one, other, further = copied([[prompts[g] for g in at], first, second, _rows(columns, at)], {})
+        probabilities = judge.compare(asked, one, other, **further)
         for (g, i, j), p in zip(met, probabilities.tolist(), strict=True):
             tables[g][i, j], tables[g][j, i] = p, 1 - p
     return tables
@@ -210,6 +232,14 @@ def text_of(message: Any) -> str:
     """Returns a prompt or completion as text: a conversation with its turns named, a single message as its content."""
     if isinstance(message, str):
         return message
-    if len(message) == 1:
-        return message[0]["content"]
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in message)
+    tools = as_conversation(message).tools
+    if len(message) == 1 and tools is None:
+        return _words_and_calls(message[0])
+    turns = [f"{m['role'].capitalize()}: {_words_and_calls(m)}" for m in message]
+    return "\n\n".join([*([] if tools is None else [f"Tools: {json.dumps(tools, ensure_ascii=False)}"]), *turns])
+
+
+def _words_and_calls(message: Any) -> str:
+    """Returns the content of a message, and the tools that it calls as JSON."""
+    calls = message.get("tool_calls")
+    return "\n".join([*filter(None, [words(message)]), *([json.dumps(calls, ensure_ascii=False)] if calls else [])])

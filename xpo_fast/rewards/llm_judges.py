@@ -92,6 +92,12 @@ class TokenChoice:
         for start in range(0, len(order), self.batch_size):
             at = order[start : start + self.batch_size]
             table[at] = self._logps([rows[r] for r in at]).softmax(dim=1).cpu()
+        if (broken := table.isnan().any(dim=1)).any():
+            asked = questions[int(broken.nonzero()[0])]
+            raise ValueError(
+                f"the judge's model, {type(self.model).__name__}, has logits that are not finite after "
+                f"{text_of(asked)[-80:]!r}: load it in another dtype, or another model"
+            )
         return table
 
     def _ids(self, question: Prompt, words: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -99,8 +105,8 @@ class TokenChoice:
         text = data.render(self.tokenizer, question, [], "the judge's question")[0]
         texts = [text, *(f"{text} {word}" if isinstance(question, str) else text + word for word in words)]
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        prompt, completions, _ = data.split_ids(self.tokenizer, texts, ids)
-        first = [completion[0] for completion in completions]
+        split = data.split_ids(self.tokenizer, texts, ids, own=True)
+        prompt, first = split.prompt, [completion[0] for completion in split.completions]
         if len(set(first)) < len(words):
             raise ValueError(
                 f"the tokenizer begins some of the answers {', '.join(words)} with the same token: choose others"
@@ -268,7 +274,7 @@ def continued(prompt: Prompt, answer: Completion, question: str) -> Prompt:
     if isinstance(prompt, str):
         return f"{prompt}{text_of(answer)}\n\n{question}\n\nAnswer:"
     turn = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return [*prompt, *turn, {"role": "user", "content": question}]
+    return data.as_conversation(prompt).followed_by([*turn, {"role": "user", "content": question}])
 
 
 def _filled(template: str, **values: Any) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import hub_arguments, install_fused_loss, load_model, load_weights
+from .. import data
+from ..models import embeddings, hub_arguments, install_fused_loss, load_model, load_weights
+from ..models.lm_head import causal_lm
 from ..models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head, value_head
 from ..rollout import Prompt
 from ..trainer.reference import row_logps
@@ -25,6 +27,10 @@ from .spec import SPEC_FILE, RewardSpec, load_spec, save_spec
 
 class RewardModel:
     """Scorer of completions: a causal LM with a value head, or a sequence classifier of transformers.
+
+    A classifier's reward is what its own forward gives for the row alone, without padding: it reads the last token, or
+    what its class reads. One whose config has the EOS for its pad token reads the token before it, as in its training.
+    A class that does not bear padding is run row by row.
 
     Called as a function it has the signature of TRL's reward functions: f(prompts=, completions=, **columns) → list of
     floats. Prompts and completions are text or messages; a text that answers a prompt of messages is the assistant's.
@@ -37,8 +43,12 @@ class RewardModel:
         self.batch_size = batch_size
         self.__name__ = "reward_model"  # the name in a trainer's log
         self.head = value_head(model)
-        if self.head is None and not hasattr(model, "num_labels"):
+        labels = _labels(model)
+        if self.head is None and labels is None:
             raise ValueError(f"{type(model).__name__} has no value head: attach_value_head(model) first")
+        self._padded: bool | None = None  # whether a classifier takes padded batches; None: not yet asked
+        if self.head is None and labels != 1:
+            raise ValueError(f"{type(model).__name__} has {labels} labels; expected one output, the reward")
         if self.head is not None:
             if self.head.outputs != self.spec.outputs:
                 raise ValueError(
@@ -50,7 +60,7 @@ class RewardModel:
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the reward of each completion, (R,) float32 on the CPU."""
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions})
-        lengths = torch.tensor([float(len(row["chosen_ids"])) for row in features])
+        lengths = torch.tensor([float(sum(row["chosen_mask"])) for row in features])  # as in training
         return self.spec.combine(self._run(features), lengths)
 
     def outputs(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
@@ -79,6 +89,8 @@ class RewardModel:
         """Returns the outputs (R, K) of encoded rows."""
         if not features:
             return torch.zeros(0, self.spec.outputs)
+        if self.head is None and self._padded is None and len({*map(_tokens, features)}) > 1:
+            self._padded = self._takes_padding(features)
         return in_batches(features, self.model, self.tokenizer, self.batch_size, self._forward)
 
     def _forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -93,17 +105,39 @@ class RewardModel:
         )["outputs"]
 
     def _classify(self, ids: Tensor, mask: Tensor) -> Tensor:
-        model: Any = self.model
-        if model.config.pad_token_id is not None:
-            return model(input_ids=ids, attention_mask=mask).logits
-        # transformers takes the last token that is not the pad token: any token that ends no row will do as one.
+        """Returns the logits (R, K) of a classifier, as its own forward has them of each row without padding."""
+        if not self._padded:
+            rows = [ids[r : r + 1, : int(mask[r].sum())] for r in range(len(ids))]
+            return torch.cat([self.model(input_ids=x, attention_mask=torch.ones_like(x)).logits for x in rows])
+        # The last token is found by its id: the rightmost that is not the config's pad token. Padding must be that
+        # token; where the config has none that rows can be padded with, any id will do that no row ends with.
+        config: Any = causal_lm(self.model).config.get_text_config()
+        stated = getattr(config, "pad_token_id", None)
+        if stated is not None and 0 <= stated < embeddings(self.model):
+            return self.model(input_ids=ids.masked_fill(mask == 0, stated), attention_mask=mask).logits
         last = set(ids[torch.arange(len(ids)), mask.sum(dim=1) - 1].tolist())
-        pad = next(i for i in range(len(last) + 1) if i not in last)
-        model.config.pad_token_id = pad
+        config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
         try:
-            return model(input_ids=ids.masked_fill(mask == 0, pad), attention_mask=mask).logits
+            return self.model(input_ids=ids.masked_fill(mask == 0, config.pad_token_id), attention_mask=mask).logits
         finally:
-            model.config.pad_token_id = None
+            config.pad_token_id = stated
+
+    def _takes_padding(self, features: list[dict[str, Any]]) -> bool:
+        """Tells whether a classifier has the same logits for the shortest row alone and beside the longest one.
+
+        It has not if it reads a row's end where padding stands; an encoder-decoder's reading of EOS is not asked.
+        """
+        if getattr(causal_lm(self.model).config, "is_encoder_decoder", False):
+            return False
+        shortest, *_, longest = sorted(features, key=_tokens)
+        self._padded = True
+        alone, beside = (
+            in_batches(rows, self.model, self.tokenizer, len(rows), self._forward)[0]
+            for rows in ([shortest], [shortest, longest])
+        )
+        # Rounding of batches of different shapes is far below the square root of a dtype's step.
+        near = torch.finfo(causal_lm(self.model).dtype).eps ** 0.5
+        return bool(torch.allclose(alone, beside, rtol=near, atol=near))
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `load` reads. A model with a PEFT adapter is saved as the adapter."""
@@ -143,8 +177,8 @@ class RewardModel:
 class ImplicitReward:
     """Scorer by a policy's implicit reward β(log π − log ref), DPO's; β log π without a reference.
 
-    per_token: divides the log-probs by the tokens of the completion, as SimPO does. `score` and the call are as in
-    `RewardModel`.
+    per_token: divides the log-probs by the tokens of the completion, as SimPO does. max_length, max_prompt_length: see
+    `RewardSpec`. `score` and the call are as in `RewardModel`.
     """
 
     __name__ = "implicit_reward"
@@ -157,8 +191,9 @@ class ImplicitReward:
         *,
         beta: float = 0.1,
         per_token: bool = False,
-        max_length: int = 1024,
+        max_length: int | None = None,
         max_prompt_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 16,
     ) -> None:
         if not beta > 0:
@@ -167,7 +202,8 @@ class ImplicitReward:
         for model in self.models:
             install_fused_loss(model)
         self.tokenizer, self.beta, self.per_token, self.batch_size = tokenizer, beta, per_token, batch_size
-        self.spec = RewardSpec(max_length=max_length, max_prompt_length=max_prompt_length)
+        kwargs = data.read_kwargs(chat_template_kwargs, "ImplicitReward")
+        self.spec = RewardSpec(max_length=max_length, max_prompt_length=max_prompt_length, chat_template_kwargs=kwargs)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the implicit reward of each completion, (R,) float32 on the CPU."""
@@ -192,6 +228,17 @@ class ImplicitReward:
         return in_batches(features, model, self.tokenizer, self.batch_size, run)
 
 
+def _labels(model: Any) -> int | None:
+    """Returns the number of a sequence classifier's outputs; None for another model."""
+    lm = causal_lm(model)
+    known = hasattr(lm, "num_labels") or type(lm).__name__.endswith("ForSequenceClassification")
+    return lm.config.num_labels if known else None
+
+
+def _tokens(row: Mapping[str, Any]) -> int:
+    return len(row["prompt_ids"]) + len(row["chosen_ids"])
+
+
 def _classifier(
     source: str, dtype: str | torch.dtype, device: str | torch.device | None, options: dict[str, Any]
 ) -> tuple[Any, Any]:
@@ -207,8 +254,8 @@ def _classifier(
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ValueError(f"no reward model in {source!r}: it holds {kinds}, expected {expected}")
     model = load_weights(AutoModelForSequenceClassification, source, dtype, device, options)
-    if model.num_labels != 1:
-        raise ValueError(f"{source!r} has {model.num_labels} labels; expected a reward model with one output")
+    if _labels(model) != 1:  # which the constructor refuses too; here the source has a name
+        raise ValueError(f"{source!r} has {_labels(model)} labels; expected a reward model with one output")
     return model, AutoTokenizer.from_pretrained(source, **hub_arguments(options))
 
 

@@ -44,16 +44,21 @@ SOFT_LABELS = {
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Description of a reward model, saved beside its weights."""
+    """Description of a reward model, saved beside its weights.
+
+    max_length, max_prompt_length: lengths in tokens that what is scored is cut to, as `data.encode` cuts; None cuts
+    nothing. Folders of earlier versions hold the max_length of training's rows there, 1024 by default.
+    """
 
     method: str = "bradley_terry"  # one of USES
     objectives: tuple[str, ...] = ("reward",)  # the K rewards of "regression" and "gated"
     weights: tuple[float, ...] | None = None  # of the objectives in the reward; None: their mean
-    max_length: int = 1024
+    max_length: int | None = None
     max_prompt_length: int | None = None
     length_alpha: float | None = None  # reward / (α + tokens), `length_normalised`
     length_target: float = 0.0  # reward − λ·|tokens − target|, `length_penalty`
     length_lam: float = 0.0
+    chat_template_kwargs: dict[str, Any] | None = None  # that it was trained with; those of a prompt come first
 
     def __post_init__(self) -> None:
         if self.method not in USES:
@@ -63,6 +68,8 @@ class RewardSpec:
             raise ValueError(
                 f"{self.method} has objectives, {least} or more; got {', '.join(self.objectives) or 'none'}: name them"
             )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"expected max_length of at least 2, or None for no cut, got {self.max_length!r}")
         if self.weights is not None and len(self.weights) != len(self.objectives):
             raise ValueError(
                 f"expected a weight for each of {len(self.objectives)} objectives, got {len(self.weights)}"

@@ -22,7 +22,7 @@ from ..head import sequence_logps
 from ..methods import get_method
 from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
-from ..models import Head, install_fused_loss, load_model
+from ..models import Head, install_fused_loss, load_model, padding_id
 from ..models.fused_loss import causal_lm
 from ..models.value_head import (
     SavesValueHead,
@@ -35,13 +35,14 @@ from ..models.value_head import (
 from ..reduce import count_metrics, mean_metrics
 from ..rollout.sampling import eos_ids
 from ..trainer import (
+    HandedOver,
     UnitTrainer,
     XPOConfig,
     check_head,
     check_rows,
     map_splits,
+    row_lengths,
     warn_of_lost_updates,
-    warn_of_trained_adapter,
     with_adapter,
     with_lengths,
 )
@@ -51,7 +52,7 @@ from ..trainer.findings import Report
 from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
-from .encoding import both_orders, load_ratings, pad_id, separators
+from .encoding import both_orders, load_ratings, separators
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -84,9 +85,18 @@ class RewardConfig(XPOConfig):
         check_choice("method", self.method, tuple(USES))
         if self.tile_mib is not None:
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
+        if self.score != "assistant":
+            raise ValueError("score has no effect on a reward model, which reads all of a completion: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
-        names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        if self.objective_weights is not None and USES[self.method][1] != "objectives":
+            raise ValueError(f"objective_weights weigh the rewards of regression; {self.method} has none to weigh")
+        if self.length_target and not self.length_lam:
+            raise ValueError(f"length_target={self.length_target:g} is where length_lam is 0: set length_lam, too")
+        if self.ref_cache_dir is not None:
+            raise ValueError("ref_cache_dir has no effect: a reward model's reference is computed live, leave it out")
+        # max_length is about training's memory: a model is read at the last token, wherever that is.
+        names = ("method", "max_prompt_length", "chat_template_kwargs", "length_alpha", "length_target", "length_lam")
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
         return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
@@ -136,6 +146,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             )
         self.kind = KINDS[self.spec.kind]
         self.settings = checked_settings(args)
+        compares = needs_reference or self.settings.get("regulariser") == "dpo"
+        if args.reference not in ("auto", "none") and not compares:
+            raise ValueError(f'{self.spec.method} has no reference: use reference="auto", got {args.reference!r}')
         if isinstance(model, str):
             folder = Path(model)
             model, tokenizer = load_model(model)
@@ -146,6 +159,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         if processing_class is None:
             raise ValueError("the trainer needs the model's tokenizer: pass processing_class=tokenizer")
         warn_of_lost_updates(model, args)
+        compares = compares and args.reference != "none"
+        handed_over = HandedOver(model, peft_config, copied=compares and args.reference == "copy")
         set_seed(args.seed)  # adapter and head are drawn at random here, before Trainer sets the seed
         # A gate is trained alone on rewards that the model already has.
         self.gate_alone = self.spec.form == "gated" and value_head(model) is not None
@@ -164,7 +179,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
         self._texts: Any = None  # what the training rows were encoded from
-        collator = RewardCollator(pad_id(processing_class), self.spec, processing_class)
+        collator = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -174,17 +189,19 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self._reads_logps and self.train_dataset is not None:
+        # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
+        if (self._reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self._reference: LiveReference | None = None
-        if args.reference != "none" and (needs_reference or self.settings.get("regulariser") == "dpo"):
+        if compares:
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
             if args.reference != "auto":
                 check_choice("reference", args.reference, ("adapter", "copy"))
                 strategy = args.reference
-            warn_of_trained_adapter(model, strategy)
-            self._reference = LiveReference(strategy, model, self.accelerator, args.backend)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            strategy = handed_over.settle(strategy, args.reference, model, sharded=sharded)
+            self._reference = LiveReference(strategy, model, self.accelerator, args.backend, handed_over)
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
@@ -201,10 +218,19 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise DataError(f"{name} learns from the label of each row; got rows without label")
         limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
         limits["num_proc"] = self.args.dataset_num_proc
+        limits["chat_template_kwargs"] = self.args.chat_template_kwargs
         encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
-        unread = {"kl_completion_ids", "rejected_ids"} & set(encoded.column_names) - set(self.kind.encoded)
+        names = [f"{name}_{what}" for name in ("kl_completion", "rejected") for what in ("ids", "mask")]
+        unread = {*names} & {*encoded.column_names} if "rejected" not in self.kind.completions else set()
         encoded = encoded.remove_columns(sorted(unread))
-        check_rows(self._embedded, self._tokenizer, encoded, given, dataset)
+        check_rows(
+            self._embedded,
+            self._tokenizer,
+            encoded,
+            given,
+            dataset,
+            lengths=read_lengths(encoded, self.spec, self._tokenizer),
+        )
         self._texts = dataset if self._texts is None else self._texts
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)
@@ -255,7 +281,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     @property
     def made_with(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a checkpoint."""
-        about = {"reward model": dataclasses.asdict(self.spec), "settings": self.settings, "rows": self._rows}
+        spec = {**dataclasses.asdict(self.spec), "max_length": self.args.max_length}
+        about = {"reward model": spec, "settings": self.settings, "rows": self._rows}
+        about |= {} if self._reference is None else self._reference.identity
         return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -402,6 +430,14 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
     return {f"{name}_w": w, f"{name}_l": l}
 
 
+def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:
+    """Returns the tokens of each encoded row as the model reads it: a preference model, both completions at once."""
+    if spec.form != "preference":
+        return row_lengths(encoded)
+    between, after = separators(tokenizer)
+    return [len(row["prompt_ids"]) + len(both_orders(row, between, after)[0]["chosen_ids"]) for row in encoded]
+
+
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
     """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown name or no number."""
     given: Any = args.method_args or {}
@@ -439,11 +475,16 @@ class RewardCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self.spec.form == "preference":
             pairs = [both_orders(row, self._between, self._after) for row in features]
+            # Of both completions in one row everything is read; the masks are of one completion.
             features = [
-                {**row, "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
+                {**_without_masks(row), "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
                 for row, (a, b) in zip(features, pairs, strict=True)
             ]
         batch = self._collate(features)
         if "ratings" in features[0]:
             batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
         return batch
+
+
+def _without_masks(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in row.items() if not name.endswith("_mask")}

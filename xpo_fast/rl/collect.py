@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from ..data import Place
-from ..models import check_ids
-from ..rewards import OWN_COLUMNS, PROMPT_INDEX, Rewards
+from ..rewards import PROMPT_INDEX, Rewards
 from ..rewards.judges import Judge
-from ..rollout import GenerateRollout, Prompt, Rollout, RolloutError, Samples, Sampling, encode_prompts
-from ..rollout.generate import positions
+from ..rollout import Prompt, Rollout, RolloutError, Samples, Sampling
 from ..seeds import permutation, seed_for
 from .config import RLConfig
 
@@ -189,39 +187,6 @@ class Collector:
 def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the columns of rows of `load_prompts` beside the prompt, without a row's place in its file."""
     return [name for name in rows[0] if name != "prompt" and not isinstance(rows[0][name], Place)]
-
-
-def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollout: Rollout) -> None:
-    """Raises ValueError before a run for a column or a prompt that would fail in it."""
-    for name in (PROMPT_INDEX, *OWN_COLUMNS):
-        if rows and name in rows[0]:
-            raise ValueError(f"the column {name!r} is what reward functions are told of the rollout: rename it")
-    if not isinstance(rollout, GenerateRollout):
-        return
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    for k, row in enumerate(ids):
-        check_ids(policy, tokenizer, row, str(rows[k].get("where", f"prompt {k}")))
-    limit = positions(policy)
-    long = [k for k, x in enumerate(ids) if limit is not None and len(x) >= limit]
-    if long:
-        raise ValueError(
-            f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the "
-            f"first is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave "
-            "them out"
-        )
-
-
-def check_completions(rows: list[Completion], policy: Any, tokenizer: Any) -> None:
-    """Raises ValueError for completions that the policy cannot be trained on, whatever sampled them."""
-    for row in rows:
-        check_ids(policy, tokenizer, [*row.prompt_ids, *row.ids], "a completion")
-        if not row.prompt_ids:
-            raise ValueError(f"a prompt without a token: {row.prompt!r:.80}; its first answer token has no predecessor")
-        if row.logps is not None and len(row.logps) != len(row.ids):
-            raise ValueError(
-                f"the sampler gave {len(row.logps)} log-probs for {len(row.ids)} tokens: set off_policy='none', "
-                "or mend the sampler"
-            )
 
 
 def describe(groups: Groups, names: Sequence[str]) -> dict[str, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..methods import METHODS
 from ..methods.advantages import ADVANTAGES, OF_GROUPS
@@ -13,8 +13,11 @@ from ..methods.registry import RLDefaults
 from ..objective import Objective
 from ..objective.terms import parse_terms
 from ..trainer import MethodConfig
+from ..trainer.arguments import REFUSED_ONLINE, changed
 from ..trainer.config import argument
 from ..wording import did_you_mean
+
+_OF_THE_CRITIC = ("gamma", "lam", "vf_coef", "value_clip", "whiten_advantages", "value_head_learning_rate")
 
 
 def _of_methods(name: str) -> str:
@@ -53,6 +56,8 @@ class RLConfig(MethodConfig):
 
     rloo is on-policy with one step per rollout, and uses its clipped variant (variant="clipped") with several.
     """
+
+    refused: ClassVar[Mapping[str, str]] = REFUSED_ONLINE
 
     method: str = argument("grpo", "A policy method of xpo_fast.METHODS, or a sum.")
     num_generations: int = argument(8, "Completions per prompt.")
@@ -138,11 +143,6 @@ class RLConfig(MethodConfig):
         for name in ("temperature", "off_policy_cap"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.value_head_learning_rate is not None and self.estimator != "gae":
-            raise ValueError(
-                f"value_head_learning_rate is the critic's, and there is one with gae: {self.method} has advantages by "
-                f"{self.estimator!r}. Leave it out, or set advantage='gae'"
-            )
         for name in ("vf_coef", "missing_eos_penalty", "kl_coef", "show_samples"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -160,7 +160,32 @@ class RLConfig(MethodConfig):
         _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
         self.stop = tuple(self.stop)
+        self._check_idle()
         self.objective()
+
+    def _check_idle(self) -> None:
+        """Raises ValueError for an argument that the others leave without effect."""
+        given = changed(self)
+        critics = [name for name in _OF_THE_CRITIC if name in given]
+        if critics and self.estimator != "gae":
+            raise ValueError(
+                f"{' and '.join(critics)} {'is' if len(critics) == 1 else 'are'} the critic's, and there is one with "
+                f"gae: {self.method} has advantages by {self.estimator!r}. Leave it out, or set advantage='gae'"
+            )
+        if "overlong_buffer" in given and self.overlong_handling != "penalty":
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is where overlong='penalty' begins, and overlong is "
+                f"{self.overlong_handling!r}: leave it out, or set overlong='penalty'"
+            )
+        if "kl_horizon" in given and self.kl_target is None:
+            raise ValueError(f"kl_horizon={self.kl_horizon} is how fast kl_target acts: set kl_target, or leave it out")
+        if "off_policy_cap" in given and self.off_policy == "none":
+            raise ValueError("off_policy_cap bounds the weights of off_policy, which is 'none': leave it out")
+        if self.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError(
+                "evaluations of online RL have rewards and lengths, no loss: set metric_for_best_model='reward' for "
+                "load_best_model_at_end, save_strategy='best' or a scheduler that follows it"
+            )
 
     @property
     def minibatches(self) -> int:

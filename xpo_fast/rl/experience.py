@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,13 +114,15 @@ def make_experience(
     correction: str,
     spare: bool,
     number: int,
+    names: Sequence[str] = (),
 ) -> tuple[Experience, dict[str, float]]:
     """Measures the completions of rollout `number`, groups side by side; returns them with advantages, and metrics.
 
     kl_coef: weight of the divergence from the reference that is subtracted from the rewards.
     correction: for which ratio of policy to sampler advantages are weighed, see `correction_level`; "none" if a
         completion comes without the sampler's log-probs.
-    spare: leave rows whose advantage is 0 out of forward and backward, see `spares_rows`.
+    spare: leave rows whose advantage is 0 out of forward and backward, see `spares_rows`. names: of the reward
+        functions, for errors.
 
     Without a critic and a divergence in the reward the advantages follow from the rewards alone. They are computed
     first then, and rows that are spared are not even measured. Raises ValueError for advantages that are not finite,
@@ -168,11 +171,7 @@ def make_experience(
             advantage, rows, mask, kept, measured["old_logp"], correction, args.off_policy_cap
         )
     if not advantage.isfinite().all():
-        known = reward[valued]
-        raise ValueError(
-            f"advantages of rollout {number} are not finite: rewards from {known.min():g} to {known.max():g}"
-            f"{f', divergence {kl.sum(dim=1).max():g}' if kl is not None else ''}; give rewards of a smaller scale"
-        )
+        raise ValueError(f"advantages of rollout {number} are not finite: {_blame(rows, measured, mask, names)}")
     if "entropy" in measured:
         metrics["entropy"] = float(measured["entropy"][mask & kept[:, None]].mean())
     metrics["groups/dropped"] = 1 - float(kept.view(-1, args.num_generations).any(dim=1).float().mean())
@@ -185,6 +184,25 @@ def make_experience(
         reads -= {"old_logp"}
     columns = {name: x.contiguous() for name, x in columns.items() if name in reads}
     return Experience([row.prompt_ids for row in rows], [row.ids for row in rows], counted, kept, columns), metrics
+
+
+def _blame(rows: list[Completion], measured: dict[str, Tensor], mask: Tensor, names: Sequence[str]) -> str:
+    """Returns whose numbers make advantages infinite or NaN: a model's, by row, or else the reward functions'."""
+    whose = {"old_logp": "the policy", "ref_token_logp": "the reference", "old_value": "the critic"}
+    for name, model in whose.items():
+        broken = (~measured[name].isfinite() & mask).any(dim=1) if name in measured else mask.new_zeros(0)
+        if broken.any():
+            row = rows[int(broken.nonzero()[0])]
+            what = "values" if name == "old_value" else "log-probs"
+            return f"{model} has {what} that are not, the first for {row.completion!r:.80} of {row.prompt!r:.80}"
+    scores = torch.tensor([row.scores for row in rows]).nan_to_num(0.0).abs()  # (R, F)
+    row, function = divmod(int(scores.argmax()), scores.shape[1])
+    known = [row.reward for row in rows if not math.isnan(row.reward)]
+    name = f"reward function {names[function]!r}" if names else "a reward function"
+    return (
+        f"rewards from {min(known):g} to {max(known):g}; {name} gave {rows[row].scores[function]:g} for "
+        f"{rows[row].completion!r:.80} of {rows[row].prompt!r:.80}: give rewards of a smaller scale"
+    )
 
 
 def _by_critic(

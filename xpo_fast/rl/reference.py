@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..models.modes import without_adapter
+from ..models import install_fused_loss
 from ..objective import Objective
-from ..trainer.reference import frozen_copy
+from ..trainer import HandedOver, Kept
 from .config import RLConfig
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def choose_reference(args: RLConfig, objective: Objective, model: nn.Module, *, 
         )
     if args.ref_mixin and chosen == "copy" and adapted:
         raise ValueError(
-            'a copy of a PEFT model\'s base has no adapter that ref_mixin could move: use reference="adapter", which '
-            "averages the adapter, or leave ref_mixin at 0"
+            "ref_mixin moves the weights that are trained, of a PEFT model the adapter, which a copy has not: use "
+            'reference="adapter", which averages the adapter, or leave ref_mixin at 0'
         )
     return chosen
 
@@ -51,18 +51,28 @@ def choose_reference(args: RLConfig, objective: Objective, model: nn.Module, *, 
 class MovingReference:
     """Reference policy: the model as it was handed over. With a mixin x it follows: ref ← (1 − x)·ref + x·policy.
 
-    kind: "copy", a frozen copy, of a PEFT model of its base; or "adapter", the PEFT model with its adapter switched
-    off. With a mixin that is the base model with an average of the adapter (and of all else that is trained), kept in
-    float32 and put in its place while the reference is scored.
+    kind: "copy", a frozen copy; "adapter", the PEFT model with its adapter switched off; or "kept", the PEFT model with
+    the weights that are trained as they were handed over. With a mixin, of a PEFT model, it is the model with an
+    average of the adapter (and of all else that is trained), kept in float32 and put in its place while the reference
+    is scored.
     """
 
-    def __init__(self, kind: str, policy: Any, accelerator: Accelerator, mixin: float) -> None:
+    def __init__(self, kind: str, policy: Any, accelerator: Accelerator, mixin: float, handed_over: HandedOver) -> None:
         self.policy, self.mixin = policy, mixin
-        self.copy = frozen_copy(policy).to(accelerator.device) if kind == "copy" else None
-        self.average: dict[str, Tensor] = {}  # of the trained weights, by name
-        if mixin and kind == "adapter":
-            trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-            self.average = {n: p.detach().float().clone() for n, p in trained.items()}
+        self.copy, self._kept = None, None
+        if kind == "copy":
+            self.copy = handed_over.copy(policy).to(accelerator.device)
+            install_fused_loss(self.copy)
+        elif mixin:
+            self._kept = Kept(policy, off=False, dtype=torch.float32)
+        else:
+            self._kept = Kept(policy, off=handed_over.off)
+        self.identity = handed_over.identity(self.copy, self._kept)
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The average of the weights that are trained, by name; empty unless an adapter is averaged."""
+        return self._kept.weights if self._kept is not None and self.mixin else {}
 
     def moving(self) -> dict[str, Tensor]:
         """Returns the weights that follow the policy's, by their names in the policy; checkpoints keep them."""
@@ -88,15 +98,6 @@ class MovingReference:
         """Yields the model that computes as the reference inside the block."""
         if self.copy is not None:
             yield self.copy
-        elif not self.average:
-            with without_adapter(self.policy):
+        elif self._kept is not None:
+            with self._kept.in_place():
                 yield self.policy
-        else:
-            own = {n: (p, p.data) for n, p in self.policy.named_parameters() if n in self.average}
-            try:
-                for name, (p, data) in own.items():
-                    p.data = self.average[name].to(data)
-                yield self.policy
-            finally:
-                for p, data in own.values():
-                    p.data = data

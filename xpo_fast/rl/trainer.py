@@ -25,21 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from ..data import load_prompts
+from ..data import KWARGS, load_prompts
 from ..head import token_logps
 from ..methods import METHODS
 from ..methods.policy import adapt
-from ..models import Head
+from ..models import Head, padding_id
 from ..models.value_head import SavesValueHead, ValueHead, attach_value_head
 from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
-from ..trainer import Means, Report, UnitTrainer, check_head, prepare_model, warn_of_trained_adapter, with_tokenizer
+from ..trainer import HandedOver, Means, Report, UnitTrainer, check_head, prepare_model, with_tokenizer
+from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
-from .collect import Collector, Completion, check_completions, check_prompts, data_columns, describe
+from .checks import check_completions, check_prompts, check_sampler
+from .collect import Collector, Completion, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
 from .preflight import check_before, check_rollout
@@ -59,9 +61,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     train_dataset, eval_dataset: what `load_prompts` reads: rows with a prompt, and columns for the reward functions.
     rollout: the sampler; the model itself (`GenerateRollout`) if not given.
     ptx_dataset: texts that `ppo_ptx` mixes in: strings, or rows with `text`.
-    The reference policy is the model as it is handed over here; of a PEFT model its base model, which is the same
-    unless its adapter has been trained before (a warning says so). With ref_mixin it follows the policy, see
-    `MovingReference`. Other arguments are Trainer's.
+    The reference policy is the model as it is handed over here, with its adapter if it carries one, as in `XPOTrainer`.
+    With ref_mixin it follows the policy, see `MovingReference`. Other arguments are Trainer's.
 
     The log's entropy and objective/kl are means over the completions that are trained on, its rewards and lengths over
     all.
@@ -103,6 +104,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or RLConfig()
+        if kwargs.pop("data_collator", None) is not None:
+            raise ValueError("data_collator= has no batches to make: those of online RL are cut from rollouts")
+        sampler = sorted({"generation_batch_size", "continuous_batching"} & set(changed(args)))
+        if rollout is not None and sampler:
+            raise ValueError(f"{' and '.join(sampler)} of the arguments are for GenerateRollout: give them to rollout=")
         model, processing_class = with_tokenizer(model, processing_class)
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.objective = args.objective()
@@ -112,10 +118,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
 
+        handed_over = HandedOver(model, peft_config, copied=args.reference == "copy")
         model = prepare_model(model, args, peft_config)
         self.reference = choose_reference(args, self.objective, model, adapts_beta=self._adapts_beta)
-        if not args.ref_mixin:
-            warn_of_trained_adapter(model, self.reference)
         if args.max_steps <= 0:
             rollouts = math.ceil(args.num_train_epochs * len(self.prompts) / args.prompts)
             args.max_steps = max(rollouts, 1) * args.steps_per_rollout
@@ -136,23 +141,25 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             )
         self.policy: Any = self.accelerator.unwrap_model(self.model)
         self.moving_reference: MovingReference | None = None
+        self.reference = handed_over.settle(self.reference, args.reference, model, averaged=args.ref_mixin > 0)
         if self.reference != "none":
-            self.moving_reference = MovingReference(self.reference, self.policy, self.accelerator, args.ref_mixin)
+            how = (self.policy, self.accelerator, args.ref_mixin, handed_over)
+            self.moving_reference = MovingReference(self.reference, *how)
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
-        pad: Any = processing_class.pad_token_id
+        pad = padding_id(model, processing_class)
         texts = pretraining_texts(ptx_dataset, self.objective, processing_class, args.max_new_tokens + 1)
         self._batches = Batches(args, self.objective, self.accelerator, pad, texts)
         self._measure = Measure(
             self.policy, self.critic, self.moving_reference, self.accelerator, args, self.objective.tile_bytes, pad
         )
         continuous = None if args.continuous_batching else False
-        rollout = rollout or GenerateRollout(
-            model, processing_class, batch_size=args.generation_batch_size, continuous=continuous
-        )
+        how: Any = {"batch_size": args.generation_batch_size, "chat_template_kwargs": args.chat_template_kwargs}
+        rollout = rollout or GenerateRollout(model, processing_class, continuous=continuous, **how)
         self._collector = Collector(
             self.policy, rollout, self.rewards, self.accelerator, args, self.sampling, self.prompts
         )
-        check_prompts([*self.prompts, *(held_out or [])], self.policy, processing_class, rollout)
+        rows = [*self.prompts, *(held_out or [])]
+        check_prompts(rows, self.policy, processing_class, rollout, args.chat_template_kwargs)
         self.add_callback(_AfterStep(self))
         self.progress = Progress(args.reward_kl)
         self.experience: Experience | None = None
@@ -248,6 +255,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "num_generations": args.num_generations,
             "steps_per_rollout": args.steps_per_rollout,
             "reference": self.reference,
+            **({} if self.moving_reference is None else self.moving_reference.identity),
+            **({KWARGS: args.chat_template_kwargs} if args.chat_template_kwargs else {}),
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -302,12 +311,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
-            check_completions(rows, self.policy, self.processing_class)
+            own = isinstance(self.rollout, GenerateRollout)
+            check_completions(rows, self.policy, self.processing_class, self.rollout)
             if not self._head_checked:
                 longest = max((row.prompt_ids + row.ids for row in rows), key=len)
                 check_head(self.model, longest, args.device, args.backend)
+                check_sampler(rows, self.policy, args, self.accelerator, own_sampler=own)
                 self._head_checked = True
-            own = isinstance(self.rollout, GenerateRollout)
             experience, metrics = make_experience(
                 rows,
                 args,
@@ -317,6 +327,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 correction=correction_level(args, self.objective, own_sampler=own),
                 spare=self._spares,
                 number=progress.rollouts,
+                names=self.rewards.names,
             )
         self._check_rollout(rows)
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times

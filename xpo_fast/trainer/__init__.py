@@ -2,20 +2,12 @@
 
 from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
+from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
 from .findings import CLOSE, OPEN, PREFLIGHT, Finding, Report, marked
+from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .preference import XPOTrainer, layout
-from .setup import (
-    check_head,
-    check_rows,
-    map_splits,
-    prepare_model,
-    warn_of_lost_updates,
-    warn_of_trained_adapter,
-    with_adapter,
-    with_lengths,
-    with_tokenizer,
-)
+from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
 
 __all__ = [
     "CLOSE",
@@ -23,6 +15,8 @@ __all__ = [
     "PREFLIGHT",
     "STATE_FILE",
     "Finding",
+    "HandedOver",
+    "Kept",
     "Means",
     "MethodConfig",
     "Report",
@@ -36,6 +30,7 @@ __all__ = [
     "marked",
     "prepare_model",
     "reading",
+    "row_lengths",
     "save_objective",
     "warn_of_lost_updates",
     "warn_of_trained_adapter",

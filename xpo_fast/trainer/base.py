@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,15 @@ from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
-from .checkpoints import check_room, reading, replace_model, replacing
+from .arguments import check_trainer_arguments
+from .checkpoints import check_room, reading, replace_model, replacing, trained_at_root, unsaved
 from .findings import Report
 from .setup import check_trainable
 
+_UNSAVED = (
+    "{} weights, such as {}, are trained beside the adapter and are not saved with it, neither in checkpoints nor by "
+    "save_model: name their modules in the adapter's modules_to_save, or save the model with merge_and_unload()"
+)
 _LOSS = "loss of method "  # prefix among the means of an evaluation
 _IGNORED_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
@@ -96,7 +102,10 @@ class UnitTrainer(Trainer):
     eval_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_trainer_arguments(kwargs)
         super().__init__(*args, **kwargs)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
@@ -104,6 +113,8 @@ class UnitTrainer(Trainer):
             )
         if self.train_dataset is not None:
             check_trainable(self.model)
+            if apart := unsaved(self.model):
+                warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
         self._means = Means()
         self._eval_means = Means()
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
@@ -134,6 +145,15 @@ class UnitTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint is None and self.args.resume_from_checkpoint:
+            raise ValueError(
+                f"args.resume_from_checkpoint={self.args.resume_from_checkpoint!r} is for the script: pass it on, "
+                "train(resume_from_checkpoint=args.resume_from_checkpoint)"
+            )
+        if resume_from_checkpoint and (apart := unsaved(self.model)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not the whole model: {_UNSAVED.format(len(apart), apart[0])}"
+            )
         if resume_from_checkpoint:
             check_made_with(resume_from_checkpoint, self.made_with)
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
@@ -200,6 +220,24 @@ class UnitTrainer(Trainer):
         # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
         loss = loss * self.accelerator.num_processes
         return (loss, metrics) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as Trainer does, with draws that follow from args.seed alone and leave training's as they were."""
+        with self._draws_of_their_own():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predicts as Trainer does, with draws as in `evaluate`."""
+        with self._draws_of_their_own():
+            return super().predict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _draws_of_their_own(self) -> Iterator[None]:
+        """Seeds torch's generators inside, and restores them: data loaders and methods such as beta_dpo draw there."""
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed)
+            yield
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as Trainer does; loss and metrics are means over the units of the whole data set."""
@@ -286,6 +324,7 @@ class UnitTrainer(Trainer):
                 super().save_model(str(new), _internal_call=True)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    trained_at_root(new, self.model)
                     replace_model(folder, new, earlier, self.model)
         except SavingError as error:
             error.checkpoint = last_checkpoint(str(self.args.output_dir))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..files import existing_part, size
+from ..models.value_head import value_head
 from ..objective import Objective
 from ..resume import is_checkpoint
 
@@ -73,6 +74,31 @@ def replacing(folder: Path) -> Iterator[None]:
     finally:
         if is_checkpoint(folder):
             shutil.rmtree(earlier, ignore_errors=True)
+
+
+def trained_at_root(folder: Path, model: Any) -> None:
+    """Moves the adapter that was trained from its subfolder, where PEFT writes all but "default", into `folder`."""
+    names = list(model.active_adapters) if hasattr(model, "disable_adapter") else []
+    if len(names) == 1 and (folder / names[0] / "adapter_config.json").is_file():
+        of_it = folder / names[0]
+        _move(of_it, folder, [path.name for path in of_it.iterdir()])
+        of_it.rmdir()
+
+
+def unsaved(model: Any) -> list[str]:
+    """Returns the names of the trained weights of a PEFT model that are not saved with its adapter."""
+    if not hasattr(model, "disable_adapter"):
+        return []
+    from peft import get_peft_model_state_dict
+
+    saved = set()
+    for name in model.active_adapters:
+        of_it = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        saved |= {x.data_ptr() for x in of_it.values()}
+    head = value_head(model)
+    saved |= set() if head is None else {p.data_ptr() for p in head.parameters()}
+    there = (n for n, p in model.named_parameters() if p.requires_grad and p.numel() and not p.is_meta)
+    return [name for name in there if model.get_parameter(name).data_ptr() not in saved]
 
 
 def replace_model(folder: Path, new: Path, earlier: Path, model: nn.Module) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from ..data import check_score, read_kwargs
 from ..objective import Objective
 from ..reporters import check_reporters
+from .arguments import REFUSED, check_arguments
 from .findings import PREFLIGHT
 
 
@@ -20,12 +23,24 @@ def argument(default: Any, about: str) -> Any:
 
 @dataclass
 class MethodConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with a method and how its head runs."""
+    """`transformers.TrainingArguments` with a method and how its head runs.
+
+    Raises ValueError for a field that would have no effect, or another than is meant, see arguments.py.
+    """
+
+    refused: ClassVar[Mapping[str, str]] = REFUSED
 
     method: str = argument("dpo", "A name in xpo_fast.METHODS, or a sum of them: dpo + 0.5*sft.")
     method_args: dict | str | None = field(
         default=None,
         metadata={"help": 'Hyperparameters, and options of xpo_fast.Objective, for example {"beta": 0.1}.'},
+    )
+    chat_template_kwargs: Any = field(
+        default=None,
+        metadata={
+            "help": 'Variables of the chat template for every row, for example {"enable_thinking": false}; those of a '
+            "row's column chat_template_kwargs come first."
+        },
     )
     backend: str = argument("auto", "The backend of the head: auto, torch, dense, …")
     tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
@@ -47,8 +62,10 @@ class MethodConfig(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: batches are made from columns of the data set")
+        check_arguments(self, self.refused)
         if isinstance(self.method_args, str):
             self.method_args = json.loads(self.method_args)
+        self.chat_template_kwargs = read_kwargs(self.chat_template_kwargs, "the settings")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it where there is nothing to copy to
         check_reporters(self.report_to)
@@ -79,6 +96,11 @@ class XPOConfig(MethodConfig):
     max_prompt_length: int | None = argument(
         None, "Longest prompt in tokens; longer ones lose their beginning. None: no limit."
     )
+    score: str = argument(
+        "assistant",
+        "What is scored of a completion of several turns: assistant (what the assistant says), last (its last turn) or "
+        "all.",
+    )
     reference: str = argument(
         "auto",
         "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
@@ -89,3 +111,12 @@ class XPOConfig(MethodConfig):
         None, "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
     )
     dataset_num_proc: int | None = argument(None, "Number of processes that tokenize. None: one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.score)
+        if self.max_prompt_length is not None and self.max_prompt_length > self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} bounds nothing where prompt and completion have "
+                f"max_length={self.max_length} together: make it smaller, or leave it out"
+            )

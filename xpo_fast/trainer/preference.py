@@ -22,17 +22,21 @@ from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
 from ..methods.unpaired import kto_kl
-from ..models import Head
+from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import sum_over_ranks
 from ..rollout.sampling import eos_ids
+from .arguments import changed
 from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
+from .checks import check_head, check_rows
 from .config import XPOConfig
 from .findings import Report
+from .handed_over import WEIGHTS, HandedOver
 from .preflight import Run, preflight
 from .reference import (
+    KEPT,
     CachedReference,
     LiveReference,
     choose,
@@ -42,15 +46,7 @@ from .reference import (
     weights_fingerprint,
 )
 from .row_checks import Rows
-from .setup import (
-    check_head,
-    check_rows,
-    map_splits,
-    prepare_model,
-    warn_of_trained_adapter,
-    with_lengths,
-    with_tokenizer,
-)
+from .setup import map_splits, prepare_model, with_lengths, with_tokenizer
 
 
 class XPOTrainer(UnitTrainer):
@@ -63,8 +59,10 @@ class XPOTrainer(UnitTrainer):
     objective: an `Objective` to use in place of the one that args describe.
     Other arguments are Trainer's.
 
-    The reference policy is the model as it is handed over here. With reference="adapter", which "auto" chooses for a
-    PEFT model, it is the base model, which is the same unless the adapter was trained before (a warning says so).
+    The reference policy is the model as it is handed over here, with its adapter if it carries one. "auto" is, for a
+    PEFT model, "adapter", the model with its adapter switched off, where that is the same; and else "kept", the model
+    with the weights in training kept as they were handed over. reference="adapter" is the model without its adapter
+    even if the adapter has been trained before (a warning says so).
     """
 
     args: XPOConfig
@@ -85,6 +83,8 @@ class XPOTrainer(UnitTrainer):
         args = XPOConfig() if args is None else args
         model, processing_class = with_tokenizer(model, processing_class)
 
+        if objective is not None and (idle := sorted({"method", "method_args", "tile_mib"} & set(changed(args)))):
+            raise ValueError(f"objective= stands in for {', '.join(idle)} of the arguments: give one of the two")
         self.objective = objective if objective is not None else args.objective()
         self.kind = KINDS[self.objective.data_kind]
         self.loss_weights = [term.weight for term in self.objective.terms]
@@ -92,14 +92,15 @@ class XPOTrainer(UnitTrainer):
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
 
+        copied = args.reference == "copy" and self.objective.needs_reference
+        handed_over = HandedOver(model, peft_config, copied=copied)
         model = prepare_model(model, args, peft_config)
         self.reference, self.reference_reason = choose(args.reference, self.objective, model)
-        warn_of_trained_adapter(model, self.reference)
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
         self._texts: datasets.Dataset | None = None  # what the training rows were encoded from
         self._given_objective, self._new_adapter = objective is not None, peft_config is not None
-        pad: Any = processing_class.pad_token_id
+        pad = padding_id(model, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -110,15 +111,19 @@ class XPOTrainer(UnitTrainer):
             **kwargs,
         )
         self._check_parallelism()
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        settled = handed_over.settle(self.reference, args.reference, model, sharded=sharded)
+        if settled != self.reference:
+            self.reference, self.reference_reason = settled, KEPT
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
-        if self.reference in ("copy", "adapter"):
-            self._live = LiveReference(self.reference, model, self.accelerator, args.backend)
-        elif self.reference == "cached":
+        if self.reference == "cached":
             folder = Path(args.ref_cache_dir or cache_dir() / "reference")
-            dtype = str(self.accelerator.mixed_precision)
-            self._cached = CachedReference(model, folder, dtype=dtype, kind=self.kind)
+            how: Any = {"dtype": str(self.accelerator.mixed_precision), "adapter_off": handed_over.off}
+            self._cached = CachedReference(model, folder, kind=self.kind, **how)
+        elif self.reference != "none":
+            self._live = LiveReference(self.reference, model, self.accelerator, args.backend, handed_over)
 
     def _encode(self, dataset: Any) -> Any:
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
@@ -127,12 +132,14 @@ class XPOTrainer(UnitTrainer):
         rows, given, args = None, dataset, self.args
         if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
-            how: Any = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+            names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
+            how: Any = {name: getattr(args, name) for name in names}
             dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, num_proc=args.dataset_num_proc, **how)
-        unread = [] if self._estimates_kl else ["kl_completion_ids"]
+        unread = [] if self._estimates_kl else ["kl_completion"]
         if not self.objective.has_rejected and self.kind.listed:
-            unread.append("rejected_ids")
-        dataset = dataset.remove_columns([name for name in unread if name in dataset.column_names])
+            unread.append("rejected")
+        names = [f"{name}_{what}" for name in unread for what in ("ids", "mask")]
+        dataset = dataset.remove_columns([name for name in names if name in dataset.column_names])
         data.check_columns(dataset, self.kind.name, self.objective.rehearse)
         check_rows(self._unwrapped, self._tokenizer, dataset, given, rows)
         if self._texts is None:
@@ -228,7 +235,10 @@ class XPOTrainer(UnitTrainer):
     def made_with(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one: those of `UnitTrainer`, method, reference, rows."""
         method = str(self.objective)
-        return {**super().made_with, "method": method, "reference": self.reference, "rows": self._rows}
+        about = {"method": method, "reference": self.reference, "rows": self._rows}
+        if self._cached is not None:
+            about[WEIGHTS] = self._cached.weights[:16]
+        return {**super().made_with, **about, **({} if self._live is None else self._live.identity)}
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Returns batches of eval_dataset (default: the trainer's own), encoded and with its reference."""
@@ -396,16 +406,15 @@ class XPOTrainer(UnitTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as `UnitTrainer` does; KTO's reference point is estimated on all of it, the state is restored."""
         state = self.objective.state_dict()
-        if self._estimates_kl:
-            self.objective.state.pop("kl", None)
-            self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
-        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self.objective.load_state_dict(state)
-        return output
+        try:
+            if self._estimates_kl:
+                self.objective.state.pop("kl", None)
+                self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.objective.load_state_dict(state)
 
     def _check_parallelism(self) -> None:
-        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and self.reference in ("copy", "cached"):
             raise ValueError(

@@ -1,14 +1,13 @@
-"""The reference policy's log-probs: from a frozen copy, from the adapter switched off, or from disk.
+"""The reference policy's log-probs: from a frozen copy, from the model in training set back, or from disk.
 
-The reference is the model as it was handed to the trainer; for a PEFT model, its base model. Its log-probs are computed
-in eval mode (no dropout) and without gradient, by the same head as the policy's, so that policy − reference is exactly
-0 until something is learned.
+The reference is the model as it was handed to the trainer, with its adapter if it had one (handed_over.py). Its
+log-probs are computed in eval mode (no dropout) and without gradient, by the same head as the policy's, so that policy
+− reference is exactly 0 until something is learned.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import json
@@ -24,16 +23,18 @@ from torch import Tensor, nn
 from ..data import Kind, with_column
 from ..files import write_atomically
 from ..head import sequence_logps, token_logps
-from ..models import Head
+from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
-from ..models.modes import evaluating, without_adapter
+from ..models.modes import evaluating
 from ..objective import Objective
+from .handed_over import HandedOver, Kept, adapter_identity, switched_off
 
 if TYPE_CHECKING:
     import datasets
     from accelerate import Accelerator
 
 STRATEGIES = ("auto", "copy", "adapter", "cached", "none")
+KEPT = "the model with its adapter on, and its trained weights kept as they were handed over"
 SHARD_ROWS = 512
 _FORMAT = 2  # version of the cache's format, part of every key
 # Entries of a model's config that do not affect its output, or that training or saving the model changes.
@@ -116,11 +117,23 @@ def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, ba
 
 
 class LiveReference:
-    """A reference whose log-probs are computed with every batch: by a frozen "copy", or with the "adapter" off."""
+    """A reference whose log-probs are computed with every batch.
 
-    def __init__(self, strategy: str, model: nn.Module, accelerator: Accelerator, backend: str) -> None:
+    strategy: "copy", by a frozen copy; "adapter", with the adapter off; or "kept", with the weights that are trained as
+        they were handed over. model: that to be trained, not wrapped, before its first step.
+    """
+
+    def __init__(
+        self, strategy: str, model: nn.Module, accelerator: Accelerator, backend: str, handed_over: HandedOver
+    ) -> None:
         self.accelerator, self.backend = accelerator, backend
-        self.copy = frozen_copy(model).to(accelerator.device) if strategy == "copy" else None
+        self.copy, self._kept = None, None
+        if strategy == "copy":
+            self.copy = handed_over.copy(model).to(accelerator.device)
+            install_fused_loss(self.copy)
+        else:
+            self._kept = Kept(model, off=handed_over.off)
+        self.identity = handed_over.identity(self.copy, self._kept)
 
     def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
         """Computes the reference's summed log-prob of each row, (R,) float32. model: the policy, as wrapped."""
@@ -140,7 +153,11 @@ class LiveReference:
         """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
-            return {"ref_hidden": hidden, "ref_weight": head.weight.detach(), "ref_bias": head.bias}
+            weight = head.weight.detach()
+            if head.adapter is not None:  # hidden has its inputs beside the hidden states
+                weight = torch.cat([weight, head.adapter.detach().to(weight)], dim=1)
+            bias = None if head.bias is None else head.bias.detach()
+            return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
 
         with self._scoring(model) as scored:
             return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=take)
@@ -149,33 +166,30 @@ class LiveReference:
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yields the reference model in eval mode and without gradient."""
         scored = model if self.copy is None else self.copy
-        with self.accelerator.autocast(), without_adapter(self.accelerator.unwrap_model(scored)), evaluating(scored):
+        in_place = contextlib.nullcontext() if self._kept is None else self._kept.in_place()
+        with self.accelerator.autocast(), in_place, evaluating(scored):
             yield scored
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Returns a frozen deep copy; of a PEFT model the base model alone, as the adapter is being trained."""
-    frozen: Any = copy.deepcopy(model)
-    if hasattr(frozen, "disable_adapter"):
-        frozen = frozen.unload()
-    return frozen.requires_grad_(False).eval()
 
 
 class CachedReference:
     """Reference log-probs kept on disk, in one file per `SHARD_ROWS` rows.
 
-    A file's name is the hash of everything its numbers depend on: the weights, the model's config, dtype and autocast
-    dtype, and the rows' token ids. Tokenizer, chat template and truncation act through the ids, so a change of any of
-    these, or of the data, gives another name and nothing stale can be read. Files appear complete or not at all; an
-    interrupted computation goes on with the first shard that is missing.
+    A file's name is the hash of everything its numbers depend on: the weights, the model's config and its adapter's
+    settings, dtype and autocast dtype, and the rows' token ids and masks. Tokenizer, chat template and truncation act
+    through the ids, so a change of any of these, or of the data, gives another name and nothing stale can be read.
+    Files appear complete or not at all; an interrupted computation goes on with the first shard that is missing.
+
+    adapter_off: the reference is the PEFT model with its adapter switched off, and none of the adapter is in the hash.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: Kind) -> None:
-        self.kind = kind
-        self.weights = weights_fingerprint(model)
+    def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: Kind, adapter_off: bool = False) -> None:
+        self.kind, self.adapter_off = kind, adapter_off
+        self.weights = weights_fingerprint(model, adapter_off=adapter_off)
         config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_IN_KEY}
         self.about = {"format": _FORMAT, "kind": kind.name, "weights": self.weights, "compute_dtype": dtype}
         self.about["config"] = config
+        if not adapter_off and (adapter := adapter_identity(model)):
+            self.about["adapter"] = adapter
         self.context = hashlib.sha256(json.dumps(self.about, sort_keys=True, default=str).encode()).hexdigest()
         self.folder = folder / self.context[:16]
 
@@ -205,7 +219,7 @@ class CachedReference:
         values = _from_main_process(accelerator, lambda: [_read(p, len(s)) for p, s in zip(paths, shards, strict=True)])
         missing = [i for i, value in enumerate(values) if value is None]
         if missing:
-            if weights_fingerprint(model) != self.weights:
+            if weights_fingerprint(model, adapter_off=self.adapter_off) != self.weights:
                 raise ValueError(
                     "the reference log-probs of this dataset are not cached, and the model has been trained since it "
                     "was handed to the trainer, so they cannot be computed any more. Give the dataset to the trainer "
@@ -216,7 +230,7 @@ class CachedReference:
         rows = sum(len(shards[i]) for i in missing)
         bar = tqdm(total=rows, unit="row", desc=f"reference log-probs{label}", disable=not (progress and missing))
         size: Any = {"batch_size": batch_size, "backend": backend, "advance": bar.update}
-        with bar, without_adapter(model):
+        with bar, switched_off(model) if self.adapter_off else contextlib.nullcontext():
             for i in missing:
                 values[i] = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)[..., 0].numpy()
                 if accelerator.is_main_process:
@@ -236,10 +250,10 @@ class CachedReference:
         return hashlib.sha256((self.context + rows_fingerprint(shard)).encode()).hexdigest()[:32]
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Returns a hash of each weight's name, dtype, shape and bytes; for a PEFT model, of its base model's weights."""
+def weights_fingerprint(model: nn.Module, *, adapter_off: bool = False) -> str:
+    """Returns a hash of each weight's name, dtype, shape and bytes; with adapter_off of a PEFT model's base alone."""
     digest = hashlib.sha256()
-    prefix = getattr(model.base_model, "prefix", None) if hasattr(model, "disable_adapter") else None
+    prefix = getattr(model.base_model, "prefix", None) if adapter_off else None
     for name, tensor in sorted(model.state_dict().items()):
         if prefix is not None and any(p.startswith(prefix) or p == "modules_to_save" for p in name.split(".")):
             continue
@@ -250,13 +264,13 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def rows_fingerprint(dataset: datasets.Dataset) -> str:
-    """Returns a hash of the token ids of all rows, column by column."""
+    """Returns a hash of the token ids of all rows, and of the masks beside them, column by column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     digest = hashlib.sha256()
     table = dataset.with_format("arrow")[:]
-    for name in sorted(n for n in dataset.column_names if n.endswith("_ids")):
+    for name in sorted(n for n in dataset.column_names if n.endswith(("_ids", "_mask"))):
         column = table[name].combine_chunks()
         digest.update(name.encode())
         while isinstance(column.type, (pa.ListType, pa.LargeListType)):

@@ -1,21 +1,17 @@
-"""Prepares and checks a trainer's model, tokenizer and data sets, and warns, before the first step."""
+"""Prepares a trainer's model, tokenizer and data sets, and warns, before the first step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ..data import with_column
-from ..head import token_logps
-from ..models import Head, check_ids, embeddings, install_fused_loss, load_model
-from ..models.lm_head import causal_lm
-from ..models.modes import evaluating
+from ..models import install_fused_loss, load_model
 from ..precision import warn_if_slow
 from .reference import row_tokens
 
@@ -82,55 +78,6 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: str) -> None:
-    """Raises ValueError if the model's own logits are not those that the fused head makes of its hidden states.
-
-    ids: tokens of any text, of which the first 9 are used.
-    """
-    tokens = torch.tensor([ids[:9]], device=device)
-    inputs = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
-    targets = tokens[:, 1:]
-
-    def fused(hidden: Tensor, head: Head) -> Tensor:
-        if hidden.shape[:2] != targets.shape:
-            raise ValueError(
-                f"expected one hidden state per token, {tuple(targets.shape)}, got {tuple(hidden.shape[:2])}: "
-                "the model or its adapter adds positions of its own, which is not supported"
-            )
-        return token_logps(hidden, head, targets, backend=backend)
-
-    with evaluating(model):
-        logps = model(**inputs, fused_loss=fused)
-        logits = model(**inputs).logits  # (1, 8, V)
-    expected = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
-    tolerance = 1e-3 + torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
-    if not bool(logits.isfinite().all()):
-        broken = next((n for n, p in model.named_parameters() if not bool(p.isfinite().all())), None)
-        raise ValueError(
-            "the model's logits are not finite"
-            + (f": {broken} holds NaN or an infinity; " if broken else f" in {logits.dtype}; ")
-            + "use a model that was saved before it diverged, or load it in float32"
-        )
-    difference = float((logps - expected).abs().max())
-    if not difference <= tolerance:
-        raise ValueError(
-            f"{type(causal_lm(model)).__name__} does more to its logits than a linear head with bias, scale "
-            f"and softcap: log-probs from hidden states differ from the model's own by {difference:.3g} (at most "
-            f"{tolerance:.3g} is rounding). Training would be silently wrong, so it is refused"
-        )
-
-
-def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:
-    """Warns if the reference is not the model as handed to the trainer, but that without its trained adapter."""
-    if reference == "adapter" and any(".lora_B." in name and bool(p.any()) for name, p in model.named_parameters()):
-        warnings.warn(
-            "the model carries an adapter that is not zero, and the reference is the model with its adapter off: its "
-            "base, not the model as handed over. To compare with that, merge the adapter (model.merge_and_unload()) "
-            "and pass a peft_config for a new one",
-            stacklevel=3,
-        )
-
-
 def warn_of_lost_updates(model: nn.Module, args: TrainingArguments) -> None:
     """Warns if weights in 16 bits are trained with a learning rate under 1e-5.
 
@@ -151,38 +98,6 @@ def map_splits(dataset: Any, fn: Any) -> Any:
     if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
         return {name: fn(split) for name, split in dataset.items()}
     return fn(dataset)
-
-
-def check_rows(model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sources: Any) -> None:
-    """Raises ValueError, which names the row, for a token id that the model has no embedding for.
-
-    sources: what `encoded` was made from; the first with as many rows and a column `where` says where the row stands.
-    """
-    from pyarrow.compute import max as maximum  # pyright: ignore[reportAttributeAccessIssue]
-
-    for name in (n for n in encoded.column_names if n.endswith("_ids")):
-        column: Any = encoded.with_format("arrow").select_columns([name])
-        highest = -1
-        for table in column.iter(batch_size=10_000):
-            ids: Any = table[name].combine_chunks()
-            while hasattr(ids.type, "value_type"):
-                ids = ids.flatten()
-            highest = max(highest, maximum(ids).as_py() or 0)
-        if highest >= embeddings(model):
-            rows: Any = encoded.select_columns([name])
-            for i, row in enumerate(rows):
-                found = row[name]
-                flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
-                check_ids(model, tokenizer, flat, _place(i, len(encoded), sources))
-    check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
-
-
-def _place(i: int, count: int, sources: Iterable[Any]) -> str:
-    """Returns where row i of `count` stands, for an error."""
-    for rows in sources:
-        if isinstance(rows, datasets.Dataset) and "where" in rows.column_names and len(rows) == count:
-            return rows[i]["where"]
-    return f"row {i}"
 
 
 def with_lengths(dataset: Any, args: TrainingArguments) -> Any:

@@ -38,9 +38,28 @@ def _check(
     if loss_type == "dr_grpo" and (max_completion_length or 0) < 1:
         raise ValueError(f"loss_type='dr_grpo' divides by max_completion_length: pass it, got {max_completion_length}")
     check(beta >= 0, "beta >= 0", beta)
+    # Where they act, as in Liger's function; its module checks these three whatever the loss is.
+    if loss_type not in ("cispo", "sapo", "vespo"):
+        check(delta is None or delta > 0, "delta > 0", delta)
+    if loss_type == "sapo":
+        check(sapo_temperature_pos > 0, "sapo_temperature_pos > 0", sapo_temperature_pos)
+        check(sapo_temperature_neg > 0, "sapo_temperature_neg > 0", sapo_temperature_neg)
+
+
+def _check_module(
+    loss_type: str,
+    importance_sampling_level: str,
+    max_completion_length: int | None,
+    delta: float | None,
+    beta: float,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+) -> None:
     check(delta is None or delta > 0, "delta > 0", delta)
-    check(sapo_temperature_pos > 0, "sapo_temperature_pos > 0", sapo_temperature_pos)
-    check(sapo_temperature_neg > 0, "sapo_temperature_neg > 0", sapo_temperature_neg)
+    temperatures = sapo_temperature_pos, sapo_temperature_neg
+    for name, temperature in zip(("sapo_temperature_pos", "sapo_temperature_neg"), temperatures, strict=True):
+        check(temperature > 0, f"{name} > 0", temperature)
+    _check(loss_type, importance_sampling_level, max_completion_length, delta, beta, *temperatures)
 
 
 def _data(
@@ -211,7 +230,7 @@ class LigerFusedLinearGRPOLoss(
     "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
     operands="_input lin_weight selected_token_ids attention_mask advantages bias ref_per_token_logps "
     "old_per_token_logps ref_input ref_weight ref_bias vllm_is_ratio num_items_in_batch",
-    check=_check,
+    check=_check_module,
 ):
     """Module of `liger_fused_linear_grpo`."""
 

@@ -1,0 +1,134 @@
+"""Checks of what a run is given and of what its sampler returns: ids, lengths, and log-probs that are the policy's."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import KWARGS, check_written
+from ..models import check_ids, check_lengths, positions
+from ..models.lm_head import causal_lm
+from ..rewards import OWN_COLUMNS, PROMPT_INDEX
+from ..rollout import GenerateRollout, Rollout, Samples, encode_prompts, sample_logps
+from .collect import Completion
+from .config import RLConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("xpo_fast")
+
+_COMPARED = 16  # completions whose log-probs are compared
+
+
+def check_prompts(
+    rows: list[dict[str, Any]],
+    policy: Any,
+    tokenizer: Any,
+    rollout: Rollout,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError before a run for a column or a prompt that would fail in it, and for the padding token.
+
+    chat_template_kwargs: of the run, which the sampler must write its prompts with.
+    """
+    for name in (PROMPT_INDEX, *OWN_COLUMNS):
+        if rows and name in rows[0]:
+            raise ValueError(f"the column {name!r} is what reward functions are told of the rollout: rename it")
+    # Padding is masked, but Trainer writes this id into the model's config, and such a model cannot be loaded.
+    check_ids(policy, tokenizer, [tokenizer.pad_token_id], "the padding token")
+    kwargs = getattr(rollout, KWARGS, chat_template_kwargs)
+    if chat_template_kwargs and kwargs != chat_template_kwargs:
+        raise ValueError(
+            f"the settings have {KWARGS} {dict(chat_template_kwargs)}, the rollout {kwargs}: pass them to the rollout, "
+            "which writes the prompts"
+        )
+    places = [str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows)]
+    prompts = [row["prompt"] for row in rows]
+    check_written(tokenizer, prompts, places, kwargs)
+    if not isinstance(rollout, GenerateRollout):
+        return
+    ids = encode_prompts(prompts, tokenizer, kwargs)
+    for place, row in zip(places, ids, strict=True):
+        check_ids(policy, tokenizer, row, place)
+    limit = positions(policy)
+    long = [k for k, x in enumerate(ids) if limit is not None and len(x) >= limit]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the "
+            f"first is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave "
+            "them out"
+        )
+
+
+def check_completions(rows: list[Completion], policy: Any, tokenizer: Any, rollout: Rollout) -> None:
+    """Raises ValueError for completions of `rollout` that the policy cannot be trained on; it names a server's URL."""
+    sampler = getattr(rollout, "url", type(rollout).__name__)
+    for row in rows:
+        check_ids(policy, tokenizer, [*row.prompt_ids, *row.ids], f"a completion of the prompt {row.prompt!r:.80}")
+        if not row.prompt_ids:
+            raise ValueError(f"a prompt without a token: {row.prompt!r:.80}; its first answer token has no predecessor")
+        if row.logps is not None and len(row.logps) != len(row.ids):
+            raise ValueError(
+                f"the sampler {sampler} gave {len(row.logps)} log-probs for {len(row.ids)} tokens: set "
+                "off_policy='none', or mend the sampler"
+            )
+        if row.logps is not None and math.isnan(sum(row.logps)):
+            at = next(i for i, x in enumerate(row.logps) if not math.isfinite(x))
+            raise ValueError(
+                f"the sampler {sampler} gave {row.logps[at]} as the log-prob of token {at} of its completion "
+                f"{row.completion!r:.80} of {row.prompt!r:.80}: its model is broken, or has been updated by halves"
+            )
+    lengths = [len(row.prompt_ids) + len(row.ids) for row in rows]
+    remedy = "set a smaller max_new_tokens, or leave longer prompts out"
+    check_lengths(policy, lengths, lambda i: f"a completion of the prompt {rows[i].prompt!r:.80}", remedy)
+
+
+def check_sampler(
+    rows: list[Completion], policy: Any, args: RLConfig, accelerator: Accelerator, *, own_sampler: bool
+) -> None:
+    """Compares the sampler's log-probs with those of the policy, which has not been trained since.
+
+    They are two computations of one number: sampling pads prompts on the left and keeps a cache, training pads on the
+    right. Compared are the completions of the shortest prompts, which have the most padding, by the mean over their
+    tokens of |log q − log p|: rounding is far below 0.02 nats in float32 and 0.2 in 16 bits. Raises ValueError where
+    the policy itself is the sampler (own_sampler), and warns where it is another.
+
+    Does nothing where the two are not to be equal: with top_p or top_k, greedily, and for a server with a temperature,
+    which it may or may not have reported.
+    """
+    cut = args.top_p < 1 or args.top_k is not None
+    if cut or not args.temperature > 0 or (not own_sampler and args.temperature != 1):
+        return
+    some = sorted((row for row in rows if row.logps and row.ids), key=lambda row: len(row.prompt_ids))[:_COMPARED]
+    if not some:
+        return
+    completions = [row.completion for row in some]
+    prompts, prompt_ids, ids = ([getattr(row, n) for row in some] for n in ("prompt", "prompt_ids", "ids"))
+    samples = Samples(prompts, prompt_ids, ids, completions, ["stop"] * len(some))
+    size = min(args.per_device_eval_batch_size, len(some))
+    with accelerator.autocast():
+        own = sample_logps(policy, samples, temperature=args.temperature, batch_size=size, backend=args.backend)
+    reported = torch.zeros_like(own)
+    for i, row in enumerate(some):
+        reported[i, : len(row.ids)] = torch.tensor(row.logps)
+    difference = float((own - reported)[samples.mask].abs().mean())
+    narrow = args.bf16 or args.fp16 or any(p.dtype not in (torch.float32, torch.float64) for p in policy.parameters())
+    if difference <= (0.2 if narrow else 0.02):
+        return
+    said = f"log-probs of the first completions as sampled and by the policy differ by {difference:.3g} nats per token"
+    if own_sampler:
+        raise ValueError(
+            f"{said}: {type(causal_lm(policy)).__name__} does not generate what it is trained on. It may not observe "
+            "the mask of the prompts' padding, which is on the left (set generation_batch_size=1 to sample without), "
+            "or its cache may not be exact"
+        )
+    logger.warning(
+        "%s: the server may hold other weights than the policy, or report log-probs at another temperature; set "
+        "off_policy to correct for it, if it is meant",
+        said,
+    )
