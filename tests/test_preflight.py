@@ -14,9 +14,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import xpo_fast as xf
-from xpo_fast import data
+import xpo_fast.rl.preflight
+from xpo_fast import data, rl
+from xpo_fast.rewards.spec import USES
+from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
+from xpo_fast.rl import RLConfig, RLTrainer
 from xpo_fast.trainer import XPOConfig, XPOTrainer
-from xpo_fast.trainer.findings import Finding, Report, marked
+from xpo_fast.trainer.findings import Finding, Report, Row, marked
 from xpo_fast.trainer.preflight import KNOWN, evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -186,8 +190,8 @@ def counts_batches(made):
 
 
 def reads_padding(made):
-    """A layer takes a mean over all positions, those of padding too."""
-    made.model.model.norm.register_forward_hook(lambda module, given, out: out - 0.3 * out.mean(dim=1, keepdim=True))
+    """A layer takes the width of the batch for the length of a row."""
+    made.model.model.norm.register_forward_hook(lambda module, given, out: out * (1 + 0.05 * out.shape[1]))
 
 
 def another_reference(made):
@@ -257,10 +261,6 @@ PLANTED = {
     "an option of another branch": (
         {"method": "f_dpo", "method_args": {"alpha": 0.9}}, None, "doubt", "options", "alpha=0.9 changes nothing",
     ),
-    "an option that is not read": (
-        {"method_args": {"beta": 0.5}, "given": {"objective": xf.Objective("dpo")}}, None, "doubt", "options",
-        "method_args={'beta': 0.5} of the arguments are not read",
-    ),
     "the same answers": (
         {"dataset": [*rows(), {**rows()[0], "chosen": rows()[0]["rejected"]}]}, None, "doubt", "rows",
         "chosen and rejected are the same tokens in 1 of 13 pairs (first rows[12])",
@@ -317,6 +317,115 @@ def test_a_template_end_at_which_sampling_does_not_stop_is_named(tmp_path):
     assert "'<user>', which is neither the tokenizer's EOS nor in the generation config" in fault.text
     made.model.generation_config.eos_token_id = [1, 3]  # then it does
     assert not [f for f in made.preflight().faults if f.check == "end"]
+
+
+# --- reward models and RL ---------------------------------------------------------------------------------------------
+
+
+def reward_trainer(folder: Path, method: str, dataset=None, **args) -> RewardTrainer:
+    kind = USES[method][0]
+    args |= {"objectives": ["a", "b"]} if method == "gated" else {}
+    config = RewardConfig(
+        str(folder / "out"), method=method, use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1,
+        per_device_train_batch_size=4, seed=3, **args,
+    )  # fmt: skip
+    return RewardTrainer(
+        model(), config, train_dataset=rows(kind) if dataset is None else dataset, processing_class=tokenizer()
+    )
+
+
+@pytest.mark.parametrize("method", USES)
+def test_a_sound_reward_model_is_clean(tmp_path, method):
+    report = reward_trainer(tmp_path, method).preflight()
+    assert [f for f in report.findings if f.level != "ok"] == []
+    assert {"loss", "end", "lengths", "head"} <= {f.check for f in report.findings}
+
+
+def test_a_reward_models_faults_are_named_and_stop_it(tmp_path):
+    made = reward_trainer(tmp_path, "bradley_terry", SWAPPED, preflight="stop")
+    with pytest.raises(ValueError, match="score_chosen is below score_rejected in 100% of pairs"):
+        made.train()
+    made = reward_trainer(tmp_path, "bradley_terry")
+    counts_rows(made)
+    assert ["wrong denominator" in f.text for f in made.preflight().faults] == [True]
+    made = reward_trainer(tmp_path, "bradley_terry")
+    masks_pad(made)
+    assert {f.check for f in made.preflight().faults} == {"mask", "end"}
+
+
+def rl_trainer(folder: Path, reward, *, positions: int = 128, **args) -> RLTrainer:
+    config = RLConfig(
+        **{
+            "output_dir": str(folder / "out"), "method": "grpo", "use_cpu": True, "disable_tqdm": True, "seed": 3,
+            "save_strategy": "no", "per_device_train_batch_size": 8, "num_generations": 4, "max_new_tokens": 12,
+            "max_steps": 2, "learning_rate": 1e-3, **args,
+        }
+    )  # fmt: skip
+    prompts, policy, words_of = (
+        [{"prompt": f"w{i} w{i + 1}"} for i in range(6)],
+        model(max_position_embeddings=positions),
+        tokenizer(),
+    )
+    return RLTrainer(policy, reward, config, train_dataset=prompts, processing_class=words_of)
+
+
+def ids_of(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def test_the_first_rollout_is_checked_without_another_call(tmp_path):
+    calls = []
+
+    def counted(completion_ids, **_):
+        calls.append(len(completion_ids))
+        return ids_of(completion_ids)
+
+    made = rl_trainer(tmp_path, counted)
+    made.train()
+    assert calls == [8, 8]  # two steps of two prompts
+    found = {f.check: f for f in made.report.findings}
+    assert {"prompts", "end", "head", "rollout", "rewards", "lengths", "log-probs"} <= found.keys()
+    assert found["rewards"].level == found["log-probs"].level == "ok" and not made.report.faults
+
+
+PLANTED_IN_RL = {
+    "equal rewards": (lambda completion_ids, **_: [1.0] * len(completion_ids), {}, "doubt", "not told apart"),
+    "equal in each group": (
+        lambda prompts, **_: [float(ord(p[1])) for p in prompts], {}, "doubt", "have equal rewards among",
+    ),
+    "no rewards": (
+        lambda completion_ids, **_: [None] * (len(completion_ids) - 2) + [0.0, 1.0], {}, "doubt", "have no reward",
+    ),
+    "too few tokens": (ids_of, {"max_new_tokens": 2}, "doubt", "are cut at max_new_tokens=2"),
+    "no room": (ids_of, {"max_new_tokens": 16, "positions": 17}, "doubt", "leave less than max_new_tokens=16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_RL)
+def test_a_fault_planted_in_rl_is_named(tmp_path, name):
+    reward, args, level, words = PLANTED_IN_RL[name]
+    made = rl_trainer(tmp_path, reward, max_steps=1, **args)
+    made.train()
+    assert any(words in f.text for f in made.report.of(level)), str(made.report)
+
+
+def test_a_fault_of_the_first_rollout_stops_a_run_that_is_to_stop(tmp_path, monkeypatch):
+    made = rl_trainer(tmp_path, ids_of, preflight="stop")
+    right = rl.preflight.row_logps
+    monkeypatch.setattr(rl.preflight, "row_logps", lambda *args, **how: right(*args, **how) - 0.5)
+    with pytest.raises(ValueError, match="1 fault: log-probs: the log-probs of a batch are off by"):
+        made.train()
+    assert made.state.global_step == 0 and made.progress.rollouts == 0
+
+
+def test_rl_is_the_same_bit_by_bit_with_and_without(tmp_path):
+    weights = []
+    for asked in ("warn", "off"):
+        made = rl_trainer(tmp_path / asked, ids_of, preflight=asked)
+        made.train()
+        weights.append((made.model.state_dict(), torch.get_rng_state()))
+    (a, drawn), (b, drawn_off) = weights
+    assert all(torch.equal(a[name], b[name]) for name in a) and torch.equal(drawn, drawn_off)
 
 
 # --- what it leaves alone, and when it runs ---------------------------------------------------------------------------
@@ -454,8 +563,6 @@ def test_a_long_row_keeps_its_ends():
     ids = [(5 + i % 60, i >= 300) for i in range(600)]
     whole = marked(ids, tokenizer())
     short = Report("t", [Finding("mask", "ok", "x")])
-    from xpo_fast.trainer.findings import Row
-
     short.row = Row("rows[0]", ids, tokenizer())
     text = short.row.text(colours=False)
     assert len(text) < 700 < len(whole)

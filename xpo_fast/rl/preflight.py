@@ -10,25 +10,27 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..data import pad_rows
 from ..models import embeddings
 from ..rollout import GenerateRollout, encode_prompts
 from ..rollout.generate import positions
 from ..rollout.sampling import Sampling, eos_ids
-from ..trainer.findings import Report
+from ..trainer.findings import Finding, Report
 from ..trainer.preflight import check_tied, true_logps, untouched
 from ..trainer.reference import row_logps
 from ..trainer.row_checks import Behind, attempt
-from .collect import Completion, spread
+from .checks import check_sampler
+from .collect import Collector, Completion, spread
 
 ROWS = 2  # completions whose log-probs are compared: the shortest ones
 _MOST_CUT, _MOST_SHORT = 0.5, 0.05  # shares of completions and prompts; beyond them there is a doubt
 
 
-def check_before(trainer: Any) -> Report:
-    """Checks prompts, the room that they leave, what ends a completion, and the head, without sampling anything."""
+def check_before(trainer: Any, collector: Collector | None) -> Report:
+    """Checks prompts, the room that they leave, what ends a completion, and the head, and with a collector a rollout.
+
+    collector: collects the first rollout for the check alone; None: nothing is sampled.
+    """
     began = time.perf_counter()
     names = " + ".join(m.name for m in trainer.objective.methods)
     report = Report(f"{type(trainer).__name__}, {names} on {len(trainer.prompts):,} prompts")
@@ -37,8 +39,38 @@ def check_before(trainer: Any) -> Report:
         attempt(report, check_end, trainer)
         attempt(report, check_tied, trainer.policy)
         attempt(report, check_held_out, trainer)
+        if collector is not None:
+            rows = [row for group in collector.collect(0, 0).groups for row in group]
+            report.findings += check_rollout(trainer, rows)
+            attempt(report, _check_sampler, trainer, rows)
+    if collector is None:
+        report.add("rollout", "note", "rewards, lengths and log-probs are looked at in the first rollout")
     report.seconds = time.perf_counter() - began
     return report
+
+
+def check_first(trainer: Any, rows: Sequence[Completion]) -> None:
+    """Checks a run's first rollout and logs faults and doubts; raises ValueError for a fault if the run is to stop."""
+    if trainer.args.preflight == "off":
+        return
+    report = Report("the first rollout", check_rollout(trainer, rows))
+    if trainer.is_world_process_zero():
+        report.log()
+    if trainer.report is not None:
+        trainer.report.findings += report.findings
+    if trainer.args.preflight == "stop":
+        report.raise_for_faults()
+
+
+def _check_sampler(report: Report, trainer: Any, rows: list[Completion]) -> None:
+    """Says as a fault what a run would refuse, see `check_sampler`."""
+    own = isinstance(trainer.rollout, GenerateRollout)
+    try:
+        check_sampler(rows, trainer.policy, trainer.args, trainer.accelerator, own_sampler=own)
+    except ValueError as error:
+        report.add("sampler", "fault", str(error))
+    else:
+        report.add("sampler", "ok", "completions are sampled from what is trained")
 
 
 def check_room(report: Report, trainer: Any) -> None:
@@ -77,14 +109,14 @@ def check_held_out(report: Report, trainer: Any) -> None:
         report.add("prompts", "doubt", f"{shared} of {len(held)} prompts held out are trained on as well")
 
 
-def check_rollout(trainer: Any, rows: Sequence[Completion], per_prompt: int) -> Report:
+def check_rollout(trainer: Any, rows: Sequence[Completion]) -> list[Finding]:
     """Checks a rollout that has been scored: no completion is sampled, and no reward asked for, beside its own."""
-    report = Report(f"{type(trainer).__name__}, the first rollout")
+    report, per_prompt = Report("rollout"), trainer.args.num_generations
     with untouched(trainer.objective):
         attempt(report, check_rewards, rows, per_prompt, trainer.rewards.names)
         attempt(report, check_lengths, rows, trainer.sampling)
         attempt(report, check_log_probs, trainer, rows)
-    return report
+    return report.findings
 
 
 def check_rewards(report: Report, rows: Sequence[Completion], per_prompt: int, names: Sequence[str]) -> None:
@@ -115,7 +147,7 @@ def check_lengths(report: Report, rows: Sequence[Completion], sampling: Sampling
 
 
 def check_log_probs(report: Report, trainer: Any, rows: Sequence[Completion]) -> None:
-    """Compares the log-probs of the shortest completions: the model's own, the fused head's and the sampler's."""
+    """Compares the log-probs of the shortest completions in a batch with those of the model's own logits."""
     policy, args = trainer.policy, trainer.args
     some = sorted((row for row in rows if row.ids), key=lambda row: len(row.prompt_ids) + len(row.ids))[:ROWS]
     if not some:
@@ -130,18 +162,5 @@ def check_log_probs(report: Report, trainer: Any, rows: Sequence[Completion]) ->
     if not bool((off <= truth.allowed()).all()):
         said = f"the log-probs of a batch are off by {float(off.max()):.3g} nats per row from the model's own logits"
         report.add("log-probs", "fault", f"{said}: padding is read, or the batch has other tokens")
-        return
-    report.add("log-probs", "ok", f"log-probs are those of the model's own logits (off by {float(off.max()):.1g})")
-    sampling = trainer.sampling
-    if any(row.logps is None for row in some) or sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k:
-        return
-    sampled = torch.tensor([math.fsum(row.logps or ()) for row in some], dtype=torch.float64)
-    off, count = (sampled - truth.sums()).abs(), torch.tensor([len(row.ids) for row in some])
-    own = isinstance(trainer.rollout, GenerateRollout)
-    allowed = truth.allowed() * 3 + (0 if own else 0.02 * count)  # a server computes in another dtype
-    if bool((off > allowed).any()):
-        said = f"the sampler's log-probs differ from the policy's by up to {float((off / count).max()):.3g} per token"
-        what = "it samples from other weights, or from other prompts than are trained on"
-        report.add("log-probs", "fault" if own else "doubt", f"{said}: {what}")
     else:
-        report.add("log-probs", "ok", "the sampler's log-probs are the policy's")
+        report.add("log-probs", "ok", f"log-probs are those of the model's own logits (off by {float(off.max()):.1g})")

@@ -41,10 +41,10 @@ from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, Train
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
 from .checks import check_completions, check_prompts, check_sampler
-from .collect import Collector, Completion, data_columns, describe
+from .collect import Collector, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
-from .preflight import check_before, check_rollout
+from .preflight import check_before, check_first
 from .reference import MovingReference, choose_reference
 from .sample_log import SAMPLES_FILE, append_lines, sample_lines, table
 
@@ -204,28 +204,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         sample: collect the first rollout for it now, and ask the rewards for theirs; training collects it again.
         Returns what was found, and keeps it in `report`, to which the first rollout adds; None without prompts.
         """
-        if not self.prompts:
-            return None
-        self.report = check_before(self)
-        if sample:
-            rows = [row for group in self._collector.collect(0, 0).groups for row in group]
-            self.report.findings += check_rollout(self, rows, self.args.num_generations).findings
-        else:
-            self.report.add("rollout", "note", "rewards, lengths and log-probs are looked at in the first rollout")
+        self.report = check_before(self, self._collector if sample else None) if self.prompts else None
         return self.report
-
-    def _check_rollout(self, rows: list[Completion]) -> None:
-        """Looks at the first rollout of this process, and logs what is found or, if asked to, raises ValueError."""
-        if self._rollout_checked or self.args.preflight == "off":
-            return
-        self._rollout_checked = True
-        found = check_rollout(self, rows, self.args.num_generations)
-        if self.is_world_process_zero():
-            found.log()
-        if self.report is not None:
-            self.report.findings += found.findings
-        if self.args.preflight == "stop":
-            found.raise_for_faults()
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -324,7 +304,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 number=progress.rollouts,
                 names=self.rewards.names,
             )
-        self._check_rollout(rows)
+        if not self._rollout_checked:
+            self._rollout_checked = True
+            check_first(self, rows)
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times
         metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}
         metrics["passes"] = progress.cursor / len(self.prompts)

@@ -99,7 +99,7 @@ class XPOTrainer(UnitTrainer):
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
         self._texts: datasets.Dataset | None = None  # what the training rows were encoded from
-        self._given_objective, self._new_adapter = objective is not None, peft_config is not None
+        self._new_adapter = peft_config is not None
         pad = padding_id(model, processing_class)
         super().__init__(
             model=model,
@@ -217,7 +217,6 @@ class XPOTrainer(UnitTrainer):
                 reference=None if self.reference == "none" else self._reference_rows,
                 cached=self._live is None,
                 trained=self._why_not_reference,
-                unread=self._unread(),
                 looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
             )
         )
@@ -386,15 +385,6 @@ class XPOTrainer(UnitTrainer):
         if adapted and not self._new_adapter and hasattr(self.model, "disable_adapter"):
             return "the policy carries an adapter that was trained before, and the reference does not"
         return None
-
-    def _unread(self) -> str | None:
-        """Returns what of the arguments an objective that was given leaves unread."""
-        method, given = self.args.method, self.args.method_args
-        names = " + ".join(m.name for m in self.objective.methods)
-        if not self._given_objective or (not given and method in (names, "dpo")):
-            return None
-        asked = ", ".join([f"method={method!r}", *([f"method_args={given}"] if given else [])])
-        return f"{asked} of the arguments are not read: the trainer was given an objective, {self.objective}"
 
     @cached_property
     def _value(self) -> Tensor:

@@ -63,7 +63,6 @@ class Run:
     reference: Callable[[dict[str, Tensor]], Tensor] | None = None  # (R,) log-probs of a batch's rows; None: none
     cached: bool = False  # the reference's log-probs are columns of the data set
     trained: Callable[[], str | None] = lambda: None  # why policy and reference may differ; None: they must not
-    unread: str | None = None  # what of the arguments the run does not use
     coupled: bool = False  # the losses of a batch depend on one another
     looks_at_model: bool = True
 
@@ -78,8 +77,6 @@ def preflight(run: Run) -> Report:
     began, report = time.perf_counter(), Report(run.title)
     with untouched(run.objective):
         check_rows_of(report, run.rows)
-        if run.unread is not None:
-            report.add("options", "doubt", run.unread)
         attempt(report, check_tied, run.model)
         if run.looks_at_model:
             attempt(report, check_loss, run)
@@ -377,10 +374,7 @@ def _check_invariance(report: Report, run: Run, features: list[dict], expected: 
         report.add("loss", "ok", f"loss {found:.4f} is the same {ways}{'' if expected is None else ', and in float64'}")
         return
     asked = {
-        "the method gives other losses for these log-probs: a wrong denominator?": (
-            expected,
-            _loss_of(run, [features]),
-        ),
+        "it is not the mean of the units' losses: a wrong denominator?": (whole, _loss_of(run, [features])),
         "it changes with padding": (_loss_of(run, [features]), _loss_of(run, [features], padded=True)),
         "it changes with the order of rows": (_loss_of(run, [features]), _loss_of(run, [features[::-1]])),
         "it changes if a step is cut into micro-batches: a wrong denominator?": (
