@@ -350,7 +350,8 @@ def _report(encoded: datasets.Dataset, max_length: int) -> dict[str, int]:
 
     Returns the sums of the columns `_COUNTS`.
     """
-    sums = dict.fromkeys(_COUNTS, 0)
+    sums: dict[str, int] = {name: 0 for name in _COUNTS}
+    batch: Any
     for batch in encoded.select_columns([*_COUNTS]).iter(batch_size=1000):
         sums = {name: total + sum(batch[name]) for name, total in sums.items()}
     cut, count, prompts_cut, rewritten, joined, _, unscored = sums.values()

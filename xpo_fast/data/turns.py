@@ -59,7 +59,8 @@ def _marked(tokenizer: Any, whole: Conversation, text: str, where: str) -> Seque
     """Returns the parts of the text between the template's {% generation %} and {% endgeneration %}."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    [rendered], [spans] = render_jinja_template(
+    render: Any = render_jinja_template  # its annotation is of one text, and it returns lists
+    [rendered], [spans] = render(
         [list(whole)],
         tools=whole.tools,
         chat_template=tokenizer.get_chat_template(tools=whole.tools),
