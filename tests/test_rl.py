@@ -690,7 +690,7 @@ def test_a_sampler_may_say_its_log_probs_of_some_rollouts(tmp_path):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_an_adapter_that_has_learned_is_not_in_the_reference(tmp_path, recwarn, trained):
+def test_an_adapter_that_has_learned_is_not_in_the_base(tmp_path, recwarn, trained):
     import peft
 
     model = peft.get_peft_model(make_model(), lora())
@@ -699,9 +699,9 @@ def test_an_adapter_that_has_learned_is_not_in_the_reference(tmp_path, recwarn, 
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
         with pytest.warns(UserWarning, match="its base, not the model as handed over"):
-            make_trainer(tmp_path, model=model, kl_coef=0.1)
+            make_trainer(tmp_path, model=model, kl_coef=0.1, reference="adapter")
     else:
-        make_trainer(tmp_path, model=model, kl_coef=0.1)
+        make_trainer(tmp_path, model=model, kl_coef=0.1, reference="adapter")
         assert not [w for w in recwarn if "handed over" in str(w.message)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,8 +20,9 @@ from ..seeds import seed_of_repr
 class MixtureRollout(GenerateRollout):
     """Rollout of π^{1−c}·ref^{c}, the mixture of the next-token distributions, normalised at every token.
 
-    model: the policy. reference: another causal LM with the same vocabulary, or None for the policy with its adapter
-    switched off. share: c in [0, 1]; 0 is the policy, 1 the reference. Temperature, top_p and top_k act on the mixture.
+    model: the policy. reference: another causal LM with the same vocabulary, or None for the policy inside the context
+    `scoring()`, such as that of an `RLTrainer`'s moving reference; by default with its adapter switched off. share: c
+    in [0, 1]; 0 is the policy, 1 the reference. Temperature, top_p and top_k act on the mixture.
     """
 
     def __init__(
@@ -33,14 +34,16 @@ class MixtureRollout(GenerateRollout):
         share: float,
         batch_size: int = 64,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        scoring: Callable[[], contextlib.AbstractContextManager] | None = None,
     ) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"expected a share of the reference in [0, 1], got {share!r}")
-        if reference is None and not hasattr(model, "disable_adapter"):
+        if reference is None and scoring is None and not hasattr(model, "disable_adapter"):
             raise ValueError("without a reference the policy must carry an adapter that can be switched off")
         how: Any = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
         super().__init__(model, tokenizer, continuous=False, **how)
         self.reference, self.share = reference, share
+        self._scoring = scoring or (lambda: without_adapter(model))
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """Returns n completions per prompt, those of a prompt side by side."""
@@ -62,7 +65,7 @@ class MixtureRollout(GenerateRollout):
             if cache is not None:
                 theirs["past_key_values"] = caches.setdefault(cache, type(cache)())
             out = forward(*args, **kwargs)
-            with without_adapter(self.model) if self.reference is None else contextlib.nullcontext():
+            with self._scoring() if self.reference is None else contextlib.nullcontext():
                 logits = other(*args, **theirs).logits
             pi, ref = (x.float().log_softmax(dim=-1) for x in (out.logits, logits))
             out.logits = (1 - self.share) * pi + self.share * ref  # log-probs of the mixture, up to a constant

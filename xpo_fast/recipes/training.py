@@ -198,13 +198,9 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
     trainer = RLTrainer(model, rewards, config, train_dataset=prompts, **about)
     if it.recipe.draws_rivals:
         reference: Any = trainer.moving_reference
-        against.rollout = MixtureRollout(
-            trainer.model,
-            about["processing_class"],
-            reference=reference.copy,
-            share=it.recipe.mix,
-            chat_template_kwargs=config.chat_template_kwargs,
-        )
+        how: Any = {"reference": reference.copy, "scoring": reference.scoring, "share": it.recipe.mix}
+        how["chat_template_kwargs"] = config.chat_template_kwargs
+        against.rollout = MixtureRollout(trainer.model, about["processing_class"], **how)
     logs = it.fit(trainer, method, last_checkpoint(config.output_dir, STATE_FILE))
     samples = it.checkpoints / SAMPLES_FILE
     if samples.is_file():

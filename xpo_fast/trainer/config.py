@@ -105,7 +105,8 @@ class XPOConfig(MethodConfig):
         "auto",
         "The reference policy: adapter (the model with its adapter off), cached (log-probs computed once "
         "and kept on disk), copy (a frozen copy in memory), none, or auto: none for a method without a reference, "
-        "adapter where there is one, cached otherwise.",
+        "adapter where there is one (or, if it has been trained before, the model with it, kept as it was), cached "
+        "otherwise.",
     )
     ref_cache_dir: str | None = argument(
         None, "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
