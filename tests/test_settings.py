@@ -13,7 +13,13 @@ from xpo_fast.objective import Objective
 from xpo_fast.rewards.trainer import RewardConfig
 from xpo_fast.rl import RLConfig, RLTrainer
 from xpo_fast.trainer import XPOConfig, XPOTrainer
-from xpo_fast.trainer.arguments import REFUSED, REFUSED_BY_TRAINER, REFUSED_ONLINE, check_arguments
+from xpo_fast.trainer.arguments import (
+    REFUSED,
+    REFUSED_BY_TRAINER,
+    REFUSED_ONLINE,
+    check_arguments,
+    find_unused_parameters,
+)
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -191,3 +197,16 @@ def test_an_objective_stands_in_for_the_arguments_about_it(tmp_path):
 def test_arguments_of_the_own_sampler_do_not_go_to_another(tmp_path):
     with pytest.raises(ValueError, match="generation_batch_size of the arguments are for GenerateRollout"):
         trainer_of(RLTrainer, tmp_path, {"generation_batch_size": 3}, rollout=object())
+
+
+def test_reentrant_checkpointing_of_a_model_that_text_does_not_use_up(tmp_path, monkeypatch):
+    """Where DDP cannot look for the weights without a gradient, it would average none."""
+    model, asked = test_trainer.with_images(), {"use_cpu": True, "activation_checkpointing": True}
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    args = XPOConfig(str(tmp_path), **asked, activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="text does not use all of Gemma3ForConditionalGeneration"):
+        find_unused_parameters(model, args)
+    for one, found in ((model, True), (test_trainer.make_model(), None)):
+        args = XPOConfig(str(tmp_path), **asked)
+        find_unused_parameters(one, args)
+        assert args.ddp_find_unused_parameters is found
