@@ -188,6 +188,25 @@ def test_own_arguments_that_others_leave_without_effect(tmp_path, kind, given, s
         make()
 
 
+@pytest.mark.parametrize(
+    "method, options, said",
+    [
+        ("dpo", {"seed": 3}, "seed= is for the rival tokens of cringe, dpo draws none"),
+        ("simpo", {"top_k": 3}, "top_k= is for the rival tokens of cringe"),
+        ("simpo", {"clamp": False}, "clamp=False is about the weights of wpo=True"),
+        ("cringe", {"seed": 3, "top_k": 3}, None),
+        ("simpo", {"clamp": False, "wpo": True}, None),
+        ("dpo", {"seed": None, "top_k": 5, "clamp": True}, None),
+    ],
+)
+def test_options_of_an_objective_that_none_of_its_methods_reads(method, options, said):
+    if said is None:
+        Objective(method, **options)
+        return
+    with pytest.raises(ValueError, match=said):
+        Objective(method, **options)
+
+
 def test_an_objective_stands_in_for_the_arguments_about_it(tmp_path):
     for name, value in {"method": "simpo", "method_args": {"beta": 0.2}, "tile_mib": 4.0}.items():
         with pytest.raises(ValueError, match=f"objective= stands in for {name} of the arguments"):
