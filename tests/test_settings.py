@@ -13,7 +13,13 @@ from xpo_fast.objective import Objective
 from xpo_fast.rewards.trainer import RewardConfig
 from xpo_fast.rl import RLConfig, RLTrainer
 from xpo_fast.trainer import XPOConfig, XPOTrainer
-from xpo_fast.trainer.arguments import REFUSED, REFUSED_BY_TRAINER, REFUSED_ONLINE, check_arguments
+from xpo_fast.trainer.arguments import (
+    REFUSED,
+    REFUSED_BY_TRAINER,
+    REFUSED_ONLINE,
+    check_arguments,
+    find_unused_parameters,
+)
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -182,6 +188,25 @@ def test_own_arguments_that_others_leave_without_effect(tmp_path, kind, given, s
         make()
 
 
+@pytest.mark.parametrize(
+    "method, options, said",
+    [
+        ("dpo", {"seed": 3}, "seed= is for the rival tokens of cringe, dpo draws none"),
+        ("simpo", {"top_k": 3}, "top_k= is for the rival tokens of cringe"),
+        ("simpo", {"clamp": False}, "clamp=False is about the weights of wpo=True"),
+        ("cringe", {"seed": 3, "top_k": 3}, None),
+        ("simpo", {"clamp": False, "wpo": True}, None),
+        ("dpo", {"seed": None, "top_k": 5, "clamp": True}, None),
+    ],
+)
+def test_options_of_an_objective_that_none_of_its_methods_reads(method, options, said):
+    if said is None:
+        Objective(method, **options)
+        return
+    with pytest.raises(ValueError, match=said):
+        Objective(method, **options)
+
+
 def test_an_objective_stands_in_for_the_arguments_about_it(tmp_path):
     for name, value in {"method": "simpo", "method_args": {"beta": 0.2}, "tile_mib": 4.0}.items():
         with pytest.raises(ValueError, match=f"objective= stands in for {name} of the arguments"):
@@ -191,3 +216,16 @@ def test_an_objective_stands_in_for_the_arguments_about_it(tmp_path):
 def test_arguments_of_the_own_sampler_do_not_go_to_another(tmp_path):
     with pytest.raises(ValueError, match="generation_batch_size of the arguments are for GenerateRollout"):
         trainer_of(RLTrainer, tmp_path, {"generation_batch_size": 3}, rollout=object())
+
+
+def test_reentrant_checkpointing_of_a_model_that_text_does_not_use_up(tmp_path, monkeypatch):
+    """Where DDP cannot look for the weights without a gradient, it would average none."""
+    model, asked = test_trainer.with_images(), {"use_cpu": True, "activation_checkpointing": True}
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    args = XPOConfig(str(tmp_path), **asked, activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="text does not use all of Gemma3ForConditionalGeneration"):
+        find_unused_parameters(model, args)
+    for one, found in ((model, True), (test_trainer.make_model(), None)):
+        args = XPOConfig(str(tmp_path), **asked)
+        find_unused_parameters(one, args)
+        assert args.ddp_find_unused_parameters is found

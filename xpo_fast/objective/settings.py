@@ -16,6 +16,8 @@ from .batch import HARMLESS, PAIRS
 from .rivals import Rivals
 from .terms import parse_terms
 
+_TOP_K = 5
+
 
 class Settings:
     """The settings of `Objective`, which documents them."""
@@ -31,7 +33,7 @@ class Settings:
         wpo: bool = False,
         clamp: bool = True,
         fixed_length: int | None = None,
-        top_k: int = 5,
+        top_k: int = _TOP_K,
         seed: int | None = None,
         backend: str = "auto",
         tile_bytes: int | None = None,
@@ -168,6 +170,12 @@ class Settings:
             raise ValueError(f"expected fixed_length of at least one token, got {self.fixed_length!r}")
         if self.fixed_length is not None and all(m.denominator != "fixed_length" for m in self.methods):
             raise ValueError(f"fixed_length= is for dr_grpo, {names} divides by something else")
+        if not self.clamp and not self.wpo:
+            raise ValueError("clamp=False is about the weights of wpo=True: set that, too, or leave it out")
+        drawn = {"top_k": self.rivals.top_k != _TOP_K, "seed": self.rivals.seed is not None}
+        if any(drawn.values()) and not self.draws_rivals:
+            idle = " and ".join(f"{name}=" for name, given in drawn.items() if given)
+            raise ValueError(f"{idle} is for the rival tokens of cringe, {names} draws none: leave it out")
         if self.pairs is not None and self.pairs not in PAIRS:
             raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
         for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):

@@ -7,8 +7,13 @@ What is not named here acts as transformers describes it. tests/test_settings.py
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from ..models.lm_head import causal_lm
+
+logger = logging.getLogger("xpo_fast")
 
 _NO_PREDICTIONS = "an evaluation computes losses and metrics and keeps no predictions: leave it out"
 _LIGER = (
@@ -108,3 +113,25 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
     problems = [f"{name}=: {why}" for name, why in REFUSED_BY_TRAINER.items() if given.get(name) is not None]
     if problems:
         raise ValueError("not used here: " + "; ".join(problems))
+
+
+def find_unused_parameters(model: Any, args: Any) -> None:
+    """Lets DDP look for weights without a gradient if the model has parts for images or sound, which text may not use.
+
+    transformers does so by itself, but not with activation checkpointing: DDP would wait for these weights, and until
+    it finds out in the second step average no gradient. Changes args.ddp_find_unused_parameters if it is None, and logs
+    that. Raises ValueError for reentrant checkpointing, with which DDP cannot look.
+    """
+    config = getattr(causal_lm(model), "config", None)
+    single = config is None or config.get_text_config() is config
+    if single or args.world_size == 1 or args.fsdp or args.deepspeed or args.ddp_find_unused_parameters is not None:
+        return
+    how = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+    name = type(causal_lm(model)).__name__
+    if args.gradient_checkpointing and how.get("use_reentrant"):
+        raise ValueError(
+            f"text does not use all of {name}, and with use_reentrant=True DDP cannot find out what: leave "
+            "use_reentrant out, or freeze those parts and set ddp_find_unused_parameters=False"
+        )
+    args.ddp_find_unused_parameters = True
+    logger.info("ddp_find_unused_parameters=True: text need not use all of %s", name)

@@ -31,7 +31,7 @@ from ..files import SavingError, saving
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from ..seeds import draws_by
-from .arguments import check_trainer_arguments
+from .arguments import check_trainer_arguments, find_unused_parameters
 from .checkpoints import check_room, reading, replace_model, replacing, trained_at_root, unsaved
 from .findings import Report
 from .setup import check_trainable
@@ -102,9 +102,10 @@ class UnitTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         check_trainer_arguments(kwargs)
-        super().__init__(*args, **kwargs)
+        find_unused_parameters(kwargs["model"], kwargs["args"])
+        super().__init__(**kwargs)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
         if self.args.n_gpu > 1:
