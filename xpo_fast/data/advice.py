@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -85,7 +86,8 @@ def _texts(value: Any) -> Iterator[str]:
 def refuse_another_prompt(row: dict[str, Any], prompt: str, where: str) -> None:
     """Raises DataError for a column that could be the prompt of a row whose prompt is what its answers begin with."""
     for name, value in row.items():
-        if _could_be_prompt(name, value) and not (isinstance(value, str) and value.strip() in prompt):
+        repeated = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", prompt)
+        if _could_be_prompt(name, value) and not repeated:
             raise DataError(
                 f"{where}: the row has no prompt field, and chosen and rejected begin with the same words "
                 f"({prompt.strip()[:40]!r}); {name} could be the prompt, too: --columns prompt={name} reads it so; or "

@@ -51,7 +51,7 @@ def stored(rows: Iterator[dict[str, Any]], *, in_memory: bool) -> datasets.Datas
     """
     if in_memory:
         held = [*rows]
-        return _in_memory(held, _features(held[0], all(map(_is_plain, held)))) if held else None
+        return _in_memory(held) if held else None
     others = False
 
     def is_plain(some: list[dict[str, Any]]) -> bool:  # or comes behind rows that are not
@@ -101,20 +101,36 @@ def _is_plain(row: dict[str, Any]) -> bool:
     return True
 
 
-def _features(row: dict[str, Any], plain: bool) -> datasets.Features:
-    """Returns the types of the columns of rows like this one."""
-    if plain:
-        return datasets.Dataset.from_list([row]).features
-    json_types: list[Any] = [None, datasets.List(Json()), datasets.List(datasets.List(Json()))]
+def _features(row: dict[str, Any], json_type: Any) -> datasets.Features:
+    """Returns the types of the columns of rows like this one. json_type: of its messages, tools and variables."""
+    listed: list[Any] = [json_type, datasets.List(json_type), datasets.List(datasets.List(json_type))]
     depths = {name: _depth(value) for name, value in row.items() if name not in (TOOLS, KWARGS)}
     others = datasets.Dataset.from_list([{name: row[name] for name, depth in depths.items() if not depth}]).features
-    found = {name: json_types[depth] or others[name] for name, depth in depths.items()}
-    return datasets.Features({**found, TOOLS: json_types[1], KWARGS: Json()})
+    found = {name: listed[depth] if depth else others[name] for name, depth in depths.items()}
+    return datasets.Features({**found, TOOLS: listed[1], KWARGS: listed[0]})
 
 
-def _in_memory(rows: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
-    made = datasets.Dataset.from_list([{name: row.get(name) for name in features} for row in rows], features=features)
-    return _without_empty(made)
+def _json_batch(rows: list[dict[str, Any]], texts: datasets.Features, features: datasets.Features) -> Any:
+    """Returns rows as Arrow has them. texts: `features` with text for JSON, which Arrow makes of no other value."""
+    asked = [name for name, feature in features.items() if _holds_json(feature)]
+    written = [row | {name: _texts(row.get(name), listed=name != KWARGS) for name in asked} for row in rows]
+    return pyarrow.RecordBatch.from_pylist(written, schema=texts.arrow_schema).cast(features.arrow_schema)
+
+
+def _texts(value: Any, *, listed: bool) -> Any:
+    """Returns the JSON text of a value; listed: that of each dict in its lists."""
+    if listed and isinstance(value, list):
+        return [_texts(one, listed=True) for one in value]
+    return Json().encode_example(value)
+
+
+def _in_memory(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    if all(map(_is_plain, rows)):
+        return datasets.Dataset.from_list(rows)
+    features = _features(rows[0], Json())
+    batch = _json_batch(rows, _features(rows[0], datasets.Value("string")), features)
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_batches([batch]))
+    return _without_empty(datasets.Dataset(table, info=datasets.DatasetInfo(features=features)))
 
 
 def _without_empty(made: datasets.Dataset) -> datasets.Dataset:
@@ -132,17 +148,18 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def _mapped(thousands: Iterator[list[dict[str, Any]]], plain: bool) -> datasets.Dataset:
     """Writes the rows into a file and returns it as a data set mapped into memory."""
     some = next(thousands)
-    features = _features(some[0], plain)
+    if plain:
+        features = datasets.Dataset.from_list(some[:1]).features
+        batch = functools.partial(pyarrow.RecordBatch.from_pylist, schema=features.arrow_schema)
+    else:
+        features, texts = _features(some[0], Json()), _features(some[0], datasets.Value("string"))
+        batch = functools.partial(_json_batch, texts=texts, features=features)
     path: Path | None = None
     try:
         path = Path(_folder().name) / f"{uuid.uuid4().hex}.arrow"
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, features.arrow_schema) as writer:
             for rows in itertools.chain([some], thousands):
-                if plain:
-                    writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=features.arrow_schema))
-                else:
-                    columns = [{name: row.get(name) for name in features} for row in rows]
-                    writer.write_table(datasets.Dataset.from_list(columns, features=features).data.table)
+                writer.write_batch(batch(rows))
         info = datasets.DatasetInfo(features=features)
         return _without_empty(datasets.Dataset.from_file(str(path), info=info))
     except BaseException as error:

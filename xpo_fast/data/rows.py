@@ -387,6 +387,15 @@ def _split_messages(
     shared = 0
     while shared < shortest - 1 and all(c[shared] == completions[0][shared] for c in completions):
         shared += 1
+    following = [completion[shared] for completion in completions]
+    words_of = [(one["role"], words(one)) for one in following]
+    if words_of[0][0] != "assistant" and all(one == words_of[0] for one in words_of):
+        keys = dict.fromkeys(key for one in following for key in one if any(one[key] != x.get(key) for x in following))
+        if keys:
+            raise DataError(
+                f"{where}: message {shared} of {' and '.join(names)} is the same but for {', '.join(keys)}; expected "
+                "the same messages up to the answer: take what differs out of the messages"
+            )
     if not shared:
         raise DataError(
             f"{where}: no prompt: expected the same messages at the beginning of {' and '.join(names)}; "

@@ -121,9 +121,9 @@ def _without_fillers(value: Any, feature: Any, inside: bool) -> Any:
         inside = inside or _of_conversation(feature)
         kept = {k: x for k, x in value.items() if not inside or x is not None or (k == "content" and "role" in feature)}
         return {name: _without_fillers(x, feature[name], inside) for name, x in kept.items()}
-    of_items = getattr(feature, "feature", None)
-    if isinstance(value, list) and of_items is not None:
-        return [_without_fillers(one, of_items, inside) for one in value]
+    inner = getattr(feature, "feature", None)
+    if isinstance(value, list) and inner is not None:
+        return [_without_fillers(one, inner, inside) for one in value]
     return value
 
 
