@@ -1,20 +1,25 @@
 """A `transformers` causal LM as training uses it: loaded by name, its LM head read, a loss in place of its logits."""
 
+from .adapters import base_of, embeddings, folders_below, merge, saving_embeddings
 from .fused_loss import hidden_states, install_fused_loss, remove_fused_loss
 from .lm_head import Head
-from .loading import SMOLLM2, check_ids, embeddings, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
+from .loading import SMOLLM2, check_ids, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
 
 __all__ = [
     "SMOLLM2",
     "Head",
+    "base_of",
     "check_ids",
     "embeddings",
+    "folders_below",
     "hidden_states",
     "hub_arguments",
     "install_fused_loss",
     "load_model",
     "load_weights",
+    "merge",
     "remove_fused_loss",
+    "saving_embeddings",
     "smollm2_gguf",
     "smollm2_path",
 ]

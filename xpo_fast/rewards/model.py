@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import hub_arguments, install_fused_loss, load_model, load_weights
+from ..models import hub_arguments, install_fused_loss, load_model, load_weights, saving_embeddings
 from ..models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head, value_head
 from ..rollout import Prompt
 from ..trainer.reference import row_logps
@@ -108,7 +108,8 @@ class RewardModel:
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `load` reads. A model with a PEFT adapter is saved as the adapter."""
         model: Any = self.model
-        model.save_pretrained(folder)
+        with saving_embeddings(model):
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.head is not None:
             save_value_head(model, folder)
@@ -132,7 +133,7 @@ class RewardModel:
         """
         folder = Path(source)
         if (folder / SPEC_FILE).is_file():
-            model, tokenizer = _unmerged(folder, dtype=dtype, device=device, **options)
+            model, tokenizer = load_model(str(folder), dtype=dtype, device=device, merge=False, **options)
             load_value_head(model, folder)
             return cls(model, tokenizer, load_spec(folder), batch_size=batch_size)
         if (folder / VALUE_HEAD_FILE).is_file():
@@ -210,17 +211,3 @@ def _classifier(
     if model.num_labels != 1:
         raise ValueError(f"{source!r} has {model.num_labels} labels; expected a reward model with one output")
     return model, AutoTokenizer.from_pretrained(source, **hub_arguments(options))
-
-
-def _unmerged(folder: Path, **options: Any) -> tuple[Any, Any]:
-    """Returns `load_model`'s model and tokenizer, but with an adapter left on its base model."""
-    if not (folder / "adapter_config.json").is_file():
-        return load_model(str(folder), **options)
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoTokenizer
-
-    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base, tokenizer = load_model(str(name), **options)
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return PeftModel.from_pretrained(base, str(folder)), tokenizer
