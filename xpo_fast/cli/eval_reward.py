@@ -135,6 +135,7 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
 
 
 def _implicit(args: argparse.Namespace, folder: str) -> Any:
+    from ..models import base_of
     from ..rewards.model import ImplicitReward
 
     name = args.reference
@@ -145,7 +146,7 @@ def _implicit(args: argparse.Namespace, folder: str) -> Any:
                 f"--policy {folder} is no adapter, whose base model would be the reference: give --reference NAME, or "
                 "--reference none"
             )
-        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        name = base_of(folder)
     policy, tokenizer = loading.placed(args, folder, args.dtype)
     return ImplicitReward(
         policy,

@@ -1,5 +1,6 @@
 """A `transformers` causal LM as training uses it: loaded by name, its LM head read, a loss in place of its logits."""
 
+from .adapters import base_of, folders_below, merge, saving_embeddings
 from .fused_loss import hidden_states, install_fused_loss, own_logits, remove_fused_loss
 from .limits import check_ids, check_lengths, embeddings, padding_id, positions, table_of_positions
 from .lm_head import Head
@@ -8,18 +9,22 @@ from .loading import SMOLLM2, hub_arguments, load_model, load_weights, smollm2_g
 __all__ = [
     "SMOLLM2",
     "Head",
+    "base_of",
     "check_ids",
     "check_lengths",
     "embeddings",
+    "folders_below",
     "hidden_states",
     "hub_arguments",
     "install_fused_loss",
     "load_model",
     "load_weights",
+    "merge",
     "own_logits",
     "padding_id",
     "positions",
     "remove_fused_loss",
+    "saving_embeddings",
     "smollm2_gguf",
     "smollm2_path",
     "table_of_positions",

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from .. import data
 from ..data import KINDS
 from ..files import appearing, finite, write_atomically, write_json
-from ..models import remove_fused_loss
+from ..models import merge, remove_fused_loss, saving_embeddings
 from ..resume import last_checkpoint
 from ..rewards.judges import FunctionJudge, text_of, win_rate
 from ..rewards.spec import SOFT_LABELS
@@ -149,7 +149,7 @@ def _train_side_by_side(it: Iteration) -> tuple[Write, list[Any]]:
             trainer, _ = _train_offline(it, k, it.checkpoints / str(k))
             # The log first: an adapter that exists is not trained again.
             write_json(log, trainer.state.log_history, ensure_ascii=False)
-            with appearing(path, sole_writer=True) as part:
+            with appearing(path, sole_writer=True) as part, saving_embeddings(trainer.model):
                 trainer.model.save_pretrained(part)
         logs.append(json.loads(log.read_text(encoding="utf-8")))
     base, tokenizer = it.policies.take(it.models[-1])
@@ -157,7 +157,7 @@ def _train_side_by_side(it: Iteration) -> tuple[Write, list[Any]]:
     for name, path in zip(names[1:], paths[1:]):
         model.load_adapter(str(path), adapter_name=name)
     model.add_weighted_adapter(names, adapter_name="merged", **{"weights": [1.0] * len(names), **it.recipe.merge})
-    return _writer(model.merge_and_unload(adapter_names=["merged"]), tokenizer), logs
+    return _writer(merge(model, ["merged"]), tokenizer), logs
 
 
 def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
@@ -211,7 +211,7 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
 def _merged(trainer: Any) -> Write:
     """Returns a function that writes the trained model, an adapter merged into it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    model = merge(model) if hasattr(model, "merge_and_unload") else model
     return _writer(model, trainer.processing_class)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..models import embeddings, hub_arguments, install_fused_loss, load_model, load_weights
+from ..models import embeddings, hub_arguments, install_fused_loss, load_model, load_weights, saving_embeddings
 from ..models.lm_head import causal_lm
 from ..models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head, value_head
 from ..rollout import Prompt
@@ -142,7 +142,8 @@ class RewardModel:
     def save(self, folder: str | Path) -> None:
         """Writes the folder that `load` reads. A model with a PEFT adapter is saved as the adapter."""
         model: Any = self.model
-        model.save_pretrained(folder)
+        with saving_embeddings(model):
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.head is not None:
             save_value_head(model, folder)
@@ -166,7 +167,7 @@ class RewardModel:
         """
         folder = Path(source)
         if (folder / SPEC_FILE).is_file():
-            model, tokenizer = _unmerged(folder, dtype=dtype, device=device, **options)
+            model, tokenizer = load_model(str(folder), dtype=dtype, device=device, merge=False, **options)
             load_value_head(model, folder)
             return cls(model, tokenizer, load_spec(folder), batch_size=batch_size)
         if (folder / VALUE_HEAD_FILE).is_file():
@@ -257,17 +258,3 @@ def _classifier(
     if _labels(model) != 1:  # which the constructor refuses too; here the source has a name
         raise ValueError(f"{source!r} has {_labels(model)} labels; expected a reward model with one output")
     return model, AutoTokenizer.from_pretrained(source, **hub_arguments(options))
-
-
-def _unmerged(folder: Path, **options: Any) -> tuple[Any, Any]:
-    """Returns `load_model`'s model and tokenizer, but with an adapter left on its base model."""
-    if not (folder / "adapter_config.json").is_file():
-        return load_model(str(folder), **options)
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoTokenizer
-
-    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base, tokenizer = load_model(str(name), **options)
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return PeftModel.from_pretrained(base, str(folder)), tokenizer

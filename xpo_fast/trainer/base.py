@@ -28,11 +28,12 @@ except ImportError as error:
 
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
+from ..models import saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from ..seeds import draws_by
 from .arguments import check_trainer_arguments, find_unused_parameters
-from .checkpoints import check_room, reading, replace_model, replacing, trained_at_root, unsaved
+from .checkpoints import check_bases_stay, check_room, reading, replace_model, replacing, trained_at_root, unsaved
 from .findings import Report
 from .setup import check_trainable
 
@@ -158,6 +159,7 @@ class UnitTrainer(Trainer):
             )
         if resume_from_checkpoint:
             check_made_with(resume_from_checkpoint, self.made_with)
+        check_bases_stay(self.model, Path(str(self.args.output_dir)))
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if strategy != "no" and self.args.should_save and not sharded:
@@ -305,6 +307,10 @@ class UnitTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         write_made_with(folder, self.made_with)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with saving_embeddings(self.model):
+            super()._save(output_dir, state_dict)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the model into a folder beside what is there: all of its files, or, if one cannot be written, none.
 
@@ -316,6 +322,7 @@ class UnitTrainer(Trainer):
             return
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         new, earlier = folder / ".model.part", folder / ".model.before"
+        check_bases_stay(self.model, folder)
         try:
             with saving(folder):
                 super().save_model(str(new), _internal_call=True)

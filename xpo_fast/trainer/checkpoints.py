@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..files import existing_part, size
+from ..models import folders_below
 from ..models.value_head import value_head
 from ..objective import Objective
 from ..resume import is_checkpoint
@@ -23,6 +24,8 @@ from ..resume import is_checkpoint
 STATE_FILE = "objective.pt"
 _MODEL_FILES = (  # patterns of the files of a saved model or adapter, in whichever form it was saved
     *("adapter_config.json", "adapter_model.*", "value_head.safetensors", "reward_model.json"),
+    *("config.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
 )
@@ -101,6 +104,20 @@ def unsaved(model: Any) -> list[str]:
     return [name for name in there if model.get_parameter(name).data_ptr() not in saved]
 
 
+def check_bases_stay(model: nn.Module, folder: Path) -> None:
+    """Raises ValueError if saving into `folder` would overwrite or delete what the model's adapter was trained on.
+
+    A whole model may lie in the folder itself: it stays there.
+    """
+    for base, is_adapter in folders_below(model):
+        here, there = folder.resolve(), base.resolve()
+        if (is_adapter and there == here) or (there.parent == here and there.name.startswith("checkpoint-")):
+            raise ValueError(
+                f"the adapter is trained on top of what is in {base}, which would be overwritten in the output folder "
+                f"{folder}, and is needed to load it: name another output folder"
+            )
+
+
 def replace_model(folder: Path, new: Path, earlier: Path, model: nn.Module) -> None:
     """Moves the files of the folder `new` into `folder`, and files of other models out of it: all of them, or none.
 
@@ -113,9 +130,7 @@ def replace_model(folder: Path, new: Path, earlier: Path, model: nn.Module) -> N
     names = [path.name for path in new.iterdir()]
     present = {path.name for path in folder.iterdir()}
     stale = {path.name for pattern in _MODEL_FILES for path in folder.glob(pattern)}
-    configs: Any = getattr(model, "peft_config", {})
-    bases = [Path(c.base_model_name_or_path) for c in configs.values() if c.base_model_name_or_path]
-    if any(base.is_dir() and base.samefile(folder) for base in bases):
+    if any(base.samefile(folder) for base, _ in folders_below(model)):
         stale = {name for name in stale if name.startswith("adapter_")}
     earlier.mkdir()
     try:
