@@ -212,10 +212,10 @@ FORMS = {
         {
             "prompt": None,
             "chosen": [{**user("what"), "id": 1}, {**answer("cat"), "tool_calls": None}],
-            "rejected": [user("what"), answer("dog")],
+            "rejected": [{**user("what"), "id": 1, "name": None}, answer("dog")],
             "score": 0.5,
         },
-        *([user("what")], *CAT_AND_DOG),
+        *([{**user("what"), "id": 1}], *CAT_AND_DOG),
     ),
     "messages that are equal": (
         {"chosen": [user("what"), answer("cat")], "rejected": [user("what"), answer("cat")]},
@@ -481,8 +481,8 @@ FAULTY_ROWS = {
         *("pair", "chosen must hold messages.*image"),
     ),
     "tool calls": (
-        {**CHAT, "chosen": [{**answer(""), "tool_calls": [{"name": "f"}]}]},
-        *("pair", "chosen holds tool_calls, which are not supported"),
+        {**CHAT, "chosen": [{**answer(""), "tool_calls": [{}]}]},
+        *("pair", "tool_calls of chosen must be a list of calls, one dict each"),
     ),
     "no shared text": ({"chosen": "yes sir", "rejected": "no sir"}, "pair", "no prompt.*add a prompt field"),
     "half a word shared": ({"chosen": "catch", "rejected": "cat"}, "pair", "no prompt.*add a prompt field"),

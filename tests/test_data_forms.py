@@ -23,7 +23,8 @@ from xpo_fast.data.forms import parse_columns, renamed
 from xpo_fast.rewards.encoding import load_ratings
 from xpo_fast.rewards.trainer import RewardConfig
 
-LOAD, SOURCES = (importlib.import_module(f"xpo_fast.data.{name}") for name in ("load", "sources"))  # not the functions
+# Not the functions of their names.
+ARROW, LOAD, SOURCES = (importlib.import_module(f"xpo_fast.data.{name}") for name in ("arrow", "load", "sources"))
 
 datasets = pytest.importorskip("datasets")
 DOCS = Path(__file__).parents[1] / "docs" / "data.md"
@@ -357,9 +358,9 @@ def test_the_option_that_a_refusal_names_reads_the_row(fault):
         (
             {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "chosen",
-            "messages holds tool_calls",
+            "tool_calls of messages must be a list of calls",
         ),
-        ({"messages": [user("a"), answer("b")], "tools": "[{}]"}, "chosen", "tools are given, which are not supported"),
+        ({"messages": [user("a"), answer("b")], "tools": "[{}]"}, "chosen", "tools must be a list of JSON schemas"),
         (
             {"messages": [user([{"type": "image_url"}]), answer("b")]},
             "chosen",
@@ -437,7 +438,7 @@ def test_what_is_not_read_says_what_it_looks_like(row, kind, message):
             {"text": "a", "label": 0, "summary": "b"},
             ["summary is not read beside text", "label is not read beside text"],
         ),
-        ({"text": "a", "id": 3, "url": "b", "summary": None}, []),
+        ({"text": "a", "summary": None}, []),
     ],
 )
 def test_columns_that_are_not_read_are_counted_in_a_note(row, notes, caplog):
@@ -629,7 +630,8 @@ def test_a_folder_has_splits_and_slices(tmp_path):
 
 def peak_mib(path, rows, monkeypatch):
     """The most that Python's own objects take while a file goes from load to encode."""
-    monkeypatch.setattr(LOAD, "_AT_ONCE", 100)
+    for module in (ARROW, LOAD):
+        monkeypatch.setattr(module, "_AT_ONCE", 100)
     rng = random.Random(0)
     vocabulary = ["what", "is", "it", "a", "cat", "dog", "one", "two"]
     with path.open("w") as file:
@@ -696,7 +698,7 @@ def test_what_was_written_is_gone_at_the_end(tmp_path):
 def test_a_full_disk_is_said_in_a_line_and_leaves_nothing(tmp_path, monkeypatch):
     path = texts(tmp_path / "a.jsonl", 3000, "a" * 1000)
     load(path, kind="chosen")  # makes the folder
-    folder = Path(LOAD._folder().name)
+    folder = Path(ARROW._folder().name)
     before = set(folder.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))

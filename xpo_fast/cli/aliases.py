@@ -303,7 +303,7 @@ REFUSALS = {
     "--set ref_mixin=X of xpo-fast rl moves the reference after every rollout": "ref_model_mixup_alpha "
     "ref_model_sync_steps",
     "samplers have --temperature, --top-p and --top-k": "min_p generation_kwargs repetition_penalty "
-    "cache_implementation chat_template_kwargs",
+    "cache_implementation",
     "vLLM is a server of its own here, see --server and --server-lora": "vllm_mode vllm_model_impl "
     "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_host vllm_server_port vllm_server_timeout "
     "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "

@@ -21,7 +21,7 @@ FILE = "config.yaml"
 # Options whose value is a list with commas between, which a file may write as a list.
 _WITH_COMMAS = ("lora_targets", "objectives", "objective_weights")
 _SETTINGS = ("set", "train")  # options NAME=VALUE that are taken from file and command line both
-_MAPPINGS = (*_SETTINGS, "columns")  # options that a file may write as a mapping
+_MAPPINGS = (*_SETTINGS, "columns", "chat_template_kwargs")  # options that a file may write as a mapping
 
 
 def words(path: str, command: str, parser: Parser, typed: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,10 +56,13 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
+    from ..data import check_written
     from ..rollout import encode_prompts
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    prompts, kwargs = [row["prompt"] for row in rows], config.chat_template_kwargs
+    check_written(tokenizer, prompts, [str(row.get("where", "prompt")) for row in rows], kwargs)
+    ids = encode_prompts(prompts, tokenizer, kwargs)
     _header(args, model, rows, held_out, "prompts")
     _table({"prompt": [len(x) for x in ids]})
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -103,6 +107,7 @@ def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
         max_prompt_length=config.max_prompt_length,
         score=config.score,
         num_proc=config.dataset_num_proc,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
 
 
@@ -125,8 +130,14 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     """Prints the tokens of prompts, completions and both before they are cut, and how many are cut."""
     from .. import data
 
-    how: Any = {"score": config.score, "num_proc": config.dataset_num_proc}
-    uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
+    how: Any = {name: getattr(config, name) for name in ("score", "chat_template_kwargs")}
+    how["num_proc"] = config.dataset_num_proc
+    logger = logging.getLogger("xpo_fast")
+    logger.disabled = True  # the warnings have been given
+    try:
+        uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
+    finally:
+        logger.disabled = False
     prompt = [len(ids) for ids in uncut["prompt_ids"]]
     completions = _completions(uncut, kind)
     both = [p + n for p, row in zip(prompt, completions, strict=True) for n in map(len, row)]

@@ -93,7 +93,7 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[Any] = list(data.load(args.data, kind="list" if lists else "pair", **how))
     if lists:
         rows = [
-            {"prompt": row["prompt"], "chosen": a, "rejected": b, "where": row["where"]}
+            {"prompt": data.prompt_of(row), "chosen": a, "rejected": b, "where": row["where"]}
             for row in rows
             for a, score in zip(row["completions"], row["scores"], strict=True)
             for b, other in zip(row["completions"], row["scores"], strict=True)
@@ -109,6 +109,7 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
+    from ..data import prompt_of
     from ..rewards.ensemble import RewardEnsemble
     from ..rewards.model import RewardModel
     from ..rewards.report import score_pairs
@@ -127,7 +128,7 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
     if args.ensemble:
         ensemble = RewardEnsemble(members, args.ensemble, args.ensemble_coef)
         answers = [row[name] for name in ("chosen", "rejected") for row in pairs]
-        ensemble.standardise([row["prompt"] for row in pairs] * 2, answers)
+        ensemble.standardise([prompt_of(row) for row in pairs] * 2, answers)
         yield score_pairs(f"ensemble ({args.ensemble})", ensemble, pairs)
     for folder, name in zip(args.policy, names[len(args.model) :], strict=True):
         yield score_pairs(name, _implicit(args, folder), pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,27 @@ def share(text: str) -> float:
     if not math.isfinite(value) or value < 0 or (value >= 1 and value != int(value)):
         raise argparse.ArgumentTypeError(f"expected a count of rows, or a share of them below 1, got {text!r}")
     return value
+
+
+def template_kwargs(text: str) -> dict[str, Any]:
+    """Parses NAME=VALUE, or a JSON object of several, as variables of the chat template."""
+    if not text.lstrip().startswith("{"):
+        return dict([setting(text)])
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, or a JSON object, got {text!r} ({error})") from error
+
+
+def add_template_kwargs(group: Any) -> None:
+    """Adds --chat-template-kwargs, see `kwargs_of`."""
+    about = "a variable of the chat template for every row, as enable_thinking=false, or a JSON object; may be repeated"
+    add_option(group, "--chat-template-kwargs NAME=VALUE", about, [], type=template_kwargs)
+
+
+def kwargs_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Returns the variables of --chat-template-kwargs, or None; a later one of a name wins."""
+    return {name: value for one in args.chat_template_kwargs for name, value in one.items()} or None
 
 
 def count(share: float, rows: int) -> int:
@@ -109,6 +131,7 @@ def add_data(
     about = f"{unit} of --data to hold out: a count, or a share below 1{drawn}"
     held("--eval-split SHARE", about, held_out, type=share)
     add_option(group, "--chat-template FILE", "Jinja template to use in place of the tokenizer's own")
+    add_template_kwargs(group)
     return group
 
 

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     add = options.adder(group)
     about = "rows with a prompt, text or messages; chosen and rejected, or other columns that recipe and judge need"
     options.add_source(group, f"{about}; may be repeated", required=False, action="append")
+    options.add_template_kwargs(group)
     add(
         "--held-out SHARE",
         "prompts of --data for the stopping rule: a count, or a share below 1; the last ones. 0: no stopping rule, "
@@ -147,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
         "generation_batch_size": args.generation_batch_size,
         "use_cpu": args.cpu,
     }
+    kwargs = options.kwargs_of(args)
+    own |= {"chat_template_kwargs": kwargs} if kwargs else {}
     if twice := sorted(set(own) & set(dict(args.train))):
         raise UsageError(f"--train {twice[0]}: there is an option for it, see `xpo-fast recipe --help`")
     outcome = run_recipe(
@@ -162,7 +165,9 @@ def run(args: argparse.Namespace) -> int:
             sampling=Sampling(max_new_tokens=args.max_new_tokens, stop=tuple(args.stop)),
             training=dict(args.train) | own,
             peft_config=None if args.full else loading.lora(args),
-            rollout=lambda model, tokenizer: GenerateRollout(model, tokenizer, batch_size=args.generation_batch_size),
+            rollout=functools.partial(
+                GenerateRollout, batch_size=args.generation_batch_size, chat_template_kwargs=kwargs
+            ),
             load=lambda name: load_model(name, dtype=args.dtype, device=loading.device_of(args), **further),
             seed=args.seed,
             overwrite=args.overwrite and bool(runs_in(output)),

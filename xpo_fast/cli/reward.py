@@ -166,6 +166,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
         max_prompt_length=args.max_prompt_length,
         backend=args.backend,
         dataset_num_proc=args.num_proc,
+        chat_template_kwargs=options.kwargs_of(args),
         **options.length_rule(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),
     )

@@ -58,7 +58,8 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 
 # Options that --help leaves to --help-all.
 _RARE = (
-    "split columns data_config chat_template ptx_data ensemble ensemble_coef judge_by reward_timeout gamma lam "
+    "split columns data_config chat_template chat_template_kwargs ptx_data ensemble ensemble_coef judge_by "
+    "reward_timeout gamma lam "
     "no_whiten value_head_lr continuous_batching stop server_model api_key attn trust_remote_code load_in_8bit "
     "lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio warmup_steps weight_decay max_grad_norm train "
     "backend tile_mib save_total_limit report_to push_to_hub hub_private debug"
@@ -174,7 +175,13 @@ def run(args: argparse.Namespace) -> int:
     rollout = None
     if args.server:
         rollout = ServerRollout(
-            args.server, tokenizer, model=args.server_model, api_key=args.api_key, push="lora", folder=args.server_lora
+            args.server,
+            tokenizer,
+            model=args.server_model,
+            api_key=args.api_key,
+            push="lora",
+            folder=args.server_lora,
+            chat_template_kwargs=config.chat_template_kwargs,
         )
     trainer = RLTrainer(
         model,
@@ -224,6 +231,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
         method_args=method_args,
         whiten_advantages=not args.no_whiten,
         stop=tuple(args.stop),
+        chat_template_kwargs=options.kwargs_of(args),
         continuous_batching=args.continuous_batching,
         backend=args.backend,
         tile_mib=args.tile_mib,

@@ -165,6 +165,7 @@ def _config(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         backend=args.backend,
         tile_mib=args.tile_mib,
         dataset_num_proc=args.num_proc,
+        chat_template_kwargs=options.kwargs_of(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=eval_rows is not None),
     )
 

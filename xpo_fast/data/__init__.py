@@ -23,13 +23,26 @@ from .kinds import KINDS, DataError, Kind
 from .load import Place, load, load_prompts, load_rows, origins, prompt_keys
 from .rows import check_columns
 from .sources import read, require
-from .template import Conversation, as_conversation, write
+from .template import (
+    KWARGS,
+    TOOLS,
+    Conversation,
+    as_conversation,
+    check_written,
+    prompt_of,
+    read_kwargs,
+    template_columns,
+    words,
+    write,
+)
 from .turns import SCORES, check_score
 
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
+    "KWARGS",
     "SCORES",
+    "TOOLS",
     "Collator",
     "Conversation",
     "DataError",
@@ -38,6 +51,7 @@ __all__ = [
     "as_conversation",
     "check_columns",
     "check_score",
+    "check_written",
     "encode",
     "encode_rows",
     "leading_ids",
@@ -47,12 +61,16 @@ __all__ = [
     "origins",
     "pad_rows",
     "prompt_keys",
+    "prompt_of",
     "read",
+    "read_kwargs",
     "render",
     "require",
     "split_ids",
+    "template_columns",
     "tokenize",
     "tokenize_after",
     "with_column",
+    "words",
     "write",
 ]

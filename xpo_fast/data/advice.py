@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
 from typing import Any
 
 from .forms import ANSWERS, CONVERSATIONS, PROMPTS, SYSTEMS, is_message, is_plain_text, is_text, prompts_of
+from .kinds import DataError, Kind
+from .template import KWARGS, TOOLS, words
 
 # Names that people give to the fields, likeliest first: for the advice of an error, not for reading.
 _SYNONYMS = {
@@ -21,6 +24,11 @@ _SYNONYMS = {
     "score_chosen": ("chosen_score", "chosen_rating", "rating_chosen"),
     "score_rejected": ("rejected_score", "rejected_rating", "rating_rejected"),
 }
+# Further names of what answers answer, in small letters and with underscores.
+_ASKED = (
+    *("prompt", "instruction", *PROMPTS, "text", "user", "human", "request", "context", "post", "dialogue", "passage"),
+    *("article", "document", "user_input", "user_prompt", "user_message", "input_text", "prompt_text", "question_text"),
+)
 # Columns which, beside `text`, say that not all of the row is in the text.
 _BESIDE_TEXT = (
     *(*SYSTEMS, "labels", "summary", "highlights", "translation"),
@@ -38,10 +46,61 @@ def unread(given: dict[str, Any], read: list[Any]) -> Iterator[str]:
             if given.get(name) not in (None, ""):
                 yield f"{name} is not read beside text (all of the text is learned, and nothing else)"
         return
-    text = "".join(value if isinstance(value, str) else "\n".join(turn["content"] for turn in value) for value in read)
-    for name in ("instruction", *PROMPTS):
-        if isinstance(given.get(name), str) and given[name].strip() not in text:
+    asked = [name for name in ("instruction", *PROMPTS) if isinstance(given.get(name), str)]
+    text = "".join(_texts(read)) if asked else ""
+    for name in asked:
+        if given[name].strip() not in text:
             yield f"{name} is not read (the row has its prompt elsewhere)"
+
+
+def unread_columns(given: dict[str, Any], read: list[Any], kind: Kind, numbers: Container[str]) -> Iterator[str]:
+    """Yields the columns that nothing was read from, and that `unread` has no note about.
+
+    given, read: as for `unread`. numbers: the names of the numbers that are read beside the text.
+    """
+    plain = is_plain_text({name: value for name, value in given.items() if value is not None})
+    noted = _BESIDE_TEXT if plain else ("instruction", *PROMPTS)
+    fields = {"prompt", "where", *kind.completions, *(name for form in kind.forms for name in form)} - {*kind.numbers}
+    fields |= {"text"} if plain else {TOOLS, "kto_tag", *(() if isinstance(read[0], str) else (KWARGS,))}
+    fields |= set() if "prompt" in given else {"chosen", "rejected"}  # which tell where their prompt ends
+    for name, value in given.items():
+        if name in fields or name in noted or name in numbers or value is None or value in ("", []):
+            continue
+        repeated = name in (*CONVERSATIONS, *ANSWERS, *SYSTEMS, "history")
+        if not (repeated and all(text.strip() in "".join(_texts(read)) for text in _texts(value))):
+            yield name
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yields the texts in a text, a message, or lists of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield value["value"] if isinstance(value.get("value"), str) else str(words(value))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+            yield "\n"
+
+
+def refuse_another_prompt(row: dict[str, Any], prompt: str, where: str) -> None:
+    """Raises DataError for a column that could be the prompt of a row whose prompt is what its answers begin with."""
+    for name, value in row.items():
+        repeated = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", prompt)
+        if _could_be_prompt(name, value) and not repeated:
+            raise DataError(
+                f"{where}: the row has no prompt field, and chosen and rejected begin with the same words "
+                f"({prompt.strip()[:40]!r}); {name} could be the prompt, too: --columns prompt={name} reads it so; or "
+                f"take {name} out of the rows"
+            )
+
+
+def _could_be_prompt(name: str, value: Any) -> bool:
+    """Returns whether a column has the name of what answers answer and text in it, or messages under any name."""
+    if isinstance(value, list) and value and is_message(value[0]):
+        return name not in ("chosen", "rejected", "completion", "completions")
+    known = str(name).lower().replace("-", "_").replace(" ", "_") in _ASKED
+    return known and isinstance(value, str) and bool(value.strip())
 
 
 def looks_like(given: dict[str, Any]) -> str:

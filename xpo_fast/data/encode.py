@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from .kinds import DataError, get_kind
 from .load import prompt_keys
 from .rows import completions_of, grouped
 from .sources import require
-from .template import as_conversation, write
+from .template import Conversation, as_conversation, prompt_of, report, unwritten_of, warn_of_unread, write
 from .turns import check_score, scored_spans
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xpo_fast")
 
 # Per row, for `_report` alone.
-_COUNTS = ("completions_cut", "count", "prompt_cut", "rewritten", "joined", "masked", "unscored")
+_COUNTS: tuple[str, ...] = ("completions_cut", "count", "prompt_cut", "rewritten", "joined", "masked", "unscored")
 
 
 def encode(
@@ -34,6 +35,7 @@ def encode(
     max_prompt_length: int | None = None,
     score: str = "assistant",
     num_proc: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> datasets.Dataset:
     """Tokenizes a data set of `load`, and cuts its rows to a length.
 
@@ -60,6 +62,7 @@ def encode(
 
     dataset: from `load`, of this kind. kind: a key of `KINDS`. Lengths are in tokens. score: of a completion of several
     turns, "assistant" (what the assistant says), "last" (its last turn) or "all". num_proc: how many processes.
+    chat_template_kwargs: variables of the chat template; those of a row's column come first.
 
     Returns one column of ids for each column of text, ``…_ids`` (completions_ids: a list of lists), and the others. If
     a token of any completion is not scored, the data set also has, for each column of completions, ``…_mask``: True for
@@ -83,6 +86,7 @@ def encode(
     if not len(dataset):
         raise DataError(f"no rows to encode; expected at least one {kind} row")
     first = dataset[0]
+    warn_of_unread(tokenizer, chat_template_kwargs, first["prompt"])
     labelled = "label" in row_kind.numbers and "label" in dataset.column_names
     if labelled and len(dataset) == 1:
         raise DataError(
@@ -101,12 +105,14 @@ def encode(
             "leading": leading_ids(tokenizer, first["prompt"] or next(iter(completions_of(first, row_kind).values()))),
             "max_length": max_length,
             "max_prompt_length": max_prompt_length,
+            "chat_template_kwargs": chat_template_kwargs,
             "score": score,
         },
     )
     sums = _report(encoded, max_length)
+    report(itertools.chain.from_iterable(encoded["unwritten"]), len(encoded))
     masks = [] if sums["masked"] else [name for name in encoded.column_names if name.endswith("_mask")]
-    encoded = encoded.remove_columns([*_COUNTS, *masks])
+    encoded = encoded.remove_columns([*_COUNTS, "unwritten", *masks])
     return _add_mismatched(encoded, prompt_keys(dataset), max_length) if labelled else encoded
 
 
@@ -156,27 +162,38 @@ def encode_rows(
     leading: list[int],
     max_length: int,
     max_prompt_length: int | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     score: str = "assistant",
     own: bool = False,
 ) -> dict[str, list]:
     """Tokenizes and cuts a batch of rows, see `encode`.
 
     batch: columns, those of `load`. leading: from `leading_ids`, for rows of text. own: as for `split_ids`. Returns
-    also the columns ``…_mask``, and the counts `prompt_cut`, `completions_cut`, `count` (of completions), `rewritten`
+    also the columns ``…_mask``, the counts `prompt_cut`, `completions_cut`, `count` (of completions), `rewritten`
     (whether the chat template writes the prompt differently before an answer), `joined` (whether a token holds the
     prompt's end and a completion's beginning), `masked` (whether any token of a completion is not scored) and
-    `unscored` (the completions of which nothing that is scored was left).
+    `unscored` (the completions of which nothing that is scored was left), and `unwritten`, what the chat template
+    leaves out.
     """
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     row_kind = get_kind(kind)
     named = [completions_of(row, row_kind) for row in rows]
-    texts = [render(tokenizer, row["prompt"], [*by.values()], row["where"]) for row, by in zip(rows, named)]
+    prompts, kwargs = [prompt_of(row) for row in rows], chat_template_kwargs
+    given = [*zip(rows, prompts, ([*by.values()] for by in named))]
+    texts = [render(tokenizer, prompt, completions, row["where"], kwargs) for row, prompt, completions in given]
+    lost = [unwritten_of(tokenizer, prompt, completions, row["where"], kwargs) for row, prompt, completions in given]
     ids = iter(tokenize(tokenizer, [text for group in texts for text in group]))
     encoded = []
-    for row, names, group in zip(rows, named, texts):
+    for row, asked, names, group, left_out in zip(rows, prompts, named, texts, lost):
         split = split_ids(tokenizer, group, [next(ids) for _ in group], own)
         prompt, completions = split.prompt, split.completions
-        masks = [_mask(tokenizer, row, split, i, x, group[i + 1], score) for i, x in enumerate(names.values())]
+        if not isinstance(asked, str):
+            asked = as_conversation(asked)
+            asked = Conversation(asked, tools=asked.tools, kwargs={**(kwargs or {}), **asked.kwargs})
+        masks = [
+            _mask(tokenizer, asked, split, i, x, group[i + 1], row["where"], score)
+            for i, x in enumerate(names.values())
+        ]
         if isinstance(row["prompt"], str):
             completions = [_with_eos(completion, tokenizer.eos_token_id) for completion in completions]
             if not row["prompt"] and completions[0][: len(leading)] == leading:  # a text alone
@@ -209,6 +226,7 @@ def encode_rows(
                 "joined": split.joined,
                 "masked": not all(map(all, masks)),
                 "unscored": sum(not any(mask) for mask in masks),
+                "unwritten": left_out,
             }
         )
     return {name: [row[name] for row in encoded] for name in encoded[0]}
@@ -226,13 +244,18 @@ def _without_token(where: str, name: str, *, joined: bool) -> DataError:
     )
 
 
-def render(tokenizer: Any, prompt: Any, completions: list[Any], where: str) -> list[str]:
-    """Returns the text of the prompt, then the text of the prompt with each completion; where: the row, for errors."""
+def render(
+    tokenizer: Any, prompt: Any, completions: list[Any], where: str, kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Returns the text of the prompt, then the text of the prompt with each completion; where: the row, for errors.
+
+    kwargs: variables of the chat template, see `write`.
+    """
     if isinstance(prompt, str):
         return [prompt, *(prompt + completion for completion in completions)]
     conversation = as_conversation(prompt)
-    wholes = (write(tokenizer, conversation.followed_by(completion), where) for completion in completions)
-    return [write(tokenizer, conversation, where, answer=True), *wholes]
+    wholes = [write(tokenizer, conversation.followed_by(one), where, kwargs=kwargs) for one in completions]
+    return [write(tokenizer, conversation, where, answer=True, kwargs=kwargs), *wholes]
 
 
 class Split(NamedTuple):
@@ -290,13 +313,13 @@ def within(tokenizer: Any, part: list[int], whole: list[int]) -> int:
 
 
 def _mask(
-    tokenizer: Any, row: dict[str, Any], split: Split, i: int, completion: Any, text: str, score: str
+    tokenizer: Any, prompt: Any, split: Split, i: int, completion: Any, text: str, where: str, score: str
 ) -> list[bool]:
-    """Returns which tokens of completion i are scored; text: of the prompt and it."""
+    """Returns which tokens of completion i are scored; text: of the prompt, text or a `Conversation`, and it."""
     ids, read = split.completions[i], split.read[i]
     if isinstance(completion, str) or len(completion) == 1 or score == "all":
         return [False] * read + [True] * (len(ids) - read)
-    spans = scored_spans(tokenizer, as_conversation(row["prompt"]), completion, text, row["where"], score)
+    spans = scored_spans(tokenizer, prompt, completion, text, where, score)
     whole = [*split.prompt, *ids]
     edges = sorted({edge for span in spans for edge in span} - {0, len(text)})
     inside = {
@@ -350,7 +373,7 @@ def _report(encoded: datasets.Dataset, max_length: int) -> dict[str, int]:
 
     Returns the sums of the columns `_COUNTS`.
     """
-    sums: dict[str, int] = {name: 0 for name in _COUNTS}
+    sums = dict.fromkeys(_COUNTS, 0)
     batch: Any
     for batch in encoded.select_columns([*_COUNTS]).iter(batch_size=1000):
         sums = {name: total + sum(batch[name]) for name, total in sums.items()}

@@ -7,11 +7,13 @@ Nothing is guessed: where a row could be read in two ways, the error names the o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..wording import did_you_mean
 from .kinds import DataError, Kind
+from .template import Message, jsonable, parsed, words
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PROMPTS = ("question", "query", "problem", "input")
@@ -85,25 +87,66 @@ def _follow(value: Any, keys: list[str], depth: int, where: str) -> Any:
     )
 
 
-def message(value: Any, name: str, where: str) -> dict[str, str]:
-    """Returns a message as {"role", "content"}; name: the field that holds it, for errors.
+def message(value: Any, name: str, where: str) -> Message:
+    """Returns a message: its role, its content and what else it has for the chat template; name: the field it is in.
 
-    It is read from that form or ShareGPT's {"from", "value"}; its content may be in parts of text.
+    It is read from that form or ShareGPT's {"from", "value"}; its content may be in parts of text, and may be None or
+    missing beside tool_calls. Other keys that are None are not there. `weight` is read by `refuse_unlearned`, and by no
+    template.
     """
     fields = value if isinstance(value, dict) else {}
-    if fields.get("tool_calls"):
-        raise DataError(f"{where}: {name} holds tool_calls, which are not supported; write them as content")
-    role, content = fields.get("role"), fields.get("content")
-    if role is None and content is None and isinstance(fields.get("from"), str):
-        role, content = _speaker(fields["from"], name, where), fields.get("value")
+    if len(fields) == 2 and type(fields.get("role")) is type(fields.get("content")) is str:
+        return dict(fields)
+    if fields.get("role") is None and fields.get("content") is None and isinstance(fields.get("from"), str):
+        shared = {"role": _speaker(fields["from"], name, where), "content": fields.get("value")}
+        fields = shared | {key: x for key, x in fields.items() if key not in ("from", "value", *shared)}
+    found = {key: x for key, x in fields.items() if key == "content" or not (x is None or key == "weight")}
+    if "tool_calls" in found:
+        found["tool_calls"] = _calls(found["tool_calls"], name, where)
+        found = found if found["tool_calls"] else {key: x for key, x in found.items() if key != "tool_calls"}
+    content = found.get("content")
     if isinstance(content, list):
-        content = _text_of(content, name, where)
-    if not (isinstance(role, str) and isinstance(content, str)):
+        found["content"] = content = _text_of(content, name, where)
+    if not (isinstance(found.get("role"), str) and (isinstance(content, str) or _calls_alone(found))):
         raise DataError(
             f'{where}: {name} must hold messages {{"role": text, "content": text}}; '
             f"got {str(value)[:100]}; rename the keys, or drop the row"
         )
-    return {"role": role, "content": content}
+    return found if len(found) == 2 else jsonable(found, f"a message of {name}", where)
+
+
+def _calls(value: Any, name: str, where: str) -> list[Any]:
+    """Returns the calls of tools of a message, a list of dicts or its JSON text."""
+    found = parsed(value, f"tool_calls of {name}", where)
+    if found is None:
+        return []
+    if not (isinstance(found, list) and all(isinstance(call, dict) and call for call in found)):
+        raise DataError(
+            f"{where}: tool_calls of {name} must be a list of calls, one dict each; got {str(value)[:100]}; write them "
+            "so, or drop the row"
+        )
+    return found
+
+
+def _calls_alone(fields: dict[str, Any]) -> bool:
+    """Returns whether a message has no content, and calls tools: it needs none then."""
+    return fields.get("content") is None and bool(fields.get("tool_calls"))
+
+
+def transcript(whole: str) -> list[Message]:
+    """Returns Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …" as messages.
+
+    Adjacent turns of one speaker, which the data has, become one: many chat templates refuse them.
+    """
+    _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + whole.lstrip())
+    messages: list[Message] = []
+    for speaker, text in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{text.strip()}".strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages
 
 
 def _speaker(speaker: str, name: str, where: str) -> str:
@@ -149,7 +192,7 @@ def refuse_unlearned(turns: list[Any], name: str, where: str) -> None:
             )
 
 
-def _conversation(value: Any, name: str, where: str) -> list[dict[str, str]]:
+def _conversation(value: Any, name: str, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{where}: {name} must be a list of messages; got {'none' if value == [] else type(value).__name__}; "
@@ -166,6 +209,7 @@ def recognised(given: dict[str, Any], kind: Kind | None, where: str) -> dict[str
     A prompt is a conversation where it is read from one (`CONVERSATIONS`), from Alpaca's instruction, or beside a
     system prompt; else (`PROMPTS`) it is text.
     """
+    _refuse_media(given, where)
     given = dict(given)
     for name in ("chosen", "rejected", "completion"):
         if is_message(given.get(name)):  # LLaMA-Factory's pairs
@@ -199,9 +243,8 @@ def _with_prompt(given: dict[str, Any], answers: tuple[str, ...], where: str) ->
         prompt = _plain_prompt(given, where)
         return given if prompt is None else {**given, "prompt": prompt}
     turns = _conversation(given[conversation], conversation, where)
-    _refuse_media(given, where)
     if turns[-1]["role"] == "assistant":
-        if turns[-1]["content"] not in [_last_text(text) for text in texts]:
+        if _said(turns[-1]) not in map(_said, texts):
             raise DataError(
                 f"{where}: {conversation} ends with an assistant turn that is none of {', '.join(answers)}: it is not "
                 f"plain where the prompt ends; --columns prompt={conversation} takes all of it as the prompt"
@@ -218,7 +261,6 @@ def _with_completion(given: dict[str, Any], kind: Kind, where: str) -> dict[str,
     plain = "prompt" if "prompt" in given else _single(given, prompts_of(given), where)
     if conversation is not None:
         turns = _conversation(given[conversation], conversation, where)
-        _refuse_media(given, where)
         refuse_unlearned(given[conversation][-1:], conversation, where)
         target = "chosen" if "chosen" in kind.completions else None
         _refuse_two_prompts(given, turns, plain, conversation, target, where)
@@ -228,7 +270,7 @@ def _with_completion(given: dict[str, Any], kind: Kind, where: str) -> dict[str,
                 f"{where}: {conversation} {wrong}; expected a conversation whose last turn, of the assistant, is what "
                 "is learned; drop the row, or cut it after an answer"
             )
-        if named and turns[-1]["content"].strip() not in [_last_text(given[column]).strip() for column in named]:
+        if named and words(turns[-1]).strip() not in [_last_text(given[column]).strip() for column in named]:
             raise DataError(
                 f"{where}: {' and '.join(named)} and the last turn of {conversation} could each be the completion; "
                 f"{_how_to_choose(conversation, target, ' and '.join(named))}"
@@ -258,7 +300,6 @@ def _prompt_alone(given: dict[str, Any], where: str) -> dict[str, Any]:
         answered = {"chosen": answer} if isinstance(answer, str) else {}
         return {**given, "prompt": prompt, **answered}
     turns = _conversation(given[conversation], conversation, where)
-    _refuse_media(given, where)
     _refuse_two_prompts(given, turns, _single(given, prompts_of(given), where), conversation, "prompt", where)
     answered = {"chosen": turns[-1:]} if turns[-1]["role"] == "assistant" and len(turns) > 1 else {}
     return {**given, "prompt": after_system(given, turns[: len(turns) - len(answered)], where), **answered}
@@ -284,18 +325,13 @@ def _single(given: dict[str, Any], names: tuple[str, ...], where: str) -> str | 
 
 
 def _refuse_two_prompts(
-    given: dict[str, Any],
-    turns: list[dict[str, str]],
-    plain: str | None,
-    conversation: str,
-    target: str | None,
-    where: str,
+    given: dict[str, Any], turns: list[Message], plain: str | None, conversation: str, target: str | None, where: str
 ) -> None:
     """Raises DataError for a prompt beside a conversation that does not repeat it.
 
     plain: the prompt's column. target: the field that --columns reads the conversation as; None if there is none.
     """
-    contents = [turn["content"].strip() for turn in turns]
+    contents = [words(turn).strip() for turn in turns]
     if plain is not None and _last_text(given[plain]).strip() not in contents:
         raise DataError(
             f"{where}: {plain} is no turn of {conversation}, and each could be the prompt; "
@@ -314,7 +350,6 @@ def _plain_prompt(given: dict[str, Any], where: str) -> Any:
     column = _single(given, prompts_of(given), where)
     if column is None:
         return None
-    _refuse_media(given, where)
     text = given[column]
     system = any(isinstance(given.get(name), str) for name in SYSTEMS)
     if column != "instruction" and not system:
@@ -338,11 +373,11 @@ def systems_of(given: dict[str, Any]) -> dict[str, str]:
     return {name: given[name] for name in SYSTEMS if isinstance(given.get(name), str) and given[name].strip()}
 
 
-def after_system(given: dict[str, Any], turns: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+def after_system(given: dict[str, Any], turns: list[Message], where: str) -> list[Message]:
     """Returns the turns after the system prompt that the row has in a column of its own; DataError for two of them."""
     systems = systems_of(given)
     has_first = bool(turns) and turns[0]["role"] == "system"
-    texts = {text.strip() for text in systems.values()} | ({turns[0]["content"].strip()} if has_first else set())
+    texts = {text.strip() for text in systems.values()} | ({words(turns[0]).strip()} if has_first else set())
     if systems and len(texts) > 1:
         raise DataError(
             f"{where}: {' and '.join([*systems, *(['the first message'] if has_first else [])])} are different system "
@@ -354,11 +389,14 @@ def after_system(given: dict[str, Any], turns: list[dict[str, str]], where: str)
 
 
 def _refuse_media(given: dict[str, Any], where: str) -> None:
-    found = [f"{name} is given, and models here read text alone" for name in _MEDIA if given.get(name)]
-    if given.get("tools") not in (None, "", "[]", []):
-        found.append("tools are given, which are not supported")
-    if found:
-        raise DataError(f"{where}: {found[0]}; drop the row, or take the column out")
+    """Raises DataError for a row with images, video or audio in a column of their own."""
+    for name in _MEDIA:
+        value = given.get(name)
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if any(not (part is None or part == "" or part is False) for part in parts):
+            raise DataError(
+                f"{where}: {name} is given, and models here read text alone; drop the row, or take the column out"
+            )
 
 
 def is_text(value: Any) -> bool:
@@ -367,10 +405,18 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) or is_message(first)
 
 
+def _said(value: Any) -> tuple[str, Any]:
+    """Returns the text of a completion, or of its last message, and the tools that it calls."""
+    last = value[-1] if isinstance(value, list) and value else value
+    if not isinstance(last, dict):
+        return str(last), None
+    content = last.get("content", last.get("value"))
+    return "" if content is None else str(content), last.get("tool_calls") or None
+
+
 def _last_text(value: Any) -> str:
     """Returns the text of a completion, or of its last message."""
-    last = value[-1] if isinstance(value, list) and value else value
-    return str(last.get("content", last.get("value"))) if isinstance(last, dict) else str(last)
+    return _said(value)[0]
 
 
 def _repeats(text: str, prompt: str) -> bool:

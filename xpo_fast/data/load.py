@@ -6,25 +6,21 @@ files of any size. The Arrow files lie in the folder for temporary files ($TMPDI
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import json
 import logging
 import re
-import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .forms import renamed
 from .kinds import DataError, get_kind
-from .rows import check_alike, check_names, notes_of, shape_prompt, shape_row
+from .rows import check_alike, check_names, notes_of, shape_prompt, shape_row, unread_of
 from .sources import LOADED, Source, is_loaded, mixture, require, sources
+from .template import KWARGS, TOOLS
 
 if TYPE_CHECKING:
     import datasets
@@ -89,7 +85,11 @@ def load(
     if again and source.info.config_name == kind and _is_unchanged(source, shape):
         return source
     how: Any = {"split": split, "columns": columns, "config": config, "seed": seed, "expected": row_kind.expected}
-    rows = load_rows(source, shape, notes=lambda made, row: notes_of(made, row, row_kind), **how)
+    about: Any = {
+        "notes": lambda made, row: notes_of(made, row, row_kind),
+        "unread": lambda made, row: unread_of(made, row, row_kind),
+    }
+    rows = load_rows(source, shape, **about, **how)
     rows.info.config_name, rows.info.dataset_name = kind, rows._fingerprint
     return rows
 
@@ -107,6 +107,7 @@ def _is_unchanged(rows: Any, shape: Callable[[Any, str], list[dict[str, Any]]]) 
         for one in made:
             first.update({} if first else one)
             check_alike(one, first)
+        row = {name: x for name, x in row.items() if x is not None or name not in (TOOLS, KWARGS)}
         if None in row.values() or [row | one for one in made] != [row]:
             return False
     return bool(first)
@@ -121,38 +122,47 @@ def load_rows(
     config: str | None,
     seed: int,
     expected: str,
-    notes: Callable[[dict[str, Any], dict[str, Any]], Iterator[str]] = lambda made, row: iter(()),
+    notes: Callable[[dict[str, Any], dict[str, Any]], Iterable[str]] = lambda made, row: (),
+    unread: Callable[[dict[str, Any], dict[str, Any]], Iterable[str]] = lambda made, row: (),
 ) -> datasets.Dataset:
     """Reads a source as `load` does, and brings each row into shape with a function of the caller's.
 
     shape: makes rows from a row of the source and its place. expected: the fields that a row should have, for errors.
-    notes: makes warnings from a row of `shape` and the row it was made from; each is counted and logged once.
+    notes: makes warnings from a row of `shape` and the row it was made from; each is counted and logged once. unread:
+        likewise the columns that nothing was read from; one line names them.
     """
-    datasets = require("datasets", "train")
+    require("datasets", "train")
+    from . import arrow  # datasets is optional
+
     parts = sources(source, split, config)
     first: dict[str, Any] = {}
     found = []
+    paths = {path.partition(".")[0] for path in (columns or {}).values()}
 
-    def shaped(part: Source, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    def shaped(part: Source, counts: Counter[str], others: dict[str, None]) -> Iterator[dict[str, Any]]:
         for where, row in part.rows():
             row = renamed(row, columns or {}, where)
             for made in shape(row, where):
                 first.update({} if first else made)
                 check_alike(made, first)
                 counts.update(notes(made, row))
+                others.update((name, None) for name in unread(made, row) if name not in paths)
                 yield made
 
     for part in parts:
         counts: Counter[str] = Counter()
-        made = shaped(part, counts)
-        rows: Any = datasets.Dataset.from_list([*made]) if isinstance(part.source, list) else _mapped(made)
+        others: dict[str, None] = {}
+        made = shaped(part, counts, others)
+        rows = arrow.stored(made, in_memory=isinstance(part.source, list))
         if not rows:
             raise DataError(f"{part.label}: no rows; expected {expected} in each row")
         for note, count in counts.items():
             logger.warning("%s: %s in %d of %d rows", part.label, note, count, len(rows))
+        if others:
+            logger.warning("%s: columns that nothing is read from: %s", part.label, ", ".join(map(str, others)))
         found.append(rows)
     order = mixture([part.weight for part in parts], [len(rows) for rows in found], seed)
-    rows = found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
+    rows = arrow.together(found)
     rows = rows if order is None else rows.select(order)
     rows.info.builder_name = LOADED
     return rows
@@ -191,6 +201,10 @@ def load_prompts(
         counts.append(len(found) - before)
         if not counts[-1]:
             raise DataError(f"{part.label}: no rows; expected a prompt in each row")
+    for name in (TOOLS, KWARGS):  # a row may be without
+        if any(name in row for row in found):
+            for row in found:
+                row.setdefault(name, None)
     order = mixture([part.weight for part in parts], counts, seed)
     return found if order is None else [found[i] for i in order]
 
@@ -224,37 +238,3 @@ def prompt_keys(dataset: datasets.Dataset) -> np.ndarray:
             serialised = json.dumps(prompt or completion, sort_keys=True).encode()
             keys[i] = int.from_bytes(hashlib.blake2b(serialised, digest_size=8).digest(), "big")
     return keys
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Makes the folder of the Arrow files, which is removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="xpo_fast-", ignore_cleanup_errors=True)
-
-
-def _mapped(rows: Iterator[dict[str, Any]]) -> datasets.Dataset | None:
-    """Writes the rows into a file and returns it as a data set mapped into memory; None if there are no rows."""
-    import pyarrow
-
-    datasets = require("datasets", "train")
-    some = list(itertools.islice(rows, _AT_ONCE))
-    if not some:
-        return None
-    schema = datasets.Dataset.from_list(some[:1]).features.arrow_schema
-    path: Path | None = None
-    try:
-        path = Path(_folder().name) / f"{uuid.uuid4().hex}.arrow"
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-            while some:
-                writer.write_batch(pyarrow.RecordBatch.from_pylist(some, schema=schema))
-                some = list(itertools.islice(rows, _AT_ONCE))
-        return datasets.Dataset.from_file(str(path))
-    except BaseException as error:
-        if path is not None:
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DataError(
-                f"the rows cannot be written to {path or tempfile.gettempdir()} ({error}); make room there, or set "
-                "TMPDIR to a folder that has it"
-            ) from error
-        raise

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..wording import did_you_mean
-from .advice import advice, looks_like, unread
+from .advice import advice, looks_like, refuse_another_prompt, unread, unread_columns
 from .forms import (
     ANSWERS,
     CONVERSATIONS,
@@ -28,8 +28,10 @@ from .forms import (
     recognised,
     refuse_unlearned,
     systems_of,
+    transcript,
 )
 from .kinds import KINDS, DataError, Kind, get_kind
+from .template import KWARGS, TOOLS, Conversation, Message, read_kwargs, read_tools, words
 
 if TYPE_CHECKING:
     import datasets
@@ -38,6 +40,7 @@ _ALIASES = {"prob": "prob_chosen"}
 # Every field that some kind of row is read from.
 _FIELDS = (
     *("prompt", "chosen", "rejected", "completion", "completions", "text", "instruction", "history", "kto_tag"),
+    *(TOOLS, KWARGS),
     *(*CONVERSATIONS, *PROMPTS, *ANSWERS, *SYSTEMS, *_ALIASES.values()),
     *(name for kind in KINDS.values() for name in kind.numbers),
 )
@@ -63,7 +66,14 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
     raw_row = {name: value for name, value in row.items() if value is not None}
     given = recognised(raw_row, kind, where)
     if kind.reads_text and is_plain_text(given):
-        return [{"prompt": "", kind.name: _text(given["text"], "text", where), "where": where}]
+        return [
+            {
+                "prompt": "",
+                kind.name: _text(given["text"], "text", where),
+                **_beside(raw_row, "", where),
+                "where": where,
+            }
+        ]
     form = next((form for form in kind.forms if given.keys() >= set(form)), None)
     if form is None:
         raise _without_form(raw_row, given, kind, where)
@@ -76,6 +86,8 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
     else:
         raw = {name: given[name] for name in form if name in ("chosen", "rejected", "completion")}
     prompt, completions = _prompt_and_completions(given.get("prompt"), raw, where)
+    if "prompt" not in given and isinstance(prompt, str):
+        refuse_another_prompt(raw_row, prompt, where)
     prompt = _with_system(raw_row, prompt, where)
     named = dict(zip(raw, completions))
     if "label" in kind.numbers and "chosen" in named:
@@ -87,7 +99,24 @@ def shape_row(row: Any, kind: Kind, where: str) -> list[dict[str, Any]]:
         shaped = [{kind.name: named[kind.name if kind.name in named else "completion"]}]
     else:
         shaped = [{**grouped(named), **_extras(given, kind, where)}]
-    return [{"prompt": prompt, **fields, "where": where} for fields in shaped]
+    beside = _beside(raw_row, prompt, where)
+    return [{"prompt": prompt, **fields, **beside, "where": where} for fields in shaped]
+
+
+def _beside(row: dict[str, Any], prompt: Any, where: str) -> dict[str, Any]:
+    """Returns the columns of what the chat template is told beside the messages of a row: its tools and variables."""
+    given = row.get("prompt")
+    own = given if isinstance(given, Conversation) else Conversation()
+    tools = own.tools if row.get(TOOLS) is None else read_tools(row[TOOLS], where)
+    kwargs = own.kwargs or None if row.get(KWARGS) is None else read_kwargs(row[KWARGS], where)
+    if isinstance(prompt, str):
+        if tools is not None:
+            raise DataError(
+                f"{where}: {TOOLS} are given beside text, which no chat template writes; write the row as messages, or "
+                f"take {TOOLS} out of the rows"
+            )
+        return {}
+    return {name: value for name, value in ((TOOLS, tools), (KWARGS, kwargs)) if value is not None}
 
 
 def _with_system(row: dict[str, Any], prompt: Any, where: str) -> Any:
@@ -115,7 +144,8 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
     if given.keys() & {"chosen", "completion"}:
         kind = KINDS["pair" if {"chosen", "rejected"} <= given.keys() else "chosen"]
         shaped = shape_row(given, kind, where)[0]
-        return row | {name: x for name, x in shaped.items() if name != "where"}
+        read = {name: x for name, x in shaped.items() if name not in ("where", TOOLS, KWARGS)}
+        return row | read | {"prompt": _conversed(shaped["prompt"], shaped)}
     prompt = given.get("prompt")
     if isinstance(prompt, list) and prompt:
         prompt = _messages(prompt, "prompt", "user", where)
@@ -126,7 +156,14 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
             f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
-    return {**row, "prompt": _with_system(given, prompt, where)}
+    return {**row, "prompt": _conversed(_with_system(given, prompt, where), _beside(given, prompt, where))}
+
+
+def _conversed(prompt: Any, beside: dict[str, Any]) -> Any:
+    """Returns a prompt with the tools and variables of its row; text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return Conversation(prompt, tools=beside.get(TOOLS), kwargs=beside.get(KWARGS))
 
 
 def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:
@@ -267,7 +304,7 @@ def _prompt_and_completions(prompt: Any, named: dict[str, Any], where: str) -> t
     names = list(named)
     values: list[Any] = list(named.values())
     if prompt is None and all(isinstance(v, str) and re.match(r"\s*(Human|Assistant):", v) for v in values):
-        values = [_transcript(value) for value in values]
+        values = [transcript(value) for value in values]
     if all(isinstance(value, str) for value in (values if prompt is None else [prompt, *values])):
         if prompt is None:
             prompt, values = _split_text(values, where)
@@ -308,8 +345,8 @@ def _encodable(value: str, name: str, where: str) -> str:
     return value
 
 
-def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, str]]:
-    """Returns messages with role and content only; a string becomes one message of `role`."""
+def _messages(value: Any, name: str, role: str, where: str) -> list[Message]:
+    """Returns messages as a chat template takes them; a string becomes one message of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": _text(value, name, where)}]
     if not isinstance(value, list):
@@ -317,23 +354,9 @@ def _messages(value: Any, name: str, role: str, where: str) -> list[dict[str, st
     if not value:
         raise DataError(f"{where}: {name} is empty; expected at least one message; drop the row")
     found = [message(one, name, where) for one in value]
-    return [{"role": m["role"], "content": _encodable(m["content"], name, where)} for m in found]
-
-
-def _transcript(text: str) -> list[dict[str, str]]:
-    """Returns Anthropic's "\\n\\nHuman: … \\n\\nAssistant: …" as messages.
-
-    Adjacent turns of one speaker, which the data has, become one: many chat templates refuse them.
-    """
-    _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + text.lstrip())
-    messages: list[dict[str, str]] = []
-    for speaker, words in zip(parts[::2], parts[1::2]):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{words.strip()}".strip()
-        else:
-            messages.append({"role": role, "content": words.strip()})
-    return messages
+    for one in found:
+        _encodable(words(one), name, where)
+    return found
 
 
 def _split_text(values: list[str], where: str) -> tuple[str, list[str]]:
@@ -364,6 +387,15 @@ def _split_messages(
     shared = 0
     while shared < shortest - 1 and all(c[shared] == completions[0][shared] for c in completions):
         shared += 1
+    following = [completion[shared] for completion in completions]
+    words_of = [(one["role"], words(one)) for one in following]
+    if words_of[0][0] != "assistant" and all(one == words_of[0] for one in words_of):
+        keys = dict.fromkeys(key for one in following for key in one if any(one[key] != x.get(key) for x in following))
+        if keys:
+            raise DataError(
+                f"{where}: message {shared} of {' and '.join(names)} is the same but for {', '.join(keys)}; expected "
+                "the same messages up to the answer: take what differs out of the messages"
+            )
     if not shared:
         raise DataError(
             f"{where}: no prompt: expected the same messages at the beginning of {' and '.join(names)}; "
@@ -381,11 +413,23 @@ def notes_of(row: dict[str, Any], raw: dict[str, Any], kind: Kind) -> Iterator[s
         yield "the scores of a list are all equal (its order teaches nothing)"
     if isinstance(row["prompt"], list):
         turns = [turn for completion in completions for turn in completion]
-        if not all(turn["content"].strip() for turn in turns):
+        if not all(words(turn).strip() or turn.get("tool_calls") for turn in turns):
             yield "an assistant turn without words (only its end is scored)"
         if any(turn["role"] != "assistant" for turn in turns):
             yield "a completion of several turns (the assistant's are scored, unless --score says otherwise)"
     yield from unread(raw, [row["prompt"], *completions])
+
+
+def unread_of(
+    row: dict[str, Any], raw: dict[str, Any], kind: Kind, numbers: Sequence[str] | None = None
+) -> Iterator[str]:
+    """Yields the columns of a row of the source that nothing was read from; row: what was made of it.
+
+    numbers: the columns of numbers that are read; None for those of the kind.
+    """
+    if numbers is None:
+        numbers = (*kind.numbers, *(_ALIASES[name] for name in kind.numbers if name in _ALIASES))
+    yield from unread_columns(raw, [row["prompt"], *completions_of(row, kind).values()], kind, numbers)
 
 
 def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
@@ -397,7 +441,7 @@ def check_alike(row: dict[str, Any], first: dict[str, Any]) -> None:
             "give all rows of a data set in one form"
         )
     for has, lacks in ((first, row), (row, first)):
-        if missing := [name for name in has if name not in lacks]:
+        if missing := [name for name in has if name not in lacks and name not in (TOOLS, KWARGS)]:
             raise DataError(
                 f"{lacks['where']}: {', '.join(missing)} missing or null, which {has['where']} has; "
                 "give it in every row, or in none"

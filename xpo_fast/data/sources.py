@@ -27,6 +27,7 @@ import numpy as np
 
 from .forms import renamed
 from .kinds import DataError
+from .template import KWARGS, TOOLS
 
 LOADED = "xpo_fast.data"  # the builder_name of data sets of `load`
 _ACCEPTED = (
@@ -82,8 +83,48 @@ class Source:
         elif not isinstance(rows, list):
             raise DataError(f"expected {_ACCEPTED}; got {type(rows).__name__}")
         placed = is_loaded(rows)
-        for index, row in enumerate(rows):
+        for index, row in enumerate(rows if isinstance(rows, list) else _rows_of(rows)):
             yield row["where"] if placed else f"{self.label}[{index}]", row
+
+
+def _rows_of(table: Any) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a `datasets.Dataset`, messages and tools without the keys that only other rows have."""
+    filled = {name: x for name, x in table.features.items() if name in (TOOLS, KWARGS) or _has_fillers(x)}
+    for row in table:
+        for name, feature in filled.items():
+            row[name] = _without_fillers(row[name], feature, name in (TOOLS, KWARGS))
+        yield row
+
+
+def _of_conversation(struct: Mapping[str, Any]) -> bool:
+    """Returns whether the keys are those of a message with more than its words, or of a tool."""
+    names = struct.keys()
+    messages = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    tools = ({"type", "function"}, {"name", "parameters"})
+    return any(names > some for some in messages) or any(names >= some for some in tools)
+
+
+def _has_fillers(feature: Any) -> bool:
+    if feature is None:
+        return False
+    if isinstance(feature, dict):
+        return _of_conversation(feature) or any(map(_has_fillers, feature.values()))
+    return _has_fillers(getattr(feature, "feature", None))
+
+
+def _without_fillers(value: Any, feature: Any, inside: bool) -> Any:
+    """Returns a value of Arrow without the None that a struct has for a key of other rows; a message keeps its content.
+
+    inside: the value belongs to a message or a tool. What is kept as JSON has no such keys.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        inside = inside or _of_conversation(feature)
+        kept = {k: x for k, x in value.items() if not inside or x is not None or (k == "content" and "role" in feature)}
+        return {name: _without_fillers(x, feature[name], inside) for name, x in kept.items()}
+    inner = getattr(feature, "feature", None)
+    if isinstance(value, list) and inner is not None:
+        return [_without_fillers(one, inner, inside) for one in value]
+    return value
 
 
 def is_loaded(source: Any) -> bool:
@@ -194,7 +235,7 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             table = getattr(datasets.Dataset, f"from_{extension}")(str(path))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{name}: not a readable .{extension} file ({error.__cause__ or error})") from error
-        for index, row in enumerate(table):
+        for index, row in enumerate(_rows_of(table)):
             yield f"{name}[{index}]", row
     else:
         raise DataError(f"{name}: a file of unknown type; expected {_ACCEPTED}")

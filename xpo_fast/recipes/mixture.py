@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,13 +25,21 @@ class MixtureRollout(GenerateRollout):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, reference: nn.Module | None, share: float, batch_size: int = 64
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        reference: nn.Module | None,
+        share: float,
+        batch_size: int = 64,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"expected a share of the reference in [0, 1], got {share!r}")
         if reference is None and not hasattr(model, "disable_adapter"):
             raise ValueError("without a reference the policy must carry an adapter that can be switched off")
-        super().__init__(model, tokenizer, batch_size=batch_size, continuous=False)
+        how: Any = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
+        super().__init__(model, tokenizer, continuous=False, **how)
         self.reference, self.share = reference, share
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:

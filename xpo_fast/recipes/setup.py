@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -146,7 +147,8 @@ class Policy:
     @cached_property
     def rollout(self) -> Rollout:
         """The sampler of the model's completions."""
-        return (self.setup.rollout or GenerateRollout)(*self.loaded)
+        kwargs = xpo_config(self.setup).chat_template_kwargs
+        return (self.setup.rollout or functools.partial(GenerateRollout, chat_template_kwargs=kwargs))(*self.loaded)
 
     def self_judge(self, seed: int) -> Judge:
         """Returns the model as the judge of completions."""

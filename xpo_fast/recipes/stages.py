@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import DataError
+from ..data import DataError, check_written, prompt_of, template_columns
 from ..files import finite, write_json
 from ..rewards.encoding import encode_rows
 from ..rewards.judges import Completion, group_scores, group_wins
@@ -43,7 +43,11 @@ _NAMES = ("completions", "completions_ids", "finish", "draw")  # lists in a line
 def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: Sequence[Row]) -> list[Row]:
     """Returns the completions of block b of iteration i, one line per prompt."""
     prompts = [row["prompt"] for row in rows]
-    lines: list[Row] = [{"prompt": p, "prompt_ids": [], **{n: [] for n in _NAMES}} for p in prompts]
+    if not (i or b):
+        _check_written(setup, policy)
+    lines: list[Row] = [
+        {"prompt": p, **template_columns(p), "prompt_ids": [], **{n: [] for n in _NAMES}} for p in prompts
+    ]
     for d, draw in enumerate(recipe.draws):
         seed = seed_of_repr(setup.seed, i, "sample", b, d)
         samples = policy.rollout.generate(prompts, draw.n, sampling=draw.sampling(setup.sampling), seed=seed)
@@ -58,6 +62,13 @@ def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: S
         for line, row, ids in zip(lines, rows, gold, strict=True):
             _append(line, row["chosen"], ids["chosen_ids"], "stop", -1)
     return lines
+
+
+def _check_written(setup: Setup, policy: Policy) -> None:
+    """Warns of what the chat template does not write of the run's prompts; DataError for what would be unsaid."""
+    rows = [*setup.rows, *setup.held_out]
+    places = [str(row.get("where", f"row {k}")) for k, row in enumerate(rows)]
+    check_written(policy.loaded[1], [row["prompt"] for row in rows], places, xpo_config(setup).chat_template_kwargs)
 
 
 def _append(line: Row, *values: Any) -> None:
@@ -118,7 +129,8 @@ def judge(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, part: Se
     needs = SELECTORS[recipe.select].needs
     asked = setup.judge or policy.self_judge(seed_of_repr(setup.seed, i, "judge", b))
     asked.places()  # resets the sums, which other comparisons may have changed
-    prompts, groups, ids = ([line[n] for _, line in part] for n in ("prompt", "completions", "completions_ids"))
+    groups, ids = ([line[n] for _, line in part] for n in ("completions", "completions_ids"))
+    prompts = [prompt_of(line) for _, line in part]
     grouped = group_scores if needs == "scores" else group_wins
     tables = grouped(asked, prompts, groups, columns([row for row, _ in part]), ids)
     lines: list[Row] = [{needs: finite(table.tolist())} for table in tables]
@@ -142,7 +154,8 @@ def select(
         table = count if selector.needs == "nothing" else torch.from_numpy(_array(verdict[selector.needs]))
         generator = torch.Generator().manual_seed(seed_of_repr(setup.seed, i, "select", g))
         for pick in selector(table, generator, recipe.select_args):
-            row = {"prompt": line["prompt"], "prompt_ids": line["prompt_ids"], **_picked(line, pick)}
+            row = {"prompt": line["prompt"], **template_columns(prompt_of(line)), "prompt_ids": line["prompt_ids"]}
+            row |= _picked(line, pick)
             row |= rejected.get(g, {})
             if "rejected_ids" in row and row["rejected_ids"] == row.get("chosen_ids"):
                 identical += 1
@@ -209,8 +222,9 @@ def _encoded(
     They follow the prompts' own ids, as sampled completions do. Raises DataError for a completion of several turns.
     """
     config = xpo_config(setup)
-    limits = RewardSpec(max_length=config.max_length, max_prompt_length=config.max_prompt_length)
-    encoded = encode_rows(policy.loaded[1], limits, prompts, {name: completions}, own=True)
+    how: Any = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    spec = RewardSpec(**how, chat_template_kwargs=config.chat_template_kwargs)
+    encoded = encode_rows(policy.loaded[1], spec, prompts, {name: completions}, own=True)
     for i, row in enumerate(encoded):
         if not all(row[f"{name}_mask"]):
             raise DataError(

@@ -110,7 +110,8 @@ def _dataset(it: Iteration, method: Train, tokenizer: Any) -> datasets.Dataset:
         kept = [n for n in it.rows[0] if n.endswith("_ids") or n in KINDS[kind].numbers]
         return datasets.Dataset.from_list([{name: row[name] for name in kept} for row in it.rows])
     config = xpo_config(it.setup)
-    how: Any = {name: getattr(config, name) for name in ("max_length", "max_prompt_length", "score")}
+    names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
+    how: Any = {name: getattr(config, name) for name in names}
     return data.encode(data.load(it.rows, kind=kind), tokenizer, kind=kind, **how)
 
 
@@ -164,7 +165,7 @@ def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
     model, about = it.start()
     texts = ("prompt", "chosen", "rejected")
     # The judge's probabilities are soft labels for the methods that take them.
-    kept = (*texts, "prob") if method.method in SOFT_LABELS else texts
+    kept = (*texts, data.TOOLS, data.KWARGS, *(["prob"] if method.method in SOFT_LABELS else []))
     pairs = [
         {name: row[name] for name in kept if name in row}
         for row in it.rows
@@ -197,7 +198,11 @@ def _train_online(it: Iteration) -> tuple[Write, list[Any]]:
     if it.recipe.draws_rivals:
         reference: Any = trainer.moving_reference
         against.rollout = MixtureRollout(
-            trainer.model, about["processing_class"], reference=reference.copy, share=it.recipe.mix
+            trainer.model,
+            about["processing_class"],
+            reference=reference.copy,
+            share=it.recipe.mix,
+            chat_template_kwargs=config.chat_template_kwargs,
         )
     logs = it.fit(trainer, method, last_checkpoint(config.output_dir, STATE_FILE))
     samples = it.checkpoints / SAMPLES_FILE

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data import KINDS, DataError
-from ..data.rows import check_names, shape_row
+from ..data.rows import check_names, shape_row, unread_of
 from ..models import check_ids
 from ..models.modes import evaluating
 from ..rollout import Prompt
@@ -50,6 +50,7 @@ def load_ratings(
         columns=columns,
         config=config,
         seed=seed,
+        unread=lambda made, row: unread_of(made, row, KINDS["unpaired"], objectives),
         expected=f"prompt, completion and {', '.join(objectives)}",
     )
     return rows.remove_columns("ratings"), list(rows["ratings"])
@@ -86,9 +87,10 @@ def encode_rows(
 ) -> list[dict[str, Any]]:
     """Returns token ids and masks as `data.encode` makes them: prompt_ids; chosen_ids, rejected_ids, or both; …_mask.
 
-    spec: gives max_length and max_prompt_length. named: the completions under the names chosen, rejected or both, one
-    per prompt. own: they follow the prompts' own ids, see `data.split_ids`. Raises ValueError for another number of
-    completions than of prompts.
+    spec: gives max_length, max_prompt_length and chat_template_kwargs. prompts: text, messages, or each a
+    `Conversation` with tools and variables of its own. named: the completions under the names chosen, rejected or
+    both, one per prompt. own: they follow the prompts' own ids, see `data.split_ids`. Raises ValueError for another
+    number of completions than of prompts.
     """
     if any(len(completions) != len(prompts) for completions in named.values()):
         raise ValueError(
@@ -104,7 +106,8 @@ def encode_rows(
     }
     kind = "pair" if len(named) > 1 else next(iter(named))
     opening = data.leading_ids(tokenizer, prompts[0])
-    encoded = data.encode_rows(columns, tokenizer, kind, opening, spec.max_length, spec.max_prompt_length, own=own)
+    limits = (spec.max_length, spec.max_prompt_length, spec.chat_template_kwargs)
+    encoded = data.encode_rows(columns, tokenizer, kind, opening, *limits, own=own)
     return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 

@@ -9,6 +9,7 @@ completions of one prompt: `group_scores`, `group_wins`. Judges that ask a langu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import as_conversation, words
 from ..methods.math import win_rates
 from ..rollout import Prompt, Samples
 from .functions import PROMPT_INDEX, RewardFunction, Rewards
@@ -210,6 +212,14 @@ def text_of(message: Any) -> str:
     """Returns a prompt or completion as text: a conversation with its turns named, a single message as its content."""
     if isinstance(message, str):
         return message
-    if len(message) == 1:
-        return message[0]["content"]
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in message)
+    tools = as_conversation(message).tools
+    if len(message) == 1 and tools is None:
+        return _words_and_calls(message[0])
+    turns = [f"{m['role'].capitalize()}: {_words_and_calls(m)}" for m in message]
+    return "\n\n".join([*([] if tools is None else [f"Tools: {json.dumps(tools, ensure_ascii=False)}"]), *turns])
+
+
+def _words_and_calls(message: Any) -> str:
+    """Returns the content of a message, and the tools that it calls as JSON."""
+    calls = message.get("tool_calls")
+    return "\n".join([*filter(None, [words(message)]), *([json.dumps(calls, ensure_ascii=False)] if calls else [])])

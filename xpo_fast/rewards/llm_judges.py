@@ -268,7 +268,7 @@ def continued(prompt: Prompt, answer: Completion, question: str) -> Prompt:
     if isinstance(prompt, str):
         return f"{prompt}{text_of(answer)}\n\n{question}\n\nAnswer:"
     turn = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return [*prompt, *turn, {"role": "user", "content": question}]
+    return data.as_conversation(prompt).followed_by([*turn, {"role": "user", "content": question}])
 
 
 def _filled(template: str, **values: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import data
 from ..models import hub_arguments, install_fused_loss, load_model, load_weights
 from ..models.value_head import VALUE_HEAD_FILE, load_value_head, save_value_head, value_head
 from ..rollout import Prompt
@@ -159,6 +160,7 @@ class ImplicitReward:
         per_token: bool = False,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         batch_size: int = 16,
     ) -> None:
         if not beta > 0:
@@ -167,7 +169,8 @@ class ImplicitReward:
         for model in self.models:
             install_fused_loss(model)
         self.tokenizer, self.beta, self.per_token, self.batch_size = tokenizer, beta, per_token, batch_size
-        self.spec = RewardSpec(max_length=max_length, max_prompt_length=max_prompt_length)
+        kwargs = data.read_kwargs(chat_template_kwargs, "ImplicitReward")
+        self.spec = RewardSpec(max_length=max_length, max_prompt_length=max_prompt_length, chat_template_kwargs=kwargs)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the implicit reward of each completion, (R,) float32 on the CPU."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import require
+from ..data import prompt_of, require
 from ..files import appearing
 from .encoding import encode_rows
 
@@ -324,7 +324,8 @@ def score_pairs(
     """
     if is_logit is None:
         is_logit = bool(getattr(scorer, "is_logit", scorer.spec.is_logit))
-    prompts, chosen, rejected = ([row[n] for row in rows] for n in ("prompt", "chosen", "rejected"))
+    chosen, rejected = ([row[n] for row in rows] for n in ("chosen", "rejected"))
+    prompts = [prompt_of(row) for row in rows]
     features = encode_rows(scorer.tokenizer, scorer.spec, prompts, {"chosen": chosen, "rejected": rejected})
     tokens = [np.array([float(len(row[f"{n}_ids"])) for row in features]) for n in ("chosen", "rejected")]
     if scorer.spec.form == "preference":

@@ -54,6 +54,7 @@ class RewardSpec:
     length_alpha: float | None = None  # reward / (α + tokens), `length_normalised`
     length_target: float = 0.0  # reward − λ·|tokens − target|, `length_penalty`
     length_lam: float = 0.0
+    chat_template_kwargs: dict[str, Any] | None = None  # that it was trained with; those of a prompt come first
 
     def __post_init__(self) -> None:
         if self.method not in USES:

@@ -84,7 +84,8 @@ class RewardConfig(XPOConfig):
             raise ValueError("score has no effect on a reward model, which reads all of a completion: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
-        names = "method", "max_length", "max_prompt_length", "length_alpha", "length_target", "length_lam"
+        names = ("method", "max_length", "max_prompt_length", "chat_template_kwargs")
+        names += ("length_alpha", "length_target", "length_lam")
         objectives = tuple(self.objectives or ("reward",))
         weights = None if self.objective_weights is None else tuple(self.objective_weights)
         return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
@@ -198,6 +199,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise DataError(f"{name} learns from the label of each row; got rows without label")
         limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
         limits["num_proc"] = self.args.dataset_num_proc
+        limits["chat_template_kwargs"] = self.args.chat_template_kwargs
         encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
         names = [f"{name}_{what}" for name in ("kl_completion", "rejected") for what in ("ids", "mask")]
         unread = {*names} & {*encoded.column_names} if "rejected" not in self.kind.completions else set()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import Place
+from ..data import KWARGS, Place, check_written
 from ..models import check_ids
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX, Rewards
 from ..rewards.judges import Judge
@@ -191,14 +191,31 @@ def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in rows[0] if name != "prompt" and not isinstance(rows[0][name], Place)]
 
 
-def check_prompts(rows: list[dict[str, Any]], policy: Any, tokenizer: Any, rollout: Rollout) -> None:
-    """Raises ValueError before a run for a column or a prompt that would fail in it."""
+def check_prompts(
+    rows: list[dict[str, Any]],
+    policy: Any,
+    tokenizer: Any,
+    rollout: Rollout,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError before a run for a column or a prompt that would fail in it, or that is not written whole.
+
+    chat_template_kwargs: of the run, which the sampler must write its prompts with.
+    """
+    kwargs = getattr(rollout, KWARGS, chat_template_kwargs)
+    if chat_template_kwargs and kwargs != chat_template_kwargs:
+        raise ValueError(
+            f"the settings have {KWARGS} {dict(chat_template_kwargs)}, the rollout {kwargs}: pass them to the rollout, "
+            "which writes the prompts"
+        )
+    places = (str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows))
+    check_written(tokenizer, (row["prompt"] for row in rows), places, kwargs)
     for name in (PROMPT_INDEX, *OWN_COLUMNS):
         if rows and name in rows[0]:
             raise ValueError(f"the column {name!r} is what reward functions are told of the rollout: rename it")
     if not isinstance(rollout, GenerateRollout):
         return
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    ids = encode_prompts([row["prompt"] for row in rows], tokenizer, kwargs)
     for k, row in enumerate(ids):
         check_ids(policy, tokenizer, row, str(rows[k].get("where", f"prompt {k}")))
     limit = positions(policy)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data import words
 from ..files import finite, saving
 from .collect import Completion, Groups
 from .experience import Experience
@@ -86,5 +87,5 @@ def table(samples: Sequence[Mapping[str, Any]], count: int, width: int = 120) ->
 
 def _one_line(text: Any) -> str:
     """Returns a text, or a conversation's last message, without line breaks and control characters."""
-    text = text if isinstance(text, str) else text[-1]["content"]
+    text = text if isinstance(text, str) else words(text[-1])
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from ..data import load_prompts
+from ..data import KWARGS, load_prompts
 from ..head import token_logps
 from ..methods import METHODS
 from ..methods.policy import adapt
@@ -145,13 +145,13 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             self.policy, self.critic, self.moving_reference, self.accelerator, args, self.objective.tile_bytes, pad
         )
         continuous = None if args.continuous_batching else False
-        rollout = rollout or GenerateRollout(
-            model, processing_class, batch_size=args.generation_batch_size, continuous=continuous
-        )
+        how: Any = {"batch_size": args.generation_batch_size, "chat_template_kwargs": args.chat_template_kwargs}
+        rollout = rollout or GenerateRollout(model, processing_class, continuous=continuous, **how)
         self._collector = Collector(
             self.policy, rollout, self.rewards, self.accelerator, args, self.sampling, self.prompts
         )
-        check_prompts([*self.prompts, *(held_out or [])], self.policy, processing_class, rollout)
+        rows = [*self.prompts, *(held_out or [])]
+        check_prompts(rows, self.policy, processing_class, rollout, args.chat_template_kwargs)
         self.add_callback(_AfterStep(self))
         self.progress = Progress(args.reward_kl)
         self.experience: Experience | None = None
@@ -217,6 +217,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "num_generations": args.num_generations,
             "steps_per_rollout": args.steps_per_rollout,
             "reference": self.reference,
+            **({KWARGS: args.chat_template_kwargs} if args.chat_template_kwargs else {}),
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

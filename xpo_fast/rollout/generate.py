@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .. import data
 from ..models import check_ids
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
@@ -44,6 +45,7 @@ class GenerateRollout:
     continuous: transformers' continuous batching (paged cache, no padding, no waiting for the longest): True, or its
         ContinuousBatchingConfig; None for continuous batching on CUDA if the model supports it; False for batches. It
         does not know stop strings: calls with stop strings go in batches.
+    chat_template_kwargs: variables of the chat template for every prompt; a prompt's own come first.
 
     Only the EOS ids are read of the model's generation config: temperature, penalties and cuts are those of `Sampling`,
     so that the completions are the policy's.
@@ -62,11 +64,18 @@ class GenerateRollout:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, batch_size: int = 64, continuous: bool | Any | None = False
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        batch_size: int = 64,
+        continuous: bool | Any | None = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"expected batch_size of at least 1, got {batch_size!r}")
         self.tokenizer, self.batch_size, self.continuous = tokenizer, batch_size, continuous
+        self.chat_template_kwargs = data.read_kwargs(chat_template_kwargs, "GenerateRollout")
         self.update(model)
 
     def update(self, model: Any) -> None:
@@ -83,7 +92,7 @@ class GenerateRollout:
         lm = causal_lm(unwrapped(self.model))
         warn_if_slow(lm.dtype, lm.device)
         eos = eos_ids(self.tokenizer, lm)
-        asked = requests(prompts, n, seed, self.tokenizer, sampling, positions(lm))
+        asked = requests(prompts, n, seed, self.tokenizer, sampling, positions(lm), self.chat_template_kwargs)
         for request in asked:
             check_ids(lm, self.tokenizer, request.ids, f"prompt {request.place[0]}")
         generated: list[Any] = [None] * len(asked)

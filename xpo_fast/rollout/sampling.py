@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import data
 from ..models.lm_head import causal_lm
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 FINISHES = ("stop", "length")
 
@@ -110,11 +110,16 @@ class Rollout(Protocol):
         ...
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[list[int]]:
     """Returns the token ids of prompts as in training: messages by the chat template, text as it is after its BOS.
 
     Messages are followed by the template's generation prompt, unless the last one is the assistant's, which is then to
-    be continued. Raises ValueError, naming the prompt, for one that the template refuses or that has no token.
+    be continued. A `data.Conversation`, as `data.load_prompts` returns it, is written with its tools and variables.
+
+    chat_template_kwargs: variables of the template for every prompt; a prompt's own come first. Raises ValueError,
+    naming the prompt, for one that the template refuses or that has no token.
     """
     encoded = []
     bos = None
@@ -124,20 +129,25 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]
             ids = data.tokenize(tokenizer, [prompt])[0]
             ids = ids if ids[: len(bos)] == bos else bos + ids
         else:
-            ids = data.tokenize(tokenizer, [_templated(prompt, tokenizer, i)])[0]
+            ids = data.tokenize(tokenizer, [_templated(prompt, tokenizer, i, chat_template_kwargs)])[0]
         if not ids:
             raise ValueError(f"prompt {i} has no token: drop it, or write something ({prompt!r:.80})")
         encoded.append(ids)
     return encoded
 
 
-def _templated(messages: list[dict[str, str]], tokenizer: Any, i: int) -> str:
+def _templated(messages: list[dict[str, Any]], tokenizer: Any, i: int, kwargs: Mapping[str, Any] | None) -> str:
     """Returns prompt i, a conversation, as the chat template writes it."""
-    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if not messages or not all(isinstance(m, dict) and "role" in m and _has_words(m) for m in messages):
         raise ValueError(
             f'prompt {i}: expected text, or messages [{{"role": …, "content": …}}, …], got {messages!r:.80}'
         )
-    return data.write(tokenizer, messages, f"prompt {i}", answer=True)
+    return data.write(tokenizer, messages, f"prompt {i}", answer=True, kwargs=kwargs)
+
+
+def _has_words(message: Mapping[str, Any]) -> bool:
+    """Returns whether a message has content, which it needs unless it calls tools."""
+    return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
 @dataclass
@@ -161,18 +171,26 @@ class Generated:
 
 
 def requests(
-    prompts: Sequence[Prompt], n: int, seed: int, tokenizer: Any, sampling: Sampling, positions: int | None
+    prompts: Sequence[Prompt],
+    n: int,
+    seed: int,
+    tokenizer: Any,
+    sampling: Sampling,
+    positions: int | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Request]:
     """Returns n requests per prompt, side by side; raises ValueError for arguments or prompts that cannot be served.
 
-    positions: the model's limit of tokens for prompt and completion together; None: no limit.
+    positions: the model's limit of tokens for prompt and completion together; None: no limit. chat_template_kwargs: as
+        for `encode_prompts`.
     """
     if isinstance(prompts, str) or not isinstance(n, int) or n < 1:
         raise ValueError(f"expected a list of prompts and n of at least 1, got {type(prompts).__name__}, n={n!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"expected a seed of 0 or more, got {seed!r}")
     found = []
-    for i, (prompt, ids) in enumerate(zip(prompts, encode_prompts(prompts, tokenizer), strict=True)):
+    encoded = encode_prompts(prompts, tokenizer, chat_template_kwargs)
+    for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         left = sampling.max_new_tokens if positions is None else min(sampling.max_new_tokens, positions - len(ids))
         if left < 1:
             raise ValueError(

@@ -68,6 +68,8 @@ class ServerRollout:
         unloaded; use one folder per run. A function: called with the model and this rollout, on every process. None:
         `update` raises, because a server that nobody updates keeps sampling from old weights.
 
+    chat_template_kwargs: variables of the chat template for every prompt; a prompt's own come first.
+
     Prompts are sent as token ids, by our tokenizer and its chat template, so that both sides see the same. Completions
     are read as token ids where the server reports them; else their text is tokenized again, which can give other ids
     than were sampled (a warning says so once). `Samples.logps` are the log-probs the server reports: vLLM's are those
@@ -95,6 +97,7 @@ class ServerRollout:
         timeout_s: float = 600.0,
         push: str | Callable[[Any, ServerRollout], None] | None = None,
         folder: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"expected the server's address, http://host:port, got {url!r}")
@@ -115,6 +118,7 @@ class ServerRollout:
         self.backoff_s, self.timeout_s = backoff_s, timeout_s
         self.push, self.folder = push, None if folder is None else Path(folder).absolute()
         self.model, self.positions = model, None
+        self.chat_template_kwargs = data.read_kwargs(chat_template_kwargs, "ServerRollout")
         self._identified = self._warned = False
         self._finished: tuple[Any, dict[int, Generated]] = (None, {})  # of a failed call
 
@@ -122,7 +126,7 @@ class ServerRollout:
         """Samples n completions of each prompt, those of a prompt side by side."""
         self._identify()
         eos = eos_ids(self.tokenizer)
-        asked = requests(prompts, n, seed, self.tokenizer, sampling, self.positions)
+        asked = requests(prompts, n, seed, self.tokenizer, sampling, self.positions, self.chat_template_kwargs)
         call = (seed, sampling, [(request.place, request.ids) for request in asked])
         generated = dict(self._finished[1]) if self._finished[0] == call else {}
         self._finished = (call, generated)

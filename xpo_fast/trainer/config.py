@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..data import check_score
+from ..data import check_score, read_kwargs
 from ..objective import Objective
 from ..reporters import check_reporters
 
@@ -26,6 +26,13 @@ class MethodConfig(TrainingArguments):
     method_args: dict | str | None = field(
         default=None,
         metadata={"help": 'Hyperparameters, and options of xpo_fast.Objective, for example {"beta": 0.1}.'},
+    )
+    chat_template_kwargs: Any = field(
+        default=None,
+        metadata={
+            "help": 'Variables of the chat template for every row, for example {"enable_thinking": false}; those of a '
+            "row's column chat_template_kwargs come first."
+        },
     )
     backend: str = argument("auto", "The backend of the head: auto, torch, dense, …")
     tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
@@ -45,6 +52,7 @@ class MethodConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be False: batches are made from columns of the data set")
         if isinstance(self.method_args, str):
             self.method_args = json.loads(self.method_args)
+        self.chat_template_kwargs = read_kwargs(self.chat_template_kwargs, "the settings")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it where there is nothing to copy to
         check_reporters(self.report_to)

@@ -113,7 +113,8 @@ class XPOTrainer(UnitTrainer):
         rows, given, args = None, dataset, self.args
         if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
-            how: Any = {name: getattr(args, name) for name in ("max_length", "max_prompt_length", "score")}
+            names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
+            how: Any = {name: getattr(args, name) for name in names}
             dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, num_proc=args.dataset_num_proc, **how)
         unread = [] if self._estimates_kl else ["kl_completion"]
         if not self.objective.has_rejected and self.kind.listed:
