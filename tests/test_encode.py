@@ -342,6 +342,25 @@ def test_two_turns_of_the_assistant_side_by_side():
     assert scored_text(tok, got, "chosen") == ["Let me look.<|im_end|>\n", "No.<|im_end|>\n"]
 
 
+def test_turns_that_call_tools_and_variables_of_the_template():
+    template = (
+        "{% for m in messages %}"
+        + HEADER
+        + "{{ (m.content or '') }}{% for c in m.tool_calls or [] %}{{ '<think>' + c.function.name + '</think>' }}"
+        + "{% endfor %}{{ '<|im_end|>' + mark }}{% endfor %}"
+        + GENERATION
+    )
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]}, *TURNS[1:]]
+    tok, how = make("byte-level", template), {"chat_template_kwargs": {"mark": "\n", "unread": 1}}
+    for row in (
+        {"prompt": PROMPT, "chosen": turns},
+        {"prompt": PROMPT, "chosen": turns, "chat_template_kwargs": {"mark": "\n"}},
+    ):
+        [got] = encoded([row], tok, "chosen", **({} if "chat_template_kwargs" in row else how))
+        assert scored_text(tok, got, "chosen") == ["<think>look</think><|im_end|>\n", "Yes.<|im_end|>\n"]
+
+
 UNCLEAR = {
     "counts its messages": "<s>{{ messages | length }}" + TEMPLATES["ChatML"],
     "hides all but the last": "{% for m in messages %}{% if loop.last or loop.first %}"
@@ -353,7 +372,8 @@ UNCLEAR = {
 
 @pytest.mark.parametrize("template", UNCLEAR)
 def test_a_template_that_does_not_tell_where_turns_are_is_refused(template):
-    rows = [{"prompt": PROMPT, "chosen": TURNS, "rejected": YES}]
+    turns = [*LOOK, {"role": "user", "content": "Do."}, *YES]
+    rows = [{"prompt": PROMPT, "chosen": turns, "rejected": YES}]
     with pytest.raises(DataError, match=r"^rows\[0\]: the chat template does not tell where.*--score all"):
         encoded(rows, make("byte-level", UNCLEAR[template]))
     assert encoded(rows, make("byte-level", UNCLEAR[template]), score="all")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xpo_fast")
 
 # Per row, for `_report` alone.
-_COUNTS = ("completions_cut", "count", "prompt_cut", "rewritten", "joined", "masked", "unscored")
+_COUNTS: tuple[str, ...] = ("completions_cut", "count", "prompt_cut", "rewritten", "joined", "masked", "unscored")
 
 
 def encode(
@@ -169,7 +169,7 @@ def encode_rows(
     """Tokenizes and cuts a batch of rows, see `encode`.
 
     batch: columns, those of `load`. leading: from `leading_ids`, for rows of text. own: as for `split_ids`. Returns
-    also the columns ``…_mask``, and the counts `prompt_cut`, `completions_cut`, `count` (of completions), `rewritten`
+    also the columns ``…_mask``, the counts `prompt_cut`, `completions_cut`, `count` (of completions), `rewritten`
     (whether the chat template writes the prompt differently before an answer), `joined` (whether a token holds the
     prompt's end and a completion's beginning), `masked` (whether any token of a completion is not scored) and
     `unscored` (the completions of which nothing that is scored was left); and `unwritten`, what the chat template
