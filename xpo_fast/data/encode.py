@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -94,7 +95,10 @@ def encode(
         },
     )
     _report(encoded, max_length)
-    report(itertools.chain.from_iterable(encoded["unwritten"]), len(encoded))
+    listed = (
+        names for some in encoded.select_columns("unwritten").iter(batch_size=1000) for names in some["unwritten"]
+    )
+    report(itertools.chain.from_iterable(map(json.loads, listed)), len(encoded))
     encoded = encoded.remove_columns([*_COUNTS, "unwritten"])
     return _add_mismatched(encoded, prompt_keys(dataset), max_length) if labelled else encoded
 
@@ -131,7 +135,7 @@ def encode_rows(
 
     batch: columns, those of `load`. leading: from `leading_ids`, for rows of text. Returns also the counts
     `prompt_cut`, `completions_cut`, `count` (of completions) and `rewritten` (whether the chat template writes the
-    prompt differently before an answer), and `unwritten`, what the chat template leaves out.
+    prompt differently before an answer), and `unwritten`, the JSON of what the chat template leaves out.
     """
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     row_kind = get_kind(kind)
@@ -168,7 +172,7 @@ def encode_rows(
                 "completions_cut": sum(len(f) < len(c) for f, c in zip(fitted, completions)),
                 "count": len(fitted),
                 "rewritten": rewritten,
-                "unwritten": left_out,
+                "unwritten": json.dumps(left_out),  # a list that is empty in the first rows would have no type
             }
         )
     return {name: [row[name] for row in encoded] for name in encoded[0]}
