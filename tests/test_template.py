@@ -203,10 +203,9 @@ def test_the_answers_of_tools_are_looked_for_one_by_one():
 
 def test_keys_that_a_template_leaves_out_are_counted(said):
     odd = {**PLAIN, "prompt": [user("w", name="bob", id=3)], "chosen": GOOD}
-    encoded([odd, PLAIN, odd], "pair", tokenizer(BARE))
-    assert said() == [
-        f"the chat template does not write {key}, which 2 of 3 rows have" for key in ("name", "id", "reasoning_content")
-    ]
+    keys = ("name", "id", "reasoning_content")
+    encoded([PLAIN] * 1000 + [odd], "pair", tokenizer(BARE))  # behind the first batch
+    assert said() == [f"the chat template does not write {key}, which 1 of 1001 rows have" for key in keys]
 
 
 def test_a_template_may_drop_the_reasoning_of_earlier_turns(said):

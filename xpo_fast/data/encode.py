@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,10 @@ def encode(
         },
     )
     sums = _report(encoded, max_length)
-    report(itertools.chain.from_iterable(encoded["unwritten"]), len(encoded))
+    listed = (
+        names for some in encoded.select_columns("unwritten").iter(batch_size=1000) for names in some["unwritten"]
+    )
+    report(itertools.chain.from_iterable(map(json.loads, listed)), len(encoded))
     masks = [] if sums["masked"] else [name for name in encoded.column_names if name.endswith("_mask")]
     encoded = encoded.remove_columns([*_COUNTS, "unwritten", *masks])
     return _add_mismatched(encoded, prompt_keys(dataset), max_length) if labelled else encoded
@@ -172,8 +176,8 @@ def encode_rows(
     also the columns ``…_mask``, the counts `prompt_cut`, `completions_cut`, `count` (of completions), `rewritten`
     (whether the chat template writes the prompt differently before an answer), `joined` (whether a token holds the
     prompt's end and a completion's beginning), `masked` (whether any token of a completion is not scored) and
-    `unscored` (the completions of which nothing that is scored was left); and `unwritten`, what the chat template
-    leaves out.
+    `unscored` (the completions of which nothing that is scored was left); and `unwritten`, the JSON of what the chat
+    template leaves out.
     """
     rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
     row_kind = get_kind(kind)
@@ -223,7 +227,7 @@ def encode_rows(
                 "joined": split.joined,
                 "masked": not all(map(all, masks)),
                 "unscored": sum(not any(mask) for mask in masks),
-                "unwritten": left_out,
+                "unwritten": json.dumps(left_out),  # a list that is empty in the first rows would have no type
             }
         )
     return {name: [row[name] for row in encoded] for name in encoded[0]}
