@@ -38,6 +38,7 @@ from xpo_fast.trainer.reference import rows_fingerprint
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # by LN tuning, of every norm
+    pytest.mark.filterwarnings("ignore:init_lora_weights='pissa_niter_2' draws at random"),
 ]
 
 ROWS = make_rows(8)
@@ -136,6 +137,27 @@ def test_an_adapter_that_takes_its_weights_from_the_base(tmp_path, init, referen
     model = base()
     want = oracle(model)
     trained(tmp_path, model, want, peft_config=lora(init_lora_weights=init), reference=reference)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
+def test_the_folder_of_such_an_adapter_is_the_trained_model_or_that_is_said(tmp_path, recwarn, init):
+    base().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    model, _ = load_model(str(tmp_path / "base"))
+    trainer = make_trainer(tmp_path, model=model, peft_config=lora(init_lora_weights=init), max_steps=2)
+    said = any("draws at random" in str(w.message) for w in recwarn)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, _ = load_model(str(tmp_path / "saved"))
+    assert said != torch.allclose(oracle(loaded), oracle(trainer.model), atol=1e-5, rtol=0)
+
+
+def test_several_active_adapters_are_no_folder(tmp_path):
+    model = adapted()
+    model.add_adapter("other", lora())
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.warns(UserWarning, match="2 adapters are active together .default, other"):
+        trained(tmp_path, shaken(model), oracle(model))
 
 
 @pytest.mark.parametrize("reference", ["auto", "copy", "cached", "adapter"])

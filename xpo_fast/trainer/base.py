@@ -118,6 +118,13 @@ class UnitTrainer(Trainer):
             check_trainable(self.model)
             if apart := unsaved(self.model):
                 warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
+            active = getattr(self.model, "active_adapters", ()) if hasattr(self.model, "disable_adapter") else ()
+            if len(active) > 1:
+                warnings.warn(
+                    f"{len(active)} adapters are active together ({', '.join(active)}), and each is saved in a folder "
+                    "of its own, none of which is the trained model: save it with merge_and_unload()",
+                    stacklevel=3,
+                )
         self._means = Means()
         self._eval_means = Means()
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller

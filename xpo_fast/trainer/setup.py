@@ -50,6 +50,7 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """Returns the PEFT model of `model` and `peft_config`.
 
     Raises ValueError for a model that has an adapter, for prompt learning, and for target modules it does not have.
+    Warns of an initialisation after which the saved adapter is not the trained model.
     """
     try:
         from peft import get_peft_model
@@ -61,6 +62,14 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         )
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(f"{type(peft_config).__name__} adds positions of its own, which is not supported; use LoRA")
+    how = getattr(peft_config, "init_lora_weights", None)
+    if isinstance(how, str) and "_niter_" in how:
+        warnings.warn(
+            f"init_lora_weights={how!r} draws at random what it takes out of the base weights, and PEFT draws again "
+            'when the saved adapter is loaded, on another base then: use "pissa", or save the model with '
+            "merge_and_unload()",
+            stacklevel=4,
+        )
     try:
         return get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
