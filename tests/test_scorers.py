@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -72,13 +73,13 @@ def alone(model, rows: list[list[int]]) -> list[float]:
 
 def check_in_any_batch(score, want: list[float], prompts=PROMPTS, completions=COMPLETIONS, tolerance=1e-4) -> None:
     """score(batch_size) → f(prompts, completions) → (R,): the same for each row, whatever stands beside it."""
-    want = torch.tensor(want, dtype=torch.float64)
-    assert float(want.std()) > 100 * tolerance  # rows that another one's score would not pass for
+    expected = torch.tensor(want, dtype=torch.float64)
+    assert float(expected.std()) > 100 * tolerance  # rows that another one's score would not pass for
     orders = [list(range(len(want))), [3, 0, 4, 2, 1]]
     for size in (1, 2, 5):
         for order in orders:
             got = score(size)([prompts[i] for i in order], [completions[i] for i in order])
-            torch.testing.assert_close(got.double(), want[order], rtol=0, atol=tolerance)
+            torch.testing.assert_close(got.double(), expected[order], rtol=0, atol=tolerance)
 
 
 # --- classifiers --------------------------------------------------------------------------------------------------
@@ -133,8 +134,8 @@ def test_a_classifier_of_several_labels_is_no_reward_model():
 # --- every scorer -------------------------------------------------------------------------------------------------
 
 
-def valued(seed: int):
-    model = make_model(seed)
+def valued(seed: int, **config) -> Any:
+    model = make_model(seed, **config)
     attach_value_head(model, std=1.0)
     return model.eval()
 
@@ -160,7 +161,8 @@ def test_a_reward_is_the_same_in_any_batch(scorer):
     if scorer == "implicit":
         logps = [[logp_alone(m, p, row) for p, row in zip(PROMPTS, rows)] for m in models]
         want = [0.5 * (a - b) for a, b in zip(*logps)]
-        made = lambda size: ImplicitReward(*models, tokenizer, beta=0.5, batch_size=size).score  # noqa: E731
+        policy, reference = models
+        made = lambda size: ImplicitReward(policy, reference, tokenizer, beta=0.5, batch_size=size).score  # noqa: E731
         return check_in_any_batch(made, want, tolerance=1e-3)
     each = [value_alone(m, rows) for m in models]
     if scorer == "ensemble":
@@ -177,24 +179,18 @@ def test_a_rows_ids_do_not_follow_from_the_first_prompt():
     """The BOS of a text, beside a conversation or an empty prompt."""
     from tokenizers import processors
 
-    tokenizer = make_tokenizer(vocabulary=["<bos>", *WORDS])
+    tokenizer: Any = make_tokenizer(vocabulary=["<bos>", *WORDS])
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    reward = RewardModel(valued(0) if len(tokenizer) <= VOCAB else attached(128), tokenizer)
+    reward = RewardModel(valued(0, vocab_size=128), tokenizer)
     text, talk = ("w1 w2", " w3"), ([{"role": "user", "content": "w4"}], "w5 w6")
     want = reward.score([text[0]], [text[1]])
     for first in (talk, ("", "w7 w8")):
         got = reward.score([first[0], text[0]], [first[1], text[1]])
         torch.testing.assert_close(got[1:], want)
-
-
-def attached(vocab: int):
-    model = make_model(0, vocab_size=vocab)
-    attach_value_head(model, std=1.0)
-    return model.eval()
 
 
 # --- lengths ------------------------------------------------------------------------------------------------------
@@ -204,9 +200,7 @@ def test_a_long_row_is_scored_whole_or_the_cut_is_said(caplog, tmp_path):
     """NeMo-RL#1026: a reward model that truncates must say so."""
     g = torch.Generator().manual_seed(0)
     prompt, completion = words(g, 30, 31), " " + words(g, 1500, 1501)
-    torch.manual_seed(0)
-    model = make_model(max_position_embeddings=4096)
-    attach_value_head(model, std=1.0)
+    model = valued(0, max_position_embeddings=4096)
     row = ids_of(prompt, completion)
     with caplog.at_level(logging.WARNING, logger="xpo_fast"):
         got = RewardModel(model, make_tokenizer()).score([prompt], [completion])
@@ -235,7 +229,7 @@ def test_a_length_of_training_does_not_cut_what_is_scored(tmp_path):
         RewardSpec(max_length=1)
 
 
-def gpt2(positions: int = 16, cls=transformers.GPT2LMHeadModel, **config):
+def gpt2(positions: int = 16, cls: Any = transformers.GPT2LMHeadModel, **config):
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": EOS}
@@ -278,7 +272,7 @@ def test_where_positions_end(make, limit):
 LONG = [{"prompt": "w1 " * 12, "chosen": " w2" * (4 + i), "rejected": " w3"} for i in range(3)]
 
 
-def settings(cls, folder, **more):
+def settings(cls, folder, **more) -> Any:
     return cls(str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1, report_to="none", **more)
 
 
@@ -373,7 +367,7 @@ def test_an_id_without_an_embedding_is_named_with_its_row(name, outside):
 class Leaky(transformers.LlamaForCausalLM):
     """Does not observe attention_mask: the mean of all positions up to each is right, that of padding is not."""
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+    def forward(self, input_ids, attention_mask, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
         embedded = self.get_input_embeddings()(input_ids)
         share = attention_mask.sum(dim=1, keepdim=True) / attention_mask.shape[1]  # what lies behind
         return super().forward(inputs_embeds=embedded * share[..., None], attention_mask=attention_mask, **kwargs)
@@ -382,9 +376,8 @@ class Leaky(transformers.LlamaForCausalLM):
 def paligemma():
     text = {**SIZES, "model_type": "gemma", "vocab_size": VOCAB, "num_key_value_heads": 2, "head_dim": 8}
     vision = {**SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "projection_dim": 32}
-    config = transformers.PaliGemmaConfig(
-        text_config=text, vision_config=vision, image_token_id=VOCAB - 1, projection_dim=32, hidden_size=32
-    )
+    more: Any = {"image_token_id": VOCAB - 1, "projection_dim": 32, "hidden_size": 32}
+    config = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, **more)
     return transformers.PaliGemmaForConditionalGeneration(config)
 
 
@@ -432,7 +425,7 @@ def test_a_trainer_refuses_an_encoder_before_the_first_step(tmp_path):
 class Shifted(transformers.GPT2LMHeadModel):
     """Counts positions from the left edge of the batch: a prompt with padding before it is read as another one."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids = torch.arange(past, past + input_ids.shape[1])[None].expand_as(input_ids)
         given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}

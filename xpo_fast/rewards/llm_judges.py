@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..head import token_logps
-from ..models import Head, install_fused_loss
+from ..models import Head, check_ids, check_lengths, install_fused_loss
 from ..models.modes import evaluating
 from ..rollout import Prompt, Rollout, Sampling
 from .judges import Completion, Judge, text_of
@@ -76,7 +76,8 @@ class Choice(Protocol):
 class TokenChoice:
     """A `Choice` by the next-token distribution: the probabilities of the words' first tokens, normalised.
 
-    model: a causal LM of transformers. A call raises ValueError if two words begin with the same token.
+    model: a causal LM of transformers. A call raises ValueError if two words begin with the same token, and, naming the
+    question, for a token without an embedding and for more tokens than the model has positions.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, batch_size: int = 8) -> None:
@@ -87,6 +88,10 @@ class TokenChoice:
     def __call__(self, questions: Sequence[Prompt], words: Sequence[str]) -> Tensor:
         """Returns the probabilities (R, C), see `Choice`."""
         rows = [self._ids(question, words) for question in questions]
+        for r, (ids, first) in enumerate(rows):
+            check_ids(self.model, self.tokenizer, [*ids, *first], f"the judge's question {r}")
+        remedy = "shorten prompts and completions, or take a judge with more positions"
+        check_lengths(self.model, [len(ids) for ids, _ in rows], lambda r: f"the judge's question {r}", remedy)
         order = sorted(range(len(rows)), key=lambda r: len(rows[r][0]))
         table = torch.empty(len(rows), len(words))
         for start in range(0, len(order), self.batch_size):

@@ -154,9 +154,9 @@ def row_lengths(encoded: datasets.Dataset) -> list[int]:
 def _longest(encoded: datasets.Dataset, name: str) -> np.ndarray:
     """Returns the length of each row's ids, or of the longest of its lists of ids, (N,)."""
     found = []
-    table: Any
-    for table in encoded.with_format("arrow").select_columns([name]).iter(batch_size=10_000):
-        column: Any = table[name].combine_chunks()
+    tables: Any = encoded.with_format("arrow").select_columns([name])
+    for table in tables.iter(batch_size=10_000):
+        column = table[name].combine_chunks()
         if hasattr(column.type.value_type, "value_type"):
             found += [max(map(len, lists), default=0) for lists in column.to_pylist()]
         else:
@@ -166,9 +166,9 @@ def _longest(encoded: datasets.Dataset, name: str) -> np.ndarray:
 
 def _flat(encoded: datasets.Dataset, name: str) -> Iterator[Any]:
     """Yields the ids of a column, lists of lists too, as arrays."""
-    table: Any
-    for table in encoded.with_format("arrow").select_columns([name]).iter(batch_size=10_000):
-        ids: Any = table[name].combine_chunks()
+    tables: Any = encoded.with_format("arrow").select_columns([name])
+    for table in tables.iter(batch_size=10_000):
+        ids = table[name].combine_chunks()
         while hasattr(ids.type, "value_type"):
             ids = ids.flatten()
         yield ids
