@@ -215,7 +215,10 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
     assert split(1)[1]["where"] == held["where"] != split(2)[1]["where"]
 
 
-COMMANDS = ("train", "reward", "eval-reward", "rl", "recipe", "methods", "doctor", "tune", "help", "completion")
+COMMANDS = (
+    *("train", "check", "reward", "eval-reward", "rl", "recipe"),
+    *("methods", "doctor", "tune", "help", "completion"),
+)
 
 
 def test_every_command_is_there_and_every_option_has_help(capsys):
