@@ -76,8 +76,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     Failures:
     A reward function that raises, takes longer than `Rewards.timeout_s`, or returns None, a wrong number of rewards or
     anything but numbers ends the run with a RewardError that names it; a sampler or a server that is unavailable for
-    longer than its retries last, with a RolloutError; a rollout without any reward, or with advantages that are not
-    finite, with a ValueError; on all processes, if it happens on one. Nothing is lost: before it raises, the run writes
+    longer than its retries last, with a RolloutError; a rollout without any reward, a sampler's log-prob that is NaN
+    (the error names a server's address), or advantages that are not finite (it names whose numbers they come from),
+    with a ValueError; on all processes, if it happens on one. Nothing is lost: before it raises, the run writes
     a checkpoint (if save_strategy is not "no", and a step has been taken), and a run resumed from it makes the same
     rollout again and ends with exactly the weights, log and samples of an undisturbed one. If an evaluation fails, the
     checkpoint written is that of the step before it; the resumed run continues after that evaluation. KeyboardInterrupt
