@@ -153,7 +153,7 @@ def test_the_folder_of_such_an_adapter_is_the_trained_model_or_that_is_said(tmp_
 
 
 def test_several_active_adapters_are_no_folder(tmp_path):
-    model = adapted()
+    model: Any = adapted()
     model.add_adapter("other", lora())
     model.base_model.set_adapter(["default", "other"])
     with pytest.warns(UserWarning, match="2 adapters are active together .default, other"):
