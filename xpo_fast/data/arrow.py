@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+from datasets.table import InMemoryTable
 
 from .kinds import DataError
 from .template import KWARGS, TOOLS
@@ -129,7 +130,7 @@ def _in_memory(rows: list[dict[str, Any]]) -> datasets.Dataset:
         return datasets.Dataset.from_list(rows)
     features = _features(rows[0], Json())
     batch = _json_batch(rows, _features(rows[0], datasets.Value("string")), features)
-    table = datasets.table.InMemoryTable(pyarrow.Table.from_batches([batch]))
+    table = InMemoryTable(pyarrow.Table.from_batches([batch]))
     return _without_empty(datasets.Dataset(table, info=datasets.DatasetInfo(features=features)))
 
 

@@ -111,9 +111,8 @@ def encode(
         },
     )
     sums = _report(encoded, max_length)
-    listed = (
-        names for some in encoded.select_columns("unwritten").iter(batch_size=1000) for names in some["unwritten"]
-    )
+    left_out: Any = encoded.select_columns("unwritten")
+    listed = (names for some in left_out.iter(batch_size=1000) for names in some["unwritten"])
     report(itertools.chain.from_iterable(map(json.loads, listed)), len(encoded))
     masks = [] if sums["masked"] else [name for name in encoded.column_names if name.endswith("_mask")]
     encoded = encoded.remove_columns([*_COUNTS, "unwritten", *masks])
