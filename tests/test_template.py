@@ -201,6 +201,17 @@ def test_the_answers_of_tools_are_looked_for_one_by_one():
         encoded([row, row], "chosen", tokenizer(late))
 
 
+def test_arguments_that_a_template_would_quote_are_refused():
+    """OpenAI's arguments are JSON text; a template that writes an object as JSON writes them as a quotation."""
+    def row(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {**PLAIN, "chosen": [answer("", tool_calls=[call])]}
+
+    assert encoded([row({"a": "b"})], "pair", tokenizer())
+    with pytest.raises(DataError, match=r"^rows\[0\]: .*quotes the arguments.*as an object"):
+        encoded([row('{"a": "b"}')], "pair", tokenizer())
+
+
 def test_keys_that_a_template_leaves_out_are_counted(said):
     odd = {**PLAIN, "prompt": [user("w", name="bob", id=3)], "chosen": GOOD}
     keys = ("name", "id", "reasoning_content")

@@ -206,7 +206,8 @@ def unwritten(
     variables are looked up in the template, because one may have the value that the template has by default.
 
     start: the first message to look at; the tools and variables belong to message 0. where, kwargs: as for `write`.
-    Raises DataError if it leaves out tools, a call of a tool, or what a tool answered: then something is unsaid.
+    Raises DataError if it leaves out tools, a call of a tool, or what a tool answered: then something is unsaid; and if
+    it writes the arguments of a call, given as JSON text, as a quotation of that text.
     """
     conversation = as_conversation(messages)
     keys = {key: [i for i, m in enumerate(conversation) if i >= start and key in m] for key in _keys(conversation)}
@@ -214,6 +215,7 @@ def unwritten(
     if not (conversation.tools or conversation.kwargs or results or any(keys.values())):
         return []
     text = write(tokenizer, conversation, where, kwargs=kwargs)
+    _refuse_quoted(conversation[start:], text, where)
 
     def same(other: Conversation) -> bool:
         try:
@@ -242,6 +244,18 @@ def unwritten(
             f"a template that does (--chat-template FILE), or take {'them' if len(said) > 1 else 'it'} out of the rows"
         )
     return found
+
+
+def _refuse_quoted(messages: list[Message], text: str, where: str) -> None:
+    calls = [call for m in messages for call in m.get("tool_calls") or [] if isinstance(call, dict)]
+    for call in calls:
+        of = call.get("function", call)
+        given = of.get("arguments") if isinstance(of, dict) else None
+        if isinstance(given, str) and given not in text and json.dumps(given, ensure_ascii=False) in text:
+            raise DataError(
+                f"{where}: the chat template quotes the arguments of a tool call, which are JSON text already "
+                f"({given[:60]}): give them as an object, as the template expects"
+            )
 
 
 def _keys(conversation: Conversation) -> list[str]:
