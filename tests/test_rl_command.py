@@ -211,10 +211,12 @@ def test_models_that_reward_go_where_the_policy_is(home, tmp_path):
     RewardModel(model, make_tokenizer()).save(tmp_path)
     for judge_by in ("grade", "compare"):
         args = argparse.Namespace(
-            reward_model=[str(tmp_path)], judge=str(home / "model"), judge_by=judge_by, ensemble=None
-        )
+            reward_model=[str(tmp_path)], judge=str(home / "model"), judge_by=judge_by, ensemble=None,
+            reward_max_length=64,
+        )  # fmt: skip
         reward, judge = rl_rewards.reward_models(args, torch.device("meta"))
         assert {p.device.type for p in reward.model.parameters()} == {"meta"}
+        assert reward.spec.max_length == 64
     judge = rl_rewards.reward_models(argparse.Namespace(**{**vars(args), "judge_by": "grade"}), torch.device("meta"))[1]
     assert {p.device.type for p in judge.choice.model.parameters()} == {"meta"}
 

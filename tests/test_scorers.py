@@ -114,7 +114,10 @@ def test_a_classifiers_reward_is_its_own_for_the_row_alone(kind, config_pad, tok
     model.config.get_text_config().pad_token_id = config_pad
     want = alone(model, [ids_of(p, c) for p, c in zip(PROMPTS, COMPLETIONS)])
     tokenizer = make_tokenizer(pad=tokenizer_pad)
+    rows: list[int] = []  # of each forward
+    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     check_in_any_batch(lambda size: RewardModel(model, tokenizer, batch_size=size).score, want)
+    assert max(rows) == (1 if kind == "bart" else 2 if kind == "xlnet" else 5)  # xlnet is asked with two rows
     assert model.config.get_text_config().pad_token_id == config_pad
 
 
