@@ -238,6 +238,26 @@ def averages_pairs_in_place_of_sums(made):
 
 
 SWAPPED = [{**r, "score_chosen": r["score_rejected"], "score_rejected": r["score_chosen"]} for r in rows()]
+
+
+@pytest.mark.parametrize("case", ["a new one", "IA3, trained before"])
+def test_an_adapter_that_the_reference_is_without_is_no_fault(tmp_path, case):
+    """The run has been warned; "stop" must not refuse what was asked for."""
+    if case == "a new one":
+        given: dict = {"peft_config": lora(init_lora_weights=False)}
+    else:
+        adapted = peft.get_peft_model(model(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+        with torch.no_grad():
+            for name, p in adapted.named_parameters():
+                p.mul_(1.7 if "ia3" in name else 1)
+        given = {"given": {"model": adapted}, "reference": "adapter"}
+    with pytest.warns(UserWarning, match="adapter"):
+        made = trainer(tmp_path, **given)
+    report = made.preflight()
+    assert not report.faults
+    assert [f.level for f in report.findings if f.check == "reference"] == ["note"]
+
+
 PLANTED = {
     # what is planted → arguments of the trainer, what is done to it, level, check and words of the finding
     "wrong mask": ({}, scores_prompt, "fault", "mask", "tokens of the prompt"),

@@ -75,17 +75,14 @@ def check_lengths(model: Any, lengths: Sequence[int], where: Callable[[int], str
     lengths: tokens of each row. where: names row i. remedy: what to do. Rows longer than the number of positions that
     the model was trained for, but that it can compute, are warned of.
     """
-    longest = max(lengths, default=0)
-    stated = positions(model)
-    if stated is None or longest <= min(stated, table_of_positions(model) or stated):
-        return
-    limit = table_of_positions(model)
-    over = [i for i, n in enumerate(lengths) if n > (stated if limit is None else limit)]
+    table = table_of_positions(model)
+    limit = positions(model) if table is None else table
+    over = [i for i, n in enumerate(lengths) if limit is not None and n > limit]
     if not over:
         return
     worst = max(over, key=lengths.__getitem__)
-    said = f"{where(worst)}: {longest} tokens, and the model has {limit or stated} positions"
+    said = f"{where(worst)}: {lengths[worst]} tokens, and the model has {limit} positions"
     more = f" (the longest of {len(over)} such rows)" if len(over) > 1 else ""
-    if limit is not None:
+    if table is not None:
         raise ValueError(f"{said}{more}: {remedy}")
     warnings.warn(f"{said}{more}; beyond those it was not trained: {remedy}", stacklevel=3)

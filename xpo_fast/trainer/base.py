@@ -35,6 +35,7 @@ from ..seeds import draws_by
 from .arguments import check_trainer_arguments, find_unused_parameters
 from .checkpoints import check_bases_stay, check_room, reading, replace_model, replacing, trained_at_root, unsaved
 from .findings import Report
+from .handed_over import adapter_settings
 from .setup import check_trainable
 
 _UNSAVED = (
@@ -42,7 +43,6 @@ _UNSAVED = (
     "save_model: name their modules in the adapter's modules_to_save, or save the model with merge_and_unload()"
 )
 _LOSS = "loss of method "  # prefix among the means of an evaluation
-_IGNORED_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
 
 class Means:
@@ -134,10 +134,9 @@ class UnitTrainer(Trainer):
     def made_with(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one; written into every checkpoint, see resume.py."""
         args = self.args
-        configs = {name: config.to_dict() for name, config in getattr(self.model, "peft_config", {}).items()}
         return {
             "trainer": type(self).__name__,
-            "adapter": {n: {k: v for k, v in c.items() if k not in _IGNORED_OF_ADAPTERS} for n, c in configs.items()},
+            "adapter": adapter_settings(self.model),
             "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,

@@ -31,6 +31,7 @@ from ..models.modes import evaluating, in_place_of, without_adapter
 from ..models.value_head import value_head
 
 WEIGHTS = "weights of the reference"  # name of their hash in a checkpoint
+_OF_ORIGIN = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 _ELEMENTS = 4096  # of each weight, which are compared
 _IDLE = 1e-3  # log-probs move by less than that from rounding, nats
 _IDS = 16  # tokens of the row on which an adapter is tried
@@ -47,6 +48,7 @@ class HandedOver:
     def __init__(self, model: nn.Module, peft_config: Any, *, copied: bool) -> None:
         self.adapted = hasattr(model, "disable_adapter")
         self.off = False  # whether it is the model that is trained with its adapter switched off
+        self.differs: str | None = None  # why the policy does not start as it; None: it does
         new = peft_config is not None and not self.adapted
         self._copy = frozen_copy(model) if new and copied else None
         self._before = {name: x.clone() for name, x in _beginnings(model)} if new else {}
@@ -83,8 +85,8 @@ class HandedOver:
     def _with_adapter_of_its_own(self, strategy: str, requested: str, model: nn.Module, sharded: bool) -> str:
         if requested == "adapter":
             self.off = True
-            if not sharded:
-                warn_of_trained_adapter(model, requested)
+            if not sharded and warn_of_trained_adapter(model, requested):
+                self.differs = "the policy carries an adapter that was trained before, and the reference does not"
             return strategy
         moved = None if sharded else effect_of_adapter(model)
         self.off = moved == 0.0 or (moved is None and strategy == "adapter")
@@ -118,6 +120,7 @@ class HandedOver:
                     f"ref_mixin averages the adapter, and the new one is not idle{about}: the reference would not "
                     "start as the model handed over. Leave init_lora_weights at its default, or ref_mixin at 0"
                 )
+            self.differs = "the policy carries a new adapter that is not idle, and the reference does not"
             warnings.warn(
                 f"the new adapter is not idle before the first step{about}: the reference is the model as it was "
                 "handed over, and the policy does not start there, nor the loss at its known first value. Leave "
@@ -200,14 +203,16 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:
-    """Warns if reference="adapter", the model without its adapter, is not the model as it was handed over."""
-    if reference == "adapter" and effect_of_adapter(model):
-        warnings.warn(
-            'the model carries a trained adapter, and reference="adapter" is the model with its adapter off: its base, '
-            'not the model as handed over. To compare with that, use reference="auto"',
-            stacklevel=3,
-        )
+def warn_of_trained_adapter(model: nn.Module, reference: str) -> bool:
+    """Warns if reference="adapter", the model without its adapter, is not the model as handed over; returns whether."""
+    if reference != "adapter" or not effect_of_adapter(model):
+        return False
+    warnings.warn(
+        'the model carries a trained adapter, and reference="adapter" is the model with its adapter off: its base, '
+        'not the model as handed over. To compare with that, use reference="auto"',
+        stacklevel=3,
+    )
+    return True
 
 
 def effect_of_adapter(model: Any) -> float | None:
@@ -241,17 +246,18 @@ def effect_of_adapter(model: Any) -> float | None:
 
 def adapter_identity(model: Any) -> dict[str, Any]:
     """Returns what the output of a model with adapters depends on beside its weights: their settings and scales."""
-    configs = getattr(model, "peft_config", None) or {}
-    if not configs:
+    settings = adapter_settings(model)
+    if not settings:
         return {}
     active = model.active_adapters
-    settings = {n: c.to_dict() if hasattr(c, "to_dict") else str(c) for n, c in configs.items()}
-    for config in settings.values():
-        if isinstance(config, dict):
-            for name in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
-                config.pop(name, None)
     scales = {n: m.scaling for n, m in model.named_modules() if isinstance(getattr(m, "scaling", None), dict)}
     return {"active": active() if callable(active) else active, "settings": settings, "scales": scales}
+
+
+def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
+    """Returns the settings of each adapter of a model by its name, without those that say where it is from."""
+    configs = {name: config.to_dict() for name, config in (getattr(model, "peft_config", None) or {}).items()}
+    return {n: {k: v for k, v in config.items() if k not in _OF_ORIGIN} for n, config in configs.items()}
 
 
 def sample_of(weights: Iterable[tuple[str, Tensor]]) -> str:
