@@ -359,7 +359,7 @@ def test_an_id_without_an_embedding_is_named_with_its_row(name, outside):
     rows[1][name] = [4, outside]
     data = datasets.Dataset.from_list(rows)
     with pytest.raises(ValueError, match=rf"f:1: token id {outside} .*97 embeddings"):
-        check_rows(make_model(), make_tokenizer(), data, data)
+        check_rows(make_model(), make_tokenizer(), data)
     rows[1][name] = [4, VOCAB - 1]
     check_rows(make_model(), make_tokenizer(), datasets.Dataset.from_list(rows))
 

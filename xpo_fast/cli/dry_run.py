@@ -25,9 +25,9 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     from ..trainer.reference import choose
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
-    encoded = _encoded(rows, tokenizer, objective.data_kind, config)
+    encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
-    check_rows(model, tokenizer, encoded, rows)
+    check_rows(model, tokenizer, encoded)
     first = _batch(encoded, data.Collator(padding_id(model, tokenizer), objective.data_kind), config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
@@ -41,14 +41,15 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
+    from .. import data
     from ..models import padding_id
     from ..rewards.trainer import RewardCollator, read_lengths
     from ..trainer import check_rows
 
     spec = config.spec()
     model, tokenizer = _without_weights(args, adapter=not (args.full or args.head_only))
-    encoded = _encoded(rows, tokenizer, spec.kind, config)
-    check_rows(model, tokenizer, encoded, rows, lengths=read_lengths(encoded, spec, tokenizer))
+    encoded = data.encode(rows, tokenizer, kind=spec.kind, **config.encoding())
+    check_rows(model, tokenizer, encoded, lengths=read_lengths(encoded, spec, tokenizer))
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, spec.kind, config)
     print(f"method     {spec.method}")
@@ -104,21 +105,6 @@ def _without_weights(args: argparse.Namespace, *, adapter: bool) -> tuple[Any, A
     return (with_adapter(model, loading.lora(args)) if adapter else model), tokenizer
 
 
-def _encoded(rows: Any, tokenizer: Any, kind: str, config: Any) -> Any:
-    from .. import data
-
-    return data.encode(
-        rows,
-        tokenizer,
-        kind=kind,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        score=config.score,
-        num_proc=config.dataset_num_proc,
-        chat_template_kwargs=config.chat_template_kwargs,
-    )
-
-
 def _batch(encoded: Any, collate: Any, config: Any) -> dict[str, Tensor]:
     count = min(len(encoded), config.per_device_train_batch_size)
     return collate([encoded[i] for i in range(count)])
@@ -138,12 +124,11 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     """Prints the tokens of prompts, completions and both before they are cut, and how many are cut."""
     from .. import data
 
-    how: Any = {"score": config.score, "num_proc": config.dataset_num_proc}
-    how["chat_template_kwargs"] = config.chat_template_kwargs
+    whole = {**config.encoding(), "max_length": 2**31, "max_prompt_length": None}
     logger = logging.getLogger("xpo_fast")
     logger.disabled = True  # the warnings have been given
     try:
-        uncut = data.encode(rows, tokenizer, kind=kind, max_length=2**31, **how)
+        uncut = data.encode(rows, tokenizer, kind=kind, **whole)
     finally:
         logger.disabled = False
     prompt = [len(ids) for ids in uncut["prompt_ids"]]

@@ -15,7 +15,7 @@ from .kinds import DataError, get_kind
 from .load import prompt_keys
 from .rows import completions_of, grouped
 from .sources import require
-from .template import as_conversation, prompt_of, report, unwritten_of, warn_of_unread, write
+from .template import as_conversation, prompt_of, unwritten_of, warn_of_unread, warn_of_unwritten, write
 from .turns import check_score, scored_spans
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xpo_fast")
 
-# Per row, for `_report` alone.
+# Per row, for `_log_counts` alone.
 _COUNTS: tuple[str, ...] = ("completions_cut", "count", "prompt_cut", "rewritten", "joined", "masked", "unscored")
 
 
@@ -110,10 +110,10 @@ def encode(
             "chat_template_kwargs": chat_template_kwargs,
         },
     )
-    sums = _report(encoded, max_length)
+    sums = _log_counts(encoded, max_length)
     left_out: Any = encoded.select_columns("unwritten")
     listed = (names for some in left_out.iter(batch_size=1000) for names in some["unwritten"])
-    report(itertools.chain.from_iterable(map(json.loads, listed)), len(encoded))
+    warn_of_unwritten(itertools.chain.from_iterable(map(json.loads, listed)), len(encoded))
     masks = [] if sums["masked"] else [name for name in encoded.column_names if name.endswith("_mask")]
     encoded = encoded.remove_columns([*_COUNTS, "unwritten", *masks])
     return _add_mismatched(encoded, prompt_keys(dataset), max_length) if labelled else encoded
@@ -368,7 +368,7 @@ def _opening(tokenizer: Any, prompt: list[int], leading: list[int]) -> int:
     return count
 
 
-def _report(encoded: datasets.Dataset, max_length: int) -> dict[str, int]:
+def _log_counts(encoded: datasets.Dataset, max_length: int) -> dict[str, int]:
     """Logs how many prompts and completions were cut, and warns of what is other than in generation, or not scored.
 
     Returns the sums of the columns `_COUNTS`.

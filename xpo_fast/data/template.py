@@ -310,10 +310,10 @@ def check_written(
             warn_of_unread(tokenizer, kwargs, prompt)
         rows += 1
         lost.update(unwritten_of(tokenizer, prompt, [], where, kwargs))
-    report(lost.elements(), rows)
+    warn_of_unwritten(lost.elements(), rows)
 
 
-def report(unwritten: Iterable[str], rows: int) -> None:
+def warn_of_unwritten(unwritten: Iterable[str], rows: int) -> None:
     """Warns of what the chat template does not write; unwritten: its names, one per row that has it."""
     for name, count in Counter(unwritten).items():
         logger.warning("the chat template does not write %s, which %d of %d rows have", name, count, rows)

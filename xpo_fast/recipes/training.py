@@ -110,9 +110,7 @@ def _dataset(it: Iteration, method: Train, tokenizer: Any) -> datasets.Dataset:
         # The sampled ids: a completion that was cut off has no EOS, and nothing is tokenized twice.
         kept = [n for n in it.rows[0] if n.endswith("_ids") or n in KINDS[kind].numbers]
         return datasets.Dataset.from_list([{name: row[name] for name in kept} for row in it.rows])
-    config = xpo_config(it.setup)
-    names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
-    how: Any = {name: getattr(config, name) for name in names}
+    how = xpo_config(it.setup).encoding()
     return data.encode(data.load(it.rows, kind=kind), tokenizer, kind=kind, **how)
 
 

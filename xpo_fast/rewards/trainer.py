@@ -206,7 +206,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        ratings, given = None, dataset
+        ratings = None
         if self.spec.form == "objectives":
             dataset, ratings = load_ratings(dataset, self.spec.objectives)
         else:
@@ -216,21 +216,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             raise DataError(f"{name} ranks the completions of a prompt by their scores; got lists without scores")
         if "desirable" in inputs and "label" not in dataset.column_names:
             raise DataError(f"{name} learns from the label of each row; got rows without label")
-        limits: Any = {"max_length": self.args.max_length, "max_prompt_length": self.args.max_prompt_length}
-        limits["num_proc"] = self.args.dataset_num_proc
-        limits["chat_template_kwargs"] = self.args.chat_template_kwargs
-        encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **limits)
+        encoded = data.encode(dataset, self._tokenizer, kind=self.kind.name, **self.args.encoding())
         names = [f"{name}_{what}" for name in ("kl_completion", "rejected") for what in ("ids", "mask")]
         unread = {*names} & {*encoded.column_names} if "rejected" not in self.kind.completions else set()
         encoded = encoded.remove_columns(sorted(unread))
-        check_rows(
-            self._embedded,
-            self._tokenizer,
-            encoded,
-            given,
-            dataset,
-            lengths=read_lengths(encoded, self.spec, self._tokenizer),
-        )
+        lengths = read_lengths(encoded, self.spec, self._tokenizer)
+        check_rows(self._embedded, self._tokenizer, encoded, lengths=lengths)
         self._texts = dataset if self._texts is None else self._texts
         if ratings is not None:
             encoded = data.with_column(encoded, "ratings", ratings)

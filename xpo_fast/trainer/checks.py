@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -115,11 +115,10 @@ def check_causal(
 
 
 def check_rows(
-    model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *sources: Any, lengths: Sequence[int] | None = None
+    model: nn.Module, tokenizer: Any, encoded: datasets.Dataset, *, lengths: Sequence[int] | None = None
 ) -> None:
     """Raises ValueError, which names the row, for a token id that the model has no embedding for, or too long a row.
 
-    sources: what `encoded` was made from; the first with as many rows and a column `where` says where the row stands.
     lengths: tokens of each row as the model reads it; by default the prompt and its longest completion.
     """
     from pyarrow.compute import max as maximum  # pyright: ignore[reportAttributeAccessIssue]
@@ -134,13 +133,13 @@ def check_rows(
             for i, row in enumerate(rows):
                 found = row[name]
                 flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
-                check_ids(model, tokenizer, flat, _place(i, len(encoded), sources))
+                check_ids(model, tokenizer, flat, _place(encoded, i))
     if tokenizer.pad_token_id is not None:
         # Padding is masked, but Trainer writes this id into the model's config, and such a model cannot be loaded.
         check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
     remedy = "set max_length to at most that, or leave longer rows out"
     lengths = row_lengths(encoded) if lengths is None else lengths
-    check_lengths(model, lengths, lambda i: _place(i, len(encoded), sources), remedy)
+    check_lengths(model, lengths, lambda i: _place(encoded, i), remedy)
 
 
 def row_lengths(encoded: datasets.Dataset) -> list[int]:
@@ -174,9 +173,6 @@ def _flat(encoded: datasets.Dataset, name: str) -> Iterator[Any]:
         yield ids
 
 
-def _place(i: int, count: int, sources: Iterable[Any]) -> str:
-    """Returns where row i of `count` stands, for an error."""
-    for rows in sources:
-        if isinstance(rows, datasets.Dataset) and "where" in rows.column_names and len(rows) == count:
-            return rows[i]["where"]
-    return f"row {i}"
+def _place(encoded: datasets.Dataset, i: int) -> str:
+    """Returns where row i stands, for an error."""
+    return encoded[i]["where"] if "where" in encoded.column_names else f"row {i}"

@@ -121,3 +121,8 @@ class XPOConfig(MethodConfig):
                 f"max_prompt_length={self.max_prompt_length} bounds nothing where prompt and completion have "
                 f"max_length={self.max_length} together: make it smaller, or leave it out"
             )
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns the arguments of `data.encode` that these settings decide."""
+        names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
+        return {name: getattr(self, name) for name in names} | {"num_proc": self.dataset_num_proc}

@@ -129,19 +129,17 @@ class XPOTrainer(UnitTrainer):
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
         if dataset is None:
             return None
-        rows, given, args = None, dataset, self.args
+        rows = None
         if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
-            names = ("max_length", "max_prompt_length", "score", "chat_template_kwargs")
-            how: Any = {name: getattr(args, name) for name in names}
-            dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, num_proc=args.dataset_num_proc, **how)
+            dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, **self.args.encoding())
         unread = [] if self._estimates_kl else ["kl_completion"]
         if not self.objective.has_rejected and self.kind.listed:
             unread.append("rejected")
         names = [f"{name}_{what}" for name in unread for what in ("ids", "mask")]
         dataset = dataset.remove_columns([name for name in names if name in dataset.column_names])
         data.check_columns(dataset, self.kind.name, self.objective.rehearse)
-        check_rows(self._unwrapped, self._tokenizer, dataset, given, rows)
+        check_rows(self._unwrapped, self._tokenizer, dataset)
         if self._texts is None:
             self._texts = rows
         return with_lengths(dataset, self.args)
