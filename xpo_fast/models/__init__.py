@@ -1,6 +1,6 @@
 """A `transformers` causal LM as training uses it: loaded by name, its LM head read, a loss in place of its logits."""
 
-from .adapters import base_of, embeddings, folders_below, merge, saving_embeddings
+from .adapters import base_of, embeddings, folders_below, merge, note_name, saving_embeddings
 from .fused_loss import hidden_states, install_fused_loss, remove_fused_loss
 from .lm_head import Head
 from .loading import SMOLLM2, check_ids, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
@@ -18,6 +18,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "merge",
+    "note_name",
     "remove_fused_loss",
     "saving_embeddings",
     "smollm2_gguf",

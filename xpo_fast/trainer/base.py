@@ -27,7 +27,7 @@ except ImportError as error:
 
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
-from ..models import saving_embeddings
+from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from .checkpoints import check_bases_stay, check_room, reading, replace_model, replacing
@@ -139,6 +139,8 @@ class UnitTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if strategy != "no" and self.args.should_save and not sharded:
             check_room(self.model, self.args)
+        if not hasattr(self.model, "peft_config"):
+            self.model.name_or_path = ""  # peft's name for it in later adapters: what it names is no longer this model
         self._prepare_to_train(resume_from_checkpoint or None)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
@@ -276,6 +278,8 @@ class UnitTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     replace_model(folder, new, earlier, self.model)
+            if not hasattr(self.model, "peft_config"):
+                note_name(self.model, str(folder))
         except SavingError as error:
             error.checkpoint = last_checkpoint(str(self.args.output_dir))
             raise
