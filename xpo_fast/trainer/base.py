@@ -28,7 +28,7 @@ except ImportError as error:
 
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
-from ..models import saving_embeddings
+from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from ..seeds import draws_by
@@ -171,6 +171,8 @@ class UnitTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if strategy != "no" and self.args.should_save and not sharded:
             check_room(self.model, self.args)
+        if not hasattr(self.model, "peft_config"):
+            self.model.name_or_path = ""  # peft's name for it in later adapters: what it names is no longer this model
         self._prepare_to_train(resume_from_checkpoint or None)
         self._check_before_training()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -337,6 +339,8 @@ class UnitTrainer(Trainer):
                 if self.args.should_save:
                     trained_at_root(new, self.model)
                     replace_model(folder, new, earlier, self.model)
+            if not hasattr(self.model, "peft_config"):
+                note_name(self.model, str(folder))
         except SavingError as error:
             error.checkpoint = last_checkpoint(str(self.args.output_dir))
             raise
