@@ -55,7 +55,7 @@ def holds(name: str, file: str, options: dict[str, Any]) -> bool:
     """Returns whether a folder, or a name on the hub if it answers or has been downloaded, has a file."""
     if Path(name).is_dir():
         return (Path(name) / file).is_file()
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     quietly = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
@@ -299,7 +299,10 @@ def saving_embeddings(model: Any) -> Iterator[None]:
     if not hasattr(model, "peft_config") or count is None:
         yield
         return
-    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=count != embeddings(lm))
+    weight = lm.get_input_embeddings().weight
+    in_parts = len(getattr(weight, "ds_shape", weight.shape)) != 2  # FSDP's part of it, of any size
+    resized = not in_parts and count != embeddings(lm)
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=resized)
     try:
         yield
     finally:
@@ -310,5 +313,5 @@ def shortened(names: Any) -> str:
     """Returns names in order, those of layers that differ in their number as one, and no more than eight."""
     from transformers.utils.loading_report import update_key_name
 
-    listed = sorted(update_key_name(sorted(names)))
+    listed = sorted(update_key_name(dict.fromkeys(sorted(names), "")))
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -229,10 +229,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Writes the GGUF's model and tokenizer into `folder`, which appears complete or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(
+    both: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
+    model, info = both
     check_loaded(str(gguf), model, info)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers calls a dequantised GGUF model quantised and refuses to save it.
