@@ -115,7 +115,6 @@ class UnitTrainer(Trainer):
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
         if self.train_dataset is not None:
-            check_trainable(self.model)
             if apart := unsaved(self.model):
                 warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
             active = getattr(self.model, "active_adapters", ()) if hasattr(self.model, "disable_adapter") else ()
@@ -148,9 +147,10 @@ class UnitTrainer(Trainer):
         """Trains as Trainer does, after the check that args.preflight asks for (`preflight`, once).
 
         resume_from_checkpoint: a checkpoint, or True for the last complete one in args.output_dir. Raises ValueError
-        if it is broken or was made with other settings, if the disk has no room for a checkpoint, or for a fault that
+        if every weight is frozen, if the checkpoint is broken or was made with other settings, if the disk has no room for a checkpoint, or for a fault that
         the check finds with args.preflight "stop".
         """
+        check_trainable(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
