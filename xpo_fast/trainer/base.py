@@ -147,8 +147,8 @@ class UnitTrainer(Trainer):
         """Trains as Trainer does, after the check that args.preflight asks for (`preflight`, once).
 
         resume_from_checkpoint: a checkpoint, or True for the last complete one in args.output_dir. Raises ValueError
-        if every weight is frozen, if the checkpoint is broken or was made with other settings, if the disk has no room for a checkpoint, or for a fault that
-        the check finds with args.preflight "stop".
+        if every weight is frozen, if the checkpoint is broken or was made with other settings, if the disk has no room
+        for a checkpoint, or for a fault that the check finds with args.preflight "stop".
         """
         check_trainable(self.model)
         if resume_from_checkpoint is True:
