@@ -20,14 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_tokenizer, make_trainer
 from xpo_fast import cli, precision
-from xpo_fast.models import base_of, load_model, merge
+from xpo_fast.models import base_of, load_model, merge, saving_embeddings
 from xpo_fast.models.value_head import attach_value_head
 from xpo_fast.rewards.model import RewardModel
 
 pytestmark = pytest.mark.filterwarnings(
     f"ignore:{PEFT_WARNING}:FutureWarning",
     "ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning",  # peft, when the adapter is made
-    "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
 )
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 3]])
@@ -40,7 +39,9 @@ def logits(model, dtype=torch.float64) -> torch.Tensor:
 
 
 def saved(folder: Path, model=None, **config) -> str:
-    (make_model(**config) if model is None else model).save_pretrained(folder)
+    model = make_model(**config) if model is None else model
+    with saving_embeddings(model):
+        model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -250,6 +251,46 @@ def test_adapters_trained_on_adapters_load_as_they_were_trained(tmp_path, monkey
     rebase(tmp_path / "moved", None)
     with pytest.raises(ValueError, match=r"does not name the model that it goes on"):
         load_model(str(tmp_path / "third"))
+
+
+def test_an_adapter_on_a_model_that_was_trained_names_what_was_saved(tmp_path):
+    trainer = make_trainer(tmp_path, model=load_model(saved(tmp_path / "base"))[0], max_steps=1)
+    trainer.train()
+    adapted(copy.deepcopy(trainer.model)).save_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="does not name the model that it goes on"):
+        load_model(str(tmp_path / "nowhere"))
+    trainer.save_model()
+    model = adapted(trainer.model)
+    found, _ = load_model(saved(tmp_path / "adapter", model))
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_on_the_hub_is_read_with_its_base_and_tokenizer(tmp_path):
+    def publish(name: str, model, template: str | None = None) -> None:
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("a" * 40)
+        (home / ".no_exist" / ("a" * 40)).mkdir(parents=True)
+        for missing in {"config.json", "adapter_config.json"} - {
+            f"{'adapter_' * hasattr(model, 'peft_config')}config.json"
+        }:
+            (home / ".no_exist" / ("a" * 40) / missing).touch()  # the hub has been asked
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = template
+        with saving_embeddings(model):
+            model.save_pretrained(home / "snapshots" / ("a" * 40))
+        tokenizer.save_pretrained(home / "snapshots" / ("a" * 40))
+
+    options = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    publish("owner/base", make_model())
+    publish("owner/sft", adapted(load_model("owner/base", **options)[0]), "{{ messages }}")
+    model = adapted(load_model("owner/sft", **options)[0], seed=2)
+    publish("owner/dpo", model)
+    found, _ = load_model("owner/dpo", **options)
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-5)
+    assert load_model("owner/sft", **options)[1].chat_template == "{{ messages }}"
+    with pytest.raises(ValueError, match="is an adapter: its revision 'main' cannot be told"):
+        load_model("owner/sft", revision="main", **options)
 
 
 def test_a_checkpoint_that_an_adapter_was_trained_on_is_not_overwritten(tmp_path):

@@ -111,7 +111,7 @@ def home(tmp_path_factory):
     assert adapted == rewarded == 0
     shutil.copytree(home / "run", home / "adapter_without_base")
     config = home / "adapter_without_base" / "adapter_config.json"
-    config.write_text(config.read_text().replace('"model"', '"./gone"'))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "./gone"}))
     return home
 
 

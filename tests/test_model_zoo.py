@@ -362,6 +362,30 @@ def test_the_routers_loss_is_not_dropped_from_a_fused_loss():
             act()
 
 
+LOADING = """## What is loaded
+
+`load_model` takes a folder of `save_pretrained`, a name on the hub, or an adapter by either. What it returns is what
+was saved, or it says what is not:
+
+- Weights that the files lack, or that the model has no place for (a head, layers beyond the config's), are an error
+  that names them, for policies, reward models, adapters and value heads alike. Of other weights without a place (a
+  vision tower) it warns.
+- An adapter is merged into its base model. If that was an adapter merged into a model, and so on, all are merged, in
+  the order they were trained: an adapter trained on FOLDER's adapter has FOLDER/adapter_config.json as its
+  `base_model_name_or_path`. peft and transformers refuse that name. (Of a folder they would load the base, and put one
+  adapter in the place of the other without a word.) FOLDER/config.json is the whole model of a folder that has an
+  adapter, too.
+- Folders are named by absolute paths. If one has been moved, the error says which file to correct.
+- An adapter saved with more token embeddings than its base model has brings its own.
+- An adapter on one of two tied weights (the LM head, the embeddings) is merged into that one: the two are untied.
+- Weights in 16 bits lose an update smaller than half a step. If they would keep less than 98% of an adapter,
+  `dtype="auto"` returns the model in float32, twice as large; with 16 bits asked for, they are rounded. A warning tells
+  how much they keep. `merge=False` returns the adapter on its base model, as reward models and `eval-reward --policy`
+  use it: exact in any dtype.
+- An output folder that holds what the adapter is trained on is refused.
+"""
+
+
 def markdown() -> str:
     def classes(kind: str) -> list[str]:
         return sorted(name for k, _, name in CLASSES if k == kind and name not in REASONS)
@@ -378,6 +402,8 @@ def markdown() -> str:
         f"first step, {len(READS_AHEAD)} of those that pass, because they read ahead: encoders, unless they are loaded "
         "with is_decoder=True, and models that read a prompt in both directions. Made by "
         "`python tests/test_model_zoo.py --markdown`, held by `tests/test_model_zoo.py`.",
+        "",
+        *LOADING.splitlines(),
         "",
         f"## Causal LMs that pass ({len(causal)})",
         "",

@@ -73,6 +73,41 @@ def rows(kind: str = "pair", count: int = 12, chat: bool = False, seed: int = 1)
     return made
 
 
+TOLD = (  # writes tools, and a word before answers if it is told to
+    "{% if tools %}<user> {% for t in tools %}{{ t.function.name }} {% endfor %}<eos> {% endif %}"
+    "{% for m in messages %}<{{ m.role }}> {{ 'w9 ' if think and m.role == 'assistant' }}{{ m.content }} <eos> "
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{{ ' w9' if think }}{% endif %}"
+)
+MARKED = TEMPLATE.replace(
+    "<{{ m.role }}> {{ m.content }} <eos> ",
+    "{% if m.role == 'assistant' %}<assistant>{% generation %} {{ m.content }} <eos> {% endgeneration %}"
+    "{% else %}<{{ m.role }}> {{ m.content }} <eos> {% endif %}",
+)
+
+
+def told(template: str = TOLD) -> dict:
+    made = tokenizer()
+    made.chat_template = template
+    return {"processing_class": made}
+
+
+def turns(kind: str = "pair", **beside) -> list[dict]:
+    """Rows of conversations whose completions have a question and another answer in them."""
+    draw = random.Random(4)
+
+    def longer(said):
+        if said and isinstance(said[0], list):
+            return [*map(longer, said)]
+        between = [{"role": "user", "content": words(draw, 6)}, {"role": "assistant", "content": words(draw)}]
+        return [*said, *between]
+
+    answers = ("chosen", "rejected", "completion", "completions")
+    return [{n: longer(x) if n in answers else x for n, x in {**r, **beside}.items()} for r in rows(kind, chat=True)]
+
+
+TOOLS = [{"type": "function", "function": {"name": "w3", "parameters": {}}}]
+
+
 def trainer(folder: Path, method: str = "dpo", *, dataset=None, peft_config=None, given: dict | None = None, **args):
     held_out = args.pop("eval", None)
     config = XPOConfig(
@@ -127,6 +162,20 @@ CHANGED = {
     "untied": {"given": {"model": model(tie_word_embeddings=False)}},
     "bfloat16": {"given": {"model": model().bfloat16()}},
     "grouped by length": {"train_sampling_strategy": "group_by_length"},
+    "turns": {"dataset": turns()},
+    "turns, cached": {"dataset": turns(), "reference": "cached"},
+    "turns, the last one": {"dataset": turns(), "score": "last"},
+    "turns, all of them": {"dataset": turns(), "score": "all"},
+    "turns, marked": {"dataset": turns(), "given": told(MARKED)},
+    "turns, of lists": {"method": "lipo", "dataset": turns("list")},
+    "turns, with a label": {"method": "kto", "dataset": turns("unpaired")},
+    "turns, by token": {"method": "tdpo", "dataset": turns()},
+    "tools": {"dataset": [{**r, "tools": TOOLS} for r in rows(chat=True)], "given": told()},
+    "variables of a row": {
+        "dataset": [{**r, "chat_template_kwargs": {"think": True}} for r in rows(chat=True)],
+        "given": told(),
+    },
+    "variables": {"dataset": turns(), "given": told(), "chat_template_kwargs": {"think": True}},
     "an adapter on the head": {
         "peft_config": lora(target_modules=["q_proj", "lm_head"]),
         "given": {"model": model(tie_word_embeddings=False)},
@@ -175,6 +224,21 @@ def masks_pad(made):
         return batch
 
     made.data_collator = collate
+
+
+def forgets_the_mask(made):
+    """A collator that knows of no masks."""
+    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+    made.data_collator = lambda features: data.Collator(2, "pair")([{n: f[n] for n in ids} for f in features])
+
+
+def scores_the_user(made):
+    """The masks of the rows are those of the other speaker."""
+    dataset = made.train_dataset
+    for name in ("chosen_mask", "rejected_mask"):
+        flipped = [[not x for x in mask] for mask in dataset[name]]
+        dataset = data.with_column(dataset.remove_columns(name), name, flipped)
+    made.train_dataset = dataset
 
 
 def counts_rows(made):
@@ -261,6 +325,9 @@ def test_an_adapter_that_the_reference_is_without_is_no_fault(tmp_path, case):
 PLANTED = {
     # what is planted → arguments of the trainer, what is done to it, level, check and words of the finding
     "wrong mask": ({}, scores_prompt, "fault", "mask", "tokens of the prompt"),
+    "no mask": ({"dataset": turns()}, forgets_the_mask, "fault", "mask", "completion that its mask leaves out"),
+    "no mask, by the model": ({"dataset": turns()}, forgets_the_mask, "fault", "log-probs", "wrong mask"),
+    "a mask the other way": ({"dataset": turns()}, scores_the_user, "fault", "answers", "in 24 of 24 completions"),
     "shifted labels": ({}, shifts_labels, "fault", "mask", "shifted labels"),
     "shifted labels, by the model": ({}, shifts_labels, "fault", "log-probs", "shifted labels"),
     "pad = EOS masked": ({}, masks_pad, "fault", "mask", "'<eos>', the EOS"),
@@ -314,10 +381,14 @@ def test_an_answer_that_the_template_drops_and_a_question_that_is_scored_are_nam
     drops.chat_template = TEMPLATE.replace("m.content", "m.content.split()[0]")
     report = trainer(tmp_path, dataset=rows(chat=True), given={"processing_class": drops}).preflight()
     assert any("answer's words are not among those that are scored, in 24 of 24" in f.text for f in report.faults)
-    turns = [{"role": "user", "content": words(random.Random(3), 6, 6)}, {"role": "assistant", "content": "w1 w2"}]
-    asked = [{**r, "chosen": r["chosen"] + turns} for r in rows(chat=True)]
-    report = trainer(tmp_path, dataset=asked).preflight()
-    assert any("not the assistant's, in 12 of 24" in f.text for f in report.doubts)
+    more = [{"role": "user", "content": words(random.Random(3), 6, 6)}, {"role": "assistant", "content": "w1 w2"}]
+    asked = [{**r, "chosen": r["chosen"] + more} for r in rows(chat=True)]
+    made = trainer(tmp_path, dataset=asked)
+    assert not made.preflight().doubts  # it is read
+    dataset = made.train_dataset
+    masks = [[True] * len(mask) for mask in dataset["chosen_mask"]]
+    made.train_dataset = data.with_column(dataset.remove_columns("chosen_mask"), "chosen_mask", masks)
+    assert any("not the assistant's, in 12 of 24" in f.text for f in made.preflight().doubts)
 
 
 def test_a_doubled_bos_is_named(tmp_path):

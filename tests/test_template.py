@@ -203,6 +203,7 @@ def test_the_answers_of_tools_are_looked_for_one_by_one():
 
 def test_arguments_that_a_template_would_quote_are_refused():
     """OpenAI's arguments are JSON text; a template that writes an object as JSON writes them as a quotation."""
+
     def row(arguments):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         return {**PLAIN, "chosen": [answer("", tool_calls=[call])]}

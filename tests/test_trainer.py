@@ -842,8 +842,9 @@ def test_the_adapter_begins_by_the_seed(tmp_path):
 
 
 def test_a_model_of_which_nothing_would_learn_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, model=make_model().requires_grad_(False))  # which may score rows
     with pytest.raises(ValueError, match=r"nothing would be trained: each of the model's .* is frozen"):
-        make_trainer(tmp_path, model=make_model().requires_grad_(False))
+        trainer.train()
 
 
 def test_ids_without_an_embedding_are_refused_and_embeddings_without_a_token_are_not(tmp_path):

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     layouts = {METHODS[name].layout for name in names if name in METHODS}
     if "reward" in layouts:
         raise UsageError(f"{args.method} trains a reward model: xpo-fast reward --preflight stop checks it")
+    _refuse_unread(args, online="policy" in layouts)
     with tempfile.TemporaryDirectory(prefix="xpo_fast-check-") as folder:
         args.output_dir, args.report_to, args.push_to_hub = folder, "none", None
         checks.check_training(args, training.training_arguments(args, lr=train.learning_rate(args), evaluates=False))
@@ -51,6 +52,22 @@ def run(args: argparse.Namespace) -> int:
     assert report is not None  # there are rows
     training.printer(trainer)(report.screen())
     return 1 if report.faults else 0
+
+
+def _refuse_unread(args: argparse.Namespace, *, online: bool) -> None:
+    """Raises UsageError for options of the command that the method does not belong to."""
+    preferences, rewards = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    options.add_lengths(preferences)
+    options.add_score(preferences)
+    rl_rewards.add_options(rewards)
+    unread = [*vars(preferences.parse_args([])), "reference", "ref_cache"]
+    unread = unread if online else [*vars(rewards.parse_args([])), *rl.ROLLOUT_FIELDS]
+    given = [f"--{name.replace('_', '-')}" for name in unread if getattr(args, name) != args.parser.get_default(name)]
+    if given:
+        command = "rl" if online else "train"
+        raise UsageError(
+            f"{', '.join(given)}: xpo-fast {command}, which trains by {args.method}, has no such option: leave it out"
+        )
 
 
 def _preferences(args: argparse.Namespace) -> UnitTrainer:
@@ -84,6 +101,7 @@ def _online(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         method_args=method_args,
         backend=args.backend,
         tile_mib=args.tile_mib,
+        chat_template_kwargs=options.kwargs_of(args),
         **fields,
         **training.training_arguments(args, lr=train.learning_rate(args), evaluates=False),
     )

@@ -139,15 +139,16 @@ def _lengths(rows: Any, encoded: Any, tokenizer: Any, kind: str, config: Any) ->
     _table({"prompt": prompt, "completion": [len(ids) for row in completions for ids in row], "both": both})
     cut_prompts = sum(a < b for a, b in zip(kept, prompt, strict=True))
     cut = sum(a < len(b) for short, row in zip(shortened, completions, strict=True) for a, b in zip(short, row))
-    read = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
-    scored = sum(map(sum, shortened))
+    prompts = sum(k * len(row) for k, row in zip(kept, shortened, strict=True))
+    answers, scored = sum(map(sum, shortened)), _scored(encoded, kind)
     print(
         f"cut        {cut_prompts} of {len(kept)} prompts at the start, {cut} of {sum(map(len, completions))} "
         f"completions at the end, to --max-length {config.max_length}"
     )
     print(
-        f"tokens     {read + scored} read per epoch: {read} of prompts ({read / (read + scored):.0%}), {scored} of "
-        "completions, which are scored"
+        f"tokens     {prompts + answers} read per epoch: {prompts} of prompts "
+        f"({prompts / (prompts + answers):.0%}), {answers} of completions, "
+        f"{'which' if scored == answers else f'{scored} of which'} are scored"
     )
 
 
@@ -156,6 +157,14 @@ def _completions(encoded: Any, kind: str) -> list[list[list[int]]]:
 
     rows = zip(*(encoded[name] for name in KINDS[kind].encoded[1:]), strict=True)
     return [list(row[0] if KINDS[kind].listed else row) for row in rows]
+
+
+def _scored(encoded: Any, kind: str) -> int:
+    """Returns the number of tokens that are scored."""
+    from ..data import KINDS
+    from ..trainer.row_checks import sequences
+
+    return sum(len(one.scored) for row in encoded for one in sequences(KINDS[kind], [row]))
 
 
 def _table(lengths: dict[str, list[int]]) -> None:

@@ -60,10 +60,10 @@ def accelerator_of(args: argparse.Namespace) -> str:
 
 
 def placed(args: argparse.Namespace, name: str, dtype: str) -> tuple[Any, Any]:
-    """Returns a model on the accelerator, and its tokenizer."""
+    """Returns a model on the accelerator, and its tokenizer. An adapter stays on its base model: nothing is rounded."""
     from ..models import load_model
 
-    model, tokenizer = load_model(name, dtype=dtype, device=device_of(args))
+    model, tokenizer = load_model(name, dtype=dtype, device=device_of(args), merge=False)
     move: Any = model.to
     return move(accelerator_of(args)), tokenizer
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, model_identity, rows_identity
 from .loading import LORA, lora
+from .options import kwargs_of
 from .parser import UsageError
 from .training import training_arguments
 
@@ -41,6 +42,7 @@ def made_with(
         "what is trained": trained,
         **found,
         **{name: asked.get(name, defaults[name]) for name in OF_THE_OPTIMIZER},
+        "--chat-template-kwargs": kwargs_of(args),
         "--set": method_args,
         "--model": model_identity(args.model),
         "--data": {"name": ", ".join(args.data), "hash": rows_identity(rows)},

@@ -1,6 +1,6 @@
 """A `transformers` causal LM as training uses it: loaded by name, its LM head read, a loss in place of its logits."""
 
-from .adapters import base_of, folders_below, merge, saving_embeddings
+from .adapters import base_of, folders_below, merge, note_name, saving_embeddings
 from .fused_loss import hidden_states, install_fused_loss, own_logits, remove_fused_loss
 from .limits import check_ids, check_lengths, embeddings, padding_id, positions, table_of_positions
 from .lm_head import Head
@@ -20,6 +20,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "merge",
+    "note_name",
     "own_logits",
     "padding_id",
     "positions",

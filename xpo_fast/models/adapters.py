@@ -41,10 +41,7 @@ def adapter_of(name: str, options: dict[str, Any]) -> str | None:
         return name if (Path(name) / ADAPTER).is_file() else None
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         return None  # a folder that does not exist, or a name without an owner, as of the hub's oldest models
-    from transformers.utils import find_adapter_config_file
-
-    taken = {k: v for k, v in options.items() if k in ("cache_dir", "token", "revision")}
-    if find_adapter_config_file(name, **taken) is None:
+    if not holds(name, ADAPTER, options):
         return None
     if options.get("revision"):
         raise ValueError(
@@ -54,14 +51,29 @@ def adapter_of(name: str, options: dict[str, Any]) -> str | None:
     return name
 
 
-def base_of(adapter: str) -> str:
+def holds(name: str, file: str, options: dict[str, Any]) -> bool:
+    """Returns whether a folder, or a name on the hub if it answers or has been downloaded, has a file."""
+    if Path(name).is_dir():
+        return (Path(name) / file).is_file()
+    from transformers.utils.hub import cached_file
+
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    quietly = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    return cached_file(name, file, **_where(options), **quietly) is not None
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k in ("cache_dir", "token")}
+
+
+def base_of(adapter: str, options: dict[str, Any] | None = None) -> str:
     """Returns the name of the model that an adapter goes on, as `adapter_of` reads it.
 
-    Raises ValueError if the adapter names none, or a folder that does not exist.
+    options: of `from_pretrained`. Raises ValueError if the adapter names none, or a folder that does not exist.
     """
     from peft import PeftConfig
 
-    base = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path or "")
+    base = str(PeftConfig.from_pretrained(adapter, **_where(options or {})).base_model_name_or_path or "")
     if not base:
         raise ValueError(
             f"the adapter in {adapter!r} does not name the model that it goes on: write its folder or hub name into "
@@ -95,7 +107,7 @@ def chain(name: str, options: dict[str, Any]) -> tuple[list[str], str]:
                 "base_model_name_or_path"
             )
         adapters.append(adapter)
-        name = base_of(adapter)
+        name = base_of(adapter, options)
     return adapters, name
 
 
@@ -103,7 +115,7 @@ def _same(a: str, b: str) -> bool:
     return a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).samefile(b))
 
 
-def put_on(base: Any, adapter: str) -> Any:
+def put_on(base: Any, adapter: str, options: dict[str, Any]) -> Any:
     """Returns the PEFT model of a base model and a saved adapter, whose embeddings may be more than the base's.
 
     Raises ValueError for weights that the adapter should have and has not, or that have no place in the model.
@@ -112,8 +124,8 @@ def put_on(base: Any, adapter: str) -> Any:
     from peft.utils.save_and_load import set_peft_model_state_dict
 
     renamed = getattr(base, "_checkpoint_conversion_mapping", None) or None
-    config = PeftConfig.from_pretrained(adapter)
-    weights = load_peft_weights(adapter, device="cpu", key_mapping=renamed)
+    config = PeftConfig.from_pretrained(adapter, **_where(options))
+    weights = load_peft_weights(adapter, device="cpu", key_mapping=renamed, **_where(options))
     if config.is_prompt_learning:
         raise ValueError(
             f"the adapter in {adapter!r} is of {type(config).__name__}, which adds positions of its own: not supported"
@@ -175,8 +187,8 @@ def merge(adapted: Any, adapters: list[str] | None = None, *, widen: bool = True
         )
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     _untie(adapted, layers)
-    weights: list[tuple[nn.Parameter, torch.dtype]] = []
-    learned = kept = torch.zeros((), dtype=torch.float64)
+    rounded: list[tuple[nn.Parameter, torch.Tensor]] = []
+    learned = kept = 0.0
     for layer in layers:
         weight = _weight(layer)
         if weight is None or weight.dtype not in HALVES:
@@ -184,20 +196,20 @@ def merge(adapted: Any, adapters: list[str] | None = None, *, widen: bool = True
         before = weight.data
         weight.data = before.float()
         layer.merge(adapter_names=adapters)
-        update = weight.data - before.float()
-        rounded = weight.data.to(before.dtype).float() - before.float()
-        learned = learned + (update * update).sum(dtype=torch.float64).cpu()
-        kept = kept + (update * rounded).sum(dtype=torch.float64).cpu()
-        weights.append((weight, before.dtype))
+        rounded.append((weight, weight.data.to(before.dtype)))
+        update, left = ((x.float() - before).flatten() for x in (weight.data, rounded[-1][1]))
+        learned += float(update @ update)
+        kept += float(update @ left)
     with _about_ties():
         merged = adapted.merge_and_unload(adapter_names=adapters)
-    if float(learned) and float(kept / learned) < KEPT:
-        _warn_of_rounding(float(kept / learned), name_of(weights[0][1]), widened=widen)
-        if widen:
-            merged.float()
-            weights = []
-    for weight, dtype in weights:
-        weight.data = weight.data.to(dtype)
+    loses = learned > 0 and kept / learned < KEPT
+    if loses:
+        _warn_of_rounding(kept / learned, name_of(rounded[0][1].dtype), widened=widen)
+    if loses and widen:
+        merged.float()
+    else:
+        for weight, value in rounded:
+            weight.data = value
     settle_ties(merged)
     return merged.requires_grad_(True)  # peft has frozen the base model, which may be trained again
 
@@ -252,14 +264,14 @@ def settle_ties(model: Any) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def note_name(model: Any, name: str, adapter: str | None) -> None:
+def note_name(model: Any, name: str, adapter: str | None = None) -> None:
     """Makes peft name the model rightly in adapters trained on it: with its place, and the adapter merged last.
 
     name: the folder or hub name of a whole model. adapter: that of the adapter merged into it last, if any.
     """
     at = adapter or name
     at = os.path.abspath(at) if Path(at).is_dir() else at
-    model.name_or_path = model.config._name_or_path = f"{at}/{ADAPTER}" if adapter else at
+    model.name_or_path = f"{at}/{ADAPTER}" if adapter else at
     setattr(model, _COUNT, embeddings(model))
 
 
@@ -287,10 +299,9 @@ def saving_embeddings(model: Any) -> Iterator[None]:
     if not hasattr(model, "peft_config") or count is None:
         yield
         return
-    resized = count != embeddings(lm)
-    if not resized and not str(lm.name_or_path).endswith(f"/{ADAPTER}"):
-        yield
-        return
+    weight = lm.get_input_embeddings().weight
+    in_parts = len(getattr(weight, "ds_shape", weight.shape)) != 2  # FSDP's part of it, of any size
+    resized = not in_parts and count != embeddings(lm)
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=resized)
     try:
         yield
@@ -302,5 +313,5 @@ def shortened(names: Any) -> str:
     """Returns names in order, those of layers that differ in their number as one, and no more than eight."""
     from transformers.utils.loading_report import update_key_name
 
-    listed = sorted(update_key_name(sorted(names)))
+    listed = sorted(update_key_name(dict.fromkeys(sorted(names), "")))
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -16,7 +16,7 @@ import torch
 from .. import precision
 from ..files import appearing, cache_dir
 from ..wording import did_you_mean
-from .adapters import ADAPTER, MODEL, chain, note_name, put_on, settle_ties, shortened
+from .adapters import ADAPTER, MODEL, chain, holds, note_name, put_on, settle_ties, shortened
 from .adapters import merge as merged
 
 if TYPE_CHECKING:
@@ -69,15 +69,15 @@ def load_model(
     near = "" if Path(path).is_dir() else near
     with _loading_errors(f"{where}cannot load a model from {name!r}: expected {expected}{near.rstrip('?')}"):
         model = load_weights(AutoModelForCausalLM, path, dtype, device, kwargs)
-    note_name(model, path, None)
-    told = next((a for a in adapters if (Path(a) / "tokenizer_config.json").is_file()), None)
+    note_name(model, path)
+    told = next((a for a in adapters if holds(a, "tokenizer_config.json", kwargs)), None)
     try:
         tokenizer = _load_tokenizer(path if told is None else told, kwargs)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
     for adapter in reversed(adapters):
         with _loading_errors(f"the adapter in {adapter!r} does not go on its base model {model.name_or_path!r}"):
-            adapted = put_on(model, adapter)
+            adapted = put_on(model, adapter, kwargs)
         if not merge and adapter == adapters[0]:
             return adapted, tokenizer
         model = merged(adapted, widen=dtype == "auto")
@@ -229,10 +229,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Writes the GGUF's model and tokenizer into `folder`, which appears complete or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(
+    both: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
+    model, info = both
     check_loaded(str(gguf), model, info)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers calls a dequantised GGUF model quantised and refuses to save it.

@@ -243,6 +243,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             eos_ids(self._tokenizer, self._embedded),
             collate=None if both else self.data_collator,  # whose rows hold both completions of a pair
             texts=self._texts,
+            chat_template_kwargs=self.args.chat_template_kwargs,
         )
         run = Run(
             f"{type(self).__name__}, {self.spec.method} on {len(self.train_dataset):,} {self.kind.unit}",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..data import pad_rows
+from ..data import KWARGS, pad_rows
 from ..models import embeddings
 from ..rollout import GenerateRollout, encode_prompts
 from ..rollout.generate import positions
@@ -76,7 +76,8 @@ def _check_sampler(report: Report, trainer: Any, rows: list[Completion]) -> None
 def check_room(report: Report, trainer: Any) -> None:
     """Counts the prompts that leave less room than max_new_tokens."""
     tokenizer: Any = trainer.processing_class
-    lengths = sorted(map(len, encode_prompts([row["prompt"] for row in trainer.prompts], tokenizer)))
+    kwargs = getattr(trainer.rollout, KWARGS, trainer.args.chat_template_kwargs)
+    lengths = sorted(map(len, encode_prompts([row["prompt"] for row in trainer.prompts], tokenizer, kwargs)))
     limit, wanted = positions(trainer.policy), trainer.sampling.max_new_tokens
     short = 0 if limit is None else sum(n + wanted > limit for n in lengths)
     if short > _MOST_SHORT * len(lengths):

@@ -232,7 +232,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "steps_per_rollout": args.steps_per_rollout,
             "reference": self.reference,
             **({} if self.moving_reference is None else self.moving_reference.identity),
-            **({KWARGS: args.chat_template_kwargs} if args.chat_template_kwargs else {}),
+            KWARGS: args.chat_template_kwargs,
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -28,7 +28,7 @@ except ImportError as error:
 
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
-from ..models import saving_embeddings
+from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from ..seeds import draws_by
@@ -115,7 +115,6 @@ class UnitTrainer(Trainer):
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
         if self.train_dataset is not None:
-            check_trainable(self.model)
             if apart := unsaved(self.model):
                 warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
             active = getattr(self.model, "active_adapters", ()) if hasattr(self.model, "disable_adapter") else ()
@@ -147,9 +146,10 @@ class UnitTrainer(Trainer):
         """Trains as Trainer does, after the check that args.preflight asks for (`preflight`, once).
 
         resume_from_checkpoint: a checkpoint, or True for the last complete one in args.output_dir. Raises ValueError
-        if it is broken or was made with other settings, if the disk has no room for a checkpoint, or for a fault that
-        the check finds with args.preflight "stop".
+        if every weight is frozen, if the checkpoint is broken or was made with other settings, if the disk has no room
+        for a checkpoint, or for a fault that the check finds with args.preflight "stop".
         """
+        check_trainable(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -170,6 +170,8 @@ class UnitTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if strategy != "no" and self.args.should_save and not sharded:
             check_room(self.model, self.args)
+        if not hasattr(self.model, "peft_config"):
+            self.model.name_or_path = ""  # peft's name for it in later adapters: what it names is no longer this model
         self._prepare_to_train(resume_from_checkpoint or None)
         self._check_before_training()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -336,6 +338,8 @@ class UnitTrainer(Trainer):
                 if self.args.should_save:
                     trained_at_root(new, self.model)
                     replace_model(folder, new, earlier, self.model)
+            if not hasattr(self.model, "peft_config"):
+                note_name(self.model, str(folder))
         except SavingError as error:
             error.checkpoint = last_checkpoint(str(self.args.output_dir))
             raise

@@ -197,6 +197,8 @@ class XPOTrainer(UnitTrainer):
             collate=self.data_collator,
             texts=self._texts,
             held_out=self.eval_dataset if isinstance(self.eval_dataset, datasets.Dataset) else None,
+            score=self.args.score,
+            chat_template_kwargs=self.args.chat_template_kwargs,
         )
         names = " + ".join(m.name for m in self.objective.methods)
         self.report = preflight(

@@ -160,8 +160,7 @@ class Truth:
         """Returns the log-probs at the positions of the library's own batch, (R, T)."""
         out = torch.zeros(targets.shape, dtype=torch.float64)
         for r, (row, x) in enumerate(zip(self.rows, self.logps, strict=True)):
-            start = len(row.prompt) - 1
-            out[r, start : start + len(x)] = x
+            out[r, [len(row.prompt) - 1 + k for k in row.scored]] = x
         return out
 
 
@@ -173,7 +172,7 @@ def _shortest(run: Run) -> list[dict[str, Any]]:
         row = dataset[i]
         rows = [s for s in sequences(run.kind, [row]) if s.name]
         longest = max(len(s.prompt) + len(s.completion) for s in rows)
-        if all(s.completion for s in rows) and longest <= LONGEST:
+        if all(s.scored for s in rows) and longest <= LONGEST:
             found.append((sum(len(s.prompt) + len(s.completion) for s in rows), i, row))
     found.sort(key=lambda x: x[:2])
     others = [x for x in found[1:] if x[0] != found[0][0]] or found[1:]
@@ -181,7 +180,7 @@ def _shortest(run: Run) -> list[dict[str, Any]]:
 
 
 def true_logps(model: nn.Module, accelerator: Accelerator, rows: list[Behind]) -> Truth:
-    """Returns the log-probs of completions from the model's own logits, each row alone and without padding."""
+    """Returns the log-probs of scored tokens from the model's own logits, each row alone and without padding."""
     device = next(model.parameters()).device
     found, largest, dtype = [], 1.0, torch.float32
     with evaluating(model), accelerator.autocast():
@@ -193,7 +192,7 @@ def true_logps(model: nn.Module, accelerator: Accelerator, rows: list[Behind]) -
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(row.prompt) - 1 : -1]
             wide, y = logits.float(), ids[0, len(row.prompt) :, None]
             logp = wide.gather(1, y)[:, 0] - wide.logsumexp(dim=1)
-            found.append(logp.double().cpu())
+            found.append(logp.double().cpu()[row.scored])
             largest, dtype = max(largest, float(wide.abs().max())), logits.dtype
     return Truth(rows, found, 2e-4 + 4 * max(torch.finfo(dtype).eps, _rounding(model)) * largest)
 

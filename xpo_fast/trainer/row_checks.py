@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -31,6 +31,12 @@ class Behind(NamedTuple):
     name: str
     prompt: list[int]
     completion: list[int]
+    mask: Sequence[bool] | None = None  # which tokens of the completion are scored; None: all
+
+    @property
+    def scored(self) -> list[int]:
+        """The places of the scored tokens in the completion."""
+        return [k for k in range(len(self.completion)) if self.mask is None or self.mask[k]]
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Rows:
     collate: Callable[[list[dict]], dict[str, Tensor]] | None = None  # None: batches have other rows than `sequences`
     texts: datasets.Dataset | None = None  # what `dataset` was encoded from
     held_out: datasets.Dataset | None = None
+    score: str = "assistant"  # of a completion of several turns, see `data.encode`
+    chat_template_kwargs: Mapping[str, Any] | None = None  # that `dataset` was encoded with
 
     @cached_property
     def looked_at(self) -> tuple[list[Behind], dict[str, Tensor] | None]:
@@ -68,14 +76,17 @@ def sequences(kind: Kind, rows: Sequence[dict[str, Any]], units: Sequence[int] |
     """Returns the rows of the batch that encoded rows become, in its order; what a shorter list lacks is empty."""
     numbered = list(zip(range(len(rows)) if units is None else units, rows, strict=True))
     if not kind.listed:
-        return [Behind(i, n[:-4], r["prompt_ids"], r[n]) for n in kind.encoded[1:] for i, r in numbered]
+        names = [name.removesuffix("_ids") for name in kind.encoded[1:]]
+        return [Behind(i, n, r["prompt_ids"], r[f"{n}_ids"], r.get(f"{n}_mask")) for n in names for i, r in numbered]
     longest = max(len(row["completions_ids"]) for row in rows)
     found = []
     for i, row in numbered:
-        given = row["completions_ids"]
-        found += [Behind(i, f"completions[{k}]", row["prompt_ids"], ids) for k, ids in enumerate(given)]
+        given, prompt = row["completions_ids"], row["prompt_ids"]
+        masks = row.get("completions_mask") or [None] * len(given)
+        found += [Behind(i, f"completions[{k}]", prompt, *one) for k, one in enumerate(zip(given, masks, strict=True))]
         found += [Behind(i, "", [], [])] * (longest - len(given))
-        found += [Behind(i, "rejected", row["prompt_ids"], row["rejected_ids"])] if "rejected_ids" in row else []
+        if "rejected_ids" in row:
+            found.append(Behind(i, "rejected", prompt, row["rejected_ids"], row.get("rejected_mask")))
     return found
 
 
@@ -126,7 +137,7 @@ def check_batches(report: Report, rows: Rows) -> None:
         if not one.completion:
             continue
         found, whole = _in_batch(batch, r), [*one.prompt, *one.completion]
-        want = {len(one.prompt) - 1 + k: y for k, y in enumerate(one.completion)}
+        want = {len(one.prompt) - 1 + k: one.completion[k] for k in one.scored}
         total += len(want)
         lost += len(want.keys() - found.scored.keys())
         extra += len(found.scored.keys() - want.keys())
@@ -140,8 +151,9 @@ def check_batches(report: Report, rows: Rows) -> None:
             )
         elif any(t + 1 < len(whole) and whole[t + 1] != y for t, y in found.scored.items()):
             wrong.setdefault("has positions predict other tokens than the next one (shifted labels)", []).append(one)
-        elif found.scored.keys() - want.keys():
-            wrong.setdefault("scores tokens of the prompt", []).append(one)
+        elif more := found.scored.keys() - want.keys():
+            of = "the prompt" if min(more) < len(one.prompt) - 1 else "a completion that its mask leaves out"
+            wrong.setdefault(f"scores tokens of {of}", []).append(one)
         elif want != found.scored:
             missing = [y for t, y in want.items() if t not in found.scored]
             named = Counter(missing).most_common(1)[0][0]
@@ -167,7 +179,8 @@ def _scored_ends(rows: Rows) -> Iterator[tuple[Behind, list[int]]]:
     expected, batch = rows.looked_at
     for r, one in enumerate(expected):
         if one.completion:
-            yield one, one.completion if batch is None else [y for _, y in sorted(_in_batch(batch, r).scored.items())]
+            own = [one.completion[k] for k in one.scored]
+            yield one, own if batch is None else [y for _, y in sorted(_in_batch(batch, r).scored.items())]
 
 
 def check_ends(report: Report, rows: Rows) -> None:
@@ -250,15 +263,18 @@ def check_texts(report: Report, rows: Rows) -> None:
         for one, completion in zip(
             sequences(rows.kind, [row], [i]), completions_of(text, rows.kind).values(), strict=False
         ):
-            scored, name = _squash(tokenizer.decode(one.completion)), f"{rows.where(i)}, {one.name}"
-            answers = [a for a in _contents(completion, of="assistant") if _round_trips(tokenizer, a)]
+            scored = _squash(tokenizer.decode([one.completion[k] for k in one.scored]))
+            name, answers = f"{rows.where(i)}, {one.name}", _contents(completion, of="assistant")
+            earlier, answers = (answers[:-1], answers[-1:]) if rows.score == "last" else ([], answers)
+            answers = [a for a in answers if _round_trips(tokenizer, a)]
             if text["prompt"]:
-                lost += [name for a in answers if _squash(a) not in scored]
+                lost += [name] * any(_squash(a) not in scored for a in answers)
             said = [*_contents(text["prompt"], of="user"), *_contents(text["prompt"], of="system")]
-            said += _contents(completion, of="user")
+            if rows.score != "all":
+                said += [*earlier, *_contents(completion, of="user"), *_contents(completion, of="tool")]
             quoted = _squash("".join(answers))
-            held += [name for s in map(_squash, said) if len(s) >= _LONG and s in scored and s not in quoted]
-            if not _round_trip(tokenizer, text["prompt"], completion, name, one):
+            held += [name] * any(len(s) >= _LONG and s in scored and s not in quoted for s in map(_squash, said))
+            if not _round_trip(rows, data.prompt_of(text), completion, name, one):
                 differs.append(name)
             looked += 1
     if not looked:
@@ -281,9 +297,10 @@ def _round_trips(tokenizer: Any, text: str) -> bool:
     return bool(_squash(text)) and _squash(tokenizer.decode(data.tokenize(tokenizer, [text])[0])) == _squash(text)
 
 
-def _round_trip(tokenizer: Any, prompt: Any, completion: Any, name: str, one: Behind) -> bool:
+def _round_trip(rows: Rows, prompt: Any, completion: Any, name: str, one: Behind) -> bool:
     """Returns whether a row's ids spell its text as the template writes it, but for special tokens around it."""
-    whole = data.render(tokenizer, prompt, [completion], name)[1]
+    tokenizer = rows.tokenizer
+    whole = data.render(tokenizer, prompt, [completion], name, rows.chat_template_kwargs)[1]
     if not _round_trips(tokenizer, whole):
         return True
     ids, special = [*one.prompt, *one.completion], set(tokenizer.all_special_ids)
@@ -310,7 +327,7 @@ def check_prompts(report: Report, rows: Rows) -> None:
     for i, row, text in _read(rows):
         if not text["prompt"]:
             continue
-        (sampled,) = encode_prompts([text["prompt"]], tokenizer)
+        (sampled,) = encode_prompts([data.prompt_of(text)], tokenizer, rows.chat_template_kwargs)
         looked += 1
         if sampled != row["prompt_ids"] and not _is_cut(sampled, row["prompt_ids"], rows):
             others.append((rows.where(i), sampled[: len(row["prompt_ids"])] == row["prompt_ids"]))
@@ -341,14 +358,15 @@ def check_counts(report: Report, rows: Rows) -> None:
     answers = [column for name, column in columns.items() if name != "prompt_ids"]
     lengths = np.concatenate([c.lengths for c in answers])
     both = np.concatenate([prompt[c.row] + c.lengths for c in answers])
-    scored, read = int(lengths.sum()), int(both.sum())
+    counts = np.concatenate([_scored_of(rows.dataset, name, c) for name, c in columns.items() if name != "prompt_ids"])
+    scored, read = int(counts.sum()), int(both.sum())
     report.add(
         "lengths",
         "ok",
         f"prompts have {_middle(prompt)} tokens, completions {_middle(lengths)}; {scored / max(read, 1):.0%} of tokens "
         "are scored",
     )
-    empty = int((lengths == 0).sum())
+    empty = int((counts == 0).sum())
     if empty:
         said = f"{empty} of {len(lengths)} completions have no token to be scored, and do not count"
         report.add("lengths", "fault" if empty == len(lengths) else "doubt", said)
@@ -407,6 +425,16 @@ def _columns(dataset: datasets.Dataset, kind: Kind) -> dict[str, _Ragged]:
     table: Any = dataset.with_format("arrow")[:COUNTED]
     names = dict.fromkeys(name for name in (*kind.encoded, "rejected_ids") if name in dataset.column_names)
     return {name: _ragged(table[name]) for name in names}
+
+
+def _scored_of(dataset: datasets.Dataset, name: str, column: _Ragged) -> np.ndarray:
+    """Returns how many tokens of each completion of a column are scored, (C,) int64."""
+    mask = f"{name.removesuffix('_ids')}_mask"
+    if mask not in dataset.column_names:
+        return column.lengths
+    table: Any = dataset.select_columns([mask]).with_format("arrow")[:COUNTED]
+    scored = _ragged(table[mask])
+    return np.diff(np.concatenate([[0], scored.flat.cumsum()])[scored.offsets])
 
 
 def _ragged(table: Any) -> _Ragged:
