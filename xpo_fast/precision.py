@@ -69,6 +69,11 @@ def native(dtype: torch.dtype, device: torch.device) -> bool:
     return support(dtype, device).native
 
 
+def tf32_step(device: torch.device) -> float:
+    """Returns the relative rounding of TF32 if a device may multiply float32 numbers in it, and 0 if not."""
+    return 2.0**-10 if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else 0.0
+
+
 def fastest(device: torch.device | None = None) -> torch.dtype:
     """Returns the dtype in which frozen weights cost least on a device: bfloat16 if it is native there, else float32.
 

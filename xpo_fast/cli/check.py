@@ -71,19 +71,8 @@ def _refuse_unread(args: argparse.Namespace, *, online: bool) -> None:
 
 
 def _preferences(args: argparse.Namespace) -> UnitTrainer:
-    from ..trainer import XPOTrainer
-
     objective = train.checked_objective(args.method, dict(args.set))
-    rows, held_out = train.read_rows(args, objective)
-    model, tokenizer = loading.load(args)
-    return XPOTrainer(
-        model,
-        train.config_of(args, held_out),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=None if args.full else loading.lora(args),
-    )
+    return train.trainer_of(args, *train.read_rows(args, objective))
 
 
 def _online(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -62,16 +62,12 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
     from ..data import check_written
     from ..models import check_ids, positions
-    from ..rollout import encode_prompts
+    from ..rl.checks import checked_ids
     from ..trainer import CLOSE, OPEN
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
-    prompts, kwargs = [row["prompt"] for row in rows], config.chat_template_kwargs
-    places = [str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows)]
-    check_written(tokenizer, prompts, places, kwargs)
-    ids = encode_prompts(prompts, tokenizer, kwargs)
-    for place, tokens in zip(places, ids, strict=True):
-        check_ids(model, tokenizer, tokens, place)
+    check_written(tokenizer, rows, config.chat_template_kwargs)
+    ids = checked_ids(rows, model, tokenizer, config.chat_template_kwargs)
     check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
     _header(args, model, rows, held_out, "prompts")
     _table({"prompt": [len(x) for x in ids]})

@@ -87,19 +87,7 @@ def run(args: argparse.Namespace) -> int:
         dry_run.preferences(args, objective, config_of(args, eval_rows), train_rows, eval_rows)
         return 0
     made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=learning_rate(args))
-    model, tokenizer = loading.load(args)
-
-    from ..trainer import XPOTrainer
-
-    trainer = XPOTrainer(
-        model,
-        config_of(args, eval_rows),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=None if args.full else loading.lora(args),
-        callbacks=[training.json_log(args)],
-    )
+    trainer = trainer_of(args, train_rows, eval_rows, callbacks=[training.json_log(args)])
     trainer.given |= made_with
     say = training.printer(trainer)
     _print_header(trainer, args, say)
@@ -176,6 +164,23 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         preflight=args.preflight,
         chat_template_kwargs=options.kwargs_of(args),
         **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
+    )
+
+
+def trainer_of(args: argparse.Namespace, rows: Any, held_out: Any, **further: Any) -> XPOTrainer:
+    """Loads the model and returns its trainer; further: arguments of `XPOTrainer`."""
+    model, tokenizer = loading.load(args)
+
+    from ..trainer import XPOTrainer
+
+    return XPOTrainer(
+        model,
+        config_of(args, held_out),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=None if args.full else loading.lora(args),
+        **further,
     )
 
 

@@ -29,19 +29,19 @@ from .template import (
     Conversation,
     as_conversation,
     check_written,
+    place_of,
     prompt_of,
     read_kwargs,
     template_columns,
     words,
     write,
 )
-from .turns import SCORES, check_score
+from .turns import check_score
 
 __all__ = [
     "IGNORE_INDEX",
     "KINDS",
     "KWARGS",
-    "SCORES",
     "TOOLS",
     "Collator",
     "Conversation",
@@ -60,6 +60,7 @@ __all__ = [
     "load_rows",
     "origins",
     "pad_rows",
+    "place_of",
     "prompt_keys",
     "prompt_of",
     "read",

@@ -31,7 +31,7 @@ from .forms import (
     transcript,
 )
 from .kinds import KINDS, DataError, Kind, get_kind
-from .template import KWARGS, TOOLS, Conversation, Message, read_kwargs, read_tools, words
+from .template import KWARGS, TOOLS, Conversation, Message, prompt_of, read_kwargs, read_tools, words
 
 if TYPE_CHECKING:
     import datasets
@@ -145,7 +145,7 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
         kind = KINDS["pair" if {"chosen", "rejected"} <= given.keys() else "chosen"]
         shaped = shape_row(given, kind, where)[0]
         read = {name: x for name, x in shaped.items() if name not in ("where", TOOLS, KWARGS)}
-        return row | read | {"prompt": _conversed(shaped["prompt"], shaped)}
+        return row | read | {"prompt": prompt_of(shaped)}
     prompt = given.get("prompt")
     if isinstance(prompt, list) and prompt:
         prompt = _messages(prompt, "prompt", "user", where)
@@ -156,14 +156,7 @@ def shape_prompt(row: Any, where: str) -> dict[str, Any]:
             f"{where}: prompt missing or empty; expected text or a list of messages; got "
             f"{', '.join(sorted(given)) or 'no fields'}; {_advice(given, [['prompt']])}"
         )
-    return {**row, "prompt": _conversed(_with_system(given, prompt, where), _beside(given, prompt, where))}
-
-
-def _conversed(prompt: Any, beside: dict[str, Any]) -> Any:
-    """Returns a prompt with the tools and variables of its row; text as it is."""
-    if isinstance(prompt, str):
-        return prompt
-    return Conversation(prompt, tools=beside.get(TOOLS), kwargs=beside.get(KWARGS))
+    return row | {"prompt": prompt_of({"prompt": _with_system(given, prompt, where), **_beside(given, prompt, where)})}
 
 
 def _advice(given: dict[str, Any], lacks: list[list[str]]) -> str:

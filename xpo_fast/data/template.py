@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .kinds import DataError
@@ -84,7 +85,7 @@ def as_conversation(messages: list[Message]) -> Conversation:
 def prompt_of(row: Mapping[str, Any]) -> Any:
     """Returns the prompt of a row of `load`; a conversation with the tools and variables of the row's columns."""
     prompt, tools, kwargs = row["prompt"], row.get(TOOLS), row.get(KWARGS)
-    if isinstance(prompt, str) or (tools is None and kwargs is None):
+    if isinstance(prompt, str):
         return prompt
     own = as_conversation(prompt)
     return Conversation(prompt, tools=own.tools if tools is None else tools, kwargs={**own.kwargs, **(kwargs or {})})
@@ -297,20 +298,20 @@ def unwritten_of(
     return [*found]
 
 
-def check_written(
-    tokenizer: Any, prompts: Iterable[Any], places: Iterable[str], kwargs: Mapping[str, Any] | None = None
-) -> None:
+def place_of(row: Mapping[str, Any], k: int) -> str:
+    """Returns where a row with a prompt, number k of a run, stands in its source, for errors."""
+    return str(row.get("where", f"prompt {k}"))
+
+
+def check_written(tokenizer: Any, rows: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None = None) -> None:
     """Warns of what the chat template does not write of prompts, before a run; see `unwritten` for what it refuses.
 
-    places: of the prompts, for errors. kwargs: variables of the run.
+    rows: of `load_prompts`. kwargs: variables of the run.
     """
-    lost, rows = Counter[str](), 0
-    for prompt, where in zip(prompts, places):
-        if not rows:
-            warn_of_unread(tokenizer, kwargs, prompt)
-        rows += 1
-        lost.update(unwritten_of(tokenizer, prompt, [], where, kwargs))
-    warn_of_unwritten(lost.elements(), rows)
+    if rows:
+        warn_of_unread(tokenizer, kwargs, rows[0]["prompt"])
+    lost = (unwritten_of(tokenizer, row["prompt"], [], place_of(row, k), kwargs) for k, row in enumerate(rows))
+    warn_of_unwritten(itertools.chain.from_iterable(lost), len(rows))
 
 
 def warn_of_unwritten(unwritten: Iterable[str], rows: int) -> None:

@@ -67,8 +67,7 @@ def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: S
 def _check_written(setup: Setup, policy: Policy) -> None:
     """Warns of what the chat template does not write of the run's prompts; DataError for what would be unsaid."""
     rows = [*setup.rows, *setup.held_out]
-    places = [str(row.get("where", f"row {k}")) for k, row in enumerate(rows)]
-    check_written(policy.loaded[1], [row["prompt"] for row in rows], places, xpo_config(setup).chat_template_kwargs)
+    check_written(policy.loaded[1], rows, xpo_config(setup).chat_template_kwargs)
 
 
 def _append(line: Row, *values: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data import KWARGS, check_written
+from ..data import KWARGS, check_written, place_of
 from ..models import check_ids, check_lengths, positions
 from ..models.lm_head import causal_lm
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX
@@ -47,22 +47,28 @@ def check_prompts(
             f"the settings have {KWARGS} {dict(chat_template_kwargs)}, the rollout {kwargs}: pass them to the rollout, "
             "which writes the prompts"
         )
-    places = [str(row.get("where", f"prompt {k}")) for k, row in enumerate(rows)]
-    prompts = [row["prompt"] for row in rows]
-    check_written(tokenizer, prompts, places, kwargs)
+    check_written(tokenizer, rows, kwargs)
     if not isinstance(rollout, GenerateRollout):
         return
-    ids = encode_prompts(prompts, tokenizer, kwargs)
-    for place, row in zip(places, ids, strict=True):
-        check_ids(policy, tokenizer, row, place)
+    ids = checked_ids(rows, policy, tokenizer, kwargs)
     limit = positions(policy)
     long = [k for k, x in enumerate(ids) if limit is not None and len(x) >= limit]
     if long:
         raise ValueError(
             f"{len(long)} of {len(ids)} prompts leave no room for an answer in the model's {limit} positions; the "
-            f"first is {rows[long[0]].get('where', long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave "
+            f"first is {place_of(rows[long[0]], long[0])}, of {len(ids[long[0]])} tokens: shorten them, or leave "
             "them out"
         )
+
+
+def checked_ids(
+    rows: list[dict[str, Any]], policy: Any, tokenizer: Any, kwargs: Mapping[str, Any] | None
+) -> list[list[int]]:
+    """Returns the token ids of prompts; raises ValueError, which names the row, for one that has no embedding."""
+    found = encode_prompts([row["prompt"] for row in rows], tokenizer, kwargs)
+    for k, ids in enumerate(found):
+        check_ids(policy, tokenizer, ids, place_of(rows[k], k))
+    return found
 
 
 def check_completions(rows: list[Completion], policy: Any, tokenizer: Any, rollout: Rollout) -> None:

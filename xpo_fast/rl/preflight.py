@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data import KWARGS, pad_rows
-from ..models import embeddings
+from ..models import embeddings, padding_id, positions
 from ..rollout import GenerateRollout, encode_prompts
-from ..rollout.generate import positions
 from ..rollout.sampling import Sampling, eos_ids
 from ..trainer.findings import Finding, Report
 from ..trainer.preflight import check_tied, true_logps, untouched
@@ -154,7 +153,7 @@ def check_log_probs(report: Report, trainer: Any, rows: Sequence[Completion]) ->
     if not some:
         return
     truth = true_logps(policy, trainer.accelerator, [Behind(0, "", row.prompt_ids, row.ids) for row in some])
-    pad = trainer.processing_class.pad_token_id
+    pad = padding_id(policy, trainer.processing_class)
     batch = {n: x.to(args.device) for n, x in pad_rows([(row.prompt_ids, row.ids) for row in some], pad).items()}
     with trainer.accelerator.autocast():
         inputs = (batch["input_ids"], batch["attention_mask"], batch["targets"])

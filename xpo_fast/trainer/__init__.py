@@ -4,7 +4,7 @@ from .base import Means, UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
-from .findings import CLOSE, OPEN, PREFLIGHT, Finding, Report, marked
+from .findings import CLOSE, OPEN, Finding, Report, marked
 from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .preference import XPOTrainer, layout
 from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
@@ -12,7 +12,6 @@ from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter
 __all__ = [
     "CLOSE",
     "OPEN",
-    "PREFLIGHT",
     "STATE_FILE",
     "Finding",
     "HandedOver",

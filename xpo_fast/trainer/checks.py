@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import precision
+from ..data.ragged import in_parts
 from ..head import token_logps
 from ..models import Head, check_ids, check_lengths, embeddings, own_logits, table_of_positions
 from ..models.lm_head import causal_lm
@@ -94,8 +96,7 @@ def check_causal(
 
     early, own = moved(count - k - 1)
     step = max(torch.finfo(dtype).eps for dtype in (logits.dtype, causal_lm(model).dtype))
-    if input_ids.is_cuda and torch.get_float32_matmul_precision() != "highest":
-        step = max(step, 2.0**-10)  # TF32
+    step = max(step, precision.tf32_step(input_ids.device))
     allowed = step * float(logits.float().abs().max()) + step**0.5 * own
     if early <= allowed:
         return
@@ -121,58 +122,30 @@ def check_rows(
 
     lengths: tokens of each row as the model reads it; by default the prompt and its longest completion.
     """
-    from pyarrow.compute import max as maximum  # pyright: ignore[reportAttributeAccessIssue]
-    from pyarrow.compute import min as minimum  # pyright: ignore[reportAttributeAccessIssue]
-
     for name in (n for n in encoded.column_names if n.endswith("_ids")):
-        outside = False
-        for flat in _flat(encoded, name):
-            outside |= (maximum(flat).as_py() or 0) >= embeddings(model) or (minimum(flat).as_py() or 0) < 0
-        if outside:
-            rows: Any = encoded.select_columns([name])
-            for i, row in enumerate(rows):
-                found = row[name]
-                flat = [x for part in found for x in (part if isinstance(part, list) else [part])]
-                check_ids(model, tokenizer, flat, _place(encoded, i))
+        for ids in in_parts(encoded, name):
+            outside = np.flatnonzero((ids.flat < 0) | (ids.flat >= embeddings(model)))
+            if len(outside):
+                at = int(outside[0])
+                row = int(ids.row[np.searchsorted(ids.offsets, at, side="right") - 1])
+                check_ids(model, tokenizer, [int(ids.flat[at])], place_in(encoded, row))
     if tokenizer.pad_token_id is not None:
         # Padding is masked, but Trainer writes this id into the model's config, and such a model cannot be loaded.
         check_ids(model, tokenizer, [tokenizer.pad_token_id], "the padding token")
     remedy = "set max_length to at most that, or leave longer rows out"
     lengths = row_lengths(encoded) if lengths is None else lengths
-    check_lengths(model, lengths, lambda i: _place(encoded, i), remedy)
+    check_lengths(model, lengths, lambda i: place_in(encoded, i), remedy)
 
 
 def row_lengths(encoded: datasets.Dataset) -> list[int]:
     """Returns the tokens of each row's prompt and longest completion."""
-    longest = np.zeros(len(encoded), dtype=np.int64)
-    for name in (n for n in encoded.column_names if n.endswith("_ids") and n != "prompt_ids"):
-        longest = np.maximum(longest, _longest(encoded, name))
-    return (longest + (_longest(encoded, "prompt_ids") if "prompt_ids" in encoded.column_names else 0)).tolist()
+    prompt, longest = np.zeros(len(encoded), dtype=np.int64), np.zeros(len(encoded), dtype=np.int64)
+    for name in (n for n in encoded.column_names if n.endswith("_ids")):
+        for ids in in_parts(encoded, name):
+            np.maximum.at(prompt if name == "prompt_ids" else longest, ids.row, ids.lengths)
+    return (prompt + longest).tolist()
 
 
-def _longest(encoded: datasets.Dataset, name: str) -> np.ndarray:
-    """Returns the length of each row's ids, or of the longest of its lists of ids, (N,)."""
-    found = []
-    tables: Any = encoded.with_format("arrow").select_columns([name])
-    for table in tables.iter(batch_size=10_000):
-        column = table[name].combine_chunks()
-        if hasattr(column.type.value_type, "value_type"):
-            found += [max(map(len, lists), default=0) for lists in column.to_pylist()]
-        else:
-            found += column.value_lengths().to_pylist()
-    return np.array(found, dtype=np.int64)
-
-
-def _flat(encoded: datasets.Dataset, name: str) -> Iterator[Any]:
-    """Yields the ids of a column, lists of lists too, as arrays."""
-    tables: Any = encoded.with_format("arrow").select_columns([name])
-    for table in tables.iter(batch_size=10_000):
-        ids = table[name].combine_chunks()
-        while hasattr(ids.type, "value_type"):
-            ids = ids.flatten()
-        yield ids
-
-
-def _place(encoded: datasets.Dataset, i: int) -> str:
-    """Returns where row i stands, for an error."""
-    return encoded[i]["where"] if "where" in encoded.column_names else f"row {i}"
+def place_in(encoded: datasets.Dataset, i: int) -> str:
+    """Returns where row i of a data set stands in its source, for an error."""
+    return str(encoded[i]["where"]) if "where" in encoded.column_names else f"row {i}"

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import embeddings
+from ..models import embeddings, own_logits
 from ..models.modes import evaluating, in_place_of, without_adapter
 from ..models.value_head import value_head
 
@@ -228,7 +228,8 @@ def effect_of_adapter(model: Any) -> float | None:
     row = torch.linspace(0, count - 1, _IDS, device=device).long()[None]
 
     def logps() -> Tensor:
-        return model(input_ids=row, attention_mask=torch.ones_like(row)).logits.float().log_softmax(dim=-1)
+        logits = own_logits(model, {"input_ids": row, "attention_mask": torch.ones_like(row)})
+        return logits.float().log_softmax(dim=-1)
 
     def difference(compute: Any) -> float:
         on = compute()

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data import Kind
+from ..models import own_logits, padding_id
 from ..models.lm_head import causal_lm, head_layer
 from ..models.modes import evaluating
 from ..objective import Objective
+from ..precision import tf32_step
 from ..types import IGNORE_INDEX
 from .findings import Report
 from .reference import row_logps
@@ -70,6 +72,11 @@ class Run:
     def kind(self) -> Kind:
         """The kind of the rows."""
         return self.rows.kind
+
+    @property
+    def pad(self) -> int:
+        """The id of padding."""
+        return padding_id(self.model, self.rows.tokenizer)
 
 
 def preflight(run: Run) -> Report:
@@ -189,7 +196,8 @@ def true_logps(model: nn.Module, accelerator: Accelerator, rows: list[Behind]) -
                 found.append(torch.zeros(0, dtype=torch.float64))
                 continue
             ids = torch.tensor([[*row.prompt, *row.completion]], device=device)
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(row.prompt) - 1 : -1]
+            logits = own_logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            logits = logits[0, len(row.prompt) - 1 : -1]
             wide, y = logits.float(), ids[0, len(row.prompt) :, None]
             logp = wide.gather(1, y)[:, 0] - wide.logsumexp(dim=1)
             found.append(logp.double().cpu()[row.scored])
@@ -200,8 +208,7 @@ def true_logps(model: nn.Module, accelerator: Accelerator, rows: list[Behind]) -
 def _rounding(model: nn.Module) -> float:
     """Returns the relative rounding of products that a dtype does not tell: of TF32, and of quantised weights."""
     lm: Any = causal_lm(model)
-    tf32 = next(lm.parameters()).device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return 2.0**-7 if getattr(lm, "is_quantized", False) else 2.0**-10 if tf32 else 0.0
+    return 2.0**-7 if getattr(lm, "is_quantized", False) else tf32_step(next(lm.parameters()).device)
 
 
 def check_loss(report: Report, run: Run) -> None:
@@ -225,7 +232,7 @@ def check_loss(report: Report, run: Run) -> None:
 
 def _check_logps(report: Report, run: Run, batch: dict[str, Tensor], truth: Truth) -> bool:
     """Compares the summed log-probs of a padded batch with the truth; returns whether they are the same."""
-    padded = _padded(batch, run.rows.tokenizer.pad_token_id)
+    padded = _padded(batch, run.pad)
     inputs = (padded["input_ids"], padded["attention_mask"], padded["targets"])
     with run.accelerator.autocast():
         found = row_logps(run.model, *inputs, backend=run.backend).double().cpu()
@@ -283,7 +290,7 @@ def _expected(
     assert objective is not None and run.given is not None
     if objective.wpo or (objective.needs_reference_tokens and not alike):
         return None
-    own = data.Collator(run.rows.tokenizer.pad_token_id, run.kind.name)([dict(f) for f in features])
+    own = data.Collator(run.pad, run.kind.name)([dict(f) for f in features])
     logps, scored = truth.spread(own["targets"]), own["targets"] != IGNORE_INDEX
     count = scored.sum(dim=1, keepdim=True).clamp(min=1)
     compared = None if run.reference is None else logps
@@ -411,15 +418,15 @@ def _summed(run: Run, batches: list[dict[str, Tensor]], items: Tensor, *, padded
     with evaluating(run.model), run.accelerator.autocast():
         for batch in batches:
             batch = {name: x for name, x in batch.items() if not name.startswith("kl_")}
-            batch = _padded(batch, run.rows.tokenizer.pad_token_id) if padded else batch
+            batch = _padded(batch, run.pad) if padded else batch
             total += float(run.loss(run.model, batch, items)[0])
     return total
 
 
-def _padded(batch: dict[str, Tensor], pad: int | None) -> dict[str, Tensor]:
+def _padded(batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
     """Returns a batch with further columns of padding, at the end of each row."""
     shape = batch["targets"].shape
-    filled = {"targets": IGNORE_INDEX, "input_ids": pad or 0}
+    filled = {"targets": IGNORE_INDEX, "input_ids": pad}
     return {
         name: nn.functional.pad(x, (0, _PADDED), value=filled.get(name, 0)) if x.shape == shape and x.dim() == 2 else x
         for name, x in batch.items()
@@ -441,7 +448,7 @@ def check_options(report: Report, run: Run) -> None:
     if not changed:
         return
     features = [run.rows.dataset[i] for i in run.rows.sample(_CONSULTED)]
-    batch = data.Collator(run.rows.tokenizer.pad_token_id, run.kind.name)(features)
+    batch = data.Collator(run.pad, run.kind.name)(features)
     _remember(run, batch)
     want = _drawn_losses(objective, run, batch)
     for name, other in changed:

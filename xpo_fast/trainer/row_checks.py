@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import datasets
@@ -15,8 +14,10 @@ from torch import Tensor
 
 from .. import data
 from ..data import IGNORE_INDEX, Kind
+from ..data.ragged import Ragged, ragged
 from ..data.rows import completions_of
 from ..rollout import encode_prompts
+from .checks import place_in
 from .findings import Report, Row
 
 COLLATED, READ, COUNTED = 32, 12, 20_000  # rows collated, rows read as text, rows counted
@@ -64,7 +65,7 @@ class Rows:
 
     def where(self, unit: int) -> str:
         """Returns where a row stands in its file."""
-        return str(self.dataset[unit]["where"]) if "where" in self.dataset.column_names else f"row {unit}"
+        return place_in(self.dataset, unit)
 
     def sample(self, count: int) -> list[int]:
         """Returns the indices of at most `count` rows, evenly spread."""
@@ -370,7 +371,7 @@ def check_counts(report: Report, rows: Rows) -> None:
     if empty:
         said = f"{empty} of {len(lengths)} completions have no token to be scored, and do not count"
         report.add("lengths", "fault" if empty == len(lengths) else "doubt", said)
-    full = np.concatenate([(prompt[c.row] + c.lengths >= rows.max_length) & ~c.ends(rows.ends) for c in answers])
+    full = np.concatenate([(prompt[c.row] + c.lengths >= rows.max_length) & ~_ends(c, rows.ends) for c in answers])
     if full.any():
         level = "doubt" if full.mean() > _MOST_CUT else "note"
         said = f"{full.mean():.0%} of completions are cut at max_length={rows.max_length}"
@@ -397,62 +398,30 @@ def _middle(lengths: np.ndarray) -> str:
     return f"{int(np.median(lengths))} (at most {int(lengths.max())})" if len(lengths) else "no"
 
 
-class _Ragged(NamedTuple):
-    """A column of token ids, those of a list one after another."""
-
-    flat: np.ndarray  # (N,)
-    offsets: np.ndarray  # (C + 1,) of the C completions
-    row: np.ndarray  # (C,) index of the row of each
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def parts(self) -> list[bytes]:
-        """Returns the bytes of each completion's ids."""
-        return [self.flat[a:b].tobytes() for a, b in pairwise(self.offsets.tolist())]
-
-    def ends(self, ids: set[int]) -> np.ndarray:
-        """Returns whether one of `ids` is among the last two tokens of each completion, (C,) bool."""
-        named = np.isin(self.flat, list(ids))
-        before = np.concatenate([[0], named.cumsum()])
-        stops = self.offsets[1:]
-        return before[stops] > before[np.maximum(stops - 2, self.offsets[:-1])]
+def _ends(column: Ragged, ids: set[int]) -> np.ndarray:
+    """Returns whether one of `ids` is among the last two tokens of each completion, (C,) bool."""
+    named = np.isin(column.flat, list(ids))
+    before = np.concatenate([[0], named.cumsum()])
+    stops = column.offsets[1:]
+    return before[stops] > before[np.maximum(stops - 2, column.offsets[:-1])]
 
 
-def _columns(dataset: datasets.Dataset, kind: Kind) -> dict[str, _Ragged]:
+def _columns(dataset: datasets.Dataset, kind: Kind) -> dict[str, Ragged]:
     """Returns the ids of the first rows by column, the prompts' first."""
-    table: Any = dataset.with_format("arrow")[:COUNTED]
     names = dict.fromkeys(name for name in (*kind.encoded, "rejected_ids") if name in dataset.column_names)
-    return {name: _ragged(table[name]) for name in names}
+    return {name: ragged(dataset, name, stop=COUNTED) for name in names}
 
 
-def _scored_of(dataset: datasets.Dataset, name: str, column: _Ragged) -> np.ndarray:
+def _scored_of(dataset: datasets.Dataset, name: str, column: Ragged) -> np.ndarray:
     """Returns how many tokens of each completion of a column are scored, (C,) int64."""
     mask = f"{name.removesuffix('_ids')}_mask"
     if mask not in dataset.column_names:
         return column.lengths
-    table: Any = dataset.select_columns([mask]).with_format("arrow")[:COUNTED]
-    scored = _ragged(table[mask])
+    scored = ragged(dataset, mask, stop=COUNTED)
     return np.diff(np.concatenate([[0], scored.flat.cumsum()])[scored.offsets])
 
 
-def _ragged(table: Any) -> _Ragged:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    column: Any = table.combine_chunks()
-    row, lengths = np.arange(len(column)), np.ones(len(column), dtype=np.int64)
-    while isinstance(column.type, (pa.ListType, pa.LargeListType)):
-        row = np.repeat(row, lengths)
-        # pyarrow makes its compute functions at import, where no type checker sees them.
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[attr-defined]
-        column = column.flatten()
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    return _Ragged(column.to_numpy(zero_copy_only=False).astype(np.int64), offsets, row)
-
-
-def _keys(columns: dict[str, _Ragged], count: int) -> list[int]:
+def _keys(columns: dict[str, Ragged], count: int) -> list[int]:
     """Returns a hash of all token ids of each row."""
     keys: list[tuple] = [()] * count
     for name, column in columns.items():

@@ -1,0 +1,54 @@
+"""Columns of token ids as arrays: those of all rows one after another, and where each list of them begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
+
+_AT_ONCE = 10_000  # rows
+
+
+class Ragged(NamedTuple):
+    """The C lists of a column, one per row, or several where the column holds lists of lists."""
+
+    flat: np.ndarray  # (N,) int64, the ids of all lists
+    offsets: np.ndarray  # (C + 1,) where each begins in `flat`
+    row: np.ndarray  # (C,) index of the row of each
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of ids of each list, (C,)."""
+        return np.diff(self.offsets)
+
+    def parts(self) -> list[bytes]:
+        """Returns the bytes of each list's ids."""
+        return [self.flat[a:b].tobytes() for a, b in pairwise(self.offsets.tolist())]
+
+
+def ragged(dataset: datasets.Dataset, name: str, start: int = 0, stop: int | None = None) -> Ragged:
+    """Returns a column of ids or of a mask, that of the rows from start to stop."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table: Any = dataset.select_columns([name]).with_format("arrow")[start:stop]
+    column: Any = table[name].combine_chunks()
+    row, lengths = np.arange(len(column)) + start, np.ones(len(column), dtype=np.int64)
+    while isinstance(column.type, (pa.ListType, pa.LargeListType)):
+        row = np.repeat(row, lengths)
+        # pyarrow makes its compute functions at import, where no type checker sees them.
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[attr-defined]
+        column = column.flatten()
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    return Ragged(column.to_numpy(zero_copy_only=False).astype(np.int64), offsets, row)
+
+
+def in_parts(dataset: datasets.Dataset, name: str) -> Iterator[Ragged]:
+    """Yields a column as `ragged` does, some thousand rows at a time."""
+    for start in range(0, len(dataset), _AT_ONCE):
+        yield ragged(dataset, name, start, min(start + _AT_ONCE, len(dataset)))
