@@ -80,8 +80,6 @@ def test_check_of_rl_asks_the_rewards_for_one_rollout(home, capsys):
 
 
 def test_check_refuses_what_it_cannot_check(home, capsys):
-    assert run(home, "check", "pairs.jsonl", "--method", "bradley_terry") == 2
-    assert "xpo-fast reward --preflight stop checks it" in capsys.readouterr().err
     assert run(home, "check", "prompts.jsonl", "--method", "grpo") == 2
     assert "nothing rewards a completion" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -112,3 +110,13 @@ def test_reward_and_rl_print_the_screen(home, capsys):
     assert run(home, "rl", "prompts.jsonl", *words, "--reward", f"{home}/reward.py:tokens") == 0
     out = capsys.readouterr().out
     assert "preflight  RLTrainer, grpo on 20 prompts" in out and "note  rollout: " in out
+
+
+def test_check_of_a_reward_model(home, capsys):
+    assert run(home, "check", "pairs.jsonl", "--method", "bradley_terry") == 0
+    assert capsys.readouterr().out.startswith("preflight  RewardTrainer, bradley_terry on 18 pairs")
+    assert run(home, "check", "swapped.jsonl", "--method", "bradley_terry") == 1
+    assert run(home, "check", "pairs.jsonl", "--method", "bradley_terry", "--score", "all") == 2
+    assert "--score: xpo-fast reward, which trains by bradley_terry, has no such option" in capsys.readouterr().err
+    assert run(home, "check", "pairs.jsonl", "--objectives", "a,b") == 2
+    assert "--objectives: xpo-fast train, which trains by dpo, has no such option" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`xpo-fast check`: checks a run of `xpo-fast train` or `xpo-fast rl` without training."""
+"""`xpo-fast check`: checks a run of `xpo-fast train`, `reward` or `rl` without training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from . import checks, loading, options, rl, rl_rewards, settings, train, training
+from . import checks, loading, options, reward, rl, rl_rewards, settings, train, training
 from .parser import UsageError
 
 if TYPE_CHECKING:
@@ -18,16 +18,19 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
         help="check a run without training: rows, mask, template, reference, loss",
-        description="Check a run before it is started, as `xpo-fast train` and `xpo-fast rl` do before their first "
+        description="Check a run before it is started, as `xpo-fast train`, `reward` and `rl` do before their first "
         "step, and print what is found; nothing is trained or written. It takes the options of train, so that the verb "
-        "of a command can be replaced, and, for a method of RL, the rewards, which are asked for one rollout. Exit "
-        "code 1 if there is a fault.",
+        "of a command can be replaced; for a reward model's method its objectives; and for a method of RL the rewards, "
+        "which are asked for one rollout. Exit code 1 if there is a fault.",
     )
     parser.set_defaults(run=run, dry_run=False)
     options.add_config(parser, dry_run=False)
     about = "accepted from the configuration of a run; this command looks at everything whatever it says"
     options.add_option(parser, "--preflight", about, "warn", choices=options.PREFLIGHT)
     train.add_options(parser)
+    group = parser.add_argument_group("reward models")
+    reward.add_objectives(group)
+    options.add_length_rule(group)
     rl_rewards.add_options(parser)
     group = parser.add_argument_group("rollouts")
     for name, field in rl.ROLLOUT_FIELDS.items():
@@ -37,34 +40,40 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks; returns 1 if there is a fault."""
     from ..methods import METHODS
+    from ..rewards.spec import USES
 
     names = [part.rpartition("*")[2].strip() for part in args.method.split("+")]
-    layouts = {METHODS[name].layout for name in names if name in METHODS}
-    if "reward" in layouts:
-        raise UsageError(f"{args.method} trains a reward model: xpo-fast reward --preflight stop checks it")
-    _refuse_unread(args, online="policy" in layouts)
+    online = any(METHODS[name].layout == "policy" for name in names if name in METHODS)
+    command = "rl" if online else "reward" if args.method in USES else "train"
+    _refuse_unread(args, command)
     with tempfile.TemporaryDirectory(prefix="xpo_fast-check-") as folder:
         args.output_dir, args.report_to, args.push_to_hub = folder, "none", None
         checks.check_training(args, training.training_arguments(args, lr=train.learning_rate(args), evaluates=False))
         training.quiet(args)
-        trainer, how = _online(args) if "policy" in layouts else (_preferences(args), {})
+        trainer, how = _online(args) if online else (_RUNS[command](args), {})
         report = trainer.preflight(**how)
     assert report is not None  # there are rows
     training.printer(trainer)(report.screen())
     return 1 if report.faults else 0
 
 
-def _refuse_unread(args: argparse.Namespace, *, online: bool) -> None:
-    """Raises UsageError for options of the command that the method does not belong to."""
-    preferences, rewards = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
-    options.add_lengths(preferences)
-    options.add_score(preferences)
-    rl_rewards.add_options(rewards)
-    unread = [*vars(preferences.parse_args([])), "reference", "ref_cache"]
-    unread = unread if online else [*vars(rewards.parse_args([])), *rl.ROLLOUT_FIELDS]
+def _refuse_unread(args: argparse.Namespace, command: str) -> None:
+    """Raises UsageError for options of commands that the method does not belong to."""
+    added = {
+        "train": (options.add_score,),
+        "reward": (reward.add_objectives, options.add_length_rule),
+        "rl": (rl_rewards.add_options,),
+    }
+    own = {"train": ["ref_cache"], "reward": [], "rl": [*rl.ROLLOUT_FIELDS]}
+    for name, adders in added.items():
+        parser = argparse.ArgumentParser(add_help=False)
+        for add in adders:
+            add(parser)
+        own[name] += vars(parser.parse_args([]))
+    unread = [option for name, listed in own.items() if name != command for option in listed]
+    unread += ["reference", "max_length", "max_prompt_length", "num_proc"] * (command == "rl")
     given = [f"--{name.replace('_', '-')}" for name in unread if getattr(args, name) != args.parser.get_default(name)]
     if given:
-        command = "rl" if online else "train"
         raise UsageError(
             f"{', '.join(given)}: xpo-fast {command}, which trains by {args.method}, has no such option: leave it out"
         )
@@ -73,6 +82,27 @@ def _refuse_unread(args: argparse.Namespace, *, online: bool) -> None:
 def _preferences(args: argparse.Namespace) -> UnitTrainer:
     objective = train.checked_objective(args.method, dict(args.set))
     return train.trainer_of(args, *train.read_rows(args, objective))
+
+
+def _reward_model(args: argparse.Namespace) -> UnitTrainer:
+    from ..rewards.trainer import RewardTrainer, checked_settings
+
+    args.head_only, args.value_head_lr = False, None  # which change no figure of the check
+    config = reward.config_of(args)
+    checked_settings(config)
+    rows, held_out = reward.read_rows(args, config.spec())
+    model, tokenizer = loading.load(args)
+    return RewardTrainer(
+        model,
+        config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=None if args.full else loading.lora(args),
+    )
+
+
+_RUNS = {"train": _preferences, "reward": _reward_model}
 
 
 def _online(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -41,13 +41,7 @@ def add_parser(commands: Any) -> None:
     add = options.adder(group)
     add("--method", "the loss of the reward model", "bradley_terry", choices=_METHODS)
     options.add_settings(group, "center=0.01")
-    add(
-        "--objectives NAMES",
-        "comma-separated: the rewards of regression, which are columns of the data, or of gated (default: reward)",
-        type=_names,
-    )
-    about = "comma-separated: weights of the objectives in the reward of regression (default: their mean)"
-    add("--objective-weights NUMBERS", about, type=_numbers)
+    add_objectives(group)
     add(
         "--reference",
         "the reference policy of haf and of grm's dpo: the model with its adapter off, or a frozen copy; none: grm "
@@ -73,6 +67,18 @@ def add_parser(commands: Any) -> None:
     add("--value-head-lr X", "learning rate of the value head, with --lora and --full", 1e-3)
     options.add_head(parser, "backend for the token log-probs of grm and haf", tiles=False)
     options.add_output(parser, folder="xpo-fast-reward", files="train_log.jsonl, results.json and report.png")
+
+
+def add_objectives(group: Any) -> None:
+    """Adds the rewards of a model that has several."""
+    add = options.adder(group)
+    add(
+        "--objectives NAMES",
+        "comma-separated: the rewards of regression, which are columns of the data, or of gated (default: reward)",
+        type=_names,
+    )
+    about = "comma-separated: weights of the objectives in the reward of regression (default: their mean)"
+    add("--objective-weights NUMBERS", about, type=_numbers)
 
 
 def _names(text: str) -> list[str]:
@@ -101,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.method == "gated" and not args.objectives and (Path(args.model) / SPEC_FILE).is_file():
         args.objectives = list(load_spec(args.model).objectives)
-    config = _config(args)
+    config = config_of(args)
     checked_settings(config)
     # Data first: a mistake in it is reported before a model is loaded.
-    train_rows, eval_rows = _rows(args, config.spec())
+    train_rows, eval_rows = read_rows(args, config.spec())
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
@@ -153,7 +159,8 @@ def _learning_rate(args: argparse.Namespace) -> float:
     return 1e-5 if args.full else 1e-3 if args.head_only else 1e-4
 
 
-def _config(args: argparse.Namespace) -> RewardConfig:
+def config_of(args: argparse.Namespace) -> RewardConfig:
+    """Returns the configuration of the run."""
     from ..rewards.trainer import RewardConfig
 
     return RewardConfig(
@@ -174,7 +181,7 @@ def _config(args: argparse.Namespace) -> RewardConfig:
     )
 
 
-def _rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
+def read_rows(args: argparse.Namespace, spec: Any) -> tuple[Any, Any]:
     """Returns rows to train on, and rows held out or None, in the form that `RewardTrainer` reads."""
     from .. import data
     from ..rewards.encoding import load_ratings
