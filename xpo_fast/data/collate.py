@@ -14,9 +14,8 @@ from ..types import IGNORE_INDEX
 from .kinds import DataError, get_kind
 from .rows import filled
 
-Row = tuple[
-    list[int], list[int], "list[bool] | None"
-]  # prompt ids, completion ids, which of these are scored (None: all)
+# Prompt ids, completion ids, and which of these are scored (None: all).
+Row = tuple[list[int], list[int], "list[bool] | None"]
 
 
 @dataclass

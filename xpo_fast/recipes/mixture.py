@@ -40,8 +40,7 @@ class MixtureRollout(GenerateRollout):
             raise ValueError(f"expected a share of the reference in [0, 1], got {share!r}")
         if reference is None and scoring is None and not hasattr(model, "disable_adapter"):
             raise ValueError("without a reference the policy must carry an adapter that can be switched off")
-        how: Any = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
-        super().__init__(model, tokenizer, continuous=False, **how)
+        super().__init__(model, tokenizer, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs)
         self.reference, self.share = reference, share
         self._scoring = scoring or (lambda: without_adapter(model))
 

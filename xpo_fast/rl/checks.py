@@ -77,7 +77,10 @@ def check_completions(rows: list[Completion], policy: Any, tokenizer: Any, rollo
     for row in rows:
         check_ids(policy, tokenizer, [*row.prompt_ids, *row.ids], f"a completion of the prompt {row.prompt!r:.80}")
         if not row.prompt_ids:
-            raise ValueError(f"a prompt without a token: {row.prompt!r:.80}; its first answer token has no predecessor")
+            raise ValueError(
+                f"a prompt without a token, so that nothing predicts the answer's first: {row.prompt!r:.80}; drop it, "
+                "or use a tokenizer with a BOS"
+            )
         if row.logps is not None and len(row.logps) != len(row.ids):
             raise ValueError(
                 f"the sampler {sampler} gave {len(row.logps)} log-probs for {len(row.ids)} tokens: set "

@@ -35,7 +35,8 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         if hidden.shape[:2] != targets.shape:
             raise ValueError(
                 f"expected one hidden state per token, {tuple(targets.shape)}, got {tuple(hidden.shape[:2])}: "
-                "the model or its adapter adds positions of its own, which is not supported"
+                "the model or its adapter adds positions of its own, which is not supported: use LoRA in place of "
+                "prompt tuning, or another model"
             )
         return token_logps(hidden, head, targets, backend=backend)
 
@@ -56,7 +57,8 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         raise ValueError(
             f"{type(causal_lm(model)).__name__} does more to its logits than a linear head with bias, scale "
             f"and softcap: log-probs from hidden states differ from the model's own by {difference:.3g} (at most "
-            f"{tolerance:.3g} is rounding). Training would be silently wrong, so it is refused"
+            f"{tolerance:.3g} is rounding). Training would be silently wrong, so it is refused: "
+            "use another model, or one whose class computes its logits by its head alone"
         )
     check_causal(model, inputs["input_ids"], logits)
 

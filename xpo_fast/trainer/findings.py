@@ -101,17 +101,19 @@ class Report:
         colours = on_terminal() if colours is None else colours
         took = f"{self.seconds:.1f} s"
         lines = [f"{'preflight':<10} {self.title:<{_WIDTH - 12 - len(took)}} {took}"]
-        for level, name, text in [(f.level, f.level, str(f)) for f in self.findings]:
-            lines += _paragraph(level, name, text, colours)
+        for finding in self.findings:
+            lines += _paragraph(finding, colours)
         if self.row is not None:
-            name = f"\x1b[1mrow{_PLAIN}  " if colours else "row  "
+            name = f"{_BOLD}row{_PLAIN}  " if colours else "row  "
             lines.append(f"{name} {self.row.where}: {self.row.text(colours=colours)}")
         return "\n".join(lines)
 
 
-def _paragraph(level: str, name: str, text: str, colours: bool) -> list[str]:
-    wrapped = textwrap.wrap(text, _WIDTH - 6, break_long_words=False, break_on_hyphens=False) or [""]
-    head = f"{_COLOURS[level]}{name:<5}{_PLAIN}" if colours and level in _COLOURS else f"{name:<5}"
+def _paragraph(finding: Finding, colours: bool) -> list[str]:
+    wrapped = textwrap.wrap(str(finding), _WIDTH - 6, break_long_words=False, break_on_hyphens=False)
+    head = f"{finding.level:<5}"
+    if colours and finding.level in _COLOURS:
+        head = f"{_COLOURS[finding.level]}{head}{_PLAIN}"
     return [f"{head} {wrapped[0]}", *(f"      {line}" for line in wrapped[1:])]
 
 

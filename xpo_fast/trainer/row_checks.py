@@ -133,15 +133,13 @@ def check_batches(report: Report, rows: Rows) -> None:
         said = f"the collator makes {len(batch['targets'])} rows, expected {len(expected)}"
         return report.add("mask", "fault", said)
     wrong: dict[str, list[Behind]] = {}
-    lost = extra = total = 0
+    total = 0
     for r, one in enumerate(expected):
         if not one.completion:
             continue
         found, whole = _in_batch(batch, r), [*one.prompt, *one.completion]
         want = {len(one.prompt) - 1 + k: one.completion[k] for k in one.scored}
         total += len(want)
-        lost += len(want.keys() - found.scored.keys())
-        extra += len(found.scored.keys() - want.keys())
         if found.read not in (whole, whole[:-1]):
             wrong.setdefault("reads other tokens than those of the row", []).append(one)
         elif any(want.get(t) != y for t, y in found.scored.items()) and all(
