@@ -66,7 +66,7 @@ def _refuse_unread(args: argparse.Namespace, *, online: bool) -> None:
     if given:
         command = "rl" if online else "train"
         raise UsageError(
-            f"{', '.join(given)}: xpo-fast {command}, which {args.method} is trained by, has no such option: leave it out"
+            f"{', '.join(given)}: not read by xpo-fast {command}, which trains by {args.method}: leave it out"
         )
 
 
