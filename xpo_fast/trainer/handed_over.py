@@ -47,6 +47,7 @@ class HandedOver:
     def __init__(self, model: nn.Module, peft_config: Any, *, copied: bool) -> None:
         self.adapted = hasattr(model, "disable_adapter")
         self.off = False  # whether it is the model that is trained with its adapter switched off
+        self.apart: str | None = None  # why the policy does not start as the reference; None if it should
         new = peft_config is not None and not self.adapted
         self._copy = frozen_copy(model) if new and copied else None
         self._before = {name: x.clone() for name, x in _beginnings(model)} if new else {}
@@ -83,8 +84,8 @@ class HandedOver:
     def _with_adapter_of_its_own(self, strategy: str, requested: str, model: nn.Module, sharded: bool) -> str:
         if requested == "adapter":
             self.off = True
-            if not sharded:
-                warn_of_trained_adapter(model, requested)
+            if not sharded and warn_of_trained_adapter(model, requested):
+                self.apart = "the policy carries an adapter that was trained before, and the reference does not"
             return strategy
         moved = None if sharded else effect_of_adapter(model)
         self.off = moved == 0.0 or (moved is None and strategy == "adapter")
@@ -124,6 +125,7 @@ class HandedOver:
                 "init_lora_weights at its default to start as the reference",
                 stacklevel=4,
             )
+            self.apart = "the policy has a new adapter, which is not idle, and the reference has none"
         return "kept" if changed and strategy == "adapter" else strategy
 
     def _changed(self, model: Any) -> list[tuple[str, bool]]:
@@ -200,14 +202,16 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def warn_of_trained_adapter(model: nn.Module, reference: str) -> None:
-    """Warns if reference="adapter", the model without its adapter, is not the model as it was handed over."""
-    if reference == "adapter" and effect_of_adapter(model):
+def warn_of_trained_adapter(model: nn.Module, reference: str) -> bool:
+    """Warns if reference="adapter", the model without its adapter, is not that handed over; returns whether it does."""
+    differs = reference == "adapter" and bool(effect_of_adapter(model))
+    if differs:
         warnings.warn(
             'the model carries a trained adapter, and reference="adapter" is the model with its adapter off: its base, '
             'not the model as handed over. To compare with that, use reference="auto"',
             stacklevel=3,
         )
+    return differs
 
 
 def effect_of_adapter(model: Any) -> float | None:

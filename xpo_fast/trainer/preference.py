@@ -99,7 +99,6 @@ class XPOTrainer(UnitTrainer):
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
         self._texts: datasets.Dataset | None = None  # what the training rows were encoded from
-        self._new_adapter = peft_config is not None
         pad = padding_id(model, processing_class)
         super().__init__(
             model=model,
@@ -115,6 +114,7 @@ class XPOTrainer(UnitTrainer):
         settled = handed_over.settle(self.reference, args.reference, model, sharded=sharded)
         if settled != self.reference:
             self.reference, self.reference_reason = settled, KEPT
+        self._apart = handed_over.apart
         self._prepared = False
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
@@ -383,10 +383,7 @@ class XPOTrainer(UnitTrainer):
             return "the policy has been trained"
         if self._cached is not None and weights_fingerprint(self.model) != self._cached.weights:
             return "its weights have been changed since then"
-        adapted = any(".lora_B." in name and bool(p.any()) for name, p in self.model.named_parameters())
-        if adapted and not self._new_adapter and hasattr(self.model, "disable_adapter"):
-            return "the policy carries an adapter that was trained before, and the reference does not"
-        return None
+        return self._apart
 
     @cached_property
     def _value(self) -> Tensor:
