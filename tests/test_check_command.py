@@ -86,6 +86,34 @@ def test_check_refuses_what_it_cannot_check(home, capsys):
         run(home, "check", "pairs.jsonl", "--preflight", "on")
 
 
+def test_check_refuses_options_that_the_method_does_not_read(home, capsys):
+    rewarded = ["--reward", f"{home}/reward.py:tokens"]
+    assert run(home, "check", "pairs.jsonl", *rewarded, "--temperature", "0.5") == 2
+    assert "--reward, --temperature: not read by xpo-fast train, which trains by dpo" in capsys.readouterr().err
+    assert run(home, "check", "prompts.jsonl", "--method", "grpo", *rewarded, "--score", "all") == 2
+    assert "--score: not read by xpo-fast rl, which trains by grpo" in capsys.readouterr().err
+
+
+def test_check_of_rl_writes_prompts_with_the_variables_of_the_run(home, tmp_path, capsys):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{{ 'w1 w2 w3 ' if think }}"
+    (tmp_path / "template.jinja").write_text(template)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": [{"role": "user", "content": "w4"}]}\n' * 2)
+    words = ["--method", "grpo", "--max-new-tokens", "8", "--num-generations", "4", "--chat-template", "template.jinja"]
+    words += ["--reward", f"{home}/reward.py:tokens", "--chat-template-kwargs", "think=true"]
+    assert run(tmp_path, "check", "asked.jsonl", *words, "--model", str(home / "model")) == 0
+    assert "ok    prompts: prompts have 4 (at most 4) tokens" in capsys.readouterr().out
+
+
+def test_a_run_resumes_only_with_the_same_variables_of_the_template(home, tmp_path, capsys):
+    more = ["--save-steps", "1", "--eval-split", "0", "--output-dir", "kept", "--preflight", "off"]
+    assert run(home, "train", "pairs.jsonl", *more, "--max-steps", "1") == 0
+    capsys.readouterr()
+    assert (
+        run(home, "train", "pairs.jsonl", *more, "--max-steps", "2", "--resume", "--chat-template-kwargs", "a=1") == 2
+    )
+    assert '--chat-template-kwargs was not given and is {"a": 1}' in capsys.readouterr().err
+
+
 def test_train_prints_the_screen_once_stops_for_a_fault_and_can_be_told_not_to_look(home, tmp_path, capsys, caplog):
     more = ["--max-steps", "1", "--eval-split", "0"]
     assert run(home, "train", "swapped.jsonl", *more, "--output-dir", "warned") == 0
@@ -117,6 +145,6 @@ def test_check_of_a_reward_model(home, capsys):
     assert capsys.readouterr().out.startswith("preflight  RewardTrainer, bradley_terry on 18 pairs")
     assert run(home, "check", "swapped.jsonl", "--method", "bradley_terry") == 1
     assert run(home, "check", "pairs.jsonl", "--method", "bradley_terry", "--score", "all") == 2
-    assert "--score: xpo-fast reward, which trains by bradley_terry, has no such option" in capsys.readouterr().err
+    assert "--score: not read by xpo-fast reward, which trains by bradley_terry" in capsys.readouterr().err
     assert run(home, "check", "pairs.jsonl", "--objectives", "a,b") == 2
-    assert "--objectives: xpo-fast train, which trains by dpo, has no such option" in capsys.readouterr().err
+    assert "--objectives: not read by xpo-fast train, which trains by dpo" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Encoding: the ids are those of the whole text, and what is scored is what was said, for many kinds of tokenizers."""
 
+import itertools
 import logging
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from xpo_fast.data import Collator, Conversation, DataError, encode, encode_rows, load, pad_rows, tokenize_after
 from xpo_fast.data.turns import scored_spans
 from xpo_fast.rewards.encoding import separators
-from xpo_fast.rollout import encode_prompts
+from xpo_fast.rollout import Sampling, encode_prompts
+from xpo_fast.rollout.sampling import Generated, Request, as_samples
 
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
@@ -529,3 +531,24 @@ def test_log_probs_lengths_and_the_cache_of_the_reference_follow_the_mask(tmp_pa
                 assert found[i, s].tolist() == pytest.approx([own, sum(mask)], abs=1e-3)
                 assert trainer.train_dataset[i][f"ref_logp_{name}"] == pytest.approx(own, abs=1e-3)
     assert len(keys) == 3
+
+
+# --- what was sampled, as text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TOKENIZERS)
+def test_the_text_of_a_sample_is_what_stands_behind_its_prompt(kind):
+    tok, looked = make(kind), 0
+    for before, said in itertools.product(
+        ["Is it raining?", "<s>", "user<|im_end|>", "The\n"], [" Yes, it is.", "Yes", "\nNo", "  A B", " ", ""]
+    ):
+        prompt, whole = ids_of(tok, before), ids_of(tok, before + said)
+        if whole[: len(prompt)] != prompt:  # a token holds the end of one and the beginning of the other
+            continue
+        end = {tok.eos_token_id}
+        sampled = Generated([*whole[len(prompt) :], tok.eos_token_id], "stop")
+        [text] = as_samples([Request(before, prompt, (0, 0), 9)], [sampled], tok, Sampling(), end).completions
+        assert ids_of(tok, before + text) == whole  # behind a special token " Yes" and "Yes" may have the same ids
+        assert text == said or before.endswith(">") or tok.unk_token_id in whole, (before, said, text)
+        looked += 1
+    assert looked > 12

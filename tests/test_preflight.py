@@ -176,6 +176,7 @@ CHANGED = {
         "given": told(),
     },
     "variables": {"dataset": turns(), "given": told(), "chat_template_kwargs": {"think": True}},
+    "cut prompts": {"dataset": turns(), "max_prompt_length": 3},
     "an adapter on the head": {
         "peft_config": lora(target_modules=["q_proj", "lm_head"]),
         "given": {"model": model(tie_word_embeddings=False)},
@@ -224,6 +225,12 @@ def masks_pad(made):
         return batch
 
     made.data_collator = collate
+
+
+def turns_numbers_round(made):
+    """A collator that orders the numbers of a batch otherwise than its rows."""
+    collate, numbers = made.data_collator, ("desirable", "scores")
+    made.data_collator = lambda features: {n: x.flip(-1) if n in numbers else x for n, x in collate(features).items()}
 
 
 def forgets_the_mask(made):
@@ -325,6 +332,8 @@ def test_an_adapter_that_the_reference_is_without_is_no_fault(tmp_path, case):
 PLANTED = {
     # what is planted → arguments of the trainer, what is done to it, level, check and words of the finding
     "wrong mask": ({}, scores_prompt, "fault", "mask", "tokens of the prompt"),
+    "labels of other rows": ({"method": "kto"}, turns_numbers_round, "fault", "numbers", "other numbers as desirable"),
+    "scores of others": ({"method": "lipo"}, turns_numbers_round, "fault", "numbers", "other numbers as scores"),
     "no mask": ({"dataset": turns()}, forgets_the_mask, "fault", "mask", "completion that its mask leaves out"),
     "no mask, by the model": ({"dataset": turns()}, forgets_the_mask, "fault", "log-probs", "wrong mask"),
     "a mask the other way": ({"dataset": turns()}, scores_the_user, "fault", "answers", "in 24 of 24 completions"),

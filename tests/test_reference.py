@@ -100,6 +100,7 @@ def trained(tmp_path, model, want: torch.Tensor, *, starts_there: bool = True, s
         tmp_path, model=model, eval_rows=ROWS, method_args={"beta": 1.0}, max_steps=steps, learning_rate=3e-2, **args
     )
     trainer.train()
+    assert not [str(f) for f in trainer.report.findings if f.level == "fault"]
     first = trainer.state.log_history[0]["loss"]
     assert (abs(first - math.log(2)) < 1e-4) == starts_there
     policy = trainer.completion_logps(ROWS)[..., 0].double().mean(dim=0)
@@ -194,8 +195,9 @@ def test_switching_off_an_adapter_that_took_from_the_base_is_refused(tmp_path):
         make_trainer(tmp_path, peft_config=lora(init_lora_weights="pissa"), reference="adapter")
 
 
-def test_the_base_of_a_trained_adapter_on_request(tmp_path):
-    model = shaken(adapted())
+@pytest.mark.parametrize("kind", ["LoRA", "IA3"])
+def test_the_base_of_a_trained_adapter_on_request(tmp_path, kind):
+    model = shaken(adapted(KINDS[kind]()))
     with without_adapter(model):
         want = oracle(model)
     with pytest.warns(UserWarning, match='reference="adapter" is .* its base, not the model as handed over'):

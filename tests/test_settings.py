@@ -33,8 +33,8 @@ ACT = (
     "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
     "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
     "trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay "
-    "per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps save_on_each_node "
-    "save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
+    "per_device_eval_batch_size prediction_loss_only eval_on_start save_only_model save_strategy save_steps "
+    "save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
     "hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip "
     "restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config "
     "parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
@@ -90,6 +90,16 @@ def test_a_field_without_effect_is_refused_and_its_default_is_not(tmp_path, name
                 kind(**usual, **other)
         else:
             kind(**usual, **other)
+
+
+def test_empty_is_as_good_as_none(tmp_path):
+    """Files of settings have defaults written out, as an empty list as well as null."""
+    empty = {"label_names": [], "include_for_metrics": None, "liger_kernel_config": {}, "metric_for_best_model": ""}
+    for kind in (XPOConfig, RewardConfig, RLConfig):
+        kind(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, **empty)
+    trainer_of(XPOTrainer, tmp_path, {"method_args": {}}, objective=Objective("dpo"))
+    with pytest.raises(ValueError, match="eval_do_concat_batches=False: an evaluation"):  # not empty: another choice
+        XPOConfig(str(tmp_path), use_cpu=True, eval_do_concat_batches=False)
 
 
 @pytest.mark.parametrize(

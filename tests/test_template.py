@@ -229,6 +229,32 @@ def test_a_template_may_drop_the_reasoning_of_earlier_turns(said):
     assert said() == ["the chat template does not write reasoning_content, which 1 of 2 rows have"]
 
 
+def test_reasoning_that_a_template_drops_from_an_answer_to_learn_is_counted(said):
+    turns = [answer("x", reasoning_content="so"), user("y"), answer("z", reasoning_content="thus")]
+    encoded([{"prompt": [user("w")], "completion": turns}] * 2, "chosen", tokenizer(FORGETS))
+    assert "the chat template does not write reasoning_content of some answers, which 2 of 2 rows have" in said()
+
+
+@pytest.mark.parametrize(
+    "begun, first, words",
+    [
+        (answer("a ", tool_calls=[CALL]), answer("b"), "the prompt ends with tool_calls of the assistant"),
+        (
+            answer("a ", reasoning_content="so"),
+            answer("b", reasoning_content="thus"),
+            "reasoning_content of the answer",
+        ),
+    ],
+)
+def test_an_answer_that_cannot_go_on_as_it_was_begun_is_refused(begun, first, words):
+    row = {"prompt": [user("w"), begun], "chosen": [first], "rejected": [answer("c")]}
+    with pytest.raises(DataError, match=rf"rows\[0\]: .*{words}"):
+        encoded([row], "pair", tokenizer())
+    same = [{**m, **{k: x for k, x in begun.items() if k == "reasoning_content"}} for m in row["chosen"]]
+    if "tool_calls" not in begun:  # the same on both sides is no contradiction
+        assert encoded([{**row, "chosen": same}], "pair", tokenizer())
+
+
 def test_variables_of_a_row_come_before_those_of_the_run(said):
     tok, own = tokenizer(), {**PLAIN, "chat_template_kwargs": '{"thinking": true}'}
     [one, other] = encoded([own, PLAIN], "pair", tok, chat_template_kwargs={"thinking": False})

@@ -75,7 +75,7 @@ def _refuse_unread(args: argparse.Namespace, command: str) -> None:
     given = [f"--{name.replace('_', '-')}" for name in unread if getattr(args, name) != args.parser.get_default(name)]
     if given:
         raise UsageError(
-            f"{', '.join(given)}: xpo-fast {command}, which trains by {args.method}, has no such option: leave it out"
+            f"{', '.join(given)}: not read by xpo-fast {command}, which trains by {args.method}: leave it out"
         )
 
 

@@ -18,7 +18,17 @@ Every row keeps its place in the column `where` (``"pairs.jsonl:17"``), so that 
 
 from ..types import IGNORE_INDEX
 from .collate import Collator, pad_rows
-from .encode import encode, encode_rows, leading_ids, render, split_ids, tokenize, tokenize_after, with_column
+from .encode import (
+    decode_after,
+    encode,
+    encode_rows,
+    leading_ids,
+    render,
+    split_ids,
+    tokenize,
+    tokenize_after,
+    with_column,
+)
 from .kinds import KINDS, DataError, Kind
 from .load import Place, load, load_prompts, load_rows, origins, prompt_keys
 from .rows import check_columns
@@ -52,6 +62,7 @@ __all__ = [
     "check_columns",
     "check_score",
     "check_written",
+    "decode_after",
     "encode",
     "encode_rows",
     "leading_ids",

@@ -15,7 +15,15 @@ from .kinds import DataError, get_kind
 from .load import prompt_keys
 from .rows import completions_of, grouped
 from .sources import require
-from .template import as_conversation, prompt_of, unwritten_of, warn_of_unread, warn_of_unwritten, write
+from .template import (
+    as_conversation,
+    check_continued,
+    prompt_of,
+    unwritten_of,
+    warn_of_unread,
+    warn_of_unwritten,
+    write,
+)
 from .turns import check_score, scored_spans
 
 if TYPE_CHECKING:
@@ -153,6 +161,29 @@ def tokenize_after(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def decode_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """Returns the text of token ids as it stands behind others, without special tokens: the space in front, too.
+
+    Some tokenizers leave out the space in front of whatever they decode (Metaspace, Llama 2's). It is left out here
+    only where they put it there themselves, behind a special token.
+    """
+    special, last = special_ids(tokenizer), list(before[-1:])
+    said = [i for i in ids if i not in special]
+    alone, known, whole = (decode(tokenizer, x) for x in (said, last, [*last, *said]))
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    joined = core is not None and core.decoder is None  # tokens with spaces between, which are of no text
+    if joined or not said or not whole.startswith(known):
+        return alone
+    if special.issuperset(last) and tokenize(tokenizer, [known + alone])[0] == [*last, *said]:
+        return alone
+    return whole[len(known) :]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Returns the ids that are no words: BOS, EOS, and those that open and close messages."""
+    return {*tokenizer.all_special_ids, *(i for i, x in tokenizer.added_tokens_decoder.items() if x.special)}
+
+
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Returns the text of token ids, special tokens too, as it was written."""
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -254,6 +285,8 @@ def render(
     if isinstance(prompt, str):
         return [prompt, *(prompt + completion for completion in completions)]
     conversation = as_conversation(prompt)
+    for completion in completions:
+        check_continued(conversation, completion, where)
     wholes = [write(tokenizer, conversation.followed_by(one), where, kwargs=kwargs) for one in completions]
     return [write(tokenizer, conversation, where, answer=True, kwargs=kwargs), *wholes]
 
@@ -359,8 +392,7 @@ def _opening(tokenizer: Any, prompt: list[int], leading: list[int]) -> int:
     A special token that stands elsewhere, too, opens a message, as does the last before the first word if the tokenizer
     does not know it for its BOS or one of `leading`.
     """
-    special = {*tokenizer.all_special_ids, *(i for i, x in tokenizer.added_tokens_decoder.items() if x.special)}
-    count = 0
+    special, count = special_ids(tokenizer), 0
     while count < len(prompt) and prompt[count] in special and prompt.count(prompt[count]) == 1:
         count += 1
     if count and prompt[count - 1] not in {tokenizer.bos_token_id, *leading}:

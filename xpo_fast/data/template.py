@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -181,6 +182,11 @@ def write(
             "pass one (--chat-template FILE), or give prompt and completions as text"
         )
     begun = answer and conversation.is_begun
+    if begun and (calls := [key for key in CALLS if conversation[-1].get(key)]):
+        raise DataError(
+            f"{where}: the prompt ends with {' and '.join(calls)} of the assistant, and no answer goes on behind them; "
+            "put what the tools answered into the prompt, or begin the completion with the call"
+        )
     try:
         return tokenizer.apply_chat_template(
             list(conversation),
@@ -197,8 +203,26 @@ def write(
         ) from error
 
 
+def check_continued(conversation: Conversation, completion: list[Message], where: str) -> None:
+    """Raises DataError where a completion has another value of a key than the answer has that it goes on with."""
+    if not (conversation.is_begun and completion):
+        return
+    begun, first = conversation[-1], completion[0]
+    if keys := [key for key in first if key in begun and key not in ("role", "content") and first[key] != begun[key]]:
+        raise DataError(
+            f"{where}: {', '.join(keys)} of the answer that the prompt has begun is another one in the completion, "
+            "which goes on with the same message; give it once, or the same"
+        )
+
+
 def unwritten(
-    tokenizer: Any, messages: list[Message], where: str, *, start: int = 0, kwargs: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: list[Message],
+    where: str,
+    *,
+    start: int = 0,
+    answers: int = sys.maxsize,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Returns what a conversation has, beside roles and words, that the chat template does not write; by its effect.
 
@@ -206,9 +230,10 @@ def unwritten(
     template may read a key and leave it out all the same, as those do that drop the reasoning of earlier turns. Only
     variables are looked up in the template, because one may have the value that the template has by default.
 
-    start: the first message to look at; the tools and variables belong to message 0. where, kwargs: as for `write`.
-    Raises DataError if it leaves out tools, a call of a tool, or what a tool answered: then something is unsaid; and if
-    it writes the arguments of a call, given as JSON text, as a quotation of that text.
+    start: the first message to look at; the tools and variables belong to message 0. answers: the first message of a
+    completion, each of which is looked at by itself. where, kwargs: as for `write`. Raises DataError if it leaves out
+    tools, a call of a tool, or what a tool answered: then something is unsaid; and if it writes the arguments of a
+    call, given as JSON text, as a quotation of that text.
     """
     conversation = as_conversation(messages)
     keys = {key: [i for i, m in enumerate(conversation) if i >= start and key in m] for key in _keys(conversation)}
@@ -234,6 +259,9 @@ def unwritten(
         lost = [
             group for group in groups if same(conversation.changed({i: _less(conversation[i], key) for i in group}))
         ]
+        learned = [] if lost or len(places) == 1 or key in CALLS else [i for i in places if i >= answers]
+        if any(same(conversation.changed({i: _less(conversation[i], key)})) for i in learned):
+            found.append(f"{key} of some answers")
         found += [key] * bool(lost)
     other = {i: {**conversation[i], "content": words(conversation[i]) + " +1"} for i in results}
     found += [_TOOL_RESULT] * any(same(conversation.changed({i: m})) for i, m in other.items())
@@ -291,10 +319,10 @@ def unwritten_of(
     if isinstance(prompt, str):
         return []
     conversation, found = as_conversation(prompt), {}
-    start = 0
+    start, answers = 0, len(conversation) - conversation.is_begun
     for whole in map(conversation.followed_by, completions) if completions else [conversation]:
-        found |= dict.fromkeys(unwritten(tokenizer, whole, where, start=start, kwargs=kwargs))
-        start = len(conversation) - conversation.is_begun
+        found |= dict.fromkeys(unwritten(tokenizer, whole, where, start=start, answers=answers, kwargs=kwargs))
+        start = answers
     return [*found]
 
 

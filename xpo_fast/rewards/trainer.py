@@ -244,6 +244,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             collate=None if both else self.data_collator,  # whose rows hold both completions of a pair
             texts=self._texts,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            max_prompt_length=self.args.max_prompt_length,
         )
         run = Run(
             f"{type(self).__name__}, {self.spec.method} on {len(self.train_dataset):,} {self.kind.unit}",

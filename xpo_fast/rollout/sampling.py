@@ -167,7 +167,7 @@ class Generated:
     ids: list[int]
     finish: str
     logps: list[float] | None = None
-    text: str | None = None  # None: the text of its ids without the EOS and other special tokens
+    text: str | None = None  # None: the text of its ids behind the prompt, without the EOS and other special tokens
 
 
 def requests(
@@ -210,7 +210,7 @@ def as_samples(
         text = one.text
         if text is None:
             body = one.ids[:-1] if one.ids and one.ids[-1] in eos else one.ids
-            text = tokenizer.decode(list(body), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = data.decode_after(tokenizer, request.ids, body)
         text = text[: min((at for at in map(text.find, sampling.stop) if at >= 0), default=len(text))]
         completions.append(text if isinstance(request.prompt, str) else [{"role": "assistant", "content": text}])
     logps = [one.logps for one in generated if one.logps is not None]

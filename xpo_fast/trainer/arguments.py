@@ -34,7 +34,6 @@ REFUSED: dict[str, str] = {
     "bf16_full_eval": _FULL_EVAL,
     "fp16_full_eval": _FULL_EVAL,
     "label_names": "batches have targets of their own, which the data's kind decides: leave it out",
-    "prediction_loss_only": _NO_PREDICTIONS,
     "include_for_metrics": _NO_PREDICTIONS,
     "batch_eval_metrics": _NO_PREDICTIONS,
     "eval_accumulation_steps": _NO_PREDICTIONS,
@@ -79,15 +78,19 @@ _OF_ACCELERATOR: dict[str, tuple[Any, str]] = {  # the value that is refused, an
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass whose values are not their defaults."""
+    """Returns the fields of a dataclass whose values are not their defaults; an empty list is as good as None."""
     found = {}
     for field in dataclasses.fields(config):
         made = field.default_factory is not dataclasses.MISSING
         default = field.default_factory() if made else field.default  # type: ignore[misc]
         value = getattr(config, field.name)
-        if value is not default and value != default:
+        if value is not default and value != default and not (_is_empty(value) and _is_empty(default)):
             found[field.name] = value
     return found
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def check_arguments(args: Any, refused: Mapping[str, str]) -> None:

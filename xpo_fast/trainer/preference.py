@@ -199,6 +199,7 @@ class XPOTrainer(UnitTrainer):
             held_out=self.eval_dataset if isinstance(self.eval_dataset, datasets.Dataset) else None,
             score=self.args.score,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            max_prompt_length=self.args.max_prompt_length,
         )
         names = " + ".join(m.name for m in self.objective.methods)
         self.report = preflight(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import data
 from ..data import IGNORE_INDEX, Kind
-from ..data.ragged import Ragged, ragged
+from ..data.ragged import columns_of, keys_of, scored_of
 from ..data.rows import completions_of
 from ..rollout import encode_prompts
 from .checks import place_in
@@ -22,6 +22,7 @@ from .findings import Report, Row
 
 COLLATED, READ, COUNTED = 32, 12, 20_000  # rows collated, rows read as text, rows counted
 _MOST_CUT, _LEAST_ENDED, _MOST_TWICE = 0.05, 0.9, 0.01  # shares; beyond them there is a doubt
+_OMITS = "leaves tokens of the completion out"
 _LONG = 12  # characters of a prompt's message by which an answer is recognised as holding it
 
 
@@ -52,6 +53,7 @@ class Rows:
     collate: Callable[[list[dict]], dict[str, Tensor]] | None = None  # None: batches have other rows than `sequences`
     texts: datasets.Dataset | None = None  # what `dataset` was encoded from
     held_out: datasets.Dataset | None = None
+    max_prompt_length: int | None = None
     score: str = "assistant"  # of a completion of several turns, see `data.encode`
     chat_template_kwargs: Mapping[str, Any] | None = None  # that `dataset` was encoded with
 
@@ -133,6 +135,7 @@ def check_batches(report: Report, rows: Rows) -> None:
         said = f"the collator makes {len(batch['targets'])} rows, expected {len(expected)}"
         return report.add("mask", "fault", said)
     wrong: dict[str, list[Behind]] = {}
+    omitted: Counter[int] = Counter()
     total = 0
     for r, one in enumerate(expected):
         if not one.completion:
@@ -155,12 +158,14 @@ def check_batches(report: Report, rows: Rows) -> None:
             wrong.setdefault(f"scores tokens of {of}", []).append(one)
         elif want != found.scored:
             missing = [y for t, y in want.items() if t not in found.scored]
-            named = Counter(missing).most_common(1)[0][0]
-            of = f"such as {rows.tokenizer.decode([named])!r}"
-            of += ", the EOS" if named in rows.ends else ""
-            of += ", which is the padding token" if named == rows.tokenizer.pad_token_id else ""
-            wrong.setdefault(f"leaves tokens of the completion out, {of}", []).append(one)
+            omitted.update(missing)
+            wrong.setdefault(_OMITS, []).append(one)
     for how, which in wrong.items():
+        if how == _OMITS:
+            named = omitted.most_common(1)[0][0]
+            how += f", such as {rows.tokenizer.decode([named])!r}"
+            how += ", the EOS" if named in rows.ends else ""
+            how += ", which is the padding token" if named == rows.tokenizer.pad_token_id else ""
         first = f"first {rows.where(which[0].unit)}, {which[0].name}"
         report.add("mask", "fault", f"the collator {how}, in {len(which)} of {len(expected)} rows ({first})")
     if not wrong:
@@ -273,7 +278,8 @@ def check_texts(report: Report, rows: Rows) -> None:
                 said += [*earlier, *_contents(completion, of="user"), *_contents(completion, of="tool")]
             quoted = _squash("".join(answers))
             held += [name] * any(len(s) >= _LONG and s in scored and s not in quoted for s in map(_squash, said))
-            if not _round_trip(rows, data.prompt_of(text), completion, name, one):
+            cut = rows.max_prompt_length is not None and len(one.prompt) >= rows.max_prompt_length
+            if not cut and not _round_trip(rows, data.prompt_of(text), completion, name, one):
                 differs.append(name)
             looked += 1
     if not looked:
@@ -328,7 +334,7 @@ def check_prompts(report: Report, rows: Rows) -> None:
             continue
         (sampled,) = encode_prompts([data.prompt_of(text)], tokenizer, rows.chat_template_kwargs)
         looked += 1
-        if sampled != row["prompt_ids"] and not _is_cut(sampled, row["prompt_ids"], rows):
+        if sampled != row["prompt_ids"] and not _is_cut(sampled, row["prompt_ids"]):
             others.append((rows.where(i), sampled[: len(row["prompt_ids"])] == row["prompt_ids"]))
     if twice:
         report.add("prompts", "fault", f"prompts begin with two BOS tokens (first {twice[0]})")
@@ -341,9 +347,10 @@ def check_prompts(report: Report, rows: Rows) -> None:
         report.add("prompts", "ok", f"prompts have the token ids that sampling begins with ({looked} looked at)")
 
 
-def _is_cut(whole: list[int], kept: list[int], rows: Rows) -> bool:
-    """Returns whether `kept` is the end of `whole`, perhaps behind its first token, as max_prompt_length leaves it."""
-    return len(kept) < len(whole) and (whole[len(whole) - len(kept) + 1 :] == kept[1:])
+def _is_cut(whole: list[int], kept: list[int]) -> bool:
+    """Returns whether `kept` is the end of `whole`, perhaps behind its first tokens, as max_prompt_length leaves it."""
+    left = len(whole) - len(kept)
+    return left > 0 and any(whole[:n] + whole[left + n :] == kept for n in range(len(kept) + 1))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -352,12 +359,14 @@ def _is_cut(whole: list[int], kept: list[int], rows: Rows) -> bool:
 def check_counts(report: Report, rows: Rows) -> None:
     """Counts tokens, and rows that are cut, empty, there twice, or held out as well."""
     kind, count = rows.kind, min(len(rows.dataset), COUNTED)
-    columns = _columns(rows.dataset, kind)
+    columns = columns_of(rows.dataset, kind, count)
     prompt = columns["prompt_ids"].lengths
     answers = [column for name, column in columns.items() if name != "prompt_ids"]
     lengths = np.concatenate([c.lengths for c in answers])
     both = np.concatenate([prompt[c.row] + c.lengths for c in answers])
-    counts = np.concatenate([_scored_of(rows.dataset, name, c) for name, c in columns.items() if name != "prompt_ids"])
+    counts = np.concatenate(
+        [scored_of(rows.dataset, name, c, count) for name, c in columns.items() if name != "prompt_ids"]
+    )
     scored, read = int(counts.sum()), int(both.sum())
     report.add(
         "lengths",
@@ -369,12 +378,12 @@ def check_counts(report: Report, rows: Rows) -> None:
     if empty:
         said = f"{empty} of {len(lengths)} completions have no token to be scored, and do not count"
         report.add("lengths", "fault" if empty == len(lengths) else "doubt", said)
-    full = np.concatenate([(prompt[c.row] + c.lengths >= rows.max_length) & ~_ends(c, rows.ends) for c in answers])
+    full = np.concatenate([(prompt[c.row] + c.lengths >= rows.max_length) & ~c.ends(rows.ends) for c in answers])
     if full.any():
         level = "doubt" if full.mean() > _MOST_CUT else "note"
         said = f"{full.mean():.0%} of completions are cut at max_length={rows.max_length}"
         report.add("lengths", level, said.replace("0%", "under 1%") if full.mean() < 0.005 else said)
-    keys = _keys(columns, count)
+    keys = keys_of(columns, count)
     twice = len(keys) - len(set(keys))
     if twice:
         level = "doubt" if twice > _MOST_TWICE * len(keys) else "note"
@@ -387,7 +396,7 @@ def check_counts(report: Report, rows: Rows) -> None:
             report.add("rows", "fault" if len(same) == len(keys) else "doubt", f"{said} (first {rows.where(same[0])})")
     if rows.held_out is not None and set(kind.encoded) <= set(rows.held_out.column_names):
         held = min(len(rows.held_out), COUNTED)
-        shared = len(set(_keys(_columns(rows.held_out, kind), held)) & set(keys))
+        shared = len(set(keys_of(columns_of(rows.held_out, kind, held), held)) & set(keys))
         if shared:
             report.add("rows", "doubt", f"{shared} of {held} rows held out are trained on as well")
 
@@ -396,41 +405,23 @@ def _middle(lengths: np.ndarray) -> str:
     return f"{int(np.median(lengths))} (at most {int(lengths.max())})" if len(lengths) else "no"
 
 
-def _ends(column: Ragged, ids: set[int]) -> np.ndarray:
-    """Returns whether one of `ids` is among the last two tokens of each completion, (C,) bool."""
-    named = np.isin(column.flat, list(ids))
-    before = np.concatenate([[0], named.cumsum()])
-    stops = column.offsets[1:]
-    return before[stops] > before[np.maximum(stops - 2, column.offsets[:-1])]
-
-
-def _columns(dataset: datasets.Dataset, kind: Kind) -> dict[str, Ragged]:
-    """Returns the ids of the first rows by column, the prompts' first."""
-    names = dict.fromkeys(name for name in (*kind.encoded, "rejected_ids") if name in dataset.column_names)
-    return {name: ragged(dataset, name, stop=COUNTED) for name in names}
-
-
-def _scored_of(dataset: datasets.Dataset, name: str, column: Ragged) -> np.ndarray:
-    """Returns how many tokens of each completion of a column are scored, (C,) int64."""
-    mask = f"{name.removesuffix('_ids')}_mask"
-    if mask not in dataset.column_names:
-        return column.lengths
-    scored = ragged(dataset, mask, stop=COUNTED)
-    return np.diff(np.concatenate([[0], scored.flat.cumsum()])[scored.offsets])
-
-
-def _keys(columns: dict[str, Ragged], count: int) -> list[int]:
-    """Returns a hash of all token ids of each row."""
-    keys: list[tuple] = [()] * count
-    for name, column in columns.items():
-        for i, part in zip(column.row.tolist(), column.parts(), strict=True):
-            keys[i] = (*keys[i], name, part)
-    return [hash(key) for key in keys]
+def _check_numbers_of_batches(report: Report, rows: Rows) -> None:
+    """Compares the numbers beside the tokens of a batch with those of its rows."""
+    _, batch = rows.looked_at
+    features = [rows.dataset[i] for i in rows.sample(COLLATED)]
+    own = data.Collator(rows.tokenizer.pad_token_id or 0, rows.kind.name)(features)
+    for name in sorted({*rows.kind.numbers.values(), "ref_logps", "list_lengths"} & own.keys() & (batch or {}).keys()):
+        if not np.array_equal(
+            own[name].numpy(force=True), batch[name].numpy(force=True), equal_nan=own[name].is_floating_point()
+        ):
+            said = f"the collator gives other numbers as {name} than the rows have, or in another order"
+            report.add("numbers", "fault", said)
 
 
 def check_numbers(report: Report, rows: Rows) -> None:
     """Compares the rows' scores with which completion is the chosen one, and looks for labels that are all alike."""
     dataset, names = rows.dataset, set(rows.dataset.column_names)
+    attempt(report, _check_numbers_of_batches, rows)
     if len(rows.kind.completions) == 2:
         signs = []
         if {"score_chosen", "score_rejected"} <= names:
