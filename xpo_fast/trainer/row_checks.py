@@ -21,6 +21,7 @@ from .ragged import columns_of, keys_of, scored_of
 
 COLLATED, READ, COUNTED = 32, 12, 20_000  # rows collated, rows read as text, rows counted
 _MOST_CUT, _LEAST_ENDED, _MOST_TWICE = 0.05, 0.9, 0.01  # shares; beyond them there is a doubt
+_OPENING = 4  # at most so many tokens open a prompt, and stay where it is cut
 _OMITS = "leaves tokens of the completion out"
 _LONG = 12  # characters of a prompt's message by which an answer is recognised as holding it
 
@@ -349,7 +350,7 @@ def check_prompts(report: Report, rows: Rows) -> None:
 def _is_cut(whole: list[int], kept: list[int]) -> bool:
     """Returns whether `kept` is the end of `whole`, perhaps behind its first tokens, as max_prompt_length leaves it."""
     left = len(whole) - len(kept)
-    return left > 0 and any(whole[:n] + whole[left + n :] == kept for n in range(len(kept) + 1))
+    return left > 0 and any(whole[:n] + whole[left + n :] == kept for n in range(min(_OPENING + 1, len(kept))))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
