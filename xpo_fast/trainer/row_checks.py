@@ -408,9 +408,11 @@ def _middle(lengths: np.ndarray) -> str:
 def _check_numbers_of_batches(report: Report, rows: Rows) -> None:
     """Compares the numbers beside the tokens of a batch with those of its rows."""
     _, batch = rows.looked_at
+    if batch is None:
+        return
     features = [rows.dataset[i] for i in rows.sample(COLLATED)]
     own = data.Collator(rows.tokenizer.pad_token_id or 0, rows.kind.name)(features)
-    for name in sorted({*rows.kind.numbers.values(), "ref_logps", "list_lengths"} & own.keys() & (batch or {}).keys()):
+    for name in sorted({*rows.kind.numbers.values(), "ref_logps", "list_lengths"} & own.keys() & batch.keys()):
         if not np.array_equal(
             own[name].numpy(force=True), batch[name].numpy(force=True), equal_nan=own[name].is_floating_point()
         ):
