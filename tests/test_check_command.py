@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
@@ -102,6 +103,31 @@ def test_check_of_rl_writes_prompts_with_the_variables_of_the_run(home, tmp_path
     words += ["--reward", f"{home}/reward.py:tokens", "--chat-template-kwargs", "think=true"]
     assert run(tmp_path, "check", "asked.jsonl", *words, "--model", str(home / "model")) == 0
     assert "ok    prompts: prompts have 4 (at most 4) tokens" in capsys.readouterr().out
+
+
+def test_implicit_rewards_are_of_prompts_with_the_variables_given(home, tmp_path, capsys):
+    tokens, policy = make_tokenizer(), make_model()
+    tokens.chat_template = "{{ 'w1 w2' if think }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    policy.save_pretrained(tmp_path / "policy"), tokens.save_pretrained(tmp_path / "policy")
+    say = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    row = {"prompt": say("user", "w4"), "chosen": say("assistant", "w5"), "rejected": say("assistant", "w6")}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["eval-reward", "--data", "pairs.jsonl", "--reference", "none", "--cpu", "--beta", "1"]
+    thinks = ["--chat-template-kwargs", "think=true"]
+    assert cli.main([*words, "--policy", "policy", "--output-dir", "told", *thinks]) == 0
+    (told,) = [json.loads(line) for line in (tmp_path / "told" / "scores.jsonl").read_text().splitlines()]
+    ids = torch.tensor([tokens("w1 w2 w4 w5", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        logp = policy.double()(input_ids=ids).logits[0, 2].log_softmax(-1)[ids[0, 3]]
+    assert float(logp) in [pytest.approx(x, abs=1e-4) for x in flat(told)]
+    assert cli.main([*words, "--model", "policy", *thinks]) == 2
+    assert "--chat-template-kwargs are for --policy" in capsys.readouterr().err
+
+
+def flat(value) -> list[float]:
+    """Returns the numbers in nested lists and dicts."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, float) else [x for one in inner for x in flat(one)]
 
 
 def test_a_run_resumes_only_with_the_same_variables_of_the_template(home, tmp_path, capsys):

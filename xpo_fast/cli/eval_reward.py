@@ -42,6 +42,8 @@ def add_parser(commands: Any) -> None:
     add("--reference NAME", "reference of every --policy; none: β log π (default: an adapter's base model)")
     add("--beta", "β of the implicit reward", 0.1)
     add("--per-token", "divide log-probs by the tokens of the completion", False)
+    about = "a variable of the chat template for every --policy (a --model has its own), as enable_thinking=false"
+    add("--chat-template-kwargs NAME=VALUE", f"{about}; may be repeated", [], type=options.template_kwargs)
     options.add_length_rule(parser)
     about = "cut prompt and completion to this length, and warn (default: the reward model's, as a rule none)"
     add("--max-length TOKENS", about, type=int)
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("nothing to measure: give --model (a reward model) or --policy (a causal LM), or both")
     if args.ensemble and len(args.model) < 2:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
+    if args.chat_template_kwargs and not args.policy:
+        raise UsageError("--chat-template-kwargs are for --policy: a --model has those that it was trained with")
     checks.check(args)
     training.quiet(args)
 
@@ -155,6 +159,7 @@ def _implicit(args: argparse.Namespace, folder: str) -> Any:
         beta=args.beta,
         per_token=args.per_token,
         max_length=args.max_length,
+        chat_template_kwargs=options.kwargs_of(args),
         batch_size=args.batch_size,
     )
 

@@ -22,6 +22,7 @@ from .findings import Report, Row
 
 COLLATED, READ, COUNTED = 32, 12, 20_000  # rows collated, rows read as text, rows counted
 _MOST_CUT, _LEAST_ENDED, _MOST_TWICE = 0.05, 0.9, 0.01  # shares; beyond them there is a doubt
+_OPENING = 4  # at most so many tokens open a prompt, and stay where it is cut
 _OMITS = "leaves tokens of the completion out"
 _LONG = 12  # characters of a prompt's message by which an answer is recognised as holding it
 
@@ -350,7 +351,7 @@ def check_prompts(report: Report, rows: Rows) -> None:
 def _is_cut(whole: list[int], kept: list[int]) -> bool:
     """Returns whether `kept` is the end of `whole`, perhaps behind its first tokens, as max_prompt_length leaves it."""
     left = len(whole) - len(kept)
-    return left > 0 and any(whole[:n] + whole[left + n :] == kept for n in range(len(kept) + 1))
+    return left > 0 and any(whole[:n] + whole[left + n :] == kept for n in range(min(_OPENING + 1, len(kept))))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -408,9 +409,11 @@ def _middle(lengths: np.ndarray) -> str:
 def _check_numbers_of_batches(report: Report, rows: Rows) -> None:
     """Compares the numbers beside the tokens of a batch with those of its rows."""
     _, batch = rows.looked_at
+    if batch is None:
+        return
     features = [rows.dataset[i] for i in rows.sample(COLLATED)]
     own = data.Collator(rows.tokenizer.pad_token_id or 0, rows.kind.name)(features)
-    for name in sorted({*rows.kind.numbers.values(), "ref_logps", "list_lengths"} & own.keys() & (batch or {}).keys()):
+    for name in sorted({*rows.kind.numbers.values(), "ref_logps", "list_lengths"} & own.keys() & batch.keys()):
         if not np.array_equal(
             own[name].numpy(force=True), batch[name].numpy(force=True), equal_nan=own[name].is_floating_point()
         ):
