@@ -6,6 +6,7 @@ The oracle is the float64 logits of the model as it was trained, its adapter on 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_tokenizer, make_trainer
+from test_trainer import PEFT_WARNING, VOCAB, lora, make_model, make_rows, make_tokenizer, make_trainer, with_images
 from xpo_fast import cli, precision
 from xpo_fast.models import base_of, load_model, merge, saving_embeddings
 from xpo_fast.models.value_head import attach_value_head
@@ -457,3 +458,39 @@ def test_nothing_of_an_earlier_model_in_the_folder_is_read_with_the_new_one(tmp_
     assert tokenizer.chat_template is None
     torch.testing.assert_close(logits(found), want, rtol=0, atol=1e-5)
     assert os.path.isabs(json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+# --- checkpoints whose weights transformers saves under other names --------------------------------------------------
+
+
+def experts() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, initializer_range=0.3))
+
+
+@pytest.mark.parametrize("make", [experts, with_images, make_model])
+def test_a_checkpoint_is_read_whole_whatever_its_names(tmp_path, make):
+    """Experts are saved one by one, and Trainer went on with those of before the first step, with a line in a log."""
+    single = functools.partial(logits, dtype=torch.float32)  # torch has no grouped product of float64
+    args = {"method": "simpo", "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "preflight": "off"}
+    args |= {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": make_rows(8), "learning_rate": 1e-2}
+    best = {"load_best_model_at_end": True, "greater_is_better": True}  # the first, for the loss falls
+    trainer = make_trainer(tmp_path, model=make(), **args, **best)
+    trainer.train()
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-1")
+    steps = [single(load_model(str(tmp_path / "out" / f"checkpoint-{k}"))[0]) for k in (1, 2)]
+    assert torch.equal(single(trainer.model), steps[0]) and not torch.equal(*steps)
+    again = make_trainer(tmp_path, model=make(), **args)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert torch.equal(single(again.model), steps[1])
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    args = {"method": "simpo", "max_steps": 1, "save_strategy": "steps", "save_steps": 1, "preflight": "off"}
+    make_trainer(tmp_path, **args).train()
+    folder = str(tmp_path / "out" / "checkpoint-1")
+    rewrite(folder, without("layers.1.mlp"))
+    with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM: model\.layers\.1\.mlp"):
+        make_trainer(tmp_path, **args).train(resume_from_checkpoint=folder)

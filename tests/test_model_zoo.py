@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 
 from xpo_fast import Head, token_logps
 from xpo_fast.models import hidden_states, install_fused_loss, own_logits
-from xpo_fast.trainer.checks import check_causal
+from xpo_fast.trainer.checks import check_causal, check_head
 
 VOCAB = 97
 # Whatever a config calls its sizes. Those of a name that a config does not have are left out.
@@ -251,6 +251,14 @@ def test_log_probs_are_the_models_own(name):
             with torch.no_grad():
                 logits = own_logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             check_causal(model, ids, logits)
+
+
+def test_logits_made_in_16_bits_and_returned_in_32_are_rounded_no_less():
+    model = build("MambaForCausalLM").bfloat16()
+    with torch.no_grad():
+        Head.from_model(model).weight.normal_()
+    install_fused_loss(model)
+    check_head(model, list(range(5, 20)), torch.device("cpu"), "auto")
 
 
 @pytest.mark.parametrize("name", [name for name, (_, error) in REASONS.items() if error is not None])

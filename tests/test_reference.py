@@ -409,3 +409,14 @@ def test_whole_distributions_of_a_reference_with_an_adapter_on_its_head(tmp_path
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0][0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][2] != pytest.approx(losses[0][0], abs=1e-3)
+
+
+def test_a_critic_alone_learns_nothing_of_a_frozen_policy(tmp_path):
+    """load_model(merge=False) freezes the adapter, as peft does, and a critic beside it had a gradient."""
+    model: Any = shaken(adapted(model=test_rl.make_model())).requires_grad_(False)
+    frozen = test_rl.make_trainer(tmp_path, model=model, method="ppo")
+    with pytest.raises(ValueError, match=r"nothing would be trained.* model\.set_adapter\('default'\)"):
+        frozen.train()
+    model.set_adapter("default")
+    trained_on = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+    assert len(trained_on) == 8 and frozen.train().global_step == 1

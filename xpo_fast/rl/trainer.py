@@ -38,6 +38,7 @@ from ..seeds import seed_for
 from ..trainer import HandedOver, Means, Report, UnitTrainer, check_head, prepare_model, with_tokenizer
 from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
+from ..trainer.setup import check_trainable
 from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
 from .checks import check_completions, check_prompts, check_sampler
@@ -209,6 +210,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         return self.report
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
+        check_trainable(self.policy, self.critic)  # a critic alone would learn of a policy that stays as it is
         if checkpoint is not None:
             self._load_state(Path(checkpoint))
         else:

@@ -33,7 +33,16 @@ from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from ..seeds import draws_by
 from .arguments import check_trainer_arguments, find_unused_parameters
-from .checkpoints import check_bases_stay, check_room, reading, replace_model, replacing, trained_at_root, unsaved
+from .checkpoints import (
+    check_bases_stay,
+    check_room,
+    load_renamed,
+    reading,
+    replace_model,
+    replacing,
+    trained_at_root,
+    unsaved,
+)
 from .findings import Report
 from .handed_over import adapter_settings
 from .setup import check_trainable
@@ -128,6 +137,7 @@ class UnitTrainer(Trainer):
         self._eval_means = Means()
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
         self.report: Report | None = None  # of `preflight`
+        self._missing: list[str] = []  # names of weights that were not found in a checkpoint
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -351,13 +361,26 @@ class UnitTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(resume_from_checkpoint):
+            self._missing = []
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_renamed(self.model, resume_from_checkpoint, self._missing)
         for name, p in self.model.named_parameters():
             if p.requires_grad and not bool(p.isfinite().all()):
                 raise ValueError(
                     f"{resume_from_checkpoint} holds NaN or an infinity in {name}: the run had diverged when it was "
                     "written; go on from an earlier checkpoint, or begin anew with a smaller learning rate"
                 )
+
+    def _load_best_model(self) -> None:
+        self._missing = []
+        super()._load_best_model()
+        load_renamed(self.model, str(self.state.best_model_checkpoint), self._missing)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._issue_warnings_after_load(load_result)
+        else:
+            self._missing = load_result.missing_keys  # for `load_renamed`, which finds or names them
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(str(checkpoint)):

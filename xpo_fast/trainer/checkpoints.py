@@ -17,6 +17,7 @@ from torch import nn
 
 from ..files import existing_part, size
 from ..models import folders_below
+from ..models.loading import check_loaded
 from ..models.value_head import value_head
 from ..objective import Objective
 from ..resume import is_checkpoint
@@ -52,6 +53,30 @@ def reading(folder: str) -> Iterator[None]:
             f"cannot go on from {folder}: it is broken, or of another model ({' '.join(lines[-1].split())}); name "
             "another checkpoint, or begin anew"
         ) from error
+
+
+def load_renamed(model: Any, folder: str, missing: Iterable[str]) -> None:
+    """Loads weights of a checkpoint that it holds under other names than the model's, as transformers saves some.
+
+    Experts are saved one by one, for example, and parts of image-and-text models by older names. Trainer looks for the
+    model's own names alone, and leaves other weights as they are with a line in the log. missing: the names that it
+    did not find. Raises ValueError for weights that the checkpoint does not hold under any name.
+    """
+    own = model.state_dict(keep_vars=True)
+    missing = {name for name in missing if name in own}
+    known = {x.data_ptr() for name, x in own.items() if name not in missing}  # a tied weight is there by another name
+    head = value_head(model)
+    known |= set() if head is None else {p.data_ptr() for p in head.parameters()}  # which is loaded by itself
+    missing = {name for name in missing if own[name].data_ptr() not in known}
+    if not missing:
+        return
+    options: Any = {"dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded, info = type(model).from_pretrained(folder, **options)
+    check_loaded(folder, loaded, info)
+    found = loaded.state_dict()
+    with torch.no_grad():
+        for name in missing:
+            own[name].copy_(found[name])
 
 
 @contextlib.contextmanager

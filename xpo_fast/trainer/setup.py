@@ -77,13 +77,23 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise ValueError(f"{error} Its linear modules are {', '.join(linear)}") from error
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Raises ValueError if every parameter of the model is frozen."""
-    parameters = list(model.parameters())
+def check_trainable(model: Any, besides: nn.Module | None = None) -> None:
+    """Raises ValueError if every parameter of the model is frozen; those of `besides`, such as a critic, do not count.
+
+    The error says how to train the adapter of a PEFT model, or else the model.
+    """
+    left_out = set() if besides is None else set(besides.parameters())
+    parameters = [p for p in model.parameters() if p not in left_out]
     if not any(p.requires_grad for p in parameters):
+        adapters = getattr(model, "active_adapters", None) if hasattr(model, "disable_adapter") else None
+        how = (
+            f"as an adapter is when it is loaded; call model.set_adapter({adapters[0]!r}) to train it on"
+            if adapters
+            else "as after merging an adapter; call model.requires_grad_(True), or pass a peft_config"
+        )
         raise ValueError(
             f"nothing would be trained: each of the model's {len(parameters)} parameters is frozen (requires_grad is "
-            "False), as after merging an adapter; call model.requires_grad_(True), or pass a peft_config"
+            f"False), {how}"
         )
 
 
