@@ -75,6 +75,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, whole):
     ):
         with pytest.raises(ValueError, match=f"another run, where .*{said}"):
             make_trainer(tmp_path, **{**ARGS, **change}).train(resume_from_checkpoint=checkpoint)
+    told = make_trainer(tmp_path, **ARGS)
+    told.processing_class.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="another run, where chat template was"):
+        told.train(resume_from_checkpoint=checkpoint)
     incomplete = tmp_path / "checkpoint-1"
     shutil.copytree(checkpoint, incomplete)
     (incomplete / STATE_FILE).unlink()

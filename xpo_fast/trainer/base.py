@@ -7,6 +7,7 @@ the same, and a checkpoint or a saved model appears complete or not at all.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -142,9 +143,10 @@ class UnitTrainer(Trainer):
     @property
     def made_with(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one; written into every checkpoint, see resume.py."""
-        args = self.args
+        args, template = self.args, str(getattr(self.processing_class, "chat_template", None))
         return {
             "trainer": type(self).__name__,
+            "chat template": hashlib.sha256(template.encode()).hexdigest()[:16],
             "adapter": adapter_settings(self.model),
             "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
