@@ -252,7 +252,9 @@ def settle_ties(model: Any) -> None:
     """Makes the config of a model whose LM head is not its embeddings say so: it would be tied at loading elsewhere."""
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         return
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if (head := model.get_output_embeddings()) is None:
+        return
+    layers = [model.get_input_embeddings(), head]
     a, b = (getattr(layer, "weight", None) for layer in layers)
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     if a is None or b is None or a is b or not any(getattr(c, "tie_word_embeddings", False) for c in configs):
