@@ -64,12 +64,13 @@ def _refuse_unread(args: argparse.Namespace, command: str) -> None:
         "reward": (reward.add_objectives, options.add_length_rule),
         "rl": (rl_rewards.add_options,),
     }
-    own = {"train": ["ref_cache"], "reward": [], "rl": [*rl.ROLLOUT_FIELDS]}
+    own: dict[str, list[str]] = {"train": ["ref_cache"], "reward": [], "rl": []}
     for name, adders in added.items():
         parser = argparse.ArgumentParser(add_help=False)
         for add in adders:
             add(parser)
         own[name] += vars(parser.parse_args([]))
+    own["rl"] += rl.ROLLOUT_FIELDS
     unread = [option for name, listed in own.items() if name != command for option in listed]
     unread += ["reference", "max_length", "max_prompt_length", "num_proc"] * (command == "rl")
     given = [f"--{name.replace('_', '-')}" for name in unread if getattr(args, name) != args.parser.get_default(name)]
