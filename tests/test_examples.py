@@ -148,7 +148,7 @@ def test_short(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SERVES])
-def test_as_a_script(name, model, tokenizer, monkeypatch, capsys):
+def test_as_a_script(name, model, tokenizer, monkeypatch, capsys, caplog):
     if name == "trl_trainer":
         pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_fast[bench]")
 
@@ -161,6 +161,7 @@ def test_as_a_script(name, model, tokenizer, monkeypatch, capsys):
         warnings.simplefilter("ignore")  # whatever peers have to say on import
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out
+    assert not [message for message in caplog.messages if message.startswith("preflight, fault")]  # no false alarm
 
 
 def with_adapter(model, **lora):

@@ -216,7 +216,10 @@ def check_ends(report: Report, rows: Rows) -> None:
             "EOS nor in the generation config: sampling does not stop there"
         )
     elif others and ended + cut < count:
-        why.append("the others end in an ordinary token: padding with the EOS, or a chat template without an end?")
+        why.append(
+            "the others end in an ordinary token: padding with the EOS, a chat template without an end, or sampled "
+            "answers that were cut?"
+        )
     because = f" ({'; '.join(why)})" if why else ""
     level = "fault" if not ended else "doubt" if ended < _LEAST_ENDED * count else "ok"
     share = f"{ended / count:.0%}" if ended in (0, count) else f"{min(max(ended / count, 0.01), 0.99):.0%}"
