@@ -22,9 +22,11 @@ import transformers
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, models
 from xpo_fast.cli import aliases, checks, doctor, loading, manual, options, rl, settings, training, typed
+from xpo_fast.data import turns
 from xpo_fast.rewards import RewardError
 from xpo_fast.rl import RLConfig
 from xpo_fast.rollout import RolloutError
+from xpo_fast.trainer import findings
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -872,6 +874,8 @@ def test_the_command_line_answers_without_torch():
 
 def test_constants_of_the_parser_are_those_of_the_rooms_that_it_does_not_import():
     assert options.SMOLLM2 == models.SMOLLM2
+    assert options.SCORES == turns.SCORES
+    assert options.PREFLIGHT == findings.PREFLIGHT
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -12,14 +12,15 @@ from typing import Any
 from .parser import UsageError
 from .settings import setting
 
-# Written out, and held to models.SMOLLM2 by a test: the parser is built for every command, for --help and for tab
-# completion, and importing models takes seconds.
+# Written out, and held to those of models, trainer and data by a test: the parser is built for every command, for --help
+# and for tab completion, and importing these takes seconds.
 SMOLLM2 = "smollm2-135m"
+PREFLIGHT = ("off", "warn", "stop")
+SCORES = ("assistant", "last", "all")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
 HELD_OUT_AT_MOST = 200
-PREFLIGHT = ("off", "warn", "stop")
 OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "seed")
 ENSEMBLES = ("mean", "worst", "uncertainty")  # of reward models, see methods.reward.ensemble
 # The arguments of transformers.TrainingArguments that --train takes: those that every trainer here honours.
@@ -181,7 +182,7 @@ def add_lengths(group: Any) -> None:
 def add_score(group: Any) -> None:
     """Adds --score."""
     about = "what is scored of a completion of several turns: what the assistant says, its last turn, or all of it"
-    add_option(group, "--score", about, "assistant", choices=("assistant", "last", "all"))
+    add_option(group, "--score", about, "assistant", choices=SCORES)
 
 
 def add_settings(group: Any, example: str, also: str = "") -> None:
