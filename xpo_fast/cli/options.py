@@ -12,8 +12,8 @@ from typing import Any
 from .parser import UsageError
 from .settings import setting
 
-# Written out, and held to those of models, trainer and data by a test: the parser is built for every command, for --help
-# and for tab completion, and importing these takes seconds.
+# Written out, and held to those of models, trainer and data by a test: the parser is built for every command, for
+# --help and for tab completion, and importing these takes seconds.
 SMOLLM2 = "smollm2-135m"
 PREFLIGHT = ("off", "warn", "stop")
 SCORES = ("assistant", "last", "all")
