@@ -18,7 +18,7 @@ from xpo_fast.trainer.arguments import (
     REFUSED_BY_TRAINER,
     REFUSED_ONLINE,
     check_arguments,
-    find_unused_parameters,
+    let_ddp_find_unused_parameters,
 )
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -234,8 +234,8 @@ def test_reentrant_checkpointing_of_a_model_that_text_does_not_use_up(tmp_path, 
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     args = XPOConfig(str(tmp_path), **asked, activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="text does not use all of Gemma3ForConditionalGeneration"):
-        find_unused_parameters(model, args)
+        let_ddp_find_unused_parameters(model, args)
     for one, found in ((model, True), (test_trainer.make_model(), None)):
         args = XPOConfig(str(tmp_path), **asked)
-        find_unused_parameters(one, args)
+        let_ddp_find_unused_parameters(one, args)
         assert args.ddp_find_unused_parameters is found

@@ -43,15 +43,13 @@ class Ragged(NamedTuple):
 def ragged(dataset: datasets.Dataset, name: str, start: int = 0, stop: int | None = None) -> Ragged:
     """Returns a column of ids or of a mask, that of the rows from start to stop."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     table: Any = dataset.select_columns([name]).with_format("arrow")[start:stop]
     column: Any = table[name].combine_chunks()
     row, lengths = np.arange(len(column)) + start, np.ones(len(column), dtype=np.int64)
     while isinstance(column.type, (pa.ListType, pa.LargeListType)):
         row = np.repeat(row, lengths)
-        # pyarrow makes its compute functions at import, where no type checker sees them.
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)  # type: ignore[attr-defined]
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         column = column.flatten()
     offsets = np.concatenate([[0], lengths.cumsum()])
     return Ragged(column.to_numpy(zero_copy_only=False).astype(np.int64), offsets, row)

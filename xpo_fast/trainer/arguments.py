@@ -81,8 +81,8 @@ def changed(config: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass whose values are not their defaults; an empty list is as good as None."""
     found = {}
     for field in dataclasses.fields(config):
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default  # type: ignore[misc]
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
         value = getattr(config, field.name)
         if value is not default and value != default and not (_is_empty(value) and _is_empty(default)):
             found[field.name] = value
@@ -118,7 +118,7 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError("not used here: " + "; ".join(problems))
 
 
-def find_unused_parameters(model: Any, args: Any) -> None:
+def let_ddp_find_unused_parameters(model: Any, args: Any) -> None:
     """Lets DDP look for weights without a gradient if the model has parts for images or sound, which text may not use.
 
     transformers does so by itself, but not with activation checkpointing: DDP would wait for these weights, and until

@@ -33,7 +33,7 @@ from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
 from ..seeds import draws_by
-from .arguments import check_trainer_arguments, find_unused_parameters
+from .arguments import check_trainer_arguments, let_ddp_find_unused_parameters
 from .checkpoints import (
     check_bases_stay,
     check_room,
@@ -115,7 +115,7 @@ class UnitTrainer(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         check_trainer_arguments(kwargs)
-        find_unused_parameters(kwargs["model"], kwargs["args"])
+        let_ddp_find_unused_parameters(kwargs["model"], kwargs["args"])
         super().__init__(**kwargs)
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
