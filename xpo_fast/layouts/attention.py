@@ -1,0 +1,194 @@
+"""Attention over a laid out sequence, by the model's own attention function, through transformers' interfaces.
+
+A model whose config names an implementation of `name_of` makes its masks and calls its attention here. A segment's
+tokens attend to the segments before it in its rows and to itself; the function that does it, and the one that makes the
+mask, are those of the implementation that the model had (sdpa, eager), so that scaling, softcap, sinks, dropout,
+grouped heads and windows are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Layout, Segment
+
+_PREFIX = "xpo_fast_"
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout | None) -> Iterator[None]:
+    """Lets the models with `install_layouts` that are called in the block read their rows in this layout."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def current() -> Layout | None:
+    """Returns the layout of the block `laid_out`, or None."""
+    return _LAYOUT.get()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention function: segments of equal lengths at equal positions, side by side in a batch."""
+
+    segments: tuple[int, ...]
+    pieces: tuple[tuple[tuple[int, int, int], ...], ...]  # of each: (segment, from, to) whose keys and values it reads
+    mask: Tensor | None  # (1, 1, n, k) as the attention function takes it; None: causal, of n = k tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an attention function is given in place of a mask: the calls that make up the attention of a layer."""
+
+    lengths: tuple[int, ...]  # of all segments
+    calls: tuple[Call, ...]
+
+
+def name_of(implementation: str) -> str:
+    """Returns the name of the implementation that lays out for `implementation`, and registers it with transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = _PREFIX + implementation
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, _attention(implementation))
+        AttentionMaskInterface.register(name, _mask(implementation))
+    return name
+
+
+def implementation_of(name: str) -> str:
+    """Returns the implementation that a name of `name_of` stands for; another name as it is."""
+    return name.removeprefix(_PREFIX)
+
+
+def _mask(implementation: str) -> Callable[..., Any]:
+    """Returns the mask function of an implementation: the plan of the current layout, else the mask that it has."""
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        layout = current()
+        if layout is None:
+            return make(*args, **kwargs)
+        return plan(layout, make, **kwargs)
+
+    return mask
+
+
+def plan(
+    layout: Layout,
+    make: Callable[..., Any],
+    *,
+    mask_function: Callable[..., Any],
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> Plan:
+    """Plans the attention of a layer. make: the mask function of the model's implementation; the rest is its arguments.
+
+    mask_function(b, h, q, k) is the model's own: it is asked with positions in rows, so that windows and chunks are
+    those of the rows.
+    """
+    about = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset")  # of the sequence as one row
+    kwargs = {n: x for n, x in kwargs.items() if n not in about} | {"batch_size": 1, "local_size": local_size}
+    numbers = {segment.start: i for i, segment in enumerate(layout.segments)}
+    calls: dict[tuple[int, int], list[int]] = {}
+    for i, segment in enumerate(layout.segments):
+        calls.setdefault((len(segment), segment.at), []).append(i)
+    made = []
+    for (size, at), members in calls.items():
+        # Keys further back than the window of the first query are seen by none.
+        seen = 0 if local_size is None else min(max(at + 1 - local_size, 0), at)
+
+        def moved(b: Any, h: Any, q: Any, k: Any, at: int = at, seen: int = seen) -> Any:
+            return mask_function(b, h, q + at, k + seen)
+
+        found = make(
+            q_length=size,
+            kv_length=at + size - seen,
+            mask_function=moved,
+            allow_is_causal_skip=allow_is_causal_skip and at == 0,
+            **kwargs,
+        )
+        pieces = tuple(_pieces(layout.segments[i], i, numbers, seen) for i in members)
+        made.append(Call(tuple(members), pieces, found))
+    return Plan(tuple(map(len, layout.segments)), tuple(made))
+
+
+def _pieces(segment: Segment, own: int, numbers: dict[int, int], seen: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns the parts of segments, from position `seen` of the rows on, that a segment's tokens look at."""
+    pieces, at = [], 0
+    for start, stop in segment.before:
+        size = stop - start
+        if at + size > seen:
+            pieces.append((numbers[start], max(seen - at, 0), size))
+        at += size
+    return (*pieces, (own, 0, len(segment)))
+
+
+def _attention(implementation: str) -> Callable[..., Any]:
+    """Returns the attention function of an implementation, which runs it call by call where it is given a plan."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        run = function_of(module, implementation)
+        if not isinstance(attention_mask, Plan):
+            return run(module, query, key, value, attention_mask, **kwargs)
+        return in_calls(run, module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def function_of(module: Any, implementation: str) -> Callable[..., Any]:
+    """Returns the function by which an attention module computes: eager attention is its own file's."""
+    if implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def in_calls(
+    run: Callable[..., Any],
+    module: Any,
+    query: Tensor,  # (1, H, N, d)
+    key: Tensor,  # (1, G, N, d)
+    value: Tensor,  # (1, G, N, d')
+    plan: Plan,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Computes attention call by call; returns (1, N, H, d')."""
+    # Split, not sliced: the gradient of a slice is a tensor of the whole sequence.
+    queries, keys, values = (x.split(plan.lengths, dim=2) for x in (query, key, value))
+    out: list[Any] = [None] * len(plan.lengths)
+    for call in plan.calls:
+        k, v = (_together([_joined(x, p) for p in call.pieces], 0) for x in (keys, values))
+        q = _together([queries[i] for i in call.segments], 0)
+        found, _ = run(module, q, k, v, call.mask, **kwargs)
+        for i, x in zip(call.segments, found.split(1), strict=True):
+            out[i] = x
+    return torch.cat(out, dim=1), None
+
+
+def _joined(parts: tuple[Tensor, ...], pieces: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """Returns the pieces (segment, from, to) of parts (1, G, n, d), one behind the other."""
+    found = [parts[i] if b - a == parts[i].shape[2] else parts[i][:, :, a:b] for i, a, b in pieces]
+    return _together(found, 2)
+
+
+def _together(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,0 +1,81 @@
+"""Installs layouts on a model: its rows come in padded, are read in the current layout, and leave as rows again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.lm_head import causal_lm
+from .attention import current, implementation_of, name_of
+
+_NAME = "_xpo_fast_layouts"
+
+
+def install_layouts(model: nn.Module) -> None:
+    """Makes a causal LM or classifier of transformers read rows in the layout of the block `laid_out`, if there is one.
+
+    Two hooks on its backbone: in front of it, ids, positions and masks of padded rows (R, T) become those of the
+    layout's sequence (1, N); behind it, hidden states become rows (R, T, D) again, 0 where none was asked for. Outside
+    of such a block nothing changes. model: may be a PEFT model; copies of it have the hooks, too.
+    """
+    backbone = backbone_of(model)
+    if getattr(backbone, _NAME, None) is None:
+        hooks = _Hooks()
+        setattr(backbone, _NAME, hooks)
+        backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """Returns the module that turns token ids into the hidden states that the model's head reads."""
+    lm = causal_lm(model)
+    base = getattr(lm, "base_model", lm)
+    return base if base is not lm else lm.get_decoder()
+
+
+def configs_of(backbone: nn.Module) -> list[Any]:
+    """Returns the configs that the backbone's attention reads its implementation from."""
+    found = {id(m.config): m.config for m in backbone.modules() if hasattr(m, "config")}
+    return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
+
+
+class _Hooks:
+    """The two hooks. They keep nothing of the model, so that a deep copy of it has hooks of its own."""
+
+    def before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Gives the backbone the tokens of the layout's sequence in place of padded rows."""
+        layout = current()
+        # What a checkpointed layer computes again in its backward needs the name of the last forward, so it stays.
+        for config in configs_of(backbone):
+            plain = implementation_of(config._attn_implementation)
+            wanted = plain if layout is None else name_of(plain)
+            if config._attn_implementation != wanted:
+                config._attn_implementation = wanted
+        if layout is None:
+            return None
+        names = ("input_ids", "attention_mask", "position_ids")
+        given = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if x is not None}
+        rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        if rows.shape[0] != layout.shape[0] or rows.shape[1] < layout.shape[1]:
+            raise ValueError(f"the layout is of rows {layout.shape}, the model is given {tuple(rows.shape)}")
+        shape = rows.shape[:2]
+        taken = {
+            name: layout.take(x) if isinstance(x, Tensor) and x.shape[:2] == shape else x for name, x in given.items()
+        }
+        # A mask of ones, so that transformers does not look for packed rows by itself.
+        taken["attention_mask"] = torch.ones(1, len(layout), dtype=torch.int64, device=rows.device)
+        taken["position_ids"] = layout.positions[None]
+        self.length = shape[1]
+        return (), taken
+
+    def behind(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Returns the output with hidden states as rows."""
+        layout = current()
+        if layout is None:
+            return None
+        if isinstance(output, tuple):
+            return (layout.put(output[0], self.length), *output[1:])
+        output.last_hidden_state = layout.put(output.last_hidden_state, self.length)
+        return output
