@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.lm_head import causal_lm
+from ..models.lm_head import causal_lm, unwrapped
 from .attention import current, implementation_of, name_of
 
 _NAME = "_xpo_fast_layouts"
@@ -30,7 +30,7 @@ def install_layouts(model: nn.Module) -> None:
 
 def backbone_of(model: Any) -> nn.Module:
     """Returns the module that turns token ids into the hidden states that the model's head reads."""
-    lm = causal_lm(model)
+    lm = causal_lm(unwrapped(model))
     base = getattr(lm, "base_model", lm)
     return base if base is not lm else lm.get_decoder()
 

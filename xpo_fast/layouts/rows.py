@@ -51,6 +51,7 @@ class Layout:
     at_column: Tensor  # (M,) int64, … and column
     segments: tuple[Segment, ...]
     read: int  # tokens of the rows, without padding
+    shares: bool  # whether what rows begin with in common was to stand once
 
     def __len__(self) -> int:
         return len(self.row)
@@ -123,7 +124,9 @@ def lay_out(
     places = asked & (token_of >= 0)
     at_row, at_column = places.nonzero()
     tensors = (rows_of, at + first[rows_of], at, np.concatenate(ends), token_of[places], at_row, at_column)
-    return Layout((count, width), *(torch.from_numpy(x) for x in tensors), tuple(segments), read=int(length.sum()))
+    return Layout(
+        (count, width), *(torch.from_numpy(x) for x in tensors), tuple(segments), read=int(length.sum()), shares=share
+    )
 
 
 Piece = tuple[list[int], int, int, tuple[int, ...], int]

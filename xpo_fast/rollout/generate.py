@@ -18,21 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import data
 from ..models import check_ids, padding_id, positions
-from ..models.lm_head import causal_lm
+from ..models.lm_head import causal_lm, unwrapped
 from ..models.modes import evaluating
 from ..precision import warn_if_slow
-from .sampling import (
-    Generated,
-    Prompt,
-    Request,
-    RolloutError,
-    Samples,
-    Sampling,
-    as_samples,
-    eos_ids,
-    requests,
-    unwrapped,
-)
+from .sampling import Generated, Prompt, Request, RolloutError, Samples, Sampling, as_samples, eos_ids, requests
 
 logger = logging.getLogger("xpo_fast")
 

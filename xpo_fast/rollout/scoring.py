@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..data import pad_rows
 from ..head import token_logps
 from ..models import Head, install_fused_loss
+from ..models.lm_head import unwrapped
 from ..models.modes import evaluating
-from .sampling import Samples, unwrapped
+from .sampling import Samples
 
 
 def sample_logps(

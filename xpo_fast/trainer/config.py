@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from ..data import check_score, read_kwargs
+from ..layouts import check_layout
 from ..objective import Objective
 from ..reporters import check_reporters
 from .arguments import REFUSED, check_arguments
@@ -43,6 +44,11 @@ class MethodConfig(TrainingArguments):
         },
     )
     backend: str = argument("auto", "The backend of the head: auto, torch, dense, …")
+    layout: str = argument(
+        "auto",
+        "How a model reads rows: padded; packed, one behind the other without padding; shared, what rows begin with in "
+        "common once; or auto, the one with the fewest tokens that the model can be read in, said at the start.",
+    )
     tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
     preflight: str = argument(
         "warn",
@@ -69,6 +75,7 @@ class MethodConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch warns about it where there is nothing to copy to
         check_reporters(self.report_to)
+        check_layout(self.layout)
         if self.preflight not in PREFLIGHT:
             raise ValueError(f"preflight must be one of {', '.join(PREFLIGHT)}, got {self.preflight!r}")
         if self.tile_mib is not None and self.tile_mib <= 0:

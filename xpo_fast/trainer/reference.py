@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..data import Kind, with_column
 from ..files import write_atomically
 from ..head import sequence_logps, token_logps
+from ..layouts import Inputs, Layout, beside
 from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
@@ -83,6 +84,7 @@ def row_logps(
     input_ids: Tensor,  # (R, T)
     attention_mask: Tensor,  # (R, T)
     targets: Tensor,  # (R, T) aligned, −100 where not scored
+    layout: Layout | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -96,7 +98,7 @@ def row_logps(
         return {"rows": torch.stack([sums.float(), lengths.to(torch.float32)], dim=1)}
 
     with evaluating(model):
-        return model(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["rows"]
+        return Inputs(input_ids, attention_mask, targets, layout).run(model, score)["rows"]
 
 
 def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, backend: str = "auto") -> Tensor:
@@ -106,14 +108,13 @@ def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, ba
     `kind.completions` and, if the batch has it, the mismatched one from which KTO's reference point is estimated.
     Axis 2: summed log-prob, number of tokens.
     """
-    rows = row_logps(model, batch["input_ids"], batch["attention_mask"], batch["targets"], backend=backend)
+    inputs, count = Inputs.of(batch), len(kind.completions)
+    if "kl_input_ids" in batch:
+        inputs, count = beside(inputs, Inputs.of(batch, "kl_")), count + 1
+    rows = row_logps(model, *inputs, backend=backend)
     if kind.listed:
         return rows.view(batch["list_lengths"].shape[0], -1, 2)
-    completions = [*rows.chunk(len(kind.completions))]
-    if "kl_input_ids" in batch:
-        rows = (batch["kl_input_ids"], batch["kl_attention_mask"], batch["kl_targets"])
-        completions.append(row_logps(model, *rows, backend=backend))
-    return torch.stack(completions, dim=1)
+    return torch.stack(rows.chunk(count), dim=1)
 
 
 class LiveReference:
@@ -135,21 +136,21 @@ class LiveReference:
             self._kept = Kept(model, off=handed_over.off)
         self.identity = handed_over.identity(self.copy, self._kept)
 
-    def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    def logps(self, model: nn.Module, rows: Inputs) -> Tensor:
         """Computes the reference's summed log-prob of each row, (R,) float32. model: the policy, as wrapped."""
         with self._scoring(model) as scored:
-            return row_logps(scored, input_ids, attention_mask, targets, backend=self.backend)[:, 0]
+            return row_logps(scored, *rows, backend=self.backend)[:, 0]
 
-    def token_logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    def token_logps(self, model: nn.Module, rows: Inputs) -> Tensor:
         """Computes the reference's log-prob of each target, (R, T), 0 where there is none."""
 
         def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            return {"logps": token_logps(hidden, head, targets, backend=self.backend)}
+            return {"logps": token_logps(hidden, head, rows.targets, backend=self.backend)}
 
         with self._scoring(model) as scored:
-            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
+            return rows.run(scored, score)["logps"]
 
-    def hidden_states(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    def hidden_states(self, model: nn.Module, rows: Inputs) -> dict[str, Any]:
         """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class LiveReference:
             return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
 
         with self._scoring(model) as scored:
-            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=take)
+            return rows.run(scored, take)
 
     @contextlib.contextmanager
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
