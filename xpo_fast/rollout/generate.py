@@ -21,6 +21,7 @@ from ..models import check_ids, padding_id, positions
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 from ..precision import warn_if_slow
+from .prefill import each_prompt_once
 from .sampling import (
     Generated,
     Prompt,
@@ -56,6 +57,9 @@ class GenerateRollout:
     another shape, move across a draw: about one token in 1e5 in float32, one in 100 in bfloat16. Processes that are to
     draw different completions take different seeds.
     `Samples.logps` are then the log-probs of the draws as made, temperature and cuts included; None for temperature 0.
+    Of prompts that are equal, as those of n completions are, a batch reads one and copies its cache, for models whose
+    cache transformers can copy: attention of all kinds, and hybrids of attention and state-space layers. Others, such as
+    Mamba, RWKV and models with a cache of their own, read each copy.
     Continuous batching draws from torch's generator, seeded for the call, in the order in which requests happen to be
     scheduled: there the same seed need not give the same completions.
 
@@ -86,6 +90,10 @@ class GenerateRollout:
         if any(c.is_prompt_learning for c in getattr(unwrapped(model), "peft_config", {}).values()):
             raise ValueError("prompt-learning adapters are not sampled from: train with LoRA, or the whole model")
         self.model = model
+
+    def caches(self, cache: Any) -> list[Any]:
+        """Returns all caches that a forward of the policy fills when it is given its own, `cache`."""
+        return [cache]
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """Samples n completions of each prompt, those of a prompt side by side."""
@@ -133,7 +141,7 @@ class GenerateRollout:
         config = transformers.GenerationConfig(
             max_new_tokens=longest, do_sample=False, eos_token_id=sorted(eos) or None, pad_token_id=pad, use_cache=True
         )
-        with _without_settings(lm):
+        with _without_settings(lm), each_prompt_once(lm, [request.ids for request in asked], self.caches):
             output = lm.generate(
                 input_ids=input_ids.to(lm.device),
                 attention_mask=attention_mask.to(lm.device),
@@ -278,7 +286,8 @@ def _without_settings(lm: Any) -> Iterator[None]:
 
 def _batches(asked: list[Request], size: int) -> Iterator[list[int]]:
     """Yields batches of request indices, longest prompts first, at most `size` each and of equal max_tokens."""
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].max_tokens, -len(asked[i].ids)))
+    # Equal prompts side by side: they are read once per batch.
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].max_tokens, -len(asked[i].ids), asked[i].ids))
     for _, alike in itertools.groupby(order, key=lambda i: asked[i].max_tokens):
         while batch := [*itertools.islice(alike, size)]:
             yield batch
