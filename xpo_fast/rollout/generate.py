@@ -57,11 +57,12 @@ class GenerateRollout:
     another shape, move across a draw: about one token in 1e5 in float32, one in 100 in bfloat16. Processes that are to
     draw different completions take different seeds.
     `Samples.logps` are then the log-probs of the draws as made, temperature and cuts included; None for temperature 0.
-    Of prompts that are equal, as those of n completions are, a batch reads one and copies its cache, for models whose
-    cache transformers can copy: attention of all kinds, and hybrids of attention and state-space layers. Others, such as
-    Mamba, RWKV and models with a cache of their own, read each copy.
     Continuous batching draws from torch's generator, seeded for the call, in the order in which requests happen to be
     scheduled: there the same seed need not give the same completions.
+
+    A batch reads each distinct prompt once, and its completions go on from copies of the cache. Models without
+    attention (Mamba, RWKV), models with a cache of their own, and hybrids that are not transformers' own read the
+    prompt anew for each completion; a line of the log (INFO) says so.
 
     Raises ValueError for a prompt that leaves no room for an answer in the model's positions; a completion with less
     room than max_new_tokens is cut there ("length"). Raises RolloutError if the logits are not finite.

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("xpo_fast")
 
+# Models that keep the state of their recurrent layers in the modules.
+_STATE_IN_THE_MODEL = ("RecurrentGemmaForCausalLM",)
+
 
 @contextlib.contextmanager
 def each_prompt_once(
@@ -59,7 +62,7 @@ class _Prefill:
             return None
         self.begun = True
         cache = kwargs.get("past_key_values")
-        if not _copies_by_rows(cache):
+        if not _copies_by_rows(lm, cache):
             _say_that_all_are_read(type(lm).__name__)
             return None
         self.cache = cache
@@ -82,20 +85,22 @@ class _Prefill:
         return x
 
 
-def _copies_by_rows(cache: Any) -> bool:
-    """Returns whether rows of a cache can be copied: those of layers that transformers itself knows.
+def _copies_by_rows(lm: nn.Module, cache: Any) -> bool:
+    """Returns whether copies of a cache's rows are all that a model needs in order to go on.
 
-    Other layers may keep more than their `reorder_cache` moves. A cache that can be compiled comes with masks of
-    another form.
+    The layers must be those of transformers itself: others may keep more than their `reorder_cache` moves. A cache that
+    can be compiled comes with masks of another form. The state of a layer that is no attention may lie in the model
+    instead, and is looked for in the cache only where the model is known.
     """
     from transformers import DynamicCache
 
-    known = DynamicCache.__module__
-    return (
-        type(cache) is DynamicCache
-        and not cache.is_compileable
-        and all(type(layer).__module__ == known for layer in cache.layers)
-    )
+    if type(cache) is not DynamicCache or cache.is_compileable:
+        return False
+    if any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
+        return False
+    name = type(lm).__name__
+    known = type(lm).__module__.startswith("transformers.models.") and name not in _STATE_IN_THE_MODEL
+    return known or not any(hasattr(layer, "recurrent_states") for layer in cache.layers)
 
 
 @functools.cache
