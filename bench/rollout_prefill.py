@@ -72,7 +72,7 @@ def main() -> int:
     for count in BATCHES:
         peaks_mib = {way: peak_allocated_mib(functools.partial(sample, count, way, 2))[0] for way in WAYS}
         samples: dict[str, Samples] = {}
-        calls = {way: lambda _, w=way, c=count: samples.update({w: sample(c, w)}) for way in WAYS}
+        calls = {way: lambda _, w=way, c=count, s=samples: s.update({w: sample(c, w)}) for way in WAYS}
         samples_ms = time_interleaved(calls, [None], args.repeats)
         parted, largest = different(samples[EACH], samples[ONCE])
         faults += parted > count * COPIES / 16 or largest > 1e-3
