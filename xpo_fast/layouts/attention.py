@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import flex, varlen
-from .ways import FLEX, VARLEN
 from .rows import Layout, unseen
+from .ways import FLEX, VARLEN
 
 _PREFIX = "xpo_fast_"
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..models.lm_head import causal_lm, unwrapped
 from .attention import current, implementation_of, name_of
-from .ways import attention_for
+from .ways import Attention, attention_for
 
 _NAME = "_xpo_fast_layouts"
 
@@ -40,6 +40,13 @@ def configs_of(backbone: nn.Module) -> list[Any]:
     """Returns the configs that the backbone's attention reads its implementation from."""
     found = {id(m.config): m.config for m in backbone.modules() if hasattr(m, "config")}
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
+
+
+def attention_of(model: Any, device: torch.device) -> Attention:
+    """Returns how a model on a device attends in a layout."""
+    backbone: Any = backbone_of(model)
+    implementation = implementation_of(backbone.config.get_text_config()._attn_implementation)
+    return attention_for(backbone, implementation, device)
 
 
 def _rename(configs: list[tuple[Any, str]]) -> None:

@@ -1,4 +1,6 @@
-"""Choice of the way in which a model attends in a layout: from its class, config and device, and nothing else.
+"""Tells in which way a model attends in a layout: from its class, config and device, and nothing else.
+
+So a proof of the layout in eval mode, training and evaluation attend alike.
 
 | way      | a layer is                                               | where                                          |
 |----------|----------------------------------------------------------|------------------------------------------------|
@@ -26,39 +28,35 @@ class Attention(NamedTuple):
     said: str
 
 
-def attention_for(backbone: Any, implementation: str, device: Any, *, training: bool | None = None) -> Attention:
+def attention_for(backbone: Any, implementation: str, device: torch.device) -> Attention:
     """Returns how a model attends in a layout.
 
     backbone: a `PreTrainedModel`. implementation: the name of its attention in transformers, such as "sdpa".
-    training: whether its dropout is on; None: as it is now.
     """
     if "flash" in implementation:
         return Attention(VARLEN, f"FlashAttention varlen ({implementation})")
-    why = ""
-    if implementation != "flex_attention":
-        training = backbone.training if training is None else training
-        why = _why_not_flex(backbone, implementation, torch.device(device), training)
-    if why:
-        return Attention(SEGMENTS, f"{implementation} per segment ({why})")
+    why_not = None if implementation == "flex_attention" else _why_not_flex(backbone, implementation, device)
+    if why_not:
+        return Attention(SEGMENTS, f"{implementation} per segment ({why_not})")
     return Attention(FLEX, "FlexAttention with a block mask")
 
 
-def _why_not_flex(backbone: Any, implementation: str, device: torch.device, training: bool) -> str:
-    """Returns why a model that has another attention does not attend by FlexAttention, or ""."""
+def _why_not_flex(backbone: Any, implementation: str, device: torch.device) -> str | None:
+    """Returns why a model that has another attention does not attend by FlexAttention; None if it does."""
     config = backbone.config.get_text_config()
     if device.type != "cuda":
         return f"on {device.type}"
     if implementation not in ("sdpa", "eager"):
-        return "an attention of its own"
+        return "FlexAttention need not be the same"
     if not has_triton():
         return "FlexAttention needs Triton"
-    if not getattr(backbone, "_supports_flex_attn", False):
+    if not backbone._supports_flex_attn:
         return f"{type(backbone).__name__} does not take FlexAttention"
     if backbone.dtype == torch.float64:
         return "FlexAttention has no float64"
     # Configs name it attention_dropout, attn_pdrop, attention_probs_dropout_prob, …
-    dropouts = {n: x for n, x in vars(config).items() if "att" in n and "drop" in n and isinstance(x, float) and x > 0}
-    if training and dropouts:
-        return "FlexAttention has no dropout: " + ", ".join(f"{n} is {x}" for n, x in dropouts.items())
+    for name, value in vars(config).items():
+        if "att" in name and "drop" in name and value:
+            return f"FlexAttention has no dropout, and {name} is {value}"
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return f"FlexAttention needs heads of {_LEAST_HEAD} at least, got {head}" if head < _LEAST_HEAD else ""
+    return f"FlexAttention needs heads of {_LEAST_HEAD} at least, not {head}" if head < _LEAST_HEAD else None
