@@ -4,7 +4,7 @@ from .attention import laid_out
 from .check import Proof, prove
 from .choice import Chosen, check_layout, choose
 from .inputs import Inputs, LaysOut, beside
-from .model import install_layouts
+from .model import attention_of, install_layouts
 from .rows import CHOICES, LAYOUTS, Layout, lay_out
 from .support import unsupported
 
@@ -16,6 +16,7 @@ __all__ = [
     "Layout",
     "LaysOut",
     "Proof",
+    "attention_of",
     "beside",
     "check_layout",
     "choose",

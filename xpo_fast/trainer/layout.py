@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layouts import Chosen, Inputs, choose, prove
+from ..layouts import Chosen, Inputs, attention_of, choose, prove
 from .reference import row_tokens
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def settle_layout(
                 logger.warning("layout %s is not used, rows stay padded: %s", chosen.layout, proof)
             chosen = Chosen("padded", f"{chosen.layout} did not prove itself: {proof}", chosen.tokens)
         elif accelerator.is_main_process:
-            logger.info("layout %s; %s", chosen, proof)
+            attention = attention_of(model, accelerator.device)
+            logger.info("layout %s; %s; %s", chosen, attention.said, proof)
     elif requested != "padded" and accelerator.is_main_process:
         logger.info("layout %s", chosen)
     return chosen
