@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..models.lm_head import causal_lm, unwrapped
 from .attention import current, implementation_of, name_of
 
-_NAME = "_xpo_fast_layouts"
+_NAME = "_xpo_fast_layouts"  # of the handles of its two hooks
 
 
 def install_layouts(model: nn.Module) -> None:
@@ -23,9 +23,19 @@ def install_layouts(model: nn.Module) -> None:
     backbone = backbone_of(model)
     if getattr(backbone, _NAME, None) is None:
         hooks = _Hooks()
-        setattr(backbone, _NAME, hooks)
-        backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        before = backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        behind = backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        setattr(backbone, _NAME, (before, behind))
+
+
+def remove_layouts(model: nn.Module) -> None:
+    """Undoes `install_layouts`. What checkpointed layers have still to compute again must have been, in a backward."""
+    backbone = backbone_of(model)
+    for handle in getattr(backbone, _NAME, ()):
+        handle.remove()
+    if hasattr(backbone, _NAME):
+        delattr(backbone, _NAME)
+        _set_implementation(backbone, laid_out=False)
 
 
 def backbone_of(model: Any) -> nn.Module:
@@ -41,6 +51,15 @@ def configs_of(backbone: nn.Module) -> list[Any]:
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
 
 
+def _set_implementation(backbone: nn.Module, *, laid_out: bool) -> None:
+    """Sets the attention of the backbone's configs to that of their own implementation, or to it laid out."""
+    for config in configs_of(backbone):
+        plain = implementation_of(config._attn_implementation)
+        wanted = name_of(plain) if laid_out else plain
+        if config._attn_implementation != wanted:
+            config._attn_implementation = wanted
+
+
 class _Hooks:
     """The two hooks. They keep nothing of the model, so that a deep copy of it has hooks of its own."""
 
@@ -48,11 +67,7 @@ class _Hooks:
         """Gives the backbone the tokens of the layout's sequence in place of padded rows."""
         layout = current()
         # What a checkpointed layer computes again in its backward needs the name of the last forward, so it stays.
-        for config in configs_of(backbone):
-            plain = implementation_of(config._attn_implementation)
-            wanted = plain if layout is None else name_of(plain)
-            if config._attn_implementation != wanted:
-                config._attn_implementation = wanted
+        _set_implementation(backbone, laid_out=layout is not None)
         if layout is None:
             return None
         names = ("input_ids", "attention_mask", "position_ids")
