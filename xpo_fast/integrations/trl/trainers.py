@@ -20,7 +20,7 @@ def init(self: Any, *args: Any, **kwargs: Any) -> None:
     if layouts is not None:
         # What TRL has of the trainer's classes: those of others go by the one that they are made from.
         theirs = [c for c in type(self).__mro__ if c.__module__.startswith("trl.")]
-        computes = next(c for c in theirs if "compute_loss" in vars(c))
+        computes = next((c for c in theirs if "compute_loss" in vars(c)), theirs[0])
         why = hindrance_of(self) or why_padded(self.model)
         if computes.__module__ not in _SERVED:
             why = "layouts are for trainers on TRL's fused head (SFT, DPO, KTO, GRPO, RLOO) and for reward models"
