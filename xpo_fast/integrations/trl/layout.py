@@ -112,7 +112,7 @@ def _why_not_with(model: Any, given: Mapping[str, Any]) -> str | None:
     if given.get("output_router_logits") or getattr(config, "output_router_logits", False):
         return "the loss of its router is made of padded rows; router_aux_loss_coef=0.0 leaves it out"
     if given.get("past_key_values") is not None:
-        return "its forward is given keys and values, as with prefix tuning"
+        return "prompt learning puts keys and values in front of its rows"
     other = [name for name, x in given.items() if isinstance(x, Tensor) and name not in _TAKEN]
     if other:
         return f"its forward is given {', '.join(other)} beside the rows (images, packed rows, prompt learning, …)"
