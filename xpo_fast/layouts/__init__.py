@@ -4,7 +4,7 @@ from .attention import laid_out
 from .check import Proof, prove
 from .choice import Chosen, check_layout, choose
 from .inputs import Inputs, LaysOut, beside
-from .model import attention_of, install_layouts
+from .model import attention_of, install_layouts, remove_layouts
 from .rows import CHOICES, LAYOUTS, Layout, lay_out
 from .support import unsupported
 
@@ -24,5 +24,6 @@ __all__ = [
     "laid_out",
     "lay_out",
     "prove",
+    "remove_layouts",
     "unsupported",
 ]

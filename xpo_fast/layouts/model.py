@@ -11,7 +11,7 @@ from ..models.lm_head import causal_lm, unwrapped
 from .attention import current, implementation_of, name_of
 from .ways import Attention, attention_for
 
-_NAME = "_xpo_fast_layouts"
+_NAME = "_xpo_fast_layouts"  # of the handles of its two hooks
 
 
 def install_layouts(model: nn.Module) -> None:
@@ -24,9 +24,19 @@ def install_layouts(model: nn.Module) -> None:
     backbone = backbone_of(model)
     if getattr(backbone, _NAME, None) is None:
         hooks = _Hooks()
-        setattr(backbone, _NAME, hooks)
-        backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        before = backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        behind = backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        setattr(backbone, _NAME, (before, behind))
+
+
+def remove_layouts(model: nn.Module) -> None:
+    """Undoes `install_layouts`. What checkpointed layers have still to compute again must have been, in a backward."""
+    backbone = backbone_of(model)
+    for handle in getattr(backbone, _NAME, ()):
+        handle.remove()
+    if hasattr(backbone, _NAME):
+        delattr(backbone, _NAME)
+        _rename(_plain(backbone))
 
 
 def backbone_of(model: Any) -> nn.Module:
@@ -49,6 +59,11 @@ def attention_of(model: Any, device: torch.device) -> Attention:
     return attention_for(backbone, implementation, device)
 
 
+def _plain(backbone: nn.Module) -> list[tuple[Any, str]]:
+    """Returns the backbone's configs and their own implementations: a list, for to name one names those of its parts."""
+    return [(config, implementation_of(config._attn_implementation)) for config in configs_of(backbone)]
+
+
 def _rename(configs: list[tuple[Any, str]]) -> None:
     """Gives configs their implementations. What a checkpointed layer computes again needs that of the last forward."""
     for config, name in configs:
@@ -62,8 +77,7 @@ class _Hooks:
     def before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Gives the backbone the tokens of the layout's sequence in place of padded rows."""
         layout = current()
-        # All of them first: to name a config's implementation is to name those of its parts.
-        configs = [(c, implementation_of(c._attn_implementation)) for c in configs_of(backbone)]
+        configs = _plain(backbone)
         if layout is None:
             _rename(configs)
             return None
