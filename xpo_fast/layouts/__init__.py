@@ -5,7 +5,7 @@ from .check import Proof, prove
 from .choice import Chosen, check_layout, choose
 from .inputs import Inputs, LaysOut, beside
 from .model import install_layouts
-from .rows import CHOICES, LAYOUTS, Layout, lay_out
+from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
 from .support import unsupported
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "laid_out",
     "lay_out",
     "prove",
+    "side_by_side",
     "unsupported",
 ]
