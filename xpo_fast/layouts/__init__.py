@@ -5,7 +5,7 @@ from .check import Proof, prove
 from .choice import Chosen, check_layout, choose
 from .inputs import Inputs, LaysOut, beside
 from .model import attention_of, install_layouts, remove_layouts
-from .rows import CHOICES, LAYOUTS, Layout, lay_out
+from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
 from .support import unsupported
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "lay_out",
     "prove",
     "remove_layouts",
+    "side_by_side",
     "unsupported",
 ]

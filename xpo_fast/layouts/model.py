@@ -60,7 +60,7 @@ def attention_of(model: Any, device: torch.device) -> Attention:
 
 
 def _plain(backbone: nn.Module) -> list[tuple[Any, str]]:
-    """Returns the backbone's configs and their own implementations: a list, for to name one names those of its parts."""
+    """Returns the backbone's configs and their own implementations, all read before one of them is changed."""
     return [(config, implementation_of(config._attn_implementation)) for config in configs_of(backbone)]
 
 

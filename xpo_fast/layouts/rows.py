@@ -154,6 +154,14 @@ def lay_out(
     )
 
 
+def side_by_side(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+    """Returns an order of rows (prompt ids, completion ids) in which those that begin alike meet, long prompts first.
+
+    Cut into batches in this order, rows share as much as they can, and what takes the most memory comes at once.
+    """
+    return sorted(range(len(rows)), key=lambda r: (-len(rows[r][0]), *map(list, rows[r])))
+
+
 Piece = tuple[list[int], int, int, tuple[int, ...], int]
 
 

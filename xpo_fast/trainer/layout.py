@@ -42,11 +42,29 @@ def settle_layout(
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return [collate([rows[int(i)] for i in part]) for part in order[: _BATCHES * batch_size].split(batch_size)]
 
-    chosen = choose(requested, model, batches, hindrance=hindrance)
-    if chosen.layout != "padded":
+    def some() -> dict[str, Any]:
         shortest = sorted((rows[i] for i in range(min(len(rows), _AMONG))), key=row_tokens)[:2]
-        inputs = Inputs.of(collate([dict(row) for row in shortest]))
-        inputs = Inputs(*(x.to(accelerator.device) for x in inputs[:3]))
+        return collate([dict(row) for row in shortest])
+
+    chosen = choose(requested, model, batches, hindrance=hindrance)
+    return proven(chosen, requested, model, some, accelerator, backend=backend)
+
+
+def proven(
+    chosen: Chosen,
+    requested: str,
+    model: nn.Module,
+    some: Callable[[], dict[str, Any]],
+    accelerator: Accelerator,
+    *,
+    backend: str = "auto",
+) -> Chosen:
+    """Returns the chosen layout if it proves itself, else the padded one. Logs which and why, or warns with figures.
+
+    some: a padded batch of the rows that it is proved on; called only if there is something to prove.
+    """
+    if chosen.layout != "padded":
+        inputs = Inputs(*(x.to(accelerator.device) for x in Inputs.of(some())[:3]))
         proof = prove(model, inputs, share=chosen.layout == "shared", accelerator=accelerator, backend=backend)
         if not proof.holds:
             if accelerator.is_main_process:
