@@ -110,8 +110,9 @@ def plan(
         calls.setdefault((len(segment), segment.at), []).append(i)
     made = []
     for (size, at), members in calls.items():
-        # Keys further back than the window of the first query are seen by none.
-        seen = 0 if local_size is None else min(max(at + 1 - local_size, 0), at)
+        # Keys further back than the window of the first query are seen by none, unless the mask is more than a window.
+        windowed = local_size is not None and allow_is_causal_skip
+        seen = min(max(at + 1 - local_size, 0), at) if windowed else 0
 
         def moved(b: Any, h: Any, q: Any, k: Any, at: int = at, seen: int = seen) -> Any:
             return mask_function(b, h, q + at, k + seen)
