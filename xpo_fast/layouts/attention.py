@@ -147,7 +147,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         if flex.is_block_mask(attention_mask):
-            return function_of(module, flex.NAME)(module, query, key, value, attention_mask, **kwargs)
+            return flex.attend(function_of(module, flex.NAME), module, query, key, value, attention_mask, **kwargs)
         run = function_of(module, implementation)
         if isinstance(attention_mask, varlen.Lengths):
             return varlen.attend(run, implementation, module, query, key, value, attention_mask, **kwargs)
