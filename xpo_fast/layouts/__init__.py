@@ -1,5 +1,30 @@
 """Layouts of a batch: padded rows, rows packed side by side, and rows whose common beginnings stand once."""
 
-from .attention import current, laid_out
-from .model import install_layouts
-from .rows import CHOICES, LAYOUTS, Layout, lay_out
+from .attention import laid_out
+from .check import Proof, prove
+from .choice import Chosen, check_layout, choose
+from .inputs import Inputs, LaysOut, beside
+from .model import attention_of, install_layouts, remove_layouts
+from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
+from .support import unsupported
+
+__all__ = [
+    "CHOICES",
+    "LAYOUTS",
+    "Chosen",
+    "Inputs",
+    "Layout",
+    "LaysOut",
+    "Proof",
+    "attention_of",
+    "beside",
+    "check_layout",
+    "choose",
+    "install_layouts",
+    "laid_out",
+    "lay_out",
+    "prove",
+    "remove_layouts",
+    "side_by_side",
+    "unsupported",
+]

@@ -85,6 +85,15 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def unwrapped(model: Any) -> Any:
+    """Returns the model without the wrappers that accelerate puts around it (DDP, torch.compile)."""
+    try:
+        from accelerate.utils import extract_model_from_parallel
+    except ImportError:
+        return model
+    return extract_model_from_parallel(model)
+
+
 def head_layer(lm: Any) -> nn.Module:
     """Returns the module that a causal LM calls on its last hidden states to get logits; ValueError if it has none."""
     layer = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None

@@ -14,16 +14,22 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode (no dropout) and switches gradients off; then restores each module's mode."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model into eval mode (no dropout); then restores each module's mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`eval_mode` without gradient."""
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -230,12 +230,3 @@ def eos_ids(tokenizer: Any, model: Any = None) -> set[int]:
     listed = getattr(config, "eos_token_id", None)
     found = {*listed} if isinstance(listed, (list, tuple)) else {listed}
     return {int(i) for i in found | {tokenizer.eos_token_id} if i is not None}
-
-
-def unwrapped(model: Any) -> Any:
-    """Returns the model without the wrappers that accelerate puts around it (DDP, torch.compile)."""
-    try:
-        from accelerate.utils import extract_model_from_parallel
-    except ImportError:
-        return model
-    return extract_model_from_parallel(model)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .. import data
+from ..models.lm_head import unwrapped
 from ..seeds import seed_at
 from .sampling import (
     FINISHES,
@@ -31,7 +32,6 @@ from .sampling import (
     as_samples,
     eos_ids,
     requests,
-    unwrapped,
 )
 
 logger = logging.getLogger("xpo_fast")

@@ -21,6 +21,7 @@ from .. import data
 from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
+from ..layouts import Chosen, Inputs, LaysOut
 from ..methods.unpaired import kto_kl
 from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
@@ -29,11 +30,13 @@ from ..reduce import sum_over_ranks
 from ..rollout.sampling import eos_ids
 from .arguments import changed
 from .base import UnitTrainer
+from .budget import coupled
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows
 from .config import XPOConfig
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
+from .layout import hindrance_of, settle_layout
 from .preflight import Run, preflight
 from .reference import (
     KEPT,
@@ -103,7 +106,7 @@ class XPOTrainer(UnitTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or data.Collator(pad, self.kind.name),
+            data_collator=LaysOut(kwargs.pop("data_collator", None) or data.Collator(pad, self.kind.name)),
             train_dataset=self._encode(train_dataset),
             eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
@@ -116,6 +119,7 @@ class XPOTrainer(UnitTrainer):
             self.reference, self.reference_reason = settled, KEPT
         self._differs = handed_over.differs
         self._prepared = False
+        self.layout: Chosen | None = None  # how the model reads rows; None before `prepare`
         self._live: LiveReference | None = None
         self._cached: CachedReference | None = None
         if self.reference == "cached":
@@ -154,13 +158,14 @@ class XPOTrainer(UnitTrainer):
             self.accelerator,
             self.data_collator,
             batch_size=self.args.per_device_eval_batch_size,
+            tokens=self.args.tokens_per_batch,
             backend=self.args.backend,
             label=label,
             progress=self.is_world_process_zero() and not self.args.disable_tqdm,
         )
 
     def prepare(self) -> None:
-        """Checks the fused head against the model, and caches the reference; `train` and `evaluate` call it."""
+        """Checks the fused head, settles the layout, and caches the reference; `train` and `evaluate` call it."""
         if self._prepared:
             return
         rows = self.train_dataset or self.eval_dataset
@@ -169,6 +174,18 @@ class XPOTrainer(UnitTrainer):
             completion = rows[0][self.kind.encoded[1]]
             ids = rows[0]["prompt_ids"] + (completion[0] if self.kind.listed else completion)
             check_head(self.model, ids, self.args.device, self.args.backend)
+            if isinstance(self.data_collator, LaysOut):
+                self.layout = settle_layout(
+                    self.args.layout,
+                    self.model,
+                    rows,
+                    self.data_collator.collate,
+                    self.accelerator,
+                    batch_size=self.args.per_device_train_batch_size,
+                    hindrance=hindrance_of(self),
+                    backend=self.args.backend,
+                )
+                self.data_collator.layout = self.layout.layout
         self.train_dataset = self._with_reference(self.train_dataset, "")
         self.eval_dataset = map_splits(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
         self._prepared = True
@@ -264,6 +281,7 @@ class XPOTrainer(UnitTrainer):
                 self.data_collator,
                 self.kind,
                 batch_size=self.args.per_device_eval_batch_size,
+                tokens=self.args.tokens_per_batch,
                 backend=self.args.backend,
                 advance=bar.update,
             )
@@ -296,24 +314,26 @@ class XPOTrainer(UnitTrainer):
         targets, how = layout(self.kind, batch)
         return self.objective.count_items(targets, **how)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Returns the micro-batches of the next step and their items; KTO's reference point is estimated on them."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._estimates_kl and batches:
-            # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
-            self._estimate_kl(self.model_wrapped, batches)
-            batches = [{k: v for k, v in b.items() if not k.startswith("kl_")} for b in batches]
-        return batches, items
+    def _coupled(self) -> list[str]:
+        return coupled(self.objective)
+
+    def _begin_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Returns the micro-batches of a step, on which KTO's reference point is estimated."""
+        if not self._estimates_kl:
+            return batches
+        # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
+        self._estimate_kl(self.model_wrapped, batches)
+        return [{k: v for k, v in b.items() if not k.startswith("kl_")} for b in batches]
 
     def _estimate_kl(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
         """Estimates KTO's reference point, () in nats, from the mismatched rows of these batches on all ranks."""
         policy, reference = [], []
         for batch in batches:
             batch = self._prepare_inputs(batch)
-            rows = (batch["kl_input_ids"], batch["kl_attention_mask"], batch["kl_targets"])
+            rows = Inputs.of(batch, "kl_")
             with self.accelerator.autocast():
                 logps, lengths = row_logps(model, *rows, backend=self.args.backend).unbind(dim=1)
-            ref_logps = batch["kl_ref_logps"] if self._live is None else self._live.logps(model, *rows)
+            ref_logps = batch["kl_ref_logps"] if self._live is None else self._live.logps(model, rows)
             policy.append(logps[lengths > 0])
             reference.append(ref_logps[lengths > 0])
         logps, ref_logps = torch.cat(policy), torch.cat(reference)
@@ -326,7 +346,7 @@ class XPOTrainer(UnitTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
-        rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
+        rows = Inputs.of(inputs)
         targets, given = self._columns_of(inputs)
         given |= self._reference(model, rows, inputs)
         packed = "cu_seqlens" in given
@@ -338,7 +358,7 @@ class XPOTrainer(UnitTrainer):
             out = self.objective(hidden, head, targets, denominator=denominator, **given)
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
-        out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
+        out = rows.run(model, fused)
         return out["loss"], out["losses"], out["metrics"], out["counts"]
 
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -349,20 +369,18 @@ class XPOTrainer(UnitTrainer):
             given["value"] = self._value.to(targets.device)
         return targets, given
 
-    def _reference(
-        self, model: nn.Module, rows: tuple[Tensor, Tensor, Tensor], inputs: dict[str, Tensor]
-    ) -> dict[str, Any]:
+    def _reference(self, model: nn.Module, rows: Inputs, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the arguments of the objective that are about the reference."""
         if self.reference == "none":
             return {}
         if self._live is None:
             logps = inputs["ref_logps"]
         elif self.objective.needs_reference_hidden:
-            return self._live.hidden_states(model, *rows[:2])
+            return self._live.hidden_states(model, rows)
         elif self.objective.needs_reference_tokens:
-            logps = self._live.token_logps(model, *rows)
+            logps = self._live.token_logps(model, rows)
         else:
-            logps = self._live.logps(model, *rows)
+            logps = self._live.logps(model, rows)
         if self.kind.half is not None:
             if logps.dim() == 2:
                 return {"ref_logps": logps.flatten()}
@@ -374,7 +392,7 @@ class XPOTrainer(UnitTrainer):
         """Returns the reference's log-prob of each row of a batch, (R,)."""
         if self._live is None:
             return batch["ref_logps"]
-        return self._live.logps(self.model, batch["input_ids"], batch["attention_mask"], batch["targets"])
+        return self._live.logps(self.model, Inputs.of(batch))
 
     def _why_not_reference(self) -> str | None:
         """Returns why policy and reference differ before the first step; None if they should not."""
@@ -397,7 +415,9 @@ class XPOTrainer(UnitTrainer):
         try:
             if self._estimates_kl:
                 self.objective.state.pop("kl", None)
-                self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
+                self._estimate_kl(
+                    self.model_wrapped, (b for x in dataloader for b in self._micro_batches([self._without_repeats(x)]))
+                )
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self.objective.load_state_dict(state)

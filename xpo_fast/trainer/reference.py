@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from ..data import Kind, with_column
 from ..files import write_atomically
 from ..head import sequence_logps, token_logps
+from ..layouts import Inputs, Layout, beside
 from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 from ..objective import Objective
+from .budget import Budget, KeepsUnits
 from .handed_over import HandedOver, Kept, adapter_identity, switched_off
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def row_logps(
     input_ids: Tensor,  # (R, T)
     attention_mask: Tensor,  # (R, T)
     targets: Tensor,  # (R, T) aligned, −100 where not scored
+    layout: Layout | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -96,7 +99,7 @@ def row_logps(
         return {"rows": torch.stack([sums.float(), lengths.to(torch.float32)], dim=1)}
 
     with evaluating(model):
-        return model(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["rows"]
+        return Inputs(input_ids, attention_mask, targets, layout).run(model, score)["rows"]
 
 
 def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, backend: str = "auto") -> Tensor:
@@ -106,14 +109,13 @@ def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, ba
     `kind.completions` and, if the batch has it, the mismatched one from which KTO's reference point is estimated.
     Axis 2: summed log-prob, number of tokens.
     """
-    rows = row_logps(model, batch["input_ids"], batch["attention_mask"], batch["targets"], backend=backend)
+    inputs, count = Inputs.of(batch), len(kind.completions)
+    if "kl_input_ids" in batch:
+        inputs, count = beside(inputs, Inputs.of(batch, "kl_")), count + 1
+    rows = row_logps(model, *inputs, backend=backend)
     if kind.listed:
         return rows.view(batch["list_lengths"].shape[0], -1, 2)
-    completions = [*rows.chunk(len(kind.completions))]
-    if "kl_input_ids" in batch:
-        rows = (batch["kl_input_ids"], batch["kl_attention_mask"], batch["kl_targets"])
-        completions.append(row_logps(model, *rows, backend=backend))
-    return torch.stack(completions, dim=1)
+    return torch.stack(rows.chunk(count), dim=1)
 
 
 class LiveReference:
@@ -135,21 +137,21 @@ class LiveReference:
             self._kept = Kept(model, off=handed_over.off)
         self.identity = handed_over.identity(self.copy, self._kept)
 
-    def logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    def logps(self, model: nn.Module, rows: Inputs) -> Tensor:
         """Computes the reference's summed log-prob of each row, (R,) float32. model: the policy, as wrapped."""
         with self._scoring(model) as scored:
-            return row_logps(scored, input_ids, attention_mask, targets, backend=self.backend)[:, 0]
+            return row_logps(scored, *rows, backend=self.backend)[:, 0]
 
-    def token_logps(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+    def token_logps(self, model: nn.Module, rows: Inputs) -> Tensor:
         """Computes the reference's log-prob of each target, (R, T), 0 where there is none."""
 
         def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            return {"logps": token_logps(hidden, head, targets, backend=self.backend)}
+            return {"logps": token_logps(hidden, head, rows.targets, backend=self.backend)}
 
         with self._scoring(model) as scored:
-            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=score)["logps"]
+            return rows.run(scored, score)["logps"]
 
-    def hidden_states(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    def hidden_states(self, model: nn.Module, rows: Inputs) -> dict[str, Any]:
         """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class LiveReference:
             return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
 
         with self._scoring(model) as scored:
-            return scored(input_ids=input_ids, attention_mask=attention_mask, fused_loss=take)
+            return rows.run(scored, take)
 
     @contextlib.contextmanager
     def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -201,6 +203,7 @@ class CachedReference:
         collate: Callable[[Sequence[dict]], dict[str, Tensor]],
         *,
         batch_size: int,
+        tokens: int | None = None,
         backend: str = "auto",
         label: str = "",
         progress: bool = True,
@@ -229,7 +232,7 @@ class CachedReference:
                 write_atomically(self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode())
         rows = sum(len(shards[i]) for i in missing)
         bar = tqdm(total=rows, unit="row", desc=f"reference log-probs{label}", disable=not (progress and missing))
-        size: Any = {"batch_size": batch_size, "backend": backend, "advance": bar.update}
+        size: Any = {"batch_size": batch_size, "tokens": tokens, "backend": backend, "advance": bar.update}
         with bar, switched_off(model) if self.adapter_off else contextlib.nullcontext():
             for i in missing:
                 values[i] = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)[..., 0].numpy()
@@ -290,12 +293,14 @@ def dataset_logps(
     kind: Kind,
     *,
     batch_size: int,
+    tokens: int | None = None,
     backend: str = "auto",
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
     """Computes `batch_logps` of the rows of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
 
     Lists shorter than the longest are padded with NaN. The processes share the rows, and each returns all results.
+    tokens: a budget of tokens per batch, in place of batch_size, which counts units; None: there is none.
     advance: called with the number of rows done since the last call.
     """
     from accelerate.utils import gather_object
@@ -305,9 +310,15 @@ def dataset_logps(
     order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths in a batch: little padding
     mine = order[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, list]] = []
-    for start in range(0, len(mine), batch_size):
-        at = mine[start : start + batch_size]
-        batch = {k: v.to(accelerator.device) for k, v in collate([rows[i] for i in at]).items()}
+    if tokens is None:
+        parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+        batches = ((at, collate([rows[i] for i in at])) for at in parts)
+    else:
+        units = KeepsUnits(collate)([rows[i] for i in mine]).drawn
+        cut = Budget(tokens, collate).numbered(units, beside=True)
+        batches = (([mine[k] for k in part], batch) for part, batch in cut)
+    for at, batch in batches:
+        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with accelerator.autocast():
             found = batch_logps(model, batch, kind, backend=backend).tolist()
         for i, values in zip(at, found, strict=True):

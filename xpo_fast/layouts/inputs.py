@@ -1,0 +1,84 @@
+"""Rows as a model is given them: padded, with the layout that they are read in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..types import IGNORE_INDEX
+from .attention import laid_out
+from .model import install_layouts
+from .rows import Layout, lay_out
+
+KEY = "layout"  # of a batch's layout among its tensors
+
+
+class Inputs(NamedTuple):
+    """R padded rows, and the layout in which a model reads them; None: as they are."""
+
+    input_ids: Tensor  # (R, T)
+    attention_mask: Tensor  # (R, T)
+    targets: Tensor  # (R, T) aligned, −100 where not scored
+    layout: Layout | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], prefix: str = "") -> Inputs:
+        """Returns the rows of a collated batch whose keys begin with `prefix`."""
+        names = ("input_ids", "attention_mask", "targets")
+        return cls(*(batch[prefix + name] for name in names), batch.get(prefix + KEY))
+
+    def run(self, model: nn.Module, fused_loss: Callable[..., Any]) -> Any:
+        """Returns fused_loss(hidden (R, T, D), head) inside the model's forward, which reads the rows in the layout.
+
+        Hidden states are 0 where the layout was not asked for them. model: has `install_fused_loss`; may be wrapped.
+        """
+        if self.layout is not None:
+            install_layouts(model)
+        with laid_out(self.layout):
+            return model(input_ids=self.input_ids, attention_mask=self.attention_mask, fused_loss=fused_loss)
+
+
+@dataclass
+class LaysOut:
+    """A collator that adds to another's batches, on the CPU, the layout in which their rows are to be read.
+
+    layout: a name of LAYOUTS, which may be changed between batches; "padded" adds nothing. wanted: from a batch and the
+    prefix of its keys, the positions (R, T) bool whose hidden states are read; those with a target by default.
+    """
+
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+    layout: str = "padded"
+    wanted: Callable[[Mapping[str, Tensor], str], Tensor] = lambda batch, of: batch[of + "targets"] != IGNORE_INDEX
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        return self.lay_out(self.collate(features))
+
+    def lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch on the CPU with the layout of its rows, and of the mismatched rows of KTO."""
+        if self.layout != "padded":
+            for prefix in ("", "kl_"):
+                if prefix + "input_ids" in batch:
+                    rows = Inputs.of(batch, prefix)
+                    wanted = self.wanted(batch, prefix)
+                    batch[prefix + KEY] = lay_out(*rows[:2], wanted, share=self.layout == "shared")
+        return batch
+
+
+def beside(first: Inputs, second: Inputs) -> Inputs:
+    """Returns the rows of both, the shorter padded at the end; laid out anew if both are, what they share once."""
+    width = max(first.input_ids.shape[1], second.input_ids.shape[1])
+
+    def wide(x: Tensor, fill: int) -> Tensor:
+        return nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
+
+    fills = (0, 0, IGNORE_INDEX)
+    both = [torch.cat([wide(a, fill), wide(b, fill)]) for a, b, fill in zip(first, second, fills, strict=False)]
+    if first.layout is None or second.layout is None:
+        return Inputs(*both)
+    share = first.layout.shares and second.layout.shares
+    layout = lay_out(both[0], both[1], both[2] != IGNORE_INDEX, share=share)
+    return Inputs(*both, layout.to(both[0].device))

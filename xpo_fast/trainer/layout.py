@@ -1,0 +1,87 @@
+"""Settles the layout of a trainer's batches before the first step: chosen, proved on two units, and said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..layouts import Chosen, Inputs, attention_of, choose, prove
+from .reference import row_tokens
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("xpo_fast")
+
+_BATCHES, _AMONG = 8, 64  # batches whose tokens are counted; rows of which the two shortest prove the layout
+
+
+def settle_layout(
+    requested: str,
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    hindrance: str | None = None,
+    backend: str = "auto",
+) -> Chosen:
+    """Returns the layout to train in. Logs which and why; warns, with the figures, where it does not prove itself.
+
+    rows: of the training data, encoded. collate: makes padded batches of them. hindrance: why only padded rows can be
+    read, whatever the model. Raises ValueError for a layout that the model cannot be read in. Every process must call
+    it, before the model is wrapped.
+    """
+
+    def batches() -> list[dict[str, Any]]:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        return [collate([rows[int(i)] for i in part]) for part in order[: _BATCHES * batch_size].split(batch_size)]
+
+    def some() -> dict[str, Any]:
+        shortest = sorted((rows[i] for i in range(min(len(rows), _AMONG))), key=row_tokens)[:2]
+        return collate([dict(row) for row in shortest])
+
+    chosen = choose(requested, model, batches, hindrance=hindrance)
+    return proven(chosen, requested, model, some, accelerator, backend=backend)
+
+
+def proven(
+    chosen: Chosen,
+    requested: str,
+    model: nn.Module,
+    some: Callable[[], dict[str, Any]],
+    accelerator: Accelerator,
+    *,
+    backend: str = "auto",
+) -> Chosen:
+    """Returns the chosen layout if it proves itself, else the padded one. Logs which and why, or warns with figures.
+
+    some: a padded batch of the rows that it is proved on; called only if there is something to prove.
+    """
+    if chosen.layout != "padded":
+        inputs = Inputs(*(x.to(accelerator.device) for x in Inputs.of(some())[:3]))
+        proof = prove(model, inputs, share=chosen.layout == "shared", accelerator=accelerator, backend=backend)
+        if not proof.holds:
+            if accelerator.is_main_process:
+                logger.warning("layout %s is not used, rows stay padded: %s", chosen.layout, proof)
+            chosen = Chosen("padded", f"{chosen.layout} did not prove itself: {proof}", chosen.tokens)
+        elif accelerator.is_main_process:
+            attention = attention_of(model, accelerator.device)
+            logger.info("layout %s; %s; %s", chosen, attention.said, proof)
+    elif requested != "padded" and accelerator.is_main_process:
+        logger.info("layout %s", chosen)
+    return chosen
+
+
+def hindrance_of(trainer: Any) -> str | None:
+    """Returns why a trainer's rows must stay padded, whatever its model; None if they need not."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "FSDP and DeepSpeed keep the model in parts, in which layouts have not been tried"
+    if trainer.args.torch_compile:
+        return "torch_compile compiles the model's forward, in which a layout cannot be put"
+    return None
