@@ -49,10 +49,10 @@ def unsupported(model: Any) -> str | None:
             return f"{kind} does not attend by transformers' attention interface"
     if not attention:
         return "no attention by transformers' attention interface"
-    if not any(getattr(x, "is_causal", True) for x in attention):
-        return "a model that reads ahead"
     if not _takes_positions(backbone, decoder):
         return "it takes no position_ids"
+    if not any(getattr(x, "is_causal", True) for x in attention):
+        return "a model that reads ahead"
     if any("create_position_ids_from_input_ids" in names_in_forward(type(x)) for x in modules):
         return "positions are counted from its padding token's id"
     for x in attention:
