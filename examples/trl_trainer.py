@@ -2,9 +2,8 @@
 
     python examples/trl_trainer.py
 
-Runs of SmolLM2-135M-Instruct with LoRA, each from the same start: TRL alone; TRL with `install()`, with the same losses;
-the same once more, with each pair's prompt read once and no padding; and SimPO, which TRL's DPOTrainer does not have.
-The seconds include TRL's own work.
+Runs of SmolLM2-135M-Instruct with LoRA from the same start: TRL alone; with `install()`; with a pair's prompt read once,
+too: the same losses; and SimPO, which TRL's DPOTrainer does not have. The seconds include TRL's own work.
 """
 
 from __future__ import annotations
