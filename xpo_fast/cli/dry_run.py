@@ -28,12 +28,14 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
     check_rows(model, tokenizer, encoded)
-    first = _batch(encoded, data.Collator(padding_id(model, tokenizer), objective.data_kind), config)
+    collate = data.Collator(padding_id(model, tokenizer), objective.data_kind)
+    first = _batch(encoded, collate, config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
     print(f"method     {config.objective()}")
     print(f"reference  {reference}: {why}")
+    _layout(config, model, encoded, collate)
     print(f"head       {_plan(config, model, *layout(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))
     _rendered(first, tokenizer)
@@ -52,15 +54,18 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     check_rows(model, tokenizer, encoded, lengths=read_lengths(encoded, spec, tokenizer))
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, spec.kind, config)
+    collate = RewardCollator(padding_id(model, tokenizer), spec, tokenizer)
     print(f"method     {spec.method}")
+    _layout(config, model, encoded, collate)
     _steps(config, len(rows))
     print("The reward is read at the last token of each completion.")
-    _rendered(_batch(encoded, RewardCollator(padding_id(model, tokenizer), spec, tokenizer), config), tokenizer)
+    _rendered(_batch(encoded, collate, config), tokenizer)
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
     from ..data import check_written
+    from ..layouts import choose, unsupported
     from ..models import check_ids, positions
     from ..rl.checks import checked_ids
     from ..trainer import CLOSE, OPEN
@@ -78,6 +83,10 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
             f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), "
             f"{short} less than --max-new-tokens {config.max_new_tokens}"
         )
+    if config.layout == "padded" or unsupported(model) is not None:
+        layout = choose(config.layout, model, lambda: [])
+    else:
+        layout = f"{config.layout}: settled on the first rollout"
     rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
     print(
@@ -85,6 +94,7 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         f"method     {config.objective()}, advantages: {config.estimator}\n"
         f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most "
         f"{config.max_new_tokens} tokens\n"
+        f"layout     {layout}\n"
         f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
         f"{_name(config.lr_scheduler_type)}"
     )
@@ -169,6 +179,15 @@ def _table(lengths: dict[str, list[int]]) -> None:
         ordered = sorted(values)
         middle, high = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         print(f"{name:<11}{ordered[0]:>8}{middle:>8}{high:>8}{ordered[-1]:>8}")
+
+
+def _layout(config: Any, model: Any, encoded: Any, collate: Any) -> None:
+    """Prints the layout in which a run would read rows, if it proves itself there."""
+    from ..layouts import choose
+    from ..trainer.layout import sampled
+
+    size = config.per_device_train_batch_size
+    print(f"layout     {choose(config.layout, model, lambda: sampled(encoded, collate, size))}")
 
 
 def _steps(config: Any, rows: int) -> None:

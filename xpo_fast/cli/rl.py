@@ -237,6 +237,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
         backend=args.backend,
         tile_mib=args.tile_mib,
         preflight=args.preflight,
+        layout=args.layout,
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
         **{"show_samples": 3} | fields,

@@ -162,6 +162,7 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         tile_mib=args.tile_mib,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
         **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
     )
