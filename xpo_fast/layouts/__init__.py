@@ -1,9 +1,9 @@
 """Layouts of a batch: padded rows, rows packed side by side, and rows whose common beginnings stand once."""
 
 from .attention import laid_out
-from .check import Proof, prove
+from .check import Proof, Reads, prove
 from .choice import Chosen, check_layout, choose
-from .inputs import Inputs, LaysOut, beside
+from .inputs import Inputs, LaysOut, Wanted, beside, with_target
 from .model import install_layouts
 from .rows import CHOICES, LAYOUTS, Layout, lay_out
 from .support import unsupported
@@ -16,6 +16,8 @@ __all__ = [
     "Layout",
     "LaysOut",
     "Proof",
+    "Reads",
+    "Wanted",
     "beside",
     "check_layout",
     "choose",
@@ -24,4 +26,5 @@ __all__ = [
     "lay_out",
     "prove",
     "unsupported",
+    "with_target",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .inputs import KEY, LaysOut
+from .inputs import KEY, LaysOut, Wanted, with_target
 from .rows import CHOICES
 from .support import unsupported
 
@@ -26,12 +26,18 @@ class Chosen:
 
 
 def choose(
-    requested: str, model: Any, batches: Callable[[], Sequence[dict[str, Any]]], *, hindrance: str | None = None
+    requested: str,
+    model: Any,
+    batches: Callable[[], Sequence[dict[str, Any]]],
+    *,
+    hindrance: str | None = None,
+    wanted: Wanted = with_target,
 ) -> Chosen:
     """Chooses the layout of a run by the model and by some batches of its data, collated and padded.
 
     requested: a name of CHOICES. batches: called only if tokens must be counted. hindrance: why only padded rows can be
-    read, whatever the model. Raises ValueError for another name, and for a layout that the model cannot be read in.
+    read, whatever the model. wanted: as for `LaysOut`. Raises ValueError for another name, and for a layout that the
+    model cannot be read in.
     """
     check_layout(requested)
     if requested == "padded":
@@ -41,7 +47,7 @@ def choose(
         if requested != "auto":
             raise ValueError(f'layout={requested!r}: {why_not}; use layout="padded", or "auto"')
         return Chosen("padded", why_not)
-    tokens = count(batches())
+    tokens = count(batches(), wanted)
     padded, packed, shared = tokens
     if requested != "auto":
         taken, why = requested, "as asked"
@@ -62,11 +68,11 @@ def check_layout(name: str) -> None:
         raise ValueError(f"layout must be one of {', '.join(CHOICES)}, got {name!r}")
 
 
-def count(batches: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+def count(batches: Sequence[dict[str, Any]], wanted: Wanted = with_target) -> tuple[int, int, int]:
     """Returns the positions that a model computes for these batches when they are padded, packed and shared."""
     padded = packed = shared = 0
     for batch in batches:
         padded += batch["input_ids"].numel()
-        packed += len(LaysOut(lambda x: x, "packed").lay_out(dict(batch))[KEY])
-        shared += len(LaysOut(lambda x: x, "shared").lay_out(dict(batch))[KEY])
+        packed += len(LaysOut(lambda x: x, "packed", wanted).lay_out(dict(batch))[KEY])
+        shared += len(LaysOut(lambda x: x, "shared", wanted).lay_out(dict(batch))[KEY])
     return padded, packed, shared

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layouts import Chosen, Inputs, choose, prove
+from ..layouts import Chosen, Inputs, LaysOut, Reads, Wanted, choose, prove, with_target
 from .reference import row_tokens
 
 if TYPE_CHECKING:
@@ -30,24 +30,35 @@ def settle_layout(
     batch_size: int,
     hindrance: str | None = None,
     backend: str = "auto",
+    wanted: Wanted = with_target,
+    reads: Reads | None = None,
 ) -> Chosen:
     """Returns the layout to train in. Logs which and why; warns, with the figures, where it does not prove itself.
 
     rows: of the training data, encoded. collate: makes padded batches of them. hindrance: why only padded rows can be
-    read, whatever the model. Raises ValueError for a layout that the model cannot be read in. Every process must call
-    it, before the model is wrapped.
+    read, whatever the model. wanted, reads: what is read of a batch besides log-probs of targets, see `LaysOut` and
+    `prove`. Raises ValueError for a layout that the model cannot be read in. Every process must call it, before the
+    model is wrapped.
     """
 
     def batches() -> list[dict[str, Any]]:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return [collate([rows[int(i)] for i in part]) for part in order[: _BATCHES * batch_size].split(batch_size)]
 
-    chosen = choose(requested, model, batches, hindrance=hindrance)
+    chosen = choose(requested, model, batches, hindrance=hindrance, wanted=wanted)
     if chosen.layout != "padded":
         shortest = sorted((rows[i] for i in range(min(len(rows), _AMONG))), key=row_tokens)[:2]
-        inputs = Inputs.of(collate([dict(row) for row in shortest]))
-        inputs = Inputs(*(x.to(accelerator.device) for x in inputs[:3]))
-        proof = prove(model, inputs, share=chosen.layout == "shared", accelerator=accelerator, backend=backend)
+        batch = collate([dict(row) for row in shortest])
+        inputs = Inputs(*(x.to(accelerator.device) for x in Inputs.of(batch)[:3]))
+        proof = prove(
+            model,
+            inputs,
+            share=chosen.layout == "shared",
+            accelerator=accelerator,
+            backend=backend,
+            wanted=wanted(batch, "").to(accelerator.device),
+            reads=reads,
+        )
         if not proof.holds:
             if accelerator.is_main_process:
                 logger.warning("layout %s is not used, rows stay padded: %s", chosen.layout, proof)
@@ -56,6 +67,30 @@ def settle_layout(
             logger.info("layout %s; %s", chosen, proof)
     elif requested != "padded" and accelerator.is_main_process:
         logger.info("layout %s", chosen)
+    return chosen
+
+
+def settle_layout_of(trainer: Any, rows: Sequence[Mapping[str, Any]], reads: Reads | None = None) -> Chosen | None:
+    """Settles the layout of a trainer's batches, of which `rows` are some, and has its collator lay them out.
+
+    reads: as for `settle_layout`. Returns None, and does nothing, if the trainer's collator has been replaced.
+    """
+    collator = trainer.data_collator
+    if not isinstance(collator, LaysOut):
+        return None
+    chosen = settle_layout(
+        trainer.args.layout,
+        trainer.model,
+        rows,
+        collator.collate,
+        trainer.accelerator,
+        batch_size=trainer.args.per_device_train_batch_size,
+        hindrance=hindrance_of(trainer),
+        backend=trainer.args.backend,
+        wanted=collator.wanted,
+        reads=reads,
+    )
+    collator.layout = chosen.layout
     return chosen
 
 

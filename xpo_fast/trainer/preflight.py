@@ -427,10 +427,9 @@ def _padded(batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
     """Returns a batch with further columns of padding, at the end of each row."""
     shape = batch["targets"].shape
     filled = {"targets": IGNORE_INDEX, "input_ids": pad}
-    return {
-        name: nn.functional.pad(x, (0, _PADDED), value=filled.get(name, 0)) if x.shape == shape and x.dim() == 2 else x
-        for name, x in batch.items()
-    }
+    rows = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.shape == shape}
+    wide = {name: nn.functional.pad(x, (0, _PADDED), value=filled.get(name, 0)) for name, x in rows.items()}
+    return batch | wide
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
