@@ -17,6 +17,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def most_over_ranks(count: int, device: torch.device) -> int:
+    """Returns the largest count of all ranks; the count itself without torch.distributed."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        most = torch.tensor(count, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+    return count
+
+
 def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -> Tensor:
     """Reduces unit losses (U,) to a scalar; with reduction="none" returns them as they are.
 

@@ -56,14 +56,7 @@ def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
 
     Only names that both have are compared; a checkpoint without the file, written by another version, is accepted.
     """
-    path = Path(folder) / MADE_WITH
-    if not path.is_file():
-        return
-    try:
-        was = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): go on from another checkpoint") from error
-    now = as_json(now)
+    was, now = made_with_of(folder), as_json(now)
     changed = [name for name in now if name in was and not _same(was[name], now[name])]
     if changed:
         changes = ", ".join(f"{name} was {_shown(was[name])} and is {_shown(now[name])}" for name in changed)
@@ -71,6 +64,17 @@ def check_made_with(folder: str | Path, now: Mapping[str, Any]) -> None:
             f"{folder} is of another run, where {changes}: go on with the same options and data, or begin a new run in "
             f"another output folder, with the model {folder} if it is to begin with these weights"
         )
+
+
+def made_with_of(folder: str | Path) -> dict[str, Any]:
+    """Returns the settings that a checkpoint was made with; none if it has no file of them."""
+    path = Path(folder) / MADE_WITH
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): go on from another checkpoint") from error
 
 
 def model_identity(name: str) -> Any:

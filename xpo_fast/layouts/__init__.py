@@ -4,8 +4,8 @@ from .attention import laid_out
 from .check import Proof, Reads, prove
 from .choice import Chosen, check_layout, choose
 from .inputs import Inputs, LaysOut, Wanted, beside, with_target
-from .model import install_layouts
-from .rows import CHOICES, LAYOUTS, Layout, lay_out
+from .model import attention_of, install_layouts, remove_layouts
+from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
 from .support import unsupported
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Proof",
     "Reads",
     "Wanted",
+    "attention_of",
     "beside",
     "check_layout",
     "choose",
@@ -25,6 +26,8 @@ __all__ = [
     "laid_out",
     "lay_out",
     "prove",
+    "remove_layouts",
+    "side_by_side",
     "unsupported",
     "with_target",
 ]

@@ -1,9 +1,10 @@
-"""Attention over a laid out sequence, by the model's own attention function, through transformers' interfaces.
+"""Attention over a laid out sequence, by transformers' attention functions, through its interfaces.
 
 A model whose config names an implementation of `name_of` makes its masks and calls its attention here. A segment's
-tokens attend to the segments before it in its rows and to itself; the function that does it, and the one that makes the
-mask, are those of the implementation that the model had (sdpa, eager), so that scaling, softcap, sinks, dropout,
-grouped heads and windows are the model's own.
+tokens attend to the segments before it in its rows and to itself. In each of the ways of ways.py that is left to a
+function of transformers, so that scaling, softcap, sinks, dropout, grouped heads and windows are the model's own. This
+file has the way that goes everywhere: the function and the mask of the implementation that the model had (sdpa, eager),
+segment by segment.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Layout, Segment
+from . import flex, varlen
+from .rows import Layout, unseen
+from .ways import FLEX, VARLEN
 
 _PREFIX = "xpo_fast_"
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -56,24 +59,26 @@ class Plan:
     calls: tuple[Call, ...]
 
 
-def name_of(implementation: str) -> str:
-    """Returns the name of the implementation that lays out for `implementation`, and registers it with transformers."""
+def name_of(implementation: str, way: str) -> str:
+    """Returns the name of the implementation that lays out for `implementation` in a way of ways.py, and registers it
+    with transformers.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    name = _PREFIX + implementation
+    name = f"{_PREFIX}{way}_{implementation}"
     if name not in AttentionInterface._global_mapping:
         AttentionInterface.register(name, _attention(implementation))
-        AttentionMaskInterface.register(name, _mask(implementation))
+        AttentionMaskInterface.register(name, _mask(implementation, way))
     return name
 
 
 def implementation_of(name: str) -> str:
     """Returns the implementation that a name of `name_of` stands for; another name as it is."""
-    return name.removeprefix(_PREFIX)
+    return name.removeprefix(_PREFIX).partition("_")[2] if name.startswith(_PREFIX) else name
 
 
-def _mask(implementation: str) -> Callable[..., Any]:
-    """Returns the mask function of an implementation: the plan of the current layout, else the mask that it has."""
+def _mask(implementation: str, way: str) -> Callable[..., Any]:
+    """Returns the mask function of an implementation: what a way needs to know of the current layout, else its mask."""
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -82,6 +87,10 @@ def _mask(implementation: str) -> Callable[..., Any]:
         layout = current()
         if layout is None:
             return make(*args, **kwargs)
+        if way == FLEX:
+            return flex.block_mask(layout, **kwargs)
+        if way == VARLEN:
+            return varlen.lengths(layout, **kwargs)
         return plan(layout, make, **kwargs)
 
     return mask
@@ -104,51 +113,45 @@ def plan(
     """
     about = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset")  # of the sequence as one row
     kwargs = {n: x for n, x in kwargs.items() if n not in about} | {"batch_size": 1, "local_size": local_size}
-    numbers = {segment.start: i for i, segment in enumerate(layout.segments)}
     calls: dict[tuple[int, int], list[int]] = {}
     for i, segment in enumerate(layout.segments):
         calls.setdefault((len(segment), segment.at), []).append(i)
     made = []
     for (size, at), members in calls.items():
-        # Keys further back than the window of the first query are seen by none.
-        seen = 0 if local_size is None else min(max(at + 1 - local_size, 0), at)
+        skip = unseen(at, local_size)
 
-        def moved(b: Any, h: Any, q: Any, k: Any, at: int = at, seen: int = seen) -> Any:
-            return mask_function(b, h, q + at, k + seen)
+        def moved(b: Any, h: Any, q: Any, k: Any, at: int = at, skip: int = skip) -> Any:
+            return mask_function(b, h, q + at, k + skip)
 
         found = make(
             q_length=size,
-            kv_length=at + size - seen,
+            kv_length=at + size - skip,
             mask_function=moved,
             allow_is_causal_skip=allow_is_causal_skip and at == 0,
             **kwargs,
         )
-        pieces = tuple(_pieces(layout.segments[i], i, numbers, seen) for i in members)
+        pieces = tuple(layout.keys_of(i, local_size) for i in members)
         made.append(Call(tuple(members), pieces, found))
     return Plan(tuple(map(len, layout.segments)), tuple(made))
 
 
-def _pieces(segment: Segment, own: int, numbers: dict[int, int], seen: int) -> tuple[tuple[int, int, int], ...]:
-    """Returns the parts of segments, from position `seen` of the rows on, that a segment's tokens look at."""
-    pieces, at = [], 0
-    for start, stop in segment.before:
-        size = stop - start
-        if at + size > seen:
-            pieces.append((numbers[start], max(seen - at, 0), size))
-        at += size
-    return (*pieces, (own, 0, len(segment)))
-
-
 def _attention(implementation: str) -> Callable[..., Any]:
-    """Returns the attention function of an implementation, which runs it call by call where it is given a plan."""
+    """Returns the attention function of an implementation. What it is given in place of a mask says what it does.
+
+    Not the name by which it is called: that is of the last forward, also where a layer is computed again.
+    """
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
+        if flex.is_block_mask(attention_mask):
+            return function_of(module, flex.NAME)(module, query, key, value, attention_mask, **kwargs)
         run = function_of(module, implementation)
-        if not isinstance(attention_mask, Plan):
-            return run(module, query, key, value, attention_mask, **kwargs)
-        return in_calls(run, module, query, key, value, attention_mask, **kwargs)
+        if isinstance(attention_mask, varlen.Lengths):
+            return varlen.attend(run, implementation, module, query, key, value, attention_mask, **kwargs)
+        if isinstance(attention_mask, Plan):
+            return in_calls(run, module, query, key, value, attention_mask, **kwargs)
+        return run(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 

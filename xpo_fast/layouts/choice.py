@@ -31,13 +31,14 @@ def choose(
     batches: Callable[[], Sequence[dict[str, Any]]],
     *,
     hindrance: str | None = None,
+    before: str | None = None,
     wanted: Wanted = with_target,
 ) -> Chosen:
     """Chooses the layout of a run by the model and by some batches of its data, collated and padded.
 
     requested: a name of CHOICES. batches: called only if tokens must be counted. hindrance: why only padded rows can be
-    read, whatever the model. wanted: as for `LaysOut`. Raises ValueError for another name, and for a layout that the
-    model cannot be read in.
+    read, whatever the model. before: of a run that is resumed, the layout that it had, which "auto" keeps to. wanted:
+    as for `LaysOut`. Raises ValueError for another name, and for a layout that the model cannot be read in.
     """
     check_layout(requested)
     if requested == "padded":
@@ -51,6 +52,8 @@ def choose(
     padded, packed, shared = tokens
     if requested != "auto":
         taken, why = requested, "as asked"
+    elif before is not None:
+        taken, why = before, "as before the checkpoint"
     elif shared <= _WORTH * packed:
         taken, why = "shared", "what rows begin with in common is read once"
     elif packed <= _WORTH * padded:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..models.lm_head import causal_lm, unwrapped
 from .attention import current, implementation_of, name_of
+from .ways import Attention, attention_for
 
-_NAME = "_xpo_fast_layouts"
+_NAME = "_xpo_fast_layouts"  # of the handles of its two hooks
 
 
 def install_layouts(model: nn.Module) -> None:
@@ -23,9 +24,19 @@ def install_layouts(model: nn.Module) -> None:
     backbone = backbone_of(model)
     if getattr(backbone, _NAME, None) is None:
         hooks = _Hooks()
-        setattr(backbone, _NAME, hooks)
-        backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        before = backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        behind = backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        setattr(backbone, _NAME, (before, behind))
+
+
+def remove_layouts(model: nn.Module) -> None:
+    """Undoes `install_layouts`. What checkpointed layers have still to compute again must have been, in a backward."""
+    backbone = backbone_of(model)
+    for handle in getattr(backbone, _NAME, ()):
+        handle.remove()
+    if hasattr(backbone, _NAME):
+        delattr(backbone, _NAME)
+        _rename(_plain(backbone))
 
 
 def backbone_of(model: Any) -> nn.Module:
@@ -41,25 +52,42 @@ def configs_of(backbone: nn.Module) -> list[Any]:
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
 
 
+def attention_of(model: Any, device: torch.device) -> Attention:
+    """Returns how a model on a device attends in a layout."""
+    backbone: Any = backbone_of(model)
+    implementation = implementation_of(backbone.config.get_text_config()._attn_implementation)
+    return attention_for(backbone, implementation, device)
+
+
+def _plain(backbone: nn.Module) -> list[tuple[Any, str]]:
+    """Returns the backbone's configs and their own implementations, all read before one of them is changed."""
+    return [(config, implementation_of(config._attn_implementation)) for config in configs_of(backbone)]
+
+
+def _rename(configs: list[tuple[Any, str]]) -> None:
+    """Gives configs their implementations. What a checkpointed layer computes again needs that of the last forward."""
+    for config, name in configs:
+        if config._attn_implementation != name:
+            config._attn_implementation = name
+
+
 class _Hooks:
     """The two hooks. They keep nothing of the model, so that a deep copy of it has hooks of its own."""
 
     def before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Gives the backbone the tokens of the layout's sequence in place of padded rows."""
         layout = current()
-        # What a checkpointed layer computes again in its backward needs the name of the last forward, so it stays.
-        for config in configs_of(backbone):
-            plain = implementation_of(config._attn_implementation)
-            wanted = plain if layout is None else name_of(plain)
-            if config._attn_implementation != wanted:
-                config._attn_implementation = wanted
+        configs = _plain(backbone)
         if layout is None:
+            _rename(configs)
             return None
         names = ("input_ids", "attention_mask", "position_ids")
         given = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if x is not None}
         rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         if rows.shape[0] != layout.shape[0] or rows.shape[1] < layout.shape[1]:
             raise ValueError(f"the layout is of rows {layout.shape}, the model is given {tuple(rows.shape)}")
+        ways = [(c, plain, attention_for(backbone, plain, rows.device)) for c, plain in configs]
+        _rename([(c, name_of(plain, found.way)) for c, plain, found in ways])
         shape = rows.shape[:2]
         taken = {
             name: layout.take(x) if isinstance(x, Tensor) and x.shape[:2] == shape else x for name, x in given.items()

@@ -7,6 +7,7 @@ prompt rejected                           0 … p−1 p …    p …         pos
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,25 @@ class Layout:
     def __len__(self) -> int:
         return len(self.row)
 
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {segment.start: i for i, segment in enumerate(self.segments)}
+
+    def keys_of(self, number: int, window: int | None = None) -> tuple[tuple[int, int, int], ...]:
+        """Returns what the tokens of a segment look at: (number, from, to) of segments, its own at the end.
+
+        window: how many tokens, itself among them, a token looks back at; what the segment's first one does not see is
+        left out.
+        """
+        own = self.segments[number]
+        skip, at, pieces = unseen(own.at, window), 0, []
+        for start, stop in own.before:
+            size = stop - start
+            if at + size > skip:
+                pieces.append((self._numbers[start], max(skip - at, 0), size))
+            at += size
+        return (*pieces, (number, 0, len(own)))
+
     def to(self, device: Any, **how: Any) -> Layout:
         """Returns the layout with its tensors on the device; how: of `Tensor.to`."""
         return replace(self, **{n: x.to(device, **how) for n, x in vars(self).items() if isinstance(x, Tensor)})
@@ -75,6 +95,11 @@ class Layout:
         out = flat.new_zeros(rows * length, flat.shape[1])
         out = out.index_copy(0, self.at_row * length + self.at_column, flat.index_select(0, self.index))
         return out.view(rows, length, *x.shape[2:])
+
+
+def unseen(at: int, window: int | None) -> int:
+    """Returns how many tokens of its row, from the first on, the token at position `at` is too far behind to see."""
+    return 0 if window is None else max(at + 1 - window, 0)
 
 
 def lay_out(
@@ -127,6 +152,14 @@ def lay_out(
     return Layout(
         (count, width), *(torch.from_numpy(x) for x in tensors), tuple(segments), read=int(length.sum()), shares=share
     )
+
+
+def side_by_side(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+    """Returns an order of rows (prompt ids, completion ids) in which those that begin alike meet, long prompts first.
+
+    Cut into batches in this order, rows share as much as they can, and what takes the most memory comes at once.
+    """
+    return sorted(range(len(rows)), key=lambda r: (-len(rows[r][0]), *map(list, rows[r])))
 
 
 Piece = tuple[list[int], int, int, tuple[int, ...], int]

@@ -43,11 +43,16 @@ class MixtureRollout(GenerateRollout):
         super().__init__(model, tokenizer, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs)
         self.reference, self.share = reference, share
         self._scoring = scoring or (lambda: without_adapter(model))
+        self._references: Any = weakref.WeakKeyDictionary()  # the reference's key-value cache, by the policy's
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """Returns n completions per prompt, those of a prompt side by side."""
         with self._mixed():
             return super().generate(prompts, n, sampling=sampling, seed=seed)
+
+    def caches(self, cache: Any) -> list[Any]:
+        """Returns the policy's cache and the reference's."""
+        return [cache, self._references[cache]]
 
     @contextlib.contextmanager
     def _mixed(self) -> Iterator[None]:
@@ -55,14 +60,13 @@ class MixtureRollout(GenerateRollout):
         lm: Any = causal_lm(self.model)
         own, forward = lm.__dict__.get("forward"), lm.forward
         other: Any = forward if self.reference is None else self.reference
-        caches: Any = weakref.WeakKeyDictionary()  # the reference's key-value cache, by the policy's
 
         @functools.wraps(forward)
         def mixed(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("past_key_values")
             theirs = dict(kwargs)
             if cache is not None:
-                theirs["past_key_values"] = caches.setdefault(cache, type(cache)())
+                theirs["past_key_values"] = self._references.setdefault(cache, type(cache)())
             out = forward(*args, **kwargs)
             with self._scoring() if self.reference is None else contextlib.nullcontext():
                 logits = other(*args, **theirs).logits

@@ -98,9 +98,15 @@ def check_completions(rows: list[Completion], policy: Any, tokenizer: Any, rollo
 
 
 def check_sampler(
-    rows: list[Completion], policy: Any, args: RLConfig, accelerator: Accelerator, *, own_sampler: bool
+    rows: list[Completion],
+    policy: Any,
+    args: RLConfig,
+    accelerator: Accelerator,
+    *,
+    own_sampler: bool,
+    layout: str = "padded",
 ) -> None:
-    """Compares the sampler's log-probs with those of the policy, which has not been trained since.
+    """Compares the sampler's log-probs with those of the policy, which has not been trained since and reads a layout.
 
     They are two computations of one number: sampling pads prompts on the left and keeps a cache, training pads on the
     right. Compared are the completions of the shortest prompts, which have the most padding, by the mean over their
@@ -119,9 +125,9 @@ def check_sampler(
     completions = [row.completion for row in some]
     prompts, prompt_ids, ids = ([getattr(row, n) for row in some] for n in ("prompt", "prompt_ids", "ids"))
     samples = Samples(prompts, prompt_ids, ids, completions, ["stop"] * len(some))
-    size = min(args.per_device_eval_batch_size, len(some))
+    how: Any = {"temperature": args.temperature, "backend": args.backend, "layout": layout}
     with accelerator.autocast():
-        own = sample_logps(policy, samples, temperature=args.temperature, batch_size=size, backend=args.backend)
+        own = sample_logps(policy, samples, batch_size=min(args.per_device_eval_batch_size, len(some)), **how)
     reported = torch.zeros_like(own)
     for i, row in enumerate(some):
         reported[i, : len(row.ids)] = torch.tensor(row.logps)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import data
 from ..data import pad_rows
 from ..head import token_logps, token_stats
+from ..layouts import LaysOut, side_by_side
 from ..methods.advantages import advantages, gae, whiten
 from ..methods.math import k1
 from ..models import Head
@@ -40,6 +41,7 @@ class Measure:
     args: RLConfig
     tile_bytes: int | None  # budget of the head's tile
     pad: int
+    layout: str = "padded"  # in which the models read rows
 
     def __call__(self, rows: list[Completion], which: Tensor, *, by_policy: bool) -> dict[str, Tensor]:
         """Measures the rows `which` (R,) bool: (R, C) float32 on the CPU each, 0 for other rows and after a row's end.
@@ -49,10 +51,9 @@ class Measure:
         """
         from accelerate.utils import gather_object
 
-        order = sorted(which.nonzero()[:, 0].tolist(), key=lambda i: len(rows[i].prompt_ids) + len(rows[i].ids))
-        mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = self._share(rows, which.nonzero()[:, 0].tolist())
         pairs = [(rows[i].prompt_ids, rows[i].ids) for i in mine]
-        size: Any = {"batch_size": self.args.per_device_eval_batch_size, "pad": self.pad}
+        size: Any = {"batch_size": self.args.per_device_eval_batch_size, "pad": self.pad, "layout": self.layout}
         found: dict[str, Tensor] = {}
         with self.accelerator.autocast():
             if by_policy:
@@ -67,6 +68,16 @@ class Measure:
             for name, x in values.items():
                 measured[name][at, : x.shape[1]] = x
         return measured
+
+    def _share(self, rows: list[Completion], numbers: list[int]) -> list[int]:
+        """Returns those of the numbers of rows that this process measures."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if self.layout != "shared":
+            return sorted(numbers, key=lambda i: len(rows[i].prompt_ids) + len(rows[i].ids))[rank::ranks]
+        # Whole batches, so that a prompt's completions meet.
+        order = [numbers[k] for k in side_by_side([(rows[i].prompt_ids, rows[i].ids) for i in numbers])]
+        size = self.args.per_device_eval_batch_size
+        return [i for start in range(rank * size, len(order), ranks * size) for i in order[start : start + size]]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -91,6 +102,10 @@ class Experience:
     counted: Tensor  # (R,) bool, whether the loss's mean divides by the row
     kept: Tensor  # (R,) bool, whether the row's gradient may differ from 0; only rows that are counted
     columns: dict[str, Tensor]  # (R,) or (R, C): advantage, old_logp, ref_token_logp, old_value, returns, …
+
+    def row(self, i: int) -> tuple[list[int], list[int]]:
+        """Returns the prompt ids and the completion ids of row i."""
+        return self.prompt_ids[i], self.completion_ids[i]
 
     @property
     def lengths(self) -> Tensor:
@@ -274,6 +289,13 @@ def spares_rows(objective: Objective, *, other_losses: bool) -> bool:
     )
 
 
+def cuts_freely(objective: Objective) -> bool:
+    """Returns whether a step's losses and gradients are the same however its rows are cut into micro-batches."""
+    return not any(
+        m.denominator == "local_tokens" or m.unit == "batch" or "ptx_logp" in m.columns for m in objective.methods
+    )
+
+
 @dataclass
 class Batches:
     """Maker of a step's micro-batches."""
@@ -283,10 +305,20 @@ class Batches:
     accelerator: Accelerator
     pad: int
     texts: list[list[int]]  # token ids of pretraining texts; none for a method that mixes in none
+    layout: str = "padded"  # in which the policy reads rows
 
-    def step(
-        self, experience: Experience, step: int, *, spare: bool
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    def first(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[dict[str, Tensor]]:
+        """Returns the micro-batches of the first step on rows (prompt ids, completion ids), padded, without texts.
+
+        They are cut as for the layout "shared". With several processes they are those of all.
+        """
+        step = permutation(len(rows), self.args.seed, "order", 1, 0).chunk(self.args.minibatches)[0]
+        if cuts_freely(self.objective):
+            step = step[side_by_side([rows[i] for i in step.tolist()])]
+        micro = step.split(self.args.per_device_train_batch_size)
+        return [pad_rows([rows[i] for i in of.tolist()], self.pad) for of in micro]
+
+    def step(self, experience: Experience, step: int, *, spare: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Returns this process's micro-batches of a step of the run, and the denominators of their losses, () each.
 
         spare: rows with gradient 0 are left out of the batches; the denominators count them.
@@ -297,8 +329,10 @@ class Batches:
         order = permutation(len(experience.kept), args.seed, "order", rollout + 1, epoch)
         rows = order.chunk(args.minibatches)[part]
         kept = rows[experience.kept[rows]]
-        if spare:  # then it does not matter which rows share a batch: those of similar length do, for less padding
-            sizes = [len(experience.prompt_ids[i]) + len(experience.completion_ids[i]) for i in kept.tolist()]
+        if self.layout == "shared" and cuts_freely(self.objective):
+            kept = kept[side_by_side([experience.row(i) for i in kept.tolist()])]
+        elif spare:  # then it does not matter which rows share a batch: those of similar length do, for less padding
+            sizes = [sum(map(len, experience.row(i))) for i in kept.tolist()]
             kept = kept[torch.tensor(sizes, dtype=torch.int64).argsort(stable=True)]
         size = args.per_device_train_batch_size
         micro = kept.split(size) if len(kept) else ()
@@ -316,20 +350,21 @@ class Batches:
         ]
         return batches, {name: x.to(args.device) for name, x in items.items()}
 
-    def batch(self, experience: Experience, rows: Tensor | None, first_text: int) -> dict[str, Tensor]:
-        """Returns rows (n,) as a batch, with pretraining texts from number `first_text` on.
+    def batch(self, experience: Experience, rows: Tensor | None, first_text: int) -> dict[str, Any]:
+        """Returns rows (n,) as a batch in the layout, with pretraining texts from number `first_text` on.
 
         rows None: a single token without a target, from which nothing is learned; other processes wait for this one.
         """
         chosen = torch.zeros(1, dtype=torch.int64) if rows is None else rows
-        pairs = [(experience.prompt_ids[i], experience.completion_ids[i]) for i in chosen.tolist()]
+        pairs = [experience.row(i) for i in chosen.tolist()]
         texts = []
         if rows is None:
             pairs = [(pairs[0][0][:1], pairs[0][1][:1] or pairs[0][0][:1])]
         elif self.texts:
             size = self.args.per_device_train_batch_size
             texts = [self.texts[(first_text + k) % len(self.texts)] for k in range(size)]
-        batch = pad_rows([*pairs, *((ids[:1], ids[1:]) for ids in texts)], self.pad)
+        collate = LaysOut(lambda of: pad_rows(of, self.pad), self.layout)
+        batch = collate([*pairs, *((ids[:1], ids[1:]) for ids in texts)])
         targets = batch["targets"]
         batch["targets"] = targets[: len(pairs)]
         if self.texts:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data import KWARGS, pad_rows
+from ..layouts import Inputs, LaysOut
 from ..models import embeddings, padding_id, positions
 from ..rollout import GenerateRollout, encode_prompts
 from ..rollout.sampling import Sampling, eos_ids
@@ -40,6 +41,7 @@ def check_before(trainer: Any, collector: Collector | None) -> Report:
         attempt(report, check_held_out, trainer)
         if collector is not None:
             rows = [row for group in collector.collect(0, 0).groups for row in group]
+            trainer.settle_layout([(row.prompt_ids, row.ids) for row in rows])
             report.findings += check_rollout(trainer, rows)
             attempt(report, _check_sampler, trainer, rows)
     if collector is None:
@@ -65,7 +67,9 @@ def _check_sampler(report: Report, trainer: Any, rows: list[Completion]) -> None
     """Says as a fault what a run would refuse, see `check_sampler`."""
     own = isinstance(trainer.rollout, GenerateRollout)
     try:
-        check_sampler(rows, trainer.policy, trainer.args, trainer.accelerator, own_sampler=own)
+        check_sampler(
+            rows, trainer.policy, trainer.args, trainer.accelerator, own_sampler=own, layout=_layout_of(trainer)
+        )
     except ValueError as error:
         report.add("sampler", "fault", str(error))
     else:
@@ -147,20 +151,25 @@ def check_lengths(report: Report, rows: Sequence[Completion], sampling: Sampling
 
 
 def check_log_probs(report: Report, trainer: Any, rows: Sequence[Completion]) -> None:
-    """Compares the log-probs of the shortest completions in a batch with those of the model's own logits."""
+    """Compares the log-probs of the shortest completions in a batch, as it is read, with the model's own logits'."""
     policy, args = trainer.policy, trainer.args
     some = sorted((row for row in rows if row.ids), key=lambda row: len(row.prompt_ids) + len(row.ids))[:ROWS]
     if not some:
         return
     truth = true_logps(policy, trainer.accelerator, [Behind(0, "", row.prompt_ids, row.ids) for row in some])
     pad = padding_id(policy, trainer.processing_class)
-    batch = {n: x.to(args.device) for n, x in pad_rows([(row.prompt_ids, row.ids) for row in some], pad).items()}
+    collate = LaysOut(lambda of: pad_rows(of, pad), _layout_of(trainer))
+    batch = {n: x.to(args.device) for n, x in collate([(row.prompt_ids, row.ids) for row in some]).items()}
     with trainer.accelerator.autocast():
-        inputs = (batch["input_ids"], batch["attention_mask"], batch["targets"])
-        found = row_logps(policy, *inputs, backend=args.backend)[:, 0].double().cpu()
+        found = row_logps(policy, *Inputs.of(batch), backend=args.backend)[:, 0].double().cpu()
     off = (found - truth.sums()).abs()
     if not bool((off <= truth.allowed()).all()):
         said = f"the log-probs of a batch are off by {float(off.max()):.3g} nats per row from the model's own logits"
         report.add("log-probs", "fault", f"{said}: padding is read, or the batch has other tokens")
     else:
         report.add("log-probs", "ok", f"log-probs are those of the model's own logits (off by {float(off.max()):.1g})")
+
+
+def _layout_of(trainer: Any) -> str:
+    """Returns the name of the layout that is settled; "padded" before."""
+    return "padded" if trainer.layout is None else trainer.layout.layout

@@ -26,25 +26,25 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from ..data import KWARGS, load_prompts
-from ..head import token_logps
-from ..methods import METHODS
+from ..layouts import Chosen
 from ..methods.policy import adapt
-from ..models import Head, padding_id
+from ..models import padding_id
 from ..models.value_head import SavesValueHead, ValueHead, attach_value_head
-from ..reduce import count_metrics, mean_metrics, reduce_losses
 from ..rewards import RewardFunction, Rewards
 from ..rollout import GenerateRollout, Rollout, Sampling
 from ..seeds import seed_for
 from ..trainer import HandedOver, Means, Report, UnitTrainer, check_head, prepare_model, with_tokenizer
 from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
+from ..trainer.layout import hindrance_of
 from ..trainer.setup import check_trainable
-from ..types import IGNORE_INDEX
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
 from .checks import check_completions, check_prompts, check_sampler
 from .collect import Collector, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
+from .layout import settle
+from .loss import batch_loss
 from .preflight import check_before, check_first
 from .reference import MovingReference, choose_reference
 from .sample_log import SAMPLES_FILE, append_lines, sample_lines, table
@@ -115,7 +115,6 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self.objective = args.objective()
         self.loss_weights = [term.weight for term in self.objective.terms]
-        self._columns = {name for m in self.objective.methods for name in m.columns}
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.stop)
         self.prompts = [] if train_dataset is None else load_prompts(train_dataset, alike=True)
         held_out = None if eval_dataset is None else load_prompts(eval_dataset, alike=True)
@@ -166,6 +165,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self._all_means |= {"rollout": self._rollout_means, "penalty": self._penalty_means}
         self._step_began = 0.0
         self._head_checked = self._rollout_checked = False
+        self.layout: Chosen | None = None  # how models read rows; None before the first completions are there
+        self._layout_before: str | None = None  # of the run that is resumed
         self._shown: list[dict[str, Any]] = []  # samples for the next log
         self._saved: Path | None = None  # this run's last checkpoint; another in its place is an earlier run's
 
@@ -251,6 +252,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "beta": [dict(t.hyperparameters).get("beta") for t in self.objective.terms],
             "reference": {} if self.moving_reference is None else self.moving_reference.moving(),
             "shown": self._shown,
+            "layout": None if self.layout is None else self.layout.layout,
         }
         if self.args.should_save:
             torch.save(state, Path(output_dir) / STATE_FILE)
@@ -266,6 +268,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             if beta is not None:
                 self._set_beta(k, beta)
         self._shown, self._saved = state["shown"], folder.resolve()
+        self.layout, self._layout_before = None, state.get("layout")
         if self.moving_reference is not None:
             self.moving_reference.load(state["reference"])
 
@@ -279,6 +282,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     # --- a rollout ----------------------------------------------------------------------------------------------------
 
+    def settle_layout(self, rows: Sequence[tuple[list[int], list[int]]]) -> None:
+        """Settles `layout` on rows (prompt ids, completion ids), unless it is settled or none has a completion."""
+        rows = [row for row in rows if row[1]]
+        if self.layout is None and rows:
+            before, hindrance = self._layout_before, hindrance_of(self)
+            self.layout = settle(self._batches, self.policy, rows, before=before, hindrance=hindrance)
+            self._batches.layout = self._measure.layout = self.layout.layout
+
     def _begin_rollout(self) -> None:
         """Collects a rollout and makes `experience` of it. Nothing of the run changes until all of it is there."""
         args, progress = self.args, replace(self.progress)
@@ -291,10 +302,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
             own = isinstance(self.rollout, GenerateRollout)
             check_completions(rows, self.policy, self.processing_class, self.rollout)
+            self.settle_layout([(row.prompt_ids, row.ids) for row in rows])
             if not self._head_checked:
                 longest = max((row.prompt_ids + row.ids for row in rows), key=len)
                 check_head(self.model, longest, args.device, args.backend)
-                check_sampler(rows, self.policy, args, self.accelerator, own_sampler=own)
+                check_sampler(rows, self.policy, args, self.accelerator, own_sampler=own, layout=self._measure.layout)
                 self._head_checked = True
             experience, metrics = make_experience(
                 rows,
@@ -384,6 +396,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if self.progress.rollouts == number:
             self._begin_rollout()
         assert self.experience is not None and self.progress.rollouts == number + 1
+        if self.layout is None:  # resumed within a rollout
+            self.settle_layout([self.experience.row(i) for i in range(len(self.experience.kept))])
         batches, items = self._batches.step(self.experience, self.state.global_step, spare=self._spares)
         self._step_began = time.perf_counter()
         return batches, items
@@ -391,28 +405,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
-        targets = inputs["targets"]
-        count = len(targets)
-        given: dict[str, Any] = {n: x for n, x in inputs.items() if n in self._columns or n == "ref_token_logp"}
-        scaled: dict[str, Any] = {"temperature": self.args.temperature, "denominator": denominator["policy"]}
-
-        def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
-            if "ptx_targets" in inputs:
-                text = inputs["ptx_targets"]
-                tiles: Any = {"backend": self.args.backend, "tile_bytes": self.objective.tile_bytes}
-                given["ptx_logp"] = token_logps(hidden[count:], head, text, **tiles)
-                given["ptx_mask"] = text != IGNORE_INDEX
-            out = self.objective(hidden[:count], head, targets, **scaled, **given)
-            loss, metrics, counts = out.loss, dict(out.metrics), dict(out.counts)
-            if self.critic is not None:
-                value = self.critic(hidden[:count])[..., 0]
-                of_values, about, counted = _critic_loss(value, inputs, self.args.value_clip, denominator["tokens"])
-                loss = loss + self.args.vf_coef * of_values
-                metrics |= about
-                counts |= counted
-            return {"loss": loss, "losses": out.losses, "metrics": metrics, "counts": counts}
-
-        out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], fused_loss=fused)
+        out = batch_loss(model, inputs, denominator, objective=self.objective, critic=self.critic, args=self.args)
         loss, metrics, counts = out["loss"], out["metrics"], out["counts"]
         if self._adapts_beta and self.args.kl_target is not None:
             self._penalty_means.add({"kl": metrics["kl"]}, {"kl": counts["kl"]})
@@ -442,19 +435,3 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_step()
-
-
-def _critic_loss(
-    value: Tensor,  # (R, T)
-    inputs: dict[str, Tensor],
-    value_clip: float,
-    denominator: Tensor,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the critic's loss over the denominator, its metrics, and their counts."""
-    mask = inputs["targets"] != IGNORE_INDEX
-    losses, about = METHODS["ppo_value"](
-        value=value, old_value=inputs["old_value"], returns=inputs["returns"], mask=mask, value_clip=value_clip
-    )
-    about = {**about, "value/loss": torch.where(mask, losses.detach(), torch.nan)}
-    rows = mask.any(dim=1)
-    return reduce_losses(losses, "mean", denominator), mean_metrics(about, rows), count_metrics(about, rows)

@@ -21,6 +21,7 @@ from ..models import check_ids, padding_id, positions
 from ..models.lm_head import causal_lm, unwrapped
 from ..models.modes import evaluating
 from ..precision import warn_if_slow
+from .prefill import each_prompt_once
 from .sampling import Generated, Prompt, Request, RolloutError, Samples, Sampling, as_samples, eos_ids, requests
 
 logger = logging.getLogger("xpo_fast")
@@ -47,6 +48,10 @@ class GenerateRollout:
     `Samples.logps` are then the log-probs of the draws as made, temperature and cuts included; None for temperature 0.
     Continuous batching draws from torch's generator, seeded for the call, in the order in which requests happen to be
     scheduled: there the same seed need not give the same completions.
+
+    A batch reads each distinct prompt once, and its completions go on from copies of the cache. Models without
+    attention (Mamba, RWKV), models with a cache of their own, and hybrids that are not transformers' own read the
+    prompt anew for each completion; a line of the log (INFO) says so.
 
     Raises ValueError for a prompt that leaves no room for an answer in the model's positions; a completion with less
     room than max_new_tokens is cut there ("length"). Raises RolloutError if the logits are not finite.
@@ -75,6 +80,10 @@ class GenerateRollout:
         if any(c.is_prompt_learning for c in getattr(unwrapped(model), "peft_config", {}).values()):
             raise ValueError("prompt-learning adapters are not sampled from: train with LoRA, or the whole model")
         self.model = model
+
+    def caches(self, cache: Any) -> list[Any]:
+        """Returns all caches that a forward of the policy fills when it is given its own, `cache`."""
+        return [cache]
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """Samples n completions of each prompt, those of a prompt side by side."""
@@ -122,7 +131,7 @@ class GenerateRollout:
         config = transformers.GenerationConfig(
             max_new_tokens=longest, do_sample=False, eos_token_id=sorted(eos) or None, pad_token_id=pad, use_cache=True
         )
-        with _without_settings(lm):
+        with _without_settings(lm), each_prompt_once(lm, [request.ids for request in asked], self.caches):
             output = lm.generate(
                 input_ids=input_ids.to(lm.device),
                 attention_mask=attention_mask.to(lm.device),
@@ -267,7 +276,8 @@ def _without_settings(lm: Any) -> Iterator[None]:
 
 def _batches(asked: list[Request], size: int) -> Iterator[list[int]]:
     """Yields batches of request indices, longest prompts first, at most `size` each and of equal max_tokens."""
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].max_tokens, -len(asked[i].ids)))
+    # Equal prompts side by side: they are read once per batch.
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].max_tokens, -len(asked[i].ids), asked[i].ids))
     for _, alike in itertools.groupby(order, key=lambda i: asked[i].max_tokens):
         while batch := [*itertools.islice(alike, size)]:
             yield batch

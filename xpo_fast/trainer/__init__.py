@@ -1,11 +1,12 @@
 """Trainers on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs."""
 
-from .base import Means, UnitTrainer
+from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
 from .findings import CLOSE, OPEN, Finding, Report, marked
 from .handed_over import HandedOver, Kept, warn_of_trained_adapter
+from .means import Means
 from .preference import XPOTrainer, layout
 from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import shutil
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,11 @@ except ImportError as error:
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..models import note_name, saving_embeddings
-from ..reduce import sum_over_ranks
-from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, write_made_with
+from ..reduce import most_over_ranks, sum_over_ranks
+from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, made_with_of, write_made_with
 from ..seeds import draws_by
 from .arguments import check_trainer_arguments, let_ddp_find_unused_parameters
+from .budget import WINDOW, Budget, KeepsUnits, LongestFirst, Parts, Units, computed, entries, unit_tokens
 from .checkpoints import (
     check_bases_stay,
     check_room,
@@ -44,55 +47,21 @@ from .checkpoints import (
     trained_at_root,
     unsaved,
 )
+from .checks import place_in
 from .findings import Report
 from .handed_over import adapter_settings
+from .means import Means
 from .setup import check_trainable
+from .throughput import Throughput, read_tokens, saved
+
+logger = logging.getLogger("xpo_fast")
 
 _UNSAVED = (
     "{} weights, such as {}, are trained beside the adapter and are not saved with it, neither in checkpoints nor by "
     "save_model: name their modules in the adapter's modules_to_save, or save the model with merge_and_unload()"
 )
 _LOSS = "loss of method "  # prefix among the means of an evaluation
-
-
-class Means:
-    """Weighted means of named scalars, kept as detached sums on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # (2,) each: weighted sum, weight
-
-    def add(self, values: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-        """Adds scalars with their weights.
-
-        values, weights: () each, under the same names, which must be the same on every rank. A value may be NaN where
-        its weight is 0.
-        """
-        value = torch.stack([x.detach().float() for x in values.values()])
-        weight = torch.stack([weights[name].float() for name in values])
-        added = torch.stack([torch.where(weight > 0, value * weight, 0.0), weight], dim=1)
-        for name, sums in zip(values, added.unbind(0), strict=True):
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-
-    def pop(self) -> dict[str, float]:
-        """Returns the means over all ranks since the last call, NaN without weight. Every rank must call it."""
-        names, sums = list(self._sums), self._over_ranks()
-        self._sums = {}
-        return {} if sums is None else dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-
-    def _over_ranks(self) -> Tensor | None:
-        """Returns the sums of all ranks, (M, 2); None without any."""
-        return sum_over_ranks(torch.stack([*self._sums.values()])) if self._sums else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what all ranks have added; every rank must call it."""
-        sums = self._over_ranks()
-        return {"names": list(self._sums), "sums": None if sums is None else sums.cpu()}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device, *, main: bool) -> None:
-        """Restores a `state_dict`. main: of the one rank that holds the restored sums; the others start at 0."""
-        sums = torch.zeros(0, 2) if state["sums"] is None else state["sums"]
-        sums = (sums if main else torch.zeros_like(sums)).to(device)
-        self._sums = dict(zip(state["names"], sums.unbind(0), strict=True))
+_IN_FRONT = "row in front"  # of a checkpoint's settings: the row that is in the first step whatever the seed
 
 
 class UnitTrainer(Trainer):
@@ -107,6 +76,7 @@ class UnitTrainer(Trainer):
 
     kind: Kind | None = None
     loss_weights: Sequence[float] = (1.0,)  # of the losses that `_loss` returns one by one
+    reads_rows = True  # whether data loaders draw the rows of batches, which can be cut by a budget of tokens
     model: Any
     model_wrapped: Any
     data_collator: Any
@@ -139,6 +109,22 @@ class UnitTrainer(Trainer):
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
         self.report: Report | None = None  # of `preflight`
         self._missing: list[str] = []  # names of weights that were not found in a checkpoint
+        self._in_front: int | None = None
+        self._throughput = Throughput(self.args.device)
+        if getattr(self.args, "tokens_per_batch", None) is not None and (names := self._coupled()):
+            raise ValueError(
+                f"tokens_per_batch: the loss of {' and '.join(names)} depends on which units share a micro-batch, and "
+                "a budget of tokens decides that by their lengths: leave it out, or use another method"
+            )
+
+    @property
+    def _budget(self) -> Budget | None:
+        tokens = getattr(self.args, "tokens_per_batch", None)
+        return Budget(tokens, self.data_collator) if tokens is not None and self.reads_rows else None
+
+    def _coupled(self) -> list[str]:
+        """Returns the names of the methods whose losses depend on which units share a micro-batch."""
+        return []
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -151,6 +137,7 @@ class UnitTrainer(Trainer):
             "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,
+            _IN_FRONT: self._in_front,
             **self.given,
         }
 
@@ -176,6 +163,7 @@ class UnitTrainer(Trainer):
                 f"{resume_from_checkpoint} is not the whole model: {_UNSAVED.format(len(apart), apart[0])}"
             )
         if resume_from_checkpoint:
+            self._in_front = made_with_of(resume_from_checkpoint).get(_IN_FRONT)
             check_made_with(resume_from_checkpoint, self.made_with)
         check_bases_stay(self.model, Path(str(self.args.output_dir)))
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
@@ -184,12 +172,36 @@ class UnitTrainer(Trainer):
             check_room(self.model, self.args)
         if not hasattr(self.model, "peft_config"):
             self.model.name_or_path = ""  # peft's name for it in later adapters: what it names is no longer this model
+        self._throughput = Throughput(self.args.device)
         self._prepare_to_train(resume_from_checkpoint or None)
+        if self._budget is not None:
+            longest = self._check_longest(self._budget)
+            self._in_front = self._in_front if resume_from_checkpoint else longest
         self._check_before_training()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         """Does what must be done before the first step, or before training goes on from a checkpoint."""
+
+    def _check_longest(self, budget: Budget) -> int:
+        """Returns the number of the longest row; warns if it alone takes more tokens than the budget has."""
+        rows: Any = self.train_dataset
+        longest = int(self._row_tokens(rows, getattr(self.data_collator, "layout", "padded")).argmax())
+        takes = max(size.tokens(0) for size in KeepsUnits(budget.collate).unit(rows[longest]).forwards)
+        if takes > budget.tokens:
+            said = (
+                f"{place_in(rows, longest)} takes {takes:,} tokens, tokens_per_batch={budget.tokens:,}: it, and what "
+                "else is longer than the budget, goes alone"
+            )
+            if getattr(self.args, "preflight", "off") == "stop":
+                raise ValueError(f'{said}; raise tokens_per_batch, lower max_length, or set preflight="warn"')
+            if self.is_world_process_zero():
+                logger.warning(said)
+        return longest
+
+    def _row_tokens(self, rows: Any, layout: str) -> Any:
+        """Returns the tokens that each row of an encoded data set takes in a layout, (N,)."""
+        return unit_tokens(rows, layout)
 
     def preflight(self) -> Report | None:
         """Checks the run without training; returns and keeps what was found. None: this trainer has no check."""
@@ -229,9 +241,78 @@ class UnitTrainer(Trainer):
         items = torch.stack([self._items(batch) for batch in batch_samples]).sum(dim=0)
         return sum_over_ranks(items.to(device)).clamp(min=1)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Returns Trainer's data loader; with a budget of tokens one that keeps rows, for `_micro_batches` to cut."""
+        budget = self._budget
+        if budget is not None and not is_training:
+            ranks = self.accelerator.num_processes
+            kwargs["batch_size"] = max(kwargs["batch_size"], min(WINDOW, -(-len(dataset) // ranks)))
+        collate = self.data_collator
+        try:
+            self.data_collator = collate if budget is None else KeepsUnits(collate)
+            loader: Any = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collate
+        if is_training and self._in_front is not None:
+            sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
+            if hasattr(sampler, "sampler"):  # a batch sampler of its own has none, and balances lengths
+                loader.set_sampler(LongestFirst(sampler.sampler, self._in_front))
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of the next step and their items; rows that only fill up the ranks do not count."""
-        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+        self._throughput.begin()
+        drawn = list(map(self._without_repeats, islice(epoch_iterator, num_batches)))
+        batches = self._micro_batches(drawn)
+        items = self._get_num_items_in_batch(batches, device)
+        if not batches:
+            return [], items
+        self._count_tokens(batches, sum(x.padded for x in drawn) if self._budget else None)
+        batches = self._begin_step(batches)
+        return (entries(batches, len(drawn)) if self._budget else batches), items
+
+    def _begin_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Does what a step needs before its first micro-batch; returns its micro-batches."""
+        return batches
+
+    def _micro_batches(self, drawn: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Returns the batches that are computed of those that a data loader has drawn; of all ranks equally many."""
+        budget = self._budget
+        if budget is None or not drawn:
+            return list(drawn)
+        batches = budget.batches([unit for units in drawn for unit in units.drawn[: units.counted]])
+        missing = most_over_ranks(max(len(batches), 1), self.args.device) - len(batches)
+        # In front: a rank's last backward is the one that waits for the others'.
+        return [budget.filler([unit for units in drawn for unit in units.drawn])] * missing + batches
+
+    def _count_tokens(self, batches: Sequence[dict[str, Tensor]], padded: int | None = None) -> None:
+        """Adds a step's tokens to those of the next log. padded: positions of its padded batches, if others than it."""
+        positions = sum(computed(batch) for batch in batches)
+        padded = sum(batch["input_ids"].numel() for batch in batches) if padded is None else padded
+        self._throughput.add(sum(map(read_tokens, batches)), positions, padded)
+        self._means.add(*saved(positions, padded, self.args.device))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Runs forward and backward of a micro-batch, or of several that Trainer takes for one; returns their loss."""
+        if not isinstance(inputs, Parts):
+            return super().training_step(model, inputs, num_items_in_batch)
+        state, loss = self.accelerator.gradient_state, torch.zeros((), device=self.args.device)
+        each = self.is_deepspeed_enabled or state.plugin_kwargs.get("sync_each_batch", False)
+        for k, part in enumerate(inputs, start=1):
+            state._set_sync_gradients(k == len(inputs))
+            waits = each or k == len(inputs)
+            with contextlib.nullcontext() if waits else self.accelerator.no_sync(model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Returns the floating-point operations of a micro-batch, or of several that Trainer takes for one."""
+        parts = inputs if isinstance(inputs, Parts) else [inputs]
+        return sum(super(UnitTrainer, self).floating_point_ops(part) for part in parts)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for part in inputs if isinstance(inputs, Parts) else [inputs]:
+            super()._track_num_input_tokens(part)
 
     def compute_loss(
         self,
@@ -250,7 +331,7 @@ class UnitTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as Trainer does, with draws that follow from args.seed alone and leave training's as they were."""
-        with draws_by(self.args.seed, self.args.device):
+        with draws_by(self.args.seed, self.args.device), self._throughput.paused():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,16 +354,17 @@ class UnitTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
         """Computes the loss of an evaluation's batch and adds its metrics to those of the evaluation."""
-        inputs = self._prepare_inputs(self._without_repeats(inputs))
-        items = self._items(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, losses, metrics, counts = self._loss(model, inputs, items.clamp(min=1))
-        named = {f"{_LOSS}{k}": x for k, x in enumerate(losses)}
-        weights = dict(zip(named, items.view(-1), strict=True))
-        self._eval_means.add({**metrics, **named}, {**counts, **weights})
-        return loss.detach(), None, None
+        loss = torch.zeros((), device=self.args.device)
+        for batch in map(self._prepare_inputs, self._micro_batches([self._without_repeats(inputs)])):
+            items = self._items(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, losses, metrics, counts = self._loss(model, batch, items.clamp(min=1))
+            named = {f"{_LOSS}{k}": x for k, x in enumerate(losses)}
+            weights = dict(zip(named, items.view(-1), strict=True))
+            self._eval_means.add({**metrics, **named}, {**counts, **weights})
+        return loss.detach(), None, None  # `evaluation_loop` has the mean of all
 
-    def _without_repeats(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _without_repeats(self, inputs: Any) -> Any:
         """Removes the targets of the rows that fill the last batches up to equal sizes on all ranks.
 
         Must be called when the batch has just come from the data loader, which then knows whether it is the last.
@@ -290,6 +372,9 @@ class UnitTrainer(Trainer):
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
+        if isinstance(inputs, Units):
+            distinct = state.remainder - self.accelerator.process_index * len(inputs.drawn)
+            return Units(inputs.drawn, min(max(distinct, 0), len(inputs.drawn)))
         listed, completions = "list_lengths" in inputs, len(self.kind.completions) if self.kind else 1
         units = len(inputs["list_lengths" if listed else "targets"]) // completions
         distinct = state.remainder - self.accelerator.process_index * units
@@ -304,15 +389,17 @@ class UnitTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as Trainer does, with the means of the metrics since the last log of a training loss."""
         if "loss" in logs:
-            logs.update(self._means.pop())
+            logs.update(self._means.pop() | {"tokens_per_second": self._throughput.pop()})
         super().log(logs, start_time)
+        if "train_runtime" in logs:
+            self._throughput.say(main=self.is_world_process_zero())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint, complete or not at all; SavingError names the last complete one, which stays."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         writes = self.args.should_save
         try:
-            with replacing(folder) if writes else contextlib.nullcontext():
+            with self._throughput.paused(), replacing(folder) if writes else contextlib.nullcontext():
                 self.accelerator.wait_for_everyone()
                 with saving(folder):
                     if writes:

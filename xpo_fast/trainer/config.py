@@ -49,6 +49,12 @@ class MethodConfig(TrainingArguments):
         "How a model reads rows: padded; packed, one behind the other without padding; shared, what rows begin with in "
         "common once; or auto, the one with the fewest tokens that the model can be read in, said at the start.",
     )
+    tokens_per_batch: int | None = argument(
+        None,
+        "Cut the units of a step into micro-batches of at most N tokens, as the model computes them, whatever the "
+        "batch size, the longest first; evaluation and the reference's log-probs, too. A unit that is longer goes "
+        "alone, with a warning, or with preflight=stop is an error. None: micro-batches of batch size units.",
+    )
     tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
     preflight: str = argument(
         "warn",
@@ -78,6 +84,8 @@ class MethodConfig(TrainingArguments):
         check_layout(self.layout)
         if self.preflight not in PREFLIGHT:
             raise ValueError(f"preflight must be one of {', '.join(PREFLIGHT)}, got {self.preflight!r}")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1 or None, got {self.tokens_per_batch}")
         if self.tile_mib is not None and self.tile_mib <= 0:
             raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layouts import Chosen, Inputs, LaysOut, Reads, Wanted, choose, prove, with_target
+from ..layouts import Chosen, Inputs, LaysOut, Reads, Wanted, attention_of, choose, prove, with_target
 from .reference import row_tokens
 
 if TYPE_CHECKING:
@@ -45,26 +45,43 @@ def settle_layout(
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return [collate([rows[int(i)] for i in part]) for part in order[: _BATCHES * batch_size].split(batch_size)]
 
-    chosen = choose(requested, model, batches, hindrance=hindrance, wanted=wanted)
-    if chosen.layout != "padded":
+    def some() -> dict[str, Any]:
         shortest = sorted((rows[i] for i in range(min(len(rows), _AMONG))), key=row_tokens)[:2]
-        batch = collate([dict(row) for row in shortest])
-        inputs = Inputs(*(x.to(accelerator.device) for x in Inputs.of(batch)[:3]))
-        proof = prove(
-            model,
-            inputs,
-            share=chosen.layout == "shared",
-            accelerator=accelerator,
-            backend=backend,
-            wanted=wanted(batch, "").to(accelerator.device),
-            reads=reads,
-        )
+        return collate([dict(row) for row in shortest])
+
+    chosen = choose(requested, model, batches, hindrance=hindrance, wanted=wanted)
+    return proven(chosen, requested, model, some, accelerator, backend=backend, wanted=wanted, reads=reads)
+
+
+def proven(
+    chosen: Chosen,
+    requested: str,
+    model: nn.Module,
+    some: Callable[[], dict[str, Any]],
+    accelerator: Accelerator,
+    *,
+    backend: str = "auto",
+    wanted: Wanted = with_target,
+    reads: Reads | None = None,
+) -> Chosen:
+    """Returns the chosen layout if it proves itself, else the padded one. Logs which and why, or warns with figures.
+
+    some: a padded batch of the rows that it is proved on; called only if there is something to prove. wanted, reads: as
+    for `settle_layout`.
+    """
+    if chosen.layout != "padded":
+        batch, device = some(), accelerator.device
+        inputs = Inputs(*(x.to(device) for x in Inputs.of(batch)[:3]))
+        how: Any = {"wanted": wanted(batch, "").to(device), "reads": reads}
+        share = chosen.layout == "shared"
+        proof = prove(model, inputs, share=share, accelerator=accelerator, backend=backend, **how)
         if not proof.holds:
             if accelerator.is_main_process:
                 logger.warning("layout %s is not used, rows stay padded: %s", chosen.layout, proof)
             chosen = Chosen("padded", f"{chosen.layout} did not prove itself: {proof}", chosen.tokens)
         elif accelerator.is_main_process:
-            logger.info("layout %s; %s", chosen, proof)
+            attention = attention_of(model, accelerator.device)
+            logger.info("layout %s; %s; %s", chosen, attention.said, proof)
     elif requested != "padded" and accelerator.is_main_process:
         logger.info("layout %s", chosen)
     return chosen

@@ -30,6 +30,7 @@ from ..reduce import sum_over_ranks
 from ..rollout.sampling import eos_ids
 from .arguments import changed
 from .base import UnitTrainer
+from .budget import coupled
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows
 from .config import XPOConfig
@@ -157,6 +158,7 @@ class XPOTrainer(UnitTrainer):
             self.accelerator,
             self.data_collator,
             batch_size=self.args.per_device_eval_batch_size,
+            tokens=self.args.tokens_per_batch,
             backend=self.args.backend,
             label=label,
             progress=self.is_world_process_zero() and not self.args.disable_tqdm,
@@ -266,6 +268,7 @@ class XPOTrainer(UnitTrainer):
                 self.data_collator,
                 self.kind,
                 batch_size=self.args.per_device_eval_batch_size,
+                tokens=self.args.tokens_per_batch,
                 backend=self.args.backend,
                 advance=bar.update,
             )
@@ -298,14 +301,16 @@ class XPOTrainer(UnitTrainer):
         targets, how = layout(self.kind, batch)
         return self.objective.count_items(targets, **how)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Returns the micro-batches of the next step and their items; KTO's reference point is estimated on them."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._estimates_kl and batches:
-            # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
-            self._estimate_kl(self.model_wrapped, batches)
-            batches = [{k: v for k, v in b.items() if not k.startswith("kl_")} for b in batches]
-        return batches, items
+    def _coupled(self) -> list[str]:
+        return coupled(self.objective)
+
+    def _begin_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Returns the micro-batches of a step, on which KTO's reference point is estimated."""
+        if not self._estimates_kl:
+            return batches
+        # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
+        self._estimate_kl(self.model_wrapped, batches)
+        return [{k: v for k, v in b.items() if not k.startswith("kl_")} for b in batches]
 
     def _estimate_kl(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
         """Estimates KTO's reference point, () in nats, from the mismatched rows of these batches on all ranks."""
@@ -397,7 +402,9 @@ class XPOTrainer(UnitTrainer):
         try:
             if self._estimates_kl:
                 self.objective.state.pop("kl", None)
-                self._estimate_kl(self.model_wrapped, (self._without_repeats(batch) for batch in dataloader))
+                self._estimate_kl(
+                    self.model_wrapped, (b for x in dataloader for b in self._micro_batches([self._without_repeats(x)]))
+                )
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self.objective.load_state_dict(state)

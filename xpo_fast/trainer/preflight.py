@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data import Kind
+from ..layouts import Inputs
 from ..models import own_logits, padding_id
 from ..models.lm_head import causal_lm, head_layer
 from ..models.modes import evaluating
@@ -233,9 +234,8 @@ def check_loss(report: Report, run: Run) -> None:
 def _check_logps(report: Report, run: Run, batch: dict[str, Tensor], truth: Truth) -> bool:
     """Compares the summed log-probs of a padded batch with the truth; returns whether they are the same."""
     padded = _padded(batch, run.pad)
-    inputs = (padded["input_ids"], padded["attention_mask"], padded["targets"])
     with run.accelerator.autocast():
-        found = row_logps(run.model, *inputs, backend=run.backend).double().cpu()
+        found = row_logps(run.model, *Inputs.of(padded), backend=run.backend).double().cpu()
     if len(found) != len(truth.rows):
         report.add("log-probs", "fault", f"the batch has {len(found)} rows, expected {len(truth.rows)}")
         return False
@@ -427,9 +427,12 @@ def _padded(batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
     """Returns a batch with further columns of padding, at the end of each row."""
     shape = batch["targets"].shape
     filled = {"targets": IGNORE_INDEX, "input_ids": pad}
-    rows = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.shape == shape}
-    wide = {name: nn.functional.pad(x, (0, _PADDED), value=filled.get(name, 0)) for name, x in rows.items()}
-    return batch | wide
+    return {
+        name: nn.functional.pad(x, (0, _PADDED), value=filled.get(name, 0))
+        if isinstance(x, Tensor) and x.shape == shape and x.dim() == 2
+        else x
+        for name, x in batch.items()
+    }
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 from ..objective import Objective
+from .budget import Budget, KeepsUnits
 from .handed_over import HandedOver, Kept, adapter_identity, switched_off
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ class CachedReference:
         collate: Callable[[Sequence[dict]], dict[str, Tensor]],
         *,
         batch_size: int,
+        tokens: int | None = None,
         backend: str = "auto",
         label: str = "",
         progress: bool = True,
@@ -230,7 +232,7 @@ class CachedReference:
                 write_atomically(self.folder / "about.json", json.dumps(self.about, indent=1, default=str).encode())
         rows = sum(len(shards[i]) for i in missing)
         bar = tqdm(total=rows, unit="row", desc=f"reference log-probs{label}", disable=not (progress and missing))
-        size: Any = {"batch_size": batch_size, "backend": backend, "advance": bar.update}
+        size: Any = {"batch_size": batch_size, "tokens": tokens, "backend": backend, "advance": bar.update}
         with bar, switched_off(model) if self.adapter_off else contextlib.nullcontext():
             for i in missing:
                 values[i] = dataset_logps(shards[i], model, accelerator, collate, self.kind, **size)[..., 0].numpy()
@@ -291,12 +293,14 @@ def dataset_logps(
     kind: Kind,
     *,
     batch_size: int,
+    tokens: int | None = None,
     backend: str = "auto",
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Tensor:
     """Computes `batch_logps` of the rows of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
 
     Lists shorter than the longest are padded with NaN. The processes share the rows, and each returns all results.
+    tokens: a budget of tokens per batch, in place of batch_size, which counts units; None: there is none.
     advance: called with the number of rows done since the last call.
     """
     from accelerate.utils import gather_object
@@ -306,9 +310,15 @@ def dataset_logps(
     order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths in a batch: little padding
     mine = order[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, list]] = []
-    for start in range(0, len(mine), batch_size):
-        at = mine[start : start + batch_size]
-        batch = {k: v.to(accelerator.device) for k, v in collate([rows[i] for i in at]).items()}
+    if tokens is None:
+        parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+        batches = ((at, collate([rows[i] for i in at])) for at in parts)
+    else:
+        units = KeepsUnits(collate)([rows[i] for i in mine]).drawn
+        cut = Budget(tokens, collate).numbered(units, beside=True)
+        batches = (([mine[k] for k in part], batch) for part, batch in cut)
+    for at, batch in batches:
+        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with accelerator.autocast():
             found = batch_logps(model, batch, kind, backend=backend).tolist()
         for i, values in zip(at, found, strict=True):

@@ -21,6 +21,7 @@ from ...objective import Objective
 from ...seeds import draws_by
 from ...trainer import STATE_FILE, save_objective
 from .base import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
+from .seams import in_layout
 
 # TRL's loss types. Where a method of this project has the same name, the loss is TRL's.
 DPO_LOSS_TYPES = (
@@ -195,7 +196,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             out = objective(without_virtual(hidden, targets), head, targets, **known)
             return out.loss, out.metrics
 
-        loss, metrics = model(**arguments, fused_loss=loss_of)
+        with in_layout(self.model, arguments, targets):
+            loss, metrics = model(**arguments, fused_loss=loss_of)
         found = self.accelerator.gather(torch.stack(list(metrics.values()))[None]).nanmean(0)
         for name, x in zip(metrics, found.tolist(), strict=True):
             if x == x:
@@ -229,7 +231,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             return found["ref_logps"]
 
         def run(*, labels: Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
-            model(**arguments, fused_loss=reference_of)
+            with in_layout(model, arguments, targets):
+                model(**arguments, fused_loss=reference_of)
             return utils.FusedCausalLMOutput(log_probs=labels.new_zeros(labels[:, 1:].shape, dtype=torch.float32))
 
         self.compute_ref_log_probs(run, inputs)

@@ -14,15 +14,17 @@ from torch.distributed.fsdp import FSDPModule
 from trl.kernels import chunked_logprob
 from trl.trainer import dpo_trainer, utils
 
+from ...head import shift_labels
 from ...head.sharded import is_partitioned, is_sharded
 from ...models import Head
 from ...models.lm_head import ACTS_OF
 from .base import NOT_FUSED
 from .head import READ_FROM
-from .seams import THEIRS, installed
+from .seams import THEIRS, in_layout, installed
 
 logger = logging.getLogger("xpo_fast")
 _INSTEAD = "take xpo_fast.trainer, or a method of xpo_fast in this module's DPOTrainer, which go by the model's forward"
+_ROWS = ("input_ids", "attention_mask")  # the first arguments of a forward
 # Model types whose config has a scale of the hidden states, which TRL takes from before the forward applies it.
 _SCALED_BEFORE_THE_HEAD = [name for name, acts in ACTS_OF.items() if 0 in acts.values()]
 
@@ -68,9 +70,17 @@ def add_fused_lm_head(
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return chunked(self, *args, **kwargs)
+        labels = kwargs.get("labels")
+        given = dict(zip(_ROWS, args, strict=False)) | {name: x for name, x in kwargs.items() if name != "labels"}
+        with in_layout(self, given, None if labels is None else shift_labels(labels)):
+            return fused(self, *args, **kwargs)
+
+    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
         layer = self.get_output_embeddings()
-        if not fused_lm_head or not (_carries_adapter(layer) or isinstance(layer, FSDPModule)):
-            return chunked(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+        if not (_carries_adapter(layer) or isinstance(layer, FSDPModule)):
+            return chunked(self, *args, fused_lm_head=True, **kwargs)
         if not installed():
             raise ValueError(
                 "TRL's own function leaves an adapter on lm_head out, and the gradient of a head in an FSDP2 group "

@@ -23,6 +23,7 @@ from ...head.sharded import gathered
 from ...head.spec import Scaling, accumulation_dtype
 from ...models import Head
 from .base import IGNORE
+from .layout import Layouts
 
 # TRL's name of each output beside log_probs, and that of `token_stats`.
 _OUTPUTS = {
@@ -48,6 +49,7 @@ class HeadFunction:
 
     backend: str = "auto"
     tile_bytes: int | None = None
+    layouts: Layouts | None = field(default=None, compare=False, repr=False)  # those of `install(layout=…)`
     # Whether the last backward had a gradient of entropy: saving ∂logp/∂hidden then makes 4F of 3F, and is left out.
     entropy_learns: bool = field(default=False, compare=False, repr=False)
 
@@ -67,6 +69,8 @@ class HeadFunction:
 
         log_probs is always computed. It and entropy are differentiable in hidden, weight and bias.
         """
+        if self.layouts is not None:
+            self.layouts.check_asked()
         names = tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs)
         head = Head(weight, bias, final_logit_softcapping or None, logit_scale)
         model = READ_FROM.get()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ...head.backends import get_backend
 from ...head.choice import named_backend
 from .base import check_version
 from .fuse import NoLayer, add_fused_lm_head, scores_only_labels
 from .head import HeadFunction
+from .layout import Layouts
 from .seams import FUNCTION, check_signatures, installed, put, theirs
+from .trainers import compute_loss, init
 
 # What is put in place of TRL's, by name; `FUNCTION` gets a HeadFunction.
 _OURS: dict[str, Any] = {
     "_use_triton": scores_only_labels,
     "add_fused_lm_head": add_fused_lm_head,
     "BaseTunerLayer": NoLayer,
+    "compute_loss": compute_loss,
+    "__init__": init,
 }
 
 
@@ -35,7 +39,9 @@ class Installed:
             put(theirs())
 
 
-def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installed:
+def install(
+    *, backend: str = "auto", tile_bytes: int | None = None, layout: Literal["auto", "packed", "shared"] | None = None
+) -> Installed:
     """Puts this engine behind TRL's fused head, for every trainer of this process that has one, made before or after.
 
     Replaces `trl.trainer.utils._ChunkedLogProbFunction`, which TRL looks up at each call, and the switch by which TRL
@@ -46,6 +52,15 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     `uninstall()` undoes it, and so does leaving `with install():`.
 
     backend, tile_bytes: as in `token_stats`.
+    layout: how the forwards of SFT, DPO, KTO, GRPO, RLOO and reward trainers made from then on read their rows, those
+    of references and old log-probs, too. "shared": without padding, and what rows begin with in common once; "packed":
+    without padding; None: padded, as TRL does. The numbers are the same to rounding, with one exception: positions
+    count a row's tokens, as in sampling, where TRL's count the padding in front of a prompt, too, which a model with a
+    table of positions (GPT-2) sees. "auto" is "shared" where that is right, and warns once, with the reason, of each
+    model or trainer whose rows stay padded: models that lay out no rows, the router's loss of mixtures of experts,
+    images, prompt learning, rows that are packed already, FSDP, DeepSpeed, torch.compile, parallelism over sequences,
+    and other trainers. "shared" and "packed" raise ValueError there, when the trainer is made or at its first step.
+
     Raises ValueError for another TRL than 1.16, for one whose functions take other arguments than those of 1.16, and
     where another package has replaced them.
     """
@@ -53,6 +68,7 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
     named = named_backend(backend)
     if named != "auto" and get_backend(named).rows is None:
         raise ValueError(f"the {named} backend makes all logits, to be compared with: pass backend='torch'")
+    layouts = None if layout is None else Layouts(layout)
     check_signatures()
     places = theirs()
     before = {place: getattr(*place) for place in places}
@@ -62,7 +78,7 @@ def install(*, backend: str = "auto", tile_bytes: int | None = None) -> Installe
                 f"{place[0].__name__}.{place[1]} has been replaced by {now!r}: undo that before, two cannot take the "
                 "same seam"
             )
-    put({place: _OURS.get(place[1]) for place in places} | {FUNCTION: HeadFunction(backend, tile_bytes)})
+    put({place: _OURS.get(place[1]) for place in places} | {FUNCTION: HeadFunction(backend, tile_bytes, layouts)})
     return Installed(before)
 
 

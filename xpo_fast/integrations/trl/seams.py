@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import trl
+from torch import Tensor
 from trl.kernels import chunked_logprob
-from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer, rloo_trainer, sft_trainer, utils
+from trl.trainer import (
+    base_trainer,
+    dpo_trainer,
+    grpo_trainer,
+    kto_trainer,
+    reward_trainer,
+    rloo_trainer,
+    sft_trainer,
+    utils,
+)
 
 from .base import VERSION
 from .head import HeadFunction
+from .layout import Layouts
 
 TRAINERS = (sft_trainer, dpo_trainer, kto_trainer, grpo_trainer, rloo_trainer)
 FUNCTION: Any = (utils, "_ChunkedLogProbFunction")
@@ -22,6 +34,8 @@ THEIRS: dict[Any, Any] = {
     (utils, "_use_triton"): chunked_logprob._use_triton,
     **{(module, "add_fused_lm_head"): utils.add_fused_lm_head for module in (utils, *TRAINERS)},
     **{(module, "BaseTunerLayer"): module.BaseTunerLayer for module in TRAINERS if hasattr(module, "BaseTunerLayer")},
+    (reward_trainer.RewardTrainer, "compute_loss"): reward_trainer.RewardTrainer.compute_loss,
+    (base_trainer._BaseTrainer, "__init__"): base_trainer._BaseTrainer.__init__,
 }
 # The parameters of the functions that are replaced.
 SIGNATURES = (
@@ -52,11 +66,30 @@ def check_signatures() -> None:
 
 
 def put(functions: Mapping[Any, Any]) -> None:
-    """Sets each name (module, name) to its function."""
+    """Sets each name (module, name) to its function, and takes the hooks of layouts that end with it off the models."""
+    layouts = current_layouts()
     for (module, name), function in functions.items():
         setattr(module, name, function)
+    if layouts is not None and layouts is not current_layouts():
+        layouts.remove()
 
 
 def installed() -> bool:
     """Returns whether this engine is behind TRL's fused head."""
     return isinstance(getattr(*FUNCTION), HeadFunction)
+
+
+def current_layouts() -> Layouts | None:
+    """Returns what `install(layout=…)` asks for at the moment; None without it."""
+    function = getattr(*FUNCTION)
+    return function.layouts if isinstance(function, HeadFunction) else None
+
+
+def in_layout(
+    model: Any,
+    given: Mapping[str, Any],
+    targets: Tensor | None,  # (R, T) aligned
+) -> contextlib.AbstractContextManager[None]:
+    """Returns the block in which a forward reads its rows as `install(layout=…)` asks for, see `Layouts.around`."""
+    layouts = current_layouts()
+    return contextlib.nullcontext() if layouts is None else layouts.around(model, given, targets)
