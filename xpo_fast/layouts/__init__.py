@@ -2,7 +2,7 @@
 
 from .attention import laid_out
 from .check import Proof, Reads, prove
-from .choice import Chosen, check_layout, choose
+from .choice import Chosen, check_layout, choose, must_stay_padded
 from .inputs import Inputs, LaysOut, Wanted, beside, with_target
 from .model import attention_of, install_layouts, remove_layouts
 from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
@@ -25,6 +25,7 @@ __all__ = [
     "install_layouts",
     "laid_out",
     "lay_out",
+    "must_stay_padded",
     "prove",
     "remove_layouts",
     "side_by_side",

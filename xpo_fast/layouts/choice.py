@@ -40,14 +40,9 @@ def choose(
     read, whatever the model. before: of a run that is resumed, the layout that it had, which "auto" keeps to. wanted:
     as for `LaysOut`. Raises ValueError for another name, and for a layout that the model cannot be read in.
     """
-    check_layout(requested)
-    if requested == "padded":
-        return Chosen("padded", "as asked")
-    why_not = hindrance or unsupported(model)
-    if why_not is not None:
-        if requested != "auto":
-            raise ValueError(f'layout={requested!r}: {why_not}; use layout="padded", or "auto"')
-        return Chosen("padded", why_not)
+    stays = must_stay_padded(requested, model, hindrance)
+    if stays is not None:
+        return Chosen("padded", stays)
     tokens = count(batches(), wanted)
     padded, packed, shared = tokens
     if requested != "auto":
@@ -63,6 +58,20 @@ def choose(
     of = {"padded": padded, "packed": packed, "shared": shared}[taken]
     saved = f": {of:,} of {padded:,} positions in the batches looked at ({1 - of / padded:.0%} saved)"
     return Chosen(taken, why + (saved if taken != "padded" else ""), tokens)
+
+
+def must_stay_padded(requested: str, model: Any, hindrance: str | None = None) -> str | None:
+    """Returns why a model reads padded rows: that was asked for, or nothing else is right; None if there is a choice.
+
+    The arguments, and what is raised, are as for `choose`.
+    """
+    check_layout(requested)
+    if requested == "padded":
+        return "as asked"
+    why = hindrance or unsupported(model)
+    if why is not None and requested != "auto":
+        raise ValueError(f'layout={requested!r}: {why}; use layout="padded", or "auto"')
+    return why
 
 
 def check_layout(name: str) -> None:

@@ -51,7 +51,7 @@ from ..trainer import (
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.config import argument
 from ..trainer.findings import Report
-from ..trainer.layout import settle_layout_of
+from ..trainer.layout import hindrance_of, settle_layout_of
 from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
@@ -273,7 +273,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def reward_model(self) -> RewardModel:
         """Returns the model in training as a `RewardModel` that shares its weights."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size)
+        how: Any = {"layout": self.args.layout if hindrance_of(self) is None else "padded"}
+        return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size, **how)
 
     @cached_property
     def _rows(self) -> str:
