@@ -1,9 +1,9 @@
 """Layouts of a batch: padded rows, rows packed side by side, and rows whose common beginnings stand once."""
 
 from .attention import laid_out
-from .check import Proof, prove
-from .choice import Chosen, check_layout, choose
-from .inputs import Inputs, LaysOut, beside
+from .check import Proof, Reads, prove
+from .choice import Chosen, check_layout, choose, must_stay_padded
+from .inputs import Inputs, LaysOut, Wanted, beside, with_target
 from .model import attention_of, install_layouts, remove_layouts
 from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
 from .support import unsupported
@@ -16,6 +16,8 @@ __all__ = [
     "Layout",
     "LaysOut",
     "Proof",
+    "Reads",
+    "Wanted",
     "attention_of",
     "beside",
     "check_layout",
@@ -23,8 +25,10 @@ __all__ = [
     "install_layouts",
     "laid_out",
     "lay_out",
+    "must_stay_padded",
     "prove",
     "remove_layouts",
     "side_by_side",
     "unsupported",
+    "with_target",
 ]

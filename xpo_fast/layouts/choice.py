@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .inputs import KEY, LaysOut
+from .inputs import KEY, LaysOut, Wanted, with_target
 from .rows import CHOICES
 from .support import unsupported
 
@@ -32,22 +32,18 @@ def choose(
     *,
     hindrance: str | None = None,
     before: str | None = None,
+    wanted: Wanted = with_target,
 ) -> Chosen:
     """Chooses the layout of a run by the model and by some batches of its data, collated and padded.
 
     requested: a name of CHOICES. batches: called only if tokens must be counted. hindrance: why only padded rows can be
-    read, whatever the model. before: of a run that is resumed, the layout that it had, which "auto" keeps to. Raises
-    ValueError for another name, and for a layout that the model cannot be read in.
+    read, whatever the model. before: of a run that is resumed, the layout that it had, which "auto" keeps to. wanted:
+    as for `LaysOut`. Raises ValueError for another name, and for a layout that the model cannot be read in.
     """
-    check_layout(requested)
-    if requested == "padded":
-        return Chosen("padded", "as asked")
-    why_not = hindrance or unsupported(model)
-    if why_not is not None:
-        if requested != "auto":
-            raise ValueError(f'layout={requested!r}: {why_not}; use layout="padded", or "auto"')
-        return Chosen("padded", why_not)
-    tokens = count(batches())
+    stays = must_stay_padded(requested, model, hindrance)
+    if stays is not None:
+        return Chosen("padded", stays)
+    tokens = count(batches(), wanted)
     padded, packed, shared = tokens
     if requested != "auto":
         taken, why = requested, "as asked"
@@ -64,17 +60,31 @@ def choose(
     return Chosen(taken, why + (saved if taken != "padded" else ""), tokens)
 
 
+def must_stay_padded(requested: str, model: Any, hindrance: str | None = None) -> str | None:
+    """Returns why a model reads padded rows: that was asked for, or nothing else is right; None if there is a choice.
+
+    The arguments, and what is raised, are as for `choose`.
+    """
+    check_layout(requested)
+    if requested == "padded":
+        return "as asked"
+    why = hindrance or unsupported(model)
+    if why is not None and requested != "auto":
+        raise ValueError(f'layout={requested!r}: {why}; use layout="padded", or "auto"')
+    return why
+
+
 def check_layout(name: str) -> None:
     """Raises ValueError for a name that is none of CHOICES."""
     if name not in CHOICES:
         raise ValueError(f"layout must be one of {', '.join(CHOICES)}, got {name!r}")
 
 
-def count(batches: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+def count(batches: Sequence[dict[str, Any]], wanted: Wanted = with_target) -> tuple[int, int, int]:
     """Returns the positions that a model computes for these batches when they are padded, packed and shared."""
     padded = packed = shared = 0
     for batch in batches:
         padded += batch["input_ids"].numel()
-        packed += len(LaysOut(lambda x: x, "packed").lay_out(dict(batch))[KEY])
-        shared += len(LaysOut(lambda x: x, "shared").lay_out(dict(batch))[KEY])
+        packed += len(LaysOut(lambda x: x, "packed", wanted).lay_out(dict(batch))[KEY])
+        shared += len(LaysOut(lambda x: x, "shared", wanted).lay_out(dict(batch))[KEY])
     return padded, packed, shared

@@ -15,6 +15,12 @@ from .model import install_layouts
 from .rows import Layout, lay_out
 
 KEY = "layout"  # of a batch's layout among its tensors
+Wanted = Callable[[Mapping[str, Tensor], str], Tensor]  # from a batch and the prefix of its keys, positions (R, T) bool
+
+
+def with_target(batch: Mapping[str, Tensor], of: str = "") -> Tensor:
+    """Returns the positions (R, T) bool of a batch's rows that have a target."""
+    return batch[of + "targets"] != IGNORE_INDEX
 
 
 class Inputs(NamedTuple):
@@ -46,13 +52,13 @@ class Inputs(NamedTuple):
 class LaysOut:
     """A collator that adds to another's batches, on the CPU, the layout in which their rows are to be read.
 
-    layout: a name of LAYOUTS, which may be changed between batches; "padded" adds nothing. wanted: from a batch and the
-    prefix of its keys, the positions (R, T) bool whose hidden states are read; those with a target by default.
+    layout: a name of LAYOUTS, which may be changed between batches; "padded" adds nothing. wanted: the positions
+    whose hidden states are read; those with a target by default.
     """
 
     collate: Callable[[Sequence[Any]], dict[str, Any]]
     layout: str = "padded"
-    wanted: Callable[[Mapping[str, Tensor], str], Tensor] = lambda batch, of: batch[of + "targets"] != IGNORE_INDEX
+    wanted: Wanted = with_target
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         return self.lay_out(self.collate(features))

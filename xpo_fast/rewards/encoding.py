@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from .. import data
 from ..data import KINDS, DataError
 from ..data.rows import check_names, shape_row, unread_of
+from ..layouts import LaysOut, Wanted, with_target
 from ..models import check_ids, check_lengths, padding_id
 from ..models.modes import evaluating
 from ..rollout import Prompt
+from .layout import tokens
 from .spec import RewardSpec
 
 logger = logging.getLogger("xpo_fast")
@@ -136,27 +138,43 @@ def in_batches(
     model: nn.Module,
     tokenizer: Any,
     batch_size: int,
-    run: Callable[[Mapping[str, Tensor]], Tensor],
+    run: Callable[[Mapping[str, Any]], Tensor],
+    *,
+    layout: str = "padded",
+    wanted: Wanted = with_target,
 ) -> Tensor:
     """Returns run(batch) → (R, …) of all rows, in eval mode without gradient: float32 on the CPU, in the rows' order.
 
-    Rows of similar length share a batch. Raises ValueError, naming the row, for a token without an embedding, and for
-    more tokens than the model has positions.
+    Rows of similar length share a batch. layout: a name of `layouts.LAYOUTS`; in one that is not padded, rows of one
+    prompt follow one another, and a row that is alone in its batch is read as it is. wanted: as for `LaysOut`.
     """
-    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in features]
-    order = sorted(range(len(features)), key=lengths.__getitem__)
-    collate = data.Collator(padding_id(model, tokenizer), "chosen")
-    for row in features:
-        check_ids(model, tokenizer, [*row["prompt_ids"], *row["chosen_ids"]], row["where"])
-    remedy = "leave longer ones out, or cut them by max_length"
-    check_lengths(model, lengths, lambda i: features[i]["where"], remedy)
+    order = _order(features, by_prompt=layout != "padded")
+    collate = LaysOut(data.Collator(padding_id(model, tokenizer), "chosen"), wanted=wanted)
     device = next(model.parameters()).device
     found: list[Tensor] = []
     with evaluating(model):
         for start in range(0, len(order), batch_size):
-            batch = collate([features[i] for i in order[start : start + batch_size]])
-            found.append(run({k: v.to(device) for k, v in batch.items()}).float().cpu())
+            part = [features[i] for i in order[start : start + batch_size]]
+            collate.layout = layout if len(part) > 1 else "padded"
+            found.append(run({k: v.to(device) for k, v in collate(part).items()}).float().cpu())
     return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def _order(features: Sequence[Mapping[str, Any]], *, by_prompt: bool) -> list[int]:
+    """Returns the rows' numbers by length; by_prompt: side by side where the prompt is the same, by their longest."""
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(features):
+        groups.setdefault(tuple(row["prompt_ids"]) if by_prompt else i, []).append(i)
+    inside = [sorted(group, key=lambda i: tokens(features[i])) for group in groups.values()]
+    return [i for group in sorted(inside, key=lambda group: tokens(features[group[-1]])) for i in group]
+
+
+def check_features(model: nn.Module, tokenizer: Any, features: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError, naming the row, for a token without an embedding, and for more tokens than positions."""
+    for row in features:
+        check_ids(model, tokenizer, [*row["prompt_ids"], *row["chosen_ids"]], row["where"])
+    remedy = "leave longer ones out, or cut them by max_length"
+    check_lengths(model, [*map(tokens, features)], lambda i: features[i]["where"], remedy)
 
 
 def separators(tokenizer: Any) -> tuple[list[int], list[int]]:

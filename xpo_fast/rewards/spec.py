@@ -104,13 +104,28 @@ class RewardSpec:
         targets: Tensor,  # (R, T) aligned; the first that is not −100 is the completion's first token
     ) -> Tensor:
         """Returns the outputs (R, K) at the last token; the gate, which sees the prompt alone, at the prompt's last."""
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        found = head(hidden[rows, attention_mask.sum(dim=1) - 1])
-        if self.form == "gated":
+        found, *gate = map(head, self.states(hidden, attention_mask, targets).unbind(dim=1))
+        if gate:
             count = len(self.objectives)
-            gate = head(hidden[rows, (targets != data.IGNORE_INDEX).int().argmax(dim=1)])[:, count:]
-            found = torch.cat([found[:, :count], gate], dim=1)
+            found = torch.cat([found[:, :count], gate[0][:, count:]], dim=1)
         return found
+
+    def states(self, hidden: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+        """Returns the hidden states that `read` reads, (R, 1, D), or (R, 2, D) with a gate; arguments as there."""
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return hidden[rows[:, None], self._read_at(attention_mask, targets)]
+
+    def wanted(self, attention_mask: Tensor, targets: Tensor, *, logps: bool = False) -> Tensor:
+        """Returns the positions (R, T) bool that `read` reads; with logps those with a target, too."""
+        at = self._read_at(attention_mask, targets).clamp(min=0)  # a row without tokens has no last one
+        read = torch.zeros_like(targets, dtype=torch.bool).scatter(1, at, True)
+        return read | (targets != data.IGNORE_INDEX) if logps else read
+
+    def _read_at(self, attention_mask: Tensor, targets: Tensor) -> Tensor:
+        """Returns the columns that are read, (R, 1), or (R, 2) with a gate."""
+        last = attention_mask.sum(dim=1) - 1
+        gate = [(targets != data.IGNORE_INDEX).int().argmax(dim=1)] if self.form == "gated" else []
+        return torch.stack([last, *gate], dim=1)
 
     def combine(
         self,

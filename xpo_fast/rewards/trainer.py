@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .. import data
 from ..data import KINDS, DataError, Kind
 from ..head import sequence_logps
+from ..layouts import Chosen, Inputs, LaysOut
 from ..methods import get_method
 from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
@@ -49,9 +51,11 @@ from ..trainer import (
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
 from ..trainer.config import argument
 from ..trainer.findings import Report
+from ..trainer.layout import hindrance_of, settle_layout_of
 from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
+from ..trainer.setup import some_rows
 from .encoding import both_orders, load_ratings, separators
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
@@ -180,10 +184,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         self.args, self._tokenizer, self._embedded = args, processing_class, model
         self._texts: Any = None  # what the training rows were encoded from
         collator = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
+        wanted = partial(_wanted, self.spec, self._reads_logps)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or collator,
+            data_collator=LaysOut(kwargs.pop("data_collator", None) or collator, wanted=wanted),
             train_dataset=self._encode(train_dataset),
             eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
@@ -193,6 +198,9 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         if (self._reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
+        self.layout: Chosen | None = None  # how the model reads rows; None without any
+        if rows := some_rows(self.train_dataset, self.eval_dataset):
+            self.layout = settle_layout_of(self, rows, lambda hidden, rows: self.spec.states(hidden, *rows[1:3]))
         self._reference: LiveReference | None = None
         if compares:
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
@@ -265,7 +273,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def reward_model(self) -> RewardModel:
         """Returns the model in training as a `RewardModel` that shares its weights."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size)
+        how: Any = {"layout": self.args.layout if hindrance_of(self) is None else "padded"}
+        return RewardModel(model, self._tokenizer, self.spec, batch_size=self.args.per_device_eval_batch_size, **how)
 
     @cached_property
     def _rows(self) -> str:
@@ -296,22 +305,22 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
-        rows = (inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
+        rows = Inputs.of(inputs)
         unwrapped: Any = self.accelerator.unwrap_model(model)
         head = value_head(unwrapped)
         assert head is not None
         valid = self._valid(inputs)
         divisor = valid.sum().clamp(min=1) if denominator is None else denominator
-        reference = None if self._reference is None else self._reference.logps(model, *rows)
+        reference = None if self._reference is None else self._reference.logps(model, rows)
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
-            outputs = self.spec.read(head, hidden, *rows[1:])
-            logps = self._logps(hidden, lm_head, rows[2]) if self._reads_logps else None
+            outputs = self.spec.read(head, hidden, rows.attention_mask, rows.targets)
+            logps = self._logps(hidden, lm_head, rows.targets) if self._reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {"loss": loss, "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid)}
 
-        out = model(input_ids=rows[0], attention_mask=rows[1], fused_loss=fused)
+        out = rows.run(model, fused)
         return out["loss"], (out["loss"].detach(),), out["metrics"], out["counts"]
 
     def _logps(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -389,6 +398,11 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             return outputs.sum() * valid, metrics
         weights = {"weight_quality": head.weight[0].float(), "weight_length": head.weight[1].float()}
         return odin(**sides, **weights, **self.settings).expand(len(valid)), metrics
+
+
+def _wanted(spec: RewardSpec, logps: bool, batch: Mapping[str, Tensor], of: str) -> Tensor:
+    """Returns the positions (R, T) bool of a batch's rows whose hidden states are read; logps: for log-probs, too."""
+    return spec.wanted(batch[of + "attention_mask"], batch[of + "targets"], logps=logps)
 
 
 def _freeze_lm_head(model: nn.Module) -> None:

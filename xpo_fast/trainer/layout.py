@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layouts import Chosen, Inputs, attention_of, choose, prove
+from ..layouts import Chosen, Inputs, LaysOut, Reads, Wanted, attention_of, choose, prove, with_target
 from .reference import row_tokens
 
 if TYPE_CHECKING:
@@ -30,20 +30,23 @@ def settle_layout(
     batch_size: int,
     hindrance: str | None = None,
     backend: str = "auto",
+    wanted: Wanted = with_target,
+    reads: Reads | None = None,
 ) -> Chosen:
     """Returns the layout to train in. Logs which and why; warns, with the figures, where it does not prove itself.
 
     rows: of the training data, encoded. collate: makes padded batches of them. hindrance: why only padded rows can be
-    read, whatever the model. Raises ValueError for a layout that the model cannot be read in. Every process must call
-    it, before the model is wrapped.
+    read, whatever the model. wanted, reads: what is read of a batch besides log-probs of targets, see `LaysOut` and
+    `prove`. Raises ValueError for a layout that the model cannot be read in. Every process must call it, before the
+    model is wrapped.
     """
 
     def some() -> dict[str, Any]:
         shortest = sorted((rows[i] for i in range(min(len(rows), _AMONG))), key=row_tokens)[:2]
         return collate([dict(row) for row in shortest])
 
-    chosen = choose(requested, model, lambda: sampled(rows, collate, batch_size), hindrance=hindrance)
-    return proven(chosen, requested, model, some, accelerator, backend=backend)
+    chosen = choose(requested, model, lambda: sampled(rows, collate, batch_size), hindrance=hindrance, wanted=wanted)
+    return proven(chosen, requested, model, some, accelerator, backend=backend, wanted=wanted, reads=reads)
 
 
 def sampled(
@@ -62,14 +65,20 @@ def proven(
     accelerator: Accelerator,
     *,
     backend: str = "auto",
+    wanted: Wanted = with_target,
+    reads: Reads | None = None,
 ) -> Chosen:
     """Returns the chosen layout if it proves itself, else the padded one. Logs which and why, or warns with figures.
 
-    some: a padded batch of the rows that it is proved on; called only if there is something to prove.
+    some: a padded batch of the rows that it is proved on; called only if there is something to prove. wanted, reads: as
+    for `settle_layout`.
     """
     if chosen.layout != "padded":
-        inputs = Inputs(*(x.to(accelerator.device) for x in Inputs.of(some())[:3]))
-        proof = prove(model, inputs, share=chosen.layout == "shared", accelerator=accelerator, backend=backend)
+        batch, device = some(), accelerator.device
+        inputs = Inputs(*(x.to(device) for x in Inputs.of(batch)[:3]))
+        how: Any = {"wanted": wanted(batch, "").to(device), "reads": reads}
+        share = chosen.layout == "shared"
+        proof = prove(model, inputs, share=share, accelerator=accelerator, backend=backend, **how)
         if not proof.holds:
             if accelerator.is_main_process:
                 logger.warning("layout %s is not used, rows stay padded: %s", chosen.layout, proof)
@@ -79,6 +88,30 @@ def proven(
             logger.info("layout %s; %s; %s", chosen, attention.said, proof)
     elif requested != "padded" and accelerator.is_main_process:
         logger.info("layout %s", chosen)
+    return chosen
+
+
+def settle_layout_of(trainer: Any, rows: Sequence[Mapping[str, Any]], reads: Reads | None = None) -> Chosen | None:
+    """Settles the layout of a trainer's batches, of which `rows` are some, and has its collator lay them out.
+
+    reads: as for `settle_layout`. Returns None, and does nothing, if the trainer's collator has been replaced.
+    """
+    collator = trainer.data_collator
+    if not isinstance(collator, LaysOut):
+        return None
+    chosen = settle_layout(
+        trainer.args.layout,
+        trainer.model,
+        rows,
+        collator.collate,
+        trainer.accelerator,
+        batch_size=trainer.args.per_device_train_batch_size,
+        hindrance=hindrance_of(trainer),
+        backend=trainer.args.backend,
+        wanted=collator.wanted,
+        reads=reads,
+    )
+    collator.layout = chosen.layout
     return chosen
 
 

@@ -36,7 +36,7 @@ from .checks import check_head, check_rows
 from .config import XPOConfig
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
-from .layout import hindrance_of, settle_layout
+from .layout import settle_layout_of
 from .preflight import Run, preflight
 from .reference import (
     KEPT,
@@ -49,7 +49,7 @@ from .reference import (
     weights_fingerprint,
 )
 from .row_checks import Rows
-from .setup import map_splits, prepare_model, with_lengths, with_tokenizer
+from .setup import map_splits, prepare_model, some_rows, with_lengths, with_tokenizer
 
 
 class XPOTrainer(UnitTrainer):
@@ -168,24 +168,11 @@ class XPOTrainer(UnitTrainer):
         """Checks the fused head, settles the layout, and caches the reference; `train` and `evaluate` call it."""
         if self._prepared:
             return
-        rows = self.train_dataset or self.eval_dataset
-        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-        if rows:
+        if rows := some_rows(self.train_dataset, self.eval_dataset):
             completion = rows[0][self.kind.encoded[1]]
             ids = rows[0]["prompt_ids"] + (completion[0] if self.kind.listed else completion)
             check_head(self.model, ids, self.args.device, self.args.backend)
-            if isinstance(self.data_collator, LaysOut):
-                self.layout = settle_layout(
-                    self.args.layout,
-                    self.model,
-                    rows,
-                    self.data_collator.collate,
-                    self.accelerator,
-                    batch_size=self.args.per_device_train_batch_size,
-                    hindrance=hindrance_of(self),
-                    backend=self.args.backend,
-                )
-                self.data_collator.layout = self.layout.layout
+            self.layout = settle_layout_of(self, rows)
         self.train_dataset = self._with_reference(self.train_dataset, "")
         self.eval_dataset = map_splits(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
         self._prepared = True

@@ -119,6 +119,12 @@ def map_splits(dataset: Any, fn: Any) -> Any:
     return fn(dataset)
 
 
+def some_rows(train: Any, held_out: Any) -> Any:
+    """Returns the rows to train on, or else those to evaluate on, the first of several data sets; None without any."""
+    found = train or held_out
+    return next(iter(found.values())) if isinstance(found, dict) else found
+
+
 def with_lengths(dataset: Any, args: TrainingArguments) -> Any:
     """Adds the column of row lengths by which Trainer groups rows into batches, if args ask for such batches."""
     name = args.length_column_name
