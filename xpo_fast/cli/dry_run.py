@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
+    from ..layouts import LaysOut
+    from ..layouts import choose as choose_layout
     from ..models import padding_id
     from ..trainer import check_rows, layout
     from ..trainer.reference import choose
@@ -38,6 +40,8 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     _layout(config, model, encoded, collate)
     print(f"head       {_plan(config, model, *layout(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))
+    layout_of_rows = choose_layout(config.layout, model, lambda: [first]).layout
+    _budget(config, encoded, LaysOut(collate, layout_of_rows))
     _rendered(first, tokenizer)
 
 
@@ -58,6 +62,8 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     print(f"method     {spec.method}")
     _layout(config, model, encoded, collate)
     _steps(config, len(rows))
+    collate = RewardCollator(padding_id(model, tokenizer), spec, tokenizer)
+    _budget(config, encoded, collate)
     print("The reward is read at the last token of each completion.")
     _rendered(_batch(encoded, collate, config), tokenizer)
 
@@ -69,6 +75,7 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
     from ..models import check_ids, positions
     from ..rl.checks import checked_ids
     from ..trainer import CLOSE, OPEN
+    from ..trainer.budget import Size, cut
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     check_written(tokenizer, rows, config.chat_template_kwargs)
@@ -98,6 +105,11 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
         f"{_name(config.lr_scheduler_type)}"
     )
+    if config.tokens_per_batch is not None:
+        copies = [tokens for tokens in ids[: config.prompts] for _ in range(config.num_generations)]
+        longest = [[Size(1, len(tokens) + config.max_new_tokens - 1)] for tokens in copies]
+        count = len(cut(longest[: len(longest) // config.minibatches], config.tokens_per_batch))
+        print(f"budget     {config.tokens_per_batch} tokens a micro-batch (--tokens-per-batch): at most {count} a step")
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
     _end()
@@ -199,6 +211,21 @@ def _steps(config: Any, rows: int) -> None:
     print(
         f"steps      {steps} of {each} rows, {per_epoch} per epoch; lr {config.learning_rate:g}, "
         f"{_name(config.lr_scheduler_type)}, {config.get_warmup_steps(steps)} warm up"
+    )
+
+
+def _budget(config: Any, encoded: Any, collate: Any) -> None:
+    """Prints into how many micro-batches the first step is cut."""
+    from ..trainer.budget import Budget, KeepsUnits
+
+    if config.tokens_per_batch is None:
+        return
+    each = min(config.per_device_train_batch_size * config.gradient_accumulation_steps, len(encoded))
+    units = KeepsUnits(collate)([encoded[i] for i in range(each)]).drawn
+    count = len(Budget(config.tokens_per_batch, collate).batches(units))
+    print(
+        f"budget     {config.tokens_per_batch} tokens a micro-batch (--tokens-per-batch): {count} of them in a step of "
+        f"the first {each} rows"
     )
 
 

@@ -261,6 +261,12 @@ def add_optimisation(
     group = parser.add_argument_group("optimisation")
     add = adder(group)
     add_steps(group, lr=lr, epochs=epochs, batch=batch)
+    add(
+        "--tokens-per-batch N",
+        "cut a step into batches of at most N tokens, as the model computes them, the longest first; the step stays "
+        "that of --batch-size and --grad-accum (default: batches of --batch-size)",
+        type=int,
+    )
     if rows:
         add(
             "--eval-batch-size N",

@@ -236,6 +236,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
         continuous_batching=args.continuous_batching,
         backend=args.backend,
         tile_mib=args.tile_mib,
+        tokens_per_batch=args.tokens_per_batch,
         preflight=args.preflight,
         layout=args.layout,
         value_head_learning_rate=args.value_head_lr,
