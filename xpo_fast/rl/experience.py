@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import data
 from ..data import pad_rows
 from ..head import token_logps, token_stats
-from ..layouts import LaysOut, side_by_side
+from ..layouts import LEAST_SAVED, LaysOut, side_by_side
 from ..methods.advantages import advantages, gae, whiten
 from ..methods.math import k1
 from ..models import Head
@@ -359,8 +359,20 @@ class Batches:
         budget = self.args.tokens_per_batch
         if budget is None:
             return list(kept.split(self.args.per_device_train_batch_size)) if len(kept) else []
-        lengths = [len(experience.prompt_ids[i]) + len(experience.completion_ids[i]) - 1 for i in kept.tolist()]
-        return [kept[torch.tensor(part)] for part in cut([[Size(1, length)] for length in lengths], budget)]
+        rows = [experience.row(i) for i in kept.tolist()]
+        if self.layout != "shared":
+            lengths = [len(prompt) + len(ids) - 1 for prompt, ids in rows]
+            sizes = [[Size(1, n, n if self.layout == "packed" else None)] for n in lengths]
+            return [kept[torch.tensor(part)] for part in cut(sizes, budget)]
+        ends, total = [], 0  # as they stand: those of a prompt side by side
+        for k, (prompt, ids) in enumerate(rows):
+            takes = len(prompt) + len(ids) - 1
+            shares = k > 0 and rows[k - 1][0] == prompt and len(prompt) >= LEAST_SAVED
+            total += len(ids) - 1 if shares else takes
+            if k > 0 and total > budget:
+                ends.append(k)
+                total = takes
+        return list(kept.tensor_split(ends)) if rows else []
 
     def batch(self, experience: Experience, rows: Tensor | None, first_text: int) -> dict[str, Any]:
         """Returns rows (n,) as a batch in the layout, with pretraining texts from number `first_text` on.
