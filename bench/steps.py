@@ -349,7 +349,8 @@ def grpo(bench: Bench) -> tuple[Case, float]:
     )  # fmt: skip
     trainer = RLTrainer(
         load_model(SMOLLM2, dtype="float32")[0], lambda completions, **_: [float(len(x)) for x in completions], config,
-        train_dataset=[{"prompt": x} for x in prompts], processing_class=bench.tokenizer, rollout=Fixed(bench.tokenizer),
+        train_dataset=[{"prompt": x} for x in prompts], processing_class=bench.tokenizer,
+        rollout=Fixed(bench.tokenizer),
         peft_config=bench.lora,
     )  # fmt: skip
     move(trainer.model)
