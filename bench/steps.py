@@ -4,7 +4,8 @@
     python bench/steps.py --only dpo --repeats 3
 
 SmolLM2-135M in float32 with LoRA of rank 16 on its linear layers, the reference's log-probs cached. Rows are those of
---data cut to --max-length tokens, Anthropic's HH pairs for the figures of the README; the packaged pairs by default.
+--data of at most --max-length tokens, in random order: Anthropic's HH pairs for the figures of the README, by default the
+packaged ones.
 Contenders of a case run in turn on the same rows, and ratios are medians over repeats of the ratio within a repeat.
 Before a case is timed, its losses and gradients in all layouts are compared: a layout that differs from padded rows by
 more than 1e-5 is not timed, and the exit status is 1. Peak memory is that of one step in a fresh process, by torch's
@@ -45,7 +46,7 @@ from xpo_fast.layouts import LAYOUTS, LaysOut
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rl import RLConfig, RLTrainer
 from xpo_fast.rollout import Samples, Sampling, encode_prompts
-from xpo_fast.trainer import XPOConfig, XPOTrainer
+from xpo_fast.trainer import XPOConfig, XPOTrainer, row_lengths
 from xpo_fast.trainer.budget import computed
 from xpo_fast.trainer.reference import batch_logps
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default=str(PAIRS), help="preference pairs")
-    add("--max-length", type=int, default=512, help="longest row in tokens")
+    add("--max-length", type=int, default=512, help="longer rows are left out, in tokens")
     add("--batch", type=int, default=4, help="units per batch")
     add("--repeats", type=int, default=8)
     add("--threads", type=int, default=2)
@@ -111,7 +112,11 @@ class Bench:
         torch.manual_seed(0)
         self.base, self.tokenizer = load_model(SMOLLM2, dtype="float32")
         count = args.batch * args.repeats
-        self.pairs = data.load(args.data, kind="pair").shuffle(seed=0).select(range(count))
+        rows = data.load(args.data, kind="pair").shuffle(seed=0)
+        rows = rows.select(range(min(len(rows), 4 * count)))
+        encoded = data.encode(rows, self.tokenizer, kind="pair", max_length=10**6)
+        fits = [i for i, length in enumerate(row_lengths(encoded)) if length <= args.max_length]
+        self.pairs = rows.select(fits[:count])
 
     @property
     def lora(self) -> LoraConfig:
