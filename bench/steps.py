@@ -4,9 +4,8 @@
     python bench/steps.py --only dpo --repeats 3
 
 SmolLM2-135M in float32 with LoRA of rank 16 on its linear layers, the reference's log-probs cached. Rows are those of
---data of at most --max-length tokens, in random order: Anthropic's HH pairs for the figures of the README, by default the
-packaged ones.
-Contenders of a case run in turn on the same rows, and ratios are medians over repeats of the ratio within a repeat.
+--data of at most --max-length tokens, in random order: Anthropic's HH pairs for the figures of the README, the packaged
+pairs by default. Contenders of a case run in turn on the same rows; ratios are of the sums over these rows.
 Before a case is timed, its losses and gradients in all layouts are compared: a layout that differs from padded rows by
 more than 1e-5 is not timed, and the exit status is 1. Peak memory is that of one step in a fresh process, by torch's
 CPU allocator. The file is written case by case; cases that it has are not repeated.
