@@ -28,7 +28,7 @@ from xpo_fast.layouts.model import backbone_of
 from xpo_fast.layouts.support import unsupported
 from xpo_fast.models import hidden_states, install_fused_loss, own_logits
 from xpo_fast.trainer.checks import check_causal, check_head
-from zoo import CLASSES, NO_MASK, READS_AHEAD, REASONS, VOCAB, build, small
+from zoo import CLASSES, NO_MASK, READS_AHEAD, REASONS, VOCAB, build, loud, small
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 PASS = [name for *_, name in CLASSES if name not in REASONS]
@@ -81,22 +81,6 @@ def test_log_probs_are_the_models_own(of_zoo):
             with torch.no_grad():
                 logits = own_logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             check_causal(model, ids, logits)
-
-
-@torch.no_grad()
-def loud(model: Any) -> Any:
-    """Makes all of a random model matter: matrices that keep sizes as they are, biases and norms that are not alike."""
-    torch.manual_seed(0)
-    for p in model.parameters():
-        if p.dim() < 2:
-            p.add_(torch.randn_like(p), alpha=0.1)
-        elif float(p.std()) > 0:
-            p.mul_(1 / (float(p.std()) * p.shape[-1] ** 0.5))
-    Head.from_model(model).weight.normal_()
-    for name in ("vision_start_token_id", "audio_token_id", "image_token_id", "video_token_id"):
-        if not hasattr(model.config, name):
-            setattr(model.config, name, VOCAB - 1)
-    return model
 
 
 def groups_of_rows() -> tuple[Tensor, Tensor]:

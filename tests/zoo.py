@@ -11,6 +11,8 @@ import transformers
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto import modeling_auto
 
+from xpo_fast import Head
+
 VOCAB = 97
 # Whatever a config calls its sizes. Those of a name that a config does not have are left out.
 SIZES = {
@@ -195,3 +197,19 @@ def build(name: str, **given: Any) -> Any:
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     return cls(cls.config_class(**small(cls.config_class) | given)).eval()
+
+
+@torch.no_grad()
+def loud(model: Any) -> Any:
+    """Makes all of a random model matter: matrices that keep sizes as they are, biases and norms that are not alike."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        if p.dim() < 2:
+            p.add_(torch.randn_like(p), alpha=0.1)
+        elif float(p.std()) > 0:
+            p.mul_(1 / (float(p.std()) * p.shape[-1] ** 0.5))
+    Head.from_model(model).weight.normal_()
+    for name in ("vision_start_token_id", "audio_token_id", "image_token_id", "video_token_id"):
+        if not hasattr(model.config, name):
+            setattr(model.config, name, VOCAB - 1)
+    return model

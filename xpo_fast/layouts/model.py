@@ -94,7 +94,9 @@ class _Hooks:
         layout = current()
         configs = _plain(backbone)
         if layout is None:
-            _rename(configs)
+            # A checkpointed layer may have a laid out forward still to compute again; our names read padded rows, too.
+            if not any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
+                _rename(configs)
             return None
         names = ("input_ids", "attention_mask", "position_ids")
         given = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if x is not None}
