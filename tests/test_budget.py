@@ -16,16 +16,7 @@ import test_reward_model
 import test_rl
 import xpo_fast as xf
 from ranks import run_world
-from test_trainer import (
-    PEFT_WARNING,
-    SHRINK,
-    StopAt,
-    assert_same_gradients,
-    first_step,
-    make_rows,
-    make_tokenizer,
-    make_trainer,
-)
+from test_trainer import PEFT_WARNING, SHRINK, StopAt, assert_same_gradients, first_step, make_rows, make_trainer
 from xpo_fast.layouts import LaysOut
 from xpo_fast.layouts.rows import LEAST_SAVED
 from xpo_fast.rl import RLConfig
@@ -253,7 +244,9 @@ def rows_with_a_long_one(count: int, at: int) -> list[dict]:
 
 def order_of(folder: Path, rows, **args) -> list[list[str]]:
     """The prompts of each step, in two epochs."""
-    trainer = make_trainer(folder, method="simpo", max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3, **args)
+    trainer = make_trainer(
+        folder, method="simpo", max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3, **args
+    )
     trainer.train_dataset = trainer._encode(rows)
     ids = {tuple(row["prompt_ids"]): k for k, row in enumerate(trainer.train_dataset)}
     assert len(ids) == len(rows)
@@ -266,8 +259,13 @@ def order_of(folder: Path, rows, **args) -> list[list[str]]:
             half = len(batch["targets"]) // 2
             for r in range(half):
                 row = batch["input_ids"][r].tolist()
-                found += [k for prompt, k in ids.items() if tuple(row[: len(prompt)]) == prompt and (
-                    batch["targets"][r, : len(prompt) - 1] == -100).all() and batch["targets"][r, len(prompt) - 1] != -100]
+                found += [
+                    k
+                    for prompt, k in ids.items()
+                    if tuple(row[: len(prompt)]) == prompt
+                    and (batch["targets"][r, : len(prompt) - 1] == -100).all()
+                    and batch["targets"][r, len(prompt) - 1] != -100
+                ]
         steps.append(found)
         return begin(batches)
 
@@ -447,12 +445,18 @@ def test_cached_log_probs_are_computed_within_the_budget(tmp_path, method, layou
             per_device_eval_batch_size=ROWS,
         )  # fmt: skip
         collate = trainer.data_collator.collate
-        trainer.data_collator.collate = lambda rows, collate=collate, sizes=seen: (sizes.append(len(rows)), collate(rows))[1]
+        trainer.data_collator.collate = lambda rows, collate=collate, sizes=seen: (
+            sizes.append(len(rows)),
+            collate(rows),
+        )[1]
         trainer.prepare()
         columns = [n for n in trainer.kind.reference if n in trainer.train_dataset.column_names]
         found.append([trainer.train_dataset[n] for n in columns])
         assert columns
-    flat = [torch.tensor([x for c in columns for row in c for x in (row if isinstance(row, list) else [row])]) for columns in found]
+    flat = [
+        torch.tensor([x for c in columns for row in c for x in (row if isinstance(row, list) else [row])])
+        for columns in found
+    ]
     torch.testing.assert_close(flat[0], flat[1], rtol=1e-5, atol=1e-5)
 
 
