@@ -2,7 +2,7 @@
 
     python examples/trl_trainer.py
 
-Runs of SmolLM2-135M-Instruct with LoRA from the same start: TRL alone; with `install()`; with a pair's prompt read once,
+Runs of SmolLM2-135M-Instruct with LoRA from the same start: TRL alone; with `install()`; with prompts read once,
 too: the same losses; and SimPO, which TRL's DPOTrainer does not have. The seconds include TRL's own work.
 """
 
