@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 import xpo_fast as xf
 from gpu import about
@@ -146,7 +147,7 @@ def main() -> int:
     records, problems = report.content["layouts"], report.content["problems"]
     cases = [(size, dtype, "sdpa") for size in SIZES for dtype in DTYPES]
     cases = cases[:1] if args.quick else cases
-    if not args.quick and transformers.utils.is_flash_attn_2_available():
+    if not args.quick and is_flash_attn_2_available():
         cases += [(size, "bfloat16", "flash_attention_2") for size in SIZES]
     for case in cases:
         size, dtype, implementation = case
