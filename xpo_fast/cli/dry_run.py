@@ -49,7 +49,7 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
     from .. import data
     from ..models import padding_id
-    from ..rewards.trainer import RewardCollator, read_lengths
+    from ..rewards.encoding import RewardCollator, read_lengths
     from ..trainer import check_rows
 
     spec = config.spec()

@@ -44,7 +44,6 @@ from ..trainer import (
     check_head,
     check_rows,
     map_splits,
-    row_lengths,
     warn_of_lost_updates,
     with_adapter,
     with_lengths,
@@ -57,7 +56,7 @@ from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
 from ..trainer.setup import some_rows
-from .encoding import both_orders, load_ratings, separators
+from .encoding import RewardCollator, load_ratings, read_lengths
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -446,14 +445,6 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
     return {f"{name}_w": w, f"{name}_l": l}
 
 
-def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:
-    """Returns the tokens of each encoded row as the model reads it: a preference model, both completions at once."""
-    if spec.form != "preference":
-        return row_lengths(encoded)
-    between, after = separators(tokenizer)
-    return [len(row["prompt_ids"]) + len(both_orders(row, between, after)[0]["chosen_ids"]) for row in encoded]
-
-
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
     """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown name or no number."""
     given: Any = args.method_args or {}
@@ -473,34 +464,3 @@ def checked_settings(args: RewardConfig) -> dict[str, Any]:
     else:
         get_method(args.method).check_hyperparameters(settings)
     return settings
-
-
-@dataclass
-class RewardCollator:
-    """`data.Collator` for reward models: adds the ratings (B, K), and both orders of pairs for a preference model."""
-
-    pad_token_id: int
-    spec: RewardSpec
-    tokenizer: Any
-
-    def __post_init__(self) -> None:
-        self._collate = data.Collator(self.pad_token_id, self.spec.kind)
-        if self.spec.form == "preference":
-            self._between, self._after = separators(self.tokenizer)
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if self.spec.form == "preference":
-            pairs = [both_orders(row, self._between, self._after) for row in features]
-            # Of both completions in one row everything is read; the masks are of one completion.
-            features = [
-                {**_without_masks(row), "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
-                for row, (a, b) in zip(features, pairs, strict=True)
-            ]
-        batch = self._collate(features)
-        if "ratings" in features[0]:
-            batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
-        return batch
-
-
-def _without_masks(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in row.items() if not name.endswith("_mask")}
