@@ -71,7 +71,7 @@ def _takes_positions(backbone: nn.Module, decoder: nn.Module) -> bool:
     return "position_ids" in inner and ("position_ids" in outer or "kwargs" in outer)
 
 
-def _own(decoder: nn.Module) -> Iterator[nn.Module]:
+def _own(decoder: nn.Module) -> Iterator[Any]:
     """Yields the modules of a text model, without those of other models within it, such as an encoder of sounds."""
     from transformers import PreTrainedModel
 
