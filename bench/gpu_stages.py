@@ -1,9 +1,10 @@
-"""Runs all GPU checks and benchmarks in two commands: stages, each in a process of its own with its own time limit.
+"""Runs all GPU checks and benchmarks in three commands: stages, each in a process of its own with its own time limit.
 
-    python3 bench/gpu_stages.py plan                      # prints both commands, files to copy, purpose of each stage
+    python3 bench/gpu_stages.py plan                      # prints the commands, files to copy, purpose of each stage
     python3 bench/gpu_stages.py pack build/gpu            # archives the packages for a machine without a network
     python3 bench/gpu_stages.py first --out OUT           # at most six minutes
     python3 bench/gpu_stages.py second --out OUT          # at most seven and a half
+    python3 bench/gpu_stages.py third --out OUT           # at most two; needs transformers, too
     python3 bench/gpu_stages.py first --dry --out OUT     # tiny sizes on a CPU
 
 It is made for a machine with a GPU to which this folder is copied; only torch and Triton must be installed there.
@@ -121,11 +122,20 @@ CALLS: dict[str, tuple[Stage, ...]] = {
             "frozen trainable gather",
         ),
     ),
+    "third": (
+        Stage(
+            "layouts",
+            110,
+            "whether rows packed or with their prompts once are right by FlexAttention, and faster than padded ones",
+            ("bench/gpu_layouts.py", "--json", "{out}"),
+            ("--quick",),
+        ),
+    ),
 }
 
 
 # Seconds of a command: its stages, and unpacking the archive before them.
-LIMITS_S = {"first": 360, "second": 435}
+LIMITS_S = {"first": 360, "second": 435, "third": 120}
 DRY_FACTOR = 4.0  # longer limits on a CPU, which interprets the kernels
 BUILD = "XPO_FAST_CUDA=1 python setup.py build_ext --inplace"
 
@@ -306,7 +316,7 @@ def pack(folder: Path, *, compiler: bool) -> Path:
 
 
 def plan(folder: Path) -> str:
-    """Returns the instructions for the run: files to copy, and both commands with their stages."""
+    """Returns the instructions for the run: files to copy, and the commands with their stages."""
     archive = folder / ARCHIVE
     size = f"{archive.stat().st_size / 2**20:.0f} MiB" if archive.exists() else "not there yet"
     shown = archive.relative_to(ROOT) if archive.is_relative_to(ROOT) else archive

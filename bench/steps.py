@@ -4,8 +4,8 @@
     python bench/steps.py --only dpo --repeats 3
 
 SmolLM2-135M in float32 with LoRA of rank 16 on its linear layers, the reference's log-probs cached. Rows are those of
---data cut to --max-length tokens, Anthropic's HH pairs for the figures of the README; the packaged pairs by default.
-Contenders of a case run in turn on the same rows, and ratios are medians over repeats of the ratio within a repeat.
+--data of at most --max-length tokens, in random order: Anthropic's HH pairs for the figures of the README, the packaged
+pairs by default. Contenders of a case run in turn on the same rows; ratios are of the sums over these rows.
 Before a case is timed, its losses and gradients in all layouts are compared: a layout that differs from padded rows by
 more than 1e-5 is not timed, and the exit status is 1. Peak memory is that of one step in a fresh process, by torch's
 CPU allocator. The file is written case by case; cases that it has are not repeated.
@@ -43,7 +43,10 @@ from xpo_fast.demo_data import PAIRS
 from xpo_fast.files import write_json
 from xpo_fast.layouts import LAYOUTS, LaysOut
 from xpo_fast.models import SMOLLM2, load_model
-from xpo_fast.trainer import XPOConfig, XPOTrainer
+from xpo_fast.rl import RLConfig, RLTrainer
+from xpo_fast.rollout import Samples, Sampling, encode_prompts
+from xpo_fast.trainer import XPOConfig, XPOTrainer, row_lengths
+from xpo_fast.trainer.budget import computed
 from xpo_fast.trainer.reference import batch_logps
 
 TOLERANCE = 1e-5
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default=str(PAIRS), help="preference pairs")
-    add("--max-length", type=int, default=512, help="longest row in tokens")
+    add("--max-length", type=int, default=512, help="longer rows are left out, in tokens")
     add("--batch", type=int, default=4, help="units per batch")
     add("--repeats", type=int, default=8)
     add("--threads", type=int, default=2)
@@ -108,7 +111,11 @@ class Bench:
         torch.manual_seed(0)
         self.base, self.tokenizer = load_model(SMOLLM2, dtype="float32")
         count = args.batch * args.repeats
-        self.pairs = data.load(args.data, kind="pair").shuffle(seed=0).select(range(count))
+        rows = data.load(args.data, kind="pair").shuffle(seed=0)
+        rows = rows.select(range(min(len(rows), 4 * count)))
+        encoded = data.encode(rows, self.tokenizer, kind="pair", max_length=10**6)
+        fits = [i for i, length in enumerate(row_lengths(encoded)) if length <= args.max_length]
+        self.pairs = rows.select(fits[:count])
 
     @property
     def lora(self) -> LoraConfig:
@@ -193,8 +200,7 @@ def positions(trainer: Any, inputs: list[list[dict[str, Any]]]) -> dict[str, int
     counted = dict.fromkeys(LAYOUTS, 0)
     for rows in inputs:
         for layout in LAYOUTS:
-            batch = LaysOut(trainer.data_collator.collate, layout)(rows)
-            counted[layout] += batch["input_ids"].numel() if layout == "padded" else len(batch["layout"])
+            counted[layout] += computed(LaysOut(trainer.data_collator.collate, layout)(rows))
     return counted
 
 
@@ -315,6 +321,79 @@ def logps(bench: Bench) -> tuple[Case, float]:
     return Case(steps, inputs, positions(trainer, inputs)), worst
 
 
+class Fixed:
+    """A rollout of given completions: groups of them for each prompt, PROMPT tokens and about COMPLETION tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.generator = tokenizer, torch.Generator().manual_seed(0)
+
+    def update(self, model: Any) -> None:
+        """Does nothing: the completions are drawn from no model."""
+
+    def generate(self, prompts: Sequence[Any], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
+        """Returns random completions of 3/4 to 5/4 of COMPLETION tokens."""
+        of = [prompt for prompt in prompts for _ in range(n)]
+        ids = dict(zip(prompts, encode_prompts(prompts, self.tokenizer), strict=True))
+        spread = COMPLETION // 4
+        sizes = torch.randint(COMPLETION - spread, COMPLETION + spread + 1, (len(of),), generator=self.generator)
+        drawn = [torch.randint(100, 40_000, (int(size),), generator=self.generator).tolist() for size in sizes]
+        texts = [self.tokenizer.decode(x) for x in drawn]
+        return Samples(of, [ids[p] for p in of], drawn, texts, ["length"] * len(of))
+
+
+def grpo(bench: Bench) -> tuple[Case, float]:
+    """The update of GRPO on groups of 8 completions of about 64 tokens, prompts of 256."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(100, 40_000, (bench.args.repeats, 2 * PROMPT), generator=generator).tolist()
+    prompts = [bench.tokenizer.decode(_at_most(bench.tokenizer, ids, PROMPT)) for ids in drawn]
+    config = RLConfig(
+        str(bench.folder / "grpo"), method="grpo", num_generations=GROUP, per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=len(prompts), max_new_tokens=2 * COMPLETION, use_cpu=True, layout="padded",
+        preflight="off", disable_tqdm=True, log_samples=False,
+    )  # fmt: skip
+    trainer = RLTrainer(
+        load_model(SMOLLM2, dtype="float32")[0], lambda completions, **_: [float(len(x)) for x in completions], config,
+        train_dataset=[{"prompt": x} for x in prompts], processing_class=bench.tokenizer,
+        rollout=Fixed(bench.tokenizer),
+        peft_config=bench.lora,
+    )  # fmt: skip
+    move(trainer.model)
+    trainer._begin_rollout()
+    experience, batches = trainer.experience, trainer._batches
+    assert experience is not None
+    _, items = batches.step(experience, 0, spare=False)
+    inputs = list(torch.arange(len(experience.kept)).split(GROUP))
+
+    def run(rows: torch.Tensor, layout: str) -> float:
+        batches.layout = layout
+        batch = trainer._prepare_inputs(batches.batch(experience, rows, 0))
+        return float(trainer.training_step(trainer.model, batch, items))
+
+    def step(rows: torch.Tensor, layout: str) -> None:
+        run(rows, layout)
+        trainer.model.zero_grad()
+
+    worst, found, tokens = 0.0, {}, dict.fromkeys(LAYOUTS, 0)
+    for layout in LAYOUTS:
+        loss = run(inputs[0], layout)
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        trainer.model.zero_grad()
+        found[layout] = loss, gradient
+        want, at = found["padded"]
+        worst = max(worst, abs(loss - want) / max(abs(want), 1.0), float((gradient - at).norm() / at.norm()))
+        batches.layout = layout
+        tokens[layout] = sum(computed(batches.batch(experience, rows, 0)) for rows in inputs)
+    steps: dict[str, Step] = {layout: functools.partial(step, layout=layout) for layout in LAYOUTS}
+    return Case(steps, inputs, tokens), worst
+
+
+def _at_most(tokenizer: Any, ids: list[int], count: int) -> list[int]:
+    """Returns as many of the ids as, decoded and encoded again, have at most `count` tokens."""
+    while len(tokenizer(tokenizer.decode(ids))["input_ids"]) > count:
+        ids = ids[: -max((len(tokenizer(tokenizer.decode(ids))["input_ids"]) - count) // 2, 1)]
+    return ids
+
+
 CASES: dict[str, Callable[[Bench], tuple[Case, float]]] = {
     "dpo": dpo,
     "dpo, like lengths": dpo_alike,
@@ -322,6 +401,7 @@ CASES: dict[str, Callable[[Bench], tuple[Case, float]]] = {
     "sft": unshared,
     "sft, equal lengths": equal,
     "log-probs": logps,
+    "grpo update": grpo,
 }
 
 

@@ -2,8 +2,8 @@
 
     python examples/trl_trainer.py
 
-Three runs of SmolLM2-135M-Instruct with LoRA, each from the same start: TRL alone; TRL with `install()`, with the same
-losses; and SimPO, which TRL's DPOTrainer does not have. The seconds include TRL's own work.
+Runs of SmolLM2-135M-Instruct with LoRA from the same start: TRL alone; with `install()`; with prompts read once,
+too: the same losses; and SimPO, which TRL's DPOTrainer does not have. The seconds include TRL's own work.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def main(model: Any, tokenizer: Any, steps: int = 3, folder: str = "runs/trl_tra
     found = {"TRL": run("TRL", trl)}
     with engine.install():  # engine.install() by itself lasts until engine.uninstall()
         found["installed"] = run("TRL, installed", trl)
+    with engine.install(layout="shared"):
+        found["shared"] = run("TRL, shared", trl)
     found["simpo"] = run("SimPO", engine, loss_type="simpo", hyperparameters={"beta": 2.0, "gamma": 1.0})
     return found
 

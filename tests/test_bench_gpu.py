@@ -5,6 +5,7 @@ And the parts that need no GPU: how stages end, whether the poison reaches all m
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -118,6 +119,30 @@ def test_a_lost_device_ends_the_process_and_names_who_lost_it(tmp_path, monkeypa
         tiny(monkeypatch, tmp_path / "r.json", "TRL", "torch")
     found = json.loads((tmp_path / "r.json").read_text())
     assert not found["ended"] and found["contender"] == "TRL" and "is lost" in found["problems"][0]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_layouts(wrong, tmp_path, monkeypatch):
+    """A smaller model than --quick has: every layout compared and timed, and the exit status says which is wrong."""
+    pytest.importorskip("transformers")
+    import gpu_layouts
+
+    monkeypatch.setattr(gpu_layouts, "HEADS", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8})
+    monkeypatch.setattr(gpu_layouts, "SIZES", (gpu_layouts.Size("small", 16, 1, 97, 2, 60, 9),))
+    if wrong:
+        prove = gpu_layouts.prove
+        refuse = {"allowed_gradient": -1.0}
+        monkeypatch.setattr(gpu_layouts, "prove", lambda *x, **how: dataclasses.replace(prove(*x, **how), **refuse))
+    monkeypatch.setattr(sys, "argv", ["gpu_layouts.py", "--quick", "--json", str(tmp_path / "r.json")])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu_layouts.main() == wrong
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["ended"] and len(found["problems"]) == 2 * wrong
+    padded, packed, shared = found["layouts"]
+    assert [x["layout"] for x in found["layouts"]] == ["padded", "packed", "shared"]
+    assert padded["positions"] > packed["positions"] > shared["positions"]
+    assert all(x["median_ms"] > 0 and x["right"] == (not wrong or x is padded) for x in found["layouts"])
+    assert shared["attention"] == "sdpa per segment (on cpu)" and shared["gradient"] < 1e-5
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from test_trainer import PEFT_WARNING, make_model, make_rows, make_tokenizer
-from xpo_fast import cli, models
+from xpo_fast import cli, layouts, models
 from xpo_fast.cli import aliases, checks, doctor, loading, manual, options, rl, settings, training, typed
 from xpo_fast.data import turns
 from xpo_fast.rewards import RewardError
@@ -432,6 +432,7 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--push-to-hub me/it --hub_model_id me/it --no-push-to-hub --resume last --no-resume", ""),
         ("--no-push-to-hub --push-to-hub me/it", "--push-to-hub me/it"),
         ("--packing false --padding_free=false --do_train", ""),
+        ("--packing --padding_free", "--layout packed"),
     ],
 )  # fmt: skip
 def test_names_of_trl_and_transformers(theirs, ours):
@@ -525,7 +526,7 @@ def test_names_of_trl_for_reward():
 @pytest.mark.parametrize(
     ("command", "words", "message"),
     [
-        ("train", "--packing", "packed layouts do not exist yet: --group-by-length"),
+        ("train", "--eval_packing", "evaluations read rows in the layout of training: --layout packed"),
         ("rl", "--generation_batch_size 32", "rl has --prompts-per-rollout; for the completions"),
         ("rl", "--kl_horizon 5", "--kl_horizon is a value of --set: write --set kl_horizon=5"),
         ("train", "--bf16", "--bf16 is mixed precision, which goes with --full; with an adapter, --dtype bfloat16"),
@@ -798,7 +799,7 @@ class TestHub:
         assert made == [("it", True)] and pushed and set(pushed) == {"me/it"}
 
 
-def test_a_dry_run_says_what_a_run_does_and_writes_nothing(home, tmp_path, capsys):
+def test_a_dry_run_says_what_a_run_does_and_writes_nothing(home, tmp_path, capsys, caplog):
     out = tmp_path / "out"
     words = ["--max-length", "8", "--eval-split", "4", "--epochs", "2", "--grad-accum", "3"]
     assert train(home, out, *words, "--dry-run") == 0
@@ -809,6 +810,8 @@ def test_a_dry_run_says_what_a_run_does_and_writes_nothing(home, tmp_path, capsy
     for label in ("head", "reference", "method"):  # the plan is that of the run
         (line,) = (x for x in said.splitlines() if x.startswith(f"{label} "))
         assert line in ran
+    (line,) = (x for x in said.splitlines() if x.startswith("layout "))
+    assert f"layout {line.removeprefix('layout     ')}; " in caplog.text  # and it is proved
     assert (
         f"steps      {json.loads((out / 'trainer_state.json').read_text())['max_steps']} of 12 rows, 2 per epoch"
         in said
@@ -835,9 +838,8 @@ def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
     assert cli.main(["reward", "--data", str(home / "pairs.jsonl"), *words]) == 0
     said = capsys.readouterr().out
     first = make_rows(20)[0]
-    assert (
-        "The reward is read at the last token" in said and f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
-    )
+    assert "The reward is read at the last token" in said and "\nlayout     " in said
+    assert f"{first['prompt']}⟦{first['chosen'].strip()} <eos>⟧" in said
 
     conversation = [{"role": "user", "content": "w1 w2"}]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": conversation}) + "\n")
@@ -856,7 +858,8 @@ def test_a_dry_run_of_reward_and_of_rl(home, tmp_path, capsys):
         "2",
     ]
     assert cli.main(["rl", *more, "--reward", f"{tmp_path}/short.py:short", *words]) == 0
-    assert "w9 w1 w2 w7⟦…⟧" in capsys.readouterr().out and not out.exists()
+    said = capsys.readouterr().out
+    assert "w9 w1 w2 w7⟦…⟧" in said and "\nlayout     auto: settled on the first rollout" in said and not out.exists()
 
 
 def test_the_command_line_answers_without_torch():
@@ -876,6 +879,7 @@ def test_constants_of_the_parser_are_those_of_the_rooms_that_it_does_not_import(
     assert options.SMOLLM2 == models.SMOLLM2
     assert options.SCORES == turns.SCORES
     assert options.PREFLIGHT == findings.PREFLIGHT
+    assert options.LAYOUTS == layouts.CHOICES
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

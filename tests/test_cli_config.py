@@ -172,7 +172,7 @@ def test_yaml_writes_of_numbers_and_words_inside_a_value(parsed):
         ("data: a\nmodel: [a, b]\n", "run.yaml:2: argument --model: takes one value, got another, 'b'"),
         ("data: a\nmodel: {a: b}\n", "run.yaml:2: model takes one value, got a mapping"),
         ("data: a\nlr: 1\nlr: 2\n", "run.yaml:3: lr came twice"),
-        ("data: a\npacking: true\n", "run.yaml:2: --packing true: packed layouts do not exist yet"),
+        ("data: a\neval_packing: true\n", "run.yaml:2: --eval_packing true: evaluations read rows in the layout of"),
         ("data: a\nlora: true\nfull: true\n", "argument --full: not allowed with argument --lora"),
         ("data: a\nconfig: b.yaml\n", "run.yaml:2: a configuration cannot name another one"),
         ("lr: 1\n", "the following arguments are required: --data"),

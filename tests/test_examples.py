@@ -236,6 +236,7 @@ def test_trl_trainer(model, tokenizer, monkeypatch):
     monkeypatch.setattr(function, "apply", lambda *a, **k: calls.append(1) or apply(*a, **k))
     found = module.main(model, tokenizer, steps=2)
     assert found["installed"] == pytest.approx(found["TRL"], rel=1e-4) and calls
+    assert found["shared"] == pytest.approx(found["TRL"], rel=1e-4)
     assert found["TRL"][0] == pytest.approx(math.log(2), rel=1e-6) and found["TRL"][1] != found["TRL"][0]
     assert len(found["simpo"]) == 2 and abs(found["simpo"][0] - math.log(2)) > 1e-2
     assert not module.engine.installed()

@@ -15,13 +15,13 @@ from torch.testing import assert_close
 
 from test_model_zoo import build
 from xpo_fast.layouts import install_layouts, laid_out, lay_out, remove_layouts
+from xpo_fast.layouts.attention import current
 from xpo_fast.layouts.model import backbone_of
 from xpo_fast.layouts.rows import Layout
 
 pytest.importorskip("trl", reason="peers are an optional extra: pip install xpo_fast[bench]")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever TRL and what it imports have to say on import
-    import accelerate
     import peft
     import trl
     from trl.trainer import utils
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     import trl_trainers as runs
     from xpo_fast.integrations import trl as engine
     from xpo_fast.integrations.trl import layout as engine_layout
-    from xpo_fast.integrations.trl import seams
+    from xpo_fast.integrations.trl import seams, trainers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -245,16 +245,12 @@ def mixtral(**options):
     )
 
 
-def closed():
-    """A model that says that its attention does not go through transformers' interface."""
-
-    class Closed(transformers.LlamaForCausalLM):
-        pass
-
-    model = runs.tiny_model()
-    model.__class__ = Closed
-    model.model._can_set_attn_implementation = lambda: False
-    return model
+def bloom():
+    torch.manual_seed(0)
+    options = {"vocab_size": runs.VOCAB, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(**options, eos_token_id=1, pad_token_id=2, bos_token_id=None)
+    )
 
 
 def prompts(task="CAUSAL_LM"):
@@ -266,16 +262,19 @@ def prefixes():
 
 
 PADDED = {
-    "no interface": ("SFT nll", {"model": closed}, "Closed|SFTTrainer", "attention"),
+    "no interface": ("SFT nll", {"model": bloom}, "BloomForCausalLM", "attention"),
     "router": ("DPO sigmoid", {"model": mixtral}, "MixtralForCausalLM", "router_aux_loss_coef=0.0"),
-    "prompt tuning": ("DPO sigmoid", {"peft_config": prompts()}, "DPOTrainer", "prompt learning"),
-    "prefix tuning": ("KTO kto", {"peft_config": prefixes()}, "KTOTrainer", "prompt learning"),
-    "prompts of a classifier": ("Reward", {"peft_config": prompts("SEQ_CLS")}, "RewardTrainer", "prompt learning"),
+    "prompt tuning": ("DPO sigmoid", {"peft_config": prompts()}, "LlamaForCausalLM", "prompt learning"),
+    "prefix tuning": ("KTO kto", {"peft_config": prefixes()}, "LlamaForCausalLM", "prompt learning"),
+    "of a classifier": (
+        "Reward",
+        {"peft_config": prompts("SEQ_CLS")},
+        "LlamaForSequenceClassification",
+        "prompt learn",
+    ),
     "packed rows": ("SFT nll", {"padding_free": True, "max_length": None}, "LlamaForCausalLM", "position_ids"),
     "another trainer": ("CPO simpo", {}, "CPOTrainer", "DPO, KTO"),
 }
-# Forwards of references per step, which have no router's loss and no learned prompts, and are laid out.
-REFERENCES = {"router": 1, "prompt tuning": 1, "prefix tuning": 2}
 
 
 @pytest.mark.filterwarnings("ignore:Padding-free:UserWarning")
@@ -284,20 +283,16 @@ def test_stays_padded(name, forwards, tmp_path, caplog):
     """auto: TRL's numbers, and the reason once by name; refused where a layout is asked for by name."""
     case, options, who, why = PADDED[name]
     with caplog.at_level(logging.WARNING, logger="xpo_fast"):
-        if name in REFERENCES:
+        if name == "router":  # the reference has no such loss, and is laid out
             check_equal(case, "auto", tmp_path, **options)
-            assert len(forwards) == REFERENCES[name] * STEPS
+            assert len(forwards) == STEPS
         else:
             train(case, tmp_path, "auto", max_steps=1, **options)
             assert not forwards
-    said = [r.getMessage() for r in caplog.records if "stay padded" in r.getMessage()]
-    assert len(said) == len(set(said)) >= 1
-    for line in said:
-        assert line.startswith("layout auto: the rows of ") and why in line
-    assert any(n in line for line in said for n in who.split("|"))
-    with pytest.raises(
-        ValueError, match=rf'layout=\'shared\': the rows of .* must stay padded: .*{why}.*"auto", or None'
-    ):
+    (said,) = (r.getMessage() for r in caplog.records if "stay padded" in r.getMessage())
+    assert said.startswith(f"layout auto: the rows of {who} stay padded: ") and why in said
+    refused = rf"layout='shared': the rows of {who} must stay padded: .*{why}.*\"auto\", or None"
+    with pytest.raises(ValueError, match=refused):
         train(case, tmp_path, "shared", **options)
 
 
@@ -342,18 +337,30 @@ def test_forwards_that_are_refused(arguments):
             model(**{"input_ids": ids, "attention_mask": mask, "labels": ids, "fused_lm_head": True, **arguments})
 
 
-@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED", "cp", "sp", "tp"])
+@pytest.mark.parametrize("what", ["fsdp", "deepspeed", "cp", "sp", "tp"])
 def test_models_in_parts(what, monkeypatch):
-    accelerate.PartialState()
+    """Said when the trainer is made, and remembered for its forwards."""
     parallel = types.SimpleNamespace(**{f"{n}_enabled": n == what for n in ("cp", "sp", "tp")})
-    state = types.SimpleNamespace(distributed_type=what.upper(), parallelism_config=parallel)
-    fake = type("State", (), {"_shared_state": {"it": "is made"}, "__new__": lambda cls: state})
-    monkeypatch.setattr(engine_layout, "AcceleratorState", fake)
-    assert "not been tried" in engine_layout.why_padded(runs.tiny_model())
+    kind = type("Parted", (types.SimpleNamespace,), {"__module__": "trl.trainer.dpo_trainer"})
+    trainer = kind(
+        is_fsdp_enabled=what == "fsdp",
+        is_deepspeed_enabled=what == "deepspeed",
+        args=types.SimpleNamespace(torch_compile=False),
+        accelerator=types.SimpleNamespace(parallelism_config=parallel),
+        model=runs.tiny_model(),
+    )
+    layouts = engine_layout.Layouts("auto")
+    monkeypatch.setitem(seams.THEIRS, (trainers.base_trainer._BaseTrainer, "__init__"), lambda self: None)
+    monkeypatch.setattr(trainers, "current_layouts", lambda: layouts)
+    trainers.init(trainer)
+    assert "not been tried" in layouts._hindrance
+    ids, mask = rows_of((14, 11), 20)
+    with layouts.around(trainer.model, {"input_ids": ids, "attention_mask": mask}, None):
+        assert current() is None
 
 
 def test_compiled_trainer(tmp_path):
-    with pytest.raises(ValueError, match="the rows of DPOTrainer must stay padded: torch_compile"):
+    with pytest.raises(ValueError, match="the rows of LlamaForCausalLM must stay padded: torch_compile"):
         train("DPO sigmoid", tmp_path, "shared", torch_compile=True, torch_compile_backend="eager")
 
 

@@ -180,9 +180,7 @@ def resume(given: Given, typed: Typed) -> list[str]:
     return ["--resume"] if given.switch() else [f"--resume={given.values[0]}", *given.values[1:]]
 
 
-_NO_LAYOUTS = (
-    "packed layouts do not exist yet: --group-by-length makes batches of rows of like length, with less padding"
-)
+_PACKED = choices("`--layout packed`", true=["--layout=packed"], false=[])
 _SAVES = "checkpoints are written every --save-steps steps, and --save-total-limit of them are kept"
 _MODEL = "load it in Python (xpo_fast.models.load_model) and save it, then name the folder as --model"
 
@@ -212,9 +210,9 @@ ALIASES: dict[str, Alias] = {
     "dataset_num_proc": renamed("num-proc"),
     "dataset_config": renamed("data-config"),
     "dataset_streaming": accepted("false", true="rows are mapped from disk, however many there are: leave it out"),
-    "packing": accepted("false", true=_NO_LAYOUTS),
-    "eval_packing": accepted("false", true=_NO_LAYOUTS),
-    "padding_free": accepted("false", true=_NO_LAYOUTS),
+    "packing": _PACKED,
+    "eval_packing": accepted("false", true="evaluations read rows in the layout of training: --layout packed"),
+    "padding_free": _PACKED,
     "train_sampling_strategy": choices("`--group-by-length`", random=[], group_by_length=["--group-by-length"]),
     # Optimisation.
     "learning_rate": renamed("lr"),

@@ -121,6 +121,7 @@ def _online(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         method_args=method_args,
         backend=args.backend,
         tile_mib=args.tile_mib,
+        layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
         **fields,
         **training.training_arguments(args, lr=train.learning_rate(args), evaluates=False),

@@ -21,7 +21,7 @@ from .settings import check_like
 # What numbers must be, in words and as a condition.
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "batch_size grad_accum lora_rank logging_steps save_steps save_total_limit eval_steps eval_batch_size num_proc "
-    "max_pairs": ("at least 1", lambda x: x >= 1),
+    "max_pairs tokens_per_batch": ("at least 1", lambda x: x >= 1),
     "lr epochs lora_alpha tile_mib value_head_lr": ("positive", lambda x: 0 < x < math.inf),
     "warmup_ratio": ("a share in [0, 1)", lambda x: 0 <= x < 1),
     # transformers reads a value of 1 and more as steps, and below 1 as a share.

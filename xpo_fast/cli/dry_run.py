@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
+    from ..layouts import LaysOut
+    from ..layouts import choose as choose_layout
     from ..models import padding_id
     from ..trainer import check_rows, layout
     from ..trainer.reference import choose
@@ -28,14 +30,18 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
     check_rows(model, tokenizer, encoded)
-    first = _batch(encoded, data.Collator(padding_id(model, tokenizer), objective.data_kind), config)
+    collate = data.Collator(padding_id(model, tokenizer), objective.data_kind)
+    first = _batch(encoded, collate, config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
     print(f"method     {config.objective()}")
     print(f"reference  {reference}: {why}")
+    _layout(config, model, encoded, collate)
     print(f"head       {_plan(config, model, *layout(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))
+    layout_of_rows = choose_layout(config.layout, model, lambda: [first]).layout
+    _budget(config, encoded, LaysOut(collate, layout_of_rows))
     _rendered(first, tokenizer)
 
 
@@ -52,18 +58,24 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     check_rows(model, tokenizer, encoded, lengths=read_lengths(encoded, spec, tokenizer))
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, spec.kind, config)
+    collate = RewardCollator(padding_id(model, tokenizer), spec, tokenizer)
     print(f"method     {spec.method}")
+    _layout(config, model, encoded, collate)
     _steps(config, len(rows))
+    collate = RewardCollator(padding_id(model, tokenizer), spec, tokenizer)
+    _budget(config, encoded, collate)
     print("The reward is read at the last token of each completion.")
-    _rendered(_batch(encoded, RewardCollator(padding_id(model, tokenizer), spec, tokenizer), config), tokenizer)
+    _rendered(_batch(encoded, collate, config), tokenizer)
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
     """Prints what `xpo-fast rl` would do. config: its RLConfig. names: the rewards."""
     from ..data import check_written
+    from ..layouts import choose, unsupported
     from ..models import check_ids, positions
     from ..rl.checks import checked_ids
     from ..trainer import CLOSE, OPEN
+    from ..trainer.budget import Size, cut
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
     check_written(tokenizer, rows, config.chat_template_kwargs)
@@ -78,6 +90,10 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
             f"positions  {limit} of the model: {none} prompts leave no room for an answer (the run refuses them), "
             f"{short} less than --max-new-tokens {config.max_new_tokens}"
         )
+    if config.layout == "padded" or unsupported(model) is not None:
+        layout = choose(config.layout, model, lambda: [])
+    else:
+        layout = f"{config.layout}: settled on the first rollout"
     rollouts = max(math.ceil(config.num_train_epochs * len(rows) / config.prompts), 1)
     steps = config.max_steps if config.max_steps > 0 else rollouts * config.steps_per_rollout
     print(
@@ -85,9 +101,15 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         f"method     {config.objective()}, advantages: {config.estimator}\n"
         f"rollout    {config.prompts} prompts × {config.num_generations} completions of at most "
         f"{config.max_new_tokens} tokens\n"
+        f"layout     {layout}\n"
         f"steps      {steps}, {config.steps_per_rollout} per rollout, lr {config.learning_rate:g}, "
         f"{_name(config.lr_scheduler_type)}"
     )
+    if config.tokens_per_batch is not None:
+        copies = [tokens for tokens in ids[: config.prompts] for _ in range(config.num_generations)]
+        longest = [[Size(1, len(tokens) + config.max_new_tokens - 1)] for tokens in copies]
+        count = len(cut(longest[: len(longest) // config.minibatches], config.tokens_per_batch))
+        print(f"budget     {config.tokens_per_batch} tokens a micro-batch (--tokens-per-batch): at most {count} a step")
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
     _end()
@@ -171,6 +193,15 @@ def _table(lengths: dict[str, list[int]]) -> None:
         print(f"{name:<11}{ordered[0]:>8}{middle:>8}{high:>8}{ordered[-1]:>8}")
 
 
+def _layout(config: Any, model: Any, encoded: Any, collate: Any) -> None:
+    """Prints the layout in which a run would read rows, if it proves itself there."""
+    from ..layouts import choose
+    from ..trainer.layout import sampled
+
+    size = config.per_device_train_batch_size
+    print(f"layout     {choose(config.layout, model, lambda: sampled(encoded, collate, size))}")
+
+
 def _steps(config: Any, rows: int) -> None:
     """Prints the steps as transformers.Trainer counts them: the last batches of an epoch make a step of their own."""
     batches = math.ceil(rows / (config.per_device_train_batch_size * config.world_size))
@@ -180,6 +211,21 @@ def _steps(config: Any, rows: int) -> None:
     print(
         f"steps      {steps} of {each} rows, {per_epoch} per epoch; lr {config.learning_rate:g}, "
         f"{_name(config.lr_scheduler_type)}, {config.get_warmup_steps(steps)} warm up"
+    )
+
+
+def _budget(config: Any, encoded: Any, collate: Any) -> None:
+    """Prints into how many micro-batches the first step is cut."""
+    from ..trainer.budget import Budget, KeepsUnits
+
+    if config.tokens_per_batch is None:
+        return
+    each = min(config.per_device_train_batch_size * config.gradient_accumulation_steps, len(encoded))
+    units = KeepsUnits(collate)([encoded[i] for i in range(each)]).drawn
+    count = len(Budget(config.tokens_per_batch, collate).batches(units))
+    print(
+        f"budget     {config.tokens_per_batch} tokens a micro-batch (--tokens-per-batch): {count} of them in a step of "
+        f"the first {each} rows"
     )
 
 

@@ -161,7 +161,14 @@ def _less_memory(args: argparse.Namespace) -> list[str]:
     halve = "halve --batch-size"
     if hasattr(args, "grad_accum"):
         halve += " and double --grad-accum, which trains the same"
-    names = ("generation_batch_size", "gradient_checkpointing", "max_length", "max_new_tokens", "tile_mib")
+    names = (
+        "generation_batch_size",
+        "gradient_checkpointing",
+        "max_length",
+        "max_new_tokens",
+        "tokens_per_batch",
+        "tile_mib",
+    )
     named = {name: f"--set {name}=N" for name in getattr(args, "parser", Parser).settings}
     named |= {name: f"--{name.replace('_', '-')}" for name in names if hasattr(args, name)}
     others = ", ".join(named[name] for name in names if name in named)

@@ -17,6 +17,7 @@ from .settings import setting
 SMOLLM2 = "smollm2-135m"
 PREFLIGHT = ("off", "warn", "stop")
 SCORES = ("assistant", "last", "all")
+LAYOUTS = ("auto", "padded", "packed", "shared")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
@@ -260,6 +261,12 @@ def add_optimisation(
     group = parser.add_argument_group("optimisation")
     add = adder(group)
     add_steps(group, lr=lr, epochs=epochs, batch=batch)
+    add(
+        "--tokens-per-batch N",
+        "cut a step into batches of at most N tokens, as the model computes them, the longest first; the step stays "
+        "that of --batch-size and --grad-accum (default: batches of --batch-size)",
+        type=int,
+    )
     if rows:
         add(
             "--eval-batch-size N",
@@ -280,6 +287,13 @@ def add_optimisation(
     add("--max-grad-norm X", "clip gradients to this norm; 0: no clipping", 1.0)
     add("--seed N", seed, 42)
     add("--gradient-checkpointing", "recompute activations: less memory, slower", False)
+    add(
+        "--layout",
+        "how the model reads rows: padded; packed, one behind the other without padding; shared, what rows begin with "
+        "in common once; auto: the one with the fewest tokens that the model can be read in, said at the start",
+        "auto",
+        choices=LAYOUTS,
+    )
     add(
         "--train NAME=VALUE",
         "a further argument of transformers.TrainingArguments, for example --train adam_beta2=0.95: "

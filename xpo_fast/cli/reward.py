@@ -175,6 +175,8 @@ def config_of(args: argparse.Namespace) -> RewardConfig:
         backend=args.backend,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        layout=args.layout,
+        tokens_per_batch=args.tokens_per_batch,
         chat_template_kwargs=options.kwargs_of(args),
         **options.length_rule(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),

@@ -160,8 +160,10 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         ref_cache_dir=args.ref_cache,
         backend=args.backend,
         tile_mib=args.tile_mib,
+        tokens_per_batch=args.tokens_per_batch,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
         **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
     )

@@ -31,6 +31,7 @@ def quiet(args: argparse.Namespace) -> None:
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("xpo_fast.layout").setLevel(logging.INFO)  # which layout is taken, and why
     transformers_logging.set_verbosity_error()
     if not args.debug:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about one another

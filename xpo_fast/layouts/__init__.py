@@ -5,12 +5,13 @@ from .check import Proof, Reads, prove
 from .choice import Chosen, check_layout, choose, must_stay_padded
 from .inputs import Inputs, LaysOut, Wanted, beside, with_target
 from .model import attention_of, install_layouts, remove_layouts
-from .rows import CHOICES, LAYOUTS, Layout, lay_out, side_by_side
+from .rows import CHOICES, LAYOUTS, LEAST_SAVED, Layout, lay_out, side_by_side
 from .support import unsupported
 
 __all__ = [
     "CHOICES",
     "LAYOUTS",
+    "LEAST_SAVED",
     "Chosen",
     "Inputs",
     "Layout",

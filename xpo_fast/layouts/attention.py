@@ -113,12 +113,14 @@ def plan(
     """
     about = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset")  # of the sequence as one row
     kwargs = {n: x for n, x in kwargs.items() if n not in about} | {"batch_size": 1, "local_size": local_size}
+    window = local_size if allow_is_causal_skip else None  # else the mask may be more than a window
     calls: dict[tuple[int, int], list[int]] = {}
     for i, segment in enumerate(layout.segments):
         calls.setdefault((len(segment), segment.at), []).append(i)
     made = []
     for (size, at), members in calls.items():
-        skip = unseen(at, local_size)
+        # Keys further back than the window of the first query are seen by none.
+        skip = unseen(at, window)
 
         def moved(b: Any, h: Any, q: Any, k: Any, at: int = at, skip: int = skip) -> Any:
             return mask_function(b, h, q + at, k + skip)
@@ -130,7 +132,7 @@ def plan(
             allow_is_causal_skip=allow_is_causal_skip and at == 0,
             **kwargs,
         )
-        pieces = tuple(layout.keys_of(i, local_size) for i in members)
+        pieces = tuple(layout.keys_of(i, window) for i in members)
         made.append(Call(tuple(members), pieces, found))
     return Plan(tuple(map(len, layout.segments)), tuple(made))
 
@@ -145,7 +147,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         if flex.is_block_mask(attention_mask):
-            return function_of(module, flex.NAME)(module, query, key, value, attention_mask, **kwargs)
+            return flex.attend(function_of(module, flex.NAME), module, query, key, value, attention_mask, **kwargs)
         run = function_of(module, implementation)
         if isinstance(attention_mask, varlen.Lengths):
             return varlen.attend(run, implementation, module, query, key, value, attention_mask, **kwargs)

@@ -64,13 +64,36 @@ def block_mask(
         some &= at.amin(1)[:, None] - at.amax(1) < local_size
     every = (k < q) & (q + BLOCK <= ends[blocks].amin(1))
     full = _listed(every) if causal else (None, None)
-    return BlockMask.from_kv_blocks(
+    found = BlockMask.from_kv_blocks(
         *_listed(some & ~every if causal else some),
         *full,
         BLOCK_SIZE=BLOCK,
         mask_mod=sees if causal else sees_and_may,
         seq_lengths=(len(layout), len(layout)),
     )
+    # The next batch has other sizes: torch.compile need not find out one by one.
+    for x in (ends, positions):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    for name in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+        for x in (getattr(found, name), getattr(found, f"full_{name}")):
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, list(range(2, x.ndim)))
+    return found
+
+
+def attend(
+    run: Callable[..., Any],
+    module: Any,
+    query: Tensor,  # (1, H, N, d)
+    key: Tensor,  # (1, G, N, d)
+    value: Tensor,  # (1, G, N, d')
+    mask: BlockMask,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Computes attention by `run`, transformers' function for FlexAttention; returns (1, N, H, d')."""
+    for x in (query, key, value):
+        torch._dynamo.maybe_mark_dynamic(x, 2)
+    return run(module, query, key, value, mask, **kwargs)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.lm_head import causal_lm, unwrapped
+from ..models.lm_head import causal_lm, names_in_forward, unwrapped
 from .attention import current, implementation_of, name_of
 from .ways import Attention, attention_for
 
@@ -40,10 +40,25 @@ def remove_layouts(model: nn.Module) -> None:
 
 
 def backbone_of(model: Any) -> nn.Module:
-    """Returns the module that turns token ids into the hidden states that the model's head reads."""
+    """Returns the module that turns token ids into the hidden states that the model's head reads.
+
+    It is the outermost one that the model's forward calls and that does not hold the head.
+    """
     lm = causal_lm(unwrapped(model))
     base = getattr(lm, "base_model", lm)
-    return base if base is not lm else lm.get_decoder()
+    if "decoder" in names_in_forward(type(lm)) and hasattr(base, "decoder"):
+        return base.decoder  # OPT's and Whisper's forwards call it directly
+    head = lm.get_output_embeddings()
+    while head is not None and any(x is head for x in base.modules()):
+        inner = base.get_decoder()
+        base = inner if inner is not base else base.model  # Llama 4's and Kosmos 2.5's text model has a head of its own
+    return base
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Returns the text model of the backbone, which may have towers for images beside it; else the backbone."""
+    backbone: Any = backbone_of(model)
+    return backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
 
 
 def configs_of(backbone: nn.Module) -> list[Any]:
@@ -79,7 +94,9 @@ class _Hooks:
         layout = current()
         configs = _plain(backbone)
         if layout is None:
-            _rename(configs)
+            # A checkpointed layer may have a laid out forward still to compute again; our names read padded rows, too.
+            if not any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
+                _rename(configs)
             return None
         names = ("input_ids", "attention_mask", "position_ids")
         given = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if x is not None}

@@ -142,11 +142,11 @@ def _names_behind_head(lm: nn.Module, layer: nn.Module) -> set[str]:
     """Returns the names and strings in the code of the forwards through which a head's output is returned."""
     paths = [name.split(".") for name, x in lm.named_modules(remove_duplicate=False) if x is layer]
     above = {".".join(path[:k]) for path in paths for k in range(len(path))} | {""}
-    return set().union(*(_names_in_forward(type(lm.get_submodule(name))) for name in above))
+    return set().union(*(names_in_forward(type(lm.get_submodule(name))) for name in above))
 
 
 @cache
-def _names_in_forward(kind: type) -> frozenset[str]:
+def names_in_forward(kind: type) -> frozenset[str]:
     """Returns the names and strings in a class's forward, and in those of its bases as far as they call super()."""
     found: set[str] = set()
     for base in kind.__mro__:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -269,6 +270,14 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         )
         self.report = preflight(run)
         return self.report
+
+    def _coupled(self) -> list[str]:
+        return ["odin"] if self.method is None else []
+
+    def _row_tokens(self, rows: Any, layout: str) -> np.ndarray:
+        if self.spec.form == "preference":  # whose two rows hold the same tokens, in either order
+            return np.array(read_lengths(rows, self.spec, self._tokenizer))
+        return super()._row_tokens(rows, layout)
 
     def reward_model(self) -> RewardModel:
         """Returns the model in training as a `RewardModel` that shares its weights."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import data
 from ..data import pad_rows
 from ..head import token_logps, token_stats
-from ..layouts import LaysOut, side_by_side
+from ..layouts import LEAST_SAVED, LaysOut, side_by_side
 from ..methods.advantages import advantages, gae, whiten
 from ..methods.math import k1
 from ..models import Head
@@ -21,6 +21,7 @@ from ..models.value_head import ValueHead
 from ..objective import Objective
 from ..rollout import score_tokens
 from ..seeds import permutation
+from ..trainer.budget import Size, cut
 from ..types import IGNORE_INDEX
 from .collect import Completion
 from .config import RLConfig
@@ -321,7 +322,8 @@ class Batches:
     def step(self, experience: Experience, step: int, *, spare: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Returns this process's micro-batches of a step of the run, and the denominators of their losses, () each.
 
-        spare: rows with gradient 0 are left out of the batches; the denominators count them.
+        spare: rows with gradient 0 are left out of the batches; the denominators count them. Beside the denominators
+        stands "batches", the number of micro-batches of all processes.
         """
         args, ranks = self.args, self.accelerator.num_processes
         rollout, at = divmod(step, args.steps_per_rollout)
@@ -334,8 +336,7 @@ class Batches:
         elif spare:  # then it does not matter which rows share a batch: those of similar length do, for less padding
             sizes = [sum(map(len, experience.row(i))) for i in kept.tolist()]
             kept = kept[torch.tensor(sizes, dtype=torch.int64).argsort(stable=True)]
-        size = args.per_device_train_batch_size
-        micro = kept.split(size) if len(kept) else ()
+        size, micro = args.per_device_train_batch_size, self.cut(experience, kept)
         spared = rows[experience.counted[rows] & ~experience.kept[rows]]
         counts = [self.objective.count_items(experience.targets(of)) for of in (*micro, spared) if len(of)]
         none = self.objective.count_items(torch.full((1, 1), IGNORE_INDEX))
@@ -344,11 +345,34 @@ class Batches:
             "tokens": experience.lengths[rows[experience.counted[rows]]].sum().clamp(min=1),
         }
         per_step = args.gradient_accumulation_steps * ranks
+        if args.tokens_per_batch is not None:
+            per_step = max(-(-len(micro) // ranks), 1) * ranks
+        items["batches"] = torch.tensor(per_step)
         mine = range(self.accelerator.process_index, per_step, ranks)
         batches = [
             self.batch(experience, micro[k] if k < len(micro) else None, (step * per_step + k) * size) for k in mine
         ]
         return batches, {name: x.to(args.device) for name, x in items.items()}
+
+    def cut(self, experience: Experience, kept: Tensor) -> list[Tensor]:
+        """Returns the rows (n,) of a step in micro-batches, each of as many rows, or by the budget of tokens."""
+        budget = self.args.tokens_per_batch
+        if budget is None:
+            return list(kept.split(self.args.per_device_train_batch_size)) if len(kept) else []
+        rows = [experience.row(i) for i in kept.tolist()]
+        if self.layout != "shared":
+            lengths = [len(prompt) + len(ids) - 1 for prompt, ids in rows]
+            sizes = [[Size(1, n, n if self.layout == "packed" else None)] for n in lengths]
+            return [kept[torch.tensor(part)] for part in cut(sizes, budget)]
+        ends, total = [], 0  # as they stand: those of a prompt side by side
+        for k, (prompt, ids) in enumerate(rows):
+            takes = len(prompt) + len(ids) - 1
+            shares = k > 0 and rows[k - 1][0] == prompt and len(prompt) >= LEAST_SAVED
+            total += len(ids) - 1 if shares else takes
+            if k > 0 and total > budget:
+                ends.append(k)
+                total = takes
+        return list(kept.tensor_split(ends)) if rows else []
 
     def batch(self, experience: Experience, rows: Tensor | None, first_text: int) -> dict[str, Any]:
         """Returns rows (n,) as a batch in the layout, with pretraining texts from number `first_text` on.

@@ -36,6 +36,7 @@ from ..seeds import seed_for
 from ..trainer import HandedOver, Means, Report, UnitTrainer, check_head, prepare_model, with_tokenizer
 from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
+from ..trainer.budget import coupled, entries
 from ..trainer.layout import hindrance_of
 from ..trainer.setup import check_trainable
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
@@ -90,6 +91,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     """
 
     args: RLConfig
+    reads_rows = False
 
     def __init__(
         self,
@@ -183,6 +185,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def _adapts_beta(self) -> bool:
         """Whether the divergence that kl_target steers is that from the sampling policy."""
         return any(m.card.rl.adapts_beta for m in self.objective.methods)
+
+    def _coupled(self) -> list[str]:
+        return coupled(self.objective)
 
     @property
     def _spares(self) -> bool:
@@ -390,17 +395,20 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of the next step and their denominators; a rollout's first step collects it."""
+        self._throughput.begin()
         for _ in range(num_batches):  # the numbers are not used: Trainer counts by them
             next(epoch_iterator)
         number = self.state.global_step // self.args.steps_per_rollout
         if self.progress.rollouts == number:
-            self._begin_rollout()
+            with self._throughput.paused():
+                self._begin_rollout()
         assert self.experience is not None and self.progress.rollouts == number + 1
         if self.layout is None:  # resumed within a rollout
             self.settle_layout([self.experience.row(i) for i in range(len(self.experience.kept))])
         batches, items = self._batches.step(self.experience, self.state.global_step, spare=self._spares)
         self._step_began = time.perf_counter()
-        return batches, items
+        self._count_tokens(batches)
+        return (batches if self.args.tokens_per_batch is None else entries(batches, num_batches)), items
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Any
@@ -410,9 +418,9 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if self._adapts_beta and self.args.kl_target is not None:
             self._penalty_means.add({"kl": metrics["kl"]}, {"kl": counts["kl"]})
         # On resuming, Trainer's own mean of the loss forgets the steps since the last log.
-        share = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        one = torch.ones((), device=loss.device)
-        return loss, out["losses"], {**metrics, "loss": loss * share}, {**counts, "loss": one}
+        usual = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        weight = usual / denominator["batches"]  # of each step the same, however many micro-batches it has
+        return loss, out["losses"], {**metrics, "loss": loss * denominator["batches"]}, {**counts, "loss": weight}
 
     def after_step(self) -> None:
         """Ends a step before it is logged and saved; at a rollout's end the reference follows and beta adapts."""

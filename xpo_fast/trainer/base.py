@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 try:
     import datasets  # noqa: F401  # which every trainer needs
     from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
-    from transformers import Trainer
     from transformers import TrainerCallback as TrainerCallback
     from transformers import set_seed as set_seed
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,11 +30,11 @@ except ImportError as error:
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
 from ..models import note_name, saving_embeddings
-from ..reduce import most_over_ranks, sum_over_ranks
+from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, made_with_of, write_made_with
 from ..seeds import draws_by
 from .arguments import check_trainer_arguments, let_ddp_find_unused_parameters
-from .budget import WINDOW, Budget, KeepsUnits, LongestFirst, Parts, Units, computed, entries, unit_tokens
+from .budget import Units, entries
 from .checkpoints import (
     check_bases_stay,
     check_room,
@@ -47,14 +45,12 @@ from .checkpoints import (
     trained_at_root,
     unsaved,
 )
-from .checks import place_in
+from .cutting import CutsBatches
 from .findings import Report
 from .handed_over import adapter_settings
 from .means import Means
 from .setup import check_trainable
-from .throughput import Throughput, read_tokens, saved
-
-logger = logging.getLogger("xpo_fast")
+from .throughput import Throughput
 
 _UNSAVED = (
     "{} weights, such as {}, are trained beside the adapter and are not saved with it, neither in checkpoints nor by "
@@ -64,7 +60,7 @@ _LOSS = "loss of method "  # prefix among the means of an evaluation
 _IN_FRONT = "row in front"  # of a checkpoint's settings: the row that is in the first step whatever the seed
 
 
-class UnitTrainer(Trainer):
+class UnitTrainer(CutsBatches):
     """Trainer whose loss is a sum over units, divided by the items of the whole optimizer step; so are its metrics.
 
     Subclasses define `kind` (of their data set; None if each row is a unit), `_items` (the loss's denominator for a
@@ -76,7 +72,6 @@ class UnitTrainer(Trainer):
 
     kind: Kind | None = None
     loss_weights: Sequence[float] = (1.0,)  # of the losses that `_loss` returns one by one
-    reads_rows = True  # whether data loaders draw the rows of batches, which can be cut by a budget of tokens
     model: Any
     model_wrapped: Any
     data_collator: Any
@@ -104,27 +99,10 @@ class UnitTrainer(Trainer):
                     "of its own, none of which is the trained model: save it with merge_and_unload()",
                     stacklevel=3,
                 )
-        self._means = Means()
         self._eval_means = Means()
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
         self.report: Report | None = None  # of `preflight`
         self._missing: list[str] = []  # names of weights that were not found in a checkpoint
-        self._in_front: int | None = None
-        self._throughput = Throughput(self.args.device)
-        if getattr(self.args, "tokens_per_batch", None) is not None and (names := self._coupled()):
-            raise ValueError(
-                f"tokens_per_batch: the loss of {' and '.join(names)} depends on which units share a micro-batch, and "
-                "a budget of tokens decides that by their lengths: leave it out, or use another method"
-            )
-
-    @property
-    def _budget(self) -> Budget | None:
-        tokens = getattr(self.args, "tokens_per_batch", None)
-        return Budget(tokens, self.data_collator) if tokens is not None and self.reads_rows else None
-
-    def _coupled(self) -> list[str]:
-        """Returns the names of the methods whose losses depend on which units share a micro-batch."""
-        return []
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -137,7 +115,7 @@ class UnitTrainer(Trainer):
             "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,
-            _IN_FRONT: self._in_front,
+            _IN_FRONT: self.in_front,
             **self.given,
         }
 
@@ -163,7 +141,7 @@ class UnitTrainer(Trainer):
                 f"{resume_from_checkpoint} is not the whole model: {_UNSAVED.format(len(apart), apart[0])}"
             )
         if resume_from_checkpoint:
-            self._in_front = made_with_of(resume_from_checkpoint).get(_IN_FRONT)
+            self.in_front = made_with_of(resume_from_checkpoint).get(_IN_FRONT)
             check_made_with(resume_from_checkpoint, self.made_with)
         check_bases_stay(self.model, Path(str(self.args.output_dir)))
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
@@ -174,34 +152,12 @@ class UnitTrainer(Trainer):
             self.model.name_or_path = ""  # peft's name for it in later adapters: what it names is no longer this model
         self._throughput = Throughput(self.args.device)
         self._prepare_to_train(resume_from_checkpoint or None)
-        if self._budget is not None:
-            longest = self._check_longest(self._budget)
-            self._in_front = self._in_front if resume_from_checkpoint else longest
+        self._settle_first(resumed=bool(resume_from_checkpoint))
         self._check_before_training()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         """Does what must be done before the first step, or before training goes on from a checkpoint."""
-
-    def _check_longest(self, budget: Budget) -> int:
-        """Returns the number of the longest row; warns if it alone takes more tokens than the budget has."""
-        rows: Any = self.train_dataset
-        longest = int(self._row_tokens(rows, getattr(self.data_collator, "layout", "padded")).argmax())
-        takes = max(size.tokens(0) for size in KeepsUnits(budget.collate).unit(rows[longest]).forwards)
-        if takes > budget.tokens:
-            said = (
-                f"{place_in(rows, longest)} takes {takes:,} tokens, tokens_per_batch={budget.tokens:,}: it, and what "
-                "else is longer than the budget, goes alone"
-            )
-            if getattr(self.args, "preflight", "off") == "stop":
-                raise ValueError(f'{said}; raise tokens_per_batch, lower max_length, or set preflight="warn"')
-            if self.is_world_process_zero():
-                logger.warning(said)
-        return longest
-
-    def _row_tokens(self, rows: Any, layout: str) -> Any:
-        """Returns the tokens that each row of an encoded data set takes in a layout, (N,)."""
-        return unit_tokens(rows, layout)
 
     def preflight(self) -> Report | None:
         """Checks the run without training; returns and keeps what was found. None: this trainer has no check."""
@@ -241,24 +197,6 @@ class UnitTrainer(Trainer):
         items = torch.stack([self._items(batch) for batch in batch_samples]).sum(dim=0)
         return sum_over_ranks(items.to(device)).clamp(min=1)
 
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Returns Trainer's data loader; with a budget of tokens one that keeps rows, for `_micro_batches` to cut."""
-        budget = self._budget
-        if budget is not None and not is_training:
-            ranks = self.accelerator.num_processes
-            kwargs["batch_size"] = max(kwargs["batch_size"], min(WINDOW, -(-len(dataset) // ranks)))
-        collate = self.data_collator
-        try:
-            self.data_collator = collate if budget is None else KeepsUnits(collate)
-            loader: Any = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
-        finally:
-            self.data_collator = collate
-        if is_training and self._in_front is not None:
-            sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
-            if hasattr(sampler, "sampler"):  # a batch sampler of its own has none, and balances lengths
-                loader.set_sampler(LongestFirst(sampler.sampler, self._in_front))
-        return loader
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of the next step and their items; rows that only fill up the ranks do not count."""
         self._throughput.begin()
@@ -267,52 +205,13 @@ class UnitTrainer(Trainer):
         items = self._get_num_items_in_batch(batches, device)
         if not batches:
             return [], items
-        self._count_tokens(batches, sum(x.padded for x in drawn) if self._budget else None)
+        self._count_tokens(batches, sum(x.padded for x in drawn) if self.budget else None)
         batches = self._begin_step(batches)
-        return (entries(batches, len(drawn)) if self._budget else batches), items
+        return (entries(batches, len(drawn)) if self.budget else batches), items
 
     def _begin_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Does what a step needs before its first micro-batch; returns its micro-batches."""
         return batches
-
-    def _micro_batches(self, drawn: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """Returns the batches that are computed of those that a data loader has drawn; of all ranks equally many."""
-        budget = self._budget
-        if budget is None or not drawn:
-            return list(drawn)
-        batches = budget.batches([unit for units in drawn for unit in units.drawn[: units.counted]])
-        missing = most_over_ranks(max(len(batches), 1), self.args.device) - len(batches)
-        # In front: a rank's last backward is the one that waits for the others'.
-        return [budget.filler([unit for units in drawn for unit in units.drawn])] * missing + batches
-
-    def _count_tokens(self, batches: Sequence[dict[str, Tensor]], padded: int | None = None) -> None:
-        """Adds a step's tokens to those of the next log. padded: positions of its padded batches, if others than it."""
-        positions = sum(computed(batch) for batch in batches)
-        padded = sum(batch["input_ids"].numel() for batch in batches) if padded is None else padded
-        self._throughput.add(sum(map(read_tokens, batches)), positions, padded)
-        self._means.add(*saved(positions, padded, self.args.device))
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs forward and backward of a micro-batch, or of several that Trainer takes for one; returns their loss."""
-        if not isinstance(inputs, Parts):
-            return super().training_step(model, inputs, num_items_in_batch)
-        state, loss = self.accelerator.gradient_state, torch.zeros((), device=self.args.device)
-        each = self.is_deepspeed_enabled or state.plugin_kwargs.get("sync_each_batch", False)
-        for k, part in enumerate(inputs, start=1):
-            state._set_sync_gradients(k == len(inputs))
-            waits = each or k == len(inputs)
-            with contextlib.nullcontext() if waits else self.accelerator.no_sync(model):
-                loss += super().training_step(model, part, num_items_in_batch)
-        return loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Returns the floating-point operations of a micro-batch, or of several that Trainer takes for one."""
-        parts = inputs if isinstance(inputs, Parts) else [inputs]
-        return sum(super(UnitTrainer, self).floating_point_ops(part) for part in parts)
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        for part in inputs if isinstance(inputs, Parts) else [inputs]:
-            super()._track_num_input_tokens(part)
 
     def compute_loss(
         self,
@@ -331,7 +230,7 @@ class UnitTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as Trainer does, with draws that follow from args.seed alone and leave training's as they were."""
-        with draws_by(self.args.seed, self.args.device), self._throughput.paused():
+        with draws_by(self.args.seed, self.args.device):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -385,14 +284,6 @@ class UnitTrainer(Trainer):
                 at = at // (len(at) // units) if listed else at % units
                 inputs[name] = inputs[name].masked_fill((at >= distinct)[:, None], IGNORE_INDEX)
         return inputs
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as Trainer does, with the means of the metrics since the last log of a training loss."""
-        if "loss" in logs:
-            logs.update(self._means.pop() | {"tokens_per_second": self._throughput.pop()})
-        super().log(logs, start_time)
-        if "train_runtime" in logs:
-            self._throughput.say(main=self.is_world_process_zero())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint, complete or not at all; SavingError names the last complete one, which stays."""

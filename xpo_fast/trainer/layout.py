@@ -15,7 +15,7 @@ from .reference import row_tokens
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-logger = logging.getLogger("xpo_fast")
+logger = logging.getLogger("xpo_fast.layout")  # of its own: the command line shows its notes, too
 
 _BATCHES, _AMONG = 8, 64  # batches whose tokens are counted; rows of which the two shortest prove the layout
 
@@ -41,16 +41,20 @@ def settle_layout(
     model is wrapped.
     """
 
-    def batches() -> list[dict[str, Any]]:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        return [collate([rows[int(i)] for i in part]) for part in order[: _BATCHES * batch_size].split(batch_size)]
-
     def some() -> dict[str, Any]:
         shortest = sorted((rows[i] for i in range(min(len(rows), _AMONG))), key=row_tokens)[:2]
         return collate([dict(row) for row in shortest])
 
-    chosen = choose(requested, model, batches, hindrance=hindrance, wanted=wanted)
+    chosen = choose(requested, model, lambda: sampled(rows, collate, batch_size), hindrance=hindrance, wanted=wanted)
     return proven(chosen, requested, model, some, accelerator, backend=backend, wanted=wanted, reads=reads)
+
+
+def sampled(
+    rows: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[Any]], dict[str, Any]], batch_size: int
+) -> list[dict[str, Any]]:
+    """Returns some batches of encoded rows in random order, padded, for `choose` to count; always the same ones."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return [collate([rows[int(i)] for i in part]) for part in order[: _BATCHES * batch_size].split(batch_size)]
 
 
 def proven(

@@ -2,6 +2,7 @@
 
     from xpo_fast.integrations.trl import install
     install()            # SFT, DPO, KTO, GRPO, RLOO, AsyncGRPO: log-probs and their statistics are this engine's
+    install(layout="auto")  # and no padding, a common prompt read once: not for AsyncGRPO, but for reward models
 
 `DPOTrainer` with `DPOConfig` (dpo.py) is TRL's with the pairwise methods of this project as further `loss_type`s.
 `CPOTrainer`, `ORPOTrainer`, `TPOTrainer` and `OnlineDPOTrainer` (experimental.py) are TRL's experimental ones without

@@ -10,17 +10,16 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from ...layouts import Layout, install_layouts, laid_out, lay_out, remove_layouts, unsupported
+from ...models.lm_head import causal_lm
 from .base import IGNORE
 
 logger = logging.getLogger("xpo_fast")
 
 CHOICES = ("auto", "packed", "shared")
 _TAKEN = ("input_ids", "attention_mask", "num_items_in_batch")  # tensors among a forward's arguments that go with rows
-_PARTED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 # Whether the forward that runs was asked for its layout.
 _ASKED: ContextVar[bool] = ContextVar("ASKED", default=False)
 
@@ -32,6 +31,7 @@ class Layouts:
         if requested not in CHOICES:
             raise ValueError(f"layout must be one of {', '.join(CHOICES)}, or None for padded rows, got {requested!r}")
         self.requested = requested
+        self._hindrance: str | None = None
         self._models: WeakSet[Any] = WeakSet()
         self._reasons: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
         self._said: set[tuple[str, str]] = set()
@@ -50,10 +50,20 @@ class Layouts:
         finally:
             _ASKED.reset(token)
 
+    def meet(self, model: Any, hindrance: str | None) -> None:
+        """Refuses, or says, that the rows of a trainer's model must stay padded. hindrance: why, whatever the model."""
+        self._hindrance = hindrance
+        lm = causal_lm(model)
+        self._reasons[lm] = _why_padded(model)
+        why = hindrance or self._reasons[lm]
+        if why is not None:
+            self.stay_padded(type(lm).__name__, why)
+
     def _lay_out(self, model: Any, given: Mapping[str, Any], targets: Tensor | None) -> Layout | None:
-        if model not in self._reasons:
-            self._reasons[model] = why_padded(model)
-        why = self._reasons[model] or _why_not_with(model, given)
+        lm = causal_lm(model)
+        if lm not in self._reasons:
+            self._reasons[lm] = _why_padded(model)
+        why = self._hindrance or self._reasons[lm] or _why_not_with(lm, given)
         if why is None:
             ids, mask = given["input_ids"], given["attention_mask"]
             wanted = None if targets is None else targets != IGNORE
@@ -65,7 +75,7 @@ class Layouts:
                 install_layouts(model)
                 self._models.add(model)
                 return layout.to(ids.device)
-        self.stay_padded(type(model).__name__, why)
+        self.stay_padded(type(lm).__name__, why)
         return None
 
     def stay_padded(self, name: str, why: str) -> None:
@@ -90,25 +100,19 @@ class Layouts:
         self._models.clear()
 
 
-def why_padded(model: Any) -> str | None:
+def _why_padded(model: Any) -> str | None:
     """Returns why a model's rows must stay padded, whatever they are; None if they need not."""
-    state: Any = AcceleratorState() if AcceleratorState._shared_state else None  # made by a trainer, never here
-    if state is not None and state.distributed_type in _PARTED:
-        return "FSDP and DeepSpeed keep the model in parts, in which layouts have not been tried"
-    parallel = getattr(state, "parallelism_config", None)
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
-        return "rows or layers are split over processes, in which layouts have not been tried"
     adapters = getattr(model, "peft_config", {}) or {}
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         return "prompt learning puts tokens in front of its rows"
     return unsupported(model)
 
 
-def _why_not_with(model: Any, given: Mapping[str, Any]) -> str | None:
+def _why_not_with(lm: Any, given: Mapping[str, Any]) -> str | None:
     """Returns why a forward with these arguments must read padded rows; None if it need not."""
     if torch.compiler.is_compiling():
         return "torch.compile compiles the model's forward, in which a layout cannot be put"
-    config = model.config.get_text_config()
+    config = lm.config.get_text_config()
     if given.get("output_router_logits") or getattr(config, "output_router_logits", False):
         return "the loss of its router is made of padded rows; router_aux_loss_coef=0.0 leaves it out"
     if given.get("past_key_values") is not None:

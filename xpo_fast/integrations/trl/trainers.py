@@ -7,7 +7,6 @@ from typing import Any
 from trl.trainer import base_trainer, reward_trainer
 
 from ...trainer.layout import hindrance_of
-from .layout import why_padded
 from .seams import THEIRS, TRAINERS, current_layouts, in_layout
 
 _SERVED = (*(module.__name__ for module in TRAINERS), reward_trainer.__name__)
@@ -21,11 +20,19 @@ def init(self: Any, *args: Any, **kwargs: Any) -> None:
         # What TRL has of the trainer's classes: those of others go by the one that they are made from.
         theirs = [c for c in type(self).__mro__ if c.__module__.startswith("trl.")]
         computes = next((c for c in theirs if "compute_loss" in vars(c)), theirs[0])
-        why = hindrance_of(self) or why_padded(self.model)
-        if computes.__module__ not in _SERVED:
+        if computes.__module__ in _SERVED:
+            layouts.meet(self.model, _hindrance(self))
+        else:
             why = "layouts are for trainers on TRL's fused head (SFT, DPO, KTO, GRPO, RLOO) and for reward models"
-        if why is not None:
             layouts.stay_padded(theirs[0].__name__, why)
+
+
+def _hindrance(trainer: Any) -> str | None:
+    """Returns why a trainer's rows must stay padded, whatever its model; None if they need not."""
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
+        return "rows or layers are split over processes, in which layouts have not been tried"
+    return hindrance_of(trainer)
 
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
