@@ -274,14 +274,14 @@ QUESTIONS = (
 ROWS = [ids_of(p, c) for p, c in zip(*QUESTIONS)]
 
 
-def positions_read(model, scorer, size: int = 5) -> list[int]:
+def positions_read(model, scorer, size: int = 5, *questions: list[str]) -> list[int]:
     """The positions of each forward of a scorer, which is asked in batches of `size`."""
     scorer.batch_size = size
     scorer.score(["w1 w2 w3", "w1 w2 w3"], [" w4", " w5 w6"])  # the proof is behind it
     read: list[int] = []
     layer = model.get_input_embeddings()
     hook = layer.register_forward_hook(lambda module, args, out: read.append(out.shape[0] * out.shape[1]))
-    scorer.score(*QUESTIONS)
+    scorer.score(*(questions or QUESTIONS))
     hook.remove()
     return read
 
@@ -304,14 +304,16 @@ def test_a_reward_in_a_layout_is_that_of_the_row_alone():
 
 
 def test_a_prompt_is_read_once_for_its_completions():
+    """Rows of one prompt meet in a batch, though by length they would not."""
     model = valued(0)
-    read = {x: positions_read(model, RewardModel(model, make_tokenizer(), layout=x)) for x in LAYOUTS}
-    assert sum(read["packed"]) == sum(map(len, ROWS)) < sum(read["padded"])
-    shared = dict(zip(LAYOUTS, map(len, read.values())))["shared"], sum(read["shared"])
-    prompts = {p: len(p.split()) for p in QUESTIONS[0]}
-    # Of the batches of 5, one holds the short prompt and four rows of the first, the other one its last two.
-    most = 2 * prompts[_LONG] + prompts[_OTHER] + prompts["w3 w4"] + sum(len(c.split()) + 1 for c in QUESTIONS[1])
-    assert shared[0] == 2 and shared[1] <= most
+    prompts = [" ".join(f"w{20 * k + i}" for i in range(12)) for k in range(4)] * 4  # in turn
+    completions = [" " + " ".join(f"w{k + j}" for j in range(1 + k // 4)) for k in range(16)]
+    rows = [len(ids_of(p, c)) for p, c in zip(prompts, completions)]
+    want = {"padded": 16 * max(rows), "packed": sum(rows), "shared": sum(rows) - 12 * 12}
+    for layout, positions in want.items():
+        scorer = RewardModel(model, make_tokenizer(), layout=layout)
+        read = sum(positions_read(model, scorer, 4, prompts, completions))
+        assert read <= positions if layout == "padded" else read == positions
 
 
 @pytest.mark.parametrize("method", ["regression", "gated", "odin", "bradley_terry"])
