@@ -154,6 +154,10 @@ class UnitTrainer(CutsBatches):
         self._prepare_to_train(resume_from_checkpoint or None)
         self._settle_first(resumed=bool(resume_from_checkpoint))
         self._check_before_training()
+        alone = self.args.world_size == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not alone and self.model_wrapped is self.model and vars(self.model).pop("_is_accelerate_prepared", False):
+            # An evaluation has prepared the model; accelerate would leave it at that, and each process train alone.
+            self.accelerator._models.remove(self.model)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
