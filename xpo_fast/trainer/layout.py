@@ -71,15 +71,21 @@ def proven(
     """Returns the chosen layout if it proves itself, else the padded one. Logs which and why, or warns with figures.
 
     some: a padded batch of the rows that it is proved on; called only if there is something to prove. wanted, reads: as
-    for `settle_layout`.
+    for `settle_layout`. An error in a layout that was not asked for by name is a reason to pad; of another it is raised.
     """
     if chosen.layout != "padded":
         batch, device = some(), accelerator.device
         inputs = Inputs(*(x.to(device) for x in Inputs.of(batch)[:3]))
         how: Any = {"wanted": wanted(batch, "").to(device), "reads": reads}
         share = chosen.layout == "shared"
-        proof = prove(model, inputs, share=share, accelerator=accelerator, backend=backend, **how)
-        if not proof.holds:
+        try:
+            proof: Any = prove(model, inputs, share=share, accelerator=accelerator, backend=backend, **how)
+            holds = proof.holds
+        except Exception as error:  # whatever a model's own code, or a compiler, makes of a sequence
+            if requested != "auto":
+                raise
+            proof, holds = f"{type(error).__name__}: {error}", False
+        if not holds:
             if accelerator.is_main_process:
                 logger.warning("layout %s is not used, rows stay padded: %s", chosen.layout, proof)
             chosen = Chosen("padded", f"{chosen.layout} did not prove itself: {proof}", chosen.tokens)
