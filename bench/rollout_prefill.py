@@ -26,7 +26,6 @@ from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling
 
 COPIES, PROMPT_TOKENS, NEW_TOKENS = 8, 256, 64
-BATCHES = (1, 4)  # prompts
 WAYS = EACH, ONCE = "a prompt for each completion", "each prompt once"
 
 
@@ -53,6 +52,7 @@ def different(a: Samples, b: Samples) -> tuple[int, float]:
 def main() -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4], metavar="N", help="of each batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
@@ -69,7 +69,7 @@ def main() -> int:
             return rollout.generate(prompts(tokenizer, count), COPIES, sampling=Sampling(tokens), seed=0)
 
     found, rows, faults = {}, [], 0
-    for count in BATCHES:
+    for count in args.prompts:
         peaks_mib = {way: peak_allocated_mib(functools.partial(sample, count, way, 2))[0] for way in WAYS}
         samples: dict[str, Samples] = {}
         calls = {way: lambda _, w=way, c=count, s=samples: s.update({w: sample(c, w)}) for way in WAYS}
@@ -83,11 +83,10 @@ def main() -> int:
         }  # fmt: skip
         times = [f"{min(samples_ms[way]) / 1e3:.1f} s, {peaks_mib[way]:.0f} MiB" for way in WAYS]
         rows.append([f"{count * COPIES} of {count}", *times, f"{faster:.2f}", str(parted), f"{largest:.0e}"])
-        print(rows[-1], file=sys.stderr, flush=True)
+        if args.json:
+            shape = {"copies": COPIES, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+            write_json(args.json, {"environment": environment(), "shape": shape, "batches": found})
     print(table(["completions, prompts", *WAYS, "ratio", "completions that differ", "log-probs"], rows))
-    if args.json:
-        shape = {"copies": COPIES, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
-        write_json(args.json, {"environment": environment(), "shape": shape, "batches": found})
     return int(faults > 0)
 
 
