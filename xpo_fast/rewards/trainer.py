@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,7 +43,6 @@ from ..trainer import (
     check_head,
     check_rows,
     map_splits,
-    row_lengths,
     warn_of_lost_updates,
     with_adapter,
     with_lengths,
@@ -57,7 +55,8 @@ from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
 from ..trainer.setup import some_rows
-from .encoding import both_orders, load_ratings, separators
+from .collate import RewardCollator, read_in_training, read_lengths
+from .encoding import load_ratings
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -143,7 +142,6 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         self.spec = args.spec()
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
-        self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
         needs_reference = self.method is not None and self.method.needs_reference
         if needs_reference and args.reference == "none":
             raise ValueError(
@@ -184,19 +182,19 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
         self._texts: Any = None  # what the training rows were encoded from
-        collator = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
-        wanted = partial(_wanted, self.spec, self._reads_logps)
+        own = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
+        collator = kwargs.pop("data_collator", None) or own
         super().__init__(
             model=model,
             args=args,
-            data_collator=LaysOut(kwargs.pop("data_collator", None) or collator, wanted=wanted),
+            data_collator=LaysOut(collator, wanted=partial(read_in_training, self.spec)),
             train_dataset=self._encode(train_dataset),
             eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
             **kwargs,
         )
         # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
-        if (self._reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
+        if (self.spec.reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self.layout: Chosen | None = None  # how the model reads rows; None without any
@@ -324,7 +322,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, rows.attention_mask, rows.targets)
-            logps = self._logps(hidden, lm_head, rows.targets) if self._reads_logps else None
+            logps = self._logps(hidden, lm_head, rows.targets) if self.spec.reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {"loss": loss, "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid)}
@@ -409,11 +407,6 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         return odin(**sides, **weights, **self.settings).expand(len(valid)), metrics
 
 
-def _wanted(spec: RewardSpec, logps: bool, batch: Mapping[str, Tensor], of: str) -> Tensor:
-    """Returns the positions (R, T) bool of a batch's rows whose hidden states are read; logps: for log-probs, too."""
-    return spec.wanted(batch[of + "attention_mask"], batch[of + "targets"], logps=logps)
-
-
 def _freeze_lm_head(model: nn.Module) -> None:
     """Freezes the LM head: wrappers for several processes take a trainable weight without a gradient for a mistake."""
     lm: Any = causal_lm(model)
@@ -446,14 +439,6 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
     return {f"{name}_w": w, f"{name}_l": l}
 
 
-def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:
-    """Returns the tokens of each encoded row as the model reads it: a preference model, both completions at once."""
-    if spec.form != "preference":
-        return row_lengths(encoded)
-    between, after = separators(tokenizer)
-    return [len(row["prompt_ids"]) + len(both_orders(row, between, after)[0]["chosen_ids"]) for row in encoded]
-
-
 def checked_settings(args: RewardConfig) -> dict[str, Any]:
     """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown name or no number."""
     given: Any = args.method_args or {}
@@ -473,34 +458,3 @@ def checked_settings(args: RewardConfig) -> dict[str, Any]:
     else:
         get_method(args.method).check_hyperparameters(settings)
     return settings
-
-
-@dataclass
-class RewardCollator:
-    """`data.Collator` for reward models: adds the ratings (B, K), and both orders of pairs for a preference model."""
-
-    pad_token_id: int
-    spec: RewardSpec
-    tokenizer: Any
-
-    def __post_init__(self) -> None:
-        self._collate = data.Collator(self.pad_token_id, self.spec.kind)
-        if self.spec.form == "preference":
-            self._between, self._after = separators(self.tokenizer)
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if self.spec.form == "preference":
-            pairs = [both_orders(row, self._between, self._after) for row in features]
-            # Of both completions in one row everything is read; the masks are of one completion.
-            features = [
-                {**_without_masks(row), "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
-                for row, (a, b) in zip(features, pairs, strict=True)
-            ]
-        batch = self._collate(features)
-        if "ratings" in features[0]:
-            batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
-        return batch
-
-
-def _without_masks(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in row.items() if not name.endswith("_mask")}
