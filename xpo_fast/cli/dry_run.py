@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import loading, options, training
@@ -21,7 +22,6 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     """Prints what `xpo-fast train` would do. config: its XPOConfig."""
     from .. import data
     from ..layouts import LaysOut
-    from ..layouts import choose as choose_layout
     from ..models import padding_id
     from ..trainer import check_rows, layout
     from ..trainer.reference import choose
@@ -30,7 +30,7 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
     check_rows(model, tokenizer, encoded)
-    collate = data.Collator(padding_id(model, tokenizer), objective.data_kind)
+    collate = LaysOut(data.Collator(padding_id(model, tokenizer), objective.data_kind))
     first = _batch(encoded, collate, config)
     reference, why = choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
@@ -40,16 +40,16 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     _layout(config, model, encoded, collate)
     print(f"head       {_plan(config, model, *layout(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))
-    layout_of_rows = choose_layout(config.layout, model, lambda: [first]).layout
-    _budget(config, encoded, LaysOut(collate, layout_of_rows))
+    _budget(config, encoded, collate)
     _rendered(first, tokenizer)
 
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:
     """Prints what `xpo-fast reward` would do. config: its RewardConfig."""
     from .. import data
+    from ..layouts import LaysOut
     from ..models import padding_id
-    from ..rewards.encoding import RewardCollator, read_lengths
+    from ..rewards.collate import RewardCollator, read_in_training, read_lengths
     from ..trainer import check_rows
 
     spec = config.spec()
@@ -58,14 +58,14 @@ def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> 
     check_rows(model, tokenizer, encoded, lengths=read_lengths(encoded, spec, tokenizer))
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, spec.kind, config)
-    collate = RewardCollator(padding_id(model, tokenizer), spec, tokenizer)
+    wanted = partial(read_in_training, spec)
+    collate = LaysOut(RewardCollator(padding_id(model, tokenizer), spec, tokenizer), wanted=wanted)
     print(f"method     {spec.method}")
     _layout(config, model, encoded, collate)
     _steps(config, len(rows))
-    collate = RewardCollator(padding_id(model, tokenizer), spec, tokenizer)
     _budget(config, encoded, collate)
     print("The reward is read at the last token of each completion.")
-    _rendered(_batch(encoded, collate, config), tokenizer)
+    _rendered(_batch(encoded, collate.collate, config), tokenizer)
 
 
 def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: list[Any], held_out: Any) -> None:
@@ -194,12 +194,17 @@ def _table(lengths: dict[str, list[int]]) -> None:
 
 
 def _layout(config: Any, model: Any, encoded: Any, collate: Any) -> None:
-    """Prints the layout in which a run would read rows, if it proves itself there."""
+    """Prints the layout in which a run would read rows, if it proves itself there, and has them laid out so.
+
+    collate: a `LaysOut`.
+    """
     from ..layouts import choose
     from ..trainer.layout import sampled
 
     size = config.per_device_train_batch_size
-    print(f"layout     {choose(config.layout, model, lambda: sampled(encoded, collate, size))}")
+    chosen = choose(config.layout, model, lambda: sampled(encoded, collate.collate, size), wanted=collate.wanted)
+    print(f"layout     {chosen}")
+    collate.layout = chosen.layout
 
 
 def _steps(config: Any, rows: int) -> None:

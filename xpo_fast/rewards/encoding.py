@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from ..layouts import LaysOut, Wanted, with_target
 from ..models import check_ids, check_lengths, padding_id
 from ..models.modes import evaluating
 from ..rollout import Prompt
-from ..trainer import row_lengths
 from .layout import tokens
 from .spec import RewardSpec
 
@@ -191,42 +189,3 @@ def both_orders(row: Mapping[str, Any], between: list[int], after: list[int]) ->
     kept = {name: row[name] for name in ("prompt_ids", "where") if name in row}
     first, second = ({**kept, "chosen_ids": [*a, *between, *b, *after]} for a, b in orders)
     return first, second
-
-
-def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:
-    """Returns the tokens of each encoded row as the model reads it: a preference model, both completions at once."""
-    if spec.form != "preference":
-        return row_lengths(encoded)
-    between, after = separators(tokenizer)
-    return [len(row["prompt_ids"]) + len(both_orders(row, between, after)[0]["chosen_ids"]) for row in encoded]
-
-
-@dataclass
-class RewardCollator:
-    """`data.Collator` for reward models: adds the ratings (B, K), and both orders of pairs for a preference model."""
-
-    pad_token_id: int
-    spec: RewardSpec
-    tokenizer: Any
-
-    def __post_init__(self) -> None:
-        self._collate = data.Collator(self.pad_token_id, self.spec.kind)
-        if self.spec.form == "preference":
-            self._between, self._after = separators(self.tokenizer)
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if self.spec.form == "preference":
-            pairs = [both_orders(row, self._between, self._after) for row in features]
-            # Of both completions in one row everything is read; the masks are of one completion.
-            features = [
-                {**_without_masks(row), "chosen_ids": a["chosen_ids"], "rejected_ids": b["chosen_ids"]}
-                for row, (a, b) in zip(features, pairs, strict=True)
-            ]
-        batch = self._collate(features)
-        if "ratings" in features[0]:
-            batch["ratings"] = torch.tensor([row["ratings"] for row in features], dtype=torch.float32)
-        return batch
-
-
-def _without_masks(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in row.items() if not name.endswith("_mask")}

@@ -92,6 +92,11 @@ class RewardSpec:
         return {"objectives": count, "gated": 2 * count, "odin": 2}.get(self.form, 1)
 
     @property
+    def reads_logps(self) -> bool:
+        """Whether training also reads the log-probs of the completions, as GRM and HAF do."""
+        return self.method in METHODS and "logp_w" in METHODS[self.method].inputs
+
+    @property
     def is_logit(self) -> bool:
         """Whether σ(difference of rewards) is a probability that the method fits: not for ratings or a length rule."""
         return self.form != "objectives" and self.length_alpha is None and not self.length_lam

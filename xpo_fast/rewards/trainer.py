@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,7 +55,8 @@ from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
 from ..trainer.setup import some_rows
-from .encoding import RewardCollator, load_ratings, read_lengths
+from .collate import RewardCollator, read_in_training, read_lengths
+from .encoding import load_ratings
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -142,7 +142,6 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         self.spec = args.spec()
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
-        self._reads_logps = self.method is not None and "logp_w" in self.method.inputs
         needs_reference = self.method is not None and self.method.needs_reference
         if needs_reference and args.reference == "none":
             raise ValueError(
@@ -183,19 +182,19 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         attach_value_head(model, self.spec.outputs, std=1 / (_width_of(model) + 1))
         self.args, self._tokenizer, self._embedded = args, processing_class, model
         self._texts: Any = None  # what the training rows were encoded from
-        collator = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
-        wanted = partial(_wanted, self.spec, self._reads_logps)
+        own = RewardCollator(padding_id(model, processing_class), self.spec, processing_class)
+        collator = kwargs.pop("data_collator", None) or own
         super().__init__(
             model=model,
             args=args,
-            data_collator=LaysOut(kwargs.pop("data_collator", None) or collator, wanted=wanted),
+            data_collator=LaysOut(collator, wanted=partial(read_in_training, self.spec)),
             train_dataset=self._encode(train_dataset),
             eval_dataset=map_splits(eval_dataset, self._encode),
             processing_class=processing_class,
             **kwargs,
         )
         # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
-        if (self._reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
+        if (self.spec.reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self.layout: Chosen | None = None  # how the model reads rows; None without any
@@ -323,7 +322,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, rows.attention_mask, rows.targets)
-            logps = self._logps(hidden, lm_head, rows.targets) if self._reads_logps else None
+            logps = self._logps(hidden, lm_head, rows.targets) if self.spec.reads_logps else None
             losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {"loss": loss, "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid)}
@@ -406,11 +405,6 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             return outputs.sum() * valid, metrics
         weights = {"weight_quality": head.weight[0].float(), "weight_length": head.weight[1].float()}
         return odin(**sides, **weights, **self.settings).expand(len(valid)), metrics
-
-
-def _wanted(spec: RewardSpec, logps: bool, batch: Mapping[str, Tensor], of: str) -> Tensor:
-    """Returns the positions (R, T) bool of a batch's rows whose hidden states are read; logps: for log-probs, too."""
-    return spec.wanted(batch[of + "attention_mask"], batch[of + "targets"], logps=logps)
 
 
 def _freeze_lm_head(model: nn.Module) -> None:
