@@ -135,6 +135,7 @@ def assert_same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]
 SHRINK = 0.9  # makes every row likelier than under the reference: KTO's KL is not clamped to 0
 ROWS = 10  # no multiple of the micro-batch: the last one is ragged
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
+OF_THE_CUT = {"tokens_per_second", "tokens_saved"}  # of a log: what depends on how a step is cut
 
 
 def one_batch(tmp_path: Path, method: str, **args) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -153,7 +154,7 @@ def test_accumulation_equals_one_big_batch(tmp_path, method, batch, accumulation
     got_log, got = first_step(trainer, shrink=SHRINK)
     assert method != "kto" or want_log["kl"] > 0.1
     assert_same_gradients(want, got)
-    for name in want_log:
+    for name in want_log.keys() - OF_THE_CUT:
         assert got_log[name] == pytest.approx(want_log[name], rel=1e-5, abs=1e-6), name
 
 
@@ -225,7 +226,7 @@ def test_two_processes_equal_one(tmp_path):
         for run, rtol in ((method, 1e-6), *([(f"{method}, shared", 1e-5)] if method != "bco" else [])):
             got_log, got = results[run][:2]
             assert_same_gradients(want, {name.removeprefix("module."): g for name, g in got.items()}, rtol)
-            for name in want_log:
+            for name in want_log.keys() - OF_THE_CUT:
                 assert got_log[name] == pytest.approx(want_log[name], rel=1e-5, abs=1e-6), name
         for name, value in trainer.evaluate().items():
             if not name.endswith(("_time", "_second", "_runtime")):
