@@ -71,7 +71,7 @@ def proven(
     """Returns the chosen layout if it proves itself, else the padded one. Logs which and why, or warns with figures.
 
     some: a padded batch of the rows that it is proved on; called only if there is something to prove. wanted, reads: as
-    for `settle_layout`. An error in a layout that was not asked for by name is a reason to pad; of another it is raised.
+    for `settle_layout`. An error is a reason to pad, too, but raised if the layout was asked for by name.
     """
     if chosen.layout != "padded":
         batch, device = some(), accelerator.device
