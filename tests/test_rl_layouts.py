@@ -103,6 +103,7 @@ def run(folder: Path, name: str, layout: str, score=rewards, **args):
     _, gradients = step(trainer)
     assert trainer.layout.layout == layout
     logs = [timeless(log) for log in trainer.state.log_history[:-1]]
+    assert all((log.pop("tokens_saved") > 0) == (layout != "padded") for log in logs)
     return logs, gradients, {n: p.detach() - before[n] for n, p in trained.items()}
 
 
