@@ -5,8 +5,9 @@
 SmolLM2-135M in float32, 8 completions of exactly 64 tokens for each prompt of 256 tokens, in a batch of one prompt's
 completions and in one of four prompts'. The two ways take turns in one process; a ratio is the median over repeats of
 the ratio within a repeat. CPU seconds, of all threads, are given too: where other work shares the cores, it moves them
-less than the times (OMP_WAIT_POLICY=PASSIVE keeps waiting threads out of them). Peaks are of what torch allocates for the first two tokens. Exit status 1: more than 1
-completion in 16 differs, or log-probs up to where it does by more than 1e-3.
+less than the times (OMP_WAIT_POLICY=PASSIVE keeps waiting threads out of them). Peaks are of what torch allocates for
+the first two tokens. Exit status 1: more than 1 completion in 16 differs, or log-probs up to where it does by more than
+1e-3.
 """
 
 from __future__ import annotations

@@ -41,10 +41,8 @@ def fixed_run(folder: Path, method: str, ranks: int) -> tuple[list[dict], dict[s
     )
     trainer.rollout = Fixed()
     _, gradients = step(trainer)
-    logs = [
-        {k: v for k, v in log.items() if "time" not in k and "_second" not in k}
-        for log in trainer.state.log_history[:2]
-    ]
+    timed = ("time", "_second")
+    logs = [{k: v for k, v in log.items() if not any(t in k for t in timed)} for log in trainer.state.log_history[:2]]
     return logs, gradients
 
 

@@ -128,7 +128,8 @@ class KeepsUnits:
         for of in _FORWARDS:
             if of + "input_ids" in batch:
                 laid_out = computed(batch, of) if of + KEY in batch else None
-                forwards.append(Size(*batch[of + "input_ids"].shape, laid_out))
+                rows, width = batch[of + "input_ids"].shape
+                forwards.append(Size(rows, width, laid_out))
         return Unit(row, tuple(forwards), batch["input_ids"][0][batch["attention_mask"][0] == 1].numpy())
 
 

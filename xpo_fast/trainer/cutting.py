@@ -28,6 +28,7 @@ class CutsBatches(Trainer):
     and logs are those of a run without a budget.
     """
 
+    data_collator: Any
     reads_rows = True  # whether data loaders draw the rows that batches are made of
 
     def __init__(self, **kwargs: Any) -> None:
