@@ -53,7 +53,7 @@ def rows_for(method: str, count: int = 6) -> list[dict]:
 
 
 def trainer_of(folder, method: str, layout: str, **args) -> Any:
-    made = make_trainer(
+    made: Any = make_trainer(
         folder / layout, method, rows=rows_for(method), layout=layout, optim="sgd", preflight="off", **args
     )
     assert made.layout.layout == made.data_collator.layout == layout
@@ -158,8 +158,10 @@ def trainer_of_auto(folder, method: str = "bradley_terry", **args) -> Any:
 def test_evaluation_and_preflight_in_a_layout(tmp_path):
     found = []
     for layout in LAYOUTS:
-        trainer = make_trainer(tmp_path, rows=rows_for("grm"), eval_rows=rows_for("grm"), layout=layout, method="grm")
-        report = trainer.preflight()
+        trainer: Any = make_trainer(
+            tmp_path, rows=rows_for("grm"), eval_rows=rows_for("grm"), layout=layout, method="grm"
+        )
+        report: Any = trainer.preflight()
         assert [f for f in report.findings if f.check == "loss" and f.level != "ok"] == []
         found.append(trainer.evaluate()["eval_loss"])
     assert found[1:] == pytest.approx(found[:1] * 2, rel=TOLERANCE)
@@ -229,7 +231,7 @@ def test_a_planted_fault_is_caught_before_training(tmp_path, monkeypatch, caplog
         monkeypatch.setattr(RewardSpec, "wanted", fault)
     else:
         plant(monkeypatch, fault)
-    trainer = make_trainer(tmp_path / "shared", method, rows=rows_for(method), layout="shared", preflight="off")
+    trainer: Any = make_trainer(tmp_path / "shared", method, rows=rows_for(method), layout="shared", preflight="off")
     assert trainer.layout.layout == trainer.data_collator.layout == "padded"
     said = [m for m in caplog.messages if "is not used" in m]
     assert len(said) == 1 and said[0].startswith("layout shared is not used, rows stay padded: of 4 rows, log-probs ")

@@ -87,7 +87,7 @@ def prove(
         alone = torch.zeros_like(together)
         for r in by.nonzero()[:, 0].tolist():
             columns = rows.attention_mask[r].nonzero()[:, 0]
-            row = Inputs(*(x[r : r + 1, columns] for x in rows[:3]))
+            row = rows.each(lambda x, r=r, columns=columns: x[r : r + 1, columns])
             found, added = _measured(model, row, scored[r : r + 1, columns], by[r : r + 1], **how)
             alone[r, columns.cpu()] = found[0, : len(columns)]
             alone[r, width:] = found[0, len(columns) :]

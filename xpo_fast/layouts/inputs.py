@@ -34,8 +34,12 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, batch: Mapping[str, Any], prefix: str = "") -> Inputs:
         """Returns the rows of a collated batch whose keys begin with `prefix`."""
-        names = ("input_ids", "attention_mask", "targets")
-        return cls(*(batch[prefix + name] for name in names), batch.get(prefix + KEY))
+        ids, mask, targets = (batch[prefix + name] for name in ("input_ids", "attention_mask", "targets"))
+        return cls(ids, mask, targets, batch.get(prefix + KEY))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Returns the rows in no layout, with each of their three tensors (R, T) changed."""
+        return Inputs(change(self.input_ids), change(self.attention_mask), change(self.targets))
 
     def run(self, model: nn.Module, fused_loss: Callable[..., Any]) -> Any:
         """Returns fused_loss(hidden (R, T, D), head) inside the model's forward, which reads the rows in the layout.
@@ -56,7 +60,7 @@ class LaysOut:
     whose hidden states are read; those with a target by default.
     """
 
-    collate: Callable[[Sequence[Any]], dict[str, Any]]
+    collate: Callable[..., dict[str, Any]]
     layout: str = "padded"
     wanted: Wanted = with_target
 
@@ -82,9 +86,11 @@ def beside(first: Inputs, second: Inputs) -> Inputs:
         return nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
 
     fills = (0, 0, IGNORE_INDEX)
-    both = [torch.cat([wide(a, fill), wide(b, fill)]) for a, b, fill in zip(first, second, fills, strict=False)]
+    ids, mask, targets = (
+        torch.cat([wide(a, fill), wide(b, fill)]) for a, b, fill in zip(first[:3], second[:3], fills, strict=True)
+    )
     if first.layout is None or second.layout is None:
-        return Inputs(*both)
+        return Inputs(ids, mask, targets)
     share = first.layout.shares and second.layout.shares
-    layout = lay_out(both[0], both[1], both[2] != IGNORE_INDEX, share=share)
-    return Inputs(*both, layout.to(both[0].device))
+    layout = lay_out(ids, mask, targets != IGNORE_INDEX, share=share)
+    return Inputs(ids, mask, targets, layout.to(ids.device))

@@ -43,7 +43,7 @@ class ScorerLayout:
         if self._settled is None and len(rows) > 1:
             batch = data.Collator(padding_id(self._model, tokenizer), "chosen")(_some(rows))
             device = next(self._model.parameters()).device
-            inputs = Inputs(*(x.to(device) for x in Inputs.of(batch)[:3]))
+            inputs = Inputs.of(batch).each(lambda x: x.to(device))
             with evaluating(self._model):
                 off = self._off(inputs, self._layout == "shared")
             if off is not None:
@@ -72,10 +72,10 @@ def off_by(alone: Tensor, together: Tensor, dtype: torch.dtype) -> str | None:
     return f"of {len(alone)} rows, results differ by {float((alone - together).abs().max()):.2g} (not by rounding)"
 
 
-def _some(rows: Sequence[Row]) -> list[Row]:
+def _some(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns the shortest row, another short one, and that one's completion behind the prompt of the first."""
     first, *others = sorted(rows, key=tokens)[:_AMONG]
-    return [first, others[-1], {**others[-1], "prompt_ids": first["prompt_ids"]}]
+    return [{**first}, {**others[-1]}, {**others[-1], "prompt_ids": first["prompt_ids"]}]
 
 
 def tokens(row: Row) -> int:

@@ -124,7 +124,7 @@ class RewardModel:
         if self.head is not None:
             reads = lambda hidden, rows: self.spec.states(hidden, *rows[1:3])  # noqa: E731
             return off_of(self.model, rows, share, wanted=wanted, reads=reads)
-        each = [Inputs(*(x[r : r + 1, wanted[r]] for x in rows[:3])) for r in range(len(wanted))]
+        each = [rows.each(lambda x, r=r: x[r : r + 1, wanted[r]]) for r in range(len(wanted))]
         layout = lay_out(rows.input_ids, rows.attention_mask, wanted, share=share, least=1).to(wanted.device)
         alone, together = torch.cat([*map(self._classify, each)]), self._classify(rows._replace(layout=layout))
         return off_by(alone, together, causal_lm(self.model).dtype)

@@ -75,7 +75,7 @@ def proven(
     """
     if chosen.layout != "padded":
         batch, device = some(), accelerator.device
-        inputs = Inputs(*(x.to(device) for x in Inputs.of(batch)[:3]))
+        inputs = Inputs.of(batch).each(lambda x: x.to(device))
         how: Any = {"wanted": wanted(batch, "").to(device), "reads": reads}
         share = chosen.layout == "shared"
         try:
