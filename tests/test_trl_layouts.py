@@ -385,7 +385,7 @@ def test_undone(leave, forwards):
     with engine.install(layout="shared"):
         utils.add_fused_lm_head(model)
         before = model(**given, fused_lm_head=True).log_probs
-        assert len(forwards) == 1 and model.config._attn_implementation != plain
+        assert len(forwards) == 1 and model.config._attn_implementation == plain
         twin = copy.deepcopy(model)
         if leave == "uninstall":
             engine.uninstall()

@@ -140,7 +140,7 @@ def plan(
 def _attention(implementation: str) -> Callable[..., Any]:
     """Returns the attention function of an implementation. What it is given in place of a mask says what it does.
 
-    Not the name by which it is called: that is of the last forward, also where a layer is computed again.
+    Not the name by which it is called: where layers are computed again, that is of the last forward.
     """
 
     def attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,18 +26,17 @@ def install_layouts(model: nn.Module) -> None:
     if getattr(backbone, _NAME, None) is None:
         hooks = _Hooks()
         before = backbone.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        behind = backbone.register_forward_hook(hooks.behind, with_kwargs=True)
+        behind = backbone.register_forward_hook(hooks.behind, with_kwargs=True, always_call=True)
         setattr(backbone, _NAME, (before, behind))
 
 
 def remove_layouts(model: nn.Module) -> None:
-    """Undoes `install_layouts`. What checkpointed layers have still to compute again must have been, in a backward."""
+    """Undoes `install_layouts`."""
     backbone = backbone_of(model)
     for handle in getattr(backbone, _NAME, ()):
         handle.remove()
     if hasattr(backbone, _NAME):
         delattr(backbone, _NAME)
-        _rename(_plain(backbone))
 
 
 def backbone_of(model: Any) -> nn.Module:
@@ -74,13 +74,18 @@ def attention_of(model: Any, device: torch.device) -> Attention:
     return attention_for(backbone, implementation, device)
 
 
-def _plain(backbone: nn.Module) -> list[tuple[Any, str]]:
-    """Returns the backbone's configs and their own implementations, all read before one of them is changed."""
-    return [(config, implementation_of(config._attn_implementation)) for config in configs_of(backbone)]
+def _named(backbone: nn.Module) -> list[tuple[Any, str]]:
+    """Returns the backbone's configs and the names of their implementations, all read before one of them is changed."""
+    return [(config, config._attn_implementation) for config in configs_of(backbone)]
+
+
+def _plain(named: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Returns configs and their own implementations, whatever they have at present."""
+    return [(config, implementation_of(config._attn_implementation)) for config, _ in named]
 
 
 def _rename(configs: list[tuple[Any, str]]) -> None:
-    """Gives configs their implementations. What a checkpointed layer computes again needs that of the last forward."""
+    """Gives configs their implementations."""
     for config, name in configs:
         if config._attn_implementation != name:
             config._attn_implementation = name
@@ -92,18 +97,14 @@ class _Hooks:
     def before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Gives the backbone the tokens of the layout's sequence in place of padded rows."""
         layout = current()
-        configs = _plain(backbone)
         if layout is None:
-            # A checkpointed layer may have a laid out forward still to compute again; our names read padded rows, too.
-            if not any(getattr(m, "gradient_checkpointing", False) for m in backbone.modules()):
-                _rename(configs)
             return None
         names = ("input_ids", "attention_mask", "position_ids")
         given = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if x is not None}
         rows = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         if rows.shape[0] != layout.shape[0] or rows.shape[1] < layout.shape[1]:
             raise ValueError(f"the layout is of rows {layout.shape}, the model is given {tuple(rows.shape)}")
-        ways = [(c, plain, attention_for(backbone, plain, rows.device)) for c, plain in configs]
+        ways = [(c, plain, attention_for(backbone, plain, rows.device)) for c, plain in _plain(_named(backbone))]
         _rename([(c, name_of(plain, found.way)) for c, plain, found in ways])
         shape = rows.shape[:2]
         taken = {
@@ -116,11 +117,27 @@ class _Hooks:
         return (), taken
 
     def behind(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Returns the output with hidden states as rows."""
+        """Returns the output with hidden states as rows; called, too, with none where the forward has raised."""
         layout = current()
         if layout is None:
             return None
+        # Outside of its forward the model has its own implementation, which is looked at to save it and to sample.
+        laid = _named(backbone)
+        _rename(_plain(laid))
+        if output is None:
+            return None
+        found = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        hidden = layout.put(found, self.length)
+        if hidden.requires_grad:
+            hidden.register_hook(functools.partial(_to_compute_again, laid))
         if isinstance(output, tuple):
-            return (layout.put(output[0], self.length), *output[1:])
-        output.last_hidden_state = layout.put(output.last_hidden_state, self.length)
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
         return output
+
+
+def _to_compute_again(laid: list[tuple[Any, str]], _: Tensor) -> None:
+    """Gives configs their implementations in a layout until a backward ends, in which checkpointed layers run again."""
+    own = _plain(laid)
+    _rename(laid)
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: _rename(own))
