@@ -150,9 +150,9 @@ def _first(weights: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
 
 
 def _step(model: nn.Module, accelerator: Accelerator | None) -> float:
-    """Returns the relative rounding of the model's products."""
+    """Returns the relative rounding of the model's products; norms are in float32 in a model of float64, too."""
     lm = causal_lm(model)
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(getattr(accelerator, "mixed_precision", None)))
-    dtypes = {lm.dtype, *([mixed] if mixed else [])}
+    dtypes = {lm.dtype, torch.float32, *([mixed] if mixed else [])}
     quantised = 2.0**-7 if getattr(lm, "is_quantized", False) else 0.0
     return max(quantised, tf32_step(next(lm.parameters()).device), *(torch.finfo(x).eps for x in dtypes))
