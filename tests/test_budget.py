@@ -478,7 +478,7 @@ def coupled_alone(name: str) -> bool:
 
 def test_a_budget_is_a_number_of_tokens(tmp_path):
     for kind in (XPOConfig, RLConfig):
-        with pytest.raises(ValueError, match="tokens_per_batch must be at least 1 or None, got 0"):
+        with pytest.raises(ValueError, match="tokens_per_batch must be an integer of at least 1, or None, got 0"):
             kind(output_dir=str(tmp_path), use_cpu=True, tokens_per_batch=0)
 
 

@@ -84,8 +84,9 @@ class MethodConfig(TrainingArguments):
         check_layout(self.layout)
         if self.preflight not in PREFLIGHT:
             raise ValueError(f"preflight must be one of {', '.join(PREFLIGHT)}, got {self.preflight!r}")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch must be at least 1 or None, got {self.tokens_per_batch}")
+        budget = self.tokens_per_batch
+        if budget is not None and (type(budget) is not int or budget < 1):
+            raise ValueError(f"tokens_per_batch must be an integer of at least 1, or None, got {budget!r}")
         if self.tile_mib is not None and self.tile_mib <= 0:
             raise ValueError(f"tile_mib must be positive or None, got {self.tile_mib}")
 
