@@ -135,3 +135,16 @@ def test_a_target_in_the_padding_is_refused():
     wanted[1, -1] = True
     with pytest.raises(ValueError, match="expected 1 wherever a hidden state is read"):
         lay_out(ids, mask, wanted, share=True)
+
+
+def test_a_model_of_float64_is_read_in_a_layout(tmp_path):
+    """transformers computes norms in float32 whatever the model's dtype, and rounds their gradients so."""
+    trainer = make_trainer(tmp_path, model=make_model().double(), layout="shared")
+    trainer.prepare()
+    assert trainer.layout.layout == "shared"
+
+
+@pytest.mark.parametrize("budget", [2.5, "100", True])
+def test_a_budget_is_a_number_of_tokens(tmp_path, budget):
+    with pytest.raises(ValueError, match="tokens_per_batch must be an integer of at least 1"):
+        make_trainer(tmp_path, tokens_per_batch=budget)
