@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from test_trainer import PEFT_WARNING, make_model, make_trainer
+import xpo_fast as xf
+from test_trainer import PEFT_WARNING, first_step, make_model, make_trainer
 from xpo_fast.layouts import install_layouts, laid_out, lay_out
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -53,8 +54,7 @@ def test_the_model_has_its_own_attention_outside_of_its_forward(checkpointing):
 
     want = gradients(None)
     for share in (False, True):
-        for a, b in zip(sum(want, []), sum(gradients(share), []), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients(share), want, rtol=1e-4, atol=1e-6)
 
 
 def test_a_forward_that_fails_leaves_nothing():
@@ -76,3 +76,62 @@ def test_a_model_that_returns_attentions_is_saved(tmp_path):
     assert trainer.layout.layout == "shared"
     saved = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "checkpoint-1", attn_implementation="eager")
     assert saved.output_attentions
+
+
+def test_the_noise_of_neftune_is_that_of_padded_rows(tmp_path):
+    """It is scaled by the length of what the embedding is given, of which a layout makes another one."""
+    found = [
+        first_step(make_trainer(tmp_path / layout, layout=layout, neftune_noise_alpha=5.0))
+        for layout in ("padded", "auto")
+    ]
+    assert found[0][0]["loss"] == found[1][0]["loss"]
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
+        make_trainer(tmp_path, layout="shared", neftune_noise_alpha=5.0).prepare()
+
+
+class Changed:
+    """A collator of the user's own, whose batches have other masks."""
+
+    def __init__(self, zero) -> None:
+        self.zero, self.collate = zero, xf.data.Collator(2, "pair")
+
+    def __call__(self, features):
+        batch = self.collate(features)
+        batch["attention_mask"][self.zero(batch)] = 0
+        return batch
+
+
+def hole(batch):
+    """The second token of every row."""
+    return (torch.arange(batch["input_ids"].shape[1]) == 1).expand_as(batch["input_ids"])
+
+
+def last_scored(batch):
+    """The position of every row whose hidden state predicts its last token, and that token's own."""
+    positions, lengths = torch.arange(batch["input_ids"].shape[1]), batch["attention_mask"].sum(dim=1)
+    return positions >= lengths[:, None] - 2
+
+
+@pytest.mark.parametrize(("zero", "said"), [(hole, "between its tokens"), (last_scored, "a target at a position")])
+def test_masks_that_no_layout_has_are_read_padded(tmp_path, zero, said):
+    def first(layout: str):
+        trainer = make_trainer(tmp_path / layout, layout=layout, reference="copy")
+        trainer.data_collator.collate = Changed(zero)
+        log, gradients = first_step(trainer, shrink=0.9)
+        return log["loss"], gradients, trainer.layout
+
+    want, found = first("padded"), first("auto")
+    assert found[0] == want[0] and found[2].layout == "padded" and said in found[2].why
+    torch.testing.assert_close(found[1], want[1])
+    with pytest.raises(ValueError, match=said):
+        first("shared")
+
+
+def test_a_target_in_the_padding_is_refused():
+    """Its hidden state would be 0, without a word."""
+    ids, mask = alike()
+    wanted = mask.bool()
+    lay_out(ids, mask, wanted, share=True)
+    wanted[1, -1] = True
+    with pytest.raises(ValueError, match="expected 1 wherever a hidden state is read"):
+        lay_out(ids, mask, wanted, share=True)

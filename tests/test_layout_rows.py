@@ -23,7 +23,7 @@ def rows(draw):
         ids[r, start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
         mask[r, start : start + len(text)] = 1
     wanted = torch.tensor(draw(st.lists(st.booleans(), min_size=mask.numel(), max_size=mask.numel())))
-    return ids, mask, draw(st.sampled_from([None, wanted.view_as(mask)])), texts
+    return ids, mask, draw(st.sampled_from([None, wanted.view_as(mask) & mask.bool()])), texts
 
 
 def paths(layout: Layout) -> list[list[int]]:
@@ -40,7 +40,7 @@ def paths(layout: Layout) -> list[list[int]]:
 def test_a_layout_is_its_rows(batch, share, least):
     ids, mask, wanted, texts = batch
     layout = lay_out(ids, mask, wanted, share=share, least=least)
-    asked = mask.bool() if wanted is None else mask.bool() & wanted
+    asked = mask.bool() if wanted is None else wanted
     # The segments follow one another and are the sequence.
     edges = [(s.start, s.stop) for s in layout.segments]
     assert [a for a, _ in edges] == [0, *(b for _, b in edges[:-1])] and edges[-1][1] == len(layout)
@@ -79,7 +79,7 @@ def test_with_the_least_saving_of_one_each_beginning_stands_once(batch, least):
 def test_put_brings_back_what_was_taken_where_it_was_asked_for(batch, share):
     ids, mask, wanted, _ = batch
     layout = lay_out(ids, mask, wanted, share=share, least=1)
-    asked = mask.bool() if wanted is None else mask.bool() & wanted
+    asked = mask.bool() if wanted is None else wanted
     wide = ids.shape[1] + 2
     back = layout.put(layout.take(ids[..., None].float()), wide)
     assert torch.equal(back[:, : ids.shape[1], 0], (ids * asked).float()) and not back[:, ids.shape[1] :].any()

@@ -43,7 +43,12 @@ def choose(
     stays = must_stay_padded(requested, model, hindrance)
     if stays is not None:
         return Chosen("padded", stays)
-    tokens = count(batches(), wanted)
+    try:
+        tokens = count(batches(), wanted)
+    except ValueError as error:
+        if requested != "auto":
+            raise
+        return Chosen("padded", str(error))
     padded, packed, shared = tokens
     if requested != "auto":
         taken, why = requested, "as asked"

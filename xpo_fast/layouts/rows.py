@@ -113,17 +113,23 @@ def lay_out(
     """Lays rows out as one sequence: packed, or with share what rows begin with in common once (exact: causal models).
 
     A row's tokens behind its last wanted one are left out: nothing that is read depends on them. least: the tokens that
-    standing once must save. Raises ValueError for a row with padding between its tokens.
+    standing once must save. Raises ValueError for a row with padding between its tokens, and where padding is wanted.
     """
     ids, mask = input_ids.detach().cpu().numpy(), attention_mask.detach().cpu().numpy().astype(bool)
-    asked = mask if wanted is None else mask & wanted.detach().cpu().numpy()
+    asked = mask if wanted is None else wanted.detach().cpu().numpy()
     count, width = ids.shape
     first = mask.argmax(axis=1)
     length = mask.sum(axis=1)
     columns = np.arange(width)
     if not np.array_equal(mask, (columns >= first[:, None]) & (columns < (first + length)[:, None])):
         raise ValueError(
-            "attention_mask: expected padding at the rows' ends; got a row with padding between its tokens"
+            "attention_mask: expected padding at the rows' ends; got a row with padding between its tokens, which "
+            'layout="padded" alone can read'
+        )
+    if (asked & ~mask).any():
+        raise ValueError(
+            "attention_mask: expected 1 wherever a hidden state is read; got a target at a position of padding, which "
+            'layout="padded" alone can read'
         )
     last = np.where(asked.any(axis=1), width - asked[:, ::-1].argmax(axis=1) - first, 0)  # tokens that are computed
     if not last.any():

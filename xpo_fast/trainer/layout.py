@@ -127,4 +127,6 @@ def hindrance_of(trainer: Any) -> str | None:
         return "FSDP and DeepSpeed keep the model in parts, in which layouts have not been tried"
     if trainer.args.torch_compile:
         return "torch_compile compiles the model's forward, in which a layout cannot be put"
+    if getattr(trainer.args, "neftune_noise_alpha", None):
+        return "the noise of neftune_noise_alpha is scaled by the length of padded rows"
     return None

@@ -66,7 +66,8 @@ class Layouts:
         why = self._hindrance or self._reasons[lm] or _why_not_with(lm, given)
         if why is None:
             ids, mask = given["input_ids"], given["attention_mask"]
-            wanted = None if targets is None else targets != IGNORE
+            # TRL asks for log-probs of padding, too, and leaves them out of its losses.
+            wanted = None if targets is None else (targets != IGNORE) & mask.bool()
             try:
                 layout = lay_out(ids, mask, wanted, share=self.requested != "packed")
             except ValueError as error:
