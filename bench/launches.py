@@ -133,10 +133,11 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replaces our kernels by stand-ins that count, and allows every backend, in a `with` block."""
+        from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
+
         from xpo_fast.head import tiling
         from xpo_fast.head.cuda import CudaRowOperations
         from xpo_fast.head.triton import TritonRowOperations
-        from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
 
         with (
             mock.patch.object(rows, "run", self.rows_run),

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.patches import Rectangle
 
 from xpo_fast.data import pad_rows
 from xpo_fast.layouts import Layout, lay_out
@@ -51,7 +52,7 @@ def draw_rows(axis, ids: torch.Tensor, mask: torch.Tensor, colour: dict[int, str
     for r, c in np.ndindex(*ids.shape):
         real = bool(mask[r, c])
         fill = colour[int(ids[r, c])] if real else PADDING
-        axis.add_patch(plt.Rectangle((c, -r), 0.92, 0.86, color=fill))
+        axis.add_patch(Rectangle((c, -r), 0.92, 0.86, color=fill))
         if real:
             axis.text(c + 0.46, -r + 0.4, str(int(mask[r, : c + 1].sum()) - 1), color="white", ha="center", va="center")
     frame(axis, ids.shape[1], ids.shape[0], title)
@@ -60,7 +61,7 @@ def draw_rows(axis, ids: torch.Tensor, mask: torch.Tensor, colour: dict[int, str
 def draw_sequence(axis, layout: Layout, ids: torch.Tensor, colour: dict[int, str], title: str) -> None:
     """Draws the tokens of a layout in one line with their positions."""
     for n, (token, at) in enumerate(zip(layout.take(ids)[0].tolist(), layout.positions.tolist(), strict=True)):
-        axis.add_patch(plt.Rectangle((n, 0), 0.92, 0.86, color=colour[token]))
+        axis.add_patch(Rectangle((n, 0), 0.92, 0.86, color=colour[token]))
         axis.text(n + 0.46, 0.4, str(at), color="white", ha="center", va="center", fontsize=7)
     frame(axis, 46, 1, title)
 
@@ -71,7 +72,7 @@ def draw_mask(axis, layout: Layout, ids: torch.Tensor, colour: dict[int, str]) -
     for q in range(len(layout)):
         for k in range(q + 1):
             if q < ends[k]:
-                axis.add_patch(plt.Rectangle((k, -q), 0.92, 0.92, color=colour[tokens[k]]))
+                axis.add_patch(Rectangle((k, -q), 0.92, 0.92, color=colour[tokens[k]]))
     frame(axis, len(layout), len(layout), "what each token of the shared layout sees")
 
 

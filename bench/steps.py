@@ -197,7 +197,7 @@ def difference(trainer: Any, rows: list[dict[str, Any]]) -> float:
 
 def positions(trainer: Any, inputs: list[list[dict[str, Any]]]) -> dict[str, int]:
     """Returns the positions that the model computes for all inputs, by layout."""
-    counted = dict.fromkeys(LAYOUTS, 0)
+    counted: dict[str, int] = dict.fromkeys(LAYOUTS, 0)
     for rows in inputs:
         for layout in LAYOUTS:
             counted[layout] += computed(LaysOut(trainer.data_collator.collate, layout)(rows))
@@ -232,16 +232,18 @@ def _numbered(inputs: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
 
 def trl_steps(bench: Bench, inputs: list[list[int]]) -> dict[str, Step]:
     """Returns TRL's DPO step with precomputed reference log-probs on the same rows, by its settings."""
-    import trl
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     steps: dict[str, Step] = {}
-    for name, own in (("TRL", {}), ("TRL, activations kept", {"gradient_checkpointing": False})):
-        config = trl.DPOConfig(
+    settings: dict[str, dict[str, Any]] = {"TRL": {}, "TRL, activations kept": {"gradient_checkpointing": False}}
+    for name, own in settings.items():
+        config = DPOConfig(
             str(bench.folder / "trl"), max_length=bench.args.max_length, use_cpu=True, bf16=False, report_to=[],
             per_device_train_batch_size=bench.args.batch, precompute_ref_log_probs=False, disable_tqdm=True, **own,
         )  # fmt: skip
         model = load_model(SMOLLM2, dtype="float32")[0]
-        made = trl.DPOTrainer(
+        made: Any = DPOTrainer(
             model, args=config, train_dataset=bench.pairs, processing_class=bench.tokenizer, peft_config=bench.lora
         )
         move(made.model)
@@ -278,13 +280,14 @@ def lists(bench: Bench) -> tuple[Case, float]:
             return messages[: len(messages) // 2]
         return [{**m, "content": m["content"][: max(len(m["content"]) // 2, 1)]} for m in messages]
 
+    pairs: list[Any] = list(bench.pairs)
     rows = [
         {
             "prompt": r["prompt"],
             "completions": [r["chosen"], r["rejected"], half(r["chosen"]), half(r["rejected"])],
             "scores": [4.0, 3.0, 2.0, 1.0],
         }
-        for r in bench.pairs
+        for r in pairs
     ]
     return training(bench, "lipo", rows)
 
@@ -373,7 +376,8 @@ def grpo(bench: Bench) -> tuple[Case, float]:
         run(rows, layout)
         trainer.model.zero_grad()
 
-    worst, found, tokens = 0.0, {}, dict.fromkeys(LAYOUTS, 0)
+    worst, found = 0.0, {}
+    tokens: dict[str, int] = dict.fromkeys(LAYOUTS, 0)
     for layout in LAYOUTS:
         loss = run(inputs[0], layout)
         gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])

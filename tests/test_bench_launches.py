@@ -18,8 +18,9 @@ from xpo_fast.integrations.liger import distillation
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from xpo_fast.head.triton import LOGPS
 from xpo_fast.kernels import launch
+
+from xpo_fast.head.triton import LOGPS
 
 BENCH = Path(__file__).parents[1] / "bench"
 

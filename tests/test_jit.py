@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
+from xpo_fast.kernels import gates, gather, launch, logps, one_read, rows
 
 from xpo_fast.head.gemms import aligned_rows
-from xpo_fast.kernels import gates, gather, launch, logps, one_read, rows
 
 WIDTH = 128  # D
 TYPES = {

@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="Triton is for Linux alone")
 import triton
 import triton.language as tl
 from triton.runtime import JITFunction
-
 from xpo_fast.kernels import assembly, gates
 
 REPRESENTATIVE = [

@@ -20,11 +20,12 @@ from interpreter import DEVICE, INTERPRETED, needs_gpu, run_checks
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
+from xpo_fast.kernels import gates, launch, timing
+
 from xpo_fast import cli
 from xpo_fast.cli import tune
 from xpo_fast.head.row_operations import RowOperations
 from xpo_fast.head.triton import LOGPS, TritonRowOperations, prefers_fused
-from xpo_fast.kernels import gates, launch, timing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 KEY = (torch.bfloat16, 1024)

@@ -154,10 +154,10 @@ def lay_out(
     rows_of, at = np.concatenate(row), np.concatenate(position)
     places = asked & (token_of >= 0)
     at_row, at_column = places.nonzero()
-    tensors = (rows_of, at + first[rows_of], at, np.concatenate(ends), token_of[places], at_row, at_column)
-    return Layout(
-        (count, width), *(torch.from_numpy(x) for x in tensors), tuple(segments), read=int(length.sum()), shares=share
-    )
+    names = ("row", "column", "positions", "ends", "index", "at_row", "at_column")
+    arrays = (rows_of, at + first[rows_of], at, np.concatenate(ends), token_of[places], at_row, at_column)
+    tensors = {name: torch.from_numpy(x) for name, x in zip(names, arrays, strict=True)}
+    return Layout((count, width), segments=tuple(segments), read=int(length.sum()), shares=share, **tensors)
 
 
 def side_by_side(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
