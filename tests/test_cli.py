@@ -295,7 +295,8 @@ def test_training_arguments_are_as_given():
             [
                 "xpo-fast: DefaultCPUAllocator: can't allocate memory",
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
-                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, "
+                "--tokens-per-batch, --tile-mib",
             ],
         ),
         (KeyboardInterrupt(), 130, ["xpo-fast: stopped; no checkpoint had been written into xpo-fast-rl"]),
@@ -305,7 +306,8 @@ def test_training_arguments_are_as_given():
             [
                 "xpo-fast: no memory",
                 "xpo-fast: halve --batch-size and double --grad-accum, which trains the same; or use "
-                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, --tile-mib",
+                "--set generation_batch_size=N, --gradient-checkpointing, --max-new-tokens, "
+                "--tokens-per-batch, --tile-mib",
             ],
         ),
     ],
