@@ -7,8 +7,8 @@ SmolLM2-135M in float32 with LoRA of rank 16 on its linear layers, the reference
 --data of at most --max-length tokens, in random order: Anthropic's HH pairs for the figures of the README, the packaged
 pairs by default. Contenders of a case run in turn on the same rows; ratios are of the sums over these rows.
 Before a case is timed, its losses and gradients in all layouts are compared: a layout that differs from padded rows by
-more than 1e-5 is not timed, and the exit status is 1. Peak memory is that of one step in a fresh process, by torch's
-CPU allocator. The file is written case by case; cases that it has are not repeated.
+more than 1e-5 is not timed, and the exit status is 1. Peak memory is that of a layout's step in a fresh process, by
+torch's CPU allocator. The file is written case by case; cases that it has are not repeated.
 
 TRL runs as it is released: "TRL" with its own settings (it recomputes activations), "TRL, activations kept" without.
 """
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threads", type=int, default=2)
     add("--only", nargs="+", default=[], metavar="CASE", help="only cases whose names begin with one of these")
     add("--without-trl", action="store_true")
+    add("--peaks", nargs="*", default=["dpo"], metavar="CASE", help="cases of which peaks of memory are measured")
     add("--json", type=Path)
     add("--peak", metavar="CASE/CONTENDER", help=argparse.SUPPRESS)  # of a fresh process: prints MiB
     args = parser.parse_args(argv)
@@ -423,7 +424,8 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
     record["sum_ms"] = {n: math.fsum(x) for n, x in times.items()}
     record["padded/…, median"] = {n: ratio(base, x) for n, x in times.items()}
     record["padded/…, sum"] = {n: math.fsum(base) / math.fsum(x) for n, x in times.items()}
-    record["peak_mib"] = {n: _peak_apart(bench.args, name, n) for n in case.steps}
+    if name in bench.args.peaks:
+        record["peak_mib"] = {n: _peak_apart(bench.args, name, n) for n in LAYOUTS}
     return record
 
 
@@ -450,11 +452,13 @@ def table_of(records: list[dict[str, Any]]) -> str:
         if "median_ms" not in r:
             rows.append([r["case"], *(f"differs by {r['difference']:.1e}" for _ in names)])
             continue
-        speed, peak = r["padded/…, sum"], r["peak_mib"]
-        rows.append(
-            [r["case"], *(f"{speed[n]:.2f}, {peak[n] / peak['padded']:.2f}" if n in speed else "" for n in names)]
-        )
-    return table(["times as fast as padded, its share of memory", *names], rows)
+        speed, peak = r["padded/…, sum"], r.get("peak_mib", {})
+        cells = [f"{speed[n]:.2f}" if n in speed else "" for n in names]
+        rows.append([r["case"], *cells])
+        if peak:
+            shares = [f"{peak[n] / peak['padded']:.2f}" if n in peak else "" for n in names]
+            rows.append([f"{r['case']}: peak of memory ÷ that of padded", *shares])
+    return table(["times as fast as padded", *names], rows)
 
 
 def _quiet() -> None:
