@@ -432,6 +432,7 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
 def _peak_apart(args: argparse.Namespace, name: str, contender: str) -> float:
     """Returns the peak of memory of a step in a fresh process, in MiB."""
     options = ["--data", args.data, "--max-length", str(args.max_length), "--batch", str(args.batch), "--repeats", "2"]
+    options.append("--without-trl")
     command = [sys.executable, __file__, *options, "--peak", f"{name}/{contender}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
