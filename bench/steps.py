@@ -248,7 +248,7 @@ def trl_steps(bench: Bench, inputs: list[list[int]]) -> dict[str, Step]:
             model, args=config, train_dataset=bench.pairs, processing_class=bench.tokenizer, peft_config=bench.lora
         )
         move(made.model)
-        made.precompute_ref_logps = True
+        made.precompute_ref_logps, made.current_gradient_accumulation_steps = True, 1  # as in `train`
         rows: list[Any] = list(made.train_dataset)
         for row in rows:
             row |= {"ref_chosen_logps": -50.0, "ref_rejected_logps": -50.0}
