@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -148,3 +150,20 @@ def test_a_model_of_float64_is_read_in_a_layout(tmp_path):
 def test_a_budget_is_a_number_of_tokens(tmp_path, budget):
     with pytest.raises(ValueError, match="tokens_per_batch must be an integer of at least 1"):
         make_trainer(tmp_path, tokens_per_batch=budget)
+
+
+@pytest.mark.parametrize("layout", ["auto", "shared"])
+def test_an_error_in_the_proof_pads_unless_the_layout_was_asked_for(tmp_path, monkeypatch, caplog, layout):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no kernel for this")
+
+    # By its module: the package has a function of the same name.
+    monkeypatch.setattr(sys.modules["xpo_fast.trainer.layout"], "prove", fails)
+    trainer = make_trainer(tmp_path, layout=layout, preflight="off")
+    if layout == "shared":
+        with pytest.raises(RuntimeError, match="no kernel"):
+            trainer.prepare()
+        return
+    trainer.prepare()
+    assert trainer.layout.layout == trainer.data_collator.layout == "padded"
+    assert "RuntimeError: no kernel for this" in caplog.text
