@@ -23,7 +23,7 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     from .. import data
     from ..layouts import LaysOut
     from ..models import padding_id
-    from ..trainer import check_rows, layout
+    from ..trainer import check_rows, grouped_targets
     from ..trainer.reference import choose
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
@@ -38,7 +38,7 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     print(f"method     {config.objective()}")
     print(f"reference  {reference}: {why}")
     _layout(config, model, encoded, collate)
-    print(f"head       {_plan(config, model, *layout(data.KINDS[objective.data_kind], first))}")
+    print(f"head       {_plan(config, model, *grouped_targets(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))
     _budget(config, encoded, collate)
     _rendered(first, tokenizer)

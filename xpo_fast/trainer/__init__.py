@@ -7,7 +7,7 @@ from .config import MethodConfig, XPOConfig
 from .findings import CLOSE, OPEN, Finding, Report, marked
 from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .means import Means
-from .preference import XPOTrainer, layout
+from .preference import XPOTrainer, grouped_targets
 from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "XPOTrainer",
     "check_head",
     "check_rows",
-    "layout",
+    "grouped_targets",
     "map_splits",
     "marked",
     "prepare_model",

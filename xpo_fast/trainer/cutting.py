@@ -136,7 +136,7 @@ class CutsBatches(Trainer):
             return super()._evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as Trainer does, with the means of the metrics and tokens a second since the last log of a loss."""
+        """Logs as Trainer does, with the means of the metrics and tokens per second since the last log of a loss."""
         if "loss" in logs:
             logs.update(self._means.pop() | {"tokens_per_second": self._throughput.pop()})
         super().log(logs, start_time)

@@ -291,14 +291,14 @@ class XPOTrainer(UnitTrainer):
         """Returns how the head will run on a batch of the first training rows."""
         dataset: Any = self.train_dataset
         rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
-        targets, how = layout(self.kind, self._prepare_inputs(self.data_collator(rows)))
+        targets, how = grouped_targets(self.kind, self._prepare_inputs(self.data_collator(rows)))
         head = Head.from_model(causal_lm(self.model))
         hidden = head.weight.new_zeros(()).expand(*targets.shape, head.width).requires_grad_()
         with torch.enable_grad():
             return self.objective.plan(hidden, head, targets, **how)
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
-        targets, how = layout(self.kind, batch)
+        targets, how = grouped_targets(self.kind, batch)
         return self.objective.count_items(targets, **how)
 
     def _coupled(self) -> list[str]:
@@ -349,8 +349,8 @@ class XPOTrainer(UnitTrainer):
         return out["loss"], out["losses"], out["metrics"], out["counts"]
 
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """Returns targets, and the arguments of the objective about layout and columns."""
-        targets, given = layout(self.kind, inputs)
+        """Returns targets, and the arguments of the objective about their groups and columns."""
+        targets, given = grouped_targets(self.kind, inputs)
         given |= {n: x for n, x in inputs.items() if n in self._columns}
         if "value" in self._columns and "value" not in given:
             given["value"] = self._value.to(targets.device)
@@ -418,8 +418,8 @@ class XPOTrainer(UnitTrainer):
             )
 
 
-def layout(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """Returns targets as the objective takes them, and its keyword arguments about their layout.
+def grouped_targets(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """Returns targets as the objective takes them, and its keyword arguments that say which of them belong together.
 
     For the kinds that are one half of a pair, the rows of the other half are empty.
     """

@@ -54,7 +54,7 @@ class Throughput:
             self._paused_s += time.perf_counter() - began
 
     def pop(self) -> float:
-        """Returns tokens a second since the last call, of all ranks. Every rank must call it."""
+        """Returns tokens per second since the last call, of all ranks. Every rank must call it."""
         counts = sum_over_ranks(self._counts)
         tokens = int(counts[0])  # waits for the steps
         now = time.perf_counter()
@@ -70,7 +70,7 @@ class Throughput:
         tokens, computed, padded = self._total.tolist()
         if main and tokens:
             logger.info(
-                "trained on %s tokens, %s a second; %s positions computed, %s in padded batches (%.0f%% saved)",
+                "trained on %s tokens, %s per second; %s positions computed, %s in padded batches (%.0f%% saved)",
                 *(f"{x:,}" for x in (tokens, round(tokens / self._total_s), computed, padded)),
                 100 * (1 - computed / padded),
             )
