@@ -110,8 +110,8 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         longest = [[Size(1, len(tokens) + config.max_new_tokens - 1)] for tokens in copies]
         count = len(cut(longest[: len(longest) // config.minibatches], config.tokens_per_batch))
         print(
-            f"budget     {config.tokens_per_batch} tokens per micro-batch (--tokens-per-batch), at most {count} of them "
-            "in a step"
+            f"budget     {config.tokens_per_batch} tokens per micro-batch (--tokens-per-batch), at most {count} "
+            "of them in a step"
         )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
