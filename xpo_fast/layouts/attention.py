@@ -61,7 +61,7 @@ class Plan:
 
     @functools.cached_property
     def is_batch(self) -> bool:
-        """Whether the segments are the rows of a rectangle: of one length, each with its own keys alone, in one call."""
+        """Whether the segments are rows of one length, computed in one call, each with its own keys alone."""
         own = tuple(((i, 0, size),) for i, size in enumerate(self.lengths))
         return len(self.calls) == 1 and self.calls[0].pieces == own
 
