@@ -232,9 +232,7 @@ def test_a_forward_that_fails_ends_it(copies):
 
 def test_without_a_gpu_it_is_refused_by_name(tmp_path, capsys):
     for kind in (XPOConfig, RewardConfig, RLConfig):
-        with pytest.raises(
-            ValueError, match="activation_offload: it moves activations from a GPU to the host's memory"
-        ):
+        with pytest.raises(ValueError, match="activation_offload: it moves activations from a GPU to the host"):
             kind(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, activation_offload=True)
     for command in (["train"], ["reward"], ["rl", "--reward", "trl.rewards:x"]):
         assert cli.main([*command, "--data", "nowhere.jsonl", "--cpu", "--activation-offload"]) == 2
@@ -402,15 +400,9 @@ def test_parameters_on_several_devices_are_refused():
         ({"fp16": True}, "fp16=True looks for overflows"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would try again"),
         ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=True makes gradients in several"),
-        (
-            {"optim": "schedule_free_adamw"},
-            "optim=schedule_free_adamw does not step one weight .* these do: adamw_torch,",
-        ),
+        ({"optim": "schedule_free_adamw"}, "does not step one weight without the others; these do: adamw_torch,"),
         ({"optim": "lomo"}, "optim=lomo: lomo steps in the backward by itself: leave optimizer_in_backward out"),
-        (
-            {"optim": "lomo", "optimizer_in_backward": False, "max_grad_norm": 0.5},
-            "optim=lomo: max_grad_norm=0.5 clips",
-        ),
+        ({"optim": "lomo", "optimizer_in_backward": False, "max_grad_norm": 0.5}, "lomo: max_grad_norm=0.5 clips"),
         ({}, None),
     ],
 )
@@ -512,7 +504,8 @@ def test_the_modules_that_an_optimizer_projects_are_there_and_trained(tmp_path, 
 def resident() -> int:
     """Bytes of all storages that a tensor of Python's has, gradients included."""
     gc.collect()
-    there = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    there = [x for x in gc.get_objects() if type(x) in kinds and x.device.type == "cpu" and not x.is_sparse]
     there += [x.grad for x in there if x.is_leaf and x.grad is not None]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in there}.values())
 
@@ -545,7 +538,7 @@ def test_the_reference_is_cached_before_there_is_a_gradient_or_an_optimizer(tmp_
     assert [where for where, _ in found] == ["before", "after", "prepared"]
     assert all(extra < size / 10 for _, extra in found), (found, size)
     trainer.model.zero_grad()
-    del trainer.optimizer.optimizer.state
+    trainer.optimizer.optimizer.state.clear()
     # What is left of the run: the weights, that is, and no copy of them.
     assert resident() - before < size / 10
 

@@ -1,4 +1,4 @@
-"""Takes the optimizer's step inside the backward: each parameter's as soon as its gradient is there, which is then freed.
+"""Takes the optimizer's step inside the backward: each parameter's as soon as its gradient is there, and frees that.
 
 The optimizer, its groups and state, the schedule and the checkpoints are those of the plain run, so either run goes on
 from a checkpoint of the other. A step of the optimizer with one gradient there, and none for its other parameters, is a

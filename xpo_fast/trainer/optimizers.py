@@ -65,7 +65,7 @@ def check_optimizer(args: Any, model: nn.Module | None = None) -> None:
 
 
 def _rehearse(args: Any) -> None:
-    """Takes a step of the optimizer of `args` on a small matrix; raises ValueError if its package or device is missing."""
+    """Takes a step on a small matrix; raises ValueError if the optimizer's package or device is missing."""
     optim, targets = name_of(args.optim), args.optim_target_modules
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages when they are imported
