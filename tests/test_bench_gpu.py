@@ -145,6 +145,7 @@ def test_layouts(wrong, tmp_path, monkeypatch):
     assert shared["attention"] == "sdpa per segment (on cpu)" and shared["gradient"] < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("wrong", [False, True])
 def test_offload(wrong, tmp_path, monkeypatch):
     """A smaller model than --quick has: gradients through the host, and steps in the backward; it sees wrong copies."""
@@ -159,7 +160,7 @@ def test_offload(wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 10)
     monkeypatch.setattr(offload, "WINDOW_BYTES", 1 << 12)
     if wrong:
-        monkeypatch.setattr(gpu_offload.HostCopies, "come_back", lambda self, there: there.roll(4))
+        monkeypatch.setattr(gpu_offload.HostCopies, "come_back", lambda self, there: (there.roll(4), None))
     monkeypatch.setattr(sys, "argv", ["gpu_offload.py", "--quick", "--json", str(tmp_path / "r.json")])
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     assert gpu_offload.main() == wrong

@@ -541,6 +541,10 @@ def test_names_of_trl_for_reward():
         ("train", "--full --bf16 --dtype float32", "--bf16 is --dtype bfloat16, and --dtype float32 asks for another"),
         ("train", "--full --torch_dtype=float32 --fp16",
          "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
+        ("train", "--quantize 8bit --load-in-4bit", "--load-in-4bit is --quantize 4bit, and --quantize asks for another"),
+        ("train", "--load_in_8bit --load-in-4bit",
+         "--load_in_8bit is --quantize 8bit, and --load-in-4bit asks for another: leave one out"),
+        ("recipe", "rso --load-in-4bit", "--load-in-4bit is --quantize of other commands; xpo-fast recipe has none"),
         ("train", "--eval_strategy epoch", "every N steps by --eval-steps N"),
         ("train", "--save_strategy no", "--save-steps"),
         ("train", "--loss_type sigmod", "no loss type named 'sigmod'; did you mean sigmoid"),
@@ -673,14 +677,6 @@ def test_a_negative_number_is_a_value(option, value):
         (["--adam_beta2", "high"], "--train adam_beta2: expected a number, got 'high'"),
         (["--train", "full_determinism=3"], "--train full_determinism: expected true or false, got 3"),
         (["--load-in-4bit", "--full"], "--quantize 4bit freezes the weights and trains an adapter: leave --full out"),
-        (
-            ["--quantize", "8bit", "--load-in-4bit"],
-            "--load-in-4bit is --quantize 4bit, and --quantize asks for another: leave one out",
-        ),
-        (
-            ["--load_in_8bit", "--load-in-4bit"],
-            "--load_in_8bit is --quantize 8bit, and --load-in-4bit asks",
-        ),
         (["--eval_strategy", "no", "--eval_steps", "5"], "--eval-steps evaluates rows held out, and there are none"),
         (
             ["--train", "run_name=12"],

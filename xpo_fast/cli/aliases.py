@@ -84,6 +84,8 @@ def bits(which: str) -> Alias:
 
     def words(given: Given, typed: Typed) -> list[str]:
         found = switch.words(given, typed)
+        if typed.parser.named("quantize") is None:
+            raise UsageError(f"--{given.name} is --quantize of other commands; xpo-fast {typed.command} has none")
         others = {"quantize", "load-in-4bit", "load-in-8bit"} - {given.name.replace("_", "-")}
         asked = [typed.options[name] for name in sorted(others & {*typed.options})]
         if found and any(o.switch() is not False and o.values[:1] != [which] for o in asked):

@@ -51,7 +51,7 @@ from .handed_over import adapter_settings
 from .in_backward import StepsInBackward, check_in_backward
 from .means import Means
 from .offload import CudaCopies, check_offload, offloading
-from .optimizers import check_optimizer
+from .optimizers import LOMO, check_optimizer, name_of
 from .setup import check_trainable
 from .throughput import Throughput
 
@@ -176,8 +176,7 @@ class UnitTrainer(CutsBatches):
             check_in_backward(self.args, sharded=sharded)
             if own:
                 raise ValueError("optimizer_in_backward makes the optimizer of optim=: leave the trainer's own out")
-        if self.train_dataset is not None and not own:
-            check_optimizer(self.args, self.model)
+        self._in_its_state = [] if self.train_dataset is None or own else check_optimizer(self.args, self.model)
 
     def _asked(self, lever: str) -> bool:
         return bool(getattr(self.args, lever, False))
@@ -207,6 +206,8 @@ class UnitTrainer(CutsBatches):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if self._in_backward is not None:
             return self._in_backward.norm()
+        if name_of(self.args.optim) in LOMO:
+            return None  # the gradients are gone
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
@@ -416,9 +417,10 @@ class UnitTrainer(CutsBatches):
             self._missing = load_result.missing_keys  # for `load_renamed`, which finds or names them
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(str(checkpoint)):
+        with reading(str(checkpoint)), torch.serialization.safe_globals(self._in_its_state):
             super()._load_optimizer_and_scheduler(checkpoint)
             groups = getattr(self.optimizer, "param_groups", [])
-            for name in getattr(self.optimizer, "defaults", {}) if checkpoint else ():
+            names = {*getattr(self.optimizer, "defaults", {})} - {"differentiable"}  # which torch adds when it loads
+            for name in sorted(names) if checkpoint else ():
                 if any(name not in group for group in groups):  # the first step would need it
                     raise RuntimeError(f"its optimizer has no {name}, which the one asked for has")
