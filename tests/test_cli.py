@@ -541,7 +541,7 @@ def test_names_of_trl_for_reward():
         ("train", "--full --bf16 --dtype float32", "--bf16 is --dtype bfloat16, and --dtype float32 asks for another"),
         ("train", "--full --torch_dtype=float32 --fp16",
          "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
-        ("train", "--quantize 8bit --load-in-4bit", "--load-in-4bit is --quantize 4bit, and --quantize asks for another"),
+        ("train", "--quantize 8bit --load-in-4bit", "--load-in-4bit is --quantize 4bit, and --quantize asks"),
         ("train", "--load_in_8bit --load-in-4bit",
          "--load_in_8bit is --quantize 8bit, and --load-in-4bit asks for another: leave one out"),
         ("recipe", "rso --load-in-4bit", "--load-in-4bit is --quantize of other commands; xpo-fast recipe has none"),

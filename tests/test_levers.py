@@ -476,6 +476,7 @@ def test_what_an_optimizer_would_not_honour_is_refused(tmp_path, given, said):
         XPOConfig(str(tmp_path), use_cpu=True, **given)
 
 
+GALORE_WARNING = "This implementation of AdamW is deprecated"
 PROJECTING = {"optim_target_modules": ["q_proj", "up_proj"], "optim_args": "rank=4, update_proj_gap=2"}
 
 
@@ -489,6 +490,7 @@ PROJECTING = {"optim_target_modules": ["q_proj", "up_proj"], "optim_args": "rank
     ],
     ids=lambda how: how["optim"],
 )
+@pytest.mark.filterwarnings(f"ignore:{GALORE_WARNING}:FutureWarning")
 def test_optimizers_of_other_packages_train_and_go_on_from_their_checkpoints(tmp_path, how):
     how = dict(how)
     pytest.importorskip(how.pop("package"), reason="an optimizer of a package that no extra has")
