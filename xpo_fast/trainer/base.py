@@ -49,6 +49,7 @@ from .cutting import CutsBatches
 from .findings import Report
 from .handed_over import adapter_settings
 from .means import Means
+from .record import findings, memory
 from .setup import check_trainable
 from .throughput import Throughput
 
@@ -179,6 +180,18 @@ class UnitTrainer(CutsBatches):
             report.log()
         if asked == "stop":
             report.raise_for_faults()
+
+    def record(self) -> dict[str, Any]:
+        """Returns what the check before training found, and, once there was a step, throughput and memory by owner.
+
+        As JSON values, of this process except for the throughput; `xpo-fast report` shows them.
+        """
+        found: dict[str, Any] = {"preflight": findings(self.report)}
+        if self.state.global_step:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            found["throughput"] = self._throughput.totals()
+            found["memory"] = memory(unwrapped, self.optimizer, self.args.device)
+        return found
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns what the loss of a batch is divided by: (), or one entry per loss."""
