@@ -85,15 +85,20 @@ def part(page, name):
     return page.split(f'<section id="{name}"')[1].split("</section>")[0]
 
 
+@pytest.fixture(scope="module")
+def online_page(tmp_path_factory):
+    return render([read_run(online(tmp_path_factory.mktemp("runs") / "run"))])
+
+
 @pytest.mark.parametrize("kind", ["rl", "recipe", "nothing"])
-def test_every_part_has_its_data_or_says_that_there_is_none(tmp_path, kind):
+def test_every_part_has_its_data_or_says_that_there_is_none(tmp_path, kind, online_page):
     folder = tmp_path / "run"
     if kind == "nothing":
         folder.mkdir()
         (folder / "config.yaml").write_text("score: assistant\n")
-    else:
-        (online if kind == "rl" else recipe)(folder)
-    page = render([read_run(folder)])
+    elif kind == "recipe":
+        recipe(folder)
+    page = online_page if kind == "rl" else render([read_run(folder)])
     present = {name for name in PARTS if 'class="absent"' not in part(page, name)}
     assert present == {"rl": {*PARTS} - {"others"}, "recipe": {"outcome", "curves", "rewards", "samples",
                        "configuration"}, "nothing": {"configuration"}}[kind]  # fmt: skip
@@ -102,8 +107,8 @@ def test_every_part_has_its_data_or_says_that_there_is_none(tmp_path, kind):
         assert re.search(r"held-out score</th><td>1</td><td>2</td><td>\+1<", part(page, "outcome"))
 
 
-def test_of_an_online_run(tmp_path):
-    page = render([read_run(online(tmp_path / "run"))])
+def test_of_an_online_run(online_page):
+    page = online_page
     assert "0.1 before" in page and re.search(r"reward</th><td>0\.1</td><td>0\.9</td><td>\+0\.8<", page)
     assert "± one standard deviation" in part(page, "components") and "held out" in part(page, "components")
     assert "KL divergence: objective/kl" in part(page, "rewards")
@@ -151,7 +156,8 @@ def test_a_curve_is_means_of_windows_between_the_lowest_and_the_highest():
 def test_differences_are_of_words():
     left, right = differences("The red fox ran.", "The quick red fox sat.")
     assert left == [(False, "The red fox "), (True, "ran"), (False, ".")]
-    assert right == [(False, "The "), (True, "quick "), (False, "red fox "), (True, "sat"), (False, ".")]
+    assert right == [(False, "The"), (True, " quick"), (False, " red fox "), (True, "sat"), (False, ".")]
+    assert differences("same", "same") == ([(False, "same")], [(False, "same")])
 
 
 def test_two_runs_are_compared(tmp_path, capsys, monkeypatch):
@@ -265,7 +271,7 @@ def test_it_opens_in_a_browser(tmp_path):
             (tmp_path / "harness.html").write_text(harness)
             said = subprocess.run(
                 [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}",
+                 "--hide-scrollbars", "--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}",
                  "--window-size=1500,900", "--virtual-time-budget=20000", "--dump-dom",
                  f"http://127.0.0.1:{server.server_port}/harness.html"],
                 capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}, check=True,

@@ -182,12 +182,14 @@ class _Talk:
         except KeyboardInterrupt as stop:
             if not stoppable or hasattr(stop, "status"):  # SIGTERM, which is not about an answer
                 raise
+            streamer.end()  # the word that was not whole yet
             add(" (stopped)")
             return "".join(streamer.pieces).strip(), "interrupted"
         (completion,), (finish,) = samples.completions, samples.finish
-        if finish == "length":
-            add(" (cut off)")
-        return completion if isinstance(completion, str) else completion[0]["content"], finish
+        answer = completion if isinstance(completion, str) else completion[0]["content"]
+        if finish == "length" or not answer:
+            add(" (cut off)" if answer else "(no answer)")
+        return answer, finish
 
 
 def _streamer(tokenizer: Any, add: Callable[[str], Any]) -> Any:

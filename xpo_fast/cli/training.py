@@ -193,6 +193,8 @@ def fit(trainer: Any, args: argparse.Namespace, command: str, checkpoint: str | 
         trainer.save_model()
         with saving(output):
             trainer.save_state()
+        if trainer.is_world_process_zero():  # an evaluation follows, which may be stopped
+            write_json(output / RESULTS, results)
 
 
 def json_log(args: argparse.Namespace) -> Any:

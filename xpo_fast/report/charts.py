@@ -18,6 +18,7 @@ _COLOURS = tuple(f"#0405{k:02x}" for k in range(8))
 _PROPERTIES = {_INK: "ink", _MUTED: "muted", _GRID: "rule"} | {c: f"c{k}" for k, c in enumerate(_COLOURS)}
 _DASHES = ("solid", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (5, 1.4, 1.2, 1.4)))
 _SIZE = (5.0, 2.75)  # inches, of which SVG has 72 units each: about the width of a telephone
+_PLACE = (0.125, 0.15, 0.86, 0.8)  # of the axes in it: left, bottom, width, height
 ROWS = 40  # of a table, at most
 
 
@@ -164,8 +165,8 @@ def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=_SIZE)
+    axes = figure.add_axes(_PLACE)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)

@@ -38,7 +38,7 @@ SPEED: tuple[Plan, ...] = (
 )
 _COMPONENT = re.compile(r"rewards/(.+)/mean$")
 _KL = re.compile(r"(^|[/_])(reverse_)?kl($|[/_])")
-_SHARES = ("accuracies", "accuracy", "clipped_ratio", "unrewarded", "frac_reward_zero_std")
+SHARES = ("accuracies", "accuracy", "clipped_ratio", "unrewarded", "frac_reward_zero_std")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Charted:
     def others(self) -> list[Chart]:
         """Returns a chart for each metric that has none yet."""
         left = [name for name in self.names if name not in self.used]
-        return self.charts((name, (name,), name.endswith(_SHARES)) for name in left)
+        return self.charts((name, (name,), name.endswith(SHARES)) for name in left)
 
 
 def spread_of(name: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup, escape
+
 from .. import __version__
-from ..data import require
 from .blocks import Tile
 from .comparison import MOST_RUNS, comparison
 from .parts import parts_of, tiles_of
@@ -29,11 +32,11 @@ def render(runs: Sequence[Run], *, samples: int = 12) -> str:
     folders = [run.folder.resolve() for run in runs]
     if twice := next((f for f in folders if folders.count(f) > 1), None):
         raise ValueError(f"{twice} was named twice: name each run once")
-    jinja: Any = require("jinja2", "train")
     names = _names(runs)
-    loader = jinja.FileSystemLoader(_HERE)
-    environment = jinja.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.undefined = jinja.StrictUndefined
+    loader = jinja2.FileSystemLoader(_HERE)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.undefined = jinja2.StrictUndefined
+    environment.filters["breakable"] = _breakable
     one = len(runs) == 1
     return environment.get_template("page.html").render(
         title=names[0] if one else " · ".join(names),
@@ -45,6 +48,11 @@ def render(runs: Sequence[Run], *, samples: int = 12) -> str:
         version=__version__,
         one=one,
     )
+
+
+def _breakable(text: str) -> Any:
+    """Returns a name, escaped, with places where a line may break."""
+    return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import charts
 from .blocks import Figure, Numbered, Part, Table, Tile, change, duration, share, text
-from .metrics import CURVES, LENGTHS, REWARDS, SPEED, Charted
+from .metrics import CURVES, LENGTHS, REWARDS, SHARES, SPEED, Charted
 from .run import Run
 from .samples import Pair, Sample, differences, shortened
 from .series import EVAL, number
@@ -79,8 +79,9 @@ def tiles_of(run: Run) -> list[Tile]:
     for name, label in named.items():
         if name in figures and len(found) < 3:
             before, after = figures[name]
-            about = f"held out, {text(before)} before" if math.isfinite(before) else "held out"
-            found.append(Tile(label, text(after), about))
+            written = share if name.endswith(SHARES) else text
+            about = f"held out, {written(before)} before" if math.isfinite(before) else "held out"
+            found.append(Tile(label, written(after), about))
     history = [x for x in (number(v) for v in run.outcome.get("history") or []) if math.isfinite(x)]
     if history:
         found.append(Tile("Held-out score", text(history[-1]), f"{text(history[0])} at the start"))

@@ -116,10 +116,12 @@ def differences(before: str, after: str) -> tuple[list[tuple[bool, str]], list[t
     left: list[tuple[bool, str]] = []
     right: list[tuple[bool, str]] = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        if i < j:
-            left.append((kind != "equal", "".join(a[i:j])))
-        if k < m:
-            right.append((kind != "equal", "".join(b[k:m])))
+        for parts, words_of in ((left, a[i:j]), (right, b[k:m])):
+            apart, joined = kind != "equal", "".join(words_of)
+            if parts and parts[-1][0] == apart:
+                parts[-1] = apart, parts[-1][1] + joined
+            elif joined:
+                parts.append((apart, joined))
     return left, right
 
 
