@@ -104,19 +104,19 @@ def test_every_part_has_its_data_or_says_that_there_is_none(tmp_path, kind, onli
                        "configuration"}, "nothing": {"configuration"}}[kind]  # fmt: skip
     if kind == "recipe":
         assert "iteration 2" in part(page, "iterations") and "<del>0</del>" in part(page, "samples")
-        assert re.search(r"held-out score</th><td>1</td><td>2</td><td>\+1<", part(page, "outcome"))
+        assert re.search(r"held-out score</th><td[^>]*>1</td><td[^>]*>2</td><td[^>]*>\+1<", part(page, "outcome"))
 
 
 def test_of_an_online_run(online_page):
     page = online_page
-    assert "0.1 before" in page and re.search(r"reward</th><td>0\.1</td><td>0\.9</td><td>\+0\.8<", page)
+    assert "0.1 before" in page and re.search(r"reward</th><td[^>]*>0\.1</td><td[^>]*>0\.9</td><td[^>]*>\+0\.8<", page)
     assert "± one standard deviation" in part(page, "components") and "held out" in part(page, "components")
-    assert "KL divergence: objective/kl" in part(page, "rewards")
+    assert "KL divergence: objective/<wbr>kl" in part(page, "rewards")
     assert re.search(r"<del>0</del>.*<ins>3</ins>", part(page, "samples"), re.DOTALL)
     assert "1 GiB" in part(page, "speed") and "25.0%" in part(page, "speed")  # the positions saved
     assert "xpo-fast rl --config c.yaml" in part(page, "again") and "abc" in part(page, "again")
     assert part(page, "preflight").index("doubt") < part(page, "preflight").index(">ok<")
-    assert "60 charts" not in page and "finished" in page
+    assert 'done">finished<' in page
     # Nothing from data is code, and nothing is fetched.
     assert SCRIPT not in page and "&lt;script&gt;" in page and "<script" not in page
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)|url\((?!#)|@import""", re.sub(r"xmlns(:\w+)?=\S+", "", page))
@@ -168,9 +168,9 @@ def test_two_runs_are_compared(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", str(first), str(second)]) == 0
     assert "comparison.html: " in capsys.readouterr().out
     page = (tmp_path / "comparison.html").read_text()
-    assert re.search(r"seed</th><td>1</td><td>2<", part(page, "configuration"))
+    assert re.search(r"seed</th><td[^>]*>1</td><td[^>]*>2<", part(page, "configuration"))
     assert "num-generations" not in part(page, "configuration")
-    assert re.search(r"steps</th><td>60</td><td>30<", part(page, "outcome"))
+    assert re.search(r"steps</th><td[^>]*>60</td><td[^>]*>30<", part(page, "outcome"))
     curves = part(page, "curves")
     assert curves.count("<figure>") > 8 and "first, held out" in curves and "second" in curves
 

@@ -105,14 +105,20 @@ def outcome(run: Run) -> dict[str, tuple[float, float]]:
     if after:
         return {name: (before.get(name, math.nan), x) for name, x in after.items()}
     evaluated = run.metrics.evaluation.items()
-    return {name: (s.values[0] if len(s.values) > 1 else math.nan, s.values[-1]) for name, s in evaluated if s.values}
+    found = {name: s.values for name, s in evaluated if s.values and _compared(name)}
+    return {name: (values[0] if len(values) > 1 else math.nan, values[-1]) for name, values in found.items()}
 
 
 def _figures(metrics: Any) -> dict[str, float]:
     """Returns the numbers among metrics, by names without their prefix."""
     given = metrics.items() if isinstance(metrics, Mapping) else ()
-    kept = {str(k): v for k, v in given if k not in ("epoch", "eval_epoch") and not str(k).endswith(_TIMINGS)}
-    return {k.removeprefix(EVAL): number(v) for k, v in kept.items() if v is None or _is_number(v)}
+    named = {str(k).removeprefix(EVAL): v for k, v in given if not str(k).endswith(_TIMINGS)}
+    return {k: number(v) for k, v in named.items() if _compared(k) and (v is None or _is_number(v))}
+
+
+def _compared(name: str) -> bool:
+    """Returns whether a metric is a figure of what was learned: no time, and no spread of another."""
+    return name != "epoch" and not name.startswith("time/") and not name.endswith(("_std", "/std"))
 
 
 def _is_number(value: Any) -> bool:
@@ -275,7 +281,8 @@ def _samples(run: Run, most: int) -> Part:
         part.tables.append(Table(head, rows, "Highest and lowest rewards of the last rollout", numbers=False))
     if part.pairs:
         total = f" {text(float(run.samples.count))} samples were logged." if run.samples.count else ""
-        part.intro = f"{said}{total} What the other side lacks is marked."
+        marked = " What the other side lacks is marked." if pairs[0].other_prompt is None else ""
+        part.intro = said + total + marked
     return part
 
 

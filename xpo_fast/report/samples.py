@@ -85,10 +85,14 @@ class Samples:
             pairs = [Pair(p, self.first[p], self.last[p]) for p in again[:most]]
             return pairs, "The first completion of a prompt's group in the first rollout that drew it and in the last."
         firsts = list(self.first.items())
-        lasts = [(p, s) for p, s in firsts if s.where != firsts[0][1].where][::-1] if firsts else []
-        pairs = [Pair(p, a, b, other_prompt=q) for (p, a), (q, b) in zip(firsts[: len(lasts)], lasts)][:most]
-        said = "No prompt was drawn by two rollouts: on the left are prompts of the first one, on the right later ones."
-        return pairs, said
+        ends = [[x for x in firsts if x[1].where == end[1].where] for end in (*firsts[:1], *firsts[-1:])]
+        if not ends or ends[0] == ends[1]:
+            return [], ""
+        pairs = [Pair(p, a, b, other_prompt=q) for (p, a), (q, b) in zip(*ends)][:most]
+        return (
+            pairs,
+            "No prompt was drawn twice: on the left are prompts of an early rollout, on the right of a late one.",
+        )
 
     def extremes(self, most: int = 3) -> list[tuple[str, Sample]]:
         """Returns the samples of the last rollout with the highest and the lowest rewards, the highest first."""
