@@ -79,7 +79,7 @@ class Chart:
 
 def svg(chart: Chart, number: int) -> str:
     """Returns the chart as an SVG element. number: that of the chart on its page, for ids that differ."""
-    axes, figure = _axes()
+    axes, figure = _axes(steps=True)
     for line in chart.lines:
         _draw(axes, line)
     for mark in chart.marks:
@@ -160,7 +160,7 @@ def _draw(axes: Any, line: Line) -> None:
     )
 
 
-def _axes() -> tuple[Any, Any]:
+def _axes(*, steps: bool = False) -> tuple[Any, Any]:
     require("matplotlib", "train")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -173,7 +173,7 @@ def _axes() -> tuple[Any, Any]:
     axes.tick_params(colors=_MUTED, labelcolor=_MUTED, labelsize=9, length=0, pad=3)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=steps, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.yaxis.get_offset_text().set(color=_MUTED, fontsize=8)

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from .. import __version__
+from ..version import __version__
 from .blocks import Tile
 from .comparison import MOST_RUNS, comparison
 from .parts import parts_of, tiles_of
@@ -66,6 +66,8 @@ def _head(run: Run, name: str) -> dict[str, str]:
     steps, planned = (number(run.state.get(k)) for k in ("global_step", "max_steps"))
     at = f" at step {steps:.0f} of {planned:.0f}" if math.isfinite(steps) and planned > 0 else ""
     status = "finished" if run.finished else f"not finished{at}"
+    if not run.finished and steps >= planned > 0:
+        status = f"all {planned:.0f} steps trained, not measured after them"
     kinds = {"train": "Preference training", "reward": "Reward model", "rl": "Online RL", "recipe": "Recipe"}
     if run.method == "sft":
         kinds["train"] = "Supervised fine-tuning"

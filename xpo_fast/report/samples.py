@@ -89,10 +89,7 @@ class Samples:
         if not ends or ends[0] == ends[1]:
             return [], ""
         pairs = [Pair(p, a, b, other_prompt=q) for (p, a), (q, b) in zip(*ends)][:most]
-        return (
-            pairs,
-            "No prompt was drawn twice: on the left are prompts of an early rollout, on the right of a late one.",
-        )
+        return (pairs, "No prompt was drawn twice: an early rollout is on the left, a late one on the right.")
 
     def extremes(self, most: int = 3) -> list[tuple[str, Sample]]:
         """Returns the samples of the last rollout with the highest and the lowest rewards, the highest first."""
