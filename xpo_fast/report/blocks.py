@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass
 class Tile:
-    """A figure at the head of a page. change: the value before, as text."""
+    """A figure at the head of a page, with a line about it."""
 
     label: str
     value: str

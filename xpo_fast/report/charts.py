@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ def svg(chart: Chart, number: int) -> str:
     return _element(figure, number)
 
 
-def histogram(values: dict[str, Sequence[float]], across: str, number: int) -> str:
+def histogram(values: Mapping[str, Sequence[float]], across: str, number: int) -> str:
     """Returns the distributions of several sets of values as an SVG element: shares of each set."""
     import numpy as np
 
