@@ -10,7 +10,23 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..wording import did_you_mean, one_line
-from . import aliases, check, completion, config_file, eval_reward, manual, recipe, resuming, reward, rl, train, tune
+from . import (
+    aliases,
+    chat,
+    check,
+    completion,
+    config_file,
+    eval_reward,
+    manual,
+    merge,
+    recipe,
+    report,
+    resuming,
+    reward,
+    rl,
+    train,
+    tune,
+)
 from . import methods as catalogue
 from .parser import Given, Options, Parser, UsageError, spelled, split, unknown
 from .signals import outliving_readers, terminable
@@ -52,7 +68,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, check, reward, eval_reward, rl, recipe, catalogue):
+    for command in (train, check, reward, eval_reward, rl, recipe, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)

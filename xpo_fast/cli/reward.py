@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     results = training.report_header(args)
     if eval_rows is not None:
         results["before"] = _held_out(trainer, eval_rows, None)
-    results["train"] = training.fit(trainer, args, "reward", checkpoint)
+    training.fit(trainer, args, "reward", checkpoint, results)
     if eval_rows is not None:
         results["after"] = _held_out(trainer, eval_rows, Path(args.output_dir) / "report.png")
         say(f"\nheld out: {len(eval_rows)} rows\n{'':<24}{'before':>10}{'after':>10}")

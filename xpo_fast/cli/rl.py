@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     results = training.report_header(args)
     if held_out:
         results["before"] = trainer.evaluate()
-    results["train"] = training.fit(trainer, args, "rl", checkpoint)
+    training.fit(trainer, args, "rl", checkpoint, results)
     if held_out:
         results["after"] = trainer.evaluate()
         names = {

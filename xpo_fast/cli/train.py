@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         results["before"] = trainer.held_out()
         if trainer.objective.needs_reference:  # policy = reference, so rewards are rounding errors
             results["before"] = {k: v for k, v in results["before"].items() if "_rewards/" not in k}
-    results["train"] = training.fit(trainer, args, "train", checkpoint)
+    training.fit(trainer, args, "train", checkpoint, results)
     if eval_rows is not None:
         results["after"] = trainer.held_out()
         labelled = "label" in trainer.kind.numbers

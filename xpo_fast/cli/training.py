@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from .signals import Stopped, stop_after_step
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+RESULTS = "results.json"
 
 
 def quiet(args: argparse.Namespace) -> None:
@@ -109,7 +112,7 @@ def finish(
     """Writes results.json, and prints what was saved and how it is used. files: what there is besides results.json."""
     output = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
-        write_json(output / "results.json", results)
+        write_json(output / RESULTS, results)
     printer(trainer)(f"\nsaved in {output}: {files}, results.json\nuse it: from xpo_fast.{use}({str(output)!r})")
 
 
@@ -119,10 +122,27 @@ def printer(trainer: Trainer) -> Callable[[str], None]:
 
 
 def report_header(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the first entries of results.json and report.json: options and versions."""
+    """Returns the first entries of results.json and report.json: command, options, versions, commit."""
     from .doctor import versions
 
-    return {"options": {k: v for k, v in vars(args).items() if k not in ("run", "api_key")}, "versions": versions()}
+    given = {k: v for k, v in vars(args).items() if k not in ("run", "api_key")}
+    command = args.run.__module__.rpartition(".")[2].replace("_", "-")
+    return {"command": command, "options": given, "versions": versions(), "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Returns the commit of this package, "-dirty" at its end if files differ from it; None if it is installed."""
+    file = Path(__file__)
+
+    def git(*words: str) -> str:
+        given = ["git", "-C", str(file.parent), *words]
+        return subprocess.run(given, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # an installed package may lie in somebody's own repository
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def preflight(trainer: Any) -> None:
@@ -134,10 +154,13 @@ def preflight(trainer: Any) -> None:
         trainer.report.raise_for_faults()
 
 
-def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: str | None) -> dict[str, float]:
-    """Trains and saves; returns the trainer's metrics. Raises Stopped after Ctrl-C, with a checkpoint saved.
+def fit(trainer: Any, args: argparse.Namespace, command: str, checkpoint: str | None, results: dict[str, Any]) -> None:
+    """Trains and saves; adds the trainer's metrics and record to the results. Raises Stopped after Ctrl-C, with a
+    checkpoint saved.
 
-    Nothing in the output folder is deleted or written before everything is checked and training begins.
+    Nothing in the output folder is deleted or written before everything is checked and training begins. Then
+    results.json is written for the first time, unless the run is resumed and has one, so that a run that dies leaves
+    what was known before it.
     """
     from transformers import TrainerCallback
 
@@ -151,11 +174,17 @@ def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: st
                 for path in output.glob("checkpoint-*"):  # only with --overwrite, see `resuming.checkpoint`
                     shutil.rmtree(path)
             config_file.write(args, output, command, resumed=checkpoint is not None)
+            if checkpoint is None or not (output / RESULTS).is_file():
+                write_json(output / RESULTS, results)
 
+    results |= trainer.record()
     trainer.add_callback(Begin())
     with _alone(output), stop_after_step(trainer) as stopped:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        results |= {"train": metrics, **trainer.record()}
         if stopped:
+            if trainer.is_world_process_zero():
+                write_json(output / RESULTS, results)
             printer(trainer)(
                 f"\nstopped after step {trainer.state.global_step} of {trainer.state.max_steps}, checkpoint saved. "
                 "Go on with the same command and --resume"
@@ -164,7 +193,8 @@ def fit(trainer: Trainer, args: argparse.Namespace, command: str, checkpoint: st
         trainer.save_model()
         with saving(output):
             trainer.save_state()
-    return metrics
+        if trainer.is_world_process_zero():  # an evaluation follows, which may be stopped
+            write_json(output / RESULTS, results)
 
 
 def json_log(args: argparse.Namespace) -> Any:

@@ -36,6 +36,7 @@ class GenerateRollout:
         ContinuousBatchingConfig; None for continuous batching on CUDA if the model supports it; False for batches. It
         does not know stop strings: calls with stop strings go in batches.
     chat_template_kwargs: variables of the chat template for every prompt; a prompt's own come first.
+    streamer: one of transformers' streamers, which is told each token as it is drawn; for calls with one completion.
 
     Only the EOS ids are read of the model's generation config: temperature, penalties and cuts are those of `Sampling`,
     so that the completions are the policy's.
@@ -65,10 +66,11 @@ class GenerateRollout:
         batch_size: int = 64,
         continuous: bool | Any | None = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        streamer: Any = None,
     ) -> None:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"expected batch_size of at least 1, got {batch_size!r}")
-        self.tokenizer, self.batch_size, self.continuous = tokenizer, batch_size, continuous
+        self.tokenizer, self.batch_size, self.continuous, self.streamer = tokenizer, batch_size, continuous, streamer
         self.chat_template_kwargs = data.read_kwargs(chat_template_kwargs, "GenerateRollout")
         self.update(model)
 
@@ -138,6 +140,7 @@ class GenerateRollout:
                 generation_config=config,
                 logits_processor=processors,
                 stopping_criteria=criteria,
+                streamer=self.streamer,
             )
         new = output[:, width:].tolist()
         logps = draw.logps() if draw is not None else None

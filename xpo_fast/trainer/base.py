@@ -52,6 +52,7 @@ from .in_backward import StepsInBackward, check_in_backward
 from .means import Means
 from .offload import CudaCopies, check_offload, offloading
 from .optimizers import LOMO, check_optimizer, name_of
+from .record import findings, memory
 from .setup import check_trainable
 from .throughput import Throughput
 
@@ -229,6 +230,18 @@ class UnitTrainer(CutsBatches):
             report.log()
         if asked == "stop":
             report.raise_for_faults()
+
+    def record(self) -> dict[str, Any]:
+        """Returns what the check before training found, and, once there was a step, throughput and memory by owner.
+
+        As JSON values, of this process except for the throughput; `xpo-fast report` shows them.
+        """
+        found: dict[str, Any] = {"preflight": findings(self.report)}
+        if self.state.global_step:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            found["throughput"] = self._throughput.totals()
+            found["memory"] = memory(unwrapped, self.optimizer, self.args.device)
+        return found
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns what the loss of a batch is divided by: (), or one entry per loss."""

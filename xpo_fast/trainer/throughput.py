@@ -63,6 +63,13 @@ class Throughput:
         self._counts, self._paused_s, self._began = torch.zeros_like(counts), 0.0, now
         return tokens / seconds
 
+    def totals(self) -> dict[str, float]:
+        """Returns what was trained on up to the last log, by all ranks: tokens, seconds, positions."""
+        tokens, computed, padded = self._total.tolist()
+        rate = tokens / self._total_s if self._total_s else 0.0
+        counts = {"tokens": tokens, "positions_computed": computed, "positions_padded": padded}
+        return {**counts, "seconds": self._total_s, "tokens_per_second": rate}
+
     def say(self, *, main: bool) -> None:
         """Logs what the whole training was like. Every rank must call it; main: on this one it is logged."""
         if int(sum_over_ranks(self._counts)[0]):

@@ -1,0 +1,252 @@
+"""`xpo-fast chat`: talks to the policy before training and after it, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import saving
+from . import loading, options, policies, training
+from .columns import Columns
+from .parser import UsageError
+
+_COMMANDS = "/reset forgets the conversation, /system TEXT begins one with instructions, /quit or Ctrl-D ends"
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `xpo-fast chat`."""
+    parser = commands.add_parser(
+        "chat",
+        help="talk to the policy before and after training, side by side",
+        description="Talk to what a run trained and to what it began with, side by side: an adapter switched on and "
+        "off, or the trained model and its base. Each side has its own conversation. In it, /reset forgets the "
+        "conversation, /system TEXT begins one with instructions, /quit or Ctrl-D ends; Ctrl-C ends an answer.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("folder", metavar="RUN", help="--output-dir of xpo-fast train, rl or recipe")
+    add = options.adder(parser)
+    add("--prompt TEXT", "answer this and end; may be repeated, and then each is a conversation of its own", [])
+    add("--system TEXT", "instructions that conversations begin with")
+    add("--before MODEL", "the policy to compare with, where the run does not tell, or another one")
+    add("--json", "write one JSON object per answer: prompt, before, after, finish", False)
+    add(
+        "--save",
+        "append the answers to a conversation's first message to answers.jsonl in RUN, which `xpo-fast report` shows",
+        False,
+    )
+    add("--max-new-tokens N", "longest answer", 256)
+    add("--temperature X", "0: the most likely token each time", 0.0)
+    add("--top-p P", "draw from the most likely tokens with this share of the probability", 1.0)
+    add("--top-k K", "draw from the K most likely tokens (default: all)", type=int)
+    add("--stop TEXT", "a text that ends an answer; may be repeated", [])
+    add("--seed N", "seed of what is drawn, the same on both sides", 42)
+    add("--dtype", f"dtype of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}", "auto", choices=options.DTYPES)
+    add("--trust-remote-code", "run code that comes with a model of the hub", False)
+    options.add_device(parser, "run")
+
+
+@dataclass
+class Side:
+    """One of the two policies: its sampler, the context in which it answers, and its conversation."""
+
+    name: str
+    rollout: Any
+    context: Callable[[], Any]
+    templated: bool  # whether it has a chat template
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def prompt(self) -> Any:
+        """Returns the conversation as the sampler takes it: messages, or their texts where there is no template."""
+        return list(self.messages) if self.templated else "\n".join(m["content"] for m in self.messages)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers the prompts of the command line, or those that are typed."""
+    from ..rollout import Sampling
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop))
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    if any(not text.strip() for text in args.prompt):
+        raise UsageError("--prompt is empty: write what is to be answered")
+    trained = policies.find(args.folder)
+    if trained.is_reward_model:
+        raise UsageError(f"{trained.folder} holds a reward model, which gives scores and no answers: name another run")
+    training.quiet(args)
+    sides = _sides(args, trained)
+    talk = _Talk(args, sides, sampling)
+    if args.prompt:
+        for text in args.prompt:
+            talk.reset()
+            talk.answer(text)
+        return 0
+    _converse(talk, args)
+    return 0
+
+
+def _sides(args: argparse.Namespace, trained: policies.Trained) -> tuple[Side, Side]:
+    """Loads the policies, both in one model where an adapter tells them apart."""
+    from ..models.modes import without_adapter
+    from ..rollout import GenerateRollout
+
+    for note in trained.notes:
+        print(f"xpo-fast: {note}", file=sys.stderr)
+    further: dict[str, Any] = {"trust_remote_code": True} if args.trust_remote_code else {}
+    models, contexts = [_placed(args, str(trained.folder), further)], [contextlib.nullcontext]
+    if trained.is_adapter and args.before is None:
+        model = models[0][0]
+        models, contexts = [models[0], models[0]], [lambda: without_adapter(model), contextlib.nullcontext]
+    else:
+        before = args.before or trained.before
+        if not before:
+            raise UsageError(f"{args.folder} does not tell which model it began with: name it, --before MODEL")
+        try:
+            models, contexts = [_placed(args, before, further), *models], [contextlib.nullcontext] * 2
+        except ValueError as error:
+            raise UsageError(f"the model before training, {before!r}: {error}; --before MODEL names it") from error
+    kwargs = trained.options.get("chat_template_kwargs") or None
+    made = []
+    for name, (model, tokenizer), context in zip(("before", "after"), models, contexts, strict=True):
+        rollout = GenerateRollout(model, tokenizer, chat_template_kwargs=kwargs)
+        made.append(Side(name, rollout, context, bool(tokenizer.chat_template)))
+    if args.system and not all(side.templated for side in made):
+        raise UsageError("--system: the tokenizer has no chat template, so there are no instructions in a conversation")
+    return made[0], made[1]
+
+
+def _placed(args: argparse.Namespace, name: str, further: dict[str, Any]) -> tuple[Any, Any]:
+    from ..models import load_model
+
+    model, tokenizer = load_model(name, dtype=args.dtype, device=loading.device_of(args), merge=False, **further)
+    move: Any = model.to
+    return move(loading.accelerator_of(args)), tokenizer
+
+
+class _Talk:
+    """Two conversations that are given the same messages."""
+
+    def __init__(self, args: argparse.Namespace, sides: tuple[Side, Side], sampling: Any) -> None:
+        self.args, self.sides, self.sampling = args, sides, sampling
+        self.system = args.system
+        self.turn = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets both conversations, except for the instructions."""
+        self.turn = 0
+        for side in self.sides:
+            side.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str, *, stoppable: bool = False) -> None:
+        """Writes both answers. stoppable: Ctrl-C ends the answer that is being written, and not the program."""
+        found: dict[str, Any] = {"prompt": text}
+        finish, held = {}, [list(side.messages) for side in self.sides]
+        with contextlib.nullcontext() if self.args.json else Columns(("before", "after")) as columns:
+            try:
+                for k, side in enumerate(self.sides):
+                    side.messages.append({"role": "user", "content": text})
+                    add = (lambda piece, k=k: columns.add(k, piece)) if columns is not None else (lambda piece: None)
+                    said, finish[side.name] = self._one(side, add, stoppable)
+                    found[side.name] = said
+                    # A conversation goes on in turns: without an answer the question is taken back.
+                    side.messages = [*side.messages, {"role": "assistant", "content": said}] if said else held[k]
+            except BaseException:
+                for side, messages in zip(self.sides, held, strict=True):
+                    side.messages = messages
+                raise
+        if self.args.json:
+            print(json.dumps({**found, "finish": finish}, ensure_ascii=False), flush=True)
+        if self.args.save and self.turn == 0:
+            from ..report.run import ANSWERS
+
+            path = Path(self.args.folder) / ANSWERS
+            with saving(path), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**found, "finish": finish}, ensure_ascii=False) + "\n")
+        self.turn += 1
+
+    def _one(self, side: Side, add: Callable[[str], Any], stoppable: bool) -> tuple[str, str]:
+        """Returns a side's answer and how it ended: "stop", "length", or "interrupted"."""
+        streamer = _streamer(side.rollout.tokenizer, add)
+        side.rollout.streamer = streamer
+        try:
+            with side.context():
+                samples = side.rollout.generate(
+                    [side.prompt()], sampling=self.sampling, seed=self.args.seed + self.turn
+                )
+        except KeyboardInterrupt as stop:
+            if not stoppable or hasattr(stop, "status"):  # SIGTERM, which is not about an answer
+                raise
+            streamer.end()  # the word that was not whole yet
+            add(" (stopped)")
+            return "".join(streamer.pieces).strip(), "interrupted"
+        (completion,), (finish,) = samples.completions, samples.finish
+        answer = completion if isinstance(completion, str) else completion[0]["content"]
+        if finish == "length" or not answer:
+            add(" (cut off)" if answer else "(no answer)")
+        return answer, finish
+
+
+def _streamer(tokenizer: Any, add: Callable[[str], Any]) -> Any:
+    """Returns a streamer that calls add(piece) with the text of an answer, and keeps the pieces."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.pieces: list[str] = []
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                self.pieces.append(text)
+                add(text)
+
+    return Streamer()
+
+
+def _converse(talk: _Talk, args: argparse.Namespace) -> None:
+    """Reads messages and commands until the end of the input."""
+    from ..rollout import RolloutError
+
+    with contextlib.suppress(ImportError):  # not on Windows; lines can be edited and come again with the arrows
+        import readline  # noqa: F401
+    typed = sys.stdin.isatty()
+    if typed:
+        print(f"{args.folder}: {_COMMANDS}; Ctrl-C ends an answer", file=sys.stderr)
+    for line in _typed(typed):
+        command, _, rest = line.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/reset":
+            talk.reset()
+        elif command == "/system":
+            if rest.strip() and not all(side.templated for side in talk.sides):
+                print("xpo-fast: the tokenizer has no chat template, so there are no instructions", file=sys.stderr)
+                continue
+            talk.system = rest.strip() or None
+            talk.reset()
+        elif line.startswith("/"):
+            print(f"xpo-fast: no command {command}: {_COMMANDS}; a space before / makes it text", file=sys.stderr)
+        elif line.strip():
+            try:
+                talk.answer(line.strip(), stoppable=True)
+            except (ValueError, RolloutError) as error:
+                print(f"xpo-fast: {error}; /reset begins anew", file=sys.stderr)
+
+
+def _typed(asked: bool) -> Iterator[str]:
+    """Yields the lines of stdin. asked: it is a terminal, where Ctrl-C drops the line."""
+    while True:
+        try:
+            yield input("> " if asked else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt as stop:
+            if not asked or hasattr(stop, "status"):
+                raise
+            print("\n/quit or Ctrl-D ends", file=sys.stderr)
