@@ -38,10 +38,10 @@ from torch import Tensor
 from gpu import AHEAD_MS, about
 from gpu_contenders import OURS
 from gpu_device import lost, synchronize
-from head import TOLERANCES
-from measure import table
-from problem import make_weight
 from report import DEVICE_LOST, Report
+from xpo_fast.bench.accuracy import TOLERANCES
+from xpo_fast.bench.measure import table
+from xpo_fast.bench.problem import make_weight
 
 HEADS = [(4096, 128256), (2048, 151936)]  # (D, V)
 TOKENS = 8192
@@ -189,10 +189,9 @@ def _product(probe: Probe, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -
 
 def _problems(probe: Probe, vocab: int, tokens: int, width: int = 48) -> Iterator[tuple[str, Any]]:
     """Yields every kernel with the problems it is tuned on."""
-    from xpo_fast.kernels import launch  # pyright: ignore[reportMissingImports]
-
     from xpo_fast.cli import tune
     from xpo_fast.head.triton import LOGPS
+    from xpo_fast.kernels import launch  # pyright: ignore[reportMissingImports]
 
     workload = launch.Workload(vocab, probe.dtype, tokens, width, probe.device)
     for name in tune.load():
@@ -324,9 +323,8 @@ def tiny(probe: Probe) -> Iterator[dict[str, Any]]:
 
 def tune(probe: Probe) -> Iterator[dict[str, Any]]:
     """Runs `xpo-fast tune`. In the interpreter, every candidate is tried, and none is timed or kept."""
-    from xpo_fast.kernels import launch, timing  # pyright: ignore[reportMissingImports]
-
     from xpo_fast import cli
+    from xpo_fast.kernels import launch, timing  # pyright: ignore[reportMissingImports]
 
     if probe.device.type != "cpu":
         status = cli.main(["tune", "--vocab", *map(str, VOCABS[:2]), "--tokens", "4096", "--repeats", "20"])

@@ -26,8 +26,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from head import Shape
-from measure import table
+from xpo_fast.bench.measure import table
+from xpo_fast.bench.problem import Shape
 from xpo_fast.files import write_json
 
 META = torch.device("meta")
@@ -133,11 +133,10 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replaces our kernels by stand-ins that count, and allows every backend, in a `with` block."""
-        from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
-
         from xpo_fast.head import tiling
         from xpo_fast.head.cuda import CudaRowOperations
         from xpo_fast.head.triton import TritonRowOperations
+        from xpo_fast.kernels import one_read, rows  # pyright: ignore[reportMissingImports]
 
         with (
             mock.patch.object(rows, "run", self.rows_run),

@@ -10,7 +10,21 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..wording import did_you_mean, one_line
-from . import aliases, check, completion, config_file, eval_reward, manual, recipe, resuming, reward, rl, train, tune
+from . import (
+    aliases,
+    bench,
+    check,
+    completion,
+    config_file,
+    eval_reward,
+    manual,
+    recipe,
+    resuming,
+    reward,
+    rl,
+    train,
+    tune,
+)
 from . import methods as catalogue
 from .parser import Given, Options, Parser, UsageError, spelled, split, unknown
 from .signals import outliving_readers, terminable
@@ -56,6 +70,7 @@ def build_parser() -> Parser:
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)
+    bench.add_parser(commands)
     manual.add_parser(commands, parser)
     completion.add_parser(commands, parser)
     return parser
