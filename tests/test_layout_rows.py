@@ -22,8 +22,9 @@ def rows(draw):
         start = draw(st.integers(0, width - len(text)))
         ids[r, start : start + len(text)] = torch.tensor(text, dtype=torch.int64)
         mask[r, start : start + len(text)] = 1
-    wanted = torch.tensor(draw(st.lists(st.booleans(), min_size=mask.numel(), max_size=mask.numel())))
-    return ids, mask, draw(st.sampled_from([None, wanted.view_as(mask) & mask.bool()])), texts
+    seed = draw(st.integers(0, 999))  # 0: all; drawing each place by itself would take most of the time
+    wanted = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    return ids, mask, wanted & mask.bool() if seed else None, texts
 
 
 def paths(layout: Layout) -> list[list[int]]:
@@ -35,7 +36,7 @@ def paths(layout: Layout) -> list[list[int]]:
     return found
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(rows(), st.booleans(), st.integers(1, 8))
 def test_a_layout_is_its_rows(batch, share, least):
     ids, mask, wanted, texts = batch
@@ -64,7 +65,7 @@ def test_a_layout_is_its_rows(batch, share, least):
         assert len(layout) == sum(b + 1 - a for a, b in zip(first, last, strict=True))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(rows(), st.integers(1, 8))
 def test_with_the_least_saving_of_one_each_beginning_stands_once(batch, least):
     ids, mask, _, texts = batch

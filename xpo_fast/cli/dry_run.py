@@ -109,7 +109,10 @@ def prompts(args: argparse.Namespace, config: Any, names: Sequence[str], rows: l
         copies = [tokens for tokens in ids[: config.prompts] for _ in range(config.num_generations)]
         longest = [[Size(1, len(tokens) + config.max_new_tokens - 1)] for tokens in copies]
         count = len(cut(longest[: len(longest) // config.minibatches], config.tokens_per_batch))
-        print(f"budget     {config.tokens_per_batch} tokens a micro-batch (--tokens-per-batch): at most {count} a step")
+        print(
+            f"budget     {config.tokens_per_batch} tokens per micro-batch (--tokens-per-batch), at most {count} "
+            "of them in a step"
+        )
     for row, tokens in zip(rows[: config.prompts], ids, strict=False):
         print(f"\n{row.get('where', 'prompt')}, {len(tokens)} tokens\n{tokenizer.decode(tokens)}{OPEN}…{CLOSE}")
     _end()
@@ -229,8 +232,8 @@ def _budget(config: Any, encoded: Any, collate: Any) -> None:
     units = KeepsUnits(collate)([encoded[i] for i in range(each)]).drawn
     count = len(Budget(config.tokens_per_batch, collate).batches(units))
     print(
-        f"budget     {config.tokens_per_batch} tokens a micro-batch (--tokens-per-batch): {count} of them in a step of "
-        f"the first {each} rows"
+        f"budget     {config.tokens_per_batch} tokens per micro-batch (--tokens-per-batch), {count} of them in a step "
+        f"of the first {each} rows"
     )
 
 
