@@ -3,9 +3,11 @@
     python bench/compatibility.py --json bench/results/compatibility.json
     python bench/compatibility.py --only 5.24 --json bench/results/compatibility.json
 
-The environments are made in a temporary folder and deleted afterwards. The file is written after each combination, and
-keeps what it has of the others. A combination that was not tried is in it, with the reason. Warnings are no failures
-here: those of a newer library are about what it will change. Exit status 1: tests failed in a combination.
+The environments are made in a temporary folder and deleted afterwards. What the running environment has in the wanted
+version, torch above all, is not installed again: the new one sees it behind its own packages. The file is written after
+each combination, and keeps what it has of the others. A combination that was not tried is in it, with the reason.
+Warnings are no failures here: those of a newer library are about what it will change. Exit status 1: tests failed in a
+combination.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xpo_fast.bench.measure import environment, read_json
+from xpo_fast.bench.measure import environment, read_json, versions
 from xpo_fast.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-NEWEST = {"accelerate": "1.15.0", "peft": "0.21.2", "datasets": "5.2.0", "trl": "1.16.0", "liger-kernel": "0.8.5"}
+NEWEST = {"accelerate": "1.15.0", "peft": "0.21.0", "datasets": "5.2.0", "trl": "1.16.0", "liger-kernel": "0.8.5"}
 OLDEST = {"accelerate": "1.10.0", "peft": "0.17.0", "datasets": "4.7.0"}
 CUDA = "its wheel for this platform is a build for CUDA of 0.5 to 0.9 GB beside CUDA's libraries: --cuda tries it"
 TOOLS = ("pytest", "hypothesis", "pytest-benchmark", "matplotlib", "pyyaml", "shtab", "gguf")
@@ -74,14 +77,20 @@ def attempt(combination: Combination) -> dict[str, Any]:
     """Returns what came of a combination: `outcome`, the counts of tests, and `why`."""
     with tempfile.TemporaryDirectory(prefix="xpo-fast-versions-") as folder:
         python = Path(folder) / "bin" / "python"
-        wanted = [f"{name}=={version}" for name, version in combination.versions.items()]
+        here = versions([*combination.versions, *TOOLS])
+        of = combination.versions
+        wanted = [f"{name}=={v}" for name, v in of.items() if here.get(name, "").partition("+")[0] != v]
+        wanted += [name for name in TOOLS if name not in here]
         try:
             _call([sys.executable, "-m", "venv", folder])
-            _call([str(python), "-m", "pip", "install", "--quiet", *wanted, *TOOLS])
+            paths = sysconfig.get_paths(vars={"base": folder, "platbase": folder})
+            Path(paths["purelib"], "behind.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+            if wanted:
+                _call([str(python), "-m", "pip", "install", "--quiet", *wanted])
         except subprocess.CalledProcessError as error:
             last = [line for line in error.stderr.splitlines() if "ERROR" in line] or error.stderr.splitlines()[-1:]
             return {"outcome": "does not install", "why": (last or [""])[0].removeprefix("ERROR: ")}
-        return _tested(python, [*TESTS, *(INTEGRATIONS if "trl" in combination.versions else ())])
+        return _tested(python, [*TESTS, *(INTEGRATIONS if "trl" in of else ())])
 
 
 def _call(command: Sequence[str]) -> None:
