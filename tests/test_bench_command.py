@@ -252,6 +252,7 @@ def test_options_that_cannot_be_honoured(tmp_path, monkeypatch, capsys):
         (("losses", "--json", tmp_path / "x", "--resume", "--overwrite"), "give one of them"),
         (("losses", "--json", tmp_path / "x" / "y.json", "--resume"), "does not exist"),
         (("losses", "--json", "/proc/x.json"), "--json"),
+        (("losses", "--json", tmp_path, "--overwrite"), "is a folder: name a file"),
     ):
         assert bench(*words) == 2, words
         assert said in capsys.readouterr().err, words
@@ -284,7 +285,7 @@ def test_plots(tmp_path):
         "losses/dpo": [one | run | errors, peer | missing],
         "losses/kto": [peer | {"failed": "it broke"}],
         "sweep/T = 16": [one | run | point, peer | run | point],
-        "memory/a": [one | {"mib": 3.0, "params": {"group": "side by side", "case": "dpo"}}],
+        "memory/a": [one | {"mib": 3.0, "params": {"group": "side by side", "case": "dpo", "dtype": "fp32"}}],
         "steps/dpo": [one | run],
         "precision/AVX2": [peer | run],
     }

@@ -40,7 +40,7 @@ def draw(records: Mapping[str, Sequence[Record]], folder: Path) -> list[Path]:
 def _beside(records: Sequence[Record]) -> list[Record]:
     """Returns the records of the configuration in which all contenders are measured, with the case in their names."""
     return [
-        {**r, "contender": f"{r['params']['case']}: {r['contender']}"}
+        {**r, "contender": f"{r['params']['case']}, {r['params']['dtype']}: {r['contender']}"}
         for r in records
         if r["params"]["group"] == "side by side"
     ]

@@ -105,10 +105,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--{'resume' if args.resume else 'overwrite'} needs the file: give --json FILE")
     if args.list:
         return
-    if args.json and Path(args.json).exists() and not args.resume and not args.overwrite:
+    if args.json and Path(args.json).is_file() and not args.resume and not args.overwrite:
         raise UsageError(f"--json {args.json} exists: --resume keeps its finished cases, --overwrite begins it anew")
     for option in ("json", "markdown", "plot"):
         if value := getattr(args, option):
+            if option != "plot" and Path(value).is_dir():
+                raise UsageError(f"--{option} {value} is a folder: name a file")
             check_writable(Path(value) if option == "plot" else Path(value).absolute().parent, f"--{option}")
 
 
