@@ -51,7 +51,7 @@ def plan(names: Sequence[str], settings: Settings) -> list[Work]:
     found = [work for name in dict.fromkeys(names or DEFAULT) for work in SUITES[name].cases(settings)]
     if not found:
         raise ValueError(
-            f"no case of {', '.join(names or DEFAULT)} begins with {' or '.join(settings.cases)}: "
+            f"no case of {', '.join(names or DEFAULT)} is, or begins with, {' or '.join(settings.cases)}: "
             "`xpo-fast bench SUITE --list` shows their names"
         )
     return found

@@ -28,7 +28,7 @@ class Settings:
     repeats: int = 3
     shapes: tuple[Shape, ...] = ()  # of the losses
     dtypes: tuple[str, ...] = ()  # names of DTYPES; by default those that the CPU multiplies natively
-    cases: tuple[str, ...] = ()  # beginnings of names of cases
+    cases: tuple[str, ...] = ()  # names of cases, or how they begin
     contenders: tuple[str, ...] = ()  # beginnings of names; the floor and ours are always measured
     model: str = "smollm2-135m"  # of whole steps
     data: str | None = None  # preference pairs of whole steps; None: the packaged ones
@@ -69,5 +69,9 @@ def timed(samples_ms: Mapping[str, Sequence[float]], floor: str) -> dict[str, Re
 
 
 def chosen(cases: Iterable[str], settings: Settings) -> list[str]:
-    """Returns the names of those cases that the settings ask for."""
-    return [name for name in cases if not settings.cases or name.startswith(settings.cases)]
+    """Returns the names of those cases that the settings ask for: by their name, or else by how it begins."""
+    names = list(cases)
+    if not settings.cases:
+        return names
+    wanted = {n for given in settings.cases for n in ([given] if given in names else names) if n.startswith(given)}
+    return [name for name in names if name in wanted]

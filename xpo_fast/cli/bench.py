@@ -46,8 +46,8 @@ def add_parser(commands: Any) -> None:
     add("--plot DIR", "draw the results into DIR, as PNG files")
     about = "compare with an earlier --json FILE: what takes over 15%% more time relative to the floor, or more memory"
     add("--compare FILE", about)
-    add("--cases NAME", "only cases whose names begin with NAME; may be repeated", [])
-    add("--contenders NAME", "only these contenders beside the floor and ours; may be repeated", [])
+    add("--cases NAME", "only the case NAME, or those whose names begin so; may be repeated", [])
+    add("--contenders NAME", "only contenders whose names begin so, beside the floor and ours; may be repeated", [])
     add("--shapes NxDxV", "shapes of the suite losses: scored tokens, width, vocabulary; may be repeated", [])
     about = "dtype of the losses (default: those that this CPU multiplies natively); may be repeated"
     add("--dtype", about, [], choices=DTYPES)
