@@ -4,7 +4,7 @@
     python3 bench/gpu_stages.py pack build/gpu            # archives the packages for a machine without a network
     python3 bench/gpu_stages.py first --out OUT           # at most six minutes
     python3 bench/gpu_stages.py second --out OUT          # at most seven and a half
-    python3 bench/gpu_stages.py third --out OUT           # at most two; needs transformers, too
+    python3 bench/gpu_stages.py third --out OUT           # at most four; needs transformers and peft, too
     python3 bench/gpu_stages.py first --dry --out OUT     # tiny sizes on a CPU
 
 It is made for a machine with a GPU to which this folder is copied; only torch and Triton must be installed there.
@@ -130,12 +130,19 @@ CALLS: dict[str, tuple[Stage, ...]] = {
             ("bench/gpu_layouts.py", "--json", "{out}"),
             ("--quick",),
         ),
+        Stage(
+            "offload",
+            110,
+            "whether activations on the host and steps in the backward are right, and what they save and cost",
+            ("bench/gpu_offload.py", "--json", "{out}"),
+            ("--quick",),
+        ),
     ),
 }
 
 
 # Seconds of a command: its stages, and unpacking the archive before them.
-LIMITS_S = {"first": 360, "second": 435, "third": 120}
+LIMITS_S = {"first": 360, "second": 435, "third": 230}
 DRY_FACTOR = 4.0  # longer limits on a CPU, which interprets the kernels
 BUILD = "XPO_FAST_CUDA=1 python setup.py build_ext --inplace"
 

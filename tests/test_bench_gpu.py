@@ -145,6 +145,32 @@ def test_layouts(wrong, tmp_path, monkeypatch):
     assert shared["attention"] == "sdpa per segment (on cpu)" and shared["gradient"] < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_offload(wrong, tmp_path, monkeypatch):
+    """A smaller model than --quick has: gradients through the host, and steps in the backward; it sees wrong copies."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    import gpu_layouts
+    import gpu_offload
+    from xpo_fast.trainer import offload
+
+    monkeypatch.setattr(gpu_layouts, "HEADS", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8})
+    monkeypatch.setattr(gpu_offload, "SIZES", (gpu_layouts.Size("small", 16, 1, 97, 2, 60, 9),))
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(offload, "WINDOW_BYTES", 1 << 12)
+    if wrong:
+        monkeypatch.setattr(gpu_offload.HostCopies, "come_back", lambda self, there: (there.roll(4), None))
+    monkeypatch.setattr(sys, "argv", ["gpu_offload.py", "--quick", "--json", str(tmp_path / "r.json")])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu_offload.main() == wrong
+    found = json.loads((tmp_path / "r.json").read_text())
+    moved, stepped = found["offload"][:-1], found["offload"][-1]
+    assert found["ended"] and len(moved) == 8 and len(found["problems"]) == 8 * wrong
+    assert all(x["right"] == (not wrong) and x["repeat"] == 0 and x["time"] > 0 for x in moved)
+    assert stepped["lever"] == "in backward" and stepped["right"] and stepped["difference"] == 0
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 

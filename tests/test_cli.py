@@ -406,7 +406,7 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--full --fp16 true --bf16 false", "--full --dtype float16"),
         ("--attn_implementation eager --torch_dtype float32 --gradient_checkpointing True",
          "--attn eager --dtype float32 --gradient-checkpointing"),
-        ("--load_in_4bit --bnb_4bit_quant_type nf4 --use_bnb_nested_quant", "--load-in-4bit"),
+        ("--load_in_4bit --bnb_4bit_quant_type nf4 --use_bnb_nested_quant", "--quantize 4bit"),
         ("--resume_from_checkpoint True", "--resume"),
         ("--resume-from-checkpoint o/checkpoint-2 --save_strategy steps", "--resume o/checkpoint-2"),
         ("--eval_strategy no", "--eval-split 0"),
@@ -427,6 +427,10 @@ def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(comman
         ("--use_weighting", "--set wpo=true --set clamp=false"),
         ("--adam_beta2 0.95 --optim adamw_torch --run_name r",
          "--train adam_beta2=0.95 --optim adamw_torch --train run_name=r"),
+        ("--activation_offloading --load_in_8bit false --optim_target_modules q_proj v_proj",
+         """--activation-offload --train 'optim_target_modules=["q_proj", "v_proj"]'"""),
+        ("--optim-target-modules all-linear --optim_args rank=8",
+         "--train optim_target_modules=all-linear --train optim_args=rank=8"),
         ("--no-full --full", "--full"),
         ("--full --bf16 --bf16 false", "--full"),
         ("--full --no_full --cpu no", ""),
@@ -537,6 +541,10 @@ def test_names_of_trl_for_reward():
         ("train", "--full --bf16 --dtype float32", "--bf16 is --dtype bfloat16, and --dtype float32 asks for another"),
         ("train", "--full --torch_dtype=float32 --fp16",
          "--fp16 is --dtype float16, and --torch_dtype=float32 asks for"),
+        ("train", "--quantize 8bit --load-in-4bit", "--load-in-4bit is --quantize 4bit, and --quantize asks"),
+        ("train", "--load_in_8bit --load-in-4bit",
+         "--load_in_8bit is --quantize 8bit, and --load-in-4bit asks for another: leave one out"),
+        ("recipe", "rso --load-in-4bit", "--load-in-4bit is --quantize of other commands; xpo-fast recipe has none"),
         ("train", "--eval_strategy epoch", "every N steps by --eval-steps N"),
         ("train", "--save_strategy no", "--save-steps"),
         ("train", "--loss_type sigmod", "no loss type named 'sigmod'; did you mean sigmoid"),
@@ -668,8 +676,7 @@ def test_a_negative_number_is_a_value(option, value):
         (["--warmup-steps", "2.5"], "--warmup-steps must be a number of steps, or a share of them below 1, got 2.5"),
         (["--adam_beta2", "high"], "--train adam_beta2: expected a number, got 'high'"),
         (["--train", "full_determinism=3"], "--train full_determinism: expected true or false, got 3"),
-        (["--optim", "galore_adamw"], "--optim galore_adamw does not work here: You need to install `galore_torch`"),
-        (["--load-in-4bit", "--full"], "--load-in-4bit freezes the weights and trains an adapter: leave --full out"),
+        (["--load-in-4bit", "--full"], "--quantize 4bit freezes the weights and trains an adapter: leave --full out"),
         (["--eval_strategy", "no", "--eval_steps", "5"], "--eval-steps evaluates rows held out, and there are none"),
         (
             ["--train", "run_name=12"],
@@ -717,7 +724,7 @@ def test_another_optimizer_trains(home, tmp_path):
 def test_quantised_weights_without_the_package(home, capsys, monkeypatch):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["train", "--data", "x", "--load-in-8bit"]) == 2
-    assert "--load-in-8bit needs bitsandbytes: pip install bitsandbytes" in capsys.readouterr().err
+    assert "--quantize 8bit needs bitsandbytes: pip install bitsandbytes" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the extra [dev] has bitsandbytes on Linux alone")

@@ -223,7 +223,7 @@ def test_a_file_that_is_not_there(capsys):
                    "--lr", "1e-7", "--eval-split", "0.25", "--warmup-steps", "3",
                    "--train", 'lr_scheduler_kwargs={"a": [1, null]}', "--full"]),
         ("train", ["--data", "a", "--eval-data", "b", "--set", "clamp=false", "--set", "weights=[1, 0.1]",
-                   "--push-to-hub", "--load-in-4bit", "--lora", "--optim", "sgd", "--model", "1.10",
+                   "--push-to-hub", "--quantize", "4bit", "--lora", "--optim", "sgd", "--model", "1.10",
                    "--max-steps", "-1"]),
         ("reward", ["--data", "a", "--objectives", "x,y", "--objective-weights", "0.1,2", "--head-only",
                     "--push-to-hub", "n"]),

@@ -66,14 +66,20 @@ def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
     def reward(completion_ids, **_):
         return [float(rewards[ids[0]]) for ids in completion_ids]
 
-    settings = {"per_device_train_batch_size": 256, "max_steps": 120, "kl_coef": closed_form.BETA, **settings}
+    settings = {
+        "per_device_train_batch_size": 256,
+        "per_device_eval_batch_size": 256,
+        "max_steps": 120,
+        "kl_coef": closed_form.BETA,
+        **settings,
+    }
     trainer = RLTrainer(
         model,
         reward,
         RLConfig(
             str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=0.03,
             lr_scheduler_type="linear", num_generations=8, prompts_per_rollout=32, max_new_tokens=1,
-            generation_batch_size=256, logging_steps=10, seed=1, **settings,
+            generation_batch_size=256, per_device_eval_batch_size=256, logging_steps=10, seed=1, **settings,
         ),
         train_dataset=[{"prompt": "go"}],
         processing_class=tokenizer,

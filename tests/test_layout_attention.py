@@ -427,3 +427,19 @@ def test_traces_once_for_all_sizes(window, monkeypatch):
         assert_close(found, alone(layout, window=window)[:1], **EXACT)
     torch.compiler.reset()
     assert len(graphs) <= 2
+
+
+def test_keys_that_several_heads_share_are_not_repeated(monkeypatch):
+    model = backbone(num_key_value_heads=GROUPS, max_position_embeddings=256)
+    read, plain = [], nn.functional.scaled_dot_product_attention
+
+    def attend(query, key, *args, **kwargs):
+        read.append((query.shape[1], key.shape[1]))
+        return plain(query, key, *args, **kwargs)
+
+    ids, mask = rows_of(*ROWS["tree"])
+    install_layouts(model)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+    with torch.no_grad(), laid_out(lay_out(ids, mask, share=True)):
+        model(input_ids=ids, attention_mask=mask)
+    assert read and {groups for _, groups in read} == {GROUPS}

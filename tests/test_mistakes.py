@@ -280,7 +280,7 @@ def run(command: str, out: Path, *options: str, fresh: bool = False) -> int:
         ("--lr 1e-3", "learning_rate was 5e-05 and is 0.001"),
         ("--optim sgd", "optim was adamw_torch_fused and is sgd"),
         ("--train adam_beta2=0.95", "adam_beta2 was 0.999 and is 0.95"),
-        ("--load-in-4bit", "--load-in-4bit was false and is true"),
+        ("--load-in-4bit", "--quantize was not given and is 4bit"),
         ("--seed 1", "--seed was 42 and is 1"),
     ],
 )

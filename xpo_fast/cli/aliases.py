@@ -77,16 +77,38 @@ def set_words(given: Given, name: str) -> list[str]:
     return [f"--set={name}={several if len(given.values) > 1 else given.first}"]
 
 
+def bits(which: str) -> Alias:
+    """Returns the alias of --load_in_4bit and --load_in_8bit."""
+
+    switch = choices(f"`--quantize {which}`", true=[f"--quantize={which}"], false=[])
+
+    def words(given: Given, typed: Typed) -> list[str]:
+        found = switch.words(given, typed)
+        if typed.parser.named("quantize") is None:
+            raise UsageError(f"--{given.name} is --quantize of other commands; xpo-fast {typed.command} has none")
+        others = {"quantize", "load-in-4bit", "load-in-8bit"} - {given.name.replace("_", "-")}
+        asked = [typed.options[name] for name in sorted(others & {*typed.options})]
+        if found and any(o.switch() is not False and o.values[:1] != [which] for o in asked):
+            raise UsageError(
+                f"--{given.name} is --quantize {which}, and {asked[0].typed[0]} asks for another: leave one out"
+            )
+        return found
+
+    return Alias(switch.becomes, words)
+
+
 # Arguments of the trainer that take text: 12 is a name there.
 _TEXT = ("run_name", "project", "optim_args", "log_level")
 
 
 def trainer_argument(given: Given, name: str) -> list[str]:
     """Returns --train of a name to the value of an option."""
-    value = given.first
+    value, rest = given.first, given.values[1:]
+    if name == "optim_target_modules" and rest:
+        value, rest = json.dumps(given.values), []
     if name in _TEXT and not isinstance(setting(f"x={value}")[1], str):
         value = json.dumps(value)
-    return [f"--train={name}={value}", *given.values[1:]]
+    return [f"--train={name}={value}", *rest]
 
 
 def mixed_precision(dtype: str) -> Alias:
@@ -200,8 +222,10 @@ ALIASES: dict[str, Alias] = {
     ),
     "use_rslora": accepted("false", true="there is no rank-stabilised LoRA here; scale by --lora-alpha"),
     "use_dora": accepted("false", true="there is no DoRA here; leave it out"),
-    "bnb_4bit_quant_type": accepted("nf4", fp4="--load-in-4bit is nf4"),
-    "use_bnb_nested_quant": accepted("true", false="--load-in-4bit quantises the constants, too"),
+    "load_in_4bit": bits("4bit"),
+    "load_in_8bit": bits("8bit"),
+    "bnb_4bit_quant_type": accepted("nf4", fp4="--quantize 4bit is nf4"),
+    "use_bnb_nested_quant": accepted("true", false="--quantize 4bit quantises the constants, too"),
     "bf16": mixed_precision("bfloat16"),
     "fp16": mixed_precision("float16"),
     # The data.
@@ -222,6 +246,7 @@ ALIASES: dict[str, Alias] = {
     "gradient_accumulation_steps": renamed("grad-accum"),
     "lr_scheduler_type": renamed("scheduler"),
     "activation_checkpointing": renamed("gradient-checkpointing"),
+    "activation_offloading": renamed("activation-offload"),
     "use_cpu": renamed("cpu"),
     "no_cuda": renamed("cpu"),
     # The method.
@@ -321,7 +346,7 @@ REFUSALS = {
     "average_tokens_across_devices",
     "label smoothing is the method's: --set label_smoothing=…": "label_smoothing_factor",
     "leave it out, or train from Python: xpo_fast.trainer.XPOConfig and XPOTrainer": "shuffle_dataset "
-    "pad_to_multiple_of precompute_ref_batch_size activation_offloading packing_strategy completion_only_loss "
+    "pad_to_multiple_of precompute_ref_batch_size packing_strategy completion_only_loss "
     "assistant_only_loss max_tool_calling_iterations activation_checkpointing_kwargs bf16_full_eval fp16_full_eval "
     "torch_compile torch_compile_backend torch_compile_mode neftune_noise_alpha torch_empty_cache_steps "
     "auto_find_batch_size logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen "
@@ -331,7 +356,7 @@ REFUSALS = {
     "metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint data_seed "
     "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order label_names "
-    "length_column_name skip_memory_metrics optim_target_modules",
+    "length_column_name skip_memory_metrics",
 }
 REFUSED = {name: what for what, names in REFUSALS.items() for name in names.split()}
 
@@ -340,7 +365,10 @@ REFUSED = {name: what for what, names in REFUSALS.items() for name in names.spli
 COMMANDS = ("train", "check", "reward", "rl", "recipe")
 
 # Names of one thing: typing one of them overrides the others in a configuration.
-_SYNONYMS = ({"method", "loss-type"}, {"dtype", "torch-dtype", "bf16", "fp16"}, {"lora", "full", "use-peft"})
+_SYNONYMS = (
+    *({"method", "loss-type"}, {"dtype", "torch-dtype", "bf16", "fp16"}, {"lora", "full", "use-peft"}),
+    {"quantize", "load-in-4bit", "load-in-8bit"},
+)
 
 
 def overridden(name: str, typed: Typed) -> bool:

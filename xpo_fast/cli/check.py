@@ -124,6 +124,7 @@ def _online(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
         **fields,
+        **options.levers(args),
         **training.training_arguments(args, lr=train.learning_rate(args), evaluates=False),
     )
     if args.eval_split is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..files import check_writable
 from ..wording import did_you_mean
+from . import options
 from .loading import read_template
 from .options import TRAINER_ARGUMENTS
 from .parser import UsageError
@@ -73,8 +74,8 @@ def check_training(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
             "--eval-steps evaluates rows held out, and there are none with --eval-split 0: leave --eval-steps out, "
             "or hold out rows by --eval-split or --eval-data"
         )
-    if args.optim:
-        check_optimizer(args.optim, arguments)
+    if args.optim or any(options.levers(args).values()):
+        check_levers(args, arguments)
     if args.push_to_hub:
         check_hub()
     elif args.hub_private:
@@ -111,30 +112,25 @@ def check_further(args: argparse.Namespace) -> None:
             )
 
 
-def check_optimizer(name: str, arguments: dict[str, Any]) -> None:
-    """Takes a step of the optimizer on a small matrix; raises UsageError if its package or device is missing."""
-    import torch
-    from transformers import Trainer, TrainingArguments
+def check_levers(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    """Raises UsageError for an optimizer or a lever of memory that cannot be had, see `trainer.optimizers`."""
+    from ..trainer import MethodConfig
+    from ..trainer.optimizers import check_optimizer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages when they are imported
-        given = TrainingArguments(**arguments)
+        warnings.simplefilter("ignore")  # they come again with the trainer's own arguments
+        cut = {"tokens_per_batch": args.tokens_per_batch}
         try:
-            # Large enough for optimizers that quantise.
-            layer: Any = torch.nn.Linear(128, 128, bias=False, device=given.device)
-            optimizer, keywords = Trainer.get_optimizer_cls_and_kwargs(given, layer)
-            layer.weight.grad = torch.ones_like(layer.weight)
-            optimizer(layer.parameters(), **keywords).step()
-        except Exception as error:  # any package may provide the optimizer
-            reason = str(error).strip() or type(error).__name__
-            raise UsageError(f"--optim {name} does not work here: {reason}") from error
+            check_optimizer(MethodConfig(**cut, **options.levers(args), **arguments))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def check_quantisation(args: argparse.Namespace) -> None:
-    """Raises UsageError for --load-in-4bit and --load-in-8bit of trained weights, or without bitsandbytes."""
-    if not (args.load_in_4bit or args.load_in_8bit):
+    """Raises UsageError for --quantize of trained weights, or without bitsandbytes."""
+    if args.quantize is None:
         return
-    option = "--load-in-4bit" if args.load_in_4bit else "--load-in-8bit"
+    option = f"--quantize {args.quantize}"
     if args.full or getattr(args, "head_only", False):
         other = "--full" if args.full else "--head-only"
         raise UsageError(f"{option} freezes the weights and trains an adapter: leave {other} out")

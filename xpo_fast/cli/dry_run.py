@@ -133,7 +133,7 @@ def _batch(encoded: Any, collate: Any, config: Any) -> dict[str, Tensor]:
 
 def _header(args: argparse.Namespace, model: Any, rows: Any, held_out: Any, unit: str = "rows") -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    bits = "4 bits" if args.load_in_4bit else "8 bits" if args.load_in_8bit else dtype
+    bits = f"{args.quantize[0]} bits" if args.quantize else dtype
     how = "the value head" if getattr(args, "head_only", False) else f"LoRA of rank {args.lora_rank}"
     how = "every weight" if args.full else how
     print(f"model      {args.model}: {training.weights(model, full=args.full)[0]} weights in {bits}; {how} is trained")

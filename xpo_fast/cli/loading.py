@@ -25,7 +25,7 @@ def load(args: argparse.Namespace, **further: Any) -> tuple[Any, Any]:
         further["attn_implementation"] = args.attn
     if args.trust_remote_code:
         further["trust_remote_code"] = True
-    bits = (args.load_in_4bit or args.load_in_8bit) and "device_map" not in further
+    bits = args.quantize is not None and "device_map" not in further
     if bits:
         further |= quantised(args)
     dtype = "float32" if args.full else args.dtype
@@ -69,7 +69,7 @@ def placed(args: argparse.Namespace, name: str, dtype: str) -> tuple[Any, Any]:
 
 
 def quantised(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns keyword arguments of `from_pretrained` for --load-in-4bit and --load-in-8bit."""
+    """Returns keyword arguments of `from_pretrained` for --quantize."""
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -81,7 +81,7 @@ def quantised(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(device_of(args) or precision.default_device())
     compute = precision.resolve(args.dtype, saved or torch.float32, device)
     config = BitsAndBytesConfig(load_in_8bit=True)
-    if args.load_in_4bit:
+    if args.quantize == "4bit":
         config = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )

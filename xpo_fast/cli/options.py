@@ -18,6 +18,7 @@ SMOLLM2 = "smollm2-135m"
 PREFLIGHT = ("off", "warn", "stop")
 SCORES = ("assistant", "last", "all")
 LAYOUTS = ("auto", "padded", "packed", "shared")
+BITS = ("4bit", "8bit")  # of --quantize
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the checkpoint's, or float32 where the device does not multiply that natively (see `xpo-fast doctor`),"
@@ -26,7 +27,8 @@ OBJECTIVE_OPTIONS = ("weights", "pairs", "ld_alpha", "wpo", "clamp", "top_k", "s
 ENSEMBLES = ("mean", "worst", "uncertainty")  # of reward models, see methods.reward.ensemble
 # The arguments of transformers.TrainingArguments that --train takes: those that every trainer here honours.
 TRAINER_ARGUMENTS = (
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs"),
+    "gradient_checkpointing_kwargs",
     *("tf32", "run_name", "project", "full_determinism", "log_level", "disable_tqdm", "ddp_timeout", "save_only_model"),
 )
 # Options that config.yaml leaves out: how a run was started, and what is secret.
@@ -208,14 +210,12 @@ def add_model(
     )
     add("--attn NAME", "attention implementation: sdpa, eager, flash_attention_2, … (default: transformers decides)")
     add("--trust-remote-code", "run code that comes with a model of the hub", False)
-    bits = adder(group.add_mutually_exclusive_group())
-    bits(
-        "--load-in-4bit",
-        "keep the frozen weights in 4 bits (bitsandbytes: nf4, double quantisation); the head and the adapter are not "
-        "quantised",
-        False,
+    add(
+        "--quantize",
+        "keep the frozen weights in 4 or 8 bits (bitsandbytes; 4 bits: nf4, double quantisation); the head and the "
+        "adapter are not quantised",
+        choices=BITS,
     )
-    bits("--load-in-8bit", "keep the frozen weights in 8 bits (bitsandbytes)", False)
     trained = group.add_mutually_exclusive_group()
     add_option(trained, "--lora", lora, False)
     add_option(trained, "--full", "train every weight", False)
@@ -276,8 +276,8 @@ def add_optimisation(
         add("--group-by-length", "batch rows of similar length: less padding", False)
     add(
         "--optim NAME",
-        "optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, sgd, … as in transformers (default: "
-        "transformers decides)",
+        "optimizer: adamw_torch_fused, adamw_8bit, adafactor, lion_8bit, galore_adamw, sgd, … as in transformers, with "
+        "optim_args and optim_target_modules of --train (default: transformers decides)",
     )
     add("--scheduler NAME", "learning rate schedule: linear, cosine, constant, … as in transformers", scheduler)
     warm = adder(group.add_mutually_exclusive_group())
@@ -287,6 +287,18 @@ def add_optimisation(
     add("--max-grad-norm X", "clip gradients to this norm; 0: no clipping", 1.0)
     add("--seed N", seed, 42)
     add("--gradient-checkpointing", "recompute activations: less memory, slower", False)
+    add(
+        "--activation-offload",
+        "keep activations in the host's memory until the backward needs them: less memory on the GPU, copied beside "
+        "the computation (docs/memory.md)",
+        False,
+    )
+    add(
+        "--optimizer-in-backward",
+        "take the optimizer's step of each weight as soon as its gradient is there, and free that; with "
+        "--max-grad-norm 0 and --grad-accum 1 (docs/memory.md)",
+        False,
+    )
     add(
         "--layout",
         "how the model reads rows: padded; packed, one behind the other without padding; shared, what rows begin with "
@@ -301,6 +313,11 @@ def add_optimisation(
         [],
         type=setting,
     )
+
+
+def levers(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of `MethodConfig` that save memory, for the options of `add_optimisation`."""
+    return {name: getattr(args, name) for name in ("activation_offload", "optimizer_in_backward")}
 
 
 def add_head(parser: argparse.ArgumentParser, backend: str = "backend of the LM head", *, tiles: bool = True) -> None:

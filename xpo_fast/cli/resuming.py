@@ -16,7 +16,7 @@ from .training import training_arguments
 
 # Options that a resumed run must not change; the others may change, or are compared by another name.
 _FIXED = (
-    *("method", "reference", "max_grad_norm", "seed", "dtype", "load_in_4bit", "load_in_8bit"),
+    *("method", "reference", "max_grad_norm", "seed", "dtype", "quantize"),
     *("max_length", "max_prompt_length", "score", "eval_split", "objectives", "objective_weights", "value_head_lr"),
 )
 

@@ -179,6 +179,7 @@ def config_of(args: argparse.Namespace) -> RewardConfig:
         tokens_per_batch=args.tokens_per_batch,
         chat_template_kwargs=options.kwargs_of(args),
         **options.length_rule(args),
+        **options.levers(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=args.eval_split != 0),
     )
 

@@ -60,7 +60,7 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 _RARE = (
     "split columns data_config chat_template chat_template_kwargs ptx_data ensemble ensemble_coef judge_by "
     "reward_timeout reward_max_length gamma lam no_whiten value_head_lr continuous_batching stop server_model api_key "
-    "attn trust_remote_code load_in_8bit lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio "
+    "attn trust_remote_code lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio "
     "warmup_steps weight_decay max_grad_norm train backend tile_mib save_total_limit report_to push_to_hub hub_private "
     "debug"
 )
@@ -242,6 +242,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},
         **{"show_samples": 3} | fields,
+        **options.levers(args),
         **training.training_arguments(args, lr=_learning_rate(args), evaluates=bool(args.eval_data or args.eval_split)),
     )
 

@@ -165,6 +165,7 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         preflight=args.preflight,
         layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
+        **options.levers(args),
         **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
     )
 

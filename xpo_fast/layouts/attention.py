@@ -159,6 +159,7 @@ def _attention(implementation: str) -> Callable[..., Any]:
         if isinstance(attention_mask, varlen.Lengths):
             return varlen.attend(run, implementation, module, query, key, value, attention_mask, **kwargs)
         if isinstance(attention_mask, Plan):
+            run = _without_repeats(run) if implementation == "sdpa" else run
             return in_calls(run, module, query, key, value, attention_mask, **kwargs)
         return run(module, query, key, value, attention_mask, **kwargs)
 
@@ -172,6 +173,37 @@ def function_of(module: Any, implementation: str) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+class _WithoutGroups:
+    """An attention module as it would be if each of its query heads had keys and values of its own."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _without_repeats(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns transformers' attention by sdpa, which reads keys and values that several query heads share as they are.
+
+    Where there is a mask, it would repeat them for each of these heads. They are taken as more queries of one head.
+    """
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        batch, heads, count, width = query.shape  # (B, H, n, d); key and value: (B, G, k, d)
+        shared = heads // key.shape[1]
+        if mask is None or shared == 1 or mask.shape[1] != 1 or kwargs.get("position_bias") is not None:
+            return run(module, query, key, value, mask, **kwargs)
+        queries = query.reshape(batch, key.shape[1], shared * count, width)
+        found, weights = run(_WithoutGroups(module), queries, key, value, mask.repeat(1, 1, shared, 1), **kwargs)
+        found = found.unflatten(1, (shared, count)).permute(0, 2, 3, 1, 4)  # (B, n, G, H / G, d')
+        return found.flatten(2, 3), weights
+
+    return attend
 
 
 def in_calls(

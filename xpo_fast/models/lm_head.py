@@ -85,8 +85,13 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+_WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module"}  # where wrappers keep what they wrap
+
+
 def unwrapped(model: Any) -> Any:
     """Returns the model without the wrappers that accelerate puts around it (DDP, torch.compile)."""
+    if not _WRAPPED & model._modules.keys():  # accelerate takes milliseconds to look for what is installed
+        return model
     try:
         from accelerate.utils import extract_model_from_parallel
     except ImportError:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,10 @@ from .checkpoints import (
 from .cutting import CutsBatches
 from .findings import Report
 from .handed_over import adapter_settings
+from .in_backward import StepsInBackward, check_in_backward
 from .means import Means
+from .offload import CudaCopies, check_offload, offloading
+from .optimizers import LOMO, check_optimizer, name_of
 from .setup import check_trainable
 from .throughput import Throughput
 
@@ -89,6 +92,7 @@ class UnitTrainer(CutsBatches):
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
+        self._check_levers(kwargs)
         if self.train_dataset is not None:
             if apart := unsaved(self.model):
                 warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
@@ -103,6 +107,7 @@ class UnitTrainer(CutsBatches):
         self.given: dict[str, Any] = {}  # added to `made_with` by the caller
         self.report: Report | None = None  # of `preflight`
         self._missing: list[str] = []  # names of weights that were not found in a checkpoint
+        self._in_backward: StepsInBackward | None = None  # while it trains with optimizer_in_backward
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -158,7 +163,52 @@ class UnitTrainer(CutsBatches):
         if not alone and self.model_wrapped is self.model and vars(self.model).pop("_is_accelerate_prepared", False):
             # An evaluation has prepared the model; accelerate would leave it at that, and each process train alone.
             self.accelerator._models.remove(self.model)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with self._levers():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _check_levers(self, given: dict[str, Any]) -> None:
+        """Raises ValueError if the optimizer or a lever of memory cannot be had. given: to this trainer."""
+        own = given.get("optimizer_cls_and_kwargs") is not None or any(given.get("optimizers") or ())
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._asked("activation_offload"):
+            check_offload(self.args, sharded=sharded)
+        if self._asked("optimizer_in_backward"):
+            check_in_backward(self.args, sharded=sharded)
+            if own:
+                raise ValueError("optimizer_in_backward makes the optimizer of optim=: leave the trainer's own out")
+        self._in_its_state = [] if self.train_dataset is None or own else check_optimizer(self.args, self.model)
+
+    def _asked(self, lever: str) -> bool:
+        return bool(getattr(self.args, lever, False))
+
+    @contextlib.contextmanager
+    def _levers(self) -> Iterator[None]:
+        """Trains with activations on the host and steps in the backward, if args ask for that."""
+        with contextlib.ExitStack() as stack:
+            if self._asked("activation_offload"):
+                stack.enter_context(offloading(self.model, CudaCopies(self.args.device)))
+            try:
+                yield
+            finally:
+                if self._in_backward is not None:
+                    self._in_backward.close()
+                    self._in_backward = None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Runs forward and backward of a micro-batch as Trainer does; with args.optimizer_in_backward the step, too."""
+        if not self._asked("optimizer_in_backward"):
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._in_backward is None:
+            self._in_backward = StepsInBackward(self.optimizer)
+        with self._in_backward.stepping():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._in_backward is not None:
+            return self._in_backward.norm()
+        if name_of(self.args.optim) in LOMO:
+            return None  # the gradients are gone
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         """Does what must be done before the first step, or before training goes on from a checkpoint."""
@@ -367,9 +417,10 @@ class UnitTrainer(CutsBatches):
             self._missing = load_result.missing_keys  # for `load_renamed`, which finds or names them
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(str(checkpoint)):
+        with reading(str(checkpoint)), torch.serialization.safe_globals(self._in_its_state):
             super()._load_optimizer_and_scheduler(checkpoint)
             groups = getattr(self.optimizer, "param_groups", [])
-            for name in getattr(self.optimizer, "defaults", {}) if checkpoint else ():
+            names = {*getattr(self.optimizer, "defaults", {})} - {"differentiable"}  # which torch adds when it loads
+            for name in sorted(names) if checkpoint else ():
                 if any(name not in group for group in groups):  # the first step would need it
                     raise RuntimeError(f"its optimizer has no {name}, which the one asked for has")

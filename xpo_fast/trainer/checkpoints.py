@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def reading(folder: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, SafetensorError, EOFError, KeyError, pickle.UnpicklingError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -15,6 +15,9 @@ from ..objective import Objective
 from ..reporters import check_reporters
 from .arguments import REFUSED, check_arguments
 from .findings import PREFLIGHT
+from .in_backward import check_in_backward
+from .offload import check_offload
+from .optimizers import check_settings
 
 
 def argument(default: Any, about: str) -> Any:
@@ -55,6 +58,16 @@ class MethodConfig(TrainingArguments):
         "batch size, the longest first; evaluation and the reference's log-probs, too. A unit that is longer goes "
         "alone, with a warning, or with preflight=stop is an error. None: micro-batches of batch size units.",
     )
+    activation_offload: bool = argument(
+        False,
+        "Keep what the decoder's backward needs in the host's memory until it is needed: less memory on the GPU, for "
+        "copies that go on beside the computation.",
+    )
+    optimizer_in_backward: bool = argument(
+        False,
+        "Take the optimizer's step of each weight as soon as its gradient is there, and free that: all gradients are "
+        "never there together. max_grad_norm must be 0, gradient_accumulation_steps 1.",
+    )
     tile_mib: float | None = argument(None, "Memory for one tile of logits, in MiB. None: the head decides.")
     preflight: str = argument(
         "warn",
@@ -75,6 +88,11 @@ class MethodConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: batches are made from columns of the data set")
         check_arguments(self, self.refused)
+        _not_reentrant(self)
+        check_settings(self)
+        check_in_backward(self)
+        if self.activation_offload:
+            check_offload(self)
         if isinstance(self.method_args, str):
             self.method_args = json.loads(self.method_args)
         self.chat_template_kwargs = read_kwargs(self.chat_template_kwargs, "the settings")
@@ -102,6 +120,13 @@ class MethodConfig(TrainingArguments):
         if fixed:
             raise ValueError(f"{', '.join(fixed)} cannot be in method_args: the trainer decides them, or has options")
         return Objective(self.method, backend=self.backend, tile_bytes=tile_bytes, **hyperparameters)
+
+
+def _not_reentrant(args: TrainingArguments) -> None:
+    """Makes use_reentrant=False the default of the checkpointing's kwargs where others are given, too."""
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if given := getattr(args, name, None):
+            setattr(args, name, {"use_reentrant": False, **given})
 
 
 @dataclass
