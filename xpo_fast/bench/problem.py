@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 ROWS = 8  # per batch: 4 pairs, or 2 lists
 LIST_SIZE = 4
 BETA = 0.01  # log-probs of the rows of a pair differ by some hundreds: at this β no pair saturates
-SIMPO = {"beta": 2.0, "gamma": 1.0}
+SIMPO: dict[str, Any] = {"beta": 2.0, "gamma": 1.0}
 IGNORE = -100
 LOGIT_STD = 3.0
 LEANS = (-10.0, 30.0)  # range of what is added to the logit of a hidden state's target
@@ -71,9 +71,9 @@ class Case(NamedTuple):
         """Returns the loss of log-probs (R, T), 0 outside the mask (R, T)."""
         return list_loss(logps, mask, self.list_size) if self.loss == "lists" else LOSSES[self.loss](logps, mask)
 
-    def columns(self, rows: int) -> dict[str, Tensor]:
+    def columns(self, rows: int) -> dict[str, Any]:
         """Returns the method's other inputs, by their names in `Objective`; the reference's log-probs are 0."""
-        found = {"ref_logps": torch.zeros(rows)} if self.loss in ("dpo", "kto", "lists") else {}
+        found: dict[str, Any] = {"ref_logps": torch.zeros(rows)} if self.loss in ("dpo", "kto", "lists") else {}
         if self.loss == "kto":
             found |= {"desirable": desirable(rows), "kl": torch.zeros(())}
         if self.loss == "grpo":
@@ -203,7 +203,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "lists": list_loss,
 }
 # Each loss but "token", which is no method, in `Objective`.
-OBJECTIVES = {
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"beta": BETA}),
     "simpo": ("simpo", SIMPO),
     "kto": ("kto", {"beta": BETA}),
