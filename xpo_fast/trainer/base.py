@@ -417,7 +417,7 @@ class UnitTrainer(CutsBatches):
             self._missing = load_result.missing_keys  # for `load_renamed`, which finds or names them
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(str(checkpoint)), torch.serialization.safe_globals(self._in_its_state):
+        with reading(str(checkpoint)), torch.serialization.safe_globals([*self._in_its_state]):
             super()._load_optimizer_and_scheduler(checkpoint)
             groups = getattr(self.optimizer, "param_groups", [])
             names = {*getattr(self.optimizer, "defaults", {})} - {"differentiable"}  # which torch adds when it loads

@@ -133,7 +133,7 @@ class Forward:
         moved = self._known.get(storage._cdata)
         if moved is None or moved.version != x._version:
             moved = self._move(storage, x._version)
-        return _Saved(moved, x.dtype, x.shape, x.stride(), x.storage_offset())
+        return _Saved(moved, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
 
     def unpack(self, saved: Tensor | _Saved) -> Tensor:
         """Returns the tensor that `pack` was given, bit for bit."""
