@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 TRITON_3.6 := $(VENV)/triton-3.6
 WITH_3.6 := OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(TRITON_3.6)) $(BIN)/python
 
-.PHONY: help install demo test kernels kernels-3.6 lint check bench gpu-first clean
+.PHONY: help install demo test kernels kernels-3.6 lint check bench figures gpu-first clean
 
 help: ## this list
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -65,8 +65,11 @@ lint: $(VENV)/.dev
 
 check: lint kernels test kernels-3.6 ## what CI runs: lint, types, tests, and kernels with two versions of Triton
 
-bench: $(VENV)/.dev ## the head against its GEMMs and its peers; writes bench/results/
-	$(BIN)/python bench/head.py --memory --json bench/results/head-cpu.json
+bench: $(VENV)/.dev ## losses and whole steps against their products and the peers; writes bench/results/bench-cpu.json
+	$(BIN)/xpo-fast bench --json bench/results/bench-cpu.json --overwrite
+
+figures: $(VENV)/.dev ## the tables of figures in README.md and docs/, from bench/results/
+	$(BIN)/python bench/figures.py
 
 build/gpu/site.tar.xz: bench/gpu_stages.py | $(BIN)/python
 	$(BIN)/python bench/gpu_stages.py pack build/gpu

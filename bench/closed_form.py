@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure import environment, table
 from xpo_fast import METHODS, Objective
+from xpo_fast.bench.measure import environment, table
 from xpo_fast.files import write_json
 from xpo_fast.methods.advantages import gae, group_normalised, leave_one_out
 from xpo_fast.methods.math import k1

@@ -35,15 +35,15 @@ from typing import Any
 
 import torch
 
-from contenders import Missing
 from gpu_contenders import CONTENDERS, OURS, TASKS, Contender, Task, make_floor, make_ours
 from gpu_device import capture_problem, float64_flops, lost, peak_mib, poison, synchronize, waits_for_device
 from gpu_inputs import find_gather_truth, find_truths, make_logits, make_rows
 from gpu_report import accuracy, aim_line, aims, memory_aims, memory_cell, summary, time_cell
-from head import TOLERANCES, Shape, errors_of
-from measure import MIB, environment, ratio, time_interleaved, versions
-from problem import Batch, Results, make_weight
 from report import DEVICE_LOST, Report
+from xpo_fast.bench.accuracy import PEER_TOLERANCES, TOLERANCES, errors_of
+from xpo_fast.bench.contenders import Missing
+from xpo_fast.bench.measure import MIB, environment, ratio, time_interleaved, versions
+from xpo_fast.bench.problem import Batch, Results, Shape, make_weight
 from xpo_fast.head.choice import choose_backend
 
 HEADS = [(4096, 128256), (3584, 151936), (2048, 151936), (2304, 262144), (4096, 32000)]  # (D, V)
@@ -56,8 +56,6 @@ AHEAD_MS = 10.0  # the host takes 2.5 to 4 ms for the about 200 launches of an o
 FIRST_CALLS_S = 60.0  # a contender whose first calls (which compile) take longer in all is left out
 PACKAGES = ("cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
 GATHER_TOKENS = 2048  # more logits would not change the rate
-# A peer with larger errors is wrong, not only imprecise.
-PEER_TOLERANCES = {"logps": 0.2, "loss": 0.02, "hidden_grad": 0.1, "weight_grad": 0.1}
 
 
 class DeviceLost(Exception):
@@ -219,7 +217,7 @@ class Bench:
             poison(self.device)
             found = made.call(batch)
             truth = truths[made.loss or "token"]
-            tolerances = TOLERANCES["bf16"] if made.ours else PEER_TOLERANCES
+            tolerances = TOLERANCES["bf16"] if made.ours else PEER_TOLERANCES["bf16"]
             errors = errors_of(found, truth)
             record["outside_tolerance"] = [n for n, e in errors.items() if e is None or e > tolerances[n]]
             if errors.get("logps") is not None:
@@ -304,7 +302,7 @@ def main() -> int:
     """Runs the command and returns its exit status."""
     args = parse_arguments()
     if not torch.cuda.is_available() and not args.quick:
-        print("no GPU: bench/head.py measures on a CPU; --quick tries this script on one", file=sys.stderr)
+        print("no GPU: `xpo-fast bench` measures on a CPU; --quick tries this script on one", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = about(device, args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -10,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contenders import Missing, liger_dpo, materialised_logps, needed, trl_logps
-from problem import BETA, LOSSES, Batch, Results
+from xpo_fast.bench.contenders import Missing, cce, liger_dpo, liger_fused, materialised_logps, needed, trl_logps
+from xpo_fast.bench.problem import BETA, LOSSES, Batch, Results
 
 FLOOR_TOKENS = 8192  # per GEMM of the floor: more would be no faster, and might not fit
 
@@ -156,19 +155,11 @@ def make_liger_fused(task: Task, device: torch.device) -> Contender | None:
     """Returns Liger's log-probs, by its own kernels on Hopper; torch computes the loss of these."""
     if not task.gemms:
         return None
-    # Switches off a check of the targets that would wait for the device; the targets here are in range.
-    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
-    packages = "liger-kernel==0.8.5 'nvidia-cutlass-dsl[cu13]>=4.6' apache-tvm-ffi"
-    with needed("Liger 0.8.5's fused scaled cross-entropy", packages):
-        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import _resolve_implementation
-
-        _resolve_implementation(device)  # imports the kernels' compiler
+    function = liger_fused(device)
 
     def call(batch: Batch) -> Results:
         def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            nll = function.apply(hidden.flatten(0, 1), weight, batch.targets.flatten())
-            return None, -nll.view(batch.targets.shape)
+            return None, function(hidden.flatten(0, 1), weight, batch.targets.flatten()).view(batch.targets.shape)
 
         return _finish(batch, task, forward)
 
@@ -181,8 +172,7 @@ def make_cce(task: Task, device: torch.device) -> Contender | None:
         return None
     if device.type == "cpu":
         raise Missing("Cut Cross-Entropy needs a GPU")
-    with needed("Cut Cross-Entropy", "cut-cross-entropy"):
-        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+    linear_cross_entropy = cce()
 
     def call(batch: Batch) -> Results:
         return _finish(batch, task, lambda h, w: (None, -linear_cross_entropy(h, w, batch.targets, reduction="none")))

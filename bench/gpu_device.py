@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from measure import MIB, size_mib
-from problem import Results
+from xpo_fast.bench.measure import MIB, size_mib
+from xpo_fast.bench.problem import Results
 
 SMALL = 2**20  # bytes: the allocator keeps a pool of its own for blocks up to this size
 LARGE = 2**32  # bytes: more than any one buffer here

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpu_contenders import TASKS
-from problem import Batch, Case, Results, float64_truth, make_batch
+from xpo_fast.bench.problem import Batch, Case, Results, float64_truth, make_batch
 
 ROW_TOKENS = 1024  # per row at most: a pair of rows fits a tile
 
@@ -17,7 +17,7 @@ def make_rows(weight: Tensor, scored: int, seed: int) -> Batch:
     """Returns the `make_batch` of a number of positions, all of them scored, in an even number of equal rows."""
     rows = max(2, scored // (2 * ROW_TOKENS) * 2)
     assert scored % rows == 0, f"{scored} positions do not make {rows} equal rows"
-    return make_batch(weight, rows, scored // rows, prompts=False, seed=seed)
+    return make_batch(weight, rows, scored // rows, prompt=0, seed=seed)
 
 
 def make_logits(batch: Batch) -> Batch:

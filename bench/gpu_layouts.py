@@ -29,8 +29,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 import xpo_fast as xf
 from gpu import about
 from gpu_device import lost, peak_mib, synchronize
-from measure import table, time_interleaved
 from report import DEVICE_LOST, Report
+from xpo_fast.bench.measure import table, time_interleaved
 from xpo_fast.layouts import LAYOUTS, Inputs, attention_of, lay_out, prove
 from xpo_fast.models import Head, install_fused_loss
 

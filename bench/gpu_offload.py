@@ -35,8 +35,8 @@ import xpo_fast as xf
 from gpu import about
 from gpu_device import lost, peak_mib, poison, synchronize
 from gpu_layouts import DTYPES, SIZES, Size, model_of, rows_of
-from measure import ratio, table, time_interleaved
 from report import DEVICE_LOST, Report
+from xpo_fast.bench.measure import ratio, table, time_interleaved
 from xpo_fast.layouts import Inputs
 from xpo_fast.models import Head, install_fused_loss
 from xpo_fast.trainer.in_backward import StepsInBackward

@@ -38,10 +38,10 @@ from torch import Tensor
 from gpu import AHEAD_MS, about
 from gpu_contenders import OURS
 from gpu_device import lost, synchronize
-from head import TOLERANCES
-from measure import table
-from problem import make_weight
 from report import DEVICE_LOST, Report
+from xpo_fast.bench.accuracy import TOLERANCES
+from xpo_fast.bench.measure import table
+from xpo_fast.bench.problem import make_weight
 
 HEADS = [(4096, 128256), (2048, 151936)]  # (D, V)
 TOKENS = 8192

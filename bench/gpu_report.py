@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gpu_contenders import FLOOR_TOKENS, OURS, TASKS
-from head import Shape
-from measure import MIB, ratio, table
+from xpo_fast.bench.measure import MIB, ratio, table
+from xpo_fast.bench.problem import Shape
 
 
 class Aim(NamedTuple):

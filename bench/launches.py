@@ -26,8 +26,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from head import Shape
-from measure import table
+from xpo_fast.bench.measure import table
+from xpo_fast.bench.problem import Shape
 from xpo_fast.files import write_json
 
 META = torch.device("meta")

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from measure import environment, read_json, table
 from xpo_fast import METHODS, Head, Objective, data
+from xpo_fast.bench.measure import environment, read_json, table
 from xpo_fast.files import write_json
 from xpo_fast.models import SMOLLM2, install_fused_loss, load_model
 from xpo_fast.models.lm_head import causal_lm

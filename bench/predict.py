@@ -36,8 +36,8 @@ from unittest import mock
 import torch
 
 import launches
-from head import Shape
-from measure import table
+from xpo_fast.bench.measure import table
+from xpo_fast.bench.problem import Shape
 from xpo_fast.files import write_json
 
 Range = tuple[float, float]  # the better and the worse end

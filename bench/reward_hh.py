@@ -24,8 +24,8 @@ from typing import Any
 from peft import LoraConfig
 from transformers import logging as transformers_logging
 
-from measure import environment, read_json, table
 from xpo_fast import data
+from xpo_fast.bench.measure import environment, read_json, table
 from xpo_fast.files import write_json
 from xpo_fast.models import load_model
 from xpo_fast.rewards.report import compare, plot, score_pairs, summary

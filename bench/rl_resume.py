@@ -195,7 +195,7 @@ def main() -> int:
     print(f"{args.task}, {args.method}, {args.steps} steps, killed after steps {killed}: ", end="")
     print(f"{', '.join(wrong)} differ" if wrong else "weights, log, held-out reward and samples are the same")
     if args.json is not None:
-        from measure import environment
+        from xpo_fast.bench.measure import environment
         from xpo_fast.files import write_json
 
         about = {"task": args.task, "method": args.method, "steps": args.steps, "seed": args.seed}

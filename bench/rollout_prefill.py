@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from measure import environment, peak_allocated_mib, ratio, table, time_interleaved
+from xpo_fast.bench.measure import environment, peak_allocated_mib, ratio, table, time_interleaved
 from xpo_fast.files import write_json
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling

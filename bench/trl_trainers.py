@@ -47,7 +47,7 @@ import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from measure import environment, peak_allocated_mib, read_json, table
+from xpo_fast.bench.measure import environment, peak_allocated_mib, read_json, table
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.files import write_json
 from xpo_fast.integrations import trl as engine

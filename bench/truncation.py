@@ -18,8 +18,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from measure import table
-from problem import make_batch, make_weight
+from xpo_fast.bench.measure import table
+from xpo_fast.bench.problem import make_batch, make_weight
 
 K = 16  # products that are summed before they are added to the accumulator
 
@@ -52,7 +52,7 @@ def staged(logits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 def logp_errors(width: int, vocab: int, tokens: int) -> dict[str, np.ndarray]:
     """Returns the errors (N,) of log-probs by the arithmetic of their logits, on data like that of bench/gpu.py."""
-    batch = make_batch(make_weight(vocab, width, torch.bfloat16), 1, tokens, prompts=False, seed=0)
+    batch = make_batch(make_weight(vocab, width, torch.bfloat16), 1, tokens, prompt=0, seed=0)
     hidden, weight = batch.hidden[0].double().numpy(), batch.weight.double().numpy()
     at = np.arange(tokens), batch.targets[0].numpy()
 

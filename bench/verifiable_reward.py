@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import environment, read_json, table
+from xpo_fast.bench.measure import environment, read_json, table
 from xpo_fast.files import write_json
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "verifiable_reward.py"

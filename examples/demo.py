@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ from transformers import logging as transformers_logging
 
 import xpo_fast as xf
 from xpo_fast import data, precision
+from xpo_fast.bench.measure import peak_allocated_mib, time_interleaved
 from xpo_fast.demo_data import PAIRS
 from xpo_fast.files import cache_dir
 from xpo_fast.models import load_model
 from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.trainer import XPOConfig, XPOTrainer
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from measure import peak_allocated_mib, time_interleaved
 
 HELD_OUT = 60
 BUDGET_S = 9.25 * 60  # steps may be slower later than when they are timed

@@ -25,7 +25,7 @@ from ..wording import one_line
 EXTRAS = {
     "train": ("transformers", "accelerate", "peft", "datasets", "matplotlib"),
     "demo": ("gguf",),
-    "bench": ("trl", "liger_kernel"),
+    "bench": ("pytest_benchmark", "trl", "liger_kernel", "cut_cross_entropy"),
 }
 
 

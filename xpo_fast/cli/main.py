@@ -12,6 +12,7 @@ from .. import __version__
 from ..wording import did_you_mean, one_line
 from . import (
     aliases,
+    bench,
     chat,
     check,
     completion,
@@ -72,6 +73,7 @@ def build_parser() -> Parser:
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)
+    bench.add_parser(commands)
     manual.add_parser(commands, parser)
     completion.add_parser(commands, parser)
     return parser

@@ -126,7 +126,8 @@ def report_header(args: argparse.Namespace) -> dict[str, Any]:
     from .doctor import versions
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "api_key")}
-    command = args.run.__module__.rpartition(".")[2].replace("_", "-")
+    run = getattr(args, "run", None)  # None: the options were not read from a command line
+    command = None if run is None else run.__module__.rpartition(".")[2].replace("_", "-")
     return {"command": command, "options": given, "versions": versions(), "commit": _commit()}
 
 

@@ -1,6 +1,6 @@
 """Measures times and peak memory, describes the machine, and formats tables, for every benchmark and the demo.
 
-It knows nothing of heads and losses, and imports nothing of bench/.
+It knows nothing of heads and losses.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from xpo_fast.precision import instructions, processor, settings
+from ..precision import instructions, processor, settings
 
 MIB = 2**20
-PACKAGES = ("torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "xpo-fast")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "pytest-benchmark"),
+    "xpo-fast",
+)
 
 Input = TypeVar("Input")
 Result = TypeVar("Result")
@@ -102,7 +105,10 @@ def size_mib(tensors: Iterable[Tensor]) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the context of a measurement: commit, date, machine, threads, versions."""
+    """Returns the context of a measurement: commit, date, machine, threads, versions.
+
+    The commit is None where this file is not one of a checkout's: an installed package may lie inside another project.
+    """
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
@@ -118,12 +124,15 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+        for words in (("ls-files", "--error-unmatch", str(here)), arguments):
+            done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True)
+            if done.returncode != 0:
+                return None
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -1,17 +1,19 @@
-"""Defines the problems of the head benchmarks: random batches, two losses of their log-probs, exact results."""
+"""Defines the problems of the head's benchmarks: random batches, losses of their log-probs, exact results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 8  # per batch: 4 pairs
+ROWS = 8  # per batch: 4 pairs, or 2 lists
+LIST_SIZE = 4
 BETA = 0.01  # log-probs of the rows of a pair differ by some hundreds: at this β no pair saturates
+SIMPO: dict[str, Any] = {"beta": 2.0, "gamma": 1.0}
 IGNORE = -100
 LOGIT_STD = 3.0
 LEANS = (-10.0, 30.0)  # range of what is added to the logit of a hidden state's target
@@ -22,18 +24,63 @@ CPU = torch.device("cpu")
 Results = dict[str, Tensor]  # loss (), logps (R, T), hidden_grad (R, T, D), weight_grad (V, D)
 
 
+class Shape(NamedTuple):
+    """The sizes of a head's problem, written N×D×V."""
+
+    scored: int  # N
+    width: int  # D
+    vocab: int  # V
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Returns the shape that a text such as 1024x576x49152 names. Raises ValueError for others."""
+        try:
+            shape = cls(*map(int, text.replace("×", "x").split("x")))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"expected NxDxV (scored tokens, width, vocabulary) such as 1024x576x49152, got {text!r}"
+            ) from None
+        if min(shape) < 1 or shape.scored % ROWS:
+            raise ValueError(f"expected N, D and V of at least 1 and N a multiple of {ROWS} (rows), got {text!r}")
+        return shape
+
+    def __str__(self) -> str:
+        return "×".join(map(str, self))
+
+    @property
+    def gemm_flop(self) -> int:
+        """Returns the FLOP of one product of the head."""
+        return 2 * self.scored * self.width * self.vocab
+
+
 class Case(NamedTuple):
     """A loss and what it is computed on."""
 
-    loss: str  # "token" or "dpo"
+    loss: str  # a name of LOSSES
     train_head: bool
-    prompts: bool = False  # whether the first half of every row is an unscored prompt
+    prompt_share: float = 0.0  # of every row, that is an unscored prompt
     accumulated: bool = False  # whether the gradient is added to an earlier one of the head
+    list_size: int = LIST_SIZE  # K, for "lists"
 
     @property
     def floor_gemms(self) -> int:
         """Returns the least number of products of 2·N·V·D FLOP each."""
         return 3 if self.train_head else 2
+
+    def loss_of(self, logps: Tensor, mask: Tensor) -> Tensor:
+        """Returns the loss of log-probs (R, T), 0 outside the mask (R, T)."""
+        return list_loss(logps, mask, self.list_size) if self.loss == "lists" else LOSSES[self.loss](logps, mask)
+
+    def columns(self, rows: int) -> dict[str, Any]:
+        """Returns the method's other inputs, by their names in `Objective`; the reference's log-probs are 0."""
+        found: dict[str, Any] = {"ref_logps": torch.zeros(rows)} if self.loss in ("dpo", "kto", "lists") else {}
+        if self.loss == "kto":
+            found |= {"desirable": desirable(rows), "kl": torch.zeros(())}
+        if self.loss == "grpo":
+            found["advantage"] = advantages(rows)
+        if self.loss == "lists":
+            found["scores"] = torch.arange(self.list_size, 0, -1.0).expand(rows // self.list_size, -1)
+        return found
 
 
 CASES = {
@@ -41,8 +88,12 @@ CASES = {
     "trainable": Case("token", train_head=True),
     "dpo-frozen": Case("dpo", train_head=False),
     "dpo": Case("dpo", train_head=True),
-    "dpo-prompts": Case("dpo", train_head=True, prompts=True),
+    "dpo-prompts": Case("dpo", train_head=True, prompt_share=0.5),
     "dpo-accumulated": Case("dpo", train_head=True, accumulated=True),
+    "simpo": Case("simpo", train_head=True),
+    "kto": Case("kto", train_head=True),
+    "grpo": Case("grpo", train_head=False),
+    "lists": Case("lists", train_head=True),
 }
 
 
@@ -78,10 +129,11 @@ def make_weight(vocab: int, width: int, dtype: torch.dtype, device: torch.device
     return weight.mul_(LOGIT_STD / width**0.5).to(dtype)
 
 
-def make_batch(weight: Tensor, rows: int, length: int, prompts: bool, seed: int) -> Batch:
+def make_batch(weight: Tensor, rows: int, length: int, prompt: int, seed: int) -> Batch:
     """Returns rows of random hidden states on the weight's device, each shifted along its target's row of the head.
 
     The log-probs are between about −30 and 0, as a model's are, from very unlikely to certain tokens.
+    prompt: the number of positions at the beginning of each row that are not scored.
     """
     device, (vocab, width) = weight.device, weight.shape
     generator = torch.Generator(device).manual_seed(1 + seed)
@@ -90,23 +142,74 @@ def make_batch(weight: Tensor, rows: int, length: int, prompts: bool, seed: int)
     direction = weight[targets].float()  # (R, T, D)
     hidden = torch.randn(rows, length, width, generator=generator, device=device)
     hidden += lean * direction / direction.square().sum(-1, keepdim=True)
-    if prompts:
-        targets[:, : length // 2] = IGNORE
+    targets[:, :prompt] = IGNORE
     return Batch(hidden.to(weight.dtype), weight, targets)
 
 
-def token_loss(logps: Tensor) -> Tensor:
+# --- the losses of log-probs (R, T) that are 0 where nothing is scored ------------------------------------------------
+
+
+def desirable(rows: int) -> Tensor:
+    """Returns which rows of "kto" are desirable: the first half."""
+    return torch.arange(rows) < rows // 2
+
+
+def advantages(rows: int) -> Tensor:
+    """Returns the advantages of the rows of "grpo", whose mean, the loss, is not 0."""
+    return torch.linspace(-1.0, 2.0, rows)
+
+
+def token_loss(logps: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns −Σ log-probs."""
     return -logps.sum()
 
 
-def dpo_loss(logps: Tensor) -> Tensor:
-    """Returns the DPO loss of log-probs (R, T), chosen rows first, with reference log-probs of zero."""
+def dpo_loss(logps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns the DPO loss of chosen rows followed by rejected ones, with reference log-probs of zero."""
     chosen, rejected = logps.sum(-1).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-LOSSES = {"token": token_loss, "dpo": dpo_loss}
+def simpo_loss(logps: Tensor, mask: Tensor) -> Tensor:
+    """Returns the SimPO loss of chosen rows followed by rejected ones."""
+    chosen, rejected = (logps.sum(-1) / mask.sum(-1)).chunk(2)
+    return -F.logsigmoid(SIMPO["beta"] * (chosen - rejected) - SIMPO["gamma"]).mean()
+
+
+def kto_loss(logps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns the KTO loss with reference log-probs and a reference point of zero."""
+    gain = BETA * logps.sum(-1)
+    return torch.sigmoid(torch.where(desirable(len(logps)), -gain, gain)).mean()
+
+
+def grpo_loss(logps: Tensor, mask: Tensor) -> Tensor:
+    """Returns the GRPO loss of samples of the policy itself: every ratio is 1, and has a gradient."""
+    surrogate = (logps - logps.detach()).exp() * advantages(len(logps)).to(logps.dtype).unsqueeze(-1)
+    return -((surrogate * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+def list_loss(logps: Tensor, mask: Tensor | None = None, size: int = LIST_SIZE) -> Tensor:
+    """Returns the Plackett–Luce loss of lists of rows from the best to the worst, with reference log-probs of zero."""
+    s = BETA * logps.sum(-1).view(-1, size)
+    return (s.flip(-1).logcumsumexp(-1).flip(-1) - s).sum(-1).mean()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "token": token_loss,
+    "dpo": dpo_loss,
+    "simpo": simpo_loss,
+    "kto": kto_loss,
+    "grpo": grpo_loss,
+    "lists": list_loss,
+}
+# Each loss but "token", which is no method, in `Objective`.
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("dpo", {"beta": BETA}),
+    "simpo": ("simpo", SIMPO),
+    "kto": ("kto", {"beta": BETA}),
+    "grpo": ("grpo", {}),
+    "lists": ("plackett_luce", {"beta": BETA}),
+}
 
 
 def float64_truth(batch: Batch, case: Case) -> Results:
@@ -122,7 +225,7 @@ def float64_truth(batch: Batch, case: Case) -> Results:
         lse = torch.logaddexp(lse, z.logsumexp(-1))
         target_logit[at[0]] = z[at]
     logps = (target_logit - lse).requires_grad_()
-    loss = LOSSES[case.loss](batch.spread(logps))
+    loss = case.loss_of(batch.spread(logps), batch.mask)
     (upstream,) = torch.autograd.grad(loss, logps)
 
     scored_grad = torch.zeros_like(hidden)
