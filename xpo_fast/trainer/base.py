@@ -238,7 +238,7 @@ class UnitTrainer(CutsBatches):
         """
         found: dict[str, Any] = {"preflight": findings(self.report)}
         if self.state.global_step:
-            unwrapped = self.accelerator.unwrap_model(self.model)
+            unwrapped: Any = self.accelerator.unwrap_model(self.model)
             found["throughput"] = self._throughput.totals()
             found["memory"] = memory(unwrapped, self.optimizer, self.args.device)
         return found
