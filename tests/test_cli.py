@@ -218,8 +218,8 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
 
 
 COMMANDS = (
-    *("train", "check", "reward", "eval-reward", "rl", "recipe"),
-    *("methods", "doctor", "tune", "help", "completion"),
+    *("train", "check", "reward", "eval-reward", "rl", "recipe", "report", "chat", "merge"),
+    *("methods", "doctor", "tune", "bench", "help", "completion"),
 )
 
 

@@ -79,7 +79,7 @@ def test_the_trainer_converges_to_the_known_policy(settings, adapter, tmp_path):
         RLConfig(
             str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=0.03,
             lr_scheduler_type="linear", num_generations=8, prompts_per_rollout=32, max_new_tokens=1,
-            generation_batch_size=256, per_device_eval_batch_size=256, logging_steps=10, seed=1, **settings,
+            generation_batch_size=256, logging_steps=10, seed=1, **settings,
         ),
         train_dataset=[{"prompt": "go"}],
         processing_class=tokenizer,
