@@ -143,6 +143,7 @@ def main() -> int:
     )
     print(f"\nSmolLM2-135M-Instruct, LoRA, DPO on {cut} pairs, {HELD_OUT} held out\n", flush=True)
     compare_losses(trainer)
+    trainer.prepare()  # settles in which layout rows are read
     step_s = seconds_per_step(trainer)
     every = -(-cut // config.per_device_train_batch_size)
     left_s = BUDGET_S - (time.perf_counter() - start)
