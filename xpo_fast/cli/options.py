@@ -195,12 +195,16 @@ def add_settings(group: Any, example: str, also: str = "") -> None:
 
 
 def add_model(
-    parser: argparse.ArgumentParser, *, model: str = _MODEL, lora: str = "train a LoRA adapter (default)"
+    parser: argparse.ArgumentParser, *, model: str | None = _MODEL, lora: str = "train a LoRA adapter (default)"
 ) -> Any:
-    """Adds --model, how it is loaded, and what of it is trained; returns the exclusive group of --lora and --full."""
+    """Adds --model, how it is loaded, and what of it is trained; returns the exclusive group of --lora and --full.
+
+    model: help of --model; None: the command has no such option.
+    """
     group = parser.add_argument_group("model")
     add = adder(group)
-    add("--model", model, SMOLLM2)
+    if model is not None:
+        add("--model", model, SMOLLM2)
     add(
         "--dtype",
         "dtype of the frozen weights (--lora). With --full the weights stay float32, and bfloat16 or float16 select "
@@ -286,6 +290,19 @@ def add_optimisation(
     add("--weight-decay X", "the optimizer's weight decay", 0.0)
     add("--max-grad-norm X", "clip gradients to this norm; 0: no clipping", 1.0)
     add("--seed N", seed, 42)
+    add_levers(group)
+    add(
+        "--train NAME=VALUE",
+        "a further argument of transformers.TrainingArguments, for example --train adam_beta2=0.95: "
+        f"{', '.join(TRAINER_ARGUMENTS)}; may be repeated",
+        [],
+        type=setting,
+    )
+
+
+def add_levers(group: Any) -> None:
+    """Adds the options that trade time for memory, and the layout."""
+    add = adder(group)
     add("--gradient-checkpointing", "recompute activations: less memory, slower", False)
     add(
         "--activation-offload",
@@ -305,13 +322,6 @@ def add_optimisation(
         "in common once; auto: the one with the fewest tokens that the model can be read in, said at the start",
         "auto",
         choices=LAYOUTS,
-    )
-    add(
-        "--train NAME=VALUE",
-        "a further argument of transformers.TrainingArguments, for example --train adam_beta2=0.95: "
-        f"{', '.join(TRAINER_ARGUMENTS)}; may be repeated",
-        [],
-        type=setting,
     )
 
 

@@ -198,7 +198,7 @@ def on_huge_pages(memory: Tensor) -> Tensor:
 # The tiles of the last call on CPU, as bytes, kept for the next. The page faults of fresh memory cost 7% of the two
 # GEMMs of a small head.
 _used_tiles: list[Tensor] = []
-_KEEP_TILES, _KEEP_BYTES = 2, 256 * 2**20
+_KEEP_TILES, KEEP_BYTES = 2, 256 * 2**20
 
 
 def release_tiles() -> None:
@@ -227,7 +227,7 @@ def logits_memory(rows: int, gemms: Gemms) -> Iterator[Tensor]:
     try:
         yield memory[:size].view(gemms.dtype).view(rows, gemms.vocab)
     finally:
-        if len(_used_tiles) < _KEEP_TILES and memory.numel() <= _KEEP_BYTES:
+        if len(_used_tiles) < _KEEP_TILES and memory.numel() <= KEEP_BYTES:
             _used_tiles.append(memory)
 
 

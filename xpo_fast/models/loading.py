@@ -72,7 +72,7 @@ def load_model(
     note_name(model, path)
     told = next((a for a in adapters if holds(a, "tokenizer_config.json", kwargs)), None)
     try:
-        tokenizer = _load_tokenizer(path if told is None else told, kwargs)
+        tokenizer = load_tokenizer(path if told is None else told, kwargs)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
     for adapter in reversed(adapters):
@@ -186,7 +186,8 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _load_tokenizer(path: str | Path, kwargs: dict[str, Any]) -> Any:
+def load_tokenizer(path: str | Path, kwargs: dict[str, Any]) -> Any:
+    """Returns the tokenizer beside a model; ValueError if there is none. kwargs: of `load_model`."""
     from transformers import AutoTokenizer
 
     try:

@@ -11,6 +11,7 @@ It is saved beside the model, not in it: the folder remains that of a plain caus
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns values (…, K), float32, of hidden (…, D), or of `Head.inputs` (…, D + r): the last r are not read."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        kind = hidden.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
             hidden = hidden[..., : self.weight.shape[1]].float()
             return nn.functional.linear(hidden, self.weight.float(), self.bias.float())
 
