@@ -203,7 +203,7 @@ class Preferences(Run):
     def batch(self, *, evaluation: bool = False) -> dict[str, Any]:
         """Returns the largest micro-batch, or the largest of evaluation, collated as the trainer does."""
         units = self.question.eval_rows if evaluation else self.question.rows
-        rows = unit_rows(self.kind, units, mismatched=self.trainer._estimates_kl)
+        rows = unit_rows(self.kind, self.question, units, mismatched=self.trainer._estimates_kl)
         batch = LaysOut(Collator(0, self.kind.name), self.layout)(rows)
         if self.reference == "cached":
             batch["ref_logps"] = torch.zeros(len(batch["targets"]) if self.kind.half is None else len(rows))
@@ -247,15 +247,10 @@ class Rewards(Run):
 
     def batch(self, *, evaluation: bool = False) -> dict[str, Any]:
         """Returns the largest micro-batch, or the largest of evaluation, collated as the trainer does."""
-        rows = unit_rows(self.kind, self.question.eval_rows if evaluation else self.question.rows)
-        for row in rows:
-            if self.spec.form == "preference":  # each row holds both completions
-                row["chosen_ids"] = row["rejected_ids"] = row["chosen_ids"] + row["rejected_ids"]
-            if self.spec.form == "objectives":
-                row["ratings"] = [0.0] * len(self.spec.objectives)
-            if not (self.trainer.method and "margin" in self.trainer.method.inputs):
-                row.pop("margin", None)
-            row.pop("prob", None)
+        question = self.question
+        rows = unit_rows(self.kind, question, question.eval_rows if evaluation else question.rows)
+        for row in rows if self.spec.form == "preference" else ():  # each row holds both completions
+            row["chosen_ids"] = row["rejected_ids"] = row["chosen_ids"] + row["rejected_ids"]
         batch = Collator(0, self.kind.name)(rows)
         if self.spec.form == "objectives":
             batch["ratings"] = torch.zeros(len(rows), len(self.spec.objectives))
@@ -369,9 +364,9 @@ class Rollouts(Run):
 
 
 def unit_rows(
-    kind: Kind, units: Sequence[tuple[int, tuple[int, ...]]], *, mismatched: bool = False
+    kind: Kind, question: Question, units: Sequence[tuple[int, tuple[int, ...]]], *, mismatched: bool = False
 ) -> list[dict[str, Any]]:
-    """Returns encoded rows of these lengths. mismatched: with those of KTO's reference point."""
+    """Returns encoded rows of these lengths, with all numbers of the kind. mismatched: with KTO's mismatched rows."""
     rows = []
     for unit, (prompt, completions) in enumerate(units):
         row: dict[str, Any] = {"prompt_ids": [_FIRST + unit] * prompt}  # a prompt of its own
@@ -382,10 +377,12 @@ def unit_rows(
             row |= {f"{name}_ids": ids for name, ids in zip(kind.completions, texts, strict=False)}
         if kind.name == "unpaired":
             row |= {"label": True, "reward": 0.0, "value": 0.0}
-        elif kind.name == "pair":
+        elif kind.name == "pair" and question.command == "train":  # a reward model takes margin or prob, or neither
             row |= {"score_chosen": 1.0, "score_rejected": 0.0, "prob": 0.5, "margin": 0.0}
         if mismatched:
             row["kl_completion_ids"] = texts[0]
+        if question.command == "reward" and question.method == "regression":
+            row["ratings"] = [0.0] * len(question.objectives)
         rows.append(row)
     return rows
 

@@ -133,7 +133,6 @@ def _trainer(question: Question, name: str | None, folder: str) -> Any:
         "preflight": "off",
         "method": question.method,
         "method_args": dict(question.settings),
-        "train_sampling_strategy": "sequential",
     }
     tokenizer = words(question.config.get_text_config().vocab_size)
     shared: Any = {"processing_class": tokenizer, "peft_config": question.lora}
@@ -144,6 +143,7 @@ def _trainer(question: Question, name: str | None, folder: str) -> Any:
         sizes = {"max_new_tokens": new, "generation_batch_size": question.generation_batch_size, "log_samples": False}
         config = RLConfig(**how, **more, **sizes, **question.rl, reference=question.reference)
         return RLTrainer(model, _rewards, config, train_dataset=prompts, **shared)
+    how["train_sampling_strategy"] = "sequential"
     if question.command == "reward":
 
         class Encoded(RewardTrainer):
@@ -158,7 +158,7 @@ def _trainer(question: Question, name: str | None, folder: str) -> Any:
         config, run = XPOConfig(**how), XPOTrainer
         objective = config.objective()
         kind, mismatched = objective.data_kind, any("kl" in m.columns for m in objective.methods)
-    rows = unit_rows(KINDS[kind], question.rows, mismatched=mismatched)
+    rows = unit_rows(KINDS[kind], question, question.rows, mismatched=mismatched)
     data = datasets.Dataset.from_list(rows * (STEPS * question.grad_accum))
     return run(model, config, train_dataset=data, **shared)
 
