@@ -21,6 +21,7 @@ from .work import DTYPES, FLOOR, Record, Settings, Work, chosen, timed
 
 FLOOR_NEW = "the same, gradients into new memory"
 BATCHES = 3  # used in turn by the repeats
+SLOW = 10.0  # times as long as the floor: of such a contender one sample tells enough
 SHAPE = Shape(256, 576, 49152)  # of every loss
 WIDE = Shape(128, 2048, 32768)  # of the losses in WIDE_CASES
 WIDE_CASES = ("frozen", "dpo")
@@ -155,7 +156,7 @@ def run(
     for floor in floors.values():
         floor.call(batches[0])  # the others' first calls, some of which compiled, were the checks
     calls = {name: floor.call for name, floor in floors.items()} | calls
-    for name, times in timed(time_interleaved(calls, batches, settings.repeats), FLOOR).items():
+    for name, times in timed(time_interleaved(calls, batches, settings.repeats, slow=SLOW), FLOOR).items():
         records[name] |= times
     sizes = {**problem.shape._asdict(), "rows": problem.rows, "length": problem.length}
     params = {"case": problem.name, "dtype": problem.dtype, **sizes, **(point or {})}

@@ -9,6 +9,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -34,12 +35,17 @@ Result = TypeVar("Result")
 
 
 def time_interleaved(
-    contenders: Mapping[str, Callable[[Input], object]], inputs: Sequence[Input], repeats: int
+    contenders: Mapping[str, Callable[[Input], object]],
+    inputs: Sequence[Input],
+    repeats: int,
+    *,
+    slow: float = math.inf,
 ) -> dict[str, list[float]]:
     """Returns wall-clock milliseconds by contender, one sample per repeat. Call each contender once beforehand.
 
     A repeat calls every contender once on the same input, so that a drift of the machine affects all of them. The input
-    and the first contender change from repeat to repeat. Results are freed outside the timed region.
+    and the first contender change from repeat to repeat. Results are freed outside the timed region. What takes over
+    `slow` times as long as the first contender of all has a sample of the first repeat only.
     """
     names = list(contenders)
     samples_ms: dict[str, list[float]] = {name: [] for name in names}
@@ -47,6 +53,8 @@ def time_interleaved(
         argument = inputs[repeat % len(inputs)]
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
+            if repeat and samples_ms[name][0] > slow * samples_ms[names[0]][0]:
+                continue
             gc.collect()
             start = time.perf_counter()
             result = contenders[name](argument)
@@ -56,8 +64,11 @@ def time_interleaved(
 
 
 def ratio(numerator_ms: Sequence[float], denominator_ms: Sequence[float]) -> float:
-    """Returns the median over repeats of the ratio within a repeat, in which drift between repeats cancels."""
-    return statistics.median(n / d for n, d in zip(numerator_ms, denominator_ms, strict=True))
+    """Returns the median over repeats of the ratio within a repeat, in which drift between repeats cancels.
+
+    One that was slow has fewer repeats, the first ones.
+    """
+    return statistics.median(n / d for n, d in zip(numerator_ms, denominator_ms, strict=False))
 
 
 def peak_allocated_mib(call: Callable[[], Result]) -> tuple[float, Result]:

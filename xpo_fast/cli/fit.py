@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, size, write_json
 from . import checks, options
-from .fit_question import lengths, memory, model_in_words, question_of, rl_fields, units_of
+from .fit_question import lengths, measured, measured_prompts, memory, model_in_words, question_of, rl_fields
 from .options import SMOLLM2
 from .parser import UsageError
 
@@ -71,6 +71,7 @@ def add_parser(commands: Any) -> None:
     group = parser.add_argument_group("rollouts of rl")
     add = options.adder(group)
     add("--num-generations N", "completions per prompt", 8)
+    add("--max-new-tokens N", "longest completion, with --data", 256)
     add("--prompts-per-rollout N", "prompts per rollout (default: those of one step)", type=int)
     add("--kl-coef X", "weight of the KL penalty in the reward (default: the method's own)", type=float)
     add("--epochs-per-rollout N", "passes over each rollout", type=int)
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """Predicts. Returns 1 if the run does not fit as asked."""
     from . import training
 
-    args.model, args.seed, args.num_proc, args.chat_template = args.named or SMOLLM2, 42, None, None
+    args.model, args.seed, args.chat_template = args.named or SMOLLM2, 42, None
     checks.check(args)
     for name in ("json", "plot"):
         if getattr(args, name):
@@ -225,7 +226,7 @@ def _question(args: argparse.Namespace) -> tuple[Question, tuple[int, tuple[int,
 
         command, kind = "train", KINDS[checked_objective(args.method, dict(args.set)).data_kind]
     if args.data:
-        units = _measured(args, command, kind)
+        units = _measured(args, kind)
         mean = units[len(units) // 2] if kind is not None else None
     else:
         low, high = args.lengths or _LENGTHS
@@ -244,25 +245,17 @@ def _two(name: str) -> tuple[str, ...]:
     return ("first", "second") if name == "gated" else ("reward",)
 
 
-def _measured(args: argparse.Namespace, command: str, kind: Any) -> Any:
-    """Returns the units of --data in tokens of the model's own tokenizer."""
+def _measured(args: argparse.Namespace, kind: Any) -> Any:
+    """Returns the units of --data in tokens of the model's own tokenizer. kind: of the data; None: prompts."""
     from .. import data
-    from ..models import smollm2_path
-    from ..models.loading import load_tokenizer
-    from ..rollout.sampling import encode_prompts
 
     if args.shape or args.params:
         raise UsageError("--data is measured by the model's tokenizer: name MODEL, or give --lengths")
-    path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
-    tokenizer = load_tokenizer(path, {"trust_remote_code": args.trust_remote_code})
     how = options.reading(args)
-    if command == "rl":
-        rows = data.load_prompts(args.data, alike=True, **how)
-        longest = max(map(len, encode_prompts([row["prompt"] for row in rows], tokenizer)))
-        return ((longest, (max(args.max_length - longest, 1),)),)
-    rows = data.load(args.data, kind=kind.name, **how)
-    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-    return units_of(data.encode(rows, tokenizer, kind=kind.name, **limits), kind)
+    if kind is None:
+        return measured_prompts(args, data.load_prompts(args.data, alike=True, **how), args.max_new_tokens)
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length, "num_proc": args.num_proc}
+    return measured(args, data.load(args.data, kind=kind.name, **how), kind.name, limits)
 
 
 def _verify(whole: Prediction, args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,20 @@ def config_of(args: argparse.Namespace) -> Any:
         raise UsageError(
             f"no configuration of a model in {args.model!r}{hint}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def measured(args: argparse.Namespace, rows: Any, kind: str, encoding: dict[str, Any]) -> Any:
+    """Returns the units of rows as `data.load` returns them, in tokens. encoding: for `data.encode`."""
+    from .. import data
+
+    return units_of(data.encode(rows, tokenizer_of(args), kind=kind, **encoding), data.KINDS[kind])
+
+
+def measured_prompts(args: argparse.Namespace, rows: list[dict[str, Any]], new_tokens: int) -> Any:
+    """Returns the one unit of a rollout: the longest prompt, and the longest completion."""
+    from ..rollout.sampling import encode_prompts
+
+    return ((max(map(len, encode_prompts([row["prompt"] for row in rows], tokenizer_of(args)))), (new_tokens,)),)
 
 
 def units_of(encoded: Any, kind: Any) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -183,6 +198,40 @@ def _optimizer(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     more = dict(getattr(args, "train", [])).get("optim_args") or ""
     pairs = [x.split("=") for x in str(more).replace(" ", "").split(",") if "=" in x]
     return args.optim or str(getattr(default, "value", default)), dict(pairs)  # type: ignore[arg-type]
+
+
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """Returns the tokenizer of the model that the options name, which pads with EOS if it has no pad token."""
+    from ..models import smollm2_path
+    from ..models.loading import load_tokenizer
+
+    path = str(smollm2_path()) if args.model.lower() == SMOLLM2 else args.model
+    tokenizer = load_tokenizer(path, {"trust_remote_code": args.trust_remote_code})
+    if args.chat_template:
+        tokenizer.chat_template = loading.read_template(args.chat_template)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def refuse(args: argparse.Namespace, command: str, units: Any, **fields: Any) -> None:
+    """Raises UsageError, with what to change, if a training command's run will not fit. units: see `Question`."""
+    from ..fit.predict import predict, propose
+    from ..fit.table import verdict
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    prediction = predict(question_of(args, command, units, ranks=ranks, **fields))
+    print(f"memory     {verdict(prediction)}")
+    if prediction.fits is not False:
+        return
+    proposal, _ = propose(prediction)
+    advice = "take a smaller model, shorter rows or more memory"
+    if proposal is not None:
+        advice = f"it fits with {' '.join(change.what for change, _ in proposal.changes)}"
+    raise UsageError(
+        f"--fit: {verdict(prediction)}, in the phase {prediction.largest.name!r}: {advice}; or leave --fit out, and it "
+        "starts all the same"
+    )
 
 
 def model_in_words(args: argparse.Namespace) -> str:

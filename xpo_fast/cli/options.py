@@ -151,6 +151,8 @@ def add_config(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None
     if dry_run:
         about = "show the rows, their lengths, the plan and the first batch as it is scored; train and write nothing"
         add("--dry-run", about, False)
+        about = "predict the memory first, as `xpo-fast fit` does, and do not start a run that will not fit"
+        add("--fit", about, False)
         about = (
             "check rows, mask, template, reference and loss before the first step (docs/preflight.md): warn prints "
             "what is found, stop ends the run if there is a fault, off looks at nothing"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checks, dry_run, loading, options, resuming, training
+from . import checks, dry_run, fit_question, loading, options, resuming, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
 
@@ -114,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
+    if args.fit:
+        units = fit_question.measured(args, train_rows, config.spec().kind, config.encoding())
+        fit_question.refuse(args, "reward", units, objectives=tuple(args.objectives or ("reward",)))
     made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=_learning_rate(args))
     model, tokenizer = loading.load(args)
     continues = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic

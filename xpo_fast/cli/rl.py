@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checks, dry_run, loading, options, resuming, rl_rewards, settings, training
+from . import checks, dry_run, fit_question, loading, options, resuming, rl_rewards, settings, training
 from .parser import HelpAll, Setting, UsageError
 from .typed import hyperparameters
 
@@ -164,6 +164,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.prompts(args, config, [*args.reward, *args.reward_model, *filter(None, [args.judge])], train, held_out)
         return 0
+    if args.fit:
+        units = fit_question.measured_prompts(args, train, config.max_new_tokens)
+        fields = {"settings": method_args, **fit_question.rl_fields(args)}
+        fit_question.refuse(args, "rl", units, **fields)
     made_with = resuming.made_with(args, checkpoint, train, method_args, lr=_learning_rate(args))
     model, tokenizer = loading.load(args)
     functions += rl_rewards.reward_models(args, config.device)

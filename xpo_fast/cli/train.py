@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from . import checks, dry_run, loading, options, resuming, settings, training
+from . import checks, dry_run, fit_question, loading, options, resuming, settings, training
 from .options import OBJECTIVE_OPTIONS
 from .parser import UsageError
 
@@ -86,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run.preferences(args, objective, config_of(args, eval_rows), train_rows, eval_rows)
         return 0
+    if args.fit:
+        encoding = config_of(args, eval_rows).encoding()
+        fit_question.refuse(args, "train", fit_question.measured(args, train_rows, objective.data_kind, encoding))
     made_with = resuming.made_with(args, checkpoint, train_rows, dict(args.set), lr=learning_rate(args))
     trainer = trainer_of(args, train_rows, eval_rows, callbacks=[training.json_log(args)])
     trainer.given |= made_with

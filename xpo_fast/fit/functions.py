@@ -33,8 +33,8 @@ class AsOnDevice(TorchFunctionMode):
         if self.autocast and func in _PRODUCTS:
             args = tuple(map(self._cast, args))
             kwargs = {name: self._cast(x) for name, x in kwargs.items()}
-        if func is torch.mm and "out_dtype" in kwargs and args[0].is_meta:  # which fails there with out=
-            shape = args[0].shape[0], args[1].shape[1]
+        if func in (torch.mm, torch.addmm) and "out_dtype" in kwargs and args[0].is_meta:  # which fails there with out=
+            shape = args[-2].shape[0], args[-1].shape[1]
             return kwargs["out"] if "out" in kwargs else args[0].new_empty(shape, dtype=kwargs["out_dtype"])
         return func(*args, **kwargs)
 

@@ -47,7 +47,9 @@ def make(
     record_weights(model, recorder, lambda x: TRAINED if x.requires_grad else FROZEN)
     if question.gradient_checkpointing:
         how = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), recomputing())}
-        causal_lm(model).gradient_checkpointing_enable(how)
+        lm = causal_lm(model)  # transformers before 5.20 has the older name alone
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable(how)
         if question.lora is not None:
             model.enable_input_require_grads()
     model.train()
@@ -79,7 +81,7 @@ def _on_meta(question: Question) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(question.config)
-    dtype = torch.float32 if question.full else getattr(torch, question.dtype)
+    dtype = getattr(torch, question.trained_dtype if question.full else question.dtype)
     how = {} if question.attention is None else {"attn_implementation": question.attention}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)

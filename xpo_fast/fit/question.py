@@ -24,6 +24,7 @@ class Question:
     settings: dict[str, Any] = field(default_factory=dict)
     full: bool = False
     dtype: str = "bfloat16"  # of the frozen weights; with `full` bfloat16 and float16 are mixed precision
+    trained_dtype: str = "float32"  # of weights that are trained with `full`; 16 bits: without mixed precision
     quantize: str | None = None
     lora: Any = None  # peft's LoraConfig
     attention: str | None = None
@@ -69,7 +70,7 @@ class Question:
     @property
     def mixed(self) -> bool:
         """Whether the weights stay float32, and matrix products are of 16 bits."""
-        return self.full and self.dtype in ("bfloat16", "float16")
+        return self.full and self.trained_dtype == "float32" and self.dtype in ("bfloat16", "float16")
 
     @property
     def rows(self) -> list[tuple[int, tuple[int, ...]]]:

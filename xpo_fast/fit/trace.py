@@ -123,9 +123,15 @@ class Recorder(TorchDispatchMode):
         if known and _effect(func) == _MAKES:  # the shape may depend on what is in there
             out = tree_map_only(Tensor, lambda x: x.to("meta"), real)
         else:
+            tile = contextlib.nullcontext()
+            if func.name().startswith(_HEAD_OPERATORS):
+                tile = self._tile(*args)
+            elif func is torch.ops.aten.index.Tensor:
+                args = args[0], _by_number(args[1])
             if not all(x.is_meta for x in given):
                 args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
-            out = self._shapes(func, args, kwargs)
+            with tile:
+                out = self._shapes(func, args, kwargs)
         contents = _tensors((real,)) if known else repeat(None)
         for x, values in zip(_tensors((out,)), contents, strict=False):
             x._contents = values  # type: ignore[attr-defined]
@@ -157,9 +163,6 @@ class Recorder(TorchDispatchMode):
     def _shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Returns what an operator returns; of an operator that was called alike, new tensors of the same shapes."""
         effect = _effect(func)
-        if func.name().startswith(_HEAD_OPERATORS):
-            with self._tile(args):
-                return func(*args, **kwargs)
         if effect == _OTHER:
             return func(*args, **kwargs)
         key = func, _signature(args), _signature(tuple(kwargs.items()))
@@ -270,9 +273,12 @@ class Recorder(TorchDispatchMode):
             self.record(p.grad, GRADIENTS)
 
     @contextlib.contextmanager
-    def _tile(self, args: Any) -> Iterator[None]:
-        """Records the tile inside an operator of the head."""
-        number = self._take_tile(self.tile(args[0].shape[0], args[-1] is True))
+    def _tile(self, *args: Any) -> Iterator[None]:
+        """Records the tile inside an operator of the head, which has these arguments."""
+        targets, ignore_index = args[4], args[10]
+        known = getattr(targets, "_contents", None) if targets.is_meta else targets
+        scored = len(targets) if known is None else int((known != ignore_index).sum())
+        number = self._take_tile(self.tile(scored, args[-1] is True))
         yield
         self._give_tile(number)
 
@@ -290,6 +296,18 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield x
         elif isinstance(x, (list, tuple)):
             yield from _tensors(x)
+
+
+def _by_number(indices: Any) -> list[Any]:
+    """Returns the indices of an indexing, with masks whose contents are known as numbers."""
+    found: list[Any] = []
+    for x in indices:
+        known = None if x is None else getattr(x, "_contents", None) if x.is_meta else x
+        if known is None or known.dtype != torch.bool:
+            found.append(x)
+        else:
+            found += [numbers.to("meta") for numbers in known.nonzero().unbind(1)]
+    return found
 
 
 def _signature(values: Any) -> tuple:

@@ -100,7 +100,7 @@ def _trainer(question: Question, name: str | None, folder: str) -> Any:
     from ..trainer import XPOConfig, XPOTrainer
     from .phases import unit_rows
 
-    dtype = torch.float32 if question.full else getattr(torch, question.dtype)
+    dtype = getattr(torch, question.trained_dtype if question.full else question.dtype)
     options: dict[str, Any] = {} if question.attention is None else {"attn_implementation": question.attention}
     if question.quantize:
         raise ValueError("quantize: random weights are not quantised; verify without it")
@@ -116,7 +116,6 @@ def _trainer(question: Question, name: str | None, folder: str) -> Any:
         "per_device_train_batch_size": question.batch_size if question.command == "rl" else count,
         "per_device_eval_batch_size": question.eval_batch_size,
         "gradient_accumulation_steps": question.grad_accum,
-        "gradient_checkpointing": question.gradient_checkpointing,
         "max_grad_norm": question.max_grad_norm,
         "optim": question.optim,
         "optim_args": ",".join(f"{k}={v}" for k, v in question.optim_arguments.items()) or None,
@@ -134,6 +133,9 @@ def _trainer(question: Question, name: str | None, folder: str) -> Any:
         "method": question.method,
         "method_args": dict(question.settings),
     }
+    if question.gradient_checkpointing:
+        names = {f.name for f in dataclasses.fields(XPOConfig)}
+        how["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = True
     tokenizer = words(question.config.get_text_config().vocab_size)
     shared: Any = {"processing_class": tokenizer, "peft_config": question.lora}
     if question.command == "rl":
