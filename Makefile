@@ -52,11 +52,12 @@ $(TRITON_3.6)/.installed: constraints-triton-3.6.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r $<
 	touch $@
 
-# First of all: that it is this Triton which is imported.
-kernels-3.6: $(VENV)/.dev $(TRITON_3.6)/.installed ## the same with Triton 3.6, and the tests of the kernels
+# First of all: that it is this Triton which is imported. Then every set of flags for the GPUs that have this Triton; for
+# all others, the tests compile some of each kernel.
+kernels-3.6: $(VENV)/.dev $(TRITON_3.6)/.installed ## the same with Triton 3.6 for sm_90, and the tests of the kernels
 	$(WITH_3.6) -c 'import triton; print(f"triton=={triton.__version__}")' | grep -xFf - constraints-triton-3.6.txt
-	$(WITH_3.6) -m xpo_fast.kernels.gates --jobs 2
-	$(WITH_3.6) -m pytest -n 2 -p no:benchmark tests/test_kernel_gates.py tests/test_jit.py tests/test_triton.py tests/test_*_kernel.py
+	$(WITH_3.6) -m xpo_fast.kernels.gates --targets sm_90 --jobs 2
+	$(WITH_3.6) -m pytest -n 2 --dist worksteal -p no:benchmark tests/test_kernel_gates.py tests/test_jit.py tests/test_triton.py tests/test_*_kernel.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

@@ -4,25 +4,28 @@
 
 A tiny random model, or SmolLM2 with an adapter (--task smollm2), is trained with PPO, which has the most state of all
 methods: two epochs over two minibatches of each rollout, a critic, an adaptive KL, a reference that follows the policy.
-The run is a process of its own. It gets SIGKILL a random time after a random step, ten times, during rollouts, steps
-and the writing of checkpoints, and is resumed from the last complete checkpoint. The weights, every logged number
-except times, the held-out reward, and the table of samples are compared. Exit status 1: anything differs.
+The run is a process of its own, forked from one that has only imported what it needs. It gets SIGKILL a random time
+after a random step, ten times, during rollouts, steps and the writing of checkpoints, and is resumed from the last
+complete checkpoint. The weights, every logged number except times, the held-out reward, and the table of samples are
+compared. Exit status 1: anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,8 +82,8 @@ def smollm2() -> dict[str, Any]:
     }
 
 
-def train(folder: Path, steps: int, method: str, task: str) -> None:
-    """Trains from the last checkpoint, if there is one; prints a line per step, and writes result.json at the end."""
+def train(folder: Path, steps: int, method: str, task: str, done: Any) -> None:
+    """Trains from the last checkpoint, if there is one; sends `done` each step, and writes result.json at the end."""
     import torch
     import transformers
 
@@ -89,12 +92,13 @@ def train(folder: Path, steps: int, method: str, task: str) -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
     torch.set_num_threads(1)
     given = TASKS[task]()
 
     class Say(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            print("step", state.global_step, flush=True)
+            done.send(state.global_step)
 
     options: dict[str, Any] = {"kl_coef": 0.05, "kl_target": 0.5, "kl_horizon": 100, "ref_mixin": 0.1}
     trainer = RLTrainer(
@@ -142,29 +146,37 @@ TASKS = {"tiny": tiny, "smollm2": smollm2}
 def run(folder: Path, args: argparse.Namespace, kills: int, chance: random.Random) -> tuple[dict[str, Any], list[int]]:
     """Runs the training, kills it a number of times, and returns its result and the steps after which it was killed."""
     steps = args.steps
-    command = [sys.executable, __file__, "--child", str(folder), "--steps", str(steps)]
-    command += ["--method", args.method, "--task", args.task]
+    processes = multiprocessing.get_context("forkserver")
     killed: list[int] = []
     targets = sorted(
         chance.sample(range(1, steps * 3 // 4), kills)
     )  # early enough that the run does not end before the last one
     while True:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert child.stdout is not None
+        seen, done = processes.Pipe(duplex=False)
+        child = processes.Process(target=train, args=(folder, steps, args.method, args.task, done))
+        child.start()
+        done.close()  # so that the child's end is the last
         target = targets[len(killed)] if len(killed) < kills else steps + 1
-        for line in child.stdout:
-            if line.startswith("step") and int(line.split()[1]) >= target:
+        for step in _received(seen):
+            if step >= target:
                 time.sleep(chance.uniform(0, 0.2))
-                if child.poll() is None:
-                    child.send_signal(signal.SIGKILL)
-                    killed.append(int(line.split()[1]))
+                if child.is_alive():
+                    child.kill()
+                    killed.append(step)
                 break
-        child.stdout.close()
-        status = child.wait()
-        if status == 0:
+        child.join()
+        seen.close()
+        if child.exitcode == 0:
             return json.loads((folder / "result.json").read_text()), killed
-        if status != -signal.SIGKILL:
-            raise RuntimeError(f"the run failed with status {status}")
+        if child.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"the run failed with status {child.exitcode}")
+
+
+def _received(seen: Any) -> Iterator[int]:
+    """Yields what a process sends until it ends."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield seen.recv()
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -181,11 +193,11 @@ def main() -> int:
     parser.add_argument("--task", choices=TASKS, default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times at which the run is killed")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child is not None:
-        train(args.child, args.steps, args.method, args.task)
-        return 0
+    # Of the processes; what one that is killed leaves behind is removed, without a word.
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
+    imports = ["torch", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer", "xpo_fast.rl"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
         other = beside.submit(run, Path(folder) / "alone", args, 0, chance)

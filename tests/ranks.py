@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What the test files import whose functions the ranks run.
+TRAINING = ["pytest", "hypothesis", "peft", "datasets", "transformers.trainer", "xpo_fast.rl", "xpo_fast.trainer"]
+
 
 def run_world(folder: Path, world: int, run: Callable[[int], Any], *, join: bool = False) -> list[Any]:
     """What run(rank) returned on each rank. A failure on one of them is an assertion's, with its traceback.
@@ -45,7 +48,7 @@ def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool) -> N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("forkserver")  # which imports once for all
-    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", *TRAINING])
     processes = [context.Process(target=_worker, args=(r, port, str(folder), world, run, join)) for r in range(world)]
     for process in processes:
         process.start()

@@ -57,9 +57,10 @@ def test_quick(tmp_path):
     }
 
 
-def test_needs_a_gpu():
-    done = run()
-    assert done.returncode == 2 and "no GPU" in done.stderr
+def test_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2 and "no GPU" in capsys.readouterr().err
 
 
 def tiny(monkeypatch, path, *names):

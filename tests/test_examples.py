@@ -40,6 +40,13 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo
 SHORT = ("dpo_loop", "hf_trainer", "trl_trainer", "liger_swap", "torchtune_loss", "openrlhf_actor")
 LONGEST = {**dict.fromkeys(SHORT, 60), "rl_loop": 81}
 SERVES = ("policy_server",)  # until it is interrupted
+# Fewer steps than a story has, where a script takes their number.
+BRIEF = {
+    "paft": ["--steps", "2"],
+    "ppo_reward_model": ["--rollouts", "2", "--reward-steps", "2"],
+    "reward_model": ["--steps", "2"],
+    "verifiable_reward": ["--steps", "2"],
+}
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> ' }}{% endfor %}"
 
 pytestmark = [
@@ -156,7 +163,7 @@ def test_as_a_script(name, model, tokenizer, monkeypatch, capsys, caplog):
         return (copy.deepcopy(model), tokenizer) if name == SMOLLM2 else load_model(name, **options)
 
     monkeypatch.setattr("xpo_fast.models.load_model", load)
-    monkeypatch.setattr("sys.argv", [name])
+    monkeypatch.setattr("sys.argv", [name, *BRIEF.get(name, [])])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever peers have to say on import
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")

@@ -52,8 +52,11 @@ LEARNS = pytest.mark.parametrize("learn", list(LEARN)[1:])
 
 
 def problem(shape="primes", with_bias=True, dtype=torch.float32, learn="trainable", spread=3.0):
-    """hidden, weight, bias (with the gradients that `learn` names), targets, chunk_tokens."""
-    n, vocab, width, chunk, ignored = SHAPES[shape]
+    """hidden, weight, bias (with the gradients that `learn` names), targets, chunk_tokens.
+
+    shape: one of SHAPES, by name or as it would stand there.
+    """
+    n, vocab, width, chunk, ignored = SHAPES.get(shape, shape)
     operands = [
         oracle.normal(n, width, seed=1, dtype=dtype),
         oracle.normal(vocab, width, seed=2, std=spread / width**0.5, dtype=dtype),
@@ -247,9 +250,9 @@ def test_weight_gradient_over_many_tiles():
 
 @BACKENDS
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
-def test_huge_logits(backend, learn):
+def test_huge_logits(backend, learn, shape="primes"):
     """Logits of ±1e4: nothing overflows, and logp of −2e4 is right to float32's own 1e-7 of it."""
-    operands, targets, chunk = problem(learn=learn)
+    operands, targets, chunk = problem(shape, learn=learn)
     with torch.no_grad():
         operands[1].mul_(1e4 / 10)
     want, wide = expected(operands, targets, {})
@@ -267,9 +270,9 @@ def test_huge_logits(backend, learn):
 
 @BACKENDS
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
-def test_padded_vocabulary(backend, learn):
+def test_padded_vocabulary(backend, learn, shape="primes"):
     """A bias of −∞ rules tokens out of policy and reference: p·log p is 0 there, not NaN."""
-    operands, targets, chunk = problem(learn=learn)
+    operands, targets, chunk = problem(shape, learn=learn)
     operands[2].detach()[-5:] = -float("inf")
     targets = torch.where(targets >= 131 - 5, 0, targets)
     options = reference("same head", operands, targets)
@@ -306,9 +309,9 @@ def test_ruled_out_by_the_policy_alone(backend):
 @BACKENDS
 @LEARNS
 @pytest.mark.parametrize("outputs", [(), STATS], ids=["logps", "stats"])
-def test_nothing_at_an_ignored_position_is_read(outputs, backend, learn):
+def test_nothing_at_an_ignored_position_is_read(outputs, backend, learn, shape="primes"):
     """Not the hidden states, nor the reference's, nor the upstream gradient: NaN there leaves no trace."""
-    operands, targets, chunk = problem(learn=learn)
+    operands, targets, chunk = problem(shape, learn=learn)
     hidden, weight, bias = operands
     ignored = targets == oracle.IGNORE
     ref = reference("same head", operands, targets)
@@ -330,8 +333,8 @@ def test_nothing_at_an_ignored_position_is_read(outputs, backend, learn):
 
 @BACKENDS
 @pytest.mark.parametrize("learn", ["frozen", "trainable"])
-def test_a_scored_nan_stays_with_its_token(backend, learn):
-    operands, targets, chunk = problem(learn=learn)
+def test_a_scored_nan_stays_with_its_token(backend, learn, shape="primes"):
+    operands, targets, chunk = problem(shape, learn=learn)
     hidden, weight, bias = operands
     bad = int((targets != oracle.IGNORE).nonzero()[3])
     with torch.no_grad():

@@ -52,11 +52,19 @@ def variant(**changes):
     return dataclasses.replace(first, **changes)
 
 
-@pytest.mark.parametrize(("target", "block"), [("sm_90", 4096), ("gfx942", 16384)])
+@triton.jit
+def held(x, out, BLOCK: tl.constexpr):
+    """out = x Σ x: all of x is there until it has been added up."""
+    lane = tl.arange(0, BLOCK)
+    row = tl.load(x + lane)
+    tl.store(out + lane, row * tl.sum(row, axis=0))
+
+
+@pytest.mark.parametrize(("target", "block"), [("sm_90", 16384), ("gfx942", 32768)])
 def test_a_spill_fails(target, block):
-    """128 logits a thread, 256 on AMD, and what is kept of each do not fit its registers."""
-    options = {"ALIGNED": False, "BLOCK": block}
-    problems = gates.compile_variant(variant(constexprs=options, num_warps=1), target).problems
+    """512 elements a thread do not fit its registers."""
+    row = gates.Variant(held, "a row", {"x": "*fp32", "out": "*fp32"}, {"BLOCK": block}, ("x", "out"), num_warps=1)
+    problems = gates.compile_variant(row, target).problems
     assert any("spills" in p for p in problems) and any("bytes of stack" in p for p in problems)
 
 

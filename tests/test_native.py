@@ -181,11 +181,14 @@ needs_nvcc = pytest.mark.skipif(nvcc is None, reason="there is no nvcc to build 
 
 @pytest.fixture(scope="session")
 def built():
-    """csrc/ built by setup.py into build/, where the next run finds it."""
+    """csrc/ built by setup.py into build/, where the next run finds it, unless what is installed is as new."""
     into = ROOT / "build" / "tests"
     into.mkdir(parents=True, exist_ok=True)
     with (into / "lock").open("w") as lock:  # test processes side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
+        installed = (ROOT / LIBRARY).parent
+        if installed.is_dir() and not (into / LIBRARY).exists():
+            shutil.copytree(installed, (into / LIBRARY).parent, copy_function=shutil.copy2, dirs_exist_ok=True)
         code, text = build(ROOT, into, XPO_FAST_CUDA="1")
     assert code == 0, text
     return into / LIBRARY
