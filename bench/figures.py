@@ -24,7 +24,7 @@ from xpo_fast.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/layouts.md", "docs/bench.md", "docs/compatibility.md")
+PAGES = ("README.md", "docs/layouts.md", "docs/bench.md", "docs/compatibility.md", "docs/fit.md", "docs/7b.md")
 BLOCK = re.compile(r"(?<=<!-- figures: )([\w-]+)( -->\n).*?(?=<!-- end of figures -->)", re.DOTALL)
 FLOOR, FLOOR_NEW = "floor: the products alone", "the same, gradients into new memory"
 
@@ -205,6 +205,49 @@ def compatibility() -> str:
     return table(["torch", "transformers", "peft", "TRL", "Liger", "Python", "outcome", ""], rows)
 
 
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def fit() -> str:
+    """Returns what was predicted of runs on the CPU, and what they took."""
+    rows = []
+    for run in read("fit-cpu")["runs"]:
+        predicted, measured = (_gib(run[name]) for name in ("predicted", "measured"))
+        rows.append([run["case"], predicted, measured, f"{run['off']:+.1%}", run["phase"]])
+    return table(["SmolLM2-135M, float32, CPU", "predicted, GiB", "measured, GiB", "off", "largest in"], rows)
+
+
+def fit_published() -> str:
+    """Returns what was predicted of runs whose peaks others have published, by owner."""
+    owners = ("weights", "optimizer", "gradients", "activations", "head")
+    rows = []
+    for run in read("fit-7b")["published"]:
+        off = f"{run['alive'] / 2**30 / run['published'] - 1:+.1%}"
+        parts = (_gib(run["columns"][name]) for name in owners)
+        rows.append([run["name"], f"{run['published']:.1f}", _gib(run["alive"]), off, *parts])
+    return table(["Llama 3.1 8B", "published, GiB", "predicted", "off", *owners], rows)
+
+
+def seven() -> str:
+    """Returns the recipes of a 7B or 8B model on one GPU."""
+    owners = ("weights", "optimizer", "activations", "head", "allocator", "runtime")
+    rows = []
+    for run in read("fit-7b")["recipes"]:
+        parts = (_gib(run["columns"][name]) for name in owners)
+        peak = f"**{_gib(run['peak'])}** of {run['memory'] // 2**30}{'' if run['fits'] else ', does not fit'}"
+        rows.append([f"{run['name']}: {run['shape']}", peak, *parts, f"{run['minutes']:.0f} ({run['card']})"])
+    return table(["GiB", "peak", *owners, "minutes per 1,000 pairs"], rows)
+
+
+def seven_commands() -> str:
+    """Returns the commands of these recipes."""
+    lines = []
+    for run in read("fit-7b")["recipes"]:
+        lines += [f"# {run['name']}", f"xpo-fast train --model MODEL --data pairs.jsonl --method dpo {run['options']}"]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
 BLOCKS = {
     "head": head,
     "steps": steps,
@@ -213,6 +256,10 @@ BLOCKS = {
     "precision": precision,
     "bench": bench,
     "compatibility": compatibility,
+    "fit": fit,
+    "fit-published": fit_published,
+    "seven": seven,
+    "seven-commands": seven_commands,
 }
 
 

@@ -11,7 +11,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
 
 from xpo_fast.cli.doctor import versions
 from xpo_fast.files import write_json
@@ -29,33 +32,46 @@ FULL: dict[str, Any] = {"full": True, "lora": None}
 PAIRS: dict[str, Any] = {"units": ((512, (512, 512)),), "layout": "auto", "eval_batch_size": 1}
 BACKWARD: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
 
-# Of docs/7b.md: the memory in GiB, the command's options behind model and data, and the fields of the question.
-RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "LoRA, DPO, 24 GiB": (24, "--gradient-checkpointing --batch-size 2", CHECKPOINTED | {"batch_size": 2}),
-    "QLoRA, DPO, 16 GiB": (
+# Dense bfloat16 products with float32 sums, TFLOP/s, by the vendor's data sheets; a run reaches about SHARE of it.
+CARDS = {"RTX 4090": 165, "RTX 4080": 97, "RTX 3060": 25, "RTX A6000": 155, "A100 80GB": 312}
+SHARE = 0.4
+
+
+class Recipe(NamedTuple):
+    """A run of docs/7b.md: its memory in GiB, a card, a shape, options behind model and data, the question's fields."""
+
+    memory: int
+    card: str
+    shape: str
+    options: str
+    fields: dict[str, Any]
+
+
+_LORA = "--gradient-checkpointing --batch-size"
+_FULL = (
+    "--full --dtype bfloat16 --reference cached --optim adafactor --optimizer-in-backward --max-grad-norm 0 "
+    "--gradient-checkpointing --batch-size"
+)
+_FULL_FIELDS = FULL | BACKWARD | CHECKPOINTED | {"optim": "adafactor", "reference": "cached"}
+RECIPES = {
+    "LoRA, 24 GiB": Recipe(24, "RTX 4090", "llama-3.1-8b", f"{_LORA} 2", CHECKPOINTED | {"batch_size": 2}),
+    "QLoRA, 16 GiB": Recipe(
         16,
-        "--quantize 4bit --gradient-checkpointing --batch-size 2",
+        "RTX 4080",
+        "llama-3.1-8b",
+        f"--quantize 4bit {_LORA} 2",
         CHECKPOINTED | {"quantize": "4bit", "batch_size": 2},
     ),
-    "QLoRA, DPO, 12 GiB": (
+    "QLoRA, 12 GiB": Recipe(
         12,
-        "--quantize 4bit --gradient-checkpointing --batch-size 1 --tile-mib 512",
+        "RTX 3060",
+        "llama-3.1-8b",
+        f"--quantize 4bit {_LORA} 1 --tile-mib 512",
         CHECKPOINTED | {"quantize": "4bit", "batch_size": 1, "tile_mib": 512},
     ),
-    "full, DPO, 80 GiB": (
-        80,
-        "--full --dtype bfloat16 --reference cached --optim adafactor --optimizer-in-backward --max-grad-norm 0 "
-        "--gradient-checkpointing --batch-size 2",
-        FULL | BACKWARD | CHECKPOINTED | {"optim": "adafactor", "reference": "cached", "batch_size": 2},
-    ),
-    "full, DPO, 48 GiB, Qwen2.5-3B": (
-        48,
-        "--full --dtype bfloat16 --reference cached --optim adafactor --optimizer-in-backward --max-grad-norm 0 "
-        "--gradient-checkpointing --batch-size 1 --tile-mib 512",
-        FULL
-        | BACKWARD
-        | CHECKPOINTED
-        | {"optim": "adafactor", "reference": "cached", "batch_size": 1, "tile_mib": 512},
+    "full, 80 GiB": Recipe(80, "A100 80GB", "llama-3.1-8b", f"{_FULL} 2", _FULL_FIELDS | {"batch_size": 2}),
+    "full, 48 GiB": Recipe(
+        48, "RTX A6000", "mistral-7b", f"{_FULL} 1 --tile-mib 512", _FULL_FIELDS | {"batch_size": 1, "tile_mib": 512}
     ),
 }
 
@@ -73,12 +89,18 @@ PUBLISHED: dict[str, tuple[float, dict[str, Any]]] = {
     "QLoRA": (7.4, CHECKPOINTED | {"quantize": "4bit"}),
     "full, paged 8-bit AdamW in the backward": (
         18.9,
-        FULL
-        | BACKWARD
-        | CHECKPOINTED
-        | {"optim": "paged_adamw_8bit", "trained_dtype": "bfloat16"},
+        FULL | BACKWARD | CHECKPOINTED | {"optim": "paged_adamw_8bit", "trained_dtype": "bfloat16"},
     ),
 }
+
+
+def _minutes(recipe: Recipe) -> float:
+    """Returns minutes per 1,000 pairs: 8 FLOP per weight and token, with the reference and what is computed again."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape(recipe.shape)).parameters())
+    prompt, completions = PAIRS["units"][0]
+    flop = 8 * weights * (prompt + sum(completions)) * 1000
+    return flop / (SHARE * CARDS[recipe.card] * 1e12) / 60
 
 
 def entry(name: str, found: Prediction, began: float) -> dict[str, Any]:
@@ -103,15 +125,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     llama, recipes, published = shape("llama-3.1-8b"), [], []
-    for name, (memory, options, fields) in RECIPES.items():
+    for name, recipe in RECIPES.items():
         began = time.perf_counter()
-        given: dict[str, Any] = {"config": llama, "lora": default_lora(), "memory": memory * GIB} | PAIRS | fields
-        found = predict(Question(**given))
-        recipes.append(entry(name, found, began) | {"memory": memory * GIB, "options": options})
-        print(
-            f"{name:<44} {found.peak / GIB:6.2f} of {memory} GiB: {'fits' if found.fits else 'does not fit'}",
-            flush=True,
-        )
+        config = shape(recipe.shape)
+        given: dict[str, Any] = {"config": config, "lora": default_lora(), "memory": recipe.memory * GIB}
+        found = predict(Question(**given | PAIRS | recipe.fields))
+        about = {**recipe._asdict(), "memory": recipe.memory * GIB, "minutes": _minutes(recipe)}
+        recipes.append(entry(name, found, began) | {k: v for k, v in about.items() if k != "fields"})
+        fits = "fits" if found.fits else "does not fit"
+        print(f"{name:<44} {found.peak / GIB:6.2f} of {recipe.memory} GiB: {fits}", flush=True)
     for name, (peak, fields) in PUBLISHED.items():
         began = time.perf_counter()
         given = {"config": llama, "lora": _torchtune_lora(), "memory": 24 * GIB} | PACKED | fields

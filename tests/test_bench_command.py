@@ -57,7 +57,7 @@ def test_every_loss_is_right_before_it_is_timed(tmp_path, capsys):
             if name in ("xpo_fast, triton", "xpo_fast, cuda"):
                 assert "pass backend=" in r["missing"]
             elif "missing" not in r:
-                assert len(r["samples_ms"]) == 2 and r["over_floor"] > 0 and "failed" not in r, (case, name, r)
+                assert len(r["samples_ms"]) in (1, 2) and r["over_floor"] > 0 and "failed" not in r, (case, name, r)
                 if r["ours"] or ("gemms" in r and not name.startswith(("floor", "the same"))):
                     assert r["wrong"] == [] and 0 < r["errors"]["hidden_grad"] < 1e-4, (case, name, r)
     assert text.read_text() == capsys.readouterr().out.rstrip("\n") + "\n"

@@ -218,7 +218,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
 
 
 COMMANDS = (
-    *("train", "check", "reward", "eval-reward", "rl", "recipe", "report", "chat", "merge"),
+    *("train", "check", "fit", "reward", "eval-reward", "rl", "recipe", "report", "chat", "merge"),
     *("methods", "doctor", "tune", "bench", "help", "completion"),
 )
 
@@ -554,7 +554,7 @@ def test_names_of_trl_for_reward():
         ("train", "--hub_token t", "set HF_TOKEN"),
         ("train", "--desirable_weight 2", "dpo has no hyperparameter lambda_d; it has beta, label_smoothing"),
         ("train", "--f_divergence_type js_divergence", "--method f_dpo --set divergence="),
-        ("train", "--num_generations 4", "xpo-fast check and xpo-fast rl have it, xpo-fast train has not"),
+        ("train", "--num_generations 4", "xpo-fast check and xpo-fast fit and xpo-fast rl have it, xpo-fast train has not"),
         ("train", "--neftune_noise_alpha 5", "train from Python: xpo_fast.trainer.XPOConfig"),
         ("train", "--deepspeed ds.json", "accelerate launch"),
         ("rl", "--loss_type cispo --epsilon 0.2", "cispo is capped by --epsilon_high alone"),
@@ -610,7 +610,7 @@ def test_loss_types_are_those_of_the_table_of_conversions():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "no command named 'trian'; did you mean train? There are train, check, reward"),
+        (["trian"], "no command named 'trian'; did you mean train? There are train, check, fit, reward"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?"),
         (["train", "--data", "x", "--lerning-rate", "1"], "did you mean --learning_rate"),
         (["train", "--data", "x", "--max-step=1"], "did you mean --max-steps"),

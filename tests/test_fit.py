@@ -285,7 +285,9 @@ def test_every_lever_takes_less():
     assert peak_of(**long | {"batch_size": 2}) < plain
     assert peak_of(**long, layout="shared") < plain
     short = {"units": ((8, (8, 8)),), "batch_size": 1}
-    packed = [predict.predict(question(6, quantize=bits, **short)).phases[0].owners[FROZEN] for bits in ("4bit", "8bit")]
+    packed = [
+        predict.predict(question(6, quantize=bits, **short)).phases[0].owners[FROZEN] for bits in ("4bit", "8bit")
+    ]
     assert packed[0] < packed[1]
     full = FULL | short
     assert peak_of(**full, optim="adafactor") < peak_of(**full, optim="adamw_8bit") < peak_of(**full)

@@ -62,12 +62,10 @@ def from_json(found: dict[str, Any]) -> Question:
         names = ["task_type", "r", "lora_alpha", "lora_dropout", "target_modules"]
         lora = LoraConfig(**{name: found["lora"][name] for name in names})
     units = tuple((prompt, tuple(completions)) for prompt, completions in found["units"])
-    more: dict[str, Any] = {
-        "config": AutoConfig.for_model(config.pop("model_type"), **config),
-        "lora": lora,
-        "units": units,
-    }
-    return Question(**found | more | {"objectives": tuple(found["objectives"])})
+    of: Any = AutoConfig.for_model(config.pop("model_type"), **config)
+    made: dict[str, Any] = {"config": of, "lora": lora, "units": units, "objectives": tuple(found["objectives"])}
+    make: Any = Question
+    return make(**{**found, **made})
 
 
 def main() -> None:
