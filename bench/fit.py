@@ -10,6 +10,7 @@ memory of that process, or what torch has reserved on the GPU.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -64,12 +65,19 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", help="names of cases, or beginnings of them (default: all)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --json FILE has measured, and measure the rest"
+    )
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of each run")
     args = parser.parse_args()
     names = [*CASES, *(ON_GPU if args.device == "cuda" else ())]
     if args.cases:
         names = [name for name in names if name.startswith(tuple(args.cases))]
     results: list[dict[str, Any]] = []
+    if args.resume and args.json.is_file():
+        before = json.loads(args.json.read_text(encoding="utf-8"))["runs"]
+        results = [run for run in before if "failed" not in run and run["case"] in CASES | ON_GPU]
+        names = [name for name in names if name not in {run["case"] for run in results}]
     print(f"{'':<52}{'predicted':>11}{'measured':>11}{'off':>8}")
     for name in names:
         asked, began = question(name, args.device), time.perf_counter()
@@ -86,6 +94,7 @@ def main() -> int:
             peak = measured.get("reserved", measured["peak"])
             results.append(entry | {"measured": peak, "off": predicted / peak - 1, **measured})
             print(f"{name:<52}{predicted / 2**20:>11.0f}{peak / 2**20:>11.0f}{predicted / peak - 1:>+8.1%}", flush=True)
+        results.sort(key=lambda run: [*CASES, *ON_GPU].index(run["case"]))
         write_json(args.json, {"versions": versions(), "device": args.device, "runs": results})
     return int(any("failed" in x or abs(x["off"]) > 0.1 for x in results))
 

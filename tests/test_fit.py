@@ -356,6 +356,7 @@ def test_wrong_questions():
         ({"command": "tune"}, "command"),
         (FULL | {"quantize": "4bit"}, "quantize"),
         ({"memory": 0}, "memory"),
+        ({"command": "rl", "method": "grpo", "tokens_per_batch": 100}, "tokens_per_batch"),
     ):
         with pytest.raises(ValueError, match=named):
             question(**fields)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from ..layouts import Layout, attention
 
 _PRODUCTS = {linear, torch.matmul, torch.bmm, torch.mm, torch.addmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 
@@ -78,6 +82,18 @@ class AsOnDevice(TorchFunctionMode):
                 attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
         out: Any = _Attention.apply(query, key, value, attn_mask)
         return out
+
+
+@contextlib.contextmanager
+def one_kernel() -> Iterator[None]:
+    """Lets a layout's attention be one call over the sequence, as FlexAttention is on CUDA: no copies, and no mask."""
+
+    def plan(layout: Layout, *_: Any, **__: Any) -> attention.Plan:
+        whole = sum(map(len, layout.segments))
+        return attention.Plan((whole,), (attention.Call((0,), (((0, 0, whole),),), None),))
+
+    with patch.object(attention, "plan", plan):
+        yield
 
 
 class _Attention(torch.autograd.Function):

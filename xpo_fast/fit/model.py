@@ -82,7 +82,10 @@ def _on_meta(question: Question) -> Any:
 
     config = copy.deepcopy(question.config)
     dtype = getattr(torch, question.trained_dtype if question.full else question.dtype)
-    how = {} if question.attention is None else {"attn_implementation": question.attention}
+    name = question.attention
+    if name is not None and name.startswith(("flash", "flex")):
+        name = "sdpa"  # which is counted as flash attention, and needs no package
+    how = {} if name is None else {"attn_implementation": name}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
         if question.quantize:

@@ -31,7 +31,7 @@ from ..trainer.in_backward import StepsInBackward
 from ..trainer.reference import LiveReference, batch_logps, choose, row_logps
 from . import model as models
 from . import optimizers
-from .functions import AsOnDevice
+from .functions import AsOnDevice, one_kernel
 from .head import Planned, Tiles
 from .offload import offloading
 from .question import Question
@@ -49,7 +49,8 @@ def record(question: Question, *, quick: bool = False) -> Trace:
     trace = Trace()
     trace.phase("weights")
     run = {"train": Preferences, "reward": Rewards, "rl": Rollouts}[question.command](question, trace)
-    with torch.random.fork_rng(), run.functions, run.recorder:
+    alone = one_kernel() if question.device == "cuda" else contextlib.nullcontext()
+    with torch.random.fork_rng(), alone, run.functions, run.recorder:
         run.phases(quick=quick)
     if trace.phases[-1][0] == len(trace.events):
         trace.phases.pop()
@@ -135,12 +136,12 @@ class Run:
             return LiveReference(strategy, self.model, accelerator, "auto", handed_over)
 
     def _make_state(self) -> None:
-        """Makes the state of the optimizer, as a step before has made it."""
+        """Makes the state of the optimizer, as a step before has made it, weight by weight."""
         with self.recorder.labelled(OPTIMIZER):
             for p in self.trained:
                 p.grad = torch.empty_like(p)
-            self._optimizer().step()
-            self._optimizer().zero_grad()
+                self._optimizer().step()
+                p.grad = None
 
     def _optimizer(self) -> Any:
         if self.optimizer is None:

@@ -64,6 +64,8 @@ class Question:
         for name in ("batch_size", "eval_batch_size", "grad_accum", "ranks", "generations", "prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.command == "rl" and self.tokens_per_batch is not None:
+            raise ValueError("tokens_per_batch: batches of rl are counted by batch_size: leave tokens_per_batch out")
         if self.memory is not None and self.memory <= 0:
             raise ValueError(f"memory must be positive, got {self.memory}")
 
