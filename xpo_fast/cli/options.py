@@ -32,7 +32,7 @@ TRAINER_ARGUMENTS = (
     *("tf32", "run_name", "project", "full_determinism", "log_level", "disable_tqdm", "ddp_timeout", "save_only_model"),
 )
 # Options that config.yaml leaves out: how a run was started, and what is secret.
-NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "debug", "api_key")
+NOT_OF_A_RUN = ("help", "run", "config", "resume", "overwrite", "dry_run", "fit", "debug", "api_key")
 
 
 def columns(text: str) -> dict[str, str]:
