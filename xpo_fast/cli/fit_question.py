@@ -187,7 +187,8 @@ def _dtype(args: argparse.Namespace, config: Any, device: str) -> str:
     saved = getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
     if device == "cuda":
         return precision.name_of(saved)
-    return precision.name_of(precision.resolve("auto", saved, torch.device("cpu")))  # type: ignore[arg-type]
+    chosen = precision.resolve("auto", saved, torch.device("cpu"))
+    return chosen if isinstance(chosen, str) else precision.name_of(chosen)
 
 
 def _optimizer(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -196,8 +197,8 @@ def _optimizer(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     default = TrainingArguments.__dataclass_fields__["optim"].default
     more = dict(getattr(args, "train", [])).get("optim_args") or ""
-    pairs = [x.split("=") for x in str(more).replace(" ", "").split(",") if "=" in x]
-    return args.optim or str(getattr(default, "value", default)), dict(pairs)  # type: ignore[arg-type]
+    pairs = (x.partition("=") for x in str(more).replace(" ", "").split(",") if "=" in x)
+    return args.optim or str(getattr(default, "value", default)), {name: value for name, _, value in pairs}
 
 
 def tokenizer_of(args: argparse.Namespace) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .allocators import peaks
 from .model import FROZEN, REFERENCE, TRAINED
-from .phases import CACHE_OF_KEYS, OPTIMIZER, record
+from .phases import OPTIMIZER, record
 from .question import Question
 from .trace import GRADIENTS, Trace
 
@@ -363,9 +363,3 @@ def longest_rows(whole: Prediction) -> Prediction | None:
 def _batched(question: Question, count: int) -> Question:
     both = min(count, question.eval_batch_size) if question.command != "rl" else question.eval_batch_size
     return dataclasses.replace(question, batch_size=count, eval_batch_size=max(both, 1), tokens_per_batch=None)
-
-
-def shown(owners: Sequence[str]) -> list[str]:
-    """Returns the owners in the order of tables."""
-    order = [TRAINED, FROZEN, GRADIENTS, OPTIMIZER, REFERENCE, CACHE_OF_KEYS]
-    return sorted(owners, key=lambda name: (order.index(name) if name in order else len(order), name))

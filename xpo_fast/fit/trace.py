@@ -133,8 +133,9 @@ class Recorder(TorchDispatchMode):
             with tile:
                 out = self._shapes(func, args, kwargs)
         contents = _tensors((real,)) if known else repeat(None)
-        for x, values in zip(_tensors((out,)), contents, strict=False):
-            x._contents = values  # type: ignore[attr-defined]
+        made: Iterator[Any] = _tensors((out,))
+        for x, values in zip(made, contents, strict=False):
+            x._contents = values
             self.record(x)
         if self.on_cpu and torch.is_grad_enabled():
             self._add_node()

@@ -178,8 +178,8 @@ def words(vocab: int) -> Any:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab)}, unk_token=f"t{_EOS - 1}"))
-    made.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    made: Any = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab)}, unk_token=f"t{_EOS - 1}"))
+    made.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token=f"t{_EOS}", pad_token="t0", unk_token=f"t{_EOS - 1}"
     )
