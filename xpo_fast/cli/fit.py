@@ -98,9 +98,7 @@ def run(args: argparse.Namespace) -> int:
     question, mean = _question(args)
     whole, found = answer(question, say=print, words=model_in_words(args), args=args)
     if mean is not None and whole.fits is not None:
-        from ..fit.predict import Estimates
-
-        usual = Estimates(whole).peak(dataclasses.replace(question, units=(mean,)))
+        usual = whole.estimates.peak(dataclasses.replace(question, units=(mean,)))
         print(f"batches of mean length ({mean[0] + max(mean[1])} tokens): about {size(int(usual))}")
     if args.plot:
         from ..fit.table import plot

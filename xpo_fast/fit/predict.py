@@ -60,6 +60,11 @@ class Prediction:
         """The phase with the largest peak."""
         return max(self.phases, key=lambda phase: phase.peak)
 
+    @functools.cached_property
+    def estimates(self) -> Estimates:
+        """Estimates of runs like this one, which share what they are scaled by."""
+        return Estimates(self)
+
     @property
     def peak(self) -> int:
         """Bytes at the largest peak."""
@@ -259,7 +264,7 @@ class Proposal:
 
 def propose(whole: Prediction) -> tuple[Proposal | None, list[tuple[Change, int]]]:
     """Returns the cheapest changes after which the run fits, or None; and what each change does alone."""
-    question, estimates = whole.question, Estimates(whole)
+    question, estimates = whole.question, whole.estimates
     assert question.memory is not None
     alone = [
         (change, int(estimates.peak(dataclasses.replace(question, **change.fields)))) for change in changes(question)
@@ -303,7 +308,7 @@ def spares(prediction: Prediction) -> bool:
 
 def largest_batch(whole: Prediction) -> Prediction | None:
     """Returns the prediction of about the largest micro-batch that fits; None: not even one unit does."""
-    question, estimates = whole.question, Estimates(whole)
+    question, estimates = whole.question, whole.estimates
     assert question.memory is not None
     room = len(question.units) if len(question.units) > 1 else 4096
     count = _count_of(lambda n: estimates.peak(_batched(question, n)), int((1 - SPARE) * question.memory), room)
@@ -337,7 +342,7 @@ def _count_of(peak: Callable[[int], float], memory: int, most: int) -> int:
 
 def longest_rows(whole: Prediction) -> Prediction | None:
     """Returns the prediction of one unit with rows as long as fit, all of equal length; None: no row fits."""
-    question, estimates = whole.question, Estimates(whole)
+    question, estimates = whole.question, whole.estimates
     assert question.memory is not None
     one = _batched(question, 1)
     prompt, completions = question.units[0]
