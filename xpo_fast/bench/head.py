@@ -8,7 +8,7 @@ repeat.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +22,12 @@ from .work import DTYPES, FLOOR, Record, Settings, Work, chosen, timed
 FLOOR_NEW = "the same, gradients into new memory"
 BATCHES = 3  # used in turn by the repeats
 SLOW = 10.0  # times as long as the floor: of such a contender one sample tells enough
-SHAPE = Shape(256, 576, 49152)  # of every loss
-WIDE = Shape(128, 2048, 32768)  # of the losses in WIDE_CASES
+SHAPE = Shape(128, 576, 49152)  # of every loss
+WIDE = Shape(64, 2048, 32768)  # of the losses in WIDE_CASES
 WIDE_CASES = ("frozen", "dpo")
+# They compile anew for each case, or take thirty times the floor, and their log-probs know nothing of the loss: measured
+# in WIDE_CASES alone, unless they are asked for.
+COSTLY = ("torch.compile", "CCE, torch.compile", "torch linear_cross_entropy, chunked")
 QUICK_SHAPE = Shape(64, 40, 1009)
 SWEEP_CONTENDERS = ("materialised", "TRL", "Liger")
 
@@ -63,7 +66,10 @@ class Problem:
 
 
 def works(settings: Settings) -> Iterator[Work]:
-    """Yields the cases of the suite `losses`: every loss at one shape, two of them at a wide one, or as asked for."""
+    """Yields the cases of the suite `losses`: every loss at one shape, two of them at a wide one, or as asked for.
+
+    Contenders in COSTLY are measured in these two losses.
+    """
     if settings.quick:
         shapes = {QUICK_SHAPE: tuple(CASES)}
     elif settings.shapes:
@@ -72,18 +78,18 @@ def works(settings: Settings) -> Iterator[Work]:
         shapes = {SHAPE: tuple(CASES), WIDE: WIDE_CASES}
     for shape, names in shapes.items():
         for dtype in _dtypes(settings):
-            compiled = set()  # what torch.compile has made code for by then
             for name in chosen(names, settings):
                 case = CASES[name]
                 length = round(shape.scored / ROWS / (1 - case.prompt_share))
                 problem = Problem(name, case, length, shape.width, shape.vocab, dtype)
                 title = f"{name}, {dtype}, {shape}"
-                wanted = [c for c in make_contenders(case) if settings.wants(c)]
+                all_of_them = settings.contenders or name in WIDE_CASES
+                wanted = tuple(
+                    c for c in make_contenders(case) if settings.wants(c) and (all_of_them or c not in COSTLY)
+                )
                 estimate_s = _estimate_s(problem, wanted, settings.repeats)
-                if (kind := (case.train_head, case.prompt_share)) not in compiled:
-                    compiled.add(kind)
-                    estimate_s += COMPILING_S * sum("compile" in c for c in wanted)
-                yield Work("losses", title, estimate_s, functools.partial(run, problem, settings))
+                estimate_s += COMPILING_S * sum("compile" in c for c in wanted)
+                yield Work("losses", title, estimate_s, functools.partial(run, problem, settings, wanted))
 
 
 def _dtypes(settings: Settings) -> tuple[str, ...]:
@@ -118,7 +124,7 @@ def _with(problem: Problem, **changes: object) -> Problem:
     return Problem(**{**vars(problem), **changes})  # pyright: ignore[reportArgumentType]
 
 
-def _estimate_s(problem: Problem, contenders: list[str], repeats: int) -> float:
+def _estimate_s(problem: Problem, contenders: Sequence[str], repeats: int) -> float:
     floor_s = problem.case.floor_gemms * problem.shape.gemm_flop / RATE
     prompts = 1 / (1 - problem.case.prompt_share)
     over = 1 + sum(TIMES.get(name, 1.5) * (1 if name.startswith("xpo_fast") else prompts) for name in contenders)
@@ -151,7 +157,7 @@ def run(
         if not records[name].get("wrong") and "failed" not in records[name]:
             calls[name] = made.call
     del truth
-    floors = _floors(batches[0], problem.case, alone=only is not None)
+    floors = _floors(batches[0], problem.case, alone=point is not None)
     records = {n: {"contender": n, "ours": False, "gemms": f.gemms} for n, f in floors.items()} | records
     for floor in floors.values():
         floor.call(batches[0])  # the others' first calls, some of which compiled, were the checks

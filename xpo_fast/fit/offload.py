@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..models.lm_head import causal_lm
-from ..trainer.offload import LEAST_BYTES, WINDOW_BYTES
+from ..trainer.offload import LEAST_BYTES, WINDOW_BYTES, saving_by
 from .trace import Recorder
 
 _LABEL = "activations on their way"
@@ -53,23 +53,10 @@ def offloading(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Leaves on the device what `trainer.offload.offloading` does, but what is fetched ahead of the backward."""
     lm = causal_lm(model)
     stay = {x.untyped_storage()._cdata for x in (*lm.parameters(), *lm.buffers())}
-    open_: list[Any] = []
 
-    def begin(*_: Any) -> None:
+    def hooks() -> saved_tensors_hooks:
         window = _Window(stay, recorder)
-        hooks: Any = (
-            saved_tensors_hooks(window.pack, window.unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
-        )
-        hooks.__enter__()
-        open_.append(hooks)
+        return saved_tensors_hooks(window.pack, window.unpack)
 
-    def end(*_: Any) -> None:
-        open_.pop().__exit__(None, None, None)
-
-    decoder = lm.get_decoder()
-    handles = [decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end, always_call=True)]
-    try:
+    with saving_by(hooks, lm):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -188,22 +188,31 @@ def offloading(model: nn.Module, copies: Copies) -> Iterator[None]:
     model: a causal LM of transformers on the device of `copies`; it may be a PEFT model, or wrapped later.
     """
     lm = causal_lm(model)
-    decoder = lm.get_decoder()
+
+    def hooks() -> saved_tensors_hooks:
+        own = (x for x in (*lm.parameters(), *lm.buffers()) if x.layout is torch.strided)
+        forward = Forward(copies, {x.untyped_storage().data_ptr() for x in own})
+        return saved_tensors_hooks(forward.pack, forward.unpack)
+
+    with saving_by(hooks, lm):
+        yield
+
+
+@contextlib.contextmanager
+def saving_by(hooks: Callable[[], saved_tensors_hooks], lm: Any) -> Iterator[None]:
+    """Enters `hooks()` for what autograd saves in the decoder, in every forward with gradient inside the block."""
     open_: list[contextlib.AbstractContextManager] = []
 
     def begin(*_: Any) -> None:
-        hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if torch.is_grad_enabled():
-            own = (x for x in (*lm.parameters(), *lm.buffers()) if x.layout is torch.strided)
-            forward = Forward(copies, {x.untyped_storage().data_ptr() for x in own})
-            hooks = saved_tensors_hooks(forward.pack, forward.unpack)
-        hooks.__enter__()
-        open_.append(hooks)
+        saving = hooks() if torch.is_grad_enabled() else contextlib.nullcontext()
+        saving.__enter__()
+        open_.append(saving)
 
     def end(*_: Any) -> None:
         if open_:  # not if another hook raised before
             open_.pop().__exit__(None, None, None)
 
+    decoder = lm.get_decoder()
     handles = [decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end, always_call=True)]
     try:
         yield
