@@ -459,7 +459,7 @@ def test_the_command_says_what_to_change(capsys):
         (["--optim", "stable_adamw", "--memory", "8GiB"], "does not know what it keeps"),
         (["--data", "x.jsonl", "--memory", "8GiB"], "measured by the model's tokenizer"),
         (["--method", "no_such"], "no_such"),
-        (["--plot", "no/such/folder/x.png"], "--plot"),
+        (["--plot", f"{__file__}/x.png"], "--plot"),
     ],
 )
 def test_mistakes(words, named, capsys):

@@ -25,8 +25,8 @@ SLOW = 10.0  # times as long as the floor: of such a contender one sample tells 
 SHAPE = Shape(128, 576, 49152)  # of every loss
 WIDE = Shape(64, 2048, 32768)  # of the losses in WIDE_CASES
 WIDE_CASES = ("frozen", "dpo")
-# They compile anew for each case, or take thirty times the floor, and their log-probs know nothing of the loss: measured
-# in WIDE_CASES alone, unless they are asked for.
+# They compile anew for each case, or take thirty times the floor, and their log-probs know nothing of the loss: only in
+# WIDE_CASES are they measured without being asked for.
 COSTLY = ("torch.compile", "CCE, torch.compile", "torch linear_cross_entropy, chunked")
 QUICK_SHAPE = Shape(64, 40, 1009)
 SWEEP_CONTENDERS = ("materialised", "TRL", "Liger")

@@ -111,7 +111,7 @@ def _errors(cases: Mapping[str, Sequence[Record]], path: Path) -> Path | None:
         )
         axis.invert_yaxis()
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return _save(figure, path)
 
 

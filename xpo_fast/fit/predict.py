@@ -24,6 +24,8 @@ _TRAINER = 80 * 2**20
 RUNTIME = {"cuda": "CUDA context and kernels (assumed)", "cpu": "Python, torch and transformers"}
 SLACK = "kept by the allocator"
 SPARE = 0.03  # of the memory, which is left free by what is proposed
+_LASTING = (*RUNTIME.values(), TRAINED, FROZEN, REFERENCE, OPTIMIZER, GRADIENTS)  # whatever the batch
+_NEAR, _TRIES = 0.94, 4  # the share of the memory, without the spare, that ends a search; and predictions of one
 _DEPTHS = 2, 4  # layers of the models by which others are estimated
 _PARTED = {
     "ddp": (),
@@ -308,61 +310,49 @@ def spares(prediction: Prediction) -> bool:
 
 def largest_batch(whole: Prediction) -> Prediction | None:
     """Returns the prediction of about the largest micro-batch that fits; None: not even one unit does."""
-    question, estimates = whole.question, whole.estimates
-    assert question.memory is not None
+    question = whole.question
     room = len(question.units) if len(question.units) > 1 else 4096
-    count = _count_of(lambda n: estimates.peak(_batched(question, n)), int((1 - SPARE) * question.memory), room)
-    for _ in range(3):
-        found = predict(_batched(question, count), quick=True)
-        if found.fits:
-            return found
-        if count == 1:
-            return None
-        count = max(min(count - 1, int(count * (1 - SPARE) * question.memory / found.peak)), 1)
-    return None
-
-
-def _count_of(peak: Callable[[int], float], memory: int, most: int) -> int:
-    """Returns about the largest count, of 1 … most, whose peak is at most `memory`; it is a line from some count on."""
-    low, high = min(4, most), min(12, most)
-    first = peak(low)
-    if low == high:
-        return low if first <= memory else 1
-    second = peak(high)
-    for _ in range(2):
-        each = max((second - first) / (high - low), 1.0)
-        count = max(min(int(high + (memory - second) / each), most), 1)
-        if abs(count - high) <= max(1, high // 16):
-            break
-        low, first, high, second = high, second, count, peak(count)
-        if low == high:
-            break
-    return count
+    return _largest(whole, lambda count: _batched(question, count), now=len(question.rows), most=room)
 
 
 def longest_rows(whole: Prediction) -> Prediction | None:
     """Returns the prediction of one unit with rows as long as fit, all of equal length; None: no row fits."""
-    question, estimates = whole.question, whole.estimates
-    assert question.memory is not None
-    one = _batched(question, 1)
-    prompt, completions = question.units[0]
-    longest = int(getattr(question.config.get_text_config(), "max_position_embeddings", None) or 1 << 17)
+    one = _batched(whole.question, 1)
+    prompt, completions = whole.question.units[0]
+    longest = int(getattr(one.config.get_text_config(), "max_position_embeddings", None) or 1 << 17)
+    tokens = prompt + sum(completions)
 
-    def of(factor: float) -> Question:
+    def of(count: int) -> Question:
+        factor = count / tokens
         scaled = (max(int(prompt * factor), 1), tuple(max(int(n * factor), 1) for n in completions))
         return dataclasses.replace(one, units=(scaled,))
 
-    here = prompt + max(completions)
-    count = _count_of(
-        lambda n: estimates.peak(of(n / 4)), int((1 - SPARE) * question.memory), max(4 * longest // here, 1)
-    )
-    factor = count / 4
-    for _ in range(3):
-        found = predict(of(factor), quick=True)
+    now = sum(prompt + sum(completions) for prompt, completions in whole.question.rows)
+    return _largest(whole, of, now=now, most=tokens * longest // (prompt + max(completions)))
+
+
+def _largest(whole: Prediction, of: Callable[[int], Question], *, now: int, most: int) -> Prediction | None:
+    """Returns the prediction of of(n) with about the largest n of 1 … most that fits; None: none was found.
+
+    What grows with n is taken to be a line: at first through what `whole`, whose n is `now`, takes beside weights and
+    their states, then through the last two predictions.
+    """
+    assert whole.question.memory is not None
+    aim, best = (1 - SPARE) * whole.question.memory, None
+    before, last = (0, sum(whole.largest.owners.get(name, 0) for name in _LASTING)), (now, whole.peak)
+    low, high = 0, most + 1  # what fits, and what does not
+    for _ in range(_TRIES):
+        slope = max((last[1] - before[1]) / (last[0] - before[0]), 1.0)
+        count = max(min(int(last[0] + (aim - last[1]) / slope), high - 1), low + 1)
+        found = predict(of(count), quick=True)
         if found.fits:
-            return found
-        factor *= 0.98 * min((1 - SPARE) * question.memory / found.peak, 1.0)
-    return None
+            low, best = count, found
+        else:
+            high = count
+        if high - low < 2 or aim * _NEAR <= found.peak <= whole.question.memory:
+            break
+        before, last = last, (count, found.peak)
+    return best
 
 
 def _batched(question: Question, count: int) -> Question:

@@ -113,5 +113,6 @@ def plot(prediction: Prediction, file: Path, title: str) -> None:
     axes.margins(x=0.08)
     axes.set_title(title, fontsize=10)
     axes.legend(ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.25), frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
