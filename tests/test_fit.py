@@ -470,14 +470,26 @@ def test_mistakes(words, named, capsys):
     assert code == 2 and named in capsys.readouterr().err
 
 
-def test_training_is_refused_where_it_will_not_fit(tmp_path, monkeypatch, capsys):
+RUNS = {
+    "train": "--batch-size 2",
+    "reward": "--batch-size 2 --max-length 64",
+    "rl": "--batch-size 4 --num-generations 4 --max-new-tokens 4",
+}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_a_run_is_refused_where_it_will_not_fit(command, tmp_path, monkeypatch, capsys):
     model, tokenizer = make_model(), make_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(8)))
-    words = ["train", "--model", str(tmp_path / "model"), "--data", str(rows), "--output-dir", str(tmp_path / "out")]
-    words += ["--fit", "--cpu", "--max-steps", "1", "--eval-split", "0", "--preflight", "off", "--batch-size", "2"]
+    (tmp_path / "score.py").write_text("def score(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    words = [command, "--model", str(tmp_path / "model"), "--data", str(rows), "--output-dir", str(tmp_path / "out")]
+    words += ["--fit", "--cpu", "--max-steps", "1", "--eval-split", "0", *RUNS[command].split()]
+    words += ["--lora-targets", "q_proj,v_proj"]
+    if command == "rl":
+        words += ["--reward", f"{tmp_path / 'score.py'}:score"]
     monkeypatch.setattr(fit_question, "device_of", lambda args: ("cpu", 100 * MIB))
     assert cli.main(words) == 2
     assert "does not fit" in capsys.readouterr().err and not (tmp_path / "out").exists()
