@@ -71,7 +71,7 @@ RECIPES = {
     ),
     "full, 80 GiB": Recipe(80, "A100 80GB", "llama-3.1-8b", f"{_FULL} 2", _FULL_FIELDS | {"batch_size": 2}),
     "full, 48 GiB": Recipe(
-        48, "RTX A6000", "mistral-7b", f"{_FULL} 1 --tile-mib 512", _FULL_FIELDS | {"batch_size": 1, "tile_mib": 512}
+        48, "RTX A6000", "llama-3.1-8b", f"{_FULL} 1 --tile-mib 512", _FULL_FIELDS | {"batch_size": 1, "tile_mib": 512}
     ),
 }
 

@@ -470,23 +470,25 @@ def test_mistakes(words, named, capsys):
     assert code == 2 and named in capsys.readouterr().err
 
 
-RUNS = {
+COMMANDS = {
     "train": "--batch-size 2",
     "reward": "--batch-size 2 --max-length 64",
     "rl": "--batch-size 4 --num-generations 4 --max-new-tokens 4",
 }
 
 
-@pytest.mark.parametrize("command", RUNS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_is_refused_where_it_will_not_fit(command, tmp_path, monkeypatch, capsys):
     model, tokenizer = make_model(), make_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows(8)))
-    (tmp_path / "score.py").write_text("def score(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / "score.py").write_text(
+        "def score(completions, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
     words = [command, "--model", str(tmp_path / "model"), "--data", str(rows), "--output-dir", str(tmp_path / "out")]
-    words += ["--fit", "--cpu", "--max-steps", "1", "--eval-split", "0", *RUNS[command].split()]
+    words += ["--fit", "--cpu", "--max-steps", "1", "--eval-split", "0", *COMMANDS[command].split()]
     words += ["--lora-targets", "q_proj,v_proj"]
     if command == "rl":
         words += ["--reward", f"{tmp_path / 'score.py'}:score"]

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import test_reward_model
 import test_rl
+from test_fit import allocated
 from test_trainer import PEFT_WARNING, StopAt, first_step, lora, make_model, make_rows, make_tokenizer, make_trainer
 from xpo_fast import cli
 from xpo_fast.rewards.trainer import RewardConfig
@@ -598,3 +599,31 @@ def test_checkpointing_is_not_reentrant_whatever_else_is_asked_of_it(tmp_path, m
     )
     make_trainer(tmp_path, **CHECKPOINTING, activation_checkpointing_kwargs=given).train()
     assert asked and all(how["use_reentrant"] is False for how in asked)
+
+
+# --- weights in 16 bits under checkpointing ---------------------------------------------------------------------------
+
+
+def test_a_checkpointed_forward_holds_the_weights_in_16_bits_of_one_layer(tmp_path):
+    """Autocast's cache would hold those of all layers until the forward ends; trained weights are the same."""
+    layers, found, bytes_of = 6, {}, {}
+    for name in ("cached", "one by one"):
+        model = make_model(num_hidden_layers=layers, intermediate_size=512)
+        layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2)
+        trainer = make_trainer(tmp_path / name, model=model, bf16=True, method="simpo", **STEPS, **CHECKPOINTING)
+        assert trainer.accelerator.autocast_handler.cache_enabled is False
+        if name == "cached":
+            trainer.accelerator.autocast_handler = None
+        trainer.train()
+        found[name] = weights(trainer)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+        losses = []
+
+        def forward(trainer=trainer, batch=batch, losses=losses):
+            with trainer.accelerator.autocast():
+                losses.append(trainer._loss(trainer.model, batch, torch.tensor(2.0))[0])
+
+        forward()
+        bytes_of[name] = allocated(forward, tmp_path / "trace.json")
+    assert_same_bits(found["cached"], found["one by one"])
+    assert 2 * layer * (layers - 1) <= bytes_of["cached"] - bytes_of["one by one"] <= 2 * layer * layers

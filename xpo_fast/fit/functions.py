@@ -21,12 +21,13 @@ _PRODUCTS = {linear, torch.matmul, torch.bmm, torch.mm, torch.addmm, Tensor.matm
 class AsOnDevice(TorchFunctionMode):
     """Calls torch's functions as they are on a device with fused attention.
 
-    dtype: of the matrix products, if `autocast` is on; weights are cast once per forward, and `made` is told of that.
+    dtype: of the matrix products, if `autocast` is on. made: is told of each weight that is cast. cached: a weight is
+    cast once per forward.
     """
 
-    def __init__(self, dtype: torch.dtype, made: Callable[[Tensor], None]) -> None:
+    def __init__(self, dtype: torch.dtype, made: Callable[[Tensor], None], *, cached: bool) -> None:
         super().__init__()
-        self.dtype, self.made, self.autocast = dtype, made, False
+        self.dtype, self.made, self.cached, self.autocast = dtype, made, cached, False
         self._casts: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,10 +52,12 @@ class AsOnDevice(TorchFunctionMode):
             return x
         if not (x.is_leaf and x.requires_grad):
             return x.to(self.dtype)
-        if id(x) not in self._casts:
-            self._casts[id(x)] = x.to(self.dtype)
-            self.made(self._casts[id(x)])
-        return self._casts[id(x)]
+        if (cast := self._casts.get(id(x))) is None:
+            cast = x.to(self.dtype)
+            self.made(cast)
+            if self.cached:
+                self._casts[id(x)] = cast
+        return cast
 
     def _attention(
         self,

@@ -63,7 +63,8 @@ class Run:
     def __init__(self, question: Question, trace: Trace) -> None:
         self.question = question
         dtype = getattr(torch, question.dtype)
-        self.functions = AsOnDevice(dtype, lambda x: self.recorder.record(x, CASTS))
+        cached = not question.gradient_checkpointing  # as the trainers set autocast
+        self.functions = AsOnDevice(dtype, lambda x: self.recorder.record(x, CASTS), cached=cached)
         vocab = question.config.get_text_config().vocab_size
         self.tiles = Tiles(question.device, vocab, dtype, question.memory, question.tile_mib)
         self.recorder = Recorder(trace, self.tiles.of_call, on_cpu=question.device == "cpu")

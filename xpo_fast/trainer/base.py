@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 try:
     import datasets  # noqa: F401  # which every trainer needs
+    from accelerate.utils import AutocastKwargs
     from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
     from transformers import TrainerCallback as TrainerCallback
     from transformers import set_seed as set_seed
@@ -94,6 +95,9 @@ class UnitTrainer(CutsBatches):
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
         self._check_levers(kwargs)
+        if self.args.gradient_checkpointing and self.accelerator.autocast_handler is None:
+            # A layer's weights in 16 bits go with the layer; autocast's cache would hold all of them in the forward.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.train_dataset is not None:
             if apart := unsaved(self.model):
                 warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
