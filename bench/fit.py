@@ -1,4 +1,4 @@
-"""Compares what `xpo-fast fit` predicts with what runs take: eight of SmolLM2-135M's shape on the CPU, or on a GPU.
+"""Compares what `xpo-fast fit` predicts with what runs take: nine of SmolLM2-135M's shape on the CPU, or on a GPU.
 
     python bench/fit.py --json bench/results/fit-cpu.json
     python bench/fit.py --device cuda --json bench/results/fit-cuda.json   # also Qwen2.5-7B's shape, LoRA and full
@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "full, DPO, cached reference": FULL | {"reference": "cached"},
     "full, DPO, copied reference": FULL | {"reference": "copy"},
     "full, SimPO": FULL | {"method": "simpo"},
+    "full, SimPO, steps in the backward": FULL
+    | {"method": "simpo", "optimizer_in_backward": True, "max_grad_norm": 0.0},
     "LoRA, KTO": {"method": "kto", "units": SINGLE},
     "LoRA, GRPO": {"command": "rl", "method": "grpo", "units": ((64, (96,)),)},
     "LoRA, reward model": {"command": "reward", "method": "bradley_terry"},
