@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..resume import last_checkpoint
 from . import checks, dry_run, fit_question, loading, options, resuming, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
+from .parser import UsageError
 
 if TYPE_CHECKING:
     from ..rewards.trainer import RewardConfig
 
 _METHODS = (
     *("bradley_terry", "k_wise", "regression", "gated", "preference_model"),
-    *("discriminator", "grm", "haf", "odin"),
+    *("discriminator", "grm", "haf", "odin", "contrastive", "meta", "rlp"),
 )
 
 
@@ -50,6 +53,8 @@ def add_parser(commands: Any) -> None:
         choices=("auto", "adapter", "copy", "none"),
     )
     options.add_length_rule(group)
+    add("--whiten", "save mean and deviation of the rewards: (reward - mean)/deviation is the reward", False)
+    add_robust(parser)
 
     trained = options.add_model(
         parser,
@@ -81,6 +86,18 @@ def add_objectives(group: Any) -> None:
     add("--objective-weights NUMBERS", about, type=_numbers)
 
 
+def add_robust(parser: argparse.ArgumentParser) -> None:
+    """Adds what a few methods read beside the pairs, and the stage in front of the ranking."""
+    add = options.adder(parser.add_argument_group("samples, views, pre-training"))
+    about = "what the policy has sampled, for meta and rlp: rows of prompt, completions; or of prompt, completion"
+    add("--samples FILE", about)
+    add("--sample-prompts N", "prompts whose samples are read beside each batch (default: --batch-size)", type=int)
+    add("--inner-lr RATE", "rate of meta's inner step on the samples (default: 1e-3)", type=float)
+    add("--view-dropout P", "dropout of the hidden states that contrastive and rlp see twice (0.1)", type=float)
+    about = "rows of prompt, completion, label; or pairs: train a discriminator on them first, in DIR/discriminator, "
+    add("--pretrain-data FILE", about + "and go on from its weights and value head (preference-model pre-training)")
+
+
 def _names(text: str) -> list[str]:
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
@@ -98,10 +115,13 @@ def _numbers(text: str) -> list[float]:
 def run(args: argparse.Namespace) -> int:
     """Trains a reward model, or with --dry-run only reports."""
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    check_method(args)
+    if args.pretrain_data and not args.dry_run:
+        args = pretrained(args)
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
 
-    from ..models.value_head import load_value_head
+    from ..models.value_head import VALUE_HEAD_FILE, load_value_head
     from ..rewards.spec import SPEC_FILE, load_spec
     from ..rewards.trainer import RewardTrainer, checked_settings
 
@@ -122,6 +142,10 @@ def run(args: argparse.Namespace) -> int:
     continues = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if continues:
         load_value_head(model, args.model)
+    elif (Path(args.model) / VALUE_HEAD_FILE).is_file():
+        print(
+            f"{args.model}: its {VALUE_HEAD_FILE} is a critic's, without {SPEC_FILE}; the value head here is a new one"
+        )
     gate_alone = args.method == "gated" and continues
     if args.head_only:
         model.requires_grad_(False)
@@ -130,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
+        samples=args.samples,
         processing_class=tokenizer,
         peft_config=None if args.full or args.head_only or gate_alone else loading.lora(args),
         callbacks=[training.json_log(args)],
@@ -141,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
         f"model      {args.model}, {training.weights(trainer.model, full=True)[1]} weights trained\n"
         f"data       {options.sources(args, train_rows)}: {len(train_rows)} rows to train on, {held} held out\n"
         f"method     {args.method}, lr {config.learning_rate:g}"
+        + (f"\nvalue head of {load_spec(args.model).method} in {args.model}" if continues else "")
     )
     training.preflight(trainer)
     results = training.report_header(args)
@@ -153,9 +179,56 @@ def run(args: argparse.Namespace) -> int:
         for name, value in results["after"].items():
             if isinstance(value, float):
                 say(f"{name:<24}{results['before'].get(name, math.nan):>10.4f}{value:>10.4f}")
+    if args.whiten:
+        say(f"whitened: (reward − {trainer.spec.mean:.4f}) / {trainer.spec.std:.4f}")
     use = "rewards.model import RewardModel; reward = RewardModel.load"
     training.finish(trainer, results, "the reward model, train_log.jsonl", use)
     return 0
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """Raises UsageError for samples that a method lacks or does not read, and for a stage before one that cannot be."""
+    from ..rewards.spec import READS_SAMPLES, USES
+
+    readers = " and ".join(sorted(READS_SAMPLES))
+    if (args.method in READS_SAMPLES) != (args.samples is not None):
+        need = f"{args.method} reads what the policy samples: give --samples"
+        raise UsageError(need if args.samples is None else f"--samples is for {readers}, not for {args.method}")
+    if args.pretrain_data and args.quantize:
+        raise UsageError("--pretrain-data: a second adapter would go on 16-bit weights: leave --quantize out")
+    if args.pretrain_data and (args.method == "discriminator" or USES[args.method][1] != "reward"):
+        raise UsageError(
+            f"--pretrain-data trains a head of one reward, from which methods of one reward go on; {args.method} "
+            + ("is what it trains: give the rows as --data" if args.method == "discriminator" else "has another head")
+        )
+
+
+def pretrained(args: argparse.Namespace) -> argparse.Namespace:
+    """Trains the discriminator of --pretrain-data, unless that has been done; returns the options that go on from it.
+
+    A General Language Assistant (arXiv 2112.00861): preference-model pre-training by binary discrimination. With
+    --resume the stage goes on from its own checkpoint, and one that has ended is not trained again.
+    """
+    folder = Path(args.output_dir) / "discriminator"
+    read_rows(args, config_of(args).spec())  # a mistake in them is not to be found after the first stage
+    of_ranking = {"whiten": False, "objectives": None, "samples": None, "sample_prompts": None, "inner_lr": None}
+    plain = {"view_dropout": None, "set": [], "reference": "auto", "pretrain_data": None, "eval_data": None}
+    plain |= {"length_alpha": None, "length_target": 0.0, "length_penalty": 0.0, "push_to_hub": None}
+    own = {"method": "discriminator", "data": [args.pretrain_data], "output_dir": str(folder)}
+    first = argparse.Namespace(**{**vars(args), **of_ranking, **plain, **own})
+    second = argparse.Namespace(**{**vars(args), "model": str(folder), "pretrain_data": None})
+    if args.resume is not None and (folder / "reward_model.json").is_file():  # saved when it has ended
+        was = json.loads((folder / training.RESULTS).read_text(encoding="utf-8"))["options"]
+        for name in ("data", "model"):
+            if was[name] != getattr(first, name):
+                raise UsageError(f"{folder} was trained with {name} {was[name]}: go on with the same, or begin anew")
+    else:
+        first.resume = "last" if args.resume is not None and last_checkpoint(folder) else None
+        run(first)
+        print()
+    if args.resume == "last" and last_checkpoint(args.output_dir) is None:
+        second.resume = None  # it has not begun
+    return second
 
 
 def _learning_rate(args: argparse.Namespace) -> float:
@@ -171,6 +244,7 @@ def config_of(args: argparse.Namespace) -> RewardConfig:
         method_args=dict(args.set),
         objectives=args.objectives,
         objective_weights=args.objective_weights,
+        **{name: getattr(args, name) for name in ("whiten", "view_dropout", "sample_prompts", "inner_lr")},
         reference=args.reference,
         value_head_learning_rate=None if args.head_only else args.value_head_lr,
         max_length=args.max_length,

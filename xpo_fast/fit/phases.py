@@ -22,6 +22,7 @@ from ..models.modes import evaluating
 from ..models.value_head import value_head
 from ..objective.settings import placeholder
 from ..rewards.collate import read_in_training
+from ..rewards.samples import VIEW_DROPOUT
 from ..rewards.spec import RewardSpec
 from ..rewards.trainer import RewardTrainer
 from ..rl import RLConfig
@@ -236,7 +237,9 @@ class Rewards(Run):
         self.compares = compares and question.reference != "none"
         settings = dict(question.settings)
         self.trainer: Any = _bare(
-            RewardTrainer, self, spec=self.spec, method=method, settings=settings, gate_alone=False, _reference=None
+            *(RewardTrainer, self),
+            **{"spec": self.spec, "method": method, "settings": settings, "gate_alone": False, "_reference": None},
+            view_dropout=VIEW_DROPOUT,
         )
 
     def before(self) -> None:

@@ -70,6 +70,11 @@ class RewardModel:
             install_fused_loss(model)
         self._layout = ScorerLayout(layout, model, self._off)
 
+    @property
+    def scale(self) -> float:
+        """The factor on differences of rewards that gives logits, see `RewardSpec.scale`."""
+        return self.spec.scale
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the reward of each completion, (R,) float32 on the CPU."""
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions})
@@ -81,12 +86,12 @@ class RewardModel:
         return self._run(encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions}))
 
     def compare(self, prompts: Sequence[Prompt], first: Sequence[Any], second: Sequence[Any]) -> Tensor:
-        """Returns P(first beats second), (R,): σ of the difference of rewards.
+        """Returns P(first beats second), (R,): σ of the difference of rewards, whitening undone.
 
         A preference model is asked in both orders: σ((z(a, b) − z(b, a))/2), so that P(a ≻ b) + P(b ≻ a) = 1.
         """
         if self.spec.form != "preference":
-            return torch.sigmoid(self.score(prompts, first) - self.score(prompts, second))
+            return torch.sigmoid(self.scale * (self.score(prompts, first) - self.score(prompts, second)))
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": first, "rejected": second})
         between, after = separators(self.tokenizer)
         pairs = [both_orders(row, between, after) for row in features]
