@@ -204,7 +204,7 @@ def columns(name, dtype=torch.float64, *, optional=False, source=COLUMNS, units=
     """
     method, table = xf.METHODS[name], source.get(xf.METHODS[name].layout, {})
     known = {} if units else {k: tensor(v, dtype) for k, v in table.items()}
-    size = {"U": units or 4, "K": 4, "T": 5, "I": 3, "D": 6, "": 1}
+    size = {"U": units or 4, "K": 4, "T": 5, "I": 3, "D": 6, "S": 3, "": 1}
     for key in method.inputs:
         if key in known:
             axes = next(a for a in method.axes(key) if len(a) == known[key].dim())

@@ -16,6 +16,7 @@ from . import checks, config_file, loading, options, training
 from .parser import UsageError
 
 if TYPE_CHECKING:
+    from ..rewards.drift import Drift
     from ..rewards.report import PairScores
 
 
@@ -50,6 +51,8 @@ def add_parser(commands: Any) -> None:
     add("--batch-size N", "rows per batch", 16)
     add("--dtype", f"dtype of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}", "auto", choices=options.DTYPES)
     _add_voting(parser)
+    about = "what a policy has sampled, as rows of prompt, completions: how far it lies from the pairs for each --model"
+    add("--samples FILE", about)
     add("--output-dir DIR", "folder for report.json, scores.jsonl and the plots", "xpo-fast-eval")
     options.add_device(parser, "run")
 
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if args.chat_template_kwargs and not args.policy:
         raise UsageError("--chat-template-kwargs are for --policy: a --model has those that it was trained with")
     _check_voting(args)
+    if args.samples and not args.model:
+        raise UsageError("--samples are measured by reward models: give --model, or leave --samples out")
     checks.check(args)
     training.quiet(args)
 
@@ -80,10 +85,13 @@ def run(args: argparse.Namespace) -> int:
 
     pairs = _pairs(args)
     output = Path(args.output_dir)
-    scored = list(_scored(args, pairs))
+    drift = _drift(args, pairs)
+    scored = list(_scored(args, pairs, drift))
     config_file.write(args, output, "eval-reward")
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
     report = {**training.report_header(args), "scorers": [summary(scores) for scores in scored], "comparisons": against}
+    if drift is not None:
+        report["drift"] = {"models": drift.models, "disagreement": drift.disagreement()}
     if args.vote:
         report["vote"] = _vote(args, pairs, scored[: len(args.model)], output)
     write_json(output / "report.json", report)
@@ -110,9 +118,8 @@ def _check_voting(args: argparse.Namespace) -> None:
         raise UsageError(f"--vote takes two or more --model, trained from different seeds; got {len(args.model)}")
     shares = [given[f"--vote-{name}"] or 0 for name in ("flip", "drop")]
     if min(shares) < 0 or sum(shares) > 1:
-        raise UsageError(
-            f"--vote-flip and --vote-drop must be shares, at most 1 together; got {shares[0]}, {shares[1]}"
-        )
+        got = f"{shares[0]:g} and {shares[1]:g}"
+        raise UsageError(f"--vote-flip and --vote-drop must be shares from 0, at most 1 together; got {got}")
 
 
 def _vote(args: argparse.Namespace, pairs: list[Any], scored: list[PairScores], output: Path) -> dict[str, Any]:
@@ -158,7 +165,17 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
+def _drift(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Drift | None:
+    """Returns what measures the distance of --samples from the pairs; None without them."""
+    if args.samples is None:
+        return None
+    from ..rewards.drift import Drift
+    from ..rewards.samples import load_samples
+
+    return Drift(pairs, list(load_samples(args.samples)[0]))
+
+
+def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]], drift: Drift | None) -> Any:
     """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
     from ..data import prompt_of
     from ..rewards.ensemble import RewardEnsemble
@@ -175,6 +192,8 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
         model.spec = dataclasses.replace(model.spec, **given)
         model.model.to(loading.accelerator_of(args))
         yield score_pairs(name, model, pairs)
+        if drift is not None:
+            drift.add(name, model)
         members += [model] if args.ensemble else []
     if args.ensemble:
         ensemble = RewardEnsemble(members, args.ensemble, args.ensemble_coef)
@@ -255,4 +274,10 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
             f"{row['first']} − {row['second']}: {row['accuracy_difference']:+.3f} ± {row['standard_error']:.3f}, the "
             f"same choice in {row['same_choice']:.1%}"
         )
+    for row in report.get("drift", {}).get("models", ()):
+        said = f"{row['name']} on {row['samples']} samples: rewards {row['reward_shift']:+.2f} deviations off, "
+        said += f"distance {row['distance_samples']:.2f} ({row['distance']:.2f} of held-out pairs)"
+        print(f"{said}, told apart with AUC {row['auc']:.2f}")
+    if found := report.get("drift", {}).get("disagreement"):
+        print(f"the models disagree by {found['samples']:.2f} deviations on samples, {found['pairs']:.2f} on the pairs")
     print(f"\nin {output}: report.json, scores.jsonl, plots")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
@@ -94,6 +95,8 @@ def add_robust(parser: argparse.ArgumentParser) -> None:
     add("--sample-prompts N", "prompts whose samples are read beside each batch (default: --batch-size)", type=int)
     add("--inner-lr RATE", "rate of meta's inner step on the samples (default: 1e-3)", type=float)
     add("--view-dropout P", "dropout of the hidden states that contrastive and rlp see twice (0.1)", type=float)
+    about = "with rlp: also train on a pair of each prompt of which this share of the samples or more agree"
+    add("--confident-pairs SHARE", f"{about} against one that says something else", type=float)
     about = "rows of prompt, completion, label; or pairs: train a discriminator on them first, in DIR/discriminator, "
     add("--pretrain-data FILE", about + "and go on from its weights and value head (preference-model pre-training)")
 
@@ -131,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     checked_settings(config)
     # Data first: a mistake in it is reported before a model is loaded.
     train_rows, eval_rows = read_rows(args, config.spec())
+    if args.confident_pairs is not None:
+        train_rows = with_confident(args, train_rows)
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
@@ -194,6 +199,8 @@ def check_method(args: argparse.Namespace) -> None:
     if (args.method in READS_SAMPLES) != (args.samples is not None):
         need = f"{args.method} reads what the policy samples: give --samples"
         raise UsageError(need if args.samples is None else f"--samples is for {readers}, not for {args.method}")
+    if args.confident_pairs is not None and args.method != "rlp":
+        raise UsageError(f"--confident-pairs is for rlp, not for {args.method}: leave it out")
     if args.pretrain_data and args.quantize:
         raise UsageError("--pretrain-data: a second adapter would go on 16-bit weights: leave --quantize out")
     if args.pretrain_data and (args.method == "discriminator" or USES[args.method][1] != "reward"):
@@ -201,6 +208,27 @@ def check_method(args: argparse.Namespace) -> None:
             f"--pretrain-data trains a head of one reward, from which methods of one reward go on; {args.method} "
             + ("is what it trains: give the rows as --data" if args.method == "discriminator" else "has another head")
         )
+
+
+def with_confident(args: argparse.Namespace, rows: Any) -> Any:
+    """Returns the pairs, and those that the policy's samples agree on."""
+    from .. import data
+    from ..rewards.agreement import confident_pairs
+    from ..rewards.samples import load_samples
+
+    found = confident_pairs(*load_samples(args.samples), least=args.confident_pairs)
+    if unlike := sorted({"prob", "margin", "score_chosen"} & {*rows.column_names}):
+        raise data.DataError(f"--confident-pairs has no {unlike[0]}, which the pairs have: leave one of them out")
+    if not found:
+        raise data.DataError(
+            f"{args.samples}: no prompt has a majority of {args.confident_pairs:g} or more of its samples, and others "
+            "that say something else: lower --confident-pairs, sample more, or leave it out"
+        )
+    print(f"pairs      {len(found)} that the policy's samples agree on beside {len(rows)}")
+    for row in found:
+        row.pop("confidence")
+    kept = [{k: v for k, v in row.items() if k != "where" and v is not None} for row in rows]
+    return data.load([*kept, *found], kind="pair")
 
 
 def pretrained(args: argparse.Namespace) -> argparse.Namespace:
@@ -212,11 +240,13 @@ def pretrained(args: argparse.Namespace) -> argparse.Namespace:
     folder = Path(args.output_dir) / "discriminator"
     read_rows(args, config_of(args).spec())  # a mistake in them is not to be found after the first stage
     of_ranking = {"whiten": False, "objectives": None, "samples": None, "sample_prompts": None, "inner_lr": None}
+    of_ranking["confident_pairs"] = None
     plain = {"view_dropout": None, "set": [], "reference": "auto", "pretrain_data": None, "eval_data": None}
     plain |= {"length_alpha": None, "length_target": 0.0, "length_penalty": 0.0, "push_to_hub": None}
     own = {"method": "discriminator", "data": [args.pretrain_data], "output_dir": str(folder)}
-    first = argparse.Namespace(**{**vars(args), **of_ranking, **plain, **own})
-    second = argparse.Namespace(**{**vars(args), "model": str(folder), "pretrain_data": None})
+    first, second = copy.copy(args), copy.copy(args)
+    vars(first).update(of_ranking | plain | own)
+    vars(second).update(model=str(folder), pretrain_data=None)
     if args.resume is not None and (folder / "reward_model.json").is_file():  # saved when it has ended
         was = json.loads((folder / training.RESULTS).read_text(encoding="utf-8"))["options"]
         for name in ("data", "model"):

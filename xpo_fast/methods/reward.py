@@ -356,7 +356,8 @@ def rlp(
     apart = info_nce(sample_view, other_sample_view, temperature)
     off = 0.5 * ((_unit(sample_view) - _unit(other_sample_view)) ** 2).sum(1)
     views = (apart + kappa * off).sum() / max(len(apart), 1)
-    return losses + alpha * views, {**metrics, "views_loss": views.detach().expand_as(losses)}
+    seen = {"views_loss": views.detach().expand_as(losses)} if len(apart) else {}
+    return losses + alpha * views, {**metrics, **seen}
 
 
 def info_nce(
