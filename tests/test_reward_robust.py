@@ -18,6 +18,8 @@ from test_reward_model import make_samples, make_trainer, plain_outputs
 from test_trainer import PEFT_WARNING, Gradients, lora, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
 from xpo_fast.data import DataError
+from xpo_fast.fit import phases
+from xpo_fast.fit.question import Question
 from xpo_fast.methods.reward import info_nce, spread
 from xpo_fast.models import load_model
 from xpo_fast.models.value_head import attach_value_head, value_head
@@ -226,7 +228,7 @@ def test_moved_weights_come_back_bit_by_bit():
     gain = (layer(x) ** 2).sum()
     with pytest.raises(RuntimeError, match="inside"), moved(layer, gain, 0.1):
         assert not torch.equal(layer.weight, before[0])
-        assert float((layer(x) ** 2).sum()) > float(gain)
+        assert (layer(x) ** 2).sum() > gain
         raise RuntimeError("inside")
     assert all(torch.equal(p, b) for p, b in zip(layer.parameters(), before))
     assert all(torch.equal(p.grad, g) for p, g in zip(layer.parameters(), grads))
@@ -539,6 +541,12 @@ def home(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+    for command in ("eval_reward", "reward"):
+        monkeypatch.setattr(f"xpo_fast.cli.{command}.can_plot", lambda: False)
+
+
 def run(*options) -> int:
     return cli.main([str(option) for option in options])
 
@@ -546,7 +554,7 @@ def run(*options) -> int:
 def reward(home, output, *options, model=None) -> int:
     fixed = ("--cpu", "--batch-size", 4, "--logging-steps", 1, "--lora-targets", "q_proj,v_proj", "--max-length", 64)
     given = ("--data", home / "pairs.jsonl", "--model", model or home / "model", "--output-dir", output)
-    return run("reward", *given, *fixed, "--preflight", "off", "--eval-split", 3, *options)
+    return run("reward", *given, *fixed, "--preflight", "off", "--eval-split", 0, *options)
 
 
 def log_of(folder) -> list[dict]:
@@ -557,6 +565,7 @@ def log_of(folder) -> list[dict]:
 def test_pretraining_killed_and_resumed_is_the_same(home, tmp_path, capsys):
     """Killed in the second stage, and resumed: the first stage is not trained again."""
     steps = ("--max-steps", 4, "--save-steps", 2, "--lr", 0.01, "--pretrain-data", home / "judged.jsonl", "--whiten")
+    steps += ("--eval-split", 3)
     assert reward(home, tmp_path / "whole", *steps) == 0
     assert f"value head of discriminator in {tmp_path / 'whole' / 'discriminator'}" in capsys.readouterr().out
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -616,6 +625,20 @@ def test_samples_by_command_and_a_vote(home, tmp_path, capsys):
 def test_options_without_a_use_are_refused(home, tmp_path, capsys, options, said):
     assert reward(home, tmp_path / "out", *options) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["meta", "bradley_terry"])
+def test_a_run_with_samples_is_checked(home, tmp_path, capsys, method):
+    given = ("--data", home / "pairs.jsonl", "--model", home / "model", "--cpu", "--method", method, "--batch-size", 4)
+    targets = ("--lora-targets", "q_proj,v_proj", "--max-length", 64)
+    assert run("check", *given, *targets, "--samples", home / "samples.jsonl") == (0 if method == "meta" else 2)
+    assert ("on 11 pairs" if method == "meta" else "--samples is for meta and rlp") in str(capsys.readouterr())
+
+
+def test_memory_is_not_predicted_where_it_is_not_known():
+    asked = {"command": "reward", "method": "rlp", "units": ((8, (4, 4)),), "config": None}
+    with pytest.raises(ValueError, match="rlp reads the policy's samples in a forward of its own"):
+        phases.Rewards(Question(**asked), None)
 
 
 @pytest.mark.parametrize(
@@ -698,7 +721,7 @@ def test_drift_and_agreement_by_command(home, tmp_path, capsys):
     (home / "agreed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in agreed))
     given = ("--samples", home / "agreed.jsonl", "--method", "rlp", "--confident-pairs", 0.6, "--max-steps", 2)
     assert reward(home, tmp_path / "rlp", *given) == 0
-    assert "4 that the policy's samples agree on beside 9" in capsys.readouterr().out
+    assert "4 that the policy's samples agree on beside 12" in capsys.readouterr().out
     given = ("--model", tmp_path / "rlp", "--samples", home / "agreed.jsonl", "--output-dir", tmp_path / "measured")
     assert run("eval-reward", "--data", home / "pairs.jsonl", *given, "--cpu") == 0
     (row,) = json.loads((tmp_path / "measured" / "report.json").read_text())["drift"]["models"]

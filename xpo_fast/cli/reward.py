@@ -55,7 +55,9 @@ def add_parser(commands: Any) -> None:
     )
     options.add_length_rule(group)
     add("--whiten", "save mean and deviation of the rewards: (reward - mean)/deviation is the reward", False)
-    add_robust(parser)
+    further = parser.add_argument_group("samples, views, pre-training")
+    add_samples(further)
+    _add_stages(further)
 
     trained = options.add_model(
         parser,
@@ -87,14 +89,19 @@ def add_objectives(group: Any) -> None:
     add("--objective-weights NUMBERS", about, type=_numbers)
 
 
-def add_robust(parser: argparse.ArgumentParser) -> None:
-    """Adds what a few methods read beside the pairs, and the stage in front of the ranking."""
-    add = options.adder(parser.add_argument_group("samples, views, pre-training"))
+def add_samples(group: Any) -> None:
+    """Adds what a few methods read beside the pairs: samples of the policy, and views of hidden states."""
+    add = options.adder(group)
     about = "what the policy has sampled, for meta and rlp: rows of prompt, completions; or of prompt, completion"
     add("--samples FILE", about)
     add("--sample-prompts N", "prompts whose samples are read beside each batch (default: --batch-size)", type=int)
     add("--inner-lr RATE", "rate of meta's inner step on the samples (default: 1e-3)", type=float)
     add("--view-dropout P", "dropout of the hidden states that contrastive and rlp see twice (0.1)", type=float)
+
+
+def _add_stages(group: Any) -> None:
+    """Adds the pairs made of samples, and the stage in front of the ranking."""
+    add = options.adder(group)
     about = "with rlp: also train on a pair of each prompt of which this share of the samples or more agree"
     add("--confident-pairs SHARE", f"{about} against one that says something else", type=float)
     about = "rows of prompt, completion, label; or pairs: train a discriminator on them first, in DIR/discriminator, "
@@ -118,7 +125,7 @@ def _numbers(text: str) -> list[float]:
 def run(args: argparse.Namespace) -> int:
     """Trains a reward model, or with --dry-run only reports."""
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
-    check_method(args)
+    check_stages(args)
     if args.pretrain_data and not args.dry_run:
         args = pretrained(args)
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
@@ -191,14 +198,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_method(args: argparse.Namespace) -> None:
-    """Raises UsageError for samples that a method lacks or does not read, and for a stage before one that cannot be."""
-    from ..rewards.spec import READS_SAMPLES, USES
+def check_samples(args: argparse.Namespace) -> None:
+    """Raises UsageError for samples that a method lacks or does not read."""
+    from ..rewards.spec import READS_SAMPLES
 
-    readers = " and ".join(sorted(READS_SAMPLES))
-    if (args.method in READS_SAMPLES) != (args.samples is not None):
-        need = f"{args.method} reads what the policy samples: give --samples"
-        raise UsageError(need if args.samples is None else f"--samples is for {readers}, not for {args.method}")
+    if (args.method in READS_SAMPLES) == (args.samples is not None):
+        return
+    if args.samples is None:
+        raise UsageError(f"{args.method} reads what the policy samples: give --samples")
+    raise UsageError(f"--samples is for {' and '.join(sorted(READS_SAMPLES))}, not for {args.method}: leave it out")
+
+
+def check_stages(args: argparse.Namespace) -> None:
+    """Raises UsageError for samples, pairs made of them, and a stage in front that do not go with the method."""
+    from ..rewards.spec import USES
+
+    check_samples(args)
     if args.confident_pairs is not None and args.method != "rlp":
         raise UsageError(f"--confident-pairs is for rlp, not for {args.method}: leave it out")
     if args.pretrain_data and args.quantize:
@@ -274,7 +289,8 @@ def config_of(args: argparse.Namespace) -> RewardConfig:
         method_args=dict(args.set),
         objectives=args.objectives,
         objective_weights=args.objective_weights,
-        **{name: getattr(args, name) for name in ("whiten", "view_dropout", "sample_prompts", "inner_lr")},
+        whiten=getattr(args, "whiten", False),  # `xpo-fast check` has no such option
+        **{name: getattr(args, name) for name in ("view_dropout", "sample_prompts", "inner_lr")},
         reference=args.reference,
         value_head_learning_rate=None if args.head_only else args.value_head_lr,
         max_length=args.max_length,

@@ -19,7 +19,8 @@ _SAME = "the same under the reference policy"
 _GATE = "logits of the gate over K objectives"
 _AGAIN = "the same, seen another time: by another dropout mask"
 # By axes: U units (pairs, rows, lists), K completions of a list (or objectives of a reward model), T tokens of a row,
-# D the width of a hidden state, S samples of the policy, I a size of its own, "" a scalar; alternatives are separated by a space.
+# D the width of a hidden state, S samples of the policy, I a size of its own, "" a scalar; alternatives are separated
+# by a space.
 _BY_AXES = {
     "U": {
         "logp_w": _LOGP.format("chosen"),

@@ -66,7 +66,8 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
     processing_class, peft_config: as in `XPOTrainer`.
 
     A model of `discriminator` continues as a ranking one, its value head with it: the preference-model pre-training of
-    arXiv 2112.00861. With args.whiten the spec has mean and standard deviation of the rewards after `train`.
+    arXiv 2112.00861. With args.whiten the spec has mean and standard deviation of the rewards after `train`; those of a
+    model that training continues from are dropped.
 
     Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from
     it, and bradley_terry by −p log σ(h) − (1−p) log σ(−h), if the data have no margin.
