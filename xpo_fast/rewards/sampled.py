@@ -64,7 +64,8 @@ class ReadsSamples(UnitTrainer):
 
     def _spread(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Returns J of a batch's samples, (), the mean over its prompts."""
-        head, rows = value_head(self.accelerator.unwrap_model(model)), Inputs.of(inputs, PREFIX)
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        head, rows = value_head(unwrapped), Inputs.of(inputs, PREFIX)
         assert head is not None
 
         def read(hidden: Tensor, _: Any) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def load_samples(source: Any, *, least: int = 1, **how: Any) -> tuple[Any, list[
         return [line for one in several for line in shape_row({**about, "chosen": one}, KINDS["chosen"], where)]
 
     how = {"split": "train", "columns": None, "config": None, "seed": 42, **how}
-    rows = data.load_rows(source, shape, expected="prompt and completions", **how)
+    rows: Any = data.load_rows(source, shape, expected="prompt and completions", **how)
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         key = json.dumps([row.get(name) for name in ("prompt", data.TOOLS, data.KWARGS)], sort_keys=True)

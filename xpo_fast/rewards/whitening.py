@@ -48,7 +48,8 @@ class Whitens(UnitTrainer):
         rows = rows.select(np.unique(np.linspace(0, len(rows) - 1, WHITEN_AT_MOST).astype(int)))
         self.spec = dataclasses.replace(self.spec, mean=None, std=None)
         found: list[Tensor] = []
-        head = value_head(self.accelerator.unwrap_model(self.model))
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        head = value_head(unwrapped)
         assert head is not None
         with evaluating(self.model), torch.no_grad(), self.compute_loss_context_manager():
             for drawn in self.get_eval_dataloader(rows):
