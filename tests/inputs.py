@@ -118,7 +118,7 @@ FILLED_IN = ("logp_sft",)  # columns that a method makes from others where they 
 WITH_GRADIENT = {
     *("logp_w", "logp_l", "logp_sft", "logp", "logps", "kl_w", "kl_l", "pos_score", "neg_score", "value"),
     *("token_logp", "entropy", "ptx_logp", "reward_w", "reward_l", "rewards", "rewards_w", "rewards_l"),
-    *("gate", "gate_w", "gate_l", "logit"),
+    *("gate", "gate_w", "gate_l", "logit", "view", "other_view", "sample_view", "other_sample_view"),
 }
 
 # Hyperparameters beside the defaults that take another path through the method.
@@ -161,6 +161,8 @@ VARIANTS = {
     "dapo": [{"beta": 0.1}],
     "bradley_terry": [{"label_smoothing": 0.1}, {"center": 0.1}],
     "grm": [{"regulariser": "dpo"}],
+    "contrastive": [{"temperature": 0.5, "alpha": 1.0}],
+    "rlp": [{"temperature": 0.5, "kappa": 2.0}],
 }
 WITHOUT_DEFAULT = {"cispo": [{"cap": 2.0}, {"eps": 0.2}]}  # methods whose defaults alone are an error
 EVERY_PATH = [(name, hyper) for name in METHODS for hyper in WITHOUT_DEFAULT.get(name, [{}, *VARIANTS.get(name, [])])]
@@ -202,7 +204,7 @@ def columns(name, dtype=torch.float64, *, optional=False, source=COLUMNS, units=
     """
     method, table = xf.METHODS[name], source.get(xf.METHODS[name].layout, {})
     known = {} if units else {k: tensor(v, dtype) for k, v in table.items()}
-    size = {"U": units or 4, "K": 4, "T": 5, "I": 3, "": 1}
+    size = {"U": units or 4, "K": 4, "T": 5, "I": 3, "D": 6, "S": 3, "": 1}
     for key in method.inputs:
         if key in known:
             axes = next(a for a in method.axes(key) if len(a) == known[key].dim())

@@ -359,7 +359,7 @@ def test_unit_and_denominator_belong_to_the_layout(name):
         "unpaired": {"row", "batch"},
         "listwise": {"list"},
         "policy": {"token", "row"},
-        "reward": {"pair", "list", "row"},
+        "reward": {"pair", "list", "row", "batch"},
     }
     assert method.name == name and method.unit in units[method.layout]
     assert method.denominator == "units" or method.layout == "policy" or name == "sft"

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import xpo_fast as xf
 import xpo_fast.rl.preflight
 from xpo_fast import data, rl
-from xpo_fast.rewards.spec import USES
+from xpo_fast.rewards.spec import READS_SAMPLES, USES
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 from xpo_fast.rl import RLConfig, RLTrainer
 from xpo_fast.trainer import XPOConfig, XPOTrainer
@@ -429,9 +429,9 @@ def reward_trainer(folder: Path, method: str, dataset=None, **args) -> RewardTra
         str(folder / "out"), method=method, use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1,
         per_device_train_batch_size=4, seed=3, **args,
     )  # fmt: skip
-    return RewardTrainer(
-        model(), config, train_dataset=rows(kind) if dataset is None else dataset, processing_class=tokenizer()
-    )
+    dataset = rows(kind) if dataset is None else dataset
+    samples = [{"prompt": "w1 w2", "completions": [" w3", " w4 w5"]}] if method in READS_SAMPLES else None
+    return RewardTrainer(model(), config, train_dataset=dataset, samples=samples, processing_class=tokenizer())
 
 
 @pytest.mark.parametrize("method", USES)

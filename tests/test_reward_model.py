@@ -32,7 +32,7 @@ from xpo_fast.models.value_head import (
 )
 from xpo_fast.rewards.ensemble import RewardEnsemble
 from xpo_fast.rewards.model import ImplicitReward, RewardModel
-from xpo_fast.rewards.spec import USES, RewardSpec
+from xpo_fast.rewards.spec import READS_SAMPLES, USES, RewardSpec
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -68,7 +68,20 @@ def rows_for(method: str, count: int = 8, seed: int = 0) -> list[dict]:
     return [{**row, "prob": 0.8} for row in rows] if method == "preference_model" else rows
 
 
-def make_trainer(tmp_path, method="bradley_terry", *, model=None, rows=None, peft_config=None, eval_rows=None, **args):
+def make_samples(count: int = 5) -> list[dict]:
+    """What a policy may have sampled: lists of 2, 3, 2, … completions."""
+    rows = make_rows(count, seed=7)
+    return [
+        {"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"], " w3 w4"][: 2 + i % 2]}
+        for i, r in enumerate(rows)
+    ]
+
+
+def make_trainer(
+    tmp_path, method="bradley_terry", *, model=None, rows=None, samples=(), peft_config=None, eval_rows=None, **args
+):
+    if samples == ():
+        samples = make_samples() if method in READS_SAMPLES else None
     defaults = {
         "output_dir": str(tmp_path / "out"),
         "use_cpu": True,
@@ -91,6 +104,7 @@ def make_trainer(tmp_path, method="bradley_terry", *, model=None, rows=None, pef
         RewardConfig(method=method, **{**defaults, **args}),
         train_dataset=rows or rows_for(method),
         eval_dataset=eval_rows,
+        samples=samples,
         processing_class=make_tokenizer(),
         peft_config=peft_config,
     )

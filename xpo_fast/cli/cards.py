@@ -138,8 +138,9 @@ def markdown() -> str:
             f"Made from the registry by `{REGENERATE}`. Each method is a function of keyword tensors; its "
             "signature is in `xpo_fast/methods/`, and `xpo-fast methods --card NAME` prints its section.\n",
             "Letters: P pairs or prompts, B rows, K completions per prompt (or objectives of a reward model), T tokens "
-            "per row; `_w` the chosen completion, `_l` the rejected one. Log-probs are in nats, summed over a "
-            "completion's tokens. Δw = logp_w − ref_logp_w, Δl likewise, h = β(Δw − Δl), σ the logistic function. "
+            "per row, D the width of a hidden state, S samples of the policy; `_w` the chosen completion, `_l` the "
+            "rejected one. Log-probs are in nats, summed over a completion's tokens. Δw = logp_w − ref_logp_w, Δl "
+            "likewise, h = β(Δw − Δl), σ the logistic function. "
             "*S n* is equation n of the survey (arXiv 2407.16216).\n",
             overview,
             "## Attributes\n",

@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     train.add_options(parser)
     group = parser.add_argument_group("reward models")
     reward.add_objectives(group)
+    reward.add_samples(group)
     options.add_length_rule(group)
     rl_rewards.add_options(parser)
     group = parser.add_argument_group("rollouts")
@@ -61,7 +62,7 @@ def _refuse_unread(args: argparse.Namespace, command: str) -> None:
     """Raises UsageError for options of commands that the method does not belong to."""
     added = {
         "train": (options.add_score,),
-        "reward": (reward.add_objectives, options.add_length_rule),
+        "reward": (reward.add_objectives, reward.add_samples, options.add_length_rule),
         "rl": (rl_rewards.add_options,),
     }
     own: dict[str, list[str]] = {"train": ["ref_cache"], "reward": [], "rl": []}
@@ -91,6 +92,7 @@ def _reward_model(args: argparse.Namespace) -> UnitTrainer:
     args.head_only, args.value_head_lr = False, None  # which change no figure of the check
     config = reward.config_of(args)
     checked_settings(config)
+    reward.check_samples(args)
     rows, held_out = reward.read_rows(args, config.spec())
     model, tokenizer = loading.load(args)
     return RewardTrainer(
@@ -98,6 +100,7 @@ def _reward_model(args: argparse.Namespace) -> UnitTrainer:
         config,
         train_dataset=rows,
         eval_dataset=held_out,
+        samples=args.samples,
         processing_class=tokenizer,
         peft_config=None if args.full else loading.lora(args),
     )

@@ -16,6 +16,7 @@ from . import checks, config_file, loading, options, training
 from .parser import UsageError
 
 if TYPE_CHECKING:
+    from ..rewards.drift import Drift
     from ..rewards.report import PairScores
 
 
@@ -49,8 +50,21 @@ def add_parser(commands: Any) -> None:
     add("--max-length TOKENS", about, type=int)
     add("--batch-size N", "rows per batch", 16)
     add("--dtype", f"dtype of the weights; auto: {options.AUTO_DTYPE.rstrip(',')}", "auto", choices=options.DTYPES)
+    _add_voting(parser)
+    about = "what a policy has sampled, as rows of prompt, completions: how far it lies from the pairs for each --model"
+    add("--samples FILE", about)
     add("--output-dir DIR", "folder for report.json, scores.jsonl and the plots", "xpo-fast-eval")
     options.add_device(parser, "run")
+
+
+def _add_voting(parser: argparse.ArgumentParser) -> None:
+    """Adds what is made of the pairs' labels by the votes of several models."""
+    add = options.adder(parser.add_argument_group("votes on the labels"))
+    add("--vote", "write voted.jsonl: the pairs, their labels changed by the mean margin of two or more --model", False)
+    add("--vote-flip SHARE", "flip the labels of this share, the lowest of the negative mean margins (0.1)", type=float)
+    add("--vote-drop SHARE", "leave this share out, those of least absolute mean margin (0)", type=float)
+    about = "soft: the models' mean probability as prob; margin: their mean margin as margin; hard: neither (default)"
+    add("--vote-labels", about, choices=("hard", "soft", "margin"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--ensemble takes two or more --model, got {len(args.model)}")
     if args.chat_template_kwargs and not args.policy:
         raise UsageError("--chat-template-kwargs are for --policy: a --model has those that it was trained with")
+    _check_voting(args)
+    if args.samples and not args.model:
+        raise UsageError("--samples are measured by reward models: give --model, or leave --samples out")
     checks.check(args)
     training.quiet(args)
 
@@ -68,10 +85,15 @@ def run(args: argparse.Namespace) -> int:
 
     pairs = _pairs(args)
     output = Path(args.output_dir)
-    scored = list(_scored(args, pairs))
+    drift = _drift(args, pairs)
+    scored = list(_scored(args, pairs, drift))
     config_file.write(args, output, "eval-reward")
     against = [compare(a, b) for i, a in enumerate(scored) for b in scored[i + 1 :]]
     report = {**training.report_header(args), "scorers": [summary(scores) for scores in scored], "comparisons": against}
+    if drift is not None:
+        report["drift"] = {"models": drift.models, "disagreement": drift.disagreement()}
+    if args.vote:
+        report["vote"] = _vote(args, pairs, scored[: len(args.model)], output)
     write_json(output / "report.json", report)
     _write_scores(output / "scores.jsonl", pairs, scored)
     if can_plot():
@@ -84,6 +106,38 @@ def run(args: argparse.Namespace) -> int:
         print("no plots: pip install 'xpo-fast[train]' for matplotlib")
     _print_report(report, output)
     return 0
+
+
+def _check_voting(args: argparse.Namespace) -> None:
+    """Raises UsageError for votes without voters, and options of a vote that is not taken."""
+    given = {f"--vote-{name}": getattr(args, f"vote_{name}") for name in ("flip", "drop", "labels")}
+    unread = [name for name, value in given.items() if value is not None]
+    if unread and not args.vote:
+        raise UsageError(f"{unread[0]} is for --vote: give --vote, too, or leave it out")
+    if args.vote and len(args.model) < 2:
+        raise UsageError(f"--vote takes two or more --model, trained from different seeds; got {len(args.model)}")
+    shares = [given[f"--vote-{name}"] or 0 for name in ("flip", "drop")]
+    if min(shares) < 0 or sum(shares) > 1:
+        got = f"{shares[0]:g} and {shares[1]:g}"
+        raise UsageError(f"--vote-flip and --vote-drop must be shares from 0, at most 1 together; got {got}")
+
+
+def _vote(args: argparse.Namespace, pairs: list[Any], scored: list[PairScores], output: Path) -> dict[str, Any]:
+    """Writes the pairs with the labels of the vote; prints and returns its figures."""
+    import numpy as np
+
+    from ..rewards.voting import adapted, vote
+
+    margins = np.stack([scores.scale * scores.margin for scores in scored], axis=1)
+    votes = vote(margins, flip=0.1 if args.vote_flip is None else args.vote_flip, drop=args.vote_drop or 0.0)
+    rows = adapted(pairs, votes, args.vote_labels or "hard")
+    write_atomically(output / "voted.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    found = votes.summary()
+    print(
+        f"vote of {len(scored)} models on {found['pairs']} pairs: {found['flipped']} flipped, {found['dropped']} left "
+        f"out, mean margin below 0 in {found['strength_below_0']:.1%}; {output / 'voted.jsonl'}"
+    )
+    return found
 
 
 def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,7 +165,17 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
+def _drift(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Drift | None:
+    """Returns what measures the distance of --samples from the pairs; None without them."""
+    if args.samples is None:
+        return None
+    from ..rewards.drift import Drift
+    from ..rewards.samples import load_samples
+
+    return Drift(pairs, list(load_samples(args.samples)[0]))
+
+
+def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]], drift: Drift | None) -> Any:
     """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
     from ..data import prompt_of
     from ..rewards.ensemble import RewardEnsemble
@@ -128,6 +192,8 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Any:
         model.spec = dataclasses.replace(model.spec, **given)
         model.model.to(loading.accelerator_of(args))
         yield score_pairs(name, model, pairs)
+        if drift is not None:
+            drift.add(name, model)
         members += [model] if args.ensemble else []
     if args.ensemble:
         ensemble = RewardEnsemble(members, args.ensemble, args.ensemble_coef)
@@ -208,4 +274,10 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
             f"{row['first']} − {row['second']}: {row['accuracy_difference']:+.3f} ± {row['standard_error']:.3f}, the "
             f"same choice in {row['same_choice']:.1%}"
         )
+    for row in report.get("drift", {}).get("models", ()):
+        said = f"{row['name']} on {row['samples']} samples: rewards {row['reward_shift']:+.2f} deviations off, "
+        said += f"distance {row['distance_samples']:.2f} ({row['distance']:.2f} of held-out pairs)"
+        print(f"{said}, told apart with AUC {row['auc']:.2f}")
+    if found := report.get("drift", {}).get("disagreement"):
+        print(f"the models disagree by {found['samples']:.2f} deviations on samples, {found['pairs']:.2f} on the pairs")
     print(f"\nin {output}: report.json, scores.jsonl, plots")

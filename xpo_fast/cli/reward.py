@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..resume import last_checkpoint
 from . import checks, dry_run, fit_question, loading, options, resuming, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
+from .parser import UsageError
 
 if TYPE_CHECKING:
     from ..rewards.trainer import RewardConfig
 
 _METHODS = (
     *("bradley_terry", "k_wise", "regression", "gated", "preference_model"),
-    *("discriminator", "grm", "haf", "odin"),
+    *("discriminator", "grm", "haf", "odin", "contrastive", "meta", "rlp"),
 )
 
 
@@ -50,6 +54,10 @@ def add_parser(commands: Any) -> None:
         choices=("auto", "adapter", "copy", "none"),
     )
     options.add_length_rule(group)
+    add("--whiten", "save mean and deviation of the rewards: (reward - mean)/deviation is the reward", False)
+    further = parser.add_argument_group("samples, views, pre-training")
+    add_samples(further)
+    _add_stages(further)
 
     trained = options.add_model(
         parser,
@@ -81,6 +89,25 @@ def add_objectives(group: Any) -> None:
     add("--objective-weights NUMBERS", about, type=_numbers)
 
 
+def add_samples(group: Any) -> None:
+    """Adds what a few methods read beside the pairs: samples of the policy, and views of hidden states."""
+    add = options.adder(group)
+    about = "what the policy has sampled, for meta and rlp: rows of prompt, completions; or of prompt, completion"
+    add("--samples FILE", about)
+    add("--sample-prompts N", "prompts whose samples are read beside each batch (default: --batch-size)", type=int)
+    add("--inner-lr RATE", "rate of meta's inner step on the samples (default: 1e-3)", type=float)
+    add("--view-dropout P", "dropout of the hidden states that contrastive and rlp see twice (0.1)", type=float)
+
+
+def _add_stages(group: Any) -> None:
+    """Adds the pairs made of samples, and the stage in front of the ranking."""
+    add = options.adder(group)
+    about = "with rlp: also train on a pair of each prompt of which this share of the samples or more agree"
+    add("--confident-pairs SHARE", f"{about} against one that says something else", type=float)
+    about = "rows of prompt, completion, label; or pairs: train a discriminator on them first, in DIR/discriminator, "
+    add("--pretrain-data FILE", about + "and go on from its weights and value head (preference-model pre-training)")
+
+
 def _names(text: str) -> list[str]:
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
@@ -98,10 +125,13 @@ def _numbers(text: str) -> list[float]:
 def run(args: argparse.Namespace) -> int:
     """Trains a reward model, or with --dry-run only reports."""
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
+    check_stages(args)
+    if args.pretrain_data and not args.dry_run:
+        args = pretrained(args)
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
 
-    from ..models.value_head import load_value_head
+    from ..models.value_head import VALUE_HEAD_FILE, load_value_head
     from ..rewards.spec import SPEC_FILE, load_spec
     from ..rewards.trainer import RewardTrainer, checked_settings
 
@@ -111,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
     checked_settings(config)
     # Data first: a mistake in it is reported before a model is loaded.
     train_rows, eval_rows = read_rows(args, config.spec())
+    if args.confident_pairs is not None:
+        train_rows = with_confident(args, train_rows)
     if args.dry_run:
         dry_run.rewards(args, config, train_rows, eval_rows)
         return 0
@@ -122,6 +154,10 @@ def run(args: argparse.Namespace) -> int:
     continues = (Path(args.model) / SPEC_FILE).is_file()  # a value head alone may be that of a critic
     if continues:
         load_value_head(model, args.model)
+    elif (Path(args.model) / VALUE_HEAD_FILE).is_file():
+        print(
+            f"{args.model}: its {VALUE_HEAD_FILE} is a critic's, without {SPEC_FILE}; the value head here is a new one"
+        )
     gate_alone = args.method == "gated" and continues
     if args.head_only:
         model.requires_grad_(False)
@@ -130,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
+        samples=args.samples,
         processing_class=tokenizer,
         peft_config=None if args.full or args.head_only or gate_alone else loading.lora(args),
         callbacks=[training.json_log(args)],
@@ -141,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
         f"model      {args.model}, {training.weights(trainer.model, full=True)[1]} weights trained\n"
         f"data       {options.sources(args, train_rows)}: {len(train_rows)} rows to train on, {held} held out\n"
         f"method     {args.method}, lr {config.learning_rate:g}"
+        + (f"\nvalue head of {load_spec(args.model).method} in {args.model}" if continues else "")
     )
     training.preflight(trainer)
     results = training.report_header(args)
@@ -153,9 +191,89 @@ def run(args: argparse.Namespace) -> int:
         for name, value in results["after"].items():
             if isinstance(value, float):
                 say(f"{name:<24}{results['before'].get(name, math.nan):>10.4f}{value:>10.4f}")
+    if args.whiten:
+        say(f"whitened: (reward − {trainer.spec.mean:.4f}) / {trainer.spec.std:.4f}")
     use = "rewards.model import RewardModel; reward = RewardModel.load"
     training.finish(trainer, results, "the reward model, train_log.jsonl", use)
     return 0
+
+
+def check_samples(args: argparse.Namespace) -> None:
+    """Raises UsageError for samples that a method lacks or does not read."""
+    from ..rewards.spec import READS_SAMPLES
+
+    if (args.method in READS_SAMPLES) == (args.samples is not None):
+        return
+    if args.samples is None:
+        raise UsageError(f"{args.method} reads what the policy samples: give --samples")
+    raise UsageError(f"--samples is for {' and '.join(sorted(READS_SAMPLES))}, not for {args.method}: leave it out")
+
+
+def check_stages(args: argparse.Namespace) -> None:
+    """Raises UsageError for samples, pairs made of them, and a stage in front that do not go with the method."""
+    from ..rewards.spec import USES
+
+    check_samples(args)
+    if args.confident_pairs is not None and args.method != "rlp":
+        raise UsageError(f"--confident-pairs is for rlp, not for {args.method}: leave it out")
+    if args.pretrain_data and args.quantize:
+        raise UsageError("--pretrain-data: a second adapter would go on 16-bit weights: leave --quantize out")
+    if args.pretrain_data and (args.method == "discriminator" or USES[args.method][1] != "reward"):
+        raise UsageError(
+            f"--pretrain-data trains a head of one reward, from which methods of one reward go on; {args.method} "
+            + ("is what it trains: give the rows as --data" if args.method == "discriminator" else "has another head")
+        )
+
+
+def with_confident(args: argparse.Namespace, rows: Any) -> Any:
+    """Returns the pairs, and those that the policy's samples agree on."""
+    from .. import data
+    from ..rewards.agreement import confident_pairs
+    from ..rewards.samples import load_samples
+
+    found = confident_pairs(*load_samples(args.samples), least=args.confident_pairs)
+    if unlike := sorted({"prob", "margin", "score_chosen"} & {*rows.column_names}):
+        raise data.DataError(f"--confident-pairs has no {unlike[0]}, which the pairs have: leave one of them out")
+    if not found:
+        raise data.DataError(
+            f"{args.samples}: no prompt has a majority of {args.confident_pairs:g} or more of its samples, and others "
+            "that say something else: lower --confident-pairs, sample more, or leave it out"
+        )
+    print(f"pairs      {len(found)} that the policy's samples agree on beside {len(rows)}")
+    for row in found:
+        row.pop("confidence")
+    kept = [{k: v for k, v in row.items() if k != "where" and v is not None} for row in rows]
+    return data.load([*kept, *found], kind="pair")
+
+
+def pretrained(args: argparse.Namespace) -> argparse.Namespace:
+    """Trains the discriminator of --pretrain-data, unless that has been done; returns the options that go on from it.
+
+    A General Language Assistant (arXiv 2112.00861): preference-model pre-training by binary discrimination. With
+    --resume the stage goes on from its own checkpoint, and one that has ended is not trained again.
+    """
+    folder = Path(args.output_dir) / "discriminator"
+    read_rows(args, config_of(args).spec())  # a mistake in them is not to be found after the first stage
+    of_ranking = {"whiten": False, "objectives": None, "samples": None, "sample_prompts": None, "inner_lr": None}
+    of_ranking["confident_pairs"] = None
+    plain = {"view_dropout": None, "set": [], "reference": "auto", "pretrain_data": None, "eval_data": None}
+    plain |= {"length_alpha": None, "length_target": 0.0, "length_penalty": 0.0, "push_to_hub": None}
+    own = {"method": "discriminator", "data": [args.pretrain_data], "output_dir": str(folder)}
+    first, second = copy.copy(args), copy.copy(args)
+    vars(first).update(of_ranking | plain | own)
+    vars(second).update(model=str(folder), pretrain_data=None)
+    if args.resume is not None and (folder / "reward_model.json").is_file():  # saved when it has ended
+        was = json.loads((folder / training.RESULTS).read_text(encoding="utf-8"))["options"]
+        for name in ("data", "model"):
+            if was[name] != getattr(first, name):
+                raise UsageError(f"{folder} was trained with {name} {was[name]}: go on with the same, or begin anew")
+    else:
+        first.resume = "last" if args.resume is not None and last_checkpoint(folder) else None
+        run(first)
+        print()
+    if args.resume == "last" and last_checkpoint(args.output_dir) is None:
+        second.resume = None  # it has not begun
+    return second
 
 
 def _learning_rate(args: argparse.Namespace) -> float:
@@ -171,6 +289,8 @@ def config_of(args: argparse.Namespace) -> RewardConfig:
         method_args=dict(args.set),
         objectives=args.objectives,
         objective_weights=args.objective_weights,
+        whiten=getattr(args, "whiten", False),  # `xpo-fast check` has no such option
+        **{name: getattr(args, name) for name in ("view_dropout", "sample_prompts", "inner_lr")},
         reference=args.reference,
         value_head_learning_rate=None if args.head_only else args.value_head_lr,
         max_length=args.max_length,

@@ -22,7 +22,8 @@ from ..models.modes import evaluating
 from ..models.value_head import value_head
 from ..objective.settings import placeholder
 from ..rewards.collate import read_in_training
-from ..rewards.spec import RewardSpec
+from ..rewards.samples import VIEW_DROPOUT
+from ..rewards.spec import READS_SAMPLES, RewardSpec
 from ..rewards.trainer import RewardTrainer
 from ..rl import RLConfig
 from ..rl.loss import batch_loss
@@ -229,6 +230,11 @@ class Rewards(Run):
     """`xpo-fast reward`: the trainer's own loss."""
 
     def __init__(self, question: Question, trace: Trace) -> None:
+        if question.method in READS_SAMPLES:
+            raise ValueError(
+                f"{question.method} reads the policy's samples in a forward of its own, which is not counted here: ask "
+                "for bradley_terry, and leave room for as many rows again"
+            )
         super().__init__(question, trace)
         self.spec = RewardSpec(method=question.method, objectives=question.objectives)
         self.kind = KINDS[self.spec.kind]
@@ -237,7 +243,9 @@ class Rewards(Run):
         self.compares = compares and question.reference != "none"
         settings = dict(question.settings)
         self.trainer: Any = _bare(
-            RewardTrainer, self, spec=self.spec, method=method, settings=settings, gate_alone=False, _reference=None
+            *(RewardTrainer, self),
+            **{"spec": self.spec, "method": method, "settings": settings, "gate_alone": False, "_reference": None},
+            view_dropout=VIEW_DROPOUT,
         )
 
     def before(self) -> None:

@@ -1,7 +1,7 @@
 """Every method as a pure function: keyword tensors and hyperparameters in, (losses, metrics) out."""
 
 from . import listwise, pairwise, policy, reward, unpaired, vocabulary
-from .registry import METHODS, Card, Method, get_method, register
+from .registry import METHODS, Card, Method, get_method, of_valid, register
 
 __all__ = [
     "METHODS",
@@ -9,6 +9,7 @@ __all__ = [
     "Method",
     "get_method",
     "listwise",
+    "of_valid",
     "pairwise",
     "policy",
     "register",

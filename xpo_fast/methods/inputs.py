@@ -17,8 +17,10 @@ class Input(NamedTuple):
 _LOGP = "log-prob summed over the {} completion's tokens"
 _SAME = "the same under the reference policy"
 _GATE = "logits of the gate over K objectives"
+_AGAIN = "the same, seen another time: by another dropout mask"
 # By axes: U units (pairs, rows, lists), K completions of a list (or objectives of a reward model), T tokens of a row,
-# I a size of its own, "" a scalar; alternatives are separated by a space.
+# D the width of a hidden state, S samples of the policy, I a size of its own, "" a scalar; alternatives are separated
+# by a space.
 _BY_AXES = {
     "U": {
         "logp_w": _LOGP.format("chosen"),
@@ -74,6 +76,11 @@ _BY_AXES = {
         "pos_score": "logit of a token sampled in place of the rejected completion's",
         "neg_score": "logit of the rejected completion's token",
     },
+    "UD": {
+        "view": "a view of the pair: hidden state of the chosen completion − that of the rejected one",
+        "other_view": _AGAIN,
+    },
+    "SD": {"sample_view": "a view of the policy's own samples: their hidden states", "other_sample_view": _AGAIN},
     "U UT": {"advantage": "advantage of each row or token", "value": "value of the prompt, or of each token's state"},
     "UT UK": {"mask": "entries that count: the completion's tokens, or those of the K that exist"},
     "II": {

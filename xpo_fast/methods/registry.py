@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..wording import did_you_mean
@@ -233,3 +234,16 @@ def get_method(name: str) -> Method:
             f"no method named {name!r}{near}{' There' if near else '; there'} are {', '.join(sorted(_METHODS))}"
         )
     return _METHODS[name]
+
+
+def of_valid(method: Method, given: Mapping[str, Any], valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Calls a method; one whose units see one another with the valid units alone, and 0 for the others."""
+    if method.unit != "batch":
+        return method(**given)
+    own = {k: x[valid] if isinstance(x, Tensor) and "U" in method.axes(k)[0] else x for k, x in given.items()}
+    losses, metrics = method(**own)
+
+    def everywhere(x: Tensor) -> Tensor:
+        return torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_scatter(valid, x)
+
+    return everywhere(losses), {name: everywhere(x) for name, x in metrics.items()}

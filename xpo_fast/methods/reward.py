@@ -266,6 +266,128 @@ def haf(
     return bt + alpha * policy, pair_metrics(reward_w, reward_l, reward_loss=bt, policy_loss=policy)
 
 
+@register(
+    paper="Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), SimCSE on the "
+    "difference of a pair's hidden states",
+    equation="−(1−ε) log σ(h) − ε log σ(−h) − α log(e^{cos(v_i, v'_i)/τ} / Σ_j e^{cos(v_i, v'_j)/τ})",
+    attributes=_ATTRIBUTES,
+    unit="batch",
+)
+def contrastive(
+    *,
+    reward_w: Tensor,  # (P,)
+    reward_l: Tensor,  # (P,)
+    view: Tensor,  # (P, D) h_w − h_l under one dropout mask
+    other_view: Tensor,  # (P, D) the same under another
+    margin: Tensor | None = None,  # (P,)
+    label_smoothing: float = 0.0,
+    alpha: float = 0.1,
+    temperature: float = 0.05,
+) -> Losses:
+    """Bradley–Terry with a contrastive loss on the hidden states, which keeps the differences of pairs apart.
+
+    L_i = BT_i − α log(e^{cos(v_i, v'_i)/τ} / Σ_j e^{cos(v_i, v'_j)/τ}), BT as in `bradley_terry`, v = h_w − h_l the
+    difference of the states that the rewards are read from, v' the same under another dropout mask, j over the pairs of
+    the batch, τ = `temperature`: the pairs of a batch are one another's negatives, and one pair alone adds 0. The paper
+    draws the masks in the whole model by two forwards; the trainer draws them on the states of one forward.
+    """
+    check(alpha >= 0, "alpha >= 0", alpha)
+    losses, metrics = bradley_terry(
+        reward_w=reward_w, reward_l=reward_l, margin=margin, label_smoothing=label_smoothing
+    )
+    apart = info_nce(view, other_view, temperature)
+    return losses + alpha * apart, {**metrics, "contrastive_loss": apart.detach()}
+
+
+@register(
+    paper="Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080); MetaRM: Shifted "
+    "Distributions Alignment via Meta-Learning (arXiv 2405.00438)",
+    equation="−(1−ε) log σ(h) − ε log σ(−h) at θ' = θ + η ∂J/∂θ, J = 2/K² Σ_{i<j} σ(|r_i − r_j|) of policy samples",
+    attributes=_ATTRIBUTES,
+)
+def meta(
+    *,
+    reward_w: Tensor,  # (P,) at θ'
+    reward_l: Tensor,  # (P,)
+    margin: Tensor | None = None,  # (P,)
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """Bradley–Terry at weights that tell the policy's own samples apart, which keeps the model sharp off its data.
+
+    θ' = θ + η ∂J/∂θ, J = mean over prompts of `spread`; L = BT(θ'), and θ ← θ − lr ∂BT/∂θ'. The function is
+    `bradley_terry` of rewards at θ'; the trainer takes the inner step on a batch of `samples`, rate η = `inner_lr`,
+    before each batch of pairs, and applies the gradient found there to θ: the first-order form of the paper's.
+    """
+    return bradley_terry(reward_w=reward_w, reward_l=reward_l, margin=margin, label_smoothing=label_smoothing)
+
+
+@register(
+    paper="Fine-Tuning Language Models with Reward Learning on Policy (arXiv 2403.19279), its multi-view loss; form: "
+    "Learning Robust Representations via Multi-View Information Bottleneck (arXiv 2002.07017)",
+    equation="−(1−ε) log σ(h) − ε log σ(−h) + α·mean_s(InfoNCE(z_s, z'_s) + κ/2·‖z_s − z'_s‖²)",
+    attributes=_ATTRIBUTES,
+    unit="batch",
+)
+def rlp(
+    *,
+    reward_w: Tensor,  # (P,)
+    reward_l: Tensor,  # (P,)
+    sample_view: Tensor,  # (S, D) states of the policy's samples under one dropout mask
+    other_sample_view: Tensor,  # (S, D) the same under another
+    margin: Tensor | None = None,  # (P,)
+    label_smoothing: float = 0.0,
+    alpha: float = 0.1,
+    kappa: float = 0.1,
+    temperature: float = 0.05,
+) -> Losses:
+    """Bradley–Terry with an unsupervised loss that keeps the model's features on the policy's distribution.
+
+    L_i = BT_i + α·mean_s [−log(e^{cos(z_s, z'_s)/τ} / Σ_t e^{cos(z_s, z'_t)/τ}) + κ/2·‖z_s − z'_s‖²], z the states of
+    the policy's samples scaled to length 1, z' the same under another dropout mask, τ = `temperature`. It is the
+    multi-view information bottleneck −I(z; z') + κ·SKL: InfoNCE bounds the information that the views share, and
+    ½‖z − z'‖² is the symmetrised KL of unit Gaussians around them, the information that they do not share. The second
+    term is that of the batch, alike for each pair; without samples it is 0.
+    """
+    check(alpha >= 0, "alpha >= 0", alpha)
+    check(kappa >= 0, "kappa >= 0", kappa)
+    losses, metrics = bradley_terry(
+        reward_w=reward_w, reward_l=reward_l, margin=margin, label_smoothing=label_smoothing
+    )
+    apart = info_nce(sample_view, other_sample_view, temperature)
+    off = 0.5 * ((_unit(sample_view) - _unit(other_sample_view)) ** 2).sum(1)
+    views = (apart + kappa * off).sum() / max(len(apart), 1)
+    seen = {"views_loss": views.detach().expand_as(losses)} if len(apart) else {}
+    return losses + alpha * views, {**metrics, **seen}
+
+
+def info_nce(
+    x: Tensor,  # (N, D)
+    y: Tensor,  # (N, D)
+    temperature: float,
+) -> Tensor:
+    """Computes −log(e^{cos(x_i, y_i)/τ} / Σ_j e^{cos(x_i, y_j)/τ}), (N,), as SimCSE does (arXiv 2104.08821).
+
+    The cosine with a vector of 0 is 0, and so is its gradient.
+    """
+    check(temperature > 0, "temperature > 0", temperature)
+    return -(_unit(x) @ _unit(y).T / temperature).log_softmax(1).diagonal()
+
+
+def spread(
+    rewards: Tensor,  # (P, K) of the samples of P prompts
+    mask: Tensor | None = None,  # (P, K) bool, where K varies
+) -> Tensor:
+    """Computes J = 2/K² Σ_{i<j} σ(|r_i − r_j|), (P,), MetaRM's measure of how far a model tells samples apart.
+
+    Its gradient is 0 between samples of equal rewards. (arXiv 2405.00438.)
+    """
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    r = torch.where(mask, rewards, 0.0)
+    both = (mask[:, :, None] & mask[:, None, :]).triu(1)
+    apart = torch.sigmoid((r[:, :, None] - r[:, None, :]).abs())
+    return 2 * torch.where(both, apart, 0.0).sum((1, 2)) / (mask.sum(1) ** 2).clamp(min=1)
+
+
 def ensemble(
     rewards: Tensor,  # (..., E) of E reward models
     how: str = "mean",
@@ -338,6 +460,12 @@ def odin(
 
 def _centred(*xs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x - x.mean() for x in xs)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Returns the rows of x (N, D) scaled to length 1; a row of 0 as it is, with gradient 0."""
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(norms > 0, x / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:

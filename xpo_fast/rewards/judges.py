@@ -124,8 +124,12 @@ class RewardJudge(Judge):
     ) -> Tensor:
         """Returns P(first beats second), (R,): the preference model's own, else σ of the difference of rewards."""
         if not self.compares:
-            return super().compare(prompts, first, second, **columns)
+            return super().compare(prompts, first, second, **columns)  # by `link`, which undoes whitening
         return self._finite(self.model.compare(list(prompts), list(first), list(second)), prompts, first)
+
+    def link(self, gap: Tensor) -> Tensor:
+        """Returns σ(scale·gap), the model's own P(first beats second) whether its rewards are whitened or not."""
+        return (getattr(self.model, "scale", 1.0) * gap).sigmoid()
 
     def _finite(self, found: Tensor, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Tensor:
         """Returns what the model found, (R,) float32 on the CPU, NaN where it is not finite, which a warning names."""

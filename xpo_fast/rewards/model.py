@@ -70,6 +70,11 @@ class RewardModel:
             install_fused_loss(model)
         self._layout = ScorerLayout(layout, model, self._off)
 
+    @property
+    def scale(self) -> float:
+        """The factor on differences of rewards that gives logits, see `RewardSpec.scale`."""
+        return self.spec.scale
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
         """Returns the reward of each completion, (R,) float32 on the CPU."""
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions})
@@ -80,13 +85,35 @@ class RewardModel:
         """Returns the value head's outputs for each completion, (R, K) float32 on the CPU."""
         return self._run(encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions}))
 
+    def states(self, prompts: Sequence[Prompt], completions: Sequence[Any]) -> Tensor:
+        """Returns the hidden state that each completion's reward is read from, (R, D) float32 on the CPU.
+
+        Raises ValueError for a preference model, which reads two completions, and for a classifier.
+        """
+        if self.head is None or self.spec.form == "preference":
+            what = "a classifier of transformers" if self.head is None else self.spec.method
+            raise ValueError(f"{what} has no hidden state of one completion: expected a model with a value head")
+        features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": completions})
+        width = self.head.weight.shape[1]
+        if not features:
+            return torch.zeros(0, width)
+        check_features(self.model, self.tokenizer, features)
+
+        def read(batch: Mapping[str, Any]) -> Tensor:
+            rows = Inputs.of(batch)
+            find = lambda hidden, _: {"states": self.spec.states(hidden, *rows[1:3])[:, 0, :width]}  # noqa: E731
+            return rows.run(self.model, find)["states"]
+
+        how: Any = {"layout": self._layout.settle(features, self.tokenizer), "wanted": self._wanted}
+        return in_batches(features, self.model, self.tokenizer, self.batch_size, read, **how)
+
     def compare(self, prompts: Sequence[Prompt], first: Sequence[Any], second: Sequence[Any]) -> Tensor:
-        """Returns P(first beats second), (R,): σ of the difference of rewards.
+        """Returns P(first beats second), (R,): σ of the difference of rewards, whitening undone.
 
         A preference model is asked in both orders: σ((z(a, b) − z(b, a))/2), so that P(a ≻ b) + P(b ≻ a) = 1.
         """
         if self.spec.form != "preference":
-            return torch.sigmoid(self.score(prompts, first) - self.score(prompts, second))
+            return torch.sigmoid(self.scale * (self.score(prompts, first) - self.score(prompts, second)))
         features = encode_rows(self.tokenizer, self.spec, prompts, {"chosen": first, "rejected": second})
         between, after = separators(self.tokenizer)
         pairs = [both_orders(row, between, after) for row in features]

@@ -30,8 +30,9 @@ class PairScores:
     rejected: np.ndarray  # (P,)
     chosen_tokens: np.ndarray  # (P,)
     rejected_tokens: np.ndarray  # (P,)
-    is_logit: bool = True  # σ(margin) is P(chosen beats rejected)
+    is_logit: bool = True  # σ(scale·margin) is P(chosen beats rejected)
     prompts: np.ndarray | None = None  # (P,) int, shared by the pairs of a prompt; None: each has its own
+    scale: float = 1.0  # the standard deviation that whitening took out
 
     def __post_init__(self) -> None:
         shapes = {x.shape for x in (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)}
@@ -65,10 +66,10 @@ def summary(scores: PairScores) -> dict[str, Any]:
 
     accuracy counts a tie as ½. standard_error is that of the accuracy, with the pairs of a prompt as one observation;
     accuracy_95 is Wilson's interval for the number of independent pairs with that standard error. log_loss, brier and
-    calibration take σ(margin) as P(chosen beats rejected). scale is the factor on the margins with the least log-loss
-    on these pairs: 1 for calibrated margins, None if all margins have one sign, where no finite factor is best.
-    length_correlation is Pearson's, of score and tokens over all completions; longer_wins is the accuracy of preferring
-    the longer completion.
+    calibration take σ(margin) as P(chosen beats rejected), for whitened rewards σ(std·margin). scale is the factor on
+    these margins with the least log-loss on these pairs: 1 for calibrated ones, None if all have one sign, where no
+    finite factor is best. length_correlation is Pearson's, of score and tokens over all completions; longer_wins is the
+    accuracy of preferring the longer completion.
     """
     n, right, margin = len(scores.margin), scores.right, scores.margin
     accuracy = float(right.mean())
@@ -84,7 +85,7 @@ def summary(scores: PairScores) -> dict[str, Any]:
         "accuracy_95": wilson(accuracy, _independent(right, scores.prompts)),
         "ties": int((margin == 0).sum()),
         **{f"{name}_{of}": float(getattr(x, of)()) for name, x in spread.items() for of in ("mean", "std")},
-        **(_probabilities(margin) if scores.is_logit else {}),
+        **(_probabilities(scores.scale * margin) if scores.is_logit else {}),
         "by_length_gap": by_length_gap(scores),
         "length_correlation": _correlation(both, tokens),
         "longer_wins": float(((np.sign(scores.gap) + 1) / 2).mean()),
@@ -319,8 +320,8 @@ def score_pairs(
 
     scorer: an object with score(prompts, completions) → (R,), a tokenizer and a spec. A preference model has only
         compare(): the chosen completion gets the logit of P(chosen beats rejected), the rejected one 0.
-    is_logit: whether σ(margin) is a probability, without which there is no calibration; None: as the scorer, or its
-        `spec`, declares.
+    is_logit: whether σ(scale·margin) is a probability, without which there is no calibration; None: as the scorer, or
+        its `spec`, declares.
     """
     if is_logit is None:
         is_logit = bool(getattr(scorer, "is_logit", scorer.spec.is_logit))
@@ -336,4 +337,5 @@ def score_pairs(
         values = [x.numpy() for x in found.chunk(2)]
     numbers: dict[str, int] = {}
     which = np.array([numbers.setdefault(json.dumps(p, sort_keys=True), len(numbers)) for p in prompts])
-    return PairScores(name, *values, *tokens, is_logit=is_logit, prompts=which)
+    scale = float(getattr(scorer, "scale", 1.0))
+    return PairScores(name, *values, *tokens, is_logit=is_logit, prompts=which, scale=scale)

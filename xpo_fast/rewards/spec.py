@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ _FORMS = (
 USES = {
     name: (kind, form) for name, m in METHODS.items() for inputs, kind, form in _FORMS if inputs <= set(m.inputs)
 } | {"odin": ("pair", "odin")}
+# Two views of hidden states, for a loss that learns without labels.
+_VIEWS = ("view", "other_view", "sample_view", "other_sample_view")
+READS_VIEWS = {name for name in USES if name in METHODS and {*_VIEWS} & {*METHODS[name].inputs}}
+# The methods that also read completions that the policy has sampled.
+READS_SAMPLES = {"meta", *(name for name in READS_VIEWS if "sample_view" in METHODS[name].inputs)}
 # The methods that learn from the probability of a label: as an input, or by the loss of the pair in both orders.
 SOFT_LABELS = {
     name
     for name, m in METHODS.items()
-    if name in USES and ("prob_w" in m.inputs or m.required == ("reward_w", "reward_l"))
+    if name in USES and ("prob_w" in m.inputs or {*m.required} - {*_VIEWS} == {"reward_w", "reward_l"})
 }
 
 
@@ -59,6 +65,9 @@ class RewardSpec:
     length_target: float = 0.0  # reward − λ·|tokens − target|, `length_penalty`
     length_lam: float = 0.0
     chat_template_kwargs: dict[str, Any] | None = None  # that it was trained with; those of a prompt come first
+    # Whitening: (reward − mean)/std in front of the length rule, as Llama 2 does (arXiv 2307.09288); None: none.
+    mean: float | None = None
+    std: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in USES:
@@ -74,6 +83,13 @@ class RewardSpec:
             raise ValueError(
                 f"expected a weight for each of {len(self.objectives)} objectives, got {len(self.weights)}"
             )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"expected mean and std, or neither; got mean={self.mean!r}, std={self.std!r}")
+        if self.std is not None and self.mean is not None:
+            if not (0 < self.std < math.inf and math.isfinite(self.mean)):
+                raise ValueError(f"expected a finite mean and std > 0, got mean={self.mean!r}, std={self.std!r}")
+            if self.form == "preference":
+                raise ValueError("a preference model has no reward to whiten: leave mean and std out")
 
     @property
     def kind(self) -> str:
@@ -98,8 +114,13 @@ class RewardSpec:
 
     @property
     def is_logit(self) -> bool:
-        """Whether σ(difference of rewards) is a probability that the method fits: not for ratings or a length rule."""
+        """Whether σ(scale·difference) is a probability that the method fits: not for ratings or a length rule."""
         return self.form != "objectives" and self.length_alpha is None and not self.length_lam
+
+    @property
+    def scale(self) -> float:
+        """The factor on differences of rewards that gives logits: the standard deviation that whitening took out."""
+        return 1.0 if self.std is None else self.std
 
     def read(
         self,
@@ -137,27 +158,41 @@ class RewardSpec:
         outputs: Tensor,  # (R, K)
         lengths: Tensor,  # (R,) tokens of the completions
     ) -> Tensor:
-        """Returns the rewards (R,), length rule applied. Raises ValueError for a preference model, which has none."""
-        if self.form == "preference":
-            raise ValueError("a preference model compares two completions and has no reward of one: use compare()")
-        if self.form == "gated":
-            rewards, gate = outputs.chunk(2, dim=1)
-            reward = (gate.softmax(dim=1) * rewards).sum(dim=1)
-        elif self.form == "objectives":
-            weights = self.weights or [1 / len(self.objectives)] * len(self.objectives)
-            reward = outputs @ outputs.new_tensor(weights)
-        else:
-            reward = outputs[:, 0]
+        """Returns the rewards (R,), whitened and with the length rule.
+
+        Raises ValueError for a preference model, which has none.
+        """
+        reward = self.mix(outputs)
+        if self.mean is not None and self.std is not None:
+            reward = (reward - self.mean) / self.std
         if self.length_alpha is not None:
             reward = length_normalised(reward, lengths, self.length_alpha)
         if self.length_lam:
             reward = reward - length_penalty(lengths, self.length_target, self.length_lam)
         return reward
 
+    def mix(self, outputs: Tensor) -> Tensor:
+        """Returns the model's own rewards (R,) of outputs (R, K), before whitening and length rule, which see them."""
+        if self.form == "preference":
+            raise ValueError("a preference model compares two completions and has no reward of one: use compare()")
+        if self.form == "gated":
+            rewards, gate = outputs.chunk(2, dim=1)
+            return (gate.softmax(dim=1) * rewards).sum(dim=1)
+        if self.form == "objectives":
+            weights = self.weights or [1 / len(self.objectives)] * len(self.objectives)
+            return outputs @ outputs.new_tensor(weights)
+        return outputs[:, 0]
+
 
 def save_spec(spec: RewardSpec, folder: str | Path) -> None:
     """Writes the spec into the folder, as `SPEC_FILE`."""
-    write_json(Path(folder) / SPEC_FILE, dataclasses.asdict(spec))
+    write_json(Path(folder) / SPEC_FILE, fields_of(spec))
+
+
+def fields_of(spec: RewardSpec) -> dict[str, Any]:
+    """Returns the spec's fields, without those of whitening where there is none: as earlier versions wrote them."""
+    found = dataclasses.asdict(spec)
+    return found if spec.std is not None else {k: v for k, v in found.items() if k not in ("mean", "std")}
 
 
 def load_spec(folder: str | Path) -> RewardSpec:

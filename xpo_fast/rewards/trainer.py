@@ -7,8 +7,7 @@ and HAF need, come from one forward.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from .. import data
 from ..data import KINDS, DataError, Kind
 from ..head import sequence_logps
 from ..layouts import Chosen, Inputs, LaysOut
-from ..methods import get_method
+from ..methods import get_method, of_valid
 from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
 from ..models import Head, install_fused_loss, load_model, padding_id
@@ -36,19 +35,8 @@ from ..models.value_head import (
 )
 from ..reduce import count_metrics, mean_metrics
 from ..rollout.sampling import eos_ids
-from ..trainer import (
-    HandedOver,
-    UnitTrainer,
-    XPOConfig,
-    check_head,
-    check_rows,
-    map_splits,
-    warn_of_lost_updates,
-    with_adapter,
-    with_lengths,
-)
+from ..trainer import HandedOver, check_head, check_rows, map_splits, warn_of_lost_updates, with_adapter, with_lengths
 from ..trainer.base import PreTrainedTokenizerBase, set_seed
-from ..trainer.config import argument
 from ..trainer.findings import Report
 from ..trainer.layout import hindrance_of, settle_layout_of
 from ..trainer.preflight import Run, preflight
@@ -56,57 +44,17 @@ from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
 from ..trainer.setup import some_rows
 from .collate import RewardCollator, read_in_training, read_lengths
+from .config import RewardConfig as RewardConfig
+from .config import checked_settings as checked_settings
 from .encoding import load_ratings
 from .model import RewardModel
-from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
+from .sampled import ReadsSamples, check_samples
+from .samples import VIEW_DROPOUT, two_views
+from .spec import SOFT_LABELS, SPEC_FILE, fields_of, save_spec
+from .whitening import Whitens
 
 
-@dataclass
-class RewardConfig(XPOConfig):
-    """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring only."""
-
-    method: str = argument("bradley_terry", "The method that trains the reward model: " + ", ".join(USES))
-    objectives: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the rewards of regression, columns of numbers in the data, and of gated. "
-            "None: the column reward alone."
-        },
-    )
-    objective_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the objectives in the reward of regression. None: their mean."}
-    )
-    length_alpha: float | None = argument(None, "Divides the reward by this number + the tokens of the completion.")
-    length_target: float = argument(0.0, "Length in tokens that costs nothing, with length_lam.")
-    length_lam: float = argument(0.0, "Reward subtracted per token more or fewer than length_target.")
-    learning_rate: float = argument(1e-5, "The initial learning rate of AdamW.")
-    value_head_learning_rate: float | None = argument(
-        None, "Learning rate of the value head, whose weights begin near 0. None: learning_rate."
-    )
-
-    def spec(self) -> RewardSpec:
-        """Returns the spec of the reward model. Raises ValueError if the arguments contradict each other."""
-        check_choice("method", self.method, tuple(USES))
-        if self.tile_mib is not None:
-            raise ValueError("tile_mib has no effect on a reward model: leave it out")
-        if self.score != "assistant":
-            raise ValueError("score has no effect on a reward model, which reads all of a completion: leave it out")
-        if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
-            raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
-        if self.objective_weights is not None and USES[self.method][1] != "objectives":
-            raise ValueError(f"objective_weights weigh the rewards of regression; {self.method} has none to weigh")
-        if self.length_target and not self.length_lam:
-            raise ValueError(f"length_target={self.length_target:g} is where length_lam is 0: set length_lam, too")
-        if self.ref_cache_dir is not None:
-            raise ValueError("ref_cache_dir has no effect: a reward model's reference is computed live, leave it out")
-        # max_length is about training's memory: a model is read at the last token, wherever that is.
-        names = ("method", "max_prompt_length", "chat_template_kwargs", "length_alpha", "length_target", "length_lam")
-        objectives = tuple(self.objectives or ("reward",))
-        weights = None if self.objective_weights is None else tuple(self.objective_weights)
-        return RewardSpec(objectives=objectives, weights=weights, **{name: getattr(self, name) for name in names})
-
-
-class RewardTrainer(SavesValueHead, UnitTrainer):
+class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
     """Trainer of a reward model.
 
     model: a causal LM of transformers, a PEFT model, or a name for `load_model`. If it has a value head (a reward
@@ -114,7 +62,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         gate alone, as ArmoRM does.
     train_dataset, eval_dataset: anything `data.load` reads, of the method's kind. For `regression` rows of prompt,
         completion and the numbers named in args.objectives; a number that is null is left out of the loss.
+    samples: what a policy has sampled, for `rlp` and `meta`: anything `load_samples` reads.
     processing_class, peft_config: as in `XPOTrainer`.
+
+    A model of `discriminator` continues as a ranking one, its value head with it: the preference-model pre-training of
+    arXiv 2112.00861. With args.whiten the spec has mean and standard deviation of the rewards after `train`; those of a
+    model that training continues from are dropped.
 
     Pairs may have `prob`, the probability that the chosen completion is the better one: preference_model learns from
     it, and bradley_terry by −p log σ(h) − (1−p) log σ(−h), if the data have no margin.
@@ -134,12 +87,15 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        samples: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         args = args or RewardConfig()
         self.spec = args.spec()
+        self.view_dropout = VIEW_DROPOUT if args.view_dropout is None else args.view_dropout
+        check_samples(args, samples is not None, trains=train_dataset is not None)
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
         needs_reference = self.method is not None and self.method.needs_reference
@@ -200,6 +156,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         self.layout: Chosen | None = None  # how the model reads rows; None without any
         if rows := some_rows(self.train_dataset, self.eval_dataset):
             self.layout = settle_layout_of(self, rows, lambda hidden, rows: self.spec.states(hidden, *rows[1:3]))
+        self.samples = None if samples is None else self.dealt(samples, self._tokenizer, self._embedded)
         self._reference: LiveReference | None = None
         if compares:
             strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
@@ -263,14 +220,14 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             collate=self.data_collator,
             items=self._items,
             loss=self._loss,
-            coupled=self.spec.form == "odin",
+            coupled=self.method is None or self.method.unit == "batch",
             looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
         )
         self.report = preflight(run)
         return self.report
 
     def _coupled(self) -> list[str]:
-        return ["odin"] if self.method is None else []
+        return [self.spec.method] if self.method is None or self.method.unit == "batch" else []
 
     def _row_tokens(self, rows: Any, layout: str) -> np.ndarray:
         if self.spec.form == "preference":  # whose two rows hold the same tokens, in either order
@@ -290,10 +247,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
     @property
     def made_with(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that wrote a checkpoint."""
-        spec = {**dataclasses.asdict(self.spec), "max_length": self.args.max_length}
+        plain = dataclasses.replace(self.spec, mean=None, std=None)
+        spec = {**fields_of(plain), "max_length": self.args.max_length}
         about = {"reward model": spec, "settings": self.settings, "rows": self._rows}
         about |= {} if self._reference is None else self._reference.identity
-        return {**super().made_with, **about, "value_head_learning_rate": self.args.value_head_learning_rate}
+        about |= {**self.of_samples, "value_head_learning_rate": self.args.value_head_learning_rate}
+        return {**super().made_with, **about}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -319,11 +278,19 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         valid = self._valid(inputs)
         divisor = valid.sum().clamp(min=1) if denominator is None else denominator
         reference = None if self._reference is None else self._reference.logps(model, rows)
+        asked = () if self.method is None else self.method.inputs
+        views: dict[str, Tensor] = {}
+        if "sample_view" in asked:
+            views = self.sample_views(model, inputs, head)
 
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, rows.attention_mask, rows.targets)
             logps = self._logps(hidden, lm_head, rows.targets) if self.spec.reads_logps else None
-            losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
+            if "view" in asked:
+                width = head.weight.shape[1]
+                w, l = self.spec.states(hidden, *rows[1:3])[:, 0, :width].float().chunk(2)  # noqa: E741
+                views.update(two_views("view", w - l, self.view_dropout, training=model.training))
+            losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid, views)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {"loss": loss, "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid)}
 
@@ -345,12 +312,13 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         logps: Tensor | None,  # (R,)
         ref_logps: Tensor | None,  # (R,)
         valid: Tensor,  # (U,)
+        views: Mapping[str, Tensor],  # of the method's inputs, (U, D) or (S, D)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the method's losses (U,), meaningless where not valid, and its metrics."""
         method, form = self.method, self.spec.form
         if method is None:
             return self._odin(inputs, head, outputs, valid)
-        given: dict[str, Any] = dict(self.settings)
+        given: dict[str, Any] = {**self.settings, **views}
         if form == "preference":
             # Both orders of every pair, with the probability of the one that comes first.
             z, z_swapped = outputs[:, 0].chunk(2)
@@ -384,12 +352,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             given["margin"] = inputs["margin"]
         if logps is not None:
             given |= _sides("logp", logps) | ({} if ref_logps is None else _sides("ref_logp", ref_logps))
-        losses, metrics = method(**given)
+        losses, metrics = of_valid(method, given, valid)
         if soft:
             # A soft label: the cross-entropy of p, the two orders weighted by their probabilities.
             p = inputs["prob_w"]
             given |= {"reward_w": given["reward_l"], "reward_l": given["reward_w"]}
-            losses = p * losses + (1 - p) * method(**given)[0]
+            losses = p * losses + (1 - p) * of_valid(method, given, valid)[0]
         return losses, metrics
 
     def _odin(
@@ -437,24 +405,3 @@ def _sides(name: str, x: Tensor) -> dict[str, Tensor]:
     """Returns the chosen and the rejected half of x (2P,), under the names of a method's inputs."""
     w, l = x.chunk(2)  # noqa: E741
     return {f"{name}_w": w, f"{name}_l": l}
-
-
-def checked_settings(args: RewardConfig) -> dict[str, Any]:
-    """Returns the hyperparameters in args.method_args. Raises ValueError for an unknown name or no number."""
-    given: Any = args.method_args or {}
-    settings: dict[str, Any] = dict(given)
-    of = odin if args.method == "odin" else get_method(args.method).fn
-    parameters = inspect.signature(of).parameters
-    for name, value in settings.items():
-        default = parameters[name].default if name in parameters else None
-        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-        if numeric and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{args.method}: expected a number for {name}, got {value!r}")
-    if args.method == "odin":
-        known = [n for n, p in parameters.items() if p.default is not p.empty]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"odin has no hyperparameter {', '.join(unknown)}; it has {', '.join(known)}")
-    else:
-        get_method(args.method).check_hyperparameters(settings)
-    return settings
