@@ -201,12 +201,11 @@ class _Talk:
     ) -> tuple[str, str]:
         """Returns a side's answer and how it ended: "stop", "length", or "interrupted"."""
         streamer = _streamer(side.rollout.tokenizer, add)
+        prompt = side.prompt() if request is None else side.prompt(request)
         side.rollout.streamer = streamer
         try:
             with side.context():
-                samples = side.rollout.generate(
-                    [side.prompt(request)], sampling=self.sampling, seed=self.args.seed + self.turn
-                )
+                samples = side.rollout.generate([prompt], sampling=self.sampling, seed=self.args.seed + self.turn)
         except KeyboardInterrupt as stop:
             if not stoppable or hasattr(stop, "status"):  # SIGTERM, which is not about an answer
                 raise

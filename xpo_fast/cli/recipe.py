@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if recipe.judge == "self" and args.judge:
         raise UsageError(f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge")
     holds_out = args.held_out or args.held_out_data
-    unasked = (recipe.judge == "none" and recipe.then is None and args.judge) or args.held_out_judge
+    unasked = (not _asks(recipe) and args.judge) or args.held_out_judge
     if unasked and not holds_out:
         raise UsageError(
             f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out "
@@ -199,6 +199,15 @@ def run(args: argparse.Namespace) -> int:
     for i, score in enumerate(outcome.history):
         say(f"held-out score {'at the start' if i == 0 else f'after iteration {i}'}: {score:.4f}")
     return 0
+
+
+def _asks(recipe: Recipe) -> bool:
+    """Returns whether a part of the recipe asks the judge of the command line, not a reward model made before it."""
+    from ..recipes.loop import parts_of
+
+    parts = parts_of(recipe)
+    made = next((k + 1 for k, part in enumerate(parts) if part.makes_reward_model), len(parts))
+    return any(part.judge not in ("none", "self") for part in parts[:made])
 
 
 def _check_used(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -101,16 +101,19 @@ def fields(text: str) -> set[str]:
 
 
 def affixed(prompt: Prompt, ask: str) -> Prompt:
-    """Returns the prompt with an instruction: behind a text, before its last colon; in the last turn of the user.
+    """Returns the prompt with an instruction: behind a text, in the last turn of the user in a conversation.
 
-    Raises DataError for a conversation without a user's turn. An empty instruction leaves the prompt as it is.
+    Where a text ends with a speaker's name and a colon, an instruction in brackets stands before that colon, as RLCD's
+    do, and another before that line. An empty instruction leaves the prompt as it is. Raises DataError for a
+    conversation without a user's turn.
     """
     if not ask:
         return prompt
     if isinstance(prompt, str):
-        told = re.fullmatch(r"(.*?)(:?\s*)", prompt, re.DOTALL)
-        assert told is not None
-        return f"{told[1]} {ask}{told[2]}" if told[1] else f"{ask}{told[2]}"
+        end = re.search(r":?\s*\Z" if ask.startswith("(") else r"(\s*\n[^\n]{1,30}:)?\s*\Z", prompt)
+        assert end is not None
+        head, tail = prompt[: end.start()], prompt[end.start() :]
+        return f"{head} {ask}{tail}" if head else f"{ask}{tail}"
     at, request = _request(prompt)
     turn = {**prompt[at], "content": f"{request} {ask}" if request else ask}
     return as_conversation(prompt).changed({at: turn})

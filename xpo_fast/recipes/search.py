@@ -38,7 +38,7 @@ def begin(recipe: Recipe, setup: Setup, policies: Policies, folder: Path) -> lis
     path = folder / "selected.jsonl"
     if not path.is_file():
         start = Search(**recipe.select_args).start
-        write_lines(path, _ranked(_scored(setup, policies, folder, [start], 0)))
+        write_lines(path, _ranked(_scored(setup, policies, folder, [start], 0, 0)))
     return read_lines(path)
 
 
@@ -51,7 +51,7 @@ def search(recipe: Recipe, setup: Setup, policies: Policies, i: int, history: Se
         setup, folder, "proposed", [history], lambda b, part: _proposed(recipe, setup, policies, i, part[0])
     )
     fresh = [line["instruction"] for line in proposed if line["new"]]
-    scored = _scored(setup, policies, folder, fresh, i + 1)
+    scored = _scored(setup, policies, folder, fresh, i + 1, len(history))
     rows = _ranked([*history, *scored])
     best = rows[-1]
     known = [row["score"] for row in scored if row["score"] is not None]
@@ -72,8 +72,7 @@ def search(recipe: Recipe, setup: Setup, policies: Policies, i: int, history: Se
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows by their scores, those without one first, of equal ones the earliest last."""
-    order = sorted(range(len(rows)), key=lambda k: (-math.inf if (s := rows[k]["score"]) is None else s, -k))
-    return [rows[k] for k in order]
+    return sorted(rows, key=lambda row: (-math.inf if row["score"] is None else row["score"], -row["number"]))
 
 
 def _proposed(recipe: Recipe, setup: Setup, policies: Policies, i: int, history: Sequence[Row]) -> list[Row]:
@@ -118,8 +117,13 @@ def instruction_in(reply: str) -> str:
     return text if len(text) <= LONGEST else ""
 
 
-def _scored(setup: Setup, policies: Policies, folder: Path, instructions: Sequence[str], i: int) -> list[Row]:
-    """Returns each instruction with the mean score of the policy's most likely answers to all rows under it."""
+def _scored(
+    setup: Setup, policies: Policies, folder: Path, instructions: Sequence[str], i: int, known: int
+) -> list[Row]:
+    """Returns each instruction with the mean score of the policy's most likely answers to all rows under it.
+
+    i: 0 for the one to begin with, 1 for the first iteration. known: how many were found before, for their numbers.
+    """
     judge, rollout = setup.judge, policies.start.rollout if instructions else None
     assert judge is not None
     sampling = dataclasses.replace(setup.sampling, temperature=0.0)
@@ -141,8 +145,8 @@ def _scored(setup: Setup, policies: Policies, folder: Path, instructions: Sequen
         if line["score"] is not None:
             of[line["instruction"]].append(line["score"])
     return [
-        {"instruction": text, "score": finite(mean(scores)), "answered": len(scores), "iteration": i}
-        for text, scores in zip(instructions, of, strict=True)
+        {"instruction": text, "score": finite(mean(x)), "answered": len(x), "iteration": i, "number": known + k}
+        for k, (text, x) in enumerate(zip(instructions, of, strict=True))
     ]
 
 

@@ -292,6 +292,8 @@ def held_out_scores(
     if not setup.held_out or recipe.makes_reward_model:
         return []
     sampling = recipe.draws[0].sampling(setup.sampling) if recipe.draws else setup.sampling
+    if recipe.searches:
+        sampling = dataclasses.replace(setup.sampling, temperature=0.0)
     start = setup.output / "start"
     answers = policies.start if recipe.task or recipe.searches else policies.get(model)
     rewritten: list[Prompt] = []
