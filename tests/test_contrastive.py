@@ -24,6 +24,7 @@ from xpo_fast.recipes.loop import run
 from xpo_fast.recipes.search import instruction_in
 from xpo_fast.recipes.selection import as_asked
 from xpo_fast.rewards.judges import FunctionJudge, text_of
+from xpo_fast.rewards.model import RewardModel
 from xpo_fast.rollout import GenerateRollout, Samples, Sampling, encode_prompts
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
@@ -32,7 +33,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
-NAMES = ["rlcd", "rlcd-dpo", "rmboost", "bpo", "opro"]
+NAMES = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "bpo", "opro"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -290,6 +291,37 @@ def test_rmboost_trains_a_reward_model(home, tmp_path):
     assert outcome.reward_model == str(tmp_path / "reward_model") and outcome.model == str(home)
 
 
+# --- APO's game ---
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return RewardModel.load(str(folder)).model.state_dict()
+
+
+def test_reward_model_and_policy_take_turns(home, tmp_path):
+    """Gold answers against the policy's own of that turn, and against the data's rejected ones, which hold it."""
+    rows = make_rows(4)
+    outcome = run(RECIPES["apo-game"], setup(home, tmp_path, judge=None, training={"learning_rate": 3e-2}))
+    parts = ["1-apo-game", "2-apo-policy", "3-apo-game", "4-apo-policy"]
+    assert sorted(p.name for p in tmp_path.glob("[0-9]-*")) == parts
+    gold, refused = ({row["prompt"]: row[name] for row in rows} for name in ("chosen", "rejected"))
+    models = [json.loads((tmp_path / part / "run.json").read_text())["model"] for part in parts]
+    policy = str(tmp_path / "2-apo-policy" / "model")
+    assert models == [str(home), str(home), policy, policy] and outcome.model == str(tmp_path / parts[3] / "model")
+    drawn = []
+    for part in (parts[0], parts[2]):
+        samples = [line for b in (0, 1) for line in lines(tmp_path / part / f"iteration-000/samples-0000{b}.jsonl")]
+        assert all(line["draw"] == [0, -1, -2] and line["asked"] == [0, 1, 0] for line in samples)
+        drawn.append([line["completions"][0] for line in samples])
+        pairs = [(pick["chosen"], pick["rejected"]) for pick in selected(tmp_path, part)]
+        expected = [(gold[line["prompt"]], line["completions"][k]) for line in samples for k in (0, 2)]
+        assert pairs == expected
+        assert [line["completions"][2] for line in samples] == [refused[line["prompt"]] for line in samples]
+    assert drawn[0] != drawn[1]
+    first, second = (weights_of(tmp_path / part / "reward_model") for part in (parts[0], parts[2]))
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+
+
 # --- BPO ---
 
 
@@ -477,6 +509,7 @@ def test_the_instruction_in_a_reply(reply, expected):
 def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     """Killed at each word in turn: the same files, and the same weights."""
     recipe = override(RECIPES[name], {"then": None} if name == "rlcd" else {})
+    expected_deaths = 6 if name == "apo-game" else 3
     options = {"judge": None, "rows": load_prompts(make_rows(5))}
     if name == "opro":
         recipe = override(recipe, {"draws.n": 3, "iterations": 2, "select.start": "w1"})
@@ -489,7 +522,7 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
             break
         except Killed as death:
             deaths.append(str(death))
-    assert len(deaths) >= 3 and (found.prompt, found.best) == (expected.prompt, expected.best)
+    assert len(deaths) >= expected_deaths and (found.prompt, found.best) == (expected.prompt, expected.best)
 
     def kept(folder: Path) -> dict[str, bytes]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.jsonl")}
@@ -522,7 +555,10 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
         ("rmboost", {"draws.aspects": ["a", 2]}, "aspects that are different names"),
         ("rmboost", {"draws.ask": "Do it {label}."}, r"\{label\} and \{aspects\} in the ask"),
         ("rmboost", {"draws.n": 2}, r"draws of one completion where one edits another, got \[2, 2\]"),
-        ("rlcd", {"gold": True}, "no gold answer, which has no rank"),
+        ("raft", {"rival": 1}, "rival to be true or false, got 1"),
+        ("raft", {"rounds": 2}, "rounds >= 1, and 1 unless another recipe follows, got 2"),
+        ("apo-game", {"rounds": 0}, "rounds >= 1"),
+        ("apo-game", {"gold": False}, r"draws of different ranks for as-asked, got \[0, 0\]"),
         ("rlcd", {"select.min_gap": 1}, "select=as-asked with .*min_gap"),
         ("iterative-dpo", {"select": "as-asked"}, "draws of different ranks for as-asked"),
         ("bpo", {"task": "Improve it."}, r"a task that holds \{prompt\} once"),
@@ -533,7 +569,7 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
         ("opro", {"select.start": 1}, "start to be text"),
         ("opro", {"draws.ask": "Write one."}, r"\{history\} in the ask"),
         ("opro", {"judge": "none"}, "a given judge for a search of prompts"),
-        ("opro", {"gold": True}, "neither gold, revise nor task"),
+        ("opro", {"gold": True}, "neither gold, rival, revise nor task"),
         ("opro", {"then": "ppo"}, "nothing after a search of prompts"),
         ("opro", {"select": "best"}, "a method to train"),
         ("raft", {"select": "prompts"}, "no method and nothing after"),
@@ -567,6 +603,9 @@ def test_what_a_run_lacks_is_named(home, tmp_path):
         run(RECIPES["opro"], setup(home, tmp_path, judge=None))
     with pytest.raises(ValueError, match="needs the score of single answers, and the judge only compares"):
         run(RECIPES["opro"], setup(home, tmp_path, judge=Alternating()))
+    circle = override(RECIPES["iterative-dpo"], {"then": "constitutional", "rounds": 3})
+    with pytest.raises(ValueError, match="iterative-dpo would have 4 parts or more in 3 rounds, and a run has 9"):
+        run(circle, setup(home, tmp_path))
     with pytest.raises(ValueError, match="recipe sdpo samples nothing before it trains, which a generator would do"):
         run(RECIPES["sdpo"], setup(home, tmp_path, judge=None, generator=Climber()))
     silent = scripted(lambda prompt, _: " ")

@@ -49,7 +49,7 @@ METHODS_MD = [
     "rloo",
 ]
 
-CONTRASTIVE = ["rlcd", "rlcd-dpo", "rmboost", "bpo", "opro"]  # run in test_contrastive.py
+CONTRASTIVE = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "apo-policy", "bpo", "opro"]  # run in test_contrastive.py
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..files import appearing, write_json
 from ..rewards.judges import RewardJudge
 from ..rewards.model import RewardModel
+from ..seeds import seed_of_repr
 from .recipe import Recipe
 from .run_folder import identify, in_blocks, remove_models, runs_in, write_lines
 from .search import begin, outcome_of, search
@@ -21,6 +22,8 @@ from .stages import held_out_scores, judge, sample, select
 from .stopping import mean, paired
 from .table import get_recipe
 from .training import Iteration, train
+
+_MOST_PARTS = 9  # their folders are numbered by one digit
 
 
 def run(recipe: Recipe, setup: Setup) -> Outcome:
@@ -39,7 +42,7 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         if part.judge not in ("none", "self") and not judged:
             raise ValueError(f"recipe {part.name} needs a judge ({part.judge}), and none is given")
         judged |= part.makes_reward_model
-    root = setup.output
+    root, seed = setup.output, setup.seed
     outputs = [root] if len(parts) == 1 else [root / f"{k}-{part.name}" for k, part in enumerate(parts, 1)]
     if not setup.overwrite and (others := [str(path) for path in runs_in(root) if path not in outputs]):
         raise ValueError(f"{', '.join(others)} holds a run of another recipe than {recipe.name}: name another folder")
@@ -47,7 +50,8 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         raise ValueError(f"overwrite deletes a run of a recipe, and {root} holds something else: name another folder")
     outcome = None
     for k, (part, output) in enumerate(zip(parts, outputs, strict=True)):
-        setup = dataclasses.replace(setup, output=output)
+        turn = k * recipe.rounds // len(parts)
+        setup = dataclasses.replace(setup, output=output, seed=seed_of_repr(seed, "round", turn) if turn else seed)
         loop = Loop(part, setup)
         if k == 0:
             if setup.overwrite:
@@ -66,11 +70,19 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
 
 
 def parts_of(recipe: Recipe) -> list[Recipe]:
-    """Returns the recipe and those that follow it."""
+    """Returns the recipe and those that follow it, as often as it has rounds.
+
+    Raises ValueError for more than nine, and for recipes that follow one another in a circle.
+    """
     parts = [recipe]
-    while (following := parts[-1].then) is not None:
+    while (following := parts[-1].then) is not None and len(parts) <= _MOST_PARTS:
         parts.append(get_recipe(following))
-    return parts
+    if len(parts) * recipe.rounds > _MOST_PARTS:
+        raise ValueError(
+            f"recipe {recipe.name} would have {len(parts)} parts or more in {recipe.rounds} rounds, and a run has "
+            f"{_MOST_PARTS} at most"
+        )
+    return parts * recipe.rounds
 
 
 class Loop:

@@ -88,7 +88,8 @@ class Recipe:
     train: one method, or several that are trained side by side from the same model, each as an adapter, and merged;
         none for select="prompts".
     draws: completions per prompt; empty if the data's own completions are used.
-    gold: adds the data's own answer (`chosen`) to the candidates.
+    gold: adds the data's own answer (`chosen`) to the candidates; for select="as-asked" it ranks 1. rival: adds the
+        data's rejected answer, which ranks 0.
     revise: rounds of critique and revision of each sample.
     judge: a key of JUDGES.
     select: a key of SELECTORS; or "dataset" (the data's pairs), "split" (a part of them per iteration), "online" (RL
@@ -98,7 +99,8 @@ class Recipe:
     merge: for several methods, the arguments of PEFT's `add_weighted_adapter`.
     mix: the reference's share in the mixture from which rivals are drawn (`nash_md`).
     task: a question that holds {prompt} and is trained on in the prompt's place: the result rewrites prompts (`bpo`).
-    then: the recipe that continues with the model, or the reward model, that this one makes.
+    then: the recipe that continues with the model, or the reward model, that this one makes. rounds: how often the two
+        and those that follow take turns, with a new seed each.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Recipe:
     train: tuple[Train, ...]
     draws: tuple[Draw, ...] = ()
     gold: bool = False
+    rival: bool = False
     revise: int = 0
     judge: str = "reward"
     select: str = "best-worst"
@@ -117,6 +120,7 @@ class Recipe:
     mix: float = 0.0
     task: str = ""
     then: str | None = None
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         def check(holds: bool, expected: str, got: Any) -> None:
@@ -137,7 +141,10 @@ class Recipe:
         check(_is_int(self.iterations, 1), "at least one iteration", self.iterations)
         check(_within(self.mix, 0, 1), "mix in [0, 1]", self.mix)
         check(_is_int(self.revise, 0), "revise >= 0 rounds", self.revise)
-        check(type(self.gold) is bool, "gold to be true or false", self.gold)
+        for name in ("gold", "rival"):
+            check(type(getattr(self, name)) is bool, f"{name} to be true or false", getattr(self, name))
+        turns = _is_int(self.rounds, 1) and (self.rounds == 1 or self.then is not None)
+        check(turns, "rounds >= 1, and 1 unless another recipe follows", self.rounds)
         for draw in self.draws:
             check(_is_int(draw.n, 1), "draws of n >= 1", draw.n)
             check(_within(draw.temperature, 0, math.inf), "temperature >= 0", draw.temperature)
@@ -185,21 +192,20 @@ class Recipe:
         if self.searches:
             check(len(self.draws) == 1, "one draw for a search of prompts", len(self.draws))
             check(self.judge not in ("none", "self"), "a given judge for a search of prompts", self.judge)
-            plain = not (self.gold or self.revise or self.task)
-            check(plain, "neither gold, revise nor task in a search of prompts", (self.gold, self.revise, self.task))
+            given = (self.gold, self.rival, self.revise, self.task)
+            check(not any(given), "neither gold, rival, revise nor task in a search of prompts", given)
         if self.select == "as-asked":
-            ranks = [draw.rank for draw in self.draws]
+            ranks = [*(draw.rank for draw in self.draws), *[1] * self.gold, *[0] * self.rival]
             differ = len({*ranks}) > 1 or any(draw.aspects for draw in self.draws)
             check(differ, "draws of different ranks for as-asked", ranks)
-            check(not self.gold, "no gold answer, which has no rank, for as-asked", self.gold)
         if self.task:
             check(
                 isinstance(self.task, str) and re.findall(r"\{(\w+)\}", self.task) == ["prompt"],
                 "a task that holds {prompt} once",
                 self.task,
             )
-            fits = self.select == "only" and not (self.gold or self.revise) and self.then is None
-            check(fits, 'select="only" without gold, revise or then for a task', self.select)
+            fits = self.select == "only" and not (self.gold or self.rival or self.revise) and self.then is None
+            check(fits, 'select="only" without gold, rival, revise or then for a task', self.select)
 
     def _rehearse(self) -> None:
         """Raises ValueError for an argument that the selector or a method would refuse only after all sampling."""
@@ -251,7 +257,7 @@ class Recipe:
             return ("chosen", "rejected")
         asked = set().union(*(fields(draw.ask) for draw in self.draws))
         reads = {"chosen": self.gold or "chosen" in asked}
-        reads["rejected"] = self.select == "against-rejected" or "rejected" in asked
+        reads["rejected"] = self.rival or self.select == "against-rejected" or "rejected" in asked
         return tuple(name for name, is_read in reads.items() if is_read)
 
     def kind(self, train: Train) -> str:
@@ -260,19 +266,22 @@ class Recipe:
 
     def cells(self) -> tuple[str, ...]:
         """Returns the recipe's row of the table: generate, judge, select, method, reference."""
-        draws = " + ".join(map(str, self.draws)) + (" + gold" if self.gold else "")
+        draws = (
+            " + ".join(map(str, self.draws)) + (" + gold" if self.gold else "") + (" + rejected" if self.rival else "")
+        )
         draws += f", {self.revise} revisions" if self.revise else ""
         method = (" ∥ ".join(map(str, self.train)) or "–") + (f" → {self.then}" if self.then else "")
+        method += f", {self.rounds} rounds" if self.rounds > 1 else ""
         return draws or "–", self.judge.replace("none", "–"), self.select, method, self.reference.replace("none", "–")
 
 
-_FIELDS = ("iterations", "judge", "select", "reference", "gold", "revise", "mix", "task", "then")
+_FIELDS = ("iterations", "judge", "select", "reference", "gold", "rival", "revise", "mix", "task", "then", "rounds")
 
 
 def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """Returns the recipe with other values. Raises ValueError for an unknown name, or a value that does not fit.
 
-    The names are its fields (iterations, judge, select, reference, gold, revise, mix, task, then) and, with a dot:
+    The names are its fields (iterations, judge, select, reference, gold, rival, revise, mix, task, then, rounds) and:
     draws.n, draws.temperature, draws.top_p for all draws; draws.ask (a text, or a list of one for each draw that has
     one), draws.aspects; method.beta, … for the methods that have it; select.beta, …; merge.density, …; and l1 for the
     methods with such a penalty.

@@ -65,17 +65,23 @@ def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: S
             line["prompt_ids"] = prompt_ids
             if not recipe.task or text_of(completion).strip():
                 _append(line, completion, *values, d)
-                if SELECTORS[recipe.select].needs == "asked":
-                    edited = line.get("edited")
-                    rank = draw.rank if not draw.aspects else 1 if edited == LABELS[0] else -1
-                    line.setdefault("asked", []).append(rank)
+                better = line.get("edited") == LABELS[0]
+                _rank(recipe, line, (1 if better else -1) if draw.aspects else draw.rank)
     if recipe.revise:
         _revise(recipe, setup, policy, lines, seed_of_repr(setup.seed, i, "revise", b))
-    if recipe.gold:
-        gold = _encoded(setup, policy, prompts, [row["chosen"] for row in rows])
-        for line, row, ids in zip(lines, rows, gold, strict=True):
-            _append(line, row["chosen"], ids["chosen_ids"], "stop", -1)
+    own = [("chosen", -1, 1)] * recipe.gold + [("rejected", -2, 0)] * recipe.rival
+    for name, place, rank in own:
+        encoded = _encoded(setup, policy, prompts, [row[name] for row in rows], name)
+        for line, row, ids in zip(lines, rows, encoded, strict=True):
+            _append(line, row[name], ids[f"{name}_ids"], "stop", place)
+            _rank(recipe, line, rank)
     return lines
+
+
+def _rank(recipe: Recipe, line: Row, rank: int) -> None:
+    """Notes what the completion that was added last is meant to be, where that is selected by."""
+    if SELECTORS[recipe.select].needs == "asked":
+        line.setdefault("asked", []).append(rank)
 
 
 def _asked(draw: Draw, rows: Sequence[Row], lines: list[Row], chat: bool, draws: random.Random) -> list[Prompt]:

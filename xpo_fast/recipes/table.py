@@ -68,6 +68,18 @@ _TABLE: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         {"train": (Train("bradley_terry"),), "draws": (Draw(1), Draw(1, ask=EDIT, aspects=ASPECTS)), **_FREE}
         | {"judge": "none", "select": "as-asked"},
     ),
+    "apo-game": (
+        (
+            "a reward model learns to tell gold answers from the policy's, the policy follows it, in turns",
+            "arXiv 2311.08045",
+        ),
+        {"train": (Train("bradley_terry"),), "draws": (Draw(1),), "gold": True, "rival": True, **_FREE}
+        | {"judge": "none", "select": "as-asked", "then": "apo-policy", "rounds": 2},
+    ),
+    "apo-policy": (
+        ("the policy's turn in apo-game: DPO on best and worst of four by the reward model", "arXiv 2311.08045"),
+        {"train": (Train("dpo"),), "draws": (Draw(4),), "iterations": 1},
+    ),
     "bpo": (
         ("a rewriter of prompts learns from what a critic of good and bad answers wrote", "arXiv 2311.04155"),
         {"train": (Train("sft"),), "draws": (Draw(1, ask=IMPROVE),), "task": REWRITE, **_FREE}
