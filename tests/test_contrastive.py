@@ -643,6 +643,8 @@ def test_rlcd_and_opro_by_the_command(home, tmp_path, data, capsys):
     assert command("opro", *base, *judge, "--output-dir", tmp_path / "opro") == 0
     assert "the result is the instruction" in capsys.readouterr().out
     assert command("opro", *base, *judge, "--output-dir", tmp_path / "opro", "--resume") == 0
+    assert cli.main(["chat", str(tmp_path / "opro"), "--prompt", "w1", "--cpu"]) == 2
+    assert "is a search for an instruction, which trained no model; it found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -667,7 +669,7 @@ def test_mistakes_are_named(tmp_path, data, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_chat_with_a_rewriter(home, tmp_path, capsys):
+def test_chat_with_a_rewriter(home, tmp_path, capsys, monkeypatch):
     (tmp_path / "run").mkdir()
     make_model(3).save_pretrained(tmp_path / "run")
     make_tokenizer().save_pretrained(tmp_path / "run")
@@ -683,8 +685,23 @@ def test_chat_with_a_rewriter(home, tmp_path, capsys):
     assert found["prompt"] == "w1 w2" and found["rewritten"] not in ("", "w1 w2")
     plain = chat("--prompt", found["rewritten"])
     assert "rewritten" not in plain and (plain["before"], plain["after"]) == (found["before"], found["after"])
-    assert cli.main(["chat", str(tmp_path / "run"), "--prompt", "w1", "--rewriter", str(tmp_path / "no"), "--cpu"]) == 2
-    assert "--rewriter" in capsys.readouterr().err
+    rows = load_prompts(make_rows(2))
+    task = {"task": "w1 {prompt}", "draws.ask": "{prompt} {chosen}"}
+    run(override(RECIPES["bpo"], task), setup(home, tmp_path / "bpo", judge=None, rows=rows))
+    asked = []
+    whole = Rewriter.__call__
+
+    def watched(self, prompts, *, seed=0):
+        asked.append((self.task, self.chat))
+        return whole(self, prompts, seed=seed)
+
+    monkeypatch.setattr(Rewriter, "__call__", watched)
+    chat("--prompt", "w1 w2", "--rewriter", str(tmp_path / "bpo"))
+    assert asked == [("w1 {prompt}", False)]
+    run(small("raft"), setup(home, tmp_path / "raft", rows=rows))
+    for name, message in (("bp", "no such folder; did you mean bpo"), ("raft", "raft, which rewrites no prompts")):
+        given = ["chat", str(tmp_path / "run"), "--prompt", "w1", "--cpu", "--rewriter", str(tmp_path / name)]
+        assert cli.main(given) == 2 and message in capsys.readouterr().err
 
 
 def test_the_page_of_recipes_is_current(capsys):

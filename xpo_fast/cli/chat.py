@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
     add("--prompt TEXT", "answer this and end; may be repeated, and then each is a conversation of its own", [])
     add("--system TEXT", "instructions that conversations begin with")
     add("--before MODEL", "the policy to compare with, where the run does not tell, or another one")
-    about = "a model of `xpo-fast recipe bpo` that rewrites what is asked, before both sides read it"
-    add("--rewriter FOLDER", about)
+    about = "--output-dir of xpo-fast recipe bpo, or its model: it rewrites what is asked before both sides read it"
+    add("--rewriter RUN", about)
     add("--json", "write one JSON object per answer: prompt, rewritten, before, after, finish", False)
     add(
         "--save",
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if trained.is_reward_model:
         raise UsageError(f"{trained.folder} holds a reward model, which gives scores and no answers: name another run")
     training.quiet(args)
-    sides = _sides(args, trained)
-    talk = _Talk(args, sides, sampling, _rewriter(args))
+    rewriter = _rewriter(args)
+    talk = _Talk(args, _sides(args, trained), sampling, rewriter)
     if args.prompt:
         for text in args.prompt:
             talk.reset()
@@ -133,11 +133,15 @@ def _rewriter(args: argparse.Namespace) -> Any:
     from ..recipes import Rewriter
     from ..rollout import GenerateRollout
 
-    try:
-        model, tokenizer = _placed(args, args.rewriter, {"trust_remote_code": True} if args.trust_remote_code else {})
-    except ValueError as error:
-        raise UsageError(f"--rewriter {args.rewriter}: {error}; name the folder of a model of recipe bpo") from error
-    return Rewriter(GenerateRollout(model, tokenizer), chat=bool(tokenizer.chat_template))
+    found = policies.find(args.rewriter)
+    run, further = Path(args.rewriter) / "run.json", {}
+    if run.is_file():
+        recipe = json.loads(run.read_text(encoding="utf-8"))["recipe"]
+        if not recipe.get("task"):
+            raise UsageError(f"--rewriter {args.rewriter} is a run of {recipe['name']}, which rewrites no prompts")
+        further["task"] = recipe["task"]
+    model, tokenizer = _placed(args, str(found.folder), {"trust_remote_code": True} if args.trust_remote_code else {})
+    return Rewriter(GenerateRollout(model, tokenizer), chat=bool(tokenizer.chat_template), **further)
 
 
 def _placed(args: argparse.Namespace, name: str, further: dict[str, Any]) -> tuple[Any, Any]:

@@ -266,9 +266,8 @@ class Recipe:
 
     def cells(self) -> tuple[str, ...]:
         """Returns the recipe's row of the table: generate, judge, select, method, reference."""
-        draws = (
-            " + ".join(map(str, self.draws)) + (" + gold" if self.gold else "") + (" + rejected" if self.rival else "")
-        )
+        own = [word for word, is_added in (("gold", self.gold), ("rejected", self.rival)) if is_added]
+        draws = " + ".join([*map(str, self.draws), *own])
         draws += f", {self.revise} revisions" if self.revise else ""
         method = (" ∥ ".join(map(str, self.train)) or "–") + (f" → {self.then}" if self.then else "")
         method += f", {self.rounds} rounds" if self.rounds > 1 else ""
