@@ -34,7 +34,9 @@ def add_parser(commands: Any) -> None:
     add("--prompt TEXT", "answer this and end; may be repeated, and then each is a conversation of its own", [])
     add("--system TEXT", "instructions that conversations begin with")
     add("--before MODEL", "the policy to compare with, where the run does not tell, or another one")
-    add("--json", "write one JSON object per answer: prompt, before, after, finish", False)
+    about = "--output-dir of xpo-fast recipe bpo, or its model: it rewrites what is asked before both sides read it"
+    add("--rewriter RUN", about)
+    add("--json", "write one JSON object per answer: prompt, rewritten, before, after, finish", False)
     add(
         "--save",
         "append the answers to a conversation's first message to answers.jsonl in RUN, which `xpo-fast report` shows",
@@ -61,9 +63,13 @@ class Side:
     templated: bool  # whether it has a chat template
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def prompt(self) -> Any:
-        """Returns the conversation as the sampler takes it: messages, or their texts where there is no template."""
-        return list(self.messages) if self.templated else "\n".join(m["content"] for m in self.messages)
+    def prompt(self, request: str | None = None) -> Any:
+        """Returns the conversation as the sampler takes it: messages, or their texts where there is no template.
+
+        request: what the last message says instead.
+        """
+        turns = [*self.messages[:-1], {**self.messages[-1], "content": request}] if request else list(self.messages)
+        return turns if self.templated else "\n".join(m["content"] for m in turns)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if trained.is_reward_model:
         raise UsageError(f"{trained.folder} holds a reward model, which gives scores and no answers: name another run")
     training.quiet(args)
-    sides = _sides(args, trained)
-    talk = _Talk(args, sides, sampling)
+    rewriter = _rewriter(args)
+    talk = _Talk(args, _sides(args, trained), sampling, rewriter)
     if args.prompt:
         for text in args.prompt:
             talk.reset()
@@ -120,6 +126,24 @@ def _sides(args: argparse.Namespace, trained: policies.Trained) -> tuple[Side, S
     return made[0], made[1]
 
 
+def _rewriter(args: argparse.Namespace) -> Any:
+    """Returns the function of prompts that --rewriter names; None without one."""
+    if not args.rewriter:
+        return None
+    from ..recipes import Rewriter
+    from ..rollout import GenerateRollout
+
+    found = policies.find(args.rewriter)
+    run, further = Path(args.rewriter) / "run.json", {}
+    if run.is_file():
+        recipe = json.loads(run.read_text(encoding="utf-8"))["recipe"]
+        if not recipe.get("task"):
+            raise UsageError(f"--rewriter {args.rewriter} is a run of {recipe['name']}, which rewrites no prompts")
+        further["task"] = recipe["task"]
+    model, tokenizer = _placed(args, str(found.folder), {"trust_remote_code": True} if args.trust_remote_code else {})
+    return Rewriter(GenerateRollout(model, tokenizer), chat=bool(tokenizer.chat_template), **further)
+
+
 def _placed(args: argparse.Namespace, name: str, further: dict[str, Any]) -> tuple[Any, Any]:
     from ..models import load_model
 
@@ -131,8 +155,8 @@ def _placed(args: argparse.Namespace, name: str, further: dict[str, Any]) -> tup
 class _Talk:
     """Two conversations that are given the same messages."""
 
-    def __init__(self, args: argparse.Namespace, sides: tuple[Side, Side], sampling: Any) -> None:
-        self.args, self.sides, self.sampling = args, sides, sampling
+    def __init__(self, args: argparse.Namespace, sides: tuple[Side, Side], sampling: Any, rewriter: Any = None) -> None:
+        self.args, self.sides, self.sampling, self.rewriter = args, sides, sampling, rewriter
         self.system = args.system
         self.turn = 0
         self.reset()
@@ -147,12 +171,18 @@ class _Talk:
         """Writes both answers. stoppable: Ctrl-C ends the answer that is being written, and not the program."""
         found: dict[str, Any] = {"prompt": text}
         finish, held = {}, [list(side.messages) for side in self.sides]
+        request = None
+        if self.rewriter is not None:
+            (request,) = self.rewriter([text], seed=self.args.seed + self.turn)
+            found["rewritten"] = request
+            if not self.args.json:
+                print(f"rewritten: {request}", flush=True)
         with contextlib.nullcontext() if self.args.json else Columns(("before", "after")) as columns:
             try:
                 for k, side in enumerate(self.sides):
                     side.messages.append({"role": "user", "content": text})
                     add = (lambda piece, k=k: columns.add(k, piece)) if columns is not None else (lambda piece: None)
-                    said, finish[side.name] = self._one(side, add, stoppable)
+                    said, finish[side.name] = self._one(side, add, stoppable, request)
                     found[side.name] = said
                     # A conversation goes on in turns: without an answer the question is taken back.
                     side.messages = [*side.messages, {"role": "assistant", "content": said}] if said else held[k]
@@ -170,15 +200,16 @@ class _Talk:
                 file.write(json.dumps({**found, "finish": finish}, ensure_ascii=False) + "\n")
         self.turn += 1
 
-    def _one(self, side: Side, add: Callable[[str], Any], stoppable: bool) -> tuple[str, str]:
+    def _one(
+        self, side: Side, add: Callable[[str], Any], stoppable: bool, request: str | None = None
+    ) -> tuple[str, str]:
         """Returns a side's answer and how it ended: "stop", "length", or "interrupted"."""
         streamer = _streamer(side.rollout.tokenizer, add)
+        prompt = side.prompt() if request is None else side.prompt(request)
         side.rollout.streamer = streamer
         try:
             with side.context():
-                samples = side.rollout.generate(
-                    [side.prompt()], sampling=self.sampling, seed=self.args.seed + self.turn
-                )
+                samples = side.rollout.generate([prompt], sampling=self.sampling, seed=self.args.seed + self.turn)
         except KeyboardInterrupt as stop:
             if not stoppable or hasattr(stop, "status"):  # SIGTERM, which is not about an answer
                 raise

@@ -70,6 +70,10 @@ def _of_recipe(path: Path, roots: list[Path]) -> Trained:
     before = str(_json(roots[0] / "run.json").get("model") or "")
     made = [p for root in roots for p in sorted(root.glob("iteration-*/model"))]
     made += [p for root in roots[-1:] for name in ("reward_model", "model") if (p := root / name).is_dir()]
+    result = roots[-1] / "result.json"
+    prompt = _json(result).get("prompt") if result.is_file() else None
+    if prompt is not None:
+        raise UsageError(f"{path} is a search for an instruction, which trained no model; it found {prompt!r}")
     if not made:
         raise UsageError(f"{path} is a recipe's run in which no iteration has been finished, or none was better")
     done = made[-1].parent == roots[-1]

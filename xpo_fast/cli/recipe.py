@@ -13,8 +13,13 @@ from .parser import UsageError
 from .settings import setting
 
 if TYPE_CHECKING:
+    from ..recipes import Recipe
     from ..rewards.judges import Judge
 
+GENERATOR_SPECS = (
+    "llm:MODEL (a language model), server:URL (one behind a server, with --generator-tokenizer); only what it writes "
+    "is used: the policy's tokenizer reads it"
+)
 JUDGE_SPECS = (
     "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), "
     "llm (that of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a "
@@ -34,6 +39,7 @@ def add_parser(commands: Any) -> None:
     options.add_config(parser, dry_run=False)
     parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe that --list shows")
     options.add_option(parser, "--list", "show the recipes as a table; with NAME, that one in full", False)
+    options.add_option(parser, "--markdown", "show all recipes in full, in Markdown", False)
 
     group = parser.add_argument_group("data")
     add = options.adder(group)
@@ -56,7 +62,12 @@ def add_parser(commands: Any) -> None:
     about = "judge of the held-out prompts (default: --judge; where the policy judges itself, the model at the start)"
     add("--held-out-judge SPEC", about, [])
     add("--judge-tokenizer NAME", "folder or name of the tokenizer of the model behind server:")
-    about = "change the recipe: iterations, draws.n, draws.temperature, select.beta, method.beta, reference, …"
+    about = "what samples the data in the place of --model, as the critic of bpo or the optimiser of opro:"
+    add("--generator SPEC", f"{about} {GENERATOR_SPECS}")
+    add("--generator-tokenizer NAME", "folder or name of the tokenizer of the generator behind server:")
+    about = (
+        "change the recipe: iterations, draws.n, draws.temperature, draws.ask, select.beta, method.beta, reference, …"
+    )
     add("--set NAME=VALUE", f"{about}; may be repeated", [], type=setting)
     add("--patience N", "stop after N iterations without a better held-out score", 1)
     add("--min-gain X", "a better score is higher by more than X", 0.0)
@@ -98,10 +109,15 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe, or shows it with --list."""
-    from ..recipes import StoppingRule, get_recipe, override, table
+    from ..recipes import StoppingRule, card, get_recipe, markdown, override, table
 
+    if args.markdown:
+        if args.name or args.list:
+            raise UsageError("--markdown shows all recipes: leave out --list and NAME")
+        print(markdown(), end="")
+        return 0
     if args.list:
-        print(_card(args.name) if args.name else table())
+        print(card(args.name) if args.name else table())
         return 0
     if args.name is None:
         raise UsageError("which recipe? `xpo-fast recipe --list` shows them")
@@ -111,12 +127,13 @@ def run(args: argparse.Namespace) -> int:
     if recipe.judge == "self" and args.judge:
         raise UsageError(f"recipe {recipe.name} has the policy judge itself; --set judge=reward takes --judge")
     holds_out = args.held_out or args.held_out_data
-    unasked = (recipe.judge == "none" and recipe.then is None and args.judge) or args.held_out_judge
+    unasked = (not _asks(recipe) and args.judge) or args.held_out_judge
     if unasked and not holds_out:
         raise UsageError(
             f"recipe {recipe.name} would ask {', '.join(unasked)} nothing: it is for held-out prompts, and --held-out "
             "keeps none"
         )
+    _check_used(args, recipe)
     checks.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
     args.output_dir = str(output)
@@ -168,12 +185,14 @@ def run(args: argparse.Namespace) -> int:
             rollout=functools.partial(
                 GenerateRollout, batch_size=args.generation_batch_size, chat_template_kwargs=kwargs
             ),
+            generator=_generator(args, kwargs),
             load=lambda name: load_model(name, dtype=args.dtype, device=loading.device_of(args), **further),
             seed=args.seed,
             overwrite=args.overwrite and bool(runs_in(output)),
             begin=lambda: config_file.write(args, output, "recipe", resumed=args.resume),
             keep_models=args.keep_models,
-            notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype},
+            notes={"judge": args.judge, "held_out_judge": args.held_out_judge, "dtype": args.dtype}
+            | ({"generator": args.generator} if args.generator else {}),
             say=say,
         ),
     )
@@ -182,23 +201,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _card(name: str) -> str:
-    from ..recipes import JUDGES, REFERENCES, get_recipe
+def _asks(recipe: Recipe) -> bool:
+    """Returns whether a part of the recipe asks the judge of the command line, not a reward model made before it."""
+    from ..recipes.loop import parts_of
 
-    recipe = get_recipe(name)
-    generate, judge, select, method, reference = recipe.cells()
-    given = ", ".join(f"{k}={v}" for k, v in recipe.select_args.items())
-    lines = {
-        "recipe": f"{name}: {recipe.about}",
-        "source": recipe.paper,
-        "generate": generate,
-        "judge": JUDGES.get(judge, JUDGES["none"]),
-        "select": select + (f" ({given})" if given else ""),
-        "method": method,
-        "reference": REFERENCES.get(reference, REFERENCES["none"]),
-        "iterations": str(recipe.iterations),
-    }
-    return "\n".join(f"{k:<11} {v}" for k, v in lines.items())
+    parts = parts_of(recipe)
+    made = next((k + 1 for k, part in enumerate(parts) if part.makes_reward_model), len(parts))
+    return any(part.judge not in ("none", "self") for part in parts[:made])
+
+
+def _check_used(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Raises UsageError for options that this recipe would not use."""
+    from ..recipes.loop import parts_of
+
+    if args.generator and not any(part.samples for part in parts_of(recipe)):
+        raise UsageError(f"--generator: recipe {recipe.name} samples nothing before it trains: leave it out")
+    served = (args.generator or "").startswith("server:")
+    if bool(args.generator_tokenizer) != served:
+        lacks = "server: needs --generator-tokenizer, that of the model behind it"
+        raise UsageError(lacks if served else "--generator-tokenizer goes with --generator server:URL")
+    kind, _, rest = (args.generator or "llm:-").partition(":")
+    if kind not in ("llm", "server") or not rest:
+        raise UsageError(f"--generator {args.generator}: expected {GENERATOR_SPECS}")
+    if recipe.searches:
+        given = {"--lr": args.lr, "--full": args.full, "--train": args.train, "--keep-models": args.keep_models}
+        for option in (name for name, value in given.items() if value):
+            raise UsageError(f"{option}: recipe {recipe.name} trains no weights: leave it out")
+
+
+def _generator(args: argparse.Namespace, kwargs: dict[str, Any] | None) -> Any:
+    """Returns the sampler that --generator names; None without one."""
+    from ..rollout import GenerateRollout, ServerRollout
+
+    if not args.generator:
+        return None
+    kind, _, rest = args.generator.partition(":")
+    if kind == "server":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.generator_tokenizer)
+        return ServerRollout(rest, tokenizer, chat_template_kwargs=kwargs)
+    model, tokenizer = loading.placed(args, rest, "auto")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return GenerateRollout(model, tokenizer, batch_size=args.generation_batch_size, chat_template_kwargs=kwargs)
 
 
 def _begin(output: Path, resume: bool, overwrite: bool) -> None:

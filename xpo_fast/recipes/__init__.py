@@ -1,5 +1,7 @@
 """Recipes: iterative alignment as data (table.py), run by one loop (loop.py)."""
 
+from .asking import Rewriter, Rewriting, Search
+from .cards import card, markdown
 from .recipe import JUDGES, REFERENCES, Draw, Recipe, Train, override
 from .run_folder import runs_in
 from .stopping import StoppingRule, paired
@@ -11,9 +13,14 @@ __all__ = [
     "REFERENCES",
     "Draw",
     "Recipe",
+    "Rewriter",
+    "Rewriting",
+    "Search",
     "StoppingRule",
     "Train",
+    "card",
     "get_recipe",
+    "markdown",
     "override",
     "paired",
     "runs_in",

@@ -12,14 +12,18 @@ from pathlib import Path
 from ..files import appearing, write_json
 from ..rewards.judges import RewardJudge
 from ..rewards.model import RewardModel
+from ..seeds import seed_of_repr
 from .recipe import Recipe
-from .run_folder import identify, in_blocks, remove_models, runs_in
-from .selection import SELECTORS
+from .run_folder import identify, in_blocks, remove_models, runs_in, write_lines
+from .search import begin, outcome_of, search
+from .selection import SELECTORS, UNJUDGED
 from .setup import Outcome, Policies, Row, Setup, check, xpo_config
 from .stages import held_out_scores, judge, sample, select
 from .stopping import mean, paired
 from .table import get_recipe
 from .training import Iteration, train
+
+_MOST_PARTS = 9  # their folders are numbered by one digit
 
 
 def run(recipe: Recipe, setup: Setup) -> Outcome:
@@ -30,15 +34,15 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("recipes run in one process: start them without torchrun or accelerate launch")
-    parts = [recipe]
-    while (following := parts[-1].then) is not None:
-        parts.append(get_recipe(following))
+    parts = parts_of(recipe)
+    if setup.generator is not None and not any(part.samples for part in parts):
+        raise ValueError(f"recipe {recipe.name} samples nothing before it trains, which a generator would do: drop it")
     judged = setup.judge is not None
     for part in parts:
         if part.judge not in ("none", "self") and not judged:
             raise ValueError(f"recipe {part.name} needs a judge ({part.judge}), and none is given")
         judged |= part.makes_reward_model
-    root = setup.output
+    root, seed = setup.output, setup.seed
     outputs = [root] if len(parts) == 1 else [root / f"{k}-{part.name}" for k, part in enumerate(parts, 1)]
     if not setup.overwrite and (others := [str(path) for path in runs_in(root) if path not in outputs]):
         raise ValueError(f"{', '.join(others)} holds a run of another recipe than {recipe.name}: name another folder")
@@ -46,7 +50,8 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
         raise ValueError(f"overwrite deletes a run of a recipe, and {root} holds something else: name another folder")
     outcome = None
     for k, (part, output) in enumerate(zip(parts, outputs, strict=True)):
-        setup = dataclasses.replace(setup, output=output)
+        turn = k * recipe.rounds // len(parts)
+        setup = dataclasses.replace(setup, output=output, seed=seed_of_repr(seed, "round", turn) if turn else seed)
         loop = Loop(part, setup)
         if k == 0:
             if setup.overwrite:
@@ -62,6 +67,22 @@ def run(recipe: Recipe, setup: Setup) -> Outcome:
             setup = dataclasses.replace(setup, judge=RewardJudge(model))
     assert outcome is not None
     return outcome
+
+
+def parts_of(recipe: Recipe) -> list[Recipe]:
+    """Returns the recipe and those that follow it, as often as it has rounds.
+
+    Raises ValueError for more than nine, and for recipes that follow one another in a circle.
+    """
+    parts = [recipe]
+    while (following := parts[-1].then) is not None and len(parts) <= _MOST_PARTS:
+        parts.append(get_recipe(following))
+    if len(parts) * recipe.rounds > _MOST_PARTS:
+        raise ValueError(
+            f"recipe {recipe.name} would have {len(parts)} parts or more in {recipe.rounds} rounds, and a run has "
+            f"{_MOST_PARTS} at most"
+        )
+    return parts * recipe.rounds
 
 
 class Loop:
@@ -80,7 +101,8 @@ class Loop:
             found = json.loads(result.read_text(encoding="utf-8"))
             return Outcome(**found | {"history": [math.nan if x is None else x for x in found["history"]]})
         models, reason = [setup.model], f"all {recipe.iterations} iterations are done"
-        history = [held_out_scores(recipe, setup, self.policies, setup.output / "start", setup.model)]
+        rows = begin(recipe, setup, self.policies, setup.output / "start") if recipe.searches else []
+        history = [self._held_out(setup.output / "start", setup.model, rows)]
         if history[0] and all(map(math.isnan, history[0])):
             raise ValueError(
                 f"the judge scored none of the answers to the {len(history[0])} held-out prompts, so no iteration can "
@@ -88,14 +110,18 @@ class Loop:
             )
         for i in range(recipe.iterations):
             folder = setup.output / f"iteration-{i:03d}"
-            rows = self.rows(folder, i, models[-1])
+            if recipe.searches:
+                rows = search(recipe, setup, self.policies, i, rows, folder)
+            else:
+                rows = self.rows(folder, i, models[-1])
             if not rows:
-                reason = f"iteration {i + 1} found nothing to train on: no completion was judged better than another"
+                why = "no completion was judged better than another" if recipe.judge != "none" else "none was selected"
+                reason = f"iteration {i + 1} found nothing to train on: {why}"
                 if i == 0:
                     raise ValueError(f"recipe {recipe.name}: {reason}. See {folder / 'summary.json'}")
                 break
             models.append(train(Iteration(recipe, setup, self.policies, i, folder, rows, models)))
-            history.append(held_out_scores(recipe, setup, self.policies, folder, models[-1]))
+            history.append(self._held_out(folder, models[-1], rows))
             best = rule.best(history) if history[0] else i + 1
             self._report(i, history, best)
             if not setup.keep_models:
@@ -117,10 +143,15 @@ class Loop:
         policy = self.policies.get(model)
         samples = in_blocks(setup, folder, "samples", rows, lambda b, part: sample(recipe, setup, policy, i, b, part))
         judged: list[Row] = [{}] * len(rows)
-        if SELECTORS[recipe.select].needs != "nothing":
+        if SELECTORS[recipe.select].needs not in UNJUDGED:
             pairs = list(zip(rows, samples, strict=True))
             judged = in_blocks(setup, folder, "judged", pairs, lambda b, part: judge(recipe, setup, policy, i, b, part))
         return select(recipe, setup, policy, i, samples, judged, folder)
+
+    def _held_out(self, folder: Path, model: str, rows: list[Row]) -> list[float]:
+        """Returns the held-out scores of a model; where prompts are searched, under the best instruction so far."""
+        instruction = rows[-1]["instruction"] if self.recipe.searches else ""
+        return held_out_scores(self.recipe, self.setup, self.policies, folder, model, instruction)
 
     def _report(self, i: int, history: list[list[float]], best: int) -> None:
         if history[0]:
@@ -136,12 +167,17 @@ class Loop:
         """Copies the best model to its place, and writes and returns the outcome."""
         makes_reward_model = self.recipe.makes_reward_model
         final = self.setup.output / ("reward_model" if makes_reward_model else "model")
-        if best and not final.is_dir():
+        prompt = None
+        if self.recipe.searches:
+            prompt, found = outcome_of(self.setup.output, best)
+            write_lines(self.setup.output / "prompts.jsonl", found)
+        elif best and not final.is_dir():
             with appearing(final, sole_writer=True) as part:
                 shutil.copytree(models[best], part)
-        model = models[0] if makes_reward_model or not best else str(final)
+        model = models[0] if makes_reward_model or prompt is not None or not best else str(final)
         means = [mean(scores) for scores in history] if history[0] else []
-        outcome = Outcome(model, best, reason, means, str(final) if makes_reward_model else None)
+        outcome = Outcome(model, best, reason, means, str(final) if makes_reward_model else None, prompt)
         write_json(self.setup.output / "result.json", dataclasses.asdict(outcome), ensure_ascii=False)
-        self.setup.say(f"{self.recipe.name}: {reason}; the result is {outcome.reward_model or outcome.model}")
+        told = outcome.model if prompt is None else f"the instruction {prompt!r}"
+        self.setup.say(f"{self.recipe.name}: {reason}; the result is {outcome.reward_model or told}")
         return outcome

@@ -45,7 +45,7 @@ def identify(recipe: Recipe, setup: Setup) -> None:
     """Writes the run's settings to run.json. Raises ValueError if the folder has a run with others, and names them."""
     about = {"recipe": dataclasses.asdict(recipe), "model": setup.model}
     about |= {name: _digest(getattr(setup, name)) for name in ("rows", "held_out")}
-    about |= {name: type(getattr(setup, name)).__name__ for name in ("judge", "held_out_judge")}
+    about |= {name: type(getattr(setup, name)).__name__ for name in ("judge", "held_out_judge", "generator")}
     about |= {name: dataclasses.asdict(getattr(setup, name)) for name in ("stopping", "sampling")}
     about |= {"training": dict(setup.training), "notes": dict(setup.notes)}
     about["adapter"] = None if setup.peft_config is None else setup.peft_config.to_dict()

@@ -27,8 +27,9 @@ Pick = dict[str, Any]
 class Selector:
     """A selector and what it reads and returns.
 
-    function: (judged, generator, **arguments) → picks. needs: what `judged` is: "scores", "wins", or "nothing", when it
-    is the number of completions. kind: the kind of data of the picks, as `data.load` names it.
+    function: (judged, generator, **arguments) → picks. needs: what `judged` is: "scores", "wins", "asked", the ranks
+    that the completions were asked to have, or "nothing", when it is the number of completions. kind: the kind of data
+    of the picks, as `data.load` names it.
     """
 
     function: Callable[..., list[Pick]]
@@ -138,8 +139,17 @@ def only(count: Tensor, generator: torch.Generator) -> list[Pick]:  # ()
     return [{"chosen": i} for i in range(int(count))]
 
 
+def as_asked(ranks: Tensor, generator: torch.Generator) -> list[Pick]:  # (K,)
+    """Picks every completion that was to be better against every one that was to be worse, unjudged (RLCD)."""
+    rank = ranks.tolist()
+    places = range(len(rank))
+    return [{"chosen": a, "rejected": b} for a in places for b in places if rank[a] > rank[b]]
+
+
+UNJUDGED = ("nothing", "asked")  # what selectors need that no judge gives
 SELECTORS: Mapping[str, Selector] = {
     "only": Selector(only, "nothing", "chosen"),
+    "as-asked": Selector(as_asked, "asked", "pair"),
     "best": Selector(best, "scores", "chosen"),
     "best-worst": Selector(best_worst, "scores", "pair"),
     "rejection": Selector(rejection, "scores", "pair"),

@@ -35,7 +35,10 @@ class Setup:
     sampling: for every draw; temperature and top_p are the recipe's own.
     training: arguments of XPOConfig, RewardConfig and RLConfig; each takes those it has.
     peft_config: trains an adapter, which is merged into the model after each iteration.
-    rollout: (model, tokenizer) → Rollout; default GenerateRollout. block: prompts per file.
+    rollout: (model, tokenizer) → Rollout; default GenerateRollout.
+    generator: samples the data in the policy's place, another model or a server; its texts are tokenized again for the
+        policy. Held-out prompts, and the rows of a search of prompts, are answered by the policy all the same.
+    block: prompts per file.
     overwrite: deletes the output folder, which must be an earlier run's, once this run can begin.
     begin: called at that point, before anything else is written.
     keep_models: keeps the models of all iterations, not only the best and the last. notes: further settings that a
@@ -54,6 +57,7 @@ class Setup:
     training: Mapping[str, Any] = field(default_factory=dict)
     peft_config: Any = None
     rollout: Callable[[Any, Any], Rollout] | None = None
+    generator: Rollout | None = None
     load: Callable[[str], tuple[Any, Any]] = load_model
     block: int = 64
     seed: int = 42
@@ -69,13 +73,17 @@ class Setup:
 
 @dataclass
 class Outcome:
-    """Result of a run. model: the best policy. history: mean held-out scores, at the start and after each iteration."""
+    """Result of a run. model: the best policy. history: mean held-out scores, at the start and after each iteration.
+
+    reward_model: the folder of the one that the recipe made. prompt: the instruction that it found.
+    """
 
     model: str
     best: int
     reason: str
     history: list[float]
     reward_model: str | None = None
+    prompt: str | None = None
 
 
 def check(recipe: Recipe, setup: Setup) -> None:
@@ -95,6 +103,11 @@ def check(recipe: Recipe, setup: Setup) -> None:
         raise ValueError(
             f"recipe {recipe.name} draws one completion a prompt, and the judge only compares, which says nothing of a "
             "lone one: draws.n of 2 or more, or a judge that scores"
+        )
+    if recipe.searches and setup.judge is not None and not setup.judge.scores:
+        raise ValueError(
+            f"recipe {recipe.name} needs the score of single answers, and the judge only compares: give reward "
+            "functions or a reward model"
         )
     judged = recipe.judge == "self" or setup.held_out_judge or setup.judge
     if setup.held_out and not recipe.makes_reward_model and not judged:
@@ -153,6 +166,14 @@ class Policy:
     def self_judge(self, seed: int) -> Judge:
         """Returns the model as the judge of completions."""
         return SelfRewardJudge(self.rollout, seed=seed, chat=bool(self.loaded[1].chat_template))
+
+
+def sampler_of(setup: Setup, policy: Policy) -> tuple[Rollout, bool]:
+    """Returns what samples the data, the generator or the policy, and whether it is asked in conversations."""
+    if setup.generator is None:
+        return policy.rollout, bool(policy.loaded[1].chat_template)
+    tokenizer = getattr(setup.generator, "tokenizer", None) or policy.loaded[1]
+    return setup.generator, bool(tokenizer.chat_template)
 
 
 class Policies:

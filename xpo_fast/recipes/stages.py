@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ import torch
 from ..data import DataError, check_written, prompt_of, template_columns
 from ..files import finite, write_json
 from ..rewards.encoding import encode_rows
-from ..rewards.judges import Completion, group_scores, group_wins
-from ..rewards.llm_judges import continued
+from ..rewards.judges import Completion, group_scores, group_wins, text_of
+from ..rewards.llm_judges import as_prompt, continued, filled
 from ..rewards.spec import RewardSpec
-from ..rollout import Prompt, Rollout, Sampling
+from ..rollout import Prompt, Rollout, Samples, Sampling
 from ..seeds import seed_of_repr
-from .recipe import Recipe
+from .asking import LABELS, Rewriter, Rewriting, about, affixed, answer_to, drawn_edit, edit, fields, request_of
+from .recipe import Draw, Recipe
 from .run_folder import in_blocks, read_blocks, read_lines, write_lines
 from .selection import SELECTORS
-from .setup import Policies, Policy, Row, Setup, columns, xpo_config
+from .setup import Policies, Policy, Row, Setup, columns, sampler_of, xpo_config
 from .stopping import mean
 
 # Critique and revision: Constitutional AI (arXiv 2212.08073).
@@ -45,23 +47,73 @@ def sample(recipe: Recipe, setup: Setup, policy: Policy, i: int, b: int, rows: S
     prompts = [row["prompt"] for row in rows]
     if not (i or b):
         _check_written(setup, policy)
+    chat = bool(recipe.task) and bool(policy.loaded[1].chat_template)
+    trained = [as_prompt(filled(recipe.task, prompt=request_of(p)), chat) for p in prompts] if recipe.task else prompts
     lines: list[Row] = [
-        {"prompt": p, **template_columns(p), "prompt_ids": [], **{n: [] for n in _NAMES}} for p in prompts
+        {"prompt": p, **template_columns(p), "prompt_ids": [], **{n: [] for n in _NAMES}} for p in trained
     ]
     for d, draw in enumerate(recipe.draws):
         seed = seed_of_repr(setup.seed, i, "sample", b, d)
-        samples = policy.rollout.generate(prompts, draw.n, sampling=draw.sampling(setup.sampling), seed=seed)
+        sampler, chat = sampler_of(setup, policy)
+        asked = _asked(draw, rows, lines, chat, random.Random(seed_of_repr(setup.seed, i, "ask", b, d)))
+        samples = sampler.generate(asked, draw.n, sampling=draw.sampling(setup.sampling), seed=seed)
+        if draw.ask or setup.generator is not None:
+            samples = _answers_to(recipe, setup, policy, trained, samples, draw.n)
         found = zip(samples.prompt_ids, samples.completions, samples.completion_ids, samples.finish)
-        for r, (prompt_ids, *values) in enumerate(found):
-            lines[r // draw.n]["prompt_ids"] = prompt_ids
-            _append(lines[r // draw.n], *values, d)
+        for r, (prompt_ids, completion, *values) in enumerate(found):
+            line = lines[r // draw.n]
+            line["prompt_ids"] = prompt_ids
+            if not recipe.task or text_of(completion).strip():
+                _append(line, completion, *values, d)
+                better = line.get("edited") == LABELS[0]
+                _rank(recipe, line, (1 if better else -1) if draw.aspects else draw.rank)
     if recipe.revise:
         _revise(recipe, setup, policy, lines, seed_of_repr(setup.seed, i, "revise", b))
-    if recipe.gold:
-        gold = _encoded(setup, policy, prompts, [row["chosen"] for row in rows])
-        for line, row, ids in zip(lines, rows, gold, strict=True):
-            _append(line, row["chosen"], ids["chosen_ids"], "stop", -1)
+    own = [("chosen", -1, 1)] * recipe.gold + [("rejected", -2, 0)] * recipe.rival
+    for name, place, rank in own:
+        encoded = _encoded(setup, policy, prompts, [row[name] for row in rows], name)
+        for line, row, ids in zip(lines, rows, encoded, strict=True):
+            _append(line, row[name], ids[f"{name}_ids"], "stop", place)
+            _rank(recipe, line, rank)
     return lines
+
+
+def _rank(recipe: Recipe, line: Row, rank: int) -> None:
+    """Notes what the completion that was added last is meant to be, where that is selected by."""
+    if SELECTORS[recipe.select].needs == "asked":
+        line.setdefault("asked", []).append(rank)
+
+
+def _asked(draw: Draw, rows: Sequence[Row], lines: list[Row], chat: bool, draws: random.Random) -> list[Prompt]:
+    """Returns the prompts that a draw is sampled from; a line gets the label and the aspects that are drawn for it."""
+    if draw.aspects:
+        for line in lines:
+            line["edited"], line["aspects"] = drawn_edit(draws, draw.aspects)
+        return [
+            edit(row["prompt"], line["completions"][0], draw.ask, line["edited"], line["aspects"])
+            for row, line in zip(rows, lines, strict=True)
+        ]
+    if "prompt" in fields(draw.ask):
+        return [about(row, draw.ask, chat) for row in rows]
+    return [affixed(row["prompt"], draw.ask) for row in rows]
+
+
+def _answers_to(
+    recipe: Recipe, setup: Setup, policy: Policy, prompts: Sequence[Prompt], samples: Samples, n: int
+) -> Samples:
+    """Returns the samples as answers to the prompts that are trained on, with token ids by the policy's tokenizer.
+
+    A completion that was cut off has no EOS, and nothing that the chat template writes behind it.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    found = [answer_to(x, y, stripped=bool(recipe.task)) for x, y in zip(repeated, samples.completions, strict=True)]
+    encoded = _encoded(setup, policy, repeated, found)
+    ids = [row["chosen_ids"] for row in encoded]
+    eos = policy.loaded[1].eos_token_id
+    for r, finish in enumerate(samples.finish):
+        if finish == "length" and eos in ids[r]:
+            ids[r] = ids[r][: len(ids[r]) - ids[r][::-1].index(eos) - 1] or ids[r]
+    return Samples(repeated, [row["prompt_ids"] for row in encoded], ids, found, samples.finish)
 
 
 def _check_written(setup: Setup, policy: Policy) -> None:
@@ -88,7 +140,8 @@ def _revise(recipe: Recipe, setup: Setup, policy: Policy, lines: list[Row], seed
 
     prompts, completions = [line["prompt"] for line, _ in at], [line["completions"][k] for line, k in at]
     sampling = dataclasses.replace(setup.sampling, temperature=recipe.draws[0].temperature)
-    found = revised(policy.rollout, prompts, completions, sampling=sampling, seed=seed, rounds=recipe.revise, say=keep)
+    sampler, _ = sampler_of(setup, policy)
+    found = revised(sampler, prompts, completions, sampling=sampling, seed=seed, rounds=recipe.revise, say=keep)
     encoded = _encoded(setup, policy, prompts, found)
     for (line, k), completion, ids in zip(at, found, encoded, strict=True):
         line["completions"][k], line["completions_ids"][k] = completion, ids["chosen_ids"]
@@ -150,11 +203,12 @@ def select(
     rejected = _rejected(setup, policy) if recipe.select == "against-rejected" else {}
     for g, (line, verdict) in enumerate(zip(samples, judged, strict=True)):
         count = torch.tensor(len(line["completions"]))
-        table = count if selector.needs == "nothing" else torch.from_numpy(_array(verdict[selector.needs]))
+        judged_or_asked = line if selector.needs == "asked" else verdict
+        table = count if selector.needs == "nothing" else torch.from_numpy(_array(judged_or_asked[selector.needs]))
         generator = torch.Generator().manual_seed(seed_of_repr(setup.seed, i, "select", g))
         for pick in selector(table, generator, recipe.select_args):
             row = {"prompt": line["prompt"], **template_columns(prompt_of(line)), "prompt_ids": line["prompt_ids"]}
-            row |= _picked(line, pick)
+            row |= _picked(line, pick) | {name: line[name] for name in ("edited", "aspects") if name in line}
             row |= rejected.get(g, {})
             if "rejected_ids" in row and row["rejected_ids"] == row.get("chosen_ids"):
                 identical += 1
@@ -232,23 +286,39 @@ def _encoded(
     return encoded
 
 
-def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Path, model: str) -> list[float]:
+def held_out_scores(
+    recipe: Recipe, setup: Setup, policies: Policies, folder: Path, model: str, instruction: str = ""
+) -> list[float]:
     """Returns the scores of a model's answers to the held-out prompts, NaN where there is none.
 
-    A judge that only compares compares with the answers at the start of the run, which count as ½.
+    A judge that only compares compares with the answers at the start of the run, which count as ½. A model that
+    rewrites prompts (`Recipe.task`) is judged by what the model at the start answers to the prompts it has rewritten;
+    an instruction, by what it answers under that.
     """
     if not setup.held_out or recipe.makes_reward_model:
         return []
-    policy = policies.get(model)
     sampling = recipe.draws[0].sampling(setup.sampling) if recipe.draws else setup.sampling
+    if recipe.searches:
+        sampling = dataclasses.replace(setup.sampling, temperature=0.0)
     start = setup.output / "start"
+    answers = policies.start if recipe.task or recipe.searches else policies.get(model)
+    rewritten: list[Prompt] = []
     before = [] if folder == start else [line["completion"] for line in read_blocks(start, "held_out")]
 
     def work(b: int, part: Sequence[tuple[int, Row]]) -> list[Row]:
         rows = [row for _, row in part]
         prompts = [row["prompt"] for row in rows]
         seed = seed_of_repr(setup.seed, "held-out", b)
-        samples = policy.rollout.generate(prompts, 1, sampling=sampling, seed=seed)
+        rollout: Rollout = answers.rollout
+        if recipe.task and folder != start:
+            writer = policies.get(model)
+            how: Any = {"chat": bool(writer.loaded[1].chat_template)}
+            how["sampling"] = dataclasses.replace(setup.sampling, temperature=0.0)
+            rewriter = Rewriter(writer.rollout, task=recipe.task, **how)
+            rewritten.clear()
+            rollout = Rewriting(rollout, rewriter, lambda _, other: rewritten.append(other))
+        told = [affixed(prompt, instruction) for prompt in prompts]
+        samples = rollout.generate(told, 1, sampling=sampling, seed=seed)
         asked = setup.held_out_judge or setup.judge
         asked = asked or policies.start.self_judge(seed_of_repr(setup.seed, "held-out judge", b))
         if asked.scores:
@@ -259,9 +329,10 @@ def held_out_scores(recipe: Recipe, setup: Setup, policies: Policies, folder: Pa
         else:
             first = [before[g] for g, _ in part]
             scores = asked.compare(prompts, samples.completions, first, **columns(rows)).tolist()
+        read = [{"rewritten": prompt} for prompt in rewritten] or [{}] * len(rows)
         return [
-            {"prompt": p, "completion": c, "score": s}
-            for p, c, s in zip(prompts, samples.completions, finite(scores), strict=True)
+            {"prompt": p, **r, "completion": c, "score": s}
+            for p, r, c, s in zip(prompts, read, samples.completions, finite(scores), strict=True)
         ]
 
     lines = in_blocks(setup, folder, "held_out", list(enumerate(setup.held_out)), work)

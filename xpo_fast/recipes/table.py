@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..wording import did_you_mean
+from .asking import ASPECTS, EDIT, HELPFUL, IMPROVE, PROPOSE, REWRITE, UNHELPFUL
 from .recipe import Draw, Recipe, Train
 
 _ONLINE = {"select": "online", "reference": "fixed", "iterations": 1}
 _FREE = {"reference": "none", "iterations": 1}
+_CONTRAST = {"draws": (Draw(1, ask=HELPFUL, rank=1), Draw(1, ask=UNHELPFUL, rank=-1)), "judge": "none"} | {
+    "select": "as-asked"
+}
 # Name: ((what it is, source), fields of Recipe).
 _TABLE: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "raft": (
@@ -50,6 +54,40 @@ _TABLE: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         ("SFT on revised answers, then RLAIF", "arXiv 2212.08073, survey 3.2.1"),
         {"train": (Train("sft"),), "draws": (Draw(1),), "revise": 4, "judge": "none", "select": "only", **_FREE}
         | {"then": "rlaif"},
+    ),
+    "rlcd": (
+        ("two contrasting prompts make each pair, a reward model learns them, PPO follows it", "arXiv 2307.12950"),
+        {"train": (Train("bradley_terry"),), **_CONTRAST, **_FREE, "then": "ppo"},
+    ),
+    "rlcd-dpo": (
+        ("two contrasting prompts make each pair, DPO learns them", "arXiv 2307.12950"),
+        {"train": (Train("dpo"),), **_CONTRAST, "iterations": 1},
+    ),
+    "rmboost": (
+        ("an answer, and one made better or worse in named aspects, for a reward model", "arXiv 2407.16008"),
+        {"train": (Train("bradley_terry"),), "draws": (Draw(1), Draw(1, ask=EDIT, aspects=ASPECTS)), **_FREE}
+        | {"judge": "none", "select": "as-asked"},
+    ),
+    "apo-game": (
+        (
+            "a reward model learns to tell gold answers from the policy's, the policy follows it, in turns",
+            "arXiv 2311.08045",
+        ),
+        {"train": (Train("bradley_terry"),), "draws": (Draw(1),), "gold": True, "rival": True, **_FREE}
+        | {"judge": "none", "select": "as-asked", "then": "apo-policy", "rounds": 2},
+    ),
+    "apo-policy": (
+        ("the policy's turn in apo-game: DPO on best and worst of four by the reward model", "arXiv 2311.08045"),
+        {"train": (Train("dpo"),), "draws": (Draw(4),), "iterations": 1},
+    ),
+    "bpo": (
+        ("a rewriter of prompts learns from what a critic of good and bad answers wrote", "arXiv 2311.04155"),
+        {"train": (Train("sft"),), "draws": (Draw(1, ask=IMPROVE),), "task": REWRITE, **_FREE}
+        | {"judge": "none", "select": "only"},
+    ),
+    "opro": (
+        ("a model proposes instructions from those scored so far; no weights change", "arXiv 2309.03409"),
+        {"train": (), "draws": (Draw(8, ask=PROPOSE),), "select": "prompts", "reference": "none", "iterations": 20},
     ),
     "sppo": (
         ("each sample's log-ratio regresses to its win rate", "arXiv 2405.00675, survey 3.11.2, S60–61"),

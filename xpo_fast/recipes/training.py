@@ -72,7 +72,12 @@ class Iteration:
 
 
 def train(it: Iteration) -> str:
-    """Trains on the rows, unless that has been done; returns the folder of the trained model."""
+    """Trains on the rows, unless that has been done; returns the folder of the trained model.
+
+    Where nothing is trained, that is the last model's.
+    """
+    if not it.recipe.train:
+        return it.models[-1]
     final, log = it.folder / "model", it.folder / "train_log.json"
     if not log.is_file():  # written last; the model itself may have been removed since
         if it.recipe.online:

@@ -198,7 +198,7 @@ class LLMJudge(Judge):
 
         def ask(first: Sequence[Completion], second: Sequence[Completion]) -> Tensor:
             rows = zip(prompts, first, second, strict=True)
-            asked = [_filled(self.pairwise, prompt=x, first=a, second=b) for x, a, b in rows]
+            asked = [filled(self.pairwise, prompt=x, first=a, second=b) for x, a, b in rows]
             return self._ask(asked, ("A", "B"))[:, 0]
 
         forth = ask(first, second)
@@ -218,7 +218,7 @@ class LLMJudge(Judge):
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **columns: Any) -> Tensor:
         """Returns the expected grades (R,), from −1 to 1."""
         rows = zip(prompts, completions, strict=True)
-        asked = [_filled(self.grade, prompt=x, completion=y) for x, y in rows]
+        asked = [filled(self.grade, prompt=x, completion=y) for x, y in rows]
         return self._ask(asked, tuple("123456789")) @ torch.linspace(-1.0, 1.0, 9)
 
     def _ask(self, texts: list[str], words: Sequence[str]) -> Tensor:
@@ -257,7 +257,7 @@ class SelfRewardJudge(Judge):
         if not prompts:
             return torch.empty(0)
         rows = zip(prompts, completions, strict=True)
-        asked = [as_prompt(_filled(self.question, prompt=x, completion=y), self.chat) for x, y in rows]
+        asked = [as_prompt(filled(self.question, prompt=x, completion=y), self.chat) for x, y in rows]
         samples = self.rollout.generate(asked, self.n, sampling=self.sampling, seed=self.seed)
         points = torch.tensor([points_of(text_of(reply)) for reply in samples.completions])
         return points.view(-1, self.n).nanmean(dim=1)
@@ -282,6 +282,6 @@ def continued(prompt: Prompt, answer: Completion, question: str) -> Prompt:
     return data.as_conversation(prompt).followed_by([*turn, {"role": "user", "content": question}])
 
 
-def _filled(template: str, **values: Any) -> str:
+def filled(template: str, **values: Any) -> str:
     """Returns the template with its {names} replaced, all in one pass: the values may contain braces themselves."""
     return re.sub(r"\{(\w+)\}", lambda m: text_of(values[m[1]]) if m[1] in values else m[0], template)
