@@ -218,7 +218,7 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
 
 
 COMMANDS = (
-    *("train", "check", "fit", "reward", "eval-reward", "rl", "recipe", "report", "chat", "merge"),
+    *("train", "check", "fit", "reward", "eval-reward", "evaluate", "rl", "recipe", "report", "chat", "merge"),
     *("methods", "doctor", "tune", "bench", "help", "completion"),
 )
 
@@ -377,7 +377,7 @@ def refusal(capsys, *words: str, command: str = "train") -> str:
     return lines[0].removeprefix(f"xpo-fast {command}: error: ")
 
 
-@pytest.mark.parametrize("command", ["train", "reward", "rl", "recipe", "eval-reward", "methods"])
+@pytest.mark.parametrize("command", ["train", "reward", "rl", "recipe", "eval-reward", "evaluate", "methods"])
 def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(command):
     parser = cli.parsers()[command]
     for action in parser.documented():
