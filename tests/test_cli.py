@@ -377,7 +377,7 @@ def refusal(capsys, *words: str, command: str = "train") -> str:
     return lines[0].removeprefix(f"xpo-fast {command}: error: ")
 
 
-@pytest.mark.parametrize("command", ["train", "reward", "rl", "recipe", "eval-reward", "evaluate", "methods"])
+@pytest.mark.parametrize("command", ["train", "reward", "rl", "recipe", "eval-reward", "methods"])
 def test_every_option_is_taken_with_underscores_and_behind_an_equals_sign(command):
     parser = cli.parsers()[command]
     for action in parser.documented():

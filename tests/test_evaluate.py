@@ -16,6 +16,7 @@ import transformers
 from test_trainer import PEFT_WARNING, VOCAB, make_model, make_rows, make_tokenizer
 from xpo_fast import cli, data
 from xpo_fast.cli import policies
+from xpo_fast.cli.evaluate import INTERVALS, MEASURES
 from xpo_fast.evaluate import (
     FLIPS,
     Games,
@@ -31,6 +32,7 @@ from xpo_fast.evaluate import (
     ranking,
     win_rates,
 )
+from xpo_fast.evaluate.games import INTERVALS as MEASURES_INTERVALS
 from xpo_fast.evaluate.games import SCALE, covariance, decided
 from xpo_fast.evaluate.policies import Policy, Source
 from xpo_fast.evaluate.ranking import pair_lines
@@ -202,7 +204,7 @@ def test_strengths_are_those_of_zermelos_iteration():
     wins = rng.integers(1, 9, size=(5, 5)) * (1 - np.eye(5))
     wins[0, 4] = wins[4, 0] = wins[1, 3] = 0  # not everybody met, and one side lost all
     gamma = np.ones(5)
-    for _ in range(20000):
+    for _ in range(3000):
         for i in range(5):
             games = [(wins[i, j] + wins[j, i]) / (gamma[i] + gamma[j]) for j in range(5) if j != i]
             gamma[i] = wins[i].sum() / sum(games)
@@ -635,6 +637,8 @@ def test_the_frontier_of_a_planted_reward_rises_with_kl(home, tmp_path, capsys):
         (["ranking", "{home}/run", "--prior", "1"], "--prior is for wins: ranking has no use for it"),
         (["ranking", "{home}/run", "--beta", "0"], "--beta must be positive, got 0"),
         (["ranking", "{home}/run", "--label-smoothing", "2"], "--label-smoothing must be in [0, 1], got 2"),
+        (["ranking", "{home}/run", "--judge-tokenizer", "x"], "--judge-tokenizer is for --judge server:URL"),
+        (["ranking", "{home}/run", "--judge", "llm:x", "--label-smoothing", "0.1"], "choose one"),
         (["ranking", "{home}/run", "--max-rows", "0"], "--max-rows must be at least 1, got 0"),
         (["ranking", "{home}/run", "--resume"], "--resume: no evaluation in"),
         (["ranking", "{home}/run", "--resume", "--overwrite"], "choose one"),
@@ -657,6 +661,13 @@ def test_refusals_of_the_command(home, tmp_path, capsys, words, message):
         assert cli.main(["evaluate", *given, "--data", str(home / "prompts.jsonl"), "--cpu"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "blocks").exists()
+
+
+def test_the_options_are_those_of_the_measures():
+    parser = cli.parsers()["evaluate"]
+    assert INTERVALS == MEASURES_INTERVALS == tuple(parser.named("interval").choices)
+    named = {action.dest for action in parser.documented()}
+    assert {name for names in MEASURES.values() for name in names} <= named
 
 
 def test_no_rows(home, tmp_path, capsys):

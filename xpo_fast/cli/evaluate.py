@@ -149,6 +149,10 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--beta must be positive, got {beta:g}")
     if not 0 <= args.label_smoothing <= 1:
         raise UsageError(f"--label-smoothing must be in [0, 1], got {args.label_smoothing:g}")
+    if args.judge and args.label_smoothing:
+        raise UsageError("--label-smoothing is for labels of the rows, in whose place --judge puts its own: choose one")
+    if args.judge_tokenizer and not any(spec.startswith("server:") for spec in args.judge):
+        raise UsageError("--judge-tokenizer is for --judge server:URL")
     checks.check(args)
 
 
