@@ -66,7 +66,7 @@ class PairLogps:
     @property
     def finite(self) -> np.ndarray:
         """(P,) bool, whether all four log-probs of a pair are finite."""
-        return np.isfinite(np.concatenate([self.policy, self.reference], axis=1)).all(axis=1)
+        return np.all(np.isfinite(np.concatenate([self.policy, self.reference], axis=1)), axis=1)
 
     def take(self, at: np.ndarray) -> PairLogps:
         """Returns the pairs at these numbers, or where this mask is True."""

@@ -93,7 +93,7 @@ class Stages:
             ]
 
         lines = in_blocks(self, self.folder, name, rows, work, "pairs")
-        return tuple(np.array([line[key] for line in lines], dtype=np.float64) for key in ("logps", "tokens"))  # type: ignore[return-value]
+        return np.array([line["logps"] for line in lines]), np.array([line["tokens"] for line in lines], np.float64)
 
     def alphas(self, judge: Judge, rows: Sequence[Row]) -> np.ndarray:
         """Returns P(chosen beats rejected) by a judge, (P,), NaN where it has no verdict. rows: of `data.load`."""
