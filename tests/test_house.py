@@ -16,8 +16,8 @@ import arrows
 ROOT = Path(__file__).resolve().parent.parent
 # From the top down: a room imports from lower floors only. "" is the face of the package, which imports when asked.
 FLOORS = (
-    *("cli", "", "bench fit report", "recipes", "rl", "rewards integrations", "trainer", "rollout", "data objective"),
-    *("layouts", "models", "head", "methods kernels"),
+    *("cli", "", "bench evaluate fit report", "recipes", "rl", "rewards integrations", "trainer", "rollout"),
+    *("data objective", "layouts", "models", "head", "methods kernels"),
     "demo_data device files native precision reduce reporters resume seeds store types version wording",
 )
 GROUND = len(FLOORS) - 1

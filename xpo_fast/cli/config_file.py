@@ -87,7 +87,9 @@ def write(args: argparse.Namespace, output: Path, command: str, *, resumed: bool
         elif action.dest in _WITH_COMMAS and isinstance(value, list):
             value = ",".join(map(str, value))
         options[name] = value
-    folder, positional = str(output), [str(args.name)] if command == "recipe" else []
+    folder = str(output)
+    positional = [str(args.name)] if command == "recipe" else []
+    positional = [args.measure, *args.policies] if command == "evaluate" else positional
     again = ["xpo-fast", command, *positional, "--config", f"{folder}/{FILE}", "--output-dir", f"{folder}-2"]
     comment = f"# Written by xpo-fast {__version__}. The run again, in another folder:\n# {shlex.join(again)}\n"
     text = comment + _yaml().safe_dump(options, sort_keys=False, allow_unicode=True)

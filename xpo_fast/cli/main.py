@@ -18,6 +18,7 @@ from . import (
     completion,
     config_file,
     eval_reward,
+    evaluate,
     fit,
     manual,
     merge,
@@ -70,7 +71,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, check, fit, reward, eval_reward, rl, recipe, report, chat, merge, catalogue):
+    for command in (train, check, fit, reward, eval_reward, evaluate, rl, recipe, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)

@@ -26,6 +26,7 @@ EXAMPLES = {
     "rollouts": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short --num-generations 8 --max-new-tokens 128",
     "recipe": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --set iterations=2",
     "model and optimisation": "xpo-fast recipe rso --data prompts.jsonl --judge reward:xpo-fast-reward --lr 1e-5",
+    "measure": "xpo-fast evaluate ranking xpo-fast-out --data pairs.jsonl --beta 0.1 --beta 1",
     "filters": "xpo-fast methods --where data=unpaired",
     "options": "xpo-fast eval-reward --data pairs.jsonl --model xpo-fast-reward --policy xpo-fast-out",
     "--config": "xpo-fast train --config xpo-fast-out/config.yaml --output-dir again",

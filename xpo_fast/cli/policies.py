@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..resume import last_checkpoint
+from ..resume import is_checkpoint, last_checkpoint, model_identity
 from ..wording import did_you_mean
 from .parser import UsageError
 
@@ -103,3 +103,29 @@ def _json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{file} is broken ({error})") from error
     return found if isinstance(found, dict) else {}
+
+
+def checkpoints(run: str) -> list[tuple[str, Path]]:
+    """Returns the policies that a run has kept, in order, by name: its checkpoints or iterations, and its model.
+
+    The model it saved is left out where it is one of these. Raises UsageError as `find` does, and for a run
+    that has kept none but a reward model.
+    """
+    last = find(run)
+    if last.is_reward_model:
+        raise UsageError(f"{last.folder} holds a reward model, which is no policy: name another run")
+    path = Path(run)
+    steps = {p.name.removeprefix("checkpoint-"): p for p in path.glob("checkpoint-*") if is_checkpoint(p)}
+    found = [(f"step {k}", steps[k]) for k in sorted(filter(str.isdigit, steps), key=int)]
+    for root in (path, *sorted(path.glob("[1-9]-*"))):
+        of = "" if root == path else f"{root.name} "
+        for folder in sorted(root.glob("iteration-*/model")):
+            found.append((f"{of}iteration {int(folder.parent.name.removeprefix('iteration-')) + 1}", folder))
+    if last.folder not in [folder for _, folder in found]:
+        weights = _weights(last.folder)
+        found += [] if any(_weights(p) == weights for _, p in found) else [("the model", last.folder)]
+    return found
+
+
+def _weights(folder: Path) -> Any:
+    return model_identity(str(folder))["hash"]

@@ -175,9 +175,9 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             rows=rows,
             output=output,
-            judge=_judge(args, args.judge),
+            judge=judge_of(args, args.judge),
             held_out=held_out,
-            held_out_judge=_judge(args, args.held_out_judge),
+            held_out_judge=judge_of(args, args.held_out_judge),
             stopping=StoppingRule(args.patience, args.min_gain, args.z),
             sampling=Sampling(max_new_tokens=args.max_new_tokens, stop=tuple(args.stop)),
             training=dict(args.train) | own,
@@ -278,7 +278,7 @@ def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     return rows[: len(rows) - count], rows[len(rows) - count :]
 
 
-def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
+def judge_of(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     """Returns the judge that the specs name, see JUDGE_SPECS; None without a spec."""
     from ..rewards.judges import FunctionJudge, RewardJudge
     from ..rewards.llm_judges import LLMJudge, SampledChoice, TokenChoice

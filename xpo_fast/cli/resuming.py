@@ -57,7 +57,7 @@ def kept(args: argparse.Namespace, began: float) -> str:
     if getattr(args, "output_dir", None) is None or "resume" not in args:
         return "nothing was written"
     output = Path(args.output_dir)
-    if (output / "run.json").is_file():  # of a recipe
+    if any((output / name).is_file() for name in ("run.json", "evaluation.json")):  # of a recipe, of evaluate
         return f"what is finished in {output} is kept, and the same command with --resume goes on from it"
     said = []
     if (state := output / "trainer_state.json").is_file() and state.stat().st_mtime >= began:

@@ -26,7 +26,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..files import write_atomically, write_json
 from ..resume import as_json
@@ -67,10 +67,28 @@ def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+class Blocks(Protocol):
+    """What `in_blocks` reads of a setup. block: items per file. say: called with each line of progress."""
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def say(self) -> Callable[[str], Any]: ...
+
+
 def in_blocks(
-    setup: Setup, folder: Path, name: str, items: Sequence[Any], work: Callable[[int, Sequence[Any]], list[Row]]
+    setup: Blocks,
+    folder: Path,
+    name: str,
+    items: Sequence[Any],
+    work: Callable[[int, Sequence[Any]], list[Row]],
+    unit: str = "prompts",
 ) -> list[Row]:
-    """Returns the lines work(b, items of block b) of all blocks; a block whose file exists is read from it."""
+    """Returns the lines work(b, items of block b) of all blocks; a block whose file exists is read from it.
+
+    unit: the word for items, in lines of progress.
+    """
     lines, started, fresh = [], time.monotonic(), 0
     for b, start in enumerate(range(0, len(items), setup.block)):
         path = folder / f"{name}-{b:05d}.jsonl"
@@ -81,9 +99,7 @@ def in_blocks(
             pace = (time.monotonic() - started) / fresh
             done = start + len(part)
             left = f", {pace * (len(items) - done):.0f} s left" if done < len(items) else ""
-            setup.say(
-                f"{folder.name}: {name.replace('_', '-')} {done} of {len(items)} prompts, {pace:.2g} s each{left}"
-            )
+            setup.say(f"{folder.name}: {name.replace('_', '-')} {done} of {len(items)} {unit}, {pace:.2g} s each{left}")
         lines += read_lines(path)
     return lines
 
