@@ -249,7 +249,9 @@ def unknown(parser: Parser, words: Sequence[str], names: Sequence[str], others: 
     first = next((w for w in words if w.startswith("-")), "").partition("=")[0]
     having = [other.prog for other in others if first and other.named(first) is not None]
     if having:
-        return f"{said}; {' and '.join(having)} {'have' if having[1:] else 'has'} it, {parser.prog} has not"
+        *some, last = having
+        who = f"{', '.join(some)} and {last} have" if some else f"{last} has"
+        return f"{said}; {who} it, {parser.prog} has not"
     options = [a.option_strings[-1] for a in parser.documented()] + [f"--{name}" for name in names]
     return said + (did_you_mean(first, options) if first else "")
 
