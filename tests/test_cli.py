@@ -554,7 +554,7 @@ def test_names_of_trl_for_reward():
         ("train", "--hub_token t", "set HF_TOKEN"),
         ("train", "--desirable_weight 2", "dpo has no hyperparameter lambda_d; it has beta, label_smoothing"),
         ("train", "--f_divergence_type js_divergence", "--method f_dpo --set divergence="),
-        ("train", "--num_generations 4", "xpo-fast fit, xpo-fast evaluate and xpo-fast rl have it, xpo-fast train has not"),
+        ("train", "--num_generations 4", "xpo-fast evaluate and xpo-fast rl have it, xpo-fast train has not"),
         ("train", "--neftune_noise_alpha 5", "train from Python: xpo_fast.trainer.XPOConfig"),
         ("train", "--deepspeed ds.json", "accelerate launch"),
         ("rl", "--loss_type cispo --epsilon 0.2", "cispo is capped by --epsilon_high alone"),

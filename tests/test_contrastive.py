@@ -322,6 +322,16 @@ def test_reward_model_and_policy_take_turns(home, tmp_path):
     assert any(not torch.equal(first[k], second[k]) for k in first)
 
 
+def test_a_reward_model_is_made_anew_from_what_the_trained_policy_writes(home, tmp_path):
+    run(RECIPES["iterated-rlhf"], setup(home, tmp_path, training={"learning_rate": 3e-2}))
+    parts = ["1-iterated-rlhf", "2-ppo", "3-iterated-rlhf", "4-ppo"]
+    assert sorted(p.name for p in tmp_path.glob("[0-9]-*")) == parts
+    models = [json.loads((tmp_path / part / "run.json").read_text())["model"] for part in parts]
+    assert models == [str(home), str(home), *[str(tmp_path / "2-ppo" / "model")] * 2]
+    first, second = (selected(tmp_path, part) for part in (parts[0], parts[2]))
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second] and first != second
+
+
 # --- BPO ---
 
 

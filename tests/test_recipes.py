@@ -49,7 +49,8 @@ METHODS_MD = [
     "rloo",
 ]
 
-CONTRASTIVE = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "apo-policy", "bpo", "opro"]  # run in test_contrastive.py
+# Run in test_contrastive.py.
+CONTRASTIVE = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "apo-policy", "bpo", "opro", "iterated-rlhf"]
 
 
 @pytest.fixture(scope="module", autouse=True)

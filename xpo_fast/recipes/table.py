@@ -68,6 +68,11 @@ _TABLE: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         {"train": (Train("bradley_terry"),), "draws": (Draw(1), Draw(1, ask=EDIT, aspects=ASPECTS)), **_FREE}
         | {"judge": "none", "select": "as-asked"},
     ),
+    "iterated-rlhf": (
+        ("reward models of the newest policy's answers, compared, and PPO on each, in turns", "arXiv 2204.05862"),
+        {"train": (Train("bradley_terry"),), "draws": (Draw(2),), "select": "pair", "judge": "preference", **_FREE}
+        | {"then": "ppo", "rounds": 2},
+    ),
     "apo-game": (
         (
             "a reward model learns to tell gold answers from the policy's, the policy follows it, in turns",
