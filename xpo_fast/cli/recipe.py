@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ..rewards.judges import Judge
 
 JUDGE_SPECS = (
-    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), "
+    "reward:FOLDER (a reward model, or a sequence classifier), goal:FOLDER (a model of xpo-fast reward --method "
+    "goal_conditioned, by its Q-value of an answer as it stands), llm:MODEL (a language model, asked in both orders), "
     "llm (that of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a "
     "reward function; may be repeated, the sum counts)"
 )
@@ -254,6 +255,12 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
         model = RewardModel.load(rest, device=loading.device_of(args))
         model.model.to(loading.accelerator_of(args))
         return RewardJudge(model)
+    if kind == "goal" and rest:
+        from ..rewards.goals import GoalJudge
+
+        judge = GoalJudge.load(rest, device=loading.device_of(args))
+        judge.model.model.to(loading.accelerator_of(args))
+        return judge
     if kind == "llm":
         return LLMJudge(TokenChoice(*loading.placed(args, rest or args.model, "auto" if rest else args.dtype)))
     if kind == "server" and rest:

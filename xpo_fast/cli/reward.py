@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _METHODS = (
     *("bradley_terry", "k_wise", "regression", "gated", "preference_model"),
-    *("discriminator", "grm", "haf", "odin"),
+    *("discriminator", "grm", "haf", "odin", "goal_conditioned"),
 )
 
 

@@ -57,6 +57,7 @@ from ..trainer.row_checks import Rows
 from ..trainer.setup import some_rows
 from .collate import RewardCollator, read_in_training, read_lengths
 from .encoding import load_ratings
+from .goals import contrast, goal_state, save_goal
 from .model import RewardModel
 from .spec import SOFT_LABELS, SPEC_FILE, USES, RewardSpec, save_spec
 
@@ -92,9 +93,7 @@ class RewardConfig(XPOConfig):
         if self.score != "assistant":
             raise ValueError("score has no effect on a reward model, which reads all of a completion: leave it out")
         if self.context is not None:
-            raise ValueError(
-                "context is for the reference of context_distillation, no reward model reads one: leave it out"
-            )
+            raise ValueError("context is for context_distillation, no reward model reads one: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
         if self.objective_weights is not None and USES[self.method][1] != "objectives":
@@ -198,7 +197,8 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             **kwargs,
         )
         # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
-        if (self.spec.reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
+        of_tokens = self.spec.reads_logps or self.spec.reads_states or self.spec.form == "gated"
+        if of_tokens and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self.layout: Chosen | None = None  # how the model reads rows; None without any
@@ -303,6 +303,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         super()._save(output_dir, state_dict)
         save_spec(self.spec, output_dir or str(self.args.output_dir))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model as `UnitTrainer` does; with goal_conditioned the goal beside it, of the training rows."""
+        super().save_model(output_dir, _internal_call)
+        if self.spec.reads_states and not _internal_call and self.args.should_save and self.train_dataset is not None:
+            save_goal(goal_state(self.reward_model(), self.train_dataset), output_dir or str(self.args.output_dir))
+
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         return self._valid(batch).sum()
 
@@ -327,7 +333,12 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, rows.attention_mask, rows.targets)
             logps = self._logps(hidden, lm_head, rows.targets) if self.spec.reads_logps else None
-            losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid)
+            along: dict[str, Tensor] = {}
+            if self.spec.reads_states:
+                states, targets = hidden[..., : head.weight.shape[1]].chunk(2), rows.targets.chunk(2)
+                along["near_w"] = contrast(states[0], targets[0], alike=True)
+                along["apart_l"] = contrast(states[1], targets[1], alike=False)
+            losses, metrics = self._losses(inputs, head, outputs, logps, reference, valid, along)
             loss = torch.where(valid, losses, 0.0).sum() / divisor
             return {"loss": loss, "metrics": mean_metrics(metrics, valid), "counts": count_metrics(metrics, valid)}
 
@@ -349,6 +360,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
         logps: Tensor | None,  # (R,)
         ref_logps: Tensor | None,  # (R,)
         valid: Tensor,  # (U,)
+        along: dict[str, Tensor],  # inputs of the method, (U,)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the method's losses (U,), meaningless where not valid, and its metrics."""
         method, form = self.method, self.spec.form
@@ -380,7 +392,7 @@ class RewardTrainer(SavesValueHead, UnitTrainer):
             mask = (inputs["targets"] != data.IGNORE_INDEX).any(dim=1).view(scores.shape)
             ranks = 1 + (scores[:, None, :] > scores[:, :, None]).sum(dim=-1)
             return method(rewards=reward.view(scores.shape), ranks=ranks, mask=mask, **given)
-        given |= _sides("reward", reward)
+        given |= _sides("reward", reward) | along
         soft = "prob_w" in inputs and method.name in SOFT_LABELS
         if "margin" in method.inputs and "margin" in inputs:
             if soft:
