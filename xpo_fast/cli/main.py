@@ -26,6 +26,7 @@ from . import (
     resuming,
     reward,
     rl,
+    router,
     train,
     tune,
 )
@@ -70,7 +71,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, check, fit, reward, eval_reward, rl, recipe, report, chat, merge, catalogue):
+    for command in (train, check, fit, reward, eval_reward, router, rl, recipe, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)

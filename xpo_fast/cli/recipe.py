@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..rewards.judges import Judge
 
 JUDGE_SPECS = (
-    "reward:FOLDER (a reward model, or a sequence classifier), goal:FOLDER (a model of xpo-fast reward --method "
-    "goal_conditioned, by its Q-value of an answer as it stands), llm:MODEL (a language model, asked in both orders), "
+    "reward:FOLDER (a reward model, a router, or a sequence classifier), goal:FOLDER (a reward model by "
+    "goal_conditioned, whose Q-value of an answer counts), llm:MODEL (a language model, asked in both orders), "
     "llm (that of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a "
     "reward function; may be repeated, the sum counts)"
 )
@@ -250,9 +250,9 @@ def _judge(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if len(specs) > 1:
         raise UsageError(f"one judge, or several functions; got {', '.join(specs)}")
     if kind == "reward" and rest:
-        from ..rewards.model import RewardModel
+        from ..rewards.router import load_scorer
 
-        model = RewardModel.load(rest, device=loading.device_of(args))
+        model = load_scorer(rest, device=loading.device_of(args))
         model.model.to(loading.accelerator_of(args))
         return RewardJudge(model)
     if kind == "goal" and rest:

@@ -120,7 +120,7 @@ class GoalJudge(Judge):
 
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> GoalJudge:
-        """Returns the judge of a folder of `xpo-fast reward --method goal_conditioned`; options: `RewardModel.load`'s."""
+        """Returns the judge of a folder of `xpo-fast reward --method goal_conditioned`, see `RewardModel.load`."""
         goal = load_goal(folder)
         return cls(RewardModel.load(folder, **options), goal)
 
