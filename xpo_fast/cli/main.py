@@ -21,6 +21,7 @@ from . import (
     fit,
     manual,
     merge,
+    rahf,
     recipe,
     report,
     resuming,
@@ -71,7 +72,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, check, fit, reward, eval_reward, router, rl, recipe, report, chat, merge, catalogue):
+    for command in (train, check, fit, reward, eval_reward, router, rl, rahf, recipe, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)

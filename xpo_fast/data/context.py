@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def under_context(prompt: Any, context: str) -> Any:
     """Returns a prompt with a context in front of it.
 
-    Text follows the context as it is: what stands between is for the context to end with. Messages get it as their
-    system turn, or, if they begin with one, in front of its text, with an empty line between.
+    Text follows the context as it is: what stands between is for the context to end with. Messages get it, without
+    space around it, as their system turn, or, if they begin with one, in front of its text, an empty line between.
     """
     if isinstance(prompt, str):
         return context + prompt
-    own = as_conversation(prompt)
+    own, context = as_conversation(prompt), context.strip()
     if own and own[0].get("role") in ("system", "developer"):
         return own.changed({0: {**own[0], "content": f"{context}\n\n{words(own[0])}"}})
     return Conversation([{"role": "system", "content": context}, *own], tools=own.tools, kwargs=own.kwargs)
@@ -34,14 +34,15 @@ def add_context(
     tokenizer: Any,
     context: str,
     *,
+    name: str = "ref_prompt_ids",
     score: str = "assistant",
     num_proc: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> datasets.Dataset:
-    """Adds the ids of each row's prompt under a context, `ref_prompt_ids`, to encoded rows of the kind "chosen".
+    """Adds the ids of each row's prompt under a context, as the column `name`, to encoded rows of the kind "chosen".
 
     encoded, rows: what `encode` made, and from what. The other arguments are those of `encode`. A row of the reference
-    is its `ref_prompt_ids` and the row's own `chosen_ids`, so that lengths cut the same tokens of both; neither the
+    is these ids and the row's own `chosen_ids`, so that lengths cut the same tokens of both; neither the
     context nor a prompt behind it is cut. Raises DataError for a row whose completion has other tokens behind the
     context, and for messages that the chat template refuses to write with a system turn.
     """
@@ -54,12 +55,12 @@ def add_context(
         found = encode_rows(given, tokenizer, "chosen", leading, sys.maxsize, None, **how)
         wanted = encoded.select(at)["chosen_ids"]
         together = zip(found["prompt_ids"], found["chosen_ids"], wanted, batch["where"], strict=True)
-        return {"ref_prompt_ids": [_prompt(*one) for one in together]}
+        return {name: [_prompt(*one) for one in together]}
 
     made = rows.map(
         ids, with_indices=True, batched=True, remove_columns=rows.column_names, num_proc=num_proc, desc="context"
     )
-    return with_column(encoded, "ref_prompt_ids", made["ref_prompt_ids"])
+    return with_column(encoded, name, made[name])
 
 
 def _prompt(prompt: list[int], completion: list[int], wanted: list[int], where: str) -> list[int]:

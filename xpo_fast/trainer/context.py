@@ -40,14 +40,15 @@ def encode_for(rows: Any, tokenizer: Any, objective: Objective, args: XPOConfig)
 
 
 def context_lengths(encoded: Any) -> Sequence[int] | None:
-    """Returns the tokens of the reference's rows where it reads a context; None where it reads the policy's rows."""
-    if "ref_prompt_ids" not in encoded.column_names:
+    """Returns the tokens of each row with its longest context in front; None where no model reads one."""
+    fronts = [name for name in encoded.column_names if name.startswith("ref_") and name.endswith("prompt_ids")]
+    if not fronts:
         return None
-    total = np.zeros(len(encoded), dtype=np.int64)
-    for name in ("ref_prompt_ids", "chosen_ids"):
-        for ids in in_parts(encoded, name):
-            np.add.at(total, ids.row, ids.lengths)
-    return total.tolist()
+
+    def lengths(name: str) -> np.ndarray:
+        return np.concatenate([ids.lengths for ids in in_parts(encoded, name)])
+
+    return (np.max([lengths(name) for name in fronts], axis=0) + lengths("chosen_ids")).tolist()
 
 
 def at_places(
