@@ -542,7 +542,7 @@ def test_rahfs_loss_and_gradients_are_the_plain_ones(home, dual, tmp_path, layer
     wanted = {n: p.grad for n, p in student.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert len(wanted) >= 14 * max(layers)
     for name, g in wanted.items():
-        assert_close(gradients.found[name].double(), g, rtol=2e-3, atol=1e-6)
+        assert_close(gradients.found[name].double(), g, rtol=2e-3, atol=1e-5 * float(g.abs().max()))
 
 
 def test_single_reads_the_same_completion_under_either_instruction(home, tmp_path):

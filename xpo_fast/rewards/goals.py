@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def contrast(
     inside = at.clamp(max=targets.shape[1] - 1)
     exists = (at == last[:, None]) | ((at < last[:, None]) & scored.gather(1, inside))
     exists &= (count > 0)[:, None]
-    with torch.autocast(hidden.device.type, enabled=False):
+    kind = hidden.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         states = normalize(hidden.gather(1, inside[..., None].expand(-1, -1, hidden.shape[2])).float(), dim=-1)
         f = states @ states.mT  # (R, S, S)
         pairs = (exists[:, :, None] & exists[:, None, :]).triu(diagonal=1)
