@@ -179,25 +179,33 @@ def auc(better: torch.Tensor, worse: torch.Tensor) -> float:
     return float((better[:, None] > worse[None, :]).double().mean())
 
 
-@pytest.fixture(scope="module")
-def towards_the_goal(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("goal")
-    trainer = reward_trainer(
-        folder,
-        planted(96, 0),
-        max_steps=60,
-        learning_rate=3e-3,
-        per_device_train_batch_size=8,
-        method_args={"lam": 1.0},
-    )
+def trained_to_the_goal(folder, lam: float):
+    how = {"max_steps": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "method_args": {"lam": lam}}
+    trainer = reward_trainer(folder, planted(96, 0), **how)
     trainer.train()
     trainer.save_model(str(folder / "model"))
     make_tokenizer().save_pretrained(folder / "model")
-    return folder / "model", trainer
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def towards_the_goal(tmp_path_factory):
+    return trained_to_the_goal(tmp_path_factory.mktemp("goal"), 1.0)
+
+
+def begun_auc(judge: GoalJudge) -> float:
+    rows = planted(100, 7)
+    sides = [[" " + " ".join(row[name].split()[:2]) for row in rows] for name in ("chosen", "rejected")]
+    return auc(*(judge.score([row["prompt"] for row in rows], texts) for texts in sides))
+
+
+def test_the_contrast_and_not_the_reward_alone_shows_where_a_begun_answer_goes(towards_the_goal, tmp_path):
+    without = GoalJudge.load(trained_to_the_goal(tmp_path, 0.0))
+    assert begun_auc(GoalJudge.load(towards_the_goal)) >= 0.9 > begun_auc(without) + 0.1
 
 
 def test_a_planted_goal_is_seen_in_answers_that_are_only_begun(towards_the_goal):
-    folder, _ = towards_the_goal
+    folder = towards_the_goal
     judge, rows = GoalJudge.load(folder), planted(40, 1)
     begun = {name: [" " + " ".join(row[name].split()[:2]) for row in rows] for name in ("chosen", "rejected")}
     prompts = [row["prompt"] for row in rows]
@@ -213,7 +221,7 @@ def test_a_planted_goal_is_seen_in_answers_that_are_only_begun(towards_the_goal)
 
 
 def test_goal_and_q_values_are_those_of_the_plain_states(towards_the_goal):
-    folder, _ = towards_the_goal
+    folder = towards_the_goal
     judge, model = GoalJudge.load(folder), RewardModel.load(folder).model
     states = []
     for row in planted(96, 0):
@@ -230,7 +238,7 @@ def test_goal_and_q_values_are_those_of_the_plain_states(towards_the_goal):
 
 
 def test_refusals_of_goals(towards_the_goal, tmp_path):
-    folder, _ = towards_the_goal
+    folder = towards_the_goal
     model = RewardModel.load(folder)
     with pytest.raises(ValueError, match=r"no goal_state.safetensors in .*--method goal_conditioned"):
         GoalJudge.load(tmp_path)
