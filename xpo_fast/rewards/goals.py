@@ -24,7 +24,7 @@ from .model import RewardModel
 
 GOAL_FILE = "goal_state.safetensors"
 STATES = 64  # of a completion that `contrast` pairs, at most; more are spaced evenly
-_ROWS = 1024  # whose last states make the goal, at most; of more every so many
+_ROWS = 256  # whose last states make the goal, at most; of more every so many
 
 
 def contrast(
@@ -67,7 +67,7 @@ def contrast(
 def goal_state(model: RewardModel, rows: Any) -> Tensor:
     """Computes the goal (D,), float32 on the CPU: the mean of the last hidden states of the rows' chosen completions.
 
-    rows: encoded, with prompt_ids and chosen_ids; of more than 1024, these many evenly spaced.
+    rows: encoded, with prompt_ids and chosen_ids; of more than 256, these many evenly spaced.
     """
     head = model.head
     assert head is not None
