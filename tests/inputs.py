@@ -105,6 +105,8 @@ EXTREME = {
     "reward": {
         "reward_w": [50.0, -50.0, 0.0, 1e4, -1e4],
         "reward_l": [-50.0, 50.0, 0.0, -1e4, 1e4],
+        "near_w": [1e4, 0.0, 0.3132617, 50.0, 0.0],
+        "apart_l": [0.0, 1e4, 1.3132617, 0.0, 50.0],
         "margin": [0.0, 0.0, 0.0, 1.0, 1e4],
         "rewards": [[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [50.0, -50.0, 1.0], [1.0, 1.0, 2.0], [-1e4, 1e4, 0.0]],
         "ranks": [[1, 2, 3], [1, 1, 1], [3, 2, 1], [1, 1, 2], [1, 3, 3]],
@@ -118,7 +120,8 @@ FILLED_IN = ("logp_sft",)  # columns that a method makes from others where they 
 WITH_GRADIENT = {
     *("logp_w", "logp_l", "logp_sft", "logp", "logps", "kl_w", "kl_l", "pos_score", "neg_score", "value"),
     *("token_logp", "entropy", "ptx_logp", "reward_w", "reward_l", "rewards", "rewards_w", "rewards_l"),
-    *("gate", "gate_w", "gate_l", "logit", "view", "other_view", "sample_view", "other_sample_view"),
+    *("gate", "gate_w", "gate_l", "logit", "near_w", "apart_l"),
+    *("view", "other_view", "sample_view", "other_sample_view"),
 }
 
 # Hyperparameters beside the defaults that take another path through the method.

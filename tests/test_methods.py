@@ -317,6 +317,8 @@ ARXIV = {
     "f_dpo": "2309.16240",
     "gpo": "2402.05749",
     "grpo": "2402.03300",
+    "context_distillation": "2112.00861",
+    "goal_conditioned": "2407.13887",
     "gspo": "2507.18071",
     "ipo": "2310.12036",
     "kto": "2402.01306",
@@ -362,4 +364,4 @@ def test_unit_and_denominator_belong_to_the_layout(name):
         "reward": {"pair", "list", "row", "batch"},
     }
     assert method.name == name and method.unit in units[method.layout]
-    assert method.denominator == "units" or method.layout == "policy" or name == "sft"
+    assert method.denominator == "units" or method.layout == "policy" or name in ("sft", "context_distillation")

@@ -65,7 +65,7 @@ def _refuse_unread(args: argparse.Namespace, command: str) -> None:
         "reward": (reward.add_objectives, reward.add_samples, options.add_length_rule),
         "rl": (rl_rewards.add_options,),
     }
-    own: dict[str, list[str]] = {"train": ["ref_cache"], "reward": [], "rl": []}
+    own: dict[str, list[str]] = {"train": ["ref_cache", "context"], "reward": [], "rl": []}
     for name, adders in added.items():
         parser = argparse.ArgumentParser(add_help=False)
         for add in adders:

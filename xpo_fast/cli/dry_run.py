@@ -24,12 +24,14 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     from ..layouts import LaysOut
     from ..models import padding_id
     from ..trainer import check_rows, grouped_targets
+    from ..trainer.context import context_lengths, encode_for
     from ..trainer.reference import choose
 
     model, tokenizer = _without_weights(args, adapter=not args.full)
-    encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
+    encoded = encode_for(rows, tokenizer, objective, config)
     data.check_columns(encoded, objective.data_kind, objective.rehearse)
-    check_rows(model, tokenizer, encoded)
+    under = context_lengths(encoded)
+    check_rows(model, tokenizer, encoded, lengths=under)
     collate = LaysOut(data.Collator(padding_id(model, tokenizer), objective.data_kind))
     first = _batch(encoded, collate, config)
     reference, why = choose(args.reference, objective, model)
@@ -37,6 +39,8 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
     print(f"method     {config.objective()}")
     print(f"reference  {reference}: {why}")
+    if under is not None:
+        print(f"context    before every prompt of the reference, whose rows have {min(under)} to {max(under)} tokens")
     _layout(config, model, encoded, collate)
     print(f"head       {_plan(config, model, *grouped_targets(data.KINDS[objective.data_kind], first))}")
     _steps(config, len(rows))

@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     add = options.adder(parser)
     add("--max-pairs N", "measure on N pairs, drawn by --seed (default: all)", type=int)
     add("--seed N", "seed of the drawn pairs", 42)
-    add("--model FOLDER", "a reward model, or a sequence classifier of transformers; may be repeated", [])
+    add("--model FOLDER", "a reward model, a router, or a sequence classifier of transformers; may be repeated", [])
     about = "measure all --model together, too, each standardised to mean 0 and deviation 1 on these completions"
     add("--ensemble", about, choices=options.ENSEMBLES)
     add("--ensemble-coef X", "coefficient of uncertainty: mean − X·variance", 1.0)
@@ -179,8 +179,8 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]], drift: Drift 
     """Yields the scores of every scorer; one at a time is in memory, except for an ensemble."""
     from ..data import prompt_of
     from ..rewards.ensemble import RewardEnsemble
-    from ..rewards.model import RewardModel
     from ..rewards.report import score_pairs
+    from ..rewards.router import load_scorer
 
     given: dict[str, Any] = {name: value for name, value in options.length_rule(args).items() if value}
     if args.max_length is not None:
@@ -188,7 +188,7 @@ def _scored(args: argparse.Namespace, pairs: list[dict[str, Any]], drift: Drift 
     members = []
     names = _distinct([*args.model, *args.policy])
     for folder, name in zip(args.model, names, strict=False):
-        model = RewardModel.load(folder, dtype=args.dtype, device=loading.device_of(args), batch_size=args.batch_size)
+        model = load_scorer(folder, dtype=args.dtype, device=loading.device_of(args), batch_size=args.batch_size)
         model.spec = dataclasses.replace(model.spec, **given)
         model.model.to(loading.accelerator_of(args))
         yield score_pairs(name, model, pairs)

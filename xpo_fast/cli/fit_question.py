@@ -120,7 +120,14 @@ def question_of(args: argparse.Namespace, command: str, units: Any, **fields: An
     """Returns the question of options of a training command. units: see `Question`. fields: in place of others."""
     from ..fit.optimizers import check
     from ..fit.question import Question
+    from ..methods import METHODS
 
+    under = [name for name, m in METHODS.items() if m.reads_context and name in args.method]
+    if command == "train" and under:
+        raise UsageError(
+            f"the memory of {under[0]} is not predicted, since its reference reads other rows: leave --fit out, or ask "
+            "about tdpo, which keeps as much of rows as long as those with the context"
+        )
     device, size = device_of(args)
     config = config_of(args)
     full = args.full

@@ -46,6 +46,22 @@ def read_template(name: str) -> str:
         raise UsageError(f"--chat-template {name}: {reason}; expected the file of a Jinja template") from error
 
 
+def read_context(value: str | None) -> str | None:
+    """Returns the text of --context: that of a file, if there is one of this name, or else the value itself."""
+    if value is None:
+        return None
+    try:
+        if Path(value).is_file():
+            return Path(value).read_text(encoding="utf-8")
+    except OSError:  # a text that is too long for a name
+        pass
+    except ValueError as error:
+        raise UsageError(f"--context {value}: it is not UTF-8 text; expected a file of text, or a text") from error
+    if len(value.split()) < 2:
+        raise UsageError(f"--context {value}: no such file, and a text has more than one word")
+    return value
+
+
 def device_of(args: argparse.Namespace) -> str | None:
     """Returns "cpu" for --cpu; None lets `load_model` choose."""
     return "cpu" if args.cpu else None

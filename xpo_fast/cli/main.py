@@ -22,11 +22,13 @@ from . import (
     fit,
     manual,
     merge,
+    rahf,
     recipe,
     report,
     resuming,
     reward,
     rl,
+    router,
     train,
     tune,
 )
@@ -71,7 +73,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, check, fit, reward, eval_reward, evaluate, rl, recipe, report, chat, merge, catalogue):
+    trains = (train, check, fit, reward, eval_reward, router, evaluate, rl, rahf, recipe)
+    for command in (*trains, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)
     tune.add_parser(commands)

@@ -21,7 +21,8 @@ GENERATOR_SPECS = (
     "is used: the policy's tokenizer reads it"
 )
 JUDGE_SPECS = (
-    "reward:FOLDER (a reward model, or a sequence classifier), llm:MODEL (a language model, asked in both orders), "
+    "reward:FOLDER (a reward model, a router, or a sequence classifier), goal:FOLDER (a reward model by "
+    "goal_conditioned, whose Q-value of an answer counts), llm:MODEL (a language model, asked in both orders), "
     "llm (that of --model as it is), server:URL (an LLM behind it, with --judge-tokenizer), function:FILE.py:NAME (a "
     "reward function; may be repeated, the sum counts)"
 )
@@ -295,11 +296,17 @@ def judge_of(args: argparse.Namespace, specs: list[str]) -> Judge | None:
     if len(specs) > 1:
         raise UsageError(f"one judge, or several functions; got {', '.join(specs)}")
     if kind == "reward" and rest:
-        from ..rewards.model import RewardModel
+        from ..rewards.router import load_scorer
 
-        model = RewardModel.load(rest, device=loading.device_of(args))
+        model = load_scorer(rest, device=loading.device_of(args))
         model.model.to(loading.accelerator_of(args))
         return RewardJudge(model)
+    if kind == "goal" and rest:
+        from ..rewards.goals import GoalJudge
+
+        judge = GoalJudge.load(rest, device=loading.device_of(args))
+        judge.model.model.to(loading.accelerator_of(args))
+        return judge
     if kind == "llm":
         return LLMJudge(TokenChoice(*loading.placed(args, rest or args.model, "auto" if rest else args.dtype)))
     if kind == "server" and rest:

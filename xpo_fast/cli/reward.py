@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _METHODS = (
     *("bradley_terry", "k_wise", "regression", "gated", "preference_model"),
-    *("discriminator", "grm", "haf", "odin", "contrastive", "meta", "rlp"),
+    *("discriminator", "grm", "haf", "odin", "contrastive", "meta", "rlp", "goal_conditioned"),
 )
 
 

@@ -29,7 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "also package.module:function; may be repeated",
         [],
     )
-    about = "a model of `xpo-fast reward`, or a sequence classifier of transformers; may be repeated"
+    about = (
+        "a folder of `xpo-fast reward` or `xpo-fast router`, or a sequence classifier of transformers; may be repeated"
+    )
     add("--reward-model FOLDER[=WEIGHT]", about, [])
     about = (
         "cut what a reward model reads to this length, and warn (default: the length in its folder's "
@@ -87,9 +89,9 @@ def reward_models(args: argparse.Namespace, device: torch.device) -> list[Any]:
     """Returns the reward models, or their ensemble, and the judge, on the device of training."""
     found: list[Any] = []
     for name, _ in map(weighted, args.reward_model):
-        from ..rewards.model import RewardModel
+        from ..rewards.router import load_scorer
 
-        found.append(RewardModel.load(name, device=device))
+        found.append(load_scorer(name, device=device))
         found[-1].model.to(device)
         if args.reward_max_length is not None:
             found[-1].spec = dataclasses.replace(found[-1].spec, max_length=args.reward_max_length)

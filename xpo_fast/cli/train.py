@@ -62,12 +62,16 @@ def add_options(parser: Any) -> None:
         "auto",
         choices=("auto", "adapter", "cached", "copy", "none"),
     )
+    add(
+        "--context FILE|TEXT",
+        "what the reference of context_distillation reads before every prompt: the system turn, or text in front",
+    )
     add("--ref-cache DIR", "folder of cached reference log-probs (default: $XPO_FAST_CACHE or ~/.cache/xpo_fast)")
 
     options.add_model(parser)
     options.add_optimisation(
         parser,
-        lr="5e-5 with --lora, 1e-6 with --full; ten times as much for sft",
+        lr="5e-5 with --lora, 1e-6 with --full; ten times as much for sft and context_distillation",
         batch="pairs or rows per batch and device",
         seed="seed of order, held-out rows, adapter and dropout",
     )
@@ -79,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, or with --dry-run only reports."""
     objective = checked_objective(args.method, dict(args.set))
     checks.check_training(args, training.training_arguments(args, lr=learning_rate(args), evaluates=False))
+    _check_context(objective, loading.read_context(args.context))
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
     # Data first: a mistake in it is reported before a model is loaded.
@@ -108,6 +113,13 @@ def run(args: argparse.Namespace) -> int:
         training.print_held_out(say, f"held out: {len(eval_rows)} {trainer.kind.unit}", results, shown)
     training.finish(trainer, results, f"the {'model' if args.full else 'adapter'}, train_log.jsonl")
     return 0
+
+
+def _check_context(objective: Objective, context: str | None) -> None:
+    """Raises ValueError for a context that the objective does not read, and for one that lacks what it reads."""
+    from ..trainer.context import check_context
+
+    check_context(objective, context)
 
 
 def checked_objective(method: str, given: dict[str, Any]) -> Objective:
@@ -146,7 +158,7 @@ def read_rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]
 
 def learning_rate(args: argparse.Namespace) -> float:
     """Returns the default of --lr."""
-    return (1e-6 if args.full else 5e-5) * (10 if args.method == "sft" else 1)
+    return (1e-6 if args.full else 5e-5) * (10 if args.method in ("sft", "context_distillation") else 1)
 
 
 def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
@@ -161,6 +173,7 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         score=args.score,
         reference=args.reference,
         ref_cache_dir=args.ref_cache,
+        context=loading.read_context(args.context),
         backend=args.backend,
         tile_mib=args.tile_mib,
         tokens_per_batch=args.tokens_per_batch,

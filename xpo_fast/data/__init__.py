@@ -18,6 +18,7 @@ Every row keeps its place in the column `where` (``"pairs.jsonl:17"``), so that 
 
 from ..types import IGNORE_INDEX
 from .collate import Collator, pad_rows
+from .context import add_context, under_context
 from .encode import (
     decode_after,
     encode,
@@ -58,6 +59,7 @@ __all__ = [
     "DataError",
     "Kind",
     "Place",
+    "add_context",
     "as_conversation",
     "check_columns",
     "check_score",
@@ -82,6 +84,7 @@ __all__ = [
     "template_columns",
     "tokenize",
     "tokenize_after",
+    "under_context",
     "with_column",
     "words",
     "write",

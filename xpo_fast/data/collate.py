@@ -36,6 +36,8 @@ class Collator:
     * pair: score_w, score_l, prob_w, margin (P,) float32;
     * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets (B, T')
       int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
+    * chosen: ref_input_ids, ref_attention_mask, ref_targets (P, T') int64, the completions behind the prompts that the
+      reference alone reads, `ref_prompt_ids` of `add_context`;
     * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
     * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a missing one.
 
@@ -61,6 +63,10 @@ class Collator:
             mismatched = self._pad([_row(row, "kl_completion") for row in features])
             batch |= {f"kl_{name}": value for name, value in mismatched.items()}
             batch |= _column(features, ["kl_ref_logp"], "kl_ref_logps", torch.float32)
+        if "ref_prompt_ids" in features[0]:
+            own = [{**row, "prompt_ids": row["ref_prompt_ids"]} for row in features]
+            under = [_row(row, name) for name in kind.completions for row in own]
+            batch |= {f"ref_{name}": value for name, value in self._pad(under).items()}
         return batch
 
     def _lists(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ from .model import install_layouts
 from .rows import Layout, lay_out
 
 KEY = "layout"  # of a batch's layout among its tensors
+# Prefixes of the rows of a batch that are read in a forward of their own: the mismatched rows of KTO, and those that
+# the reference alone reads, with a context in front.
+FORWARDS = ("", "kl_", "ref_")
 Wanted = Callable[[Mapping[str, Tensor], str], Tensor]  # from a batch and the prefix of its keys, positions (R, T) bool
 
 
@@ -68,9 +71,9 @@ class LaysOut:
         return self.lay_out(self.collate(features))
 
     def lay_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a batch on the CPU with the layout of its rows, and of the mismatched rows of KTO."""
+        """Returns a batch on the CPU with the layout of its rows, those of `FORWARDS`."""
         if self.layout != "padded":
-            for prefix in ("", "kl_"):
+            for prefix in FORWARDS:
                 if prefix + "input_ids" in batch:
                     rows = Inputs.of(batch, prefix)
                     wanted = self.wanted(batch, prefix)

@@ -44,6 +44,8 @@ _BY_AXES = {
         "reward_w": "the model's reward of the chosen completion",
         "reward_l": "the model's reward of the rejected completion",
         "margin": "by how much the chosen completion is better",
+        "near_w": "mean −log σ(cos) of pairs of states along the chosen completion",
+        "apart_l": "mean −log σ(−cos) of pairs of states along the rejected completion",
         "logit": "the model's logit",
     },
     "": {

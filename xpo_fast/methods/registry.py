@@ -73,9 +73,11 @@ class Method:
         state: StateUpdate | None,
         token_reward: bool,
         trains_head: bool,
+        reads_context: bool,
     ) -> None:
         self.fn, self.name, self.card, self.unit, self.denominator = fn, fn.__name__, card, unit, denominator
         self.uses, self.state, self.token_reward, self.trains_head = dict(uses), state, token_reward, trains_head
+        self.reads_context = reads_context
         self.__doc__ = fn.__doc__
         self._parameters = dict(inspect.signature(fn).parameters)
         hints = typing.get_type_hints(fn)
@@ -192,6 +194,7 @@ def register(
     state: StateUpdate | None = None,
     token_reward: bool = False,
     trains_head: bool = False,
+    reads_context: bool = False,
     rl: RLDefaults = RLDefaults(),
 ) -> Callable[[Callable], Callable]:
     """Puts a pure function into METHODS under its own name.
@@ -206,6 +209,7 @@ def register(
     state: how what is remembered of earlier batches changes with a batch, for inputs that the objective keeps.
     token_reward: whether the objective also returns β(log π − log ref) of every token.
     trains_head: of a reward model's method: whether its log-probs train the LM head, too.
+    reads_context: whether the reference reads a context in front of the prompt that the policy does not read.
     rl: defaults of online RL with a policy method.
     """
 
@@ -220,7 +224,8 @@ def register(
         assert rl.advantage in ADVANTAGES, f"{name}: {rl.advantage}"
         words = survey_attributes(attributes, reference=any(n.startswith("ref_") for n in parameters))
         card = Card(paper, equation, survey, words, rl)
-        _METHODS[name] = Method(fn, card, unit, denominator, uses, axes, state, token_reward, trains_head)
+        flags = token_reward, trains_head, reads_context
+        _METHODS[name] = Method(fn, card, unit, denominator, uses, axes, state, *flags)
         return fn
 
     return decorate

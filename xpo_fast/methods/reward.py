@@ -267,6 +267,32 @@ def haf(
 
 
 @register(
+    paper="Learning Goal-Conditioned Representations for Language Reward Models (arXiv 2407.13887)",
+    equation="BT + λ(near_w + apart_l)",
+    attributes=_ATTRIBUTES,
+)
+def goal_conditioned(
+    *,
+    reward_w: Tensor,  # (P,)
+    reward_l: Tensor,  # (P,)
+    near_w: Tensor,  # (P,)
+    apart_l: Tensor,  # (P,)
+    lam: float = 0.5,
+) -> Losses:
+    """Bradley–Terry, and states that are alike along what is preferred and unlike along what is not.
+
+    L = BT + λ(near_w + apart_l), near_w the mean of −log σ(f(h_s, h_g)) over pairs of states s < g of the chosen
+    completion, apart_l that of −log(1 − σ(f(h_s, h_g))) over those of the rejected one, f the cosine. The paper draws
+    one source and one goal of each, an estimate of this mean. The cosine of a state with the goal, the mean of the
+    preferred completions' last states, is then the Q-value of a completion that is only begun.
+    """
+    check(lam >= 0, "lam >= 0", lam)
+    bt = -logsigmoid(reward_w - reward_l)
+    metrics = pair_metrics(reward_w, reward_l, reward_loss=bt, near=near_w, apart=apart_l)
+    return bt + lam * (near_w + apart_l), metrics
+
+
+@register(
     paper="Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), SimCSE on the "
     "difference of a pair's hidden states",
     equation="−(1−ε) log σ(h) − ε log σ(−h) − α log(e^{cos(v_i, v'_i)/τ} / Σ_j e^{cos(v_i, v'_j)/τ})",

@@ -98,6 +98,11 @@ class Settings:
         return "kl" in self.outputs()
 
     @property
+    def reads_context(self) -> bool:
+        """Returns whether the reference reads a context that the policy does not read (`context_distillation`)."""
+        return any(m.reads_context for m in self.methods)
+
+    @property
     def has_rejected(self) -> bool:
         """Returns whether a rejected completion follows those of each list (`nn`)."""
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
@@ -162,6 +167,12 @@ class Settings:
             raise ValueError(
                 f"{names} reads no token of a policy: call METHODS[{self.method.name!r}] on the outputs of the value "
                 "head"
+            )
+        under = [term.method.name for term in self.terms if term.reads_reference and not term.method.reads_context]
+        if self.reads_context and under:
+            raise ValueError(
+                f"the reference of {names} would have to read a context and not to: train with "
+                f"{' and '.join(under)} in a run of its own"
             )
         for name, value in (("wpo", self.wpo), ("clamp", self.clamp)):
             if type(value) is not bool:

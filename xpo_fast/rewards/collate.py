@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import data
 from ..trainer import row_lengths
@@ -17,7 +17,10 @@ from .spec import RewardSpec
 
 def read_in_training(spec: RewardSpec, batch: Mapping[str, Tensor], of: str = "") -> Tensor:
     """Returns the positions (R, T) bool of a batch's rows whose hidden states training reads, as `LaysOut.wanted`."""
-    return spec.wanted(batch[of + "attention_mask"], batch[of + "targets"], logps=spec.reads_logps)
+    read = spec.wanted(batch[of + "attention_mask"], batch[of + "targets"], logps=spec.reads_logps or spec.reads_states)
+    if spec.reads_states:  # the state of the last token that is scored, whatever follows it
+        read = read | nn.functional.pad(read[:, :-1], (1, 0)) & batch[of + "attention_mask"].bool()
+    return read
 
 
 def read_lengths(encoded: Any, spec: RewardSpec, tokenizer: Any) -> list[int]:

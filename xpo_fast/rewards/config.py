@@ -66,6 +66,8 @@ class RewardConfig(XPOConfig):
             raise ValueError("tile_mib has no effect on a reward model: leave it out")
         if self.score != "assistant":
             raise ValueError("score has no effect on a reward model, which reads all of a completion: leave it out")
+        if self.context is not None:
+            raise ValueError("context is for context_distillation, no reward model reads one: leave it out")
         if self.objectives and USES[self.method][1] not in ("objectives", "gated"):
             raise ValueError(f"objectives are for regression and gated; {self.method} has one reward")
         if self.objective_weights is not None and USES[self.method][1] != "objectives":

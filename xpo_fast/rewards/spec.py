@@ -113,6 +113,11 @@ class RewardSpec:
         return self.method in METHODS and "logp_w" in METHODS[self.method].inputs
 
     @property
+    def reads_states(self) -> bool:
+        """Whether training also reads the hidden states along the completions, as goal_conditioned does."""
+        return self.method in METHODS and "near_w" in METHODS[self.method].inputs
+
+    @property
     def is_logit(self) -> bool:
         """Whether σ(scale·difference) is a probability that the method fits: not for ratings or a length rule."""
         return self.form != "objectives" and self.length_alpha is None and not self.length_lam

@@ -47,6 +47,7 @@ from .collate import RewardCollator, read_in_training, read_lengths
 from .config import RewardConfig as RewardConfig
 from .config import checked_settings as checked_settings
 from .encoding import load_ratings
+from .goals import contrast, goal_state, save_goal
 from .model import RewardModel
 from .sampled import ReadsSamples, check_samples
 from .samples import VIEW_DROPOUT, two_views
@@ -150,7 +151,8 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
             **kwargs,
         )
         # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
-        if (self.spec.reads_logps or self.spec.form == "gated") and self.train_dataset is not None:
+        of_tokens = self.spec.reads_logps or self.spec.reads_states or self.spec.form == "gated"
+        if of_tokens and self.train_dataset is not None:
             row = self.train_dataset[0]
             check_head(model, row["prompt_ids"] + row["chosen_ids"], self.args.device, args.backend)
         self.layout: Chosen | None = None  # how the model reads rows; None without any
@@ -258,6 +260,12 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
         super()._save(output_dir, state_dict)
         save_spec(self.spec, output_dir or str(self.args.output_dir))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model as `UnitTrainer` does; with goal_conditioned the goal beside it, of the training rows."""
+        super().save_model(output_dir, _internal_call)
+        if self.spec.reads_states and not _internal_call and self.args.should_save and self.train_dataset is not None:
+            save_goal(goal_state(self.reward_model(), self.train_dataset), output_dir or str(self.args.output_dir))
+
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         return self._valid(batch).sum()
 
@@ -286,6 +294,10 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
         def fused(hidden: Tensor, lm_head: Head) -> dict[str, Any]:
             outputs = self.spec.read(head, hidden, rows.attention_mask, rows.targets)
             logps = self._logps(hidden, lm_head, rows.targets) if self.spec.reads_logps else None
+            if self.spec.reads_states:
+                states, targets = hidden[..., : head.weight.shape[1]].chunk(2), rows.targets.chunk(2)
+                views["near_w"] = contrast(states[0], targets[0], alike=True)
+                views["apart_l"] = contrast(states[1], targets[1], alike=False)
             if "view" in asked:
                 width = head.weight.shape[1]
                 w, l = self.spec.states(hidden, *rows[1:3])[:, 0, :width].float().chunk(2)  # noqa: E741
@@ -312,7 +324,7 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
         logps: Tensor | None,  # (R,)
         ref_logps: Tensor | None,  # (R,)
         valid: Tensor,  # (U,)
-        views: Mapping[str, Tensor],  # of the method's inputs, (U, D) or (S, D)
+        views: Mapping[str, Tensor],  # of the method's inputs, (U,), (U, D) or (S, D)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the method's losses (U,), meaningless where not valid, and its metrics."""
         method, form = self.method, self.spec.form

@@ -30,6 +30,7 @@ except ImportError as error:
 
 from ..data import IGNORE_INDEX, Kind
 from ..files import SavingError, saving
+from ..layouts.inputs import FORWARDS
 from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, made_with_of, write_made_with
@@ -349,7 +350,7 @@ class UnitTrainer(CutsBatches):
         units = len(inputs["list_lengths" if listed else "targets"]) // completions
         distinct = state.remainder - self.accelerator.process_index * units
         inputs = dict(inputs)
-        for name in ("targets", "kl_targets"):
+        for name in (of + "targets" for of in FORWARDS):
             if name in inputs:
                 at = torch.arange(len(inputs[name]), device=inputs[name].device)
                 at = at // (len(at) // units) if listed else at % units

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ..data.ragged import in_parts
-from ..layouts.inputs import KEY
+from ..layouts.inputs import FORWARDS, KEY
 from ..types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 WINDOW = 512  # units of an evaluation that are cut together
-_FORWARDS = ("", "kl_")  # prefixes of the rows of a batch that are read in a forward of their own
 _OPEN = 8  # micro-batches without padding that are looked at for room, the last ones
 
 
@@ -125,7 +124,7 @@ class KeepsUnits:
         """Returns a row with its size."""
         batch = self.collate([dict(row)])
         forwards = []
-        for of in _FORWARDS:
+        for of in FORWARDS:
             if of + "input_ids" in batch:
                 laid_out = computed(batch, of) if of + KEY in batch else None
                 rows, width = batch[of + "input_ids"].shape
@@ -164,7 +163,7 @@ class Budget:
         while rest:
             part = rest.pop()
             batch = self.collate([dict(units[i].row) for i in part])
-            tokens = [computed(batch, of) for of in _FORWARDS if of + "input_ids" in batch]
+            tokens = [computed(batch, of) for of in FORWARDS if of + "input_ids" in batch]
             if len(part) > 1 and (sum if beside else max)(tokens) > self.tokens:  # less is shared than in others
                 half = -(-len(part) // 2)
                 rest += [part[half:], part[:half]]
@@ -180,7 +179,7 @@ class Budget:
 
 def without_targets(batch: Batch) -> Batch:
     """Returns a batch whose rows have no targets."""
-    names = ("targets", "kl_targets")
+    names = [of + "targets" for of in FORWARDS]
     return batch | {name: torch.full_like(batch[name], IGNORE_INDEX) for name in names if name in batch}
 
 
@@ -206,7 +205,7 @@ def _common(texts: Sequence[np.ndarray]) -> int:
 def unit_tokens(encoded: datasets.Dataset, layout: str) -> np.ndarray:
     """Returns about how many tokens each row of an encoded data set takes alone in the layout, (N,) int64."""
     prompt, total, longest, count = np.zeros((4, len(encoded)), dtype=np.int64)
-    for name in (n for n in encoded.column_names if n.endswith("_ids") and not n.startswith("kl_")):
+    for name in (n for n in encoded.column_names if n.endswith("_ids") and not n.startswith(("kl_", "ref_"))):
         for ids in in_parts(encoded, name):
             if name == "prompt_ids":
                 np.add.at(prompt, ids.row, ids.lengths)

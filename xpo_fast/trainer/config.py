@@ -149,6 +149,11 @@ class XPOConfig(MethodConfig):
         "adapter where there is one (or, if it has been trained before, the model with it, kept as it was), cached "
         "otherwise.",
     )
+    context: str | None = argument(
+        None,
+        "A text that the reference reads in front of every prompt and the policy does not, for context_distillation: "
+        "as the system turn of messages, or before the text. Lengths do not count it.",
+    )
     ref_cache_dir: str | None = argument(
         None, "Where cached reference log-probs are kept. None: $XPO_FAST_CACHE or ~/.cache/xpo_fast."
     )
@@ -157,6 +162,8 @@ class XPOConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_score(self.score)
+        if self.context is not None and not (isinstance(self.context, str) and self.context.strip()):
+            raise ValueError(f"context must be a text with words in it, or None, got {self.context!r}")
         if self.max_prompt_length is not None and self.max_prompt_length > self.max_length:
             raise ValueError(
                 f"max_prompt_length={self.max_prompt_length} bounds nothing where prompt and completion have "

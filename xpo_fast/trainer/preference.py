@@ -6,6 +6,7 @@ lists and single completions as batches, and the reference policy (reference.py)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from .budget import coupled
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows
 from .config import XPOConfig
+from .context import at_places, check_context, context_lengths, encode_for
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
 from .layout import settle_layout_of
@@ -94,6 +96,7 @@ class XPOTrainer(UnitTrainer):
         self._columns = {name for m in self.objective.methods for name in m.columns}
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
+        check_context(self.objective, args.context)
 
         copied = args.reference == "copy" and self.objective.needs_reference
         handed_over = HandedOver(model, peft_config, copied=copied)
@@ -133,17 +136,17 @@ class XPOTrainer(UnitTrainer):
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
         if dataset is None:
             return None
-        rows = None
-        if not (isinstance(dataset, datasets.Dataset) and set(self.kind.encoded) <= set(dataset.column_names)):
+        rows, wanted = None, {*self.kind.encoded, *(["ref_prompt_ids"] if self.objective.reads_context else [])}
+        if not (isinstance(dataset, datasets.Dataset) and wanted <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
-            dataset = data.encode(rows, self._tokenizer, kind=self.kind.name, **self.args.encoding())
+            dataset = encode_for(rows, self._tokenizer, self.objective, self.args)
         unread = [] if self._estimates_kl else ["kl_completion"]
         if not self.objective.has_rejected and self.kind.listed:
             unread.append("rejected")
         names = [f"{name}_{what}" for name in unread for what in ("ids", "mask")]
         dataset = dataset.remove_columns([name for name in names if name in dataset.column_names])
         data.check_columns(dataset, self.kind.name, self.objective.rehearse)
-        check_rows(self._unwrapped, self._tokenizer, dataset)
+        check_rows(self._unwrapped, self._tokenizer, dataset, lengths=context_lengths(dataset))
         if self._texts is None:
             self._texts = rows
         return with_lengths(dataset, self.args)
@@ -219,7 +222,7 @@ class XPOTrainer(UnitTrainer):
                 loss=self._loss,
                 objective=self.objective,
                 given=self._columns_of,
-                reference=None if self.reference == "none" else self._reference_rows,
+                reference=None if self.reference == "none" or self.objective.reads_context else self._reference_rows,
                 cached=self._live is None,
                 trained=self._why_not_reference,
                 looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
@@ -240,6 +243,8 @@ class XPOTrainer(UnitTrainer):
         """The settings that a resumed run must share with this one: those of `UnitTrainer`, method, reference, rows."""
         method = str(self.objective)
         about = {"method": method, "reference": self.reference, "rows": self._rows}
+        if self.args.context is not None:
+            about["context"] = hashlib.sha256(self.args.context.encode()).hexdigest()[:16]
         if self._cached is not None:
             about[WEIGHTS] = self._cached.weights[:16]
         return {**super().made_with, **about, **({} if self._live is None else self._live.identity)}
@@ -363,7 +368,11 @@ class XPOTrainer(UnitTrainer):
         if self._live is None:
             logps = inputs["ref_logps"]
         elif self.objective.needs_reference_hidden:
-            return self._live.hidden_states(model, rows)
+            if not self.objective.reads_context:
+                return self._live.hidden_states(model, rows)
+            under = Inputs.of(inputs, "ref_")
+            found = self._live.hidden_states(model, under)
+            return {**found, "ref_hidden": at_places(found["ref_hidden"], under.targets, rows.targets)}
         elif self.objective.needs_reference_tokens:
             logps = self._live.token_logps(model, rows)
         else:
