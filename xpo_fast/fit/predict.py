@@ -351,7 +351,8 @@ def _largest(whole: Prediction, of: Callable[[int], Question], *, now: int, most
             high = count
         if high - low < 2 or aim * _NEAR <= found.peak <= whole.question.memory:
             break
-        before, last = last, (count, found.peak)
+        if count != last[0]:
+            before, last = last, (count, found.peak)
     return best
 
 
