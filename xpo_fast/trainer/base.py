@@ -96,9 +96,10 @@ class UnitTrainer(CutsBatches):
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
         self._check_levers(kwargs)
-        if self.args.gradient_checkpointing and self.accelerator.autocast_handler is None:
+        accelerator: Any = self.accelerator
+        if self.args.gradient_checkpointing and accelerator.autocast_handler is None:
             # A layer's weights in 16 bits go with the layer; autocast's cache would hold all of them in the forward.
-            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+            accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.train_dataset is not None:
             if apart := unsaved(self.model):
                 warnings.warn(_UNSAVED.format(len(apart), apart[0]), stacklevel=3)
