@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, finite, write_atomically, write_json
-from . import checks, config_file, loading, options, policies, recipe, training
+from . import checks, config_file, loading, options, policies, recipe, resuming, training
 from .eval_reward import can_plot
 from .parser import UsageError
 
@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output_dir or f"xpo-fast-{args.measure}")
     args.output_dir = str(output)
     check_writable(output, "--output-dir")
-    _begin(output, args.resume, args.overwrite)
+    there = (output / "evaluation.json").is_file()
+    resuming.check_blocks(args, output, there, "evaluation", "evaluation")
     training.quiet(args)
 
     from transformers import logging as transformers_logging
@@ -154,22 +155,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.judge_tokenizer and not any(spec.startswith("server:") for spec in args.judge):
         raise UsageError("--judge-tokenizer is for --judge server:URL")
     checks.check(args)
-
-
-def _begin(output: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UsageError for a folder with other things in it; empties that of an evaluation with --overwrite."""
-    there = (output / "evaluation.json").is_file()
-    if resume and overwrite:
-        raise UsageError("--resume goes on with an evaluation and --overwrite deletes it: choose one")
-    if resume and not there:
-        raise UsageError(f"--resume: no evaluation in {output}")
-    if there and not (resume or overwrite):
-        raise UsageError(
-            f"{output} has an earlier evaluation: --resume goes on with it, --overwrite starts anew, --output-dir "
-            "names another place"
-        )
-    if not there and output.is_dir() and any(p.name != config_file.FILE for p in output.iterdir()):
-        raise UsageError(f"{output} is not empty and holds no evaluation: name another --output-dir")
 
 
 def _started(args: argparse.Namespace, output: Path, rows: Any, models: dict[str, Any]) -> None:

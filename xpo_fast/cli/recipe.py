@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checks, config_file, loading, options, training
+from . import checks, config_file, loading, options, resuming, training
 from .options import SMOLLM2
 from .parser import UsageError
 from .settings import setting
@@ -110,7 +110,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe, or shows it with --list."""
-    from ..recipes import StoppingRule, card, get_recipe, markdown, override, table
+    from ..recipes import StoppingRule, card, get_recipe, markdown, override, runs_in, table
 
     if args.markdown:
         if args.name or args.list:
@@ -138,13 +138,12 @@ def run(args: argparse.Namespace) -> int:
     checks.check(args)
     output = Path(args.output_dir or f"xpo-fast-{recipe.name}")
     args.output_dir = str(output)
-    _begin(output, args.resume, args.overwrite)
+    resuming.check_blocks(args, output, bool(runs_in(output)), "run", "run of a recipe")
     training.quiet(args)
 
     from transformers import logging as transformers_logging
 
     from ..models import load_model
-    from ..recipes import runs_in
     from ..recipes.loop import run as run_recipe
     from ..recipes.setup import Setup
     from ..rollout import GenerateRollout, Sampling
@@ -246,23 +245,6 @@ def _generator(args: argparse.Namespace, kwargs: dict[str, Any] | None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return GenerateRollout(model, tokenizer, batch_size=args.generation_batch_size, chat_template_kwargs=kwargs)
-
-
-def _begin(output: Path, resume: bool, overwrite: bool) -> None:
-    from ..recipes import runs_in
-
-    there = bool(runs_in(output))
-    if resume and overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite deletes it: choose one")
-    if resume and not there:
-        raise UsageError(f"--resume: no run in {output}")
-    if there and not (resume or overwrite):
-        raise UsageError(
-            f"{output} has an earlier run: --resume goes on with it, --overwrite starts anew, --output-dir names "
-            "another place"
-        )
-    elif not there and output.is_dir() and any(path.name != config_file.FILE for path in output.iterdir()):
-        raise UsageError(f"{output} is not empty and holds no run of a recipe: name another --output-dir")
 
 
 def _rows(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:

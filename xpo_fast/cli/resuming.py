@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..resume import OF_THE_OPTIMIZER, check_made_with, is_checkpoint, last_checkpoint, model_identity, rows_identity
+from . import config_file
 from .loading import LORA, lora
 from .options import kwargs_of
 from .parser import UsageError
@@ -90,3 +91,22 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
             "--output-dir names another place"
         )
     return None
+
+
+def check_blocks(args: argparse.Namespace, output: Path, there: bool, what: str, held: str) -> None:
+    """Raises UsageError for a folder whose blocks would be mixed with other things, and for --resume of nothing.
+
+    there: the folder has blocks of such a command. what, held: a word for them, and the words for the folder's content.
+    """
+    one = f"a{'n' * (what[0] in 'aeiou')} {what}"
+    if args.resume and args.overwrite:
+        raise UsageError(f"--resume goes on with {one} and --overwrite deletes it: choose one")
+    if args.resume and not there:
+        raise UsageError(f"--resume: no {what} in {output}")
+    if there and not (args.resume or args.overwrite):
+        raise UsageError(
+            f"{output} has an earlier {what}: --resume goes on with it, --overwrite starts anew, --output-dir names "
+            "another place"
+        )
+    if not there and output.is_dir() and any(path.name != config_file.FILE for path in output.iterdir()):
+        raise UsageError(f"{output} is not empty and holds no {held}: name another --output-dir")
