@@ -151,7 +151,7 @@ def fake(monkeypatch, over=1.5, ours=True, **more):
     """Replaces the measurements of the losses by one record, and returns the names of the cases that were run."""
     run = []
 
-    def measure(problem, settings):
+    def measure(problem, settings, wanted):
         run.append(problem.name)
         if problem.name == getattr(measure, "stops", None):
             raise KeyboardInterrupt

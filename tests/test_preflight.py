@@ -139,7 +139,8 @@ ADAPTED = ("dpo", "kto", "lipo", "nn", "sft", "npo", "tdpo")  # of each kind of 
 
 @pytest.mark.parametrize("method, adapter", [*((m, False) for m in TRAINED), *((m, True) for m in ADAPTED)])
 def test_a_sound_run_is_clean(tmp_path, method, adapter):
-    report = trainer(tmp_path, method, peft_config=lora() if adapter else None).preflight()
+    context = "w5 w6 " if xf.METHODS[method].reads_context else None
+    report = trainer(tmp_path, method, peft_config=lora() if adapter else None, context=context).preflight()
     assert [f for f in report.findings if f.level != "ok"] == []
     checks = {f.check for f in report.findings}
     assert {"mask", "end", "answers", "prompts", "lengths", "head", "log-probs"} <= checks

@@ -693,6 +693,7 @@ def test_every_method_trains_on_its_data(tmp_path, name):
             str(tmp_path / "out"), method=name, method_args=settings, ref_cache_dir=str(tmp_path / "ref"), use_cpu=True,
             disable_tqdm=True, save_strategy="no", per_device_train_batch_size=8, learning_rate=rate,
             lr_scheduler_type="constant", max_steps=5, seed=3, logging_strategy="no",
+            context="w5 w6 " if xf.METHODS[name].reads_context else None,
         ),
         train_dataset=rows, eval_dataset=rows, processing_class=make_tokenizer(),
         peft_config=lora(r=8, lora_alpha=32) if adapted else None,
