@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import re
 from pathlib import Path
 from typing import ClassVar
 
-import datasets
 import pytest
 import torch
 import transformers
 
 from test_recipes import Alternating, Killed, killing, letters, lines, setup, small, weights
+from test_recipes import home as home
+from test_recipes import quiet as quiet
 from test_trainer import PEFT_WARNING, VOCAB, make_model, make_rows, make_tokenizer
 from xpo_fast import cli
 from xpo_fast.data import Conversation, DataError, load_prompts
@@ -34,26 +34,6 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 NAMES = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "bpo", "opro"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("xpo_fast").setLevel(logging.ERROR)
-    yield
-    logging.getLogger("xpo_fast").setLevel(logging.NOTSET)
-    transformers.utils.logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A tiny model with room for long questions."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model(max_position_embeddings=1024).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

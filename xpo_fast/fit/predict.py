@@ -75,7 +75,7 @@ class Prediction:
 
 def predict(question: Question, *, quick: bool = False) -> Prediction:
     """Predicts the memory of a run, see `phases.record`. Raises ValueError for a run that there cannot be."""
-    runtime = CUDA_RUNTIME if question.device == "cuda" else resident() + _TRAINER
+    runtime = _runtime(question)
     trace = _parted(record(question, quick=quick), question)
     limit = None if question.memory is None else max(question.memory - runtime, 1)
     found, room = peaks(trace.events, [at for at, _ in trace.phases], question.device, limit)
@@ -85,6 +85,11 @@ def predict(question: Question, *, quick: bool = False) -> Prediction:
         owners |= {SLACK: peak.taken - peak.alive, RUNTIME[question.device]: runtime}
         phases.append(Phase(name, {k: v for k, v in owners.items() if v > 0}))
     return Prediction(question, phases, None if limit is None else room)
+
+
+def _runtime(question: Question) -> int:
+    """Returns the bytes of the device that are taken beside tensors."""
+    return CUDA_RUNTIME if question.device == "cuda" else resident() + _TRAINER
 
 
 def _alive(trace: Trace, last: int) -> dict[str, int]:
@@ -165,13 +170,12 @@ class Estimates:
         layers = int(question.config.get_text_config().num_hidden_layers)
         free = dataclasses.replace(question, memory=None, tile_mib=_tile_mib(question))
         if layers <= max(_DEPTHS):
-            return self._alive(free)
-        low, high = (self._alive(dataclasses.replace(free, config=_of_depth(question.config, n))) for n in _DEPTHS)
+            return self._most_alive(free)
+        low, high = (self._most_alive(dataclasses.replace(free, config=_of_depth(question.config, n))) for n in _DEPTHS)
         return low + (high - low) / (_DEPTHS[1] - _DEPTHS[0]) * (layers - _DEPTHS[0])
 
     @staticmethod
-    def _alive(question: Question) -> float:
-        runtime = CUDA_RUNTIME if question.device == "cuda" else resident() + _TRAINER
+    def _most_alive(question: Question) -> float:
         trace = _parted(record(question, quick=True), question)
         alive = most = 0
         sizes: dict[int, int] = {}
@@ -179,7 +183,7 @@ class Estimates:
             alive += size or -sizes[number]
             sizes[number] = size
             most = max(most, alive)
-        return runtime + most
+        return _runtime(question) + most
 
 
 def _tile_mib(question: Question) -> float | None:
