@@ -107,7 +107,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep data, models and logs there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Without the last, torchrun keeps one store for all restarts, and what the killed processes wrote into it is read
+    # by those that follow: they connect to addresses that are gone, or hang (pytorch#135712, #167288).
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = args.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
