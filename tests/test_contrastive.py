@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
-NAMES = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "bpo", "opro"]
+NAMES = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "bpo", "opro", "rlp"]
 
 
 @pytest.fixture(scope="module")
@@ -700,7 +700,8 @@ def test_the_page_of_recipes_is_current(capsys):
     assert text == cards.markdown()
     assert DOCS.is_file() and DOCS.read_text(encoding="utf-8") == text, f"docs/recipes.md: {cards.REGENERATE}"
     sections = re.findall(r"^## (\S+)$", text, re.M)
-    assert sections == list(RECIPES) and set(cards.FOUND) <= set(RECIPES)
+    assert sections == [*RECIPES, *cards.OTHERS] and not RECIPES.keys() & cards.OTHERS.keys()
+    assert {*cards.FOUND, *cards.MEASURED} <= set(RECIPES)
     assert set(NAMES) <= set(RECIPES)
     for recipe in RECIPES.values():
         section = text.split(f"\n## {recipe.name}\n")[1].split("\n## ")[0]

@@ -180,20 +180,27 @@ def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
         empty = len(it.rows) - len(pairs)
         it.setup.say(f"iteration {it.index + 1}: {empty} pairs with an empty completion are left out")
     if method.method in READS_SAMPLES:
-        about["samples"] = _samples(it)
+        about["samples"] = samples_of(it)
     trainer = RewardTrainer(model, it.config(RewardConfig, it.checkpoints, method), train_dataset=pairs, **about)
     logs = it.fit(trainer, method, last_checkpoint(it.checkpoints))
     return trainer.reward_model().save, logs
 
 
-def _samples(it: Iteration) -> list[Row]:
-    """Returns what has been sampled in this iteration, without the data's own answers and empty ones."""
+def samples_of(it: Iteration) -> list[Row]:
+    """Returns what has been sampled in this iteration, a row for each prompt, as `load_samples` reads it.
+
+    The data's own answers and empty samples are left out. Raises ValueError if no other is there.
+    """
     rows = []
     for line in read_blocks(it.folder, "samples"):
         drawn = zip(line["completions"], line["draw"], strict=True)
         texts = [completion for completion, draw in drawn if draw >= 0 and text_of(completion).strip()]
         about = {name: line[name] for name in ("prompt", data.TOOLS, data.KWARGS) if name in line}
         rows += [{**about, "completions": texts}] if texts else []
+    if not rows:
+        raise ValueError(
+            f"recipe {it.recipe.name}: every sample is empty, and {it.recipe.train[0]} learns from them; {it.folder}"
+        )
     return rows
 
 
