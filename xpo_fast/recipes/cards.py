@@ -76,7 +76,9 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         "generated tokens saved in majority voting.",
         "measured": "a planted goal, a tiny model, 200 held-out pairs: AUC of the Q-value after 1, 2 and all tokens "
         "0.892, 0.957, 0.998, and without the contrast 0.588, 0.699, 0.953. SmolLM2, 8 steps: training loss from "
-        "1.424 to 1.267; the states along its texts are alike (cosine 0.45), so the rejected side hardly moves.",
+        "1.424 to 1.267; the states along its texts are alike (cosine 0.45), so the rejected side hardly moves. "
+        "The filter, 80 answers of a policy that reaches the planted goal as often as not: 0.51 reach it plainly, 0.95 "
+        "with the best of 4 beginnings after every 2 tokens.",
     },
     "meta": {
         "about": "a reward model that tells the policy's own samples apart before each step",
