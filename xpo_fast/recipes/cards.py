@@ -37,8 +37,8 @@ FOUND: Mapping[str, str] = {
 MEASURED: Mapping[str, str] = {
     "rlcd-dpo": "8 prompts, 24 tokens, 2 steps: 149 s; the pairs as labelled, no instruction in the rows.",
     "rmboost": "4 prompts: 278 s.",
-    "rlp": "4 prompts, samples of 12 tokens, 2 rounds of a step each: 275 s; in each round the samples of one prompt agree "
-    "and make a pair; multi-view loss 0.846 and 1.165.",
+    "rlp": "4 prompts, samples of 12 tokens, 2 rounds of a step each: 275 s; in each round the samples of one prompt "
+    "agree and make a pair; multi-view loss 0.846 and 1.165.",
     "bpo": "4 prompts, one of them held out: 291 s; answers of 19 words before and after.",
     "opro": "6 sums, 2 iterations of 4: 300 s; the checked score from 1/6 to 6/6, by the instruction '@6,792,610,243', "
     "scored on the rows it was found on.",
