@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
-NAMES = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "bpo", "opro"]
+NAMES = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "bpo", "opro", "rlp"]
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +499,7 @@ def test_the_instruction_in_a_reply(reply, expected):
 def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, name):
     """Killed at each word in turn: the same files, and the same weights."""
     recipe = override(RECIPES[name], {"then": None} if name == "rlcd" else {})
-    expected_deaths = 6 if name == "apo-game" else 3
+    expected_deaths = {"apo-game": 6, "rlp": 5}.get(name, 3)
     options = {"judge": None, "rows": load_prompts(make_rows(5))}
     if name == "opro":
         recipe = override(recipe, {"draws.n": 3, "iterations": 2, "select.start": "w1"})
@@ -700,8 +700,22 @@ def test_the_page_of_recipes_is_current(capsys):
     assert text == cards.markdown()
     assert DOCS.is_file() and DOCS.read_text(encoding="utf-8") == text, f"docs/recipes.md: {cards.REGENERATE}"
     sections = re.findall(r"^## (\S+)$", text, re.M)
-    assert sections == list(RECIPES) and set(cards.FOUND) <= set(RECIPES)
+    assert sections == [*RECIPES, *cards.OTHERS] and not RECIPES.keys() & cards.OTHERS.keys()
+    assert {*cards.FOUND, *cards.MEASURED} <= set(RECIPES)
     assert set(NAMES) <= set(RECIPES)
     for recipe in RECIPES.values():
         section = text.split(f"\n## {recipe.name}\n")[1].split("\n## ")[0]
         assert recipe.paper in section and all(name in section for name in recipe.columns)
+
+
+@pytest.mark.parametrize("name", cards.OTHERS)
+def test_systems_without_a_recipe_have_a_card_of_the_command_that_runs_them(name, capsys):
+    about = cards.OTHERS[name]
+    assert about.keys() - {"the paper", "measured"} == {"about", "source", "run", "data", "stages"}
+    first, kind, *given = about["run"].replace("NAME=", "x=").split()
+    parsed = cli.parsers()[kind].parse_args(given)  # an option that does not exist ends the test
+    methods = [parsed.method] if "--method" in given else []
+    assert first == "xpo-fast" and (name in (kind, *methods, getattr(parsed, "measure", None)))
+    assert command(name, "--list") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"system      {name}: {about['about']}") and about["run"] in said and about["stages"] in said

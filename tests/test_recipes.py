@@ -50,7 +50,7 @@ METHODS_MD = [
 ]
 
 # Run in test_contrastive.py.
-CONTRASTIVE = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "apo-policy", "bpo", "opro", "iterated-rlhf"]
+CONTRASTIVE = ["rlcd", "rlcd-dpo", "rmboost", "apo-game", "apo-policy", "bpo", "opro", "iterated-rlhf", "rlp"]
 
 
 @pytest.fixture(scope="module", autouse=True)

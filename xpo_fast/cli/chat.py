@@ -36,6 +36,10 @@ def add_parser(commands: Any) -> None:
     add("--before MODEL", "the policy to compare with, where the run does not tell, or another one")
     about = "--output-dir of xpo-fast recipe bpo, or its model: it rewrites what is asked before both sides read it"
     add("--rewriter RUN", about)
+    about = "a reward model by goal_conditioned: answers are sampled block by block, and what has begun best by its "
+    add("--goal FOLDER", f"{about}Q-value goes on, on both sides; needs a --temperature above 0")
+    add("--goal-candidates N", "with --goal: how many beginnings are sampled, of which one goes on (4)", type=int)
+    add("--goal-block TOKENS", "with --goal: tokens between two choices (16)", type=int)
     add("--json", "write one JSON object per answer: prompt, rewritten, before, after, finish", False)
     add(
         "--save",
@@ -81,12 +85,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     if any(not text.strip() for text in args.prompt):
         raise UsageError("--prompt is empty: write what is to be answered")
+    _check_goal(args)
     trained = policies.find(args.folder)
     if trained.is_reward_model:
         raise UsageError(f"{trained.folder} holds a reward model, which gives scores and no answers: name another run")
     training.quiet(args)
-    rewriter = _rewriter(args)
-    talk = _Talk(args, _sides(args, trained), sampling, rewriter)
+    rewriter, towards_goal = _rewriter(args), _towards_goal(args)
+    sides = _sides(args, trained)
+    for side in sides:
+        side.rollout = towards_goal(side.rollout)
+    talk = _Talk(args, sides, sampling, rewriter)
     if args.prompt:
         for text in args.prompt:
             talk.reset()
@@ -124,6 +132,31 @@ def _sides(args: argparse.Namespace, trained: policies.Trained) -> tuple[Side, S
     if args.system and not all(side.templated for side in made):
         raise UsageError("--system: the tokenizer has no chat template, so there are no instructions in a conversation")
     return made[0], made[1]
+
+
+def _check_goal(args: argparse.Namespace) -> None:
+    """Raises UsageError for options of a goal that is not given, and where candidates would not differ."""
+    for option, value in {"--goal-candidates": args.goal_candidates, "--goal-block": args.goal_block}.items():
+        if value is not None and not args.goal:
+            raise UsageError(f"{option} goes with --goal FOLDER: leave it out")
+        if value is not None and value < 1:
+            raise UsageError(f"{option} must be at least 1, got {value}")
+    if args.goal and not args.temperature:
+        raise UsageError("--goal chooses between answers that are drawn: give a --temperature above 0, 1 for example")
+
+
+def _towards_goal(args: argparse.Namespace) -> Callable[[Any], Any]:
+    """Returns a function that filters what a sampler begins by the goal of --goal; without one it changes nothing."""
+    if not args.goal:
+        return lambda rollout: rollout
+    from ..rewards.goals import GoalJudge
+    from ..rollout import FilteredRollout
+
+    judge = GoalJudge.load(args.goal, device=loading.device_of(args))
+    judge.model.model.to(loading.accelerator_of(args))
+    how = {"candidates": args.goal_candidates, "block": args.goal_block}
+    given: Any = {name: value for name, value in how.items() if value is not None}
+    return lambda rollout: FilteredRollout(rollout, judge.score, **given)
 
 
 def _rewriter(args: argparse.Namespace) -> Any:
@@ -206,7 +239,8 @@ class _Talk:
         """Returns a side's answer and how it ended: "stop", "length", or "interrupted"."""
         streamer = _streamer(side.rollout.tokenizer, add)
         prompt = side.prompt() if request is None else side.prompt(request)
-        side.rollout.streamer = streamer
+        if not self.args.goal:  # with one, tokens are drawn that no answer has
+            side.rollout.streamer = streamer
         try:
             with side.context():
                 samples = side.rollout.generate([prompt], sampling=self.sampling, seed=self.args.seed + self.turn)
@@ -218,6 +252,8 @@ class _Talk:
             return "".join(streamer.pieces).strip(), "interrupted"
         (completion,), (finish,) = samples.completions, samples.finish
         answer = completion if isinstance(completion, str) else completion[0]["content"]
+        if self.args.goal:
+            add(answer)
         if finish == "length" or not answer:
             add(" (cut off)" if answer else "(no answer)")
         return answer, finish

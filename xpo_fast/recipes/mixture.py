@@ -13,7 +13,8 @@ from torch import nn
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating, without_adapter
 from ..rewards.judges import Completion, Judge
-from ..rollout import GenerateRollout, Prompt, Samples, Sampling
+from ..rollout import GenerateRollout, Prompt, Sampling
+from ..rollout.sampling import Generated, Request
 from ..seeds import seed_of_repr
 
 
@@ -45,10 +46,10 @@ class MixtureRollout(GenerateRollout):
         self._scoring = scoring or (lambda: without_adapter(model))
         self._references: Any = weakref.WeakKeyDictionary()  # the reference's key-value cache, by the policy's
 
-    def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
-        """Returns n completions per prompt, those of a prompt side by side."""
+    def complete(self, asked: list[Request], *, sampling: Sampling, seed: int) -> list[Generated]:
+        """Samples a completion of each request's token ids."""
         with self._mixed():
-            return super().generate(prompts, n, sampling=sampling, seed=seed)
+            return super().complete(asked, sampling=sampling, seed=seed)
 
     def caches(self, cache: Any) -> list[Any]:
         """Returns the policy's cache and the reference's."""

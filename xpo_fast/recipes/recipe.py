@@ -198,6 +198,8 @@ class Recipe:
             ranks = [*(draw.rank for draw in self.draws), *[1] * self.gold, *[0] * self.rival]
             differ = len({*ranks}) > 1 or any(draw.aspects for draw in self.draws)
             check(differ, "draws of different ranks for as-asked", ranks)
+        if self.select == "agreed":
+            check(self.gold == self.rival, "both of gold and rival, or neither, for agreed", (self.gold, self.rival))
         if self.task:
             check(
                 isinstance(self.task, str) and re.findall(r"\{(\w+)\}", self.task) == ["prompt"],
@@ -210,7 +212,7 @@ class Recipe:
     def _rehearse(self) -> None:
         """Raises ValueError for an argument that the selector or a method would refuse only after all sampling."""
         toy = {"nothing": torch.tensor(2), "scores": torch.tensor([1.0, 0.0]), "asked": torch.tensor([1.0, 0.0])}
-        toy["wins"] = torch.tensor([[0.5, 0.9], [0.1, 0.5]])
+        toy["wins"], toy["alike"] = torch.tensor([[0.5, 0.9], [0.1, 0.5]]), torch.eye(2)
         what, given = f"select={self.select}", self.select_args
         try:
             if self.select in SELECTORS:

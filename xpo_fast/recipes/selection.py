@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..methods.math import win_rates
+from ..rewards.agreement import ALIKE, confident
 
 Pick = dict[str, Any]
 
@@ -28,7 +29,8 @@ class Selector:
     """A selector and what it reads and returns.
 
     function: (judged, generator, **arguments) → picks. needs: what `judged` is: "scores", "wins", "asked", the ranks
-    that the completions were asked to have, or "nothing", when it is the number of completions. kind: the kind of data
+    that the completions were asked to have, "alike", the shares of words that each two samples have in common, or
+    "nothing", when it is the number of completions. kind: the kind of data
     of the picks, as `data.load` names it.
     """
 
@@ -146,10 +148,30 @@ def as_asked(ranks: Tensor, generator: torch.Generator) -> list[Pick]:  # (K,)
     return [{"chosen": a, "rejected": b} for a in places for b in places if rank[a] > rank[b]]
 
 
-UNJUDGED = ("nothing", "asked")  # what selectors need that no judge gives
+def agreed(alike: Tensor, generator: torch.Generator, *, least: float = 0.5, same: float = ALIKE) -> list[Pick]:
+    """Picks what most samples agree on against what the fewest say, and the data's chosen against its rejected answer.
+
+    alike: (K, K), of `overlaps`; NaN for the data's own answers, which are both there or neither. least: the share of
+    the samples that must agree; 1 makes no pairs of samples. same: the share of words from which two samples say the
+    same. (RLP, arXiv 2403.19279.)
+    """
+    if not 0 <= same <= 1:
+        raise ValueError(f"expected same in [0, 1], got {same!r}")
+    own = [i for i in range(len(alike)) if math.isnan(alike[i, i].item())]
+    sampled = [i for i in range(len(alike)) if i not in own]
+    found = confident(sampled, lambda i, j: alike[i, j].item() >= same, least)
+    picks: list[Pick] = [{"chosen": own[0], "rejected": own[1]}] if own else []
+    if found is not None:
+        best, worst, share = found
+        picks.append({"chosen": sampled[best], "rejected": sampled[worst], "confidence": share})
+    return picks
+
+
+UNJUDGED = ("nothing", "asked", "alike")  # what selectors need that no judge gives
 SELECTORS: Mapping[str, Selector] = {
     "only": Selector(only, "nothing", "chosen"),
     "as-asked": Selector(as_asked, "asked", "pair"),
+    "agreed": Selector(agreed, "alike", "pair"),
     "best": Selector(best, "scores", "chosen"),
     "best-worst": Selector(best_worst, "scores", "pair"),
     "rejection": Selector(rejection, "scores", "pair"),

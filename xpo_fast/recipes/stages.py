@@ -14,6 +14,7 @@ import torch
 
 from ..data import DataError, check_written, prompt_of, template_columns
 from ..files import finite, write_json
+from ..rewards.agreement import overlaps
 from ..rewards.encoding import encode_rows
 from ..rewards.judges import Completion, group_scores, group_wins, text_of
 from ..rewards.llm_judges import as_prompt, continued, filled
@@ -202,9 +203,7 @@ def select(
     rows, identical = [], 0
     rejected = _rejected(setup, policy) if recipe.select == "against-rejected" else {}
     for g, (line, verdict) in enumerate(zip(samples, judged, strict=True)):
-        count = torch.tensor(len(line["completions"]))
-        judged_or_asked = line if selector.needs == "asked" else verdict
-        table = count if selector.needs == "nothing" else torch.from_numpy(_array(judged_or_asked[selector.needs]))
+        table = _table(selector.needs, line, verdict)
         generator = torch.Generator().manual_seed(seed_of_repr(setup.seed, i, "select", g))
         for pick in selector(table, generator, recipe.select_args):
             row = {"prompt": line["prompt"], **template_columns(prompt_of(line)), "prompt_ids": line["prompt_ids"]}
@@ -220,6 +219,16 @@ def select(
     setup.say(f"iteration {i + 1}: {shown}")
     write_lines(path, rows)
     return rows
+
+
+def _table(needs: str, line: Row, verdict: Row) -> torch.Tensor:
+    """Returns what a selector reads of a line of samples and its verdict."""
+    if needs == "nothing":
+        return torch.tensor(len(line["completions"]))
+    if needs == "alike":
+        drawn = zip(line["completions"], line["draw"], strict=True)
+        return overlaps([text_of(completion) if draw >= 0 else None for completion, draw in drawn])
+    return torch.from_numpy(_array((line if needs == "asked" else verdict)[needs]))
 
 
 def _summary(needs: str, samples: list[Row], judged: list[Row], rows: list[Row], identical: int) -> dict[str, Any]:

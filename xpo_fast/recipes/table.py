@@ -73,6 +73,14 @@ _TABLE: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         {"train": (Train("bradley_terry"),), "draws": (Draw(2),), "select": "pair", "judge": "preference", **_FREE}
         | {"then": "ppo", "rounds": 2},
     ),
+    "rlp": (
+        (
+            "reward models that learn the policy's own samples beside the pairs, and PPO on each, in turns",
+            "arXiv 2403.19279",
+        ),
+        {"train": (Train("rlp"),), "draws": (Draw(4),), "gold": True, "rival": True, "judge": "none", **_FREE}
+        | {"select": "agreed", "then": "ppo", "rounds": 2},
+    ),
     "apo-game": (
         (
             "a reward model learns to tell gold answers from the policy's, the policy follows it, in turns",

@@ -20,7 +20,7 @@ from ..files import appearing, finite, write_atomically, write_json
 from ..models import merge, remove_fused_loss, saving_embeddings
 from ..resume import last_checkpoint
 from ..rewards.judges import FunctionJudge, text_of, win_rate
-from ..rewards.spec import SOFT_LABELS
+from ..rewards.spec import READS_SAMPLES, SOFT_LABELS
 from ..rewards.trainer import RewardConfig, RewardTrainer
 from ..rl import STATE_FILE, RLConfig, RLTrainer
 from ..rl.sample_log import SAMPLES_FILE
@@ -28,6 +28,7 @@ from ..seeds import seed_of_repr
 from ..trainer import XPOConfig, XPOTrainer
 from .mixture import AgainstMixture, MixtureRollout
 from .recipe import Recipe, Train
+from .run_folder import read_blocks
 from .setup import Policies, Policy, Row, Setup, arguments, columns, xpo_config
 
 Write = Callable[[Path], Any]  # writes a model into a new folder
@@ -164,7 +165,7 @@ def _train_side_by_side(it: Iteration) -> tuple[Write, list[Any]]:
 
 
 def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
-    """Trains a reward model on the pairs without an empty completion."""
+    """Trains a reward model on the pairs without an empty completion; `rlp` and `meta` on the samples, too."""
     method = it.recipe.train[0]
     model, about = it.start()
     texts = ("prompt", "chosen", "rejected")
@@ -178,9 +179,29 @@ def train_reward(it: Iteration) -> tuple[Write, list[Any]]:
     if len(pairs) < len(it.rows):
         empty = len(it.rows) - len(pairs)
         it.setup.say(f"iteration {it.index + 1}: {empty} pairs with an empty completion are left out")
+    if method.method in READS_SAMPLES:
+        about["samples"] = samples_of(it)
     trainer = RewardTrainer(model, it.config(RewardConfig, it.checkpoints, method), train_dataset=pairs, **about)
     logs = it.fit(trainer, method, last_checkpoint(it.checkpoints))
     return trainer.reward_model().save, logs
+
+
+def samples_of(it: Iteration) -> list[Row]:
+    """Returns what has been sampled in this iteration, a row for each prompt, as `load_samples` reads it.
+
+    The data's own answers and empty samples are left out. Raises ValueError if no other is there.
+    """
+    rows = []
+    for line in read_blocks(it.folder, "samples"):
+        drawn = zip(line["completions"], line["draw"], strict=True)
+        texts = [completion for completion, draw in drawn if draw >= 0 and text_of(completion).strip()]
+        about = {name: line[name] for name in ("prompt", data.TOOLS, data.KWARGS) if name in line}
+        rows += [{**about, "completions": texts}] if texts else []
+    if not rows:
+        raise ValueError(
+            f"recipe {it.recipe.name}: every sample is empty, and {it.recipe.train[0]} learns from them; {it.folder}"
+        )
+    return rows
 
 
 def _train_online(it: Iteration) -> tuple[Write, list[Any]]:

@@ -8,9 +8,13 @@ self-consistency of samples.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..methods.math import check
 from .judges import text_of
@@ -24,19 +28,44 @@ def overlap(first: str, second: str) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
-def clusters(texts: Sequence[str], alike: Callable[[str, str], bool] | None = None) -> list[list[int]]:
-    """Returns the numbers of the texts in clusters, the largest first, of equal ones the one with the first text.
+def overlaps(texts: Sequence[str | None]) -> Tensor:
+    """Returns the `overlap` of each two of K texts, (K, K) float32; NaN on the row and the column of a None."""
+    found = torch.full((len(texts), len(texts)), math.nan)
+    for i, a in enumerate(texts):
+        for j, b in enumerate(texts):
+            if a is not None and b is not None:
+                found[i, j] = overlap(a, b)
+    return found
 
-    alike: whether two texts say the same; by default if `overlap` is `ALIKE` or more. Texts that a chain of such pairs
-    connects are in one cluster.
+
+def clusters(items: Sequence[Any], alike: Callable[[Any, Any], bool] | None = None) -> list[list[int]]:
+    """Returns the numbers of the items in clusters, the largest first, of equal ones the one with the first item.
+
+    alike: whether two items say the same; by default texts whose `overlap` is `ALIKE` or more. Those that a chain of
+    such pairs connects are in one cluster.
     """
     same = alike or (lambda a, b: overlap(a, b) >= ALIKE)
     found: list[list[int]] = []
-    for i, text in enumerate(texts):
-        met = [group for group in found if any(same(texts[j], text) for j in group)]
+    for i, item in enumerate(items):
+        met = [group for group in found if any(same(items[j], item) for j in group)]
         found = [group for group in found if group not in met]
         found.append(sorted([*(j for group in met for j in group), i]))
     return sorted(found, key=lambda group: (-len(group), group[0]))
+
+
+def confident(
+    items: Sequence[Any], alike: Callable[[Any, Any], bool] | None, least: float
+) -> tuple[int, int, float] | None:
+    """Returns the first item of the largest cluster, the first of the smallest, and the share that the largest holds.
+
+    Returns None where that share is below `least`, all items are in one cluster, or two clusters are the largest.
+    Raises ValueError for a share outside (0, 1].
+    """
+    check(0 < least <= 1, "least in (0, 1]", least)
+    parts = clusters(items, alike)
+    if len(parts) < 2 or len(parts[0]) / len(items) < least or len(parts[1]) == len(parts[0]):
+        return None
+    return parts[0][0], parts[-1][0], len(parts[0]) / len(items)
 
 
 def confident_pairs(
@@ -54,12 +83,11 @@ def confident_pairs(
     check(0 < least <= 1, "least in (0, 1]", least)
     found = []
     for group in groups:
-        parts = clusters([text_of(rows[i]["chosen"]) for i in group], alike)
-        confidence = len(parts[0]) / len(group)
-        if confidence < least or len(parts) < 2 or len(parts[1]) == len(parts[0]):
+        picked = confident([text_of(rows[i]["chosen"]) for i in group], alike, least)
+        if picked is None:
             continue
+        best, worst, confidence = group[picked[0]], group[picked[1]], picked[2]
         about = {name: x for name, x in rows[group[0]].items() if name not in ("chosen", "where") and x is not None}
-        best, worst = group[parts[0][0]], group[parts[-1][0]]
         pair = {"chosen": rows[best]["chosen"], "rejected": rows[worst]["chosen"], "confidence": confidence}
         found.append({**about, **pair})
     return found

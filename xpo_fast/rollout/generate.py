@@ -89,12 +89,27 @@ class GenerateRollout:
 
     def generate(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> Samples:
         """Samples n completions of each prompt, those of a prompt side by side."""
+        asked = self.requests(prompts, n, sampling=sampling, seed=seed)
+        return self.samples(asked, self.complete(asked, sampling=sampling, seed=seed), sampling)
+
+    def requests(self, prompts: Sequence[Prompt], n: int = 1, *, sampling: Sampling, seed: int) -> list[Request]:
+        """Returns what `generate` completes, n requests per prompt, side by side."""
         lm = causal_lm(unwrapped(self.model))
-        warn_if_slow(lm.dtype, lm.device)
-        eos = eos_ids(self.tokenizer, lm)
         asked = requests(prompts, n, seed, self.tokenizer, sampling, positions(lm), self.chat_template_kwargs)
         for request in asked:
             check_ids(lm, self.tokenizer, request.ids, f"prompt {request.place[0]}")
+        return asked
+
+    def samples(self, asked: list[Request], generated: list[Generated], sampling: Sampling) -> Samples:
+        """Returns requests and their completions as `Samples`; texts end before the first stop string."""
+        eos = eos_ids(self.tokenizer, causal_lm(unwrapped(self.model)))
+        return as_samples(asked, generated, self.tokenizer, sampling, eos)
+
+    def complete(self, asked: list[Request], *, sampling: Sampling, seed: int) -> list[Generated]:
+        """Samples a completion of each request's token ids, `Request.max_tokens` long at most."""
+        lm = causal_lm(unwrapped(self.model))
+        warn_if_slow(lm.dtype, lm.device)
+        eos = eos_ids(self.tokenizer, lm)
         generated: list[Any] = [None] * len(asked)
         continuous = self._continuous(lm, sampling)
         with evaluating(lm):
@@ -107,7 +122,7 @@ class GenerateRollout:
                     done = [one for some in parts for one in self._in_batch(lm, some, sampling, seed, eos)]
                 for i, one in zip(at, done, strict=True):
                     generated[i] = one
-        return as_samples(asked, generated, self.tokenizer, sampling, eos)
+        return generated
 
     def _in_batch(self, lm: Any, asked: list[Request], sampling: Sampling, seed: int, eos: set[int]) -> list[Generated]:
         """Completes requests with equal max_tokens in one left-padded batch."""
