@@ -79,6 +79,7 @@ SYSTEMS = {
     "rmboost": recipe("rmboost --data {data}/prompts.jsonl"),
     "iterated-rlhf": recipe("iterated-rlhf --data {data}/prompts.jsonl --judge function:{data}/score.py:few"),
     "apo-game": recipe("apo-game --data {data}/prompts.jsonl"),
+    "rlp-recipe": recipe("rlp --data {data}/prompts.jsonl"),
     "bpo": recipe(
         "bpo --data {data}/prompts.jsonl --held-out 2 --judge function:{data}/score.py:few"
     ),
