@@ -191,7 +191,9 @@ def _timeless(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         timed = re.compile("time|second|_per_|throughput|memory|peak|mib")
         value = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in value.items()}
-        return {k: _timeless(v, folder) for k, v in value.items() if k != "resume" and not timed.search(k)}
+        return {
+            k: _timeless(v, folder) for k, v in value.items() if k not in ("resume", "commit") and not timed.search(k)
+        }
     if isinstance(value, list):
         return [_timeless(v, folder) for v in value]
     return value.replace(str(folder), "") if isinstance(value, str) else value
