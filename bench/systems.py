@@ -189,11 +189,11 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def _timeless(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
-        timed = re.compile("time|second|_per_|throughput|memory|peak|mib")
+        timed = re.compile("time|second|_per_|throughput|memory|peak|mib|^(resume|commit)$")
+        since_resumed = ("train_loss", "total_flos", "tokens", "positions_computed", "positions_padded")
         value = {k: sorted(v) if k == "target_modules" and isinstance(v, list) else v for k, v in value.items()}
-        return {
-            k: _timeless(v, folder) for k, v in value.items() if k not in ("resume", "commit") and not timed.search(k)
-        }
+        kept = {k: v for k, v in value.items() if k not in since_resumed and not timed.search(k)}
+        return {k: _timeless(v, folder) for k, v in kept.items()}
     if isinstance(value, list):
         return [_timeless(v, folder) for v in value]
     return value.replace(str(folder), "") if isinstance(value, str) else value
@@ -216,16 +216,15 @@ def measure(name: str, folder: Path, chance: random.Random) -> dict[str, Any]:
     log = folder / "logs" / f"{name}-killed.log"
     killed = run(words, log, kill_after_s=seconds * chance.uniform(0.4, 0.8), resumable=resumable())
     again = run([*words, *(["--resume"] if system.resumable else [])], log)
+    times = {"seconds": seconds, "killed_after_s": killed, "resumed_s": again}
+    return {name: round(value, 1) for name, value in times.items()} | compared(whole, part)
+
+
+def compared(whole: Path, part: Path) -> dict[str, Any]:
+    """Returns how many files of two runs are compared, how many of them are weights, and which differ."""
     one, other = contents(whole), contents(part)
     differ = sorted(k for k in one.keys() | other.keys() if k not in one or k not in other or one[k] != other[k])
-    return {
-        "seconds": round(seconds, 1),
-        "killed_after_s": round(killed, 1),
-        "resumed_s": round(again, 1),
-        "compared": len(one),
-        "weights": sum(k.endswith(".safetensors") for k in one),
-        "differ": differ,
-    }
+    return {"compared": len(one), "weights": sum(k.endswith(".safetensors") for k in one), "differ": differ}
 
 
 def main() -> int:
@@ -233,6 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", default="", help="comma-separated names of systems")
+    parser.add_argument("--resume", action="store_true", help="compare what --json FILE has again, and run the others")
     parser.add_argument("--folder", type=Path, default=Path("runs/systems"))
     parser.add_argument("--seed", type=int, default=0, help="seed of the times at which runs are killed")
     args = parser.parse_args()
@@ -241,11 +241,15 @@ def main() -> int:
         parser.error(f"no system {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     results = json.loads(args.json.read_text("utf-8"))["systems"] if args.json.is_file() else {}
-    write_data(args.folder.resolve() / "data")
+    folder = args.folder.resolve()
+    write_data(folder / "data")
     failed = False
     for name in names:
         try:
-            results[name] = measure(name, args.folder.resolve(), random.Random(f"{args.seed} {name}"))
+            if args.resume and "seconds" in results.get(name, {}):
+                results[name] |= compared(folder / "whole" / name, folder / "killed" / name)
+            else:
+                results[name] = measure(name, folder, random.Random(f"{args.seed} {name}"))
         except RuntimeError as error:
             results[name] = {"failed": str(error)[-500:]}
             print(error, flush=True)
