@@ -48,7 +48,7 @@ class ValueHead(nn.Module):
     @property
     def outputs(self) -> int:
         """The number of values per hidden state, K."""
-        return self.weight.shape[0]
+        return getattr(self.weight, "ds_shape", self.weight.shape)[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns values (…, K), float32, of hidden (…, D), or of `Head.inputs` (…, D + r): the last r are not read."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..data import Kind, with_column
 from ..files import write_atomically
 from ..head import sequence_logps, token_logps
+from ..head.sharded import unpartitioned
 from ..layouts import Inputs, Layout, beside
 from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
@@ -159,21 +160,21 @@ class LiveReference:
         """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
-            weight = head.weight.detach()
+            weight = unpartitioned(head.weight)[0].detach()
             if head.adapter is not None:  # hidden has its inputs beside the hidden states
                 weight = torch.cat([weight, head.adapter.detach().to(weight)], dim=1)
-            bias = None if head.bias is None else head.bias.detach()
+            bias = None if head.bias is None else unpartitioned(head.bias)[0].detach()
             return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
 
-        with self._scoring(model) as scored:
+        with self._scoring(model, frees=False) as scored:
             return rows.run(scored, take)
 
     @contextlib.contextmanager
-    def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Yields the reference model in eval mode and without gradient."""
+    def _scoring(self, model: nn.Module, *, frees: bool = True) -> Iterator[nn.Module]:
+        """Yields the reference model in eval mode and without gradient. frees: what FSDP2 gathers of a copy."""
         scored = model if self.copy is None else self.copy
         in_place = contextlib.nullcontext() if self._kept is None else self._kept.in_place()
-        freed = contextlib.nullcontext() if self.copy is None else resharded(self.copy)
+        freed = resharded(self.copy) if frees and self.copy is not None else contextlib.nullcontext()
         with self.accelerator.autocast(), in_place, evaluating(scored), freed:
             yield scored
 

@@ -96,9 +96,14 @@ class Ready:
         self._engine: Any = None
         self._models: list[Any] = trainer.accelerator._models
         if self.how == "FSDP2":
-            from accelerate.utils import fsdp2_prepare_model
+            from accelerate.utils import fsdp2_apply_ac, fsdp2_prepare_model
 
-            trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
+            plugin, model = trainer.accelerator.state.fsdp_plugin, trainer.model
+            plugin.set_auto_wrap_policy(model)
+            if plugin.activation_checkpointing:  # around layers that are not in parts yet: accelerate knows no others
+                model = fsdp2_apply_ac(trainer.accelerator, model)
+                plugin.activation_checkpointing = False
+            trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, model)
         elif self.how == "ZeRO-3":
             self._engine = engine_of(trainer.model, trainer.accelerator)
         elif self.how.startswith("ZeRO"):
