@@ -376,14 +376,23 @@ class UnitTrainer(CutsBatches):
         Must be called when the batch has just come from the data loader, which then knows whether it is the last.
         """
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if ranks == 1 or not state.end_of_dataloader:
             return inputs
+        listed, completions = "list_lengths" in inputs if isinstance(inputs, dict) else False, 1
         if isinstance(inputs, Units):
-            distinct = state.remainder - self.accelerator.process_index * len(inputs.drawn)
-            return Units(inputs.drawn, min(max(distinct, 0), len(inputs.drawn)))
-        listed, completions = "list_lengths" in inputs, len(self.kind.completions) if self.kind else 1
-        units = len(inputs["list_lengths" if listed else "targets"]) // completions
-        distinct = state.remainder - self.accelerator.process_index * units
+            units = len(inputs.drawn)
+        else:
+            completions = len(self.kind.completions) if self.kind else 1
+            units = len(inputs["list_lengths" if listed else "targets"]) // completions
+        remainder = state.remainder
+        if remainder < 0 and not self.args.dataloader_drop_last:
+            # accelerate's loader of a resumed epoch, which skips batches, does not know it.
+            remainder = len(state.active_dataloader.dataset) % (units * ranks)
+        if remainder <= 0:
+            return inputs
+        distinct = remainder - self.accelerator.process_index * units
+        if isinstance(inputs, Units):
+            return Units(inputs.drawn, min(max(distinct, 0), units))
         inputs = dict(inputs)
         for name in (of + "targets" for of in FORWARDS):
             if name in inputs:
