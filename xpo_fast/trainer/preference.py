@@ -245,6 +245,11 @@ class XPOTrainer(UnitTrainer):
             about[WEIGHTS] = self._cached.weights[:16]
         return {**super().made_with, **about, **({} if self._live is None else self._live.identity)}
 
+    @property
+    def reference_folder(self) -> Path | None:
+        """The folder of the cached reference's files; None if the reference is not cached."""
+        return None if self._cached is None else self._cached.folder
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Returns batches of eval_dataset (default: the trainer's own), encoded and with its reference."""
         self.prepare()
