@@ -57,7 +57,7 @@ CASES = {
     "dpo adapter": Case("dpo", {"reference": "adapter"}, adapted=True),
     "bradley_terry": Case("bradley_terry", trainer="reward"),
     "haf": Case("haf", {"reference": "copy"}, trainer="reward"),
-    "checkpointing": Case("dpo", {"reference": "cached", "gradient_checkpointing": True}, tied=True),
+    "checkpointing": Case("dpo", {"reference": "cached"}, tied=True),  # of FSDP's own
 }
 # Which of them run in which layout, one of each kind; all of them pass in all.
 LAYOUTS = {
@@ -161,10 +161,9 @@ def on_two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     with shards_on_cpu():
         for name in LAYOUTS["FSDP2"]:
             more: dict[str, Any] = fsdp(activation_checkpointing=name == "checkpointing")
-            case = CASES[name]
-            if name == "checkpointing":  # of FSDP's own
-                case = case._replace(args={"reference": "cached"})
-            found[f"FSDP2, {name}"] = trained(case, folder / "FSDP2" / name, 2, evaluates=name in EVALUATED, **more)
+            found[f"FSDP2, {name}"] = trained(
+                CASES[name], folder / "FSDP2" / name, 2, evaluates=name in EVALUATED, **more
+            )
         for kind in STATES:
             more = {"save_strategy": "steps", "output_dir": str(folder / kind), **fsdp(state_dict_type=kind)}
             found[kind] = trained(RESUMED, folder / "written", 2, **more)

@@ -38,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
     args.reference = "cached"
     objective = train.checked_objective(args.method, dict(args.set))
 
+    from torch import nn
+
     from ..trainer.reference import choose
 
-    choose("cached", objective, None)  # before a model is loaded
+    choose("cached", objective, nn.Module())  # before a model is loaded
     command = _train_command(args)
     with tempfile.TemporaryDirectory(prefix="xpo_fast-cache-") as folder:
         args.output_dir, args.report_to, args.push_to_hub, args.preflight = folder, "none", None, "off"

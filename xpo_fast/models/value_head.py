@@ -166,6 +166,7 @@ class SavesValueHead:
         rate = self.args.value_head_learning_rate
         if fresh and rate is not None:
             _set_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
+            self.note_groups(optimizer)
         return optimizer
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -183,5 +184,7 @@ class SavesValueHead:
 
     def _load_value_head(self: Any, folder: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # whose own checkpoint holds it
         if value_head(model) is not None:
             load_value_head(model, folder)

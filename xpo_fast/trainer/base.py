@@ -56,7 +56,7 @@ from .offload import CudaCopies, check_offload, offloading
 from .optimizers import LOMO, check_optimizer, name_of
 from .record import findings, memory
 from .setup import check_trainable
-from .sharding import Ready, keeps_groups, sharding_of
+from .sharding import ComputesInParts
 from .throughput import Throughput
 
 _UNSAVED = (
@@ -67,7 +67,7 @@ _LOSS = "loss of method "  # prefix among the means of an evaluation
 _IN_FRONT = "row in front"  # of a checkpoint's settings: the row that is in the first step whatever the seed
 
 
-class UnitTrainer(CutsBatches):
+class UnitTrainer(ComputesInParts, CutsBatches):
     """Trainer whose loss is a sum over units, divided by the items of the whole optimizer step; so are its metrics.
 
     Subclasses define `kind` (of their data set; None if each row is a unit), `_items` (the loss's denominator for a
@@ -96,13 +96,7 @@ class UnitTrainer(CutsBatches):
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
-        if self.args.fsdp and not self.is_fsdp_enabled and self.args.world_size > 1 and not self.is_fsdp_xla_enabled:
-            raise ValueError(
-                f"fsdp: accelerate shards no model on {self.args.device.type}, and would train a whole one on every "
-                "process: leave it out"
-            )
-        self._ready: Ready | None = None
-        self._groups: list[list[nn.Parameter]] | None = None  # parameters of the optimizer, if made of parts
+        self.check_sharding()
         self._check_levers(kwargs)
         accelerator: Any = self.accelerator
         if self.args.gradient_checkpointing and accelerator.autocast_handler is None:
@@ -182,29 +176,6 @@ class UnitTrainer(CutsBatches):
             self._ready.release()
         with self._levers():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-
-    def make_ready(self) -> None:
-        """Lets the model compute before its first step where FSDP2 or DeepSpeed keep it; does nothing to other models.
-
-        Every process must call it. See sharding.py.
-        """
-        if self._ready is None:
-            self._ready = Ready(self)
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Makes the optimizer as Trainer does."""
-        optimizer = super().create_optimizer(model)
-        if self._ready is not None and sharding_of(self.accelerator) == "FSDP2":
-            self._groups = keeps_groups(optimizer)
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Makes the schedule as Trainer does, once the optimizer has been prepared."""
-        if self._groups is not None:
-            # accelerate finds parameters by their address, and all of which this process has no part have the same.
-            for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
-                group["params"] = parameters
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def _check_levers(self, given: dict[str, Any]) -> None:
         """Raises ValueError if the optimizer or a lever of memory cannot be had. given: to this trainer."""
@@ -387,7 +358,8 @@ class UnitTrainer(CutsBatches):
         remainder = state.remainder
         if remainder < 0 and not self.args.dataloader_drop_last:
             # accelerate's loader of a resumed epoch, which skips batches, does not know it.
-            remainder = len(state.active_dataloader.dataset) % (units * ranks)
+            loader: Any = state.active_dataloader
+            remainder = len(loader.dataset) % (units * ranks)
         if remainder <= 0:
             return inputs
         distinct = remainder - self.accelerator.process_index * units

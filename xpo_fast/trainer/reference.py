@@ -296,7 +296,8 @@ def weights_fingerprint(model: nn.Module, *, adapter_off: bool = False) -> str:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        part: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        digest.update(part)
     return digest.hexdigest()
 
 

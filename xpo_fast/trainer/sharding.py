@@ -185,11 +185,6 @@ def move_as_deepspeed(model: nn.Module, accelerator: Any) -> nn.Module:
     return model.to(accelerator.device) if dtype is None else model.to(accelerator.device, dtype)
 
 
-def keeps_groups(optimizer: Any) -> list[list[nn.Parameter]]:
-    """Returns the parameters of each group of an optimizer."""
-    return [list(group["params"]) for group in optimizer.param_groups]
-
-
 def _without_auto(config: Any) -> Any:
     """Returns a DeepSpeed configuration without the values that are left to be filled in: DeepSpeed's own defaults."""
     if isinstance(config, dict):
@@ -204,3 +199,46 @@ def resharded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         reshard(model)
+
+
+class ComputesInParts:
+    """Mixin, before `transformers.Trainer`, whose model can compute before it is trained."""
+
+    _ready: Ready | None = None
+    _groups: list[list[nn.Parameter]] | None = None  # of the optimizer, if it is made of parts
+
+    def check_sharding(self: Any) -> None:
+        """Raises ValueError if FSDP is asked for and would not be had."""
+        asked = self.args.fsdp and self.args.world_size > 1
+        if asked and not self.is_fsdp_enabled and not self.is_fsdp_xla_enabled:
+            raise ValueError(
+                f"fsdp: accelerate shards no model on {self.args.device.type}, and would train a whole one on every "
+                "process: leave it out"
+            )
+
+    def make_ready(self) -> None:
+        """Lets the model compute before its first step where FSDP2 or DeepSpeed keep it; does nothing to other models.
+
+        Every process must call it.
+        """
+        if self._ready is None:
+            self._ready = Ready(self)
+
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        """Makes the optimizer as Trainer does."""
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        self.note_groups(optimizer)
+        return optimizer
+
+    def note_groups(self: Any, optimizer: Any) -> None:
+        """Takes note of which parameters are in which group of the optimizer; call it when the groups have changed."""
+        if self._ready is not None and sharding_of(self.accelerator) == "FSDP2":
+            self._groups = [list(group["params"]) for group in optimizer.param_groups]
+
+    def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the schedule as Trainer does, once the optimizer has been prepared."""
+        if self._groups is not None:
+            # accelerate finds parameters by their address, and all of which this process has no part have the same.
+            for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
