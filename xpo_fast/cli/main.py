@@ -13,6 +13,7 @@ from ..wording import did_you_mean, one_line
 from . import (
     aliases,
     bench,
+    cache_reference,
     chat,
     check,
     completion,
@@ -75,7 +76,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    trains = (train, check, fit, reward, eval_reward, router, evaluate, rl, rahf, recipe)
+    trains = (train, check, cache_reference, fit, reward, eval_reward, router, evaluate, rl, rahf, recipe)
     for command in (*trains, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)

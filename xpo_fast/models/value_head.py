@@ -48,7 +48,7 @@ class ValueHead(nn.Module):
     @property
     def outputs(self) -> int:
         """The number of values per hidden state, K."""
-        return self.weight.shape[0]
+        return getattr(self.weight, "ds_shape", self.weight.shape)[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Returns values (…, K), float32, of hidden (…, D), or of `Head.inputs` (…, D + r): the last r are not read."""
@@ -166,6 +166,7 @@ class SavesValueHead:
         rate = self.args.value_head_learning_rate
         if fresh and rate is not None:
             _set_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
+            self.note_groups(optimizer)
         return optimizer
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -183,5 +184,7 @@ class SavesValueHead:
 
     def _load_value_head(self: Any, folder: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # whose own checkpoint holds it
         if value_head(model) is not None:
             load_value_head(model, folder)

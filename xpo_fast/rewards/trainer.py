@@ -43,6 +43,7 @@ from ..trainer.preflight import Run, preflight
 from ..trainer.reference import LiveReference, rows_fingerprint
 from ..trainer.row_checks import Rows
 from ..trainer.setup import some_rows
+from ..trainer.sharding import check_reference
 from .collate import RewardCollator, read_in_training, read_lengths
 from .config import RewardConfig as RewardConfig
 from .config import checked_settings as checked_settings
@@ -150,6 +151,17 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
             processing_class=processing_class,
             **kwargs,
         )
+        self._reference: LiveReference | None = None
+        if compares:
+            strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
+            if args.reference != "auto":
+                check_choice("reference", args.reference, ("adapter", "copy"))
+                strategy = args.reference
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            strategy = handed_over.settle(strategy, args.reference, model, sharded=sharded)
+            check_reference(strategy, model, self.accelerator)
+            self._reference = LiveReference(strategy, model, self.accelerator, args.backend, handed_over)
+        self.make_ready()
         # The reward is read at the last token; log-probs, and the gate behind the prompt, must not see what follows.
         of_tokens = self.spec.reads_logps or self.spec.reads_states or self.spec.form == "gated"
         if of_tokens and self.train_dataset is not None:
@@ -159,15 +171,6 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
         if rows := some_rows(self.train_dataset, self.eval_dataset):
             self.layout = settle_layout_of(self, rows, lambda hidden, rows: self.spec.states(hidden, *rows[1:3]))
         self.samples = None if samples is None else self.dealt(samples, self._tokenizer, self._embedded)
-        self._reference: LiveReference | None = None
-        if compares:
-            strategy = "adapter" if hasattr(model, "disable_adapter") else "copy"
-            if args.reference != "auto":
-                check_choice("reference", args.reference, ("adapter", "copy"))
-                strategy = args.reference
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            strategy = handed_over.settle(strategy, args.reference, model, sharded=sharded)
-            self._reference = LiveReference(strategy, model, self.accelerator, args.backend, handed_over)
 
     def _encode(self, dataset: Any) -> Any:
         if dataset is None:

@@ -56,6 +56,7 @@ from .offload import CudaCopies, check_offload, offloading
 from .optimizers import LOMO, check_optimizer, name_of
 from .record import findings, memory
 from .setup import check_trainable
+from .sharding import ComputesInParts
 from .throughput import Throughput
 
 _UNSAVED = (
@@ -66,7 +67,7 @@ _LOSS = "loss of method "  # prefix among the means of an evaluation
 _IN_FRONT = "row in front"  # of a checkpoint's settings: the row that is in the first step whatever the seed
 
 
-class UnitTrainer(CutsBatches):
+class UnitTrainer(ComputesInParts, CutsBatches):
     """Trainer whose loss is a sum over units, divided by the items of the whole optimizer step; so are its metrics.
 
     Subclasses define `kind` (of their data set; None if each row is a unit), `_items` (the loss's denominator for a
@@ -95,6 +96,7 @@ class UnitTrainer(CutsBatches):
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
+        self.check_sharding()
         self._check_levers(kwargs)
         accelerator: Any = self.accelerator
         if self.args.gradient_checkpointing and accelerator.autocast_handler is None:
@@ -170,6 +172,8 @@ class UnitTrainer(CutsBatches):
         if not alone and self.model_wrapped is self.model and vars(self.model).pop("_is_accelerate_prepared", False):
             # An evaluation has prepared the model; accelerate would leave it at that, and each process train alone.
             self.accelerator._models.remove(self.model)
+        if self._ready is not None:
+            self._ready.release()
         with self._levers():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
@@ -313,6 +317,7 @@ class UnitTrainer(CutsBatches):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluates as Trainer does; loss and metrics are means over the units of the whole data set."""
+        self.make_ready()
         self._eval_means = Means()
         output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_means.pop()
@@ -342,14 +347,24 @@ class UnitTrainer(CutsBatches):
         Must be called when the batch has just come from the data loader, which then knows whether it is the last.
         """
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if ranks == 1 or not state.end_of_dataloader:
             return inputs
+        listed, completions = "list_lengths" in inputs if isinstance(inputs, dict) else False, 1
         if isinstance(inputs, Units):
-            distinct = state.remainder - self.accelerator.process_index * len(inputs.drawn)
-            return Units(inputs.drawn, min(max(distinct, 0), len(inputs.drawn)))
-        listed, completions = "list_lengths" in inputs, len(self.kind.completions) if self.kind else 1
-        units = len(inputs["list_lengths" if listed else "targets"]) // completions
-        distinct = state.remainder - self.accelerator.process_index * units
+            units = len(inputs.drawn)
+        else:
+            completions = len(self.kind.completions) if self.kind else 1
+            units = len(inputs["list_lengths" if listed else "targets"]) // completions
+        remainder = state.remainder
+        if remainder < 0 and not self.args.dataloader_drop_last:
+            # accelerate's loader of a resumed epoch, which skips batches, does not know it.
+            loader: Any = state.active_dataloader
+            remainder = len(loader.dataset) % (units * ranks)
+        if remainder <= 0:
+            return inputs
+        distinct = remainder - self.accelerator.process_index * units
+        if isinstance(inputs, Units):
+            return Units(inputs.drawn, min(max(distinct, 0), units))
         inputs = dict(inputs)
         for name in (of + "targets" for of in FORWARDS):
             if name in inputs:

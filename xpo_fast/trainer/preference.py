@@ -40,18 +40,10 @@ from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
 from .layout import settle_layout_of
 from .preflight import Run, preflight
-from .reference import (
-    KEPT,
-    CachedReference,
-    LiveReference,
-    choose,
-    dataset_logps,
-    row_logps,
-    rows_fingerprint,
-    weights_fingerprint,
-)
+from .reference import KEPT, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
 from .row_checks import Rows
 from .setup import map_splits, prepare_model, some_rows, with_lengths, with_tokenizer
+from .sharding import check_reference, sharding_of
 
 
 class XPOTrainer(UnitTrainer):
@@ -128,6 +120,7 @@ class XPOTrainer(UnitTrainer):
         if self.reference == "cached":
             folder = Path(args.ref_cache_dir or cache_dir() / "reference")
             how: Any = {"dtype": str(self.accelerator.mixed_precision), "adapter_off": handed_over.off}
+            how["accelerator"] = self.accelerator
             self._cached = CachedReference(model, folder, kind=self.kind, **how)
         elif self.reference != "none":
             self._live = LiveReference(self.reference, model, self.accelerator, args.backend, handed_over)
@@ -171,6 +164,9 @@ class XPOTrainer(UnitTrainer):
         """Checks the fused head, settles the layout, and caches the reference; `train` and `evaluate` call it."""
         if self._prepared:
             return
+        self.make_ready()
+        if self._cached is not None and sharding_of(self.accelerator):
+            self._cached.sharded(self.model)
         if rows := some_rows(self.train_dataset, self.eval_dataset):
             completion = rows[0][self.kind.encoded[1]]
             ids = rows[0]["prompt_ids"] + (completion[0] if self.kind.listed else completion)
@@ -248,6 +244,11 @@ class XPOTrainer(UnitTrainer):
         if self._cached is not None:
             about[WEIGHTS] = self._cached.weights[:16]
         return {**super().made_with, **about, **({} if self._live is None else self._live.identity)}
+
+    @property
+    def reference_folder(self) -> Path | None:
+        """The folder of the cached reference's files; None if the reference is not cached."""
+        return None if self._cached is None else self._cached.folder
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Returns batches of eval_dataset (default: the trainer's own), encoded and with its reference."""
@@ -394,7 +395,7 @@ class XPOTrainer(UnitTrainer):
         """Returns why policy and reference differ before the first step; None if they should not."""
         if self.state.global_step:
             return "the policy has been trained"
-        if self._cached is not None and weights_fingerprint(self.model) != self._cached.weights:
+        if self._cached is not None and self._cached.differs(self.model):
             return "its weights have been changed since then"
         return self._differs
 
@@ -419,12 +420,7 @@ class XPOTrainer(UnitTrainer):
             self.objective.load_state_dict(state)
 
     def _check_parallelism(self) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded and self.reference in ("copy", "cached"):
-            raise ValueError(
-                f"reference={self.reference!r} needs the whole model on every rank, which FSDP and DeepSpeed do not "
-                'keep: use LoRA with reference="adapter"'
-            )
+        check_reference(self.reference, self.model, self.accelerator)
 
 
 def grouped_targets(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:

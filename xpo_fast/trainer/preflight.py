@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data import Kind
+from ..head.sharded import is_sharded
 from ..layouts import Inputs
 from ..models import own_logits, padding_id
 from ..models.lm_head import causal_lm, head_layer
@@ -123,7 +124,8 @@ def check_tied(report: Report, model: nn.Module) -> None:
     head, embedded = (_base(layer) for layer in (head_layer(lm), lm.get_input_embeddings()))
     if head is None or embedded is None or head.shape != embedded.shape or head.is_meta:
         return
-    one = head is embedded or (head.data_ptr() == embedded.data_ptr() and head.numel() > 0)
+    plain = head.numel() > 0 and not is_sharded(head)  # what is in parts has no address
+    one = head is embedded or (plain and head.data_ptr() == embedded.data_ptr())
     if says and not one:
         same = bool(torch.equal(head.detach(), embedded.detach().to(head.device)))
         said = "the config ties the LM head to the embeddings, and they are two weights"

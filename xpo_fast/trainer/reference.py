@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from ..data import Kind, with_column
 from ..files import write_atomically
 from ..head import sequence_logps, token_logps
+from ..head.sharded import unpartitioned
 from ..layouts import Inputs, Layout, beside
 from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 from ..objective import Objective
+from ..reduce import most_over_ranks
 from .budget import Budget, KeepsUnits
 from .handed_over import HandedOver, Kept, adapter_identity, switched_off
+from .sharding import any_of_them, in_parts, resharded, sample_of_parts, shard_copy, whole_weights
 
 if TYPE_CHECKING:
     import datasets
@@ -131,11 +134,13 @@ class LiveReference:
         self.accelerator, self.backend = accelerator, backend
         self.copy, self._kept = None, None
         if strategy == "copy":
-            self.copy = handed_over.copy(model).to(accelerator.device)
-            install_fused_loss(self.copy)
+            copied = handed_over.copy(model)
+            install_fused_loss(copied)
+            self.identity = handed_over.identity(copied, None)  # of whole weights, before they are in parts
+            self.copy = shard_copy(copied, accelerator)
         else:
             self._kept = Kept(model, off=handed_over.off)
-        self.identity = handed_over.identity(self.copy, self._kept)
+            self.identity = handed_over.identity(None, self._kept)
 
     def logps(self, model: nn.Module, rows: Inputs) -> Tensor:
         """Computes the reference's summed log-prob of each row, (R,) float32. model: the policy, as wrapped."""
@@ -155,21 +160,22 @@ class LiveReference:
         """Computes ref_hidden (R, T, D), ref_weight and ref_bias, for objectives that compare whole distributions."""
 
         def take(hidden: Tensor, head: Head) -> dict[str, Any]:
-            weight = head.weight.detach()
+            weight = unpartitioned(head.weight)[0].detach()
             if head.adapter is not None:  # hidden has its inputs beside the hidden states
                 weight = torch.cat([weight, head.adapter.detach().to(weight)], dim=1)
-            bias = None if head.bias is None else head.bias.detach()
+            bias = None if head.bias is None else unpartitioned(head.bias)[0].detach()
             return {"ref_hidden": hidden, "ref_weight": weight, "ref_bias": bias}
 
-        with self._scoring(model) as scored:
+        with self._scoring(model, frees=False) as scored:
             return rows.run(scored, take)
 
     @contextlib.contextmanager
-    def _scoring(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Yields the reference model in eval mode and without gradient."""
+    def _scoring(self, model: nn.Module, *, frees: bool = True) -> Iterator[nn.Module]:
+        """Yields the reference model in eval mode and without gradient. frees: what FSDP2 gathers of a copy."""
         scored = model if self.copy is None else self.copy
         in_place = contextlib.nullcontext() if self._kept is None else self._kept.in_place()
-        with self.accelerator.autocast(), in_place, evaluating(scored):
+        freed = resharded(self.copy) if frees and self.copy is not None else contextlib.nullcontext()
+        with self.accelerator.autocast(), in_place, evaluating(scored), freed:
             yield scored
 
 
@@ -181,12 +187,27 @@ class CachedReference:
     through the ids, so a change of any of these, or of the data, gives another name and nothing stale can be read.
     Files appear complete or not at all; an interrupted computation goes on with the first shard that is missing.
 
+    The hash does not depend on how many processes compute, nor on how they keep the model: a folder that one process
+    has filled is read by runs that shard the model, and the other way round. Every process has to make this.
+
     adapter_off: the reference is the PEFT model with its adapter switched off, and none of the adapter is in the hash.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, *, dtype: str, kind: Kind, adapter_off: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        *,
+        dtype: str,
+        kind: Kind,
+        accelerator: Accelerator | None = None,
+        adapter_off: bool = False,
+    ) -> None:
         self.kind, self.adapter_off = kind, adapter_off
-        self.weights = weights_fingerprint(model, adapter_off=adapter_off)
+        self._start: str | None = None  # of this process's part of the weights, once they are in parts
+        weights = weights_fingerprint(model, adapter_off=adapter_off)
+        # With FSDP's cpu_ram_efficient_loading, the main process alone has read the weights.
+        self.weights = weights if accelerator is None else _from_main_process(accelerator, lambda: weights)
         config = {k: v for k, v in causal_lm(model).config.to_dict().items() if k not in _NOT_IN_KEY}
         self.about = {"format": _FORMAT, "kind": kind.name, "weights": self.weights, "compute_dtype": dtype}
         self.about["config"] = config
@@ -210,8 +231,8 @@ class CachedReference:
     ) -> datasets.Dataset:
         """Adds the reference log-probs of each row to the dataset, in the columns of `Kind.reference`.
 
-        model: not wrapped, with the weights that this reference was made from. Raises ValueError if its weights are
-            others and something has to be computed.
+        model: with the weights that this reference was made from, whole, or in parts and then `sharded` has been told.
+            Raises ValueError, on every process, if its weights are others and something has to be computed.
         """
         from safetensors.numpy import save
         from tqdm.auto import tqdm
@@ -222,7 +243,7 @@ class CachedReference:
         values = _from_main_process(accelerator, lambda: [_read(p, len(s)) for p, s in zip(paths, shards, strict=True)])
         missing = [i for i, value in enumerate(values) if value is None]
         if missing:
-            if weights_fingerprint(model, adapter_off=self.adapter_off) != self.weights:
+            if any_of_them(self.differs(model), accelerator.device):
                 raise ValueError(
                     "the reference log-probs of this dataset are not cached, and the model has been trained since it "
                     "was handed to the trainer, so they cannot be computed any more. Give the dataset to the trainer "
@@ -249,20 +270,34 @@ class CachedReference:
             dataset = with_column(dataset, name, column)
         return dataset
 
+    def sharded(self, model: nn.Module) -> None:
+        """Takes note of the model's weights, which are in parts from now on, to see whether they have been trained."""
+        self._start = sample_of_parts(model)
+
+    def differs(self, model: nn.Module) -> bool:
+        """Tells whether the model's weights are not those that this reference was made from."""
+        if self._start is not None:
+            return sample_of_parts(model) != self._start
+        return weights_fingerprint(model, adapter_off=self.adapter_off) != self.weights
+
     def _key(self, shard: datasets.Dataset) -> str:
         return hashlib.sha256((self.context + rows_fingerprint(shard)).encode()).hexdigest()[:32]
 
 
 def weights_fingerprint(model: nn.Module, *, adapter_off: bool = False) -> str:
-    """Returns a hash of each weight's name, dtype, shape and bytes; with adapter_off of a PEFT model's base alone."""
+    """Returns a hash of each weight's name, dtype, shape and bytes; with adapter_off of a PEFT model's base alone.
+
+    The hash of a model in parts is that of the whole one; every process has to ask for it.
+    """
     digest = hashlib.sha256()
     prefix = getattr(model.base_model, "prefix", None) if adapter_off else None
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in whole_weights(model):
         if prefix is not None and any(p.startswith(prefix) or p == "modules_to_save" for p in name.split(".")):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        flat = tensor.cpu().contiguous().reshape(-1)
+        part: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -299,7 +334,8 @@ def dataset_logps(
 ) -> Tensor:
     """Computes `batch_logps` of the rows of an encoded data set, in its order: (N, S, 2) float32 on the CPU.
 
-    Lists shorter than the longest are padded with NaN. The processes share the rows, and each returns all results.
+    Lists shorter than the longest are padded with NaN. The processes share the rows, and each returns all results. Of a
+    model in parts all processes compute equally many batches, those that have fewer the shortest row again.
     tokens: a budget of tokens per batch, in place of batch_size, which counts units; None: there is none.
     advance: called with the number of rows done since the last call.
     """
@@ -311,17 +347,21 @@ def dataset_logps(
     mine = order[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, list]] = []
     if tokens is None:
-        parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+        parts = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
         batches = ((at, collate([rows[i] for i in at])) for at in parts)
+        count = len(parts)
     else:
         units = KeepsUnits(collate)([rows[i] for i in mine]).drawn
         cut = Budget(tokens, collate).numbered(units, beside=True)
         batches = (([mine[k] for k in part], batch) for part, batch in cut)
-    for at, batch in batches:
+        count = len(cut)
+    missing = most_over_ranks(count, accelerator.device) - count if in_parts(model) else 0
+    fillers = (([], collate([rows[i] for i in order[:1]])) for _ in range(missing))
+    for at, batch in itertools.chain(batches, fillers):
         batch = {k: v.to(accelerator.device) for k, v in batch.items()}
         with accelerator.autocast():
             found = batch_logps(model, batch, kind, backend=backend).tolist()
-        for i, values in zip(at, found, strict=True):
+        for i, values in zip(at, found, strict=bool(at)):
             if kind.listed:
                 last = values[-1:] if "rejected_ids" in rows[i] else []
                 values = values[: len(rows[i]["completions_ids"])] + last
@@ -341,7 +381,7 @@ def row_tokens(row: Mapping[str, Any]) -> int:
     )
 
 
-def _from_main_process(accelerator: Accelerator, read: Callable[[], list]) -> list:
+def _from_main_process(accelerator: Accelerator, read: Callable[[], Any]) -> Any:
     """Returns, on every process, what read() returns on the main one."""
     from accelerate.utils import broadcast_object_list
 

@@ -1,0 +1,354 @@
+"""Trainers of models in parts, FSDP2's, HSDP's and DeepSpeed's, on two and four processes against one process.
+
+Losses, norms of gradients and the weights after three steps are equal to 1e-5 in float32. A world of gloo processes
+runs all cases of a layout one after another; accelerate shards on accelerators alone, and is told that this is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import test_reward_model
+import test_trainer
+from ranks import run_world
+from test_trainer import PEFT_WARNING, lora, make_model, make_rows
+from xpo_fast.trainer import reference
+from xpo_fast.trainer.sharding import check_reference, whole_weights
+
+pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
+
+STEPS, ROWS, BATCH = 3, 10, 4  # the rows of the last step are two, fewer than a batch
+WRAPPED = ["LlamaDecoderLayer"]
+PAD = 2
+STATES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+OF_THE_CUT = ("tokens_per_second", "tokens_saved", "learning_rate", "epoch", "step")
+
+
+class Case(NamedTuple):
+    method: str
+    args: dict[str, Any] = {}  # noqa: RUF012
+    tied: bool = False
+    trainer: str = "preference"
+    adapted: bool = False
+
+
+CASES = {
+    "simpo, tied": Case("simpo", tied=True),
+    "simpo": Case("simpo", {"gradient_accumulation_steps": 2}),
+    "dpo cached, tied": Case("dpo", {"reference": "cached"}, tied=True),
+    "dpo cached, by tokens": Case("dpo", {"reference": "cached", "tokens_per_batch": 64}),
+    "dpo copy, tied": Case("dpo", {"reference": "copy"}, tied=True),
+    "tdpo copy": Case("tdpo", {"reference": "copy"}),
+    "kto cached": Case("kto", {"reference": "cached"}),
+    "kto copy": Case("kto", {"reference": "copy"}, tied=True),
+    "dpo adapter": Case("dpo", {"reference": "adapter"}, adapted=True),
+    "bradley_terry": Case("bradley_terry", trainer="reward"),
+    "haf": Case("haf", {"reference": "copy"}, trainer="reward"),
+    "checkpointing": Case("dpo", {"reference": "cached"}, tied=True),  # of FSDP's own
+}
+# Which of them run in which layout, one of each kind; all of them pass in all.
+LAYOUTS = {
+    "FSDP2": ["simpo", "dpo cached, tied", "tdpo copy", "kto copy", "dpo adapter", "haf", "checkpointing"],
+    "ZeRO-2": ["dpo cached, by tokens", "kto copy"],
+    "ZeRO-3": ["simpo, tied", "dpo cached, by tokens", "tdpo copy", "kto cached", "bradley_terry"],
+}
+EVALUATED = ("dpo cached, tied", "dpo cached, by tokens")
+RESUMED = Case("dpo", {"reference": "cached", "save_steps": 2, "max_steps": 4, "train_sampling_strategy": "random"})
+
+
+def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
+    args = {
+        "max_steps": STEPS, "per_device_train_batch_size": BATCH // ranks, "per_device_eval_batch_size": 2,
+        "max_grad_norm": 1.0, "adam_epsilon": 1e-4, "layout": "padded", "preflight": "off",
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    args |= {"ref_cache_dir": str(folder / "ref")} if case.trainer == "preference" else {}
+    args |= {**case.args, **further, **({"ddp_backend": "gloo"} if ranks > 1 else {})}
+    args["model"] = make_model(tie_word_embeddings=case.tied)
+    args["peft_config"] = lora() if case.adapted else None
+    if case.trainer == "reward":
+        return test_reward_model.make_trainer(folder, case.method, rows=make_rows(ROWS), **args)
+    return test_trainer.make_trainer(folder, method=case.method, rows=ROWS, **args)
+
+
+def trained(
+    case: Case, folder: Path, ranks: int, *, checkpoint: Path | None = None, evaluates: bool = False, **further: Any
+) -> dict[str, Any]:
+    trainer = make(case, folder, ranks, **further, **({"eval_rows": make_rows(7, seed=5)} if evaluates else {}))
+    drawn: dict[int, list] = {}
+    loss = trainer._loss
+
+    def kept(model: Any, inputs: Any, denominator: Any) -> Any:
+        if model.training:
+            scored = (inputs["targets"] != -100).any(dim=1)
+            rows = inputs["input_ids"][scored].tolist()
+            drawn.setdefault(trainer.state.global_step, []).extend([i for i in row if i != PAD] for row in rows)
+        return loss(model, inputs, denominator)
+
+    trainer._loss = kept
+    before = trainer.evaluate() if evaluates else {}
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    found = found_of(trainer) | {"drawn": drawn}
+    if evaluates:
+        found["evaluations"] = [before, trainer.evaluate()]
+        try:
+            trainer.get_eval_dataloader(make_rows(3, seed=9))
+        except ValueError as error:
+            found["trained since"] = str(error)
+    return found
+
+
+def found_of(trainer: Any) -> dict[str, Any]:
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    logs = [{k: float(v) for k, v in log.items() if k not in OF_THE_CUT} for log in logs]
+    parts = [getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters()]
+    weights = {name: x.clone() for name, x in whole_weights(trainer.model)}
+    groups = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return {
+        "logs": logs, "weights": weights, "class": type(trainer.model_wrapped).__name__, "parts": sum(parts),
+        "distinct": len({id(p) for p in groups}) == len(groups),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def shards_on_cpu() -> Iterator[None]:
+    """Lets accelerate shard on the CPU: it looks for FSDP where processes have accelerators."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    make_state = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        shared = PartialState._shared_state
+        if kwargs.get("fsdp_plugin") is not None and shared.get("device") is not None:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        make_state(self, *args, **kwargs)
+
+    with patch.object(AcceleratorState, "__init__", init):
+        yield
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        del os.environ[name]
+
+
+def fsdp(**config: Any) -> dict[str, Any]:
+    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED, **config}}
+
+
+def zero(stage: int, **how: Any) -> dict[str, Any]:
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    return {"deepspeed": {**auto, "zero_optimization": {"stage": stage, **how}}}
+
+
+def on_two_ranks(folder: Path, rank: int) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    with pytest.raises(ValueError) as caught:
+        make(CASES["simpo"], folder / "refused", 2, **fsdp())
+    found["without an accelerator"] = str(caught.value)
+    with shards_on_cpu():
+        for name in LAYOUTS["FSDP2"]:
+            more: dict[str, Any] = fsdp(activation_checkpointing=name == "checkpointing")
+            found[f"FSDP2, {name}"] = trained(
+                CASES[name], folder / "FSDP2" / name, 2, evaluates=name in EVALUATED, **more
+            )
+        for kind in STATES:
+            more = {"save_strategy": "steps", "output_dir": str(folder / kind), **fsdp(state_dict_type=kind)}
+            found[kind] = trained(RESUMED, folder / "written", 2, **more)
+    return found
+
+
+def on_two_ranks_of_zero(folder: Path, rank: int) -> dict[str, Any]:
+    import deepspeed
+
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
+        for stage in (2, 3):
+            for name in LAYOUTS[f"ZeRO-{stage}"]:
+                layout = f"ZeRO-{stage}"
+                how = {"evaluates": name in EVALUATED, **zero(stage)}
+                found[f"{layout}, {name}"] = trained(CASES[name], folder / layout / name, 2, **how)
+    return found
+
+
+def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
+    """The last two steps of a run that two processes began; on four HSDP, too, which reads another's cache."""
+    from accelerate.parallelism_config import ParallelismConfig
+    from transformers import TrainingArguments
+    from transformers.training_args import ParallelMode
+
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    # A process alone is one of torchrun's on a GPU, and on the CPU none.
+    launched = patch.object(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    with shards_on_cpu(), launched if world == 1 else contextlib.nullcontext():
+        for kind in STATES:
+            more: dict[str, Any] = {"checkpoint": folder / kind / "checkpoint-2", **fsdp(state_dict_type=kind)}
+            found[kind] = trained(RESUMED, folder / f"{world}-{kind}", world, **more)
+        if world == 4:
+            mesh = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+            found["simpo"] = trained(CASES["simpo, tied"], folder / "hsdp", 4, parallelism_config=mesh, **fsdp())
+            with patch.object(reference, "dataset_logps", side_effect=AssertionError("it is in the cache")):
+                more = {"parallelism_config": mesh, "ref_cache_dir": str(folder / "ref of one"), **fsdp()}
+                found["dpo"] = trained(CASES["dpo cached, tied"], folder / "hsdp", 4, **more)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict[str, Any]]:
+    return run_world(folder / "two", 2, partial(on_two_ranks, folder))
+
+
+@pytest.fixture(scope="module")
+def zero_ranks(folder) -> list[dict[str, Any]]:
+    if sys.platform != "linux":
+        pytest.skip("the extra [dev] has DeepSpeed on Linux alone")
+    return run_world(folder / "zero", 2, partial(on_two_ranks_of_zero, folder))
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Callable[[str], dict[str, Any]]:
+    """What one process finds in a case."""
+
+    @functools.cache
+    def get(name: str) -> dict[str, Any]:
+        if name == "resumed":
+            return trained(RESUMED, folder / "alone" / name, 1, save_strategy="no")
+        more = {"ref_cache_dir": str(folder / "ref of one")} if name == "dpo cached, tied" else {}
+        return trained(CASES[name], folder / "alone" / name, 1, evaluates=name in EVALUATED, **more)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def four(folder, two, alone) -> list[dict[str, Any]]:
+    alone("dpo cached, tied")  # whose cache they read
+    return run_world(folder / "four", 4, partial(resumed, folder, 4))
+
+
+def check_equal(own: dict[str, Any], want: dict[str, Any], *, last: int = 0) -> None:
+    """last: that many steps are compared, and all weights."""
+    assert len(own["logs"]) == len(want["logs"]) > 0
+    for log, expected in zip(own["logs"][-last:], want["logs"][-last:], strict=True):
+        assert log.keys() == expected.keys()
+        for name, value in expected.items():
+            if name == "rewards/accuracies" and abs(expected["rewards/margins"]) < 1e-6:
+                continue  # of a policy that is the reference: the sign of rounding
+            assert log[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert own["weights"].keys() == want["weights"].keys()
+    for name, x in want["weights"].items():
+        torch.testing.assert_close(own["weights"][name], x, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for before, expected in zip(own.get("evaluations", ()), want.get("evaluations", ()), strict=True):
+        for name, value in expected.items():
+            if not name.endswith(("_time", "_second", "_runtime", "accuracies")):
+                assert before[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def check_class(own: dict[str, Any], layout: str) -> None:
+    assert own["distinct"], "accelerate gave the optimizer a weight twice"
+    assert own["class"] == "DeepSpeedEngine" if layout.startswith("ZeRO") else own["class"].startswith("FSDP")
+
+
+def check_layout(found: list[dict[str, Any]], want: dict[str, Any], layout: str) -> None:
+    for own in found:
+        check_equal(own, want)
+        check_class(own, layout)
+        assert "trained since" not in want or "has been trained since" in own["trained since"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS["FSDP2"])
+def test_fsdp2_trains_as_one_process(two, alone, name):
+    found, want = [r[f"FSDP2, {name}"] for r in two], alone(name)
+    check_layout(found, want, "FSDP2")
+    assert sum(own["parts"] for own in found) == want["parts"]
+
+
+@pytest.mark.parametrize(("stage", "name"), [(k, name) for k in (2, 3) for name in LAYOUTS[f"ZeRO-{k}"]])
+def test_zero_trains_as_one_process(zero_ranks, alone, stage, name):
+    check_layout([r[f"ZeRO-{stage}, {name}"] for r in zero_ranks], alone(name), f"ZeRO-{stage}")
+
+
+@pytest.mark.parametrize("name", ["simpo", "dpo"])
+def test_hsdp_trains_as_one_process(four, alone, name):
+    want = alone({"simpo": "simpo, tied", "dpo": "dpo cached, tied"}[name])
+    for own in (r[name] for r in four):
+        check_equal(own, {k: v for k, v in want.items() if k != "evaluations"})
+        check_class(own, "HSDP")
+    parts = sum(r[name]["parts"] for r in four)
+    assert parts == 2 * want["parts"]  # twice in halves
+
+
+def check_resumed(found: list[dict[str, Any]], alone: Any) -> None:
+    want = alone("resumed")
+    for kind in STATES:
+        drawn = [r[kind]["drawn"] for r in found]
+        for step in (2, 3):
+            assert sorted(row for own in drawn for row in own[step]) == sorted(want["drawn"][step]), (kind, step)
+        for own in (r[kind] for r in found):
+            check_equal(own, want, last=2)
+            for log, expected in zip(own["logs"][-2:], want["logs"][-2:], strict=True):
+                assert log["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
+def test_a_checkpoint_of_two_ranks_is_resumed_on_four(four, alone):
+    check_resumed(four, alone)
+
+
+def test_a_checkpoint_of_two_ranks_is_resumed_on_one(folder, two, alone):
+    check_resumed(run_world(folder / "one", 1, partial(resumed, folder, 1), join=True), alone)
+
+
+def test_the_cache_does_not_depend_on_how_the_model_is_kept(folder, two, alone, four):
+    """The one of four processes has been read, see `resumed`; here the names are the same in all layouts."""
+
+    def names(ref: Path) -> set[str]:
+        return {str(path.relative_to(ref)) for path in ref.rglob("*.safetensors")}
+
+    alone("dpo cached, tied")
+    want = names(folder / "ref of one")
+    assert len(want) == 2  # train and held out
+    assert names(folder / "FSDP2" / "dpo cached, tied" / "ref") == want
+
+
+def test_the_cache_is_the_same_under_zero(folder, zero_ranks, alone):
+    alone("dpo cached, by tokens")
+    found = []
+    for layout in ("alone", "ZeRO-2", "ZeRO-3"):
+        ref = folder / layout / "dpo cached, by tokens" / "ref"
+        found.append({str(path.relative_to(ref)) for path in ref.rglob("*.safetensors")})
+    assert found[0] == found[1] == found[2] and len(found[0]) == 2
+
+
+def test_what_cannot_be_is_refused_by_name(two):
+    for own in two:
+        assert "fsdp: accelerate shards no model on cpu" in own["without an accelerator"]
+    plugin = SimpleNamespace(fsdp_version=1)
+    first = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    for strategy in ("copy", "cached"):
+        with pytest.raises(ValueError, match=f"reference='{strategy}' needs FSDP2.*set version 2 in fsdp_config"):
+            check_reference(strategy, make_model(), first)
+    check_reference("adapter", make_model(), first)
+    partitioned: Any = torch.nn.Linear(2, 2)
+    partitioned.weight.ds_shape = (2, 2)
+    third = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
+    with pytest.raises(ValueError, match="of a model that ZeRO-3 has loaded in parts"):
+        check_reference("copy", partitioned, third)
+    check_reference("cached", partitioned, third)
