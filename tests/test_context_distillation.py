@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import xpo_fast as xf
+from planted import ids_of
 from test_trainer import PEFT_WARNING, WORDS, Gradients, lora, make_model, make_tokenizer
 from xpo_fast import cli, data
 from xpo_fast.cli import loading
@@ -48,10 +49,6 @@ def trainer_of(tmp_path, rows=ROWS, *, model=None, peft_config=None, tokenizer=N
         processing_class=tokenizer or make_tokenizer(),
         peft_config=peft_config,
     )
-
-
-def ids_of(text: str) -> list[int]:
-    return make_tokenizer()(text)["input_ids"]
 
 
 def plain(student, teacher, rows=ROWS, context=CONTEXT) -> torch.Tensor:
