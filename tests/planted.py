@@ -35,6 +35,22 @@ def planted(count: int, seed: int) -> list[dict]:
     return [{"prompt": p, "chosen": said(40, "w60"), "rejected": said(70, "w80")} for p in prompts]
 
 
+def said(g: torch.Generator, low: int, *decisive: str) -> str:
+    """Three of the words w{low} … w{low + 11}, and the decisive ones, in any order."""
+    drawn = [f"w{low + int(k)}" for k in torch.randint(12, (3,), generator=g)] + [*decisive]
+    return " " + " ".join(drawn[i] for i in torch.randperm(len(drawn), generator=g).tolist())
+
+
+def decided(count: int, seed: int, *kinds: tuple[str, str], low: int = 30) -> list[dict]:
+    """Pairs of which one word decides: that of kind i mod K in the chosen against that in the rejected completion."""
+    g, rows = torch.Generator().manual_seed(seed), []
+    for i in range(count):
+        better, worse = kinds[i % len(kinds)]
+        prompt = " ".join(f"w{10 + int(k)}" for k in torch.randint(12, (3,), generator=g))
+        rows.append({"prompt": prompt, "chosen": said(g, low, better), "rejected": said(g, low, worse)})
+    return rows
+
+
 def write(path, rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

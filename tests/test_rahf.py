@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -160,6 +161,53 @@ def test_rahf_moves_the_states_and_the_answers(home, dual, tmp_path):
                 sums.append(float(logps[len(ids_of(row["prompt"])) - 1 :].mean()))
         gaps.append(sum(sums[: len(PAIRS)]) - sum(sums[len(PAIRS) :]))
     assert gaps[1] > gaps[0]  # the chosen completions have become likelier, beside the rejected ones
+
+
+TOLD = ("w90 w91 ", "w92 w93 w94 ")
+
+
+def lead(model, rows, told: str = "") -> float:
+    """The mean of how much likelier a token of the chosen completion is than one of the rejected, as log-probs."""
+    found = []
+    for row in rows:
+        sides, front = [], ids_of(told + row["prompt"])
+        for name in ("chosen", "rejected"):
+            ids = torch.tensor([[*front, *ids_of(row[name]), 1]])
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            sides.append(float(logps[len(front) - 1 :].mean()))
+        found.append(sides[0] - sides[1])
+    return sum(found) / len(found)
+
+
+def beside_instructions(folder, seed: int) -> dict[str, float]:
+    """`lead` on held-out pairs: at the start, of the signal's model under either instruction, after the alignment."""
+    make_model(seed).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+
+    def load():
+        return xf.models.load_model(str(folder / "model"))[0]
+
+    rows, held = planted(48, seed), planted(40, seed + 50)
+    taught = partial(signal_config, max_steps=40, learning_rate=1e-2, seed=seed, logging_steps=1000)
+    pairs, adapter = data.load(rows, kind="pair"), lora(r=8, target_modules="all-linear")
+    how = {"kind": "single", "instructions": TOLD}
+    folders = train_signal(load, make_tokenizer(), pairs, taught, adapter, folder / "signal", **how)
+    told = xf.models.load_model(str(folders["both"]))[0]
+    found = {"start": lead(load(), held), "preferred": lead(told, held, TOLD[0]), "other": lead(told, held, TOLD[1])}
+    trainer = aligned(
+        *(folder, folder, folders, rows), instructions=TOLD, layers=[0, 1], max_steps=25, learning_rate=5e-3,
+        per_device_train_batch_size=8, seed=seed, preflight="off", logging_steps=1000,
+    )  # fmt: skip
+    trainer.train()
+    return {**found, "aligned": lead(trainer.model, held)}
+
+
+def test_without_an_instruction_an_aligned_model_answers_as_under_the_preferred_one(tmp_path):
+    found = beside_instructions(tmp_path, 0)
+    assert found["preferred"] > found["start"] + 0.5 > found["other"] + 0.5  # the signal is there
+    gain, whole = (found[name] - found["start"] for name in ("aligned", "preferred"))
+    assert gain > 0.5 * whole, f"mean log-prob of chosen over rejected, held out: {found}"
 
 
 def test_a_signal_shares_the_weights_of_the_model(home, dual):

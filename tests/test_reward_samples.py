@@ -10,16 +10,19 @@ from torch.testing import assert_close
 
 import xpo_fast as xf
 from inputs import columns, gradients
+from planted import decided, said
 from reward_runs import home as home
 from reward_runs import reward, run
 from reward_runs import without_plots as without_plots
 from test_reward_model import log, make_samples, make_trainer, plain_outputs
-from test_trainer import PEFT_WARNING, Gradients, lora, make_rows
+from test_trainer import PEFT_WARNING, Gradients, lora, make_model, make_rows
 from xpo_fast.data import DataError
 from xpo_fast.fit import phases
 from xpo_fast.fit.question import Question
 from xpo_fast.methods.reward import info_nce, spread
 from xpo_fast.models.value_head import value_head
+from xpo_fast.rewards.agreement import confident_pairs
+from xpo_fast.rewards.model import RewardModel
 from xpo_fast.rewards.samples import load_samples, moved
 from xpo_fast.rewards.spec import READS_SAMPLES, READS_VIEWS, SOFT_LABELS
 
@@ -255,9 +258,9 @@ def test_samples_are_dealt_by_prompt_and_by_number(tmp_path):
 
 
 def test_what_is_missing_or_has_no_use_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="rlp reads what the policy samples: pass samples"):
+    with pytest.raises(ValueError, match="rlp reads what the policy samples: give samples"):
         make_trainer(tmp_path, "rlp", samples=None)
-    with pytest.raises(ValueError, match="samples are for meta and rlp; bradley_terry has no use"):
+    with pytest.raises(ValueError, match="samples are for meta and rlp, not for bradley_terry"):
         make_trainer(tmp_path, samples=make_samples())
     for name, value in (("view_dropout", 0.2), ("sample_prompts", 2), ("inner_lr", 0.1)):
         with pytest.raises(ValueError, match=f"{name} is for .*; bradley_terry has no use"):
@@ -298,14 +301,110 @@ def test_soft_labels_and_invalid_pairs_of_a_batch(tmp_path):
     assert log(trainer)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
+# --- planted truths: beside bradley_terry on the same rows and seed ---------------------------------------------------
+
+
+OLD, NEW = (("w5", "w6"),), (("w75", "w76"),)  # the words that decide in the pairs, and in what the policy says
+
+
+def taught(folder, method: str, seed: int, rows, **args) -> RewardModel:
+    how = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "logging_steps": 1000}
+    how |= {"train_sampling_strategy": "random", "preflight": "off", "seed": seed}
+    trainer = make_trainer(folder, method, model=make_model(seed), rows=rows, **how, **args)
+    trainer.train()
+    return trainer.reward_model()
+
+
+def scores(model: RewardModel, rows) -> list[torch.Tensor]:
+    return [model.score([row["prompt"] for row in rows], [row[n] for row in rows]) for n in ("chosen", "rejected")]
+
+
+def accuracy(model: RewardModel, rows) -> float:
+    chosen, rejected = scores(model, rows)
+    return float((chosen > rejected).float().mean())
+
+
+def alike(model: RewardModel, kinds) -> torch.Tensor:
+    """The cosines of the differences of states of 60 pairs of each kind with those of the other: (60, 60)."""
+    found = []
+    for seed, kind in enumerate(kinds):
+        rows = decided(60, 7 + seed, kind)
+        w, l = (model.states([r["prompt"] for r in rows], [r[n] for r in rows]) for n in ("chosen", "rejected"))  # noqa: E741
+        found.append(torch.nn.functional.normalize(w - l, dim=1))
+    return found[0] @ found[1].T
+
+
+def beside_contrastive(folder, seed: int) -> tuple[list[float], list[float]]:
+    kinds = (("w5", "w6"), ("w7", "w8"))
+    rows, held = decided(48, 20 + seed, *kinds), decided(200, 9, *kinds)
+    models = [taught(folder, method, seed, rows) for method in ("contrastive", "bradley_terry")]
+    return [float(alike(m, kinds).mean()) for m in models], [accuracy(m, held) for m in models]
+
+
+def test_contrastive_keeps_pairs_apart_that_differ_in_different_ways(tmp_path):
+    """Two words decide, each in half of the pairs: Bradley-Terry lays the differences of both on one line."""
+    (cosine, plain), (right, plainly_right) = beside_contrastive(tmp_path, 0)
+    assert cosine < 0.8 * plain, f"cosines of pairs of different kinds: {cosine:.3f}, bradley_terry {plain:.3f}"
+    assert right > plainly_right - 0.05, f"accuracy held out: {right:.3f}, bradley_terry {plainly_right:.3f}"
+
+
+def dialect(count: int, seed: int) -> list[dict]:
+    """Of a prompt's five samples three say the same in other orders; in four prompts of five that is the good thing."""
+    g, rows = torch.Generator().manual_seed(seed), []
+    for i in range(count):
+        most, other = NEW[0] if i % 5 else NEW[0][::-1]
+        answer = said(g, 60, most).split()
+        orders = [torch.randperm(4, generator=g).tolist() for _ in range(3)]
+        agreed = [" " + " ".join(answer[k] for k in order) for order in orders]
+        rows.append({"prompt": f"w{i} w{i // 2}", "completions": [*agreed, *(said(g, 60, other) for _ in range(2))]})
+    return rows
+
+
+def beside_rlp(folder, seed: int) -> list[float]:
+    """Accuracy on the policy's distribution: of rlp with the pairs samples agree on, without them, of bradley_terry."""
+    old, held, samples = decided(64, 10 + seed, *OLD), decided(200, 98, *NEW, low=60), dialect(40, 1)
+    agreed = [{n: row[n] for n in old[0]} for row in confident_pairs(*load_samples(samples), least=0.5)]
+    models = [taught(folder, "rlp", seed, rows, samples=samples) for rows in ([*old, *agreed], old)]
+    return [accuracy(model, held) for model in (*models, taught(folder, "bradley_terry", seed, old))]
+
+
+def test_rlp_follows_the_policy_to_where_old_pairs_say_nothing(tmp_path):
+    """By the synthetic preferences, a fifth of which is wrong; the views alone do not tell good from bad."""
+    found, _, plain = beside_rlp(tmp_path, 0)
+    assert found > plain + 0.05, f"accuracy on what the policy says: {found:.3f}, bradley_terry {plain:.3f}"
+
+
+def spread_of(model: RewardModel, samples) -> torch.Tensor:
+    each = []
+    for row in samples:
+        flat = [{"prompt": row["prompt"], "chosen": c} for c in row["completions"]]
+        each.append(plain_outputs(model.model, model.head, flat)[:, 0])
+    return spread(torch.stack(each)).mean()
+
+
+def inner_step(folder, seed: int, rate: float) -> list[float]:
+    """J of held-out samples of the shifted policy before the inner step on others, and at the moved weights."""
+    model = taught(folder, "bradley_terry", seed, decided(64, 10 + seed, *OLD))
+    held, found = dialect(12, 2), []
+    with torch.no_grad():
+        found.append(float(spread_of(model, held)))
+    with moved(model.model, spread_of(model, dialect(8, 1)), rate), torch.no_grad():
+        return [*found, float(spread_of(model, held))]
+
+
+def test_the_inner_step_of_meta_tells_held_out_samples_of_a_shifted_policy_apart(tmp_path):
+    before, after = inner_step(tmp_path, 0, 0.1)
+    assert after > before + 0.005, f"J of held-out samples: {before:.4f}, at the moved weights {after:.4f}"
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--method", "rlp"), "rlp reads what the policy samples: give --samples"),
-        (("--samples", "s.jsonl"), "--samples is for meta and rlp, not for bradley_terry"),
+        (("--method", "rlp"), "rlp reads what the policy samples: give samples (--samples)"),
+        (("--samples", "s.jsonl"), "samples are for meta and rlp, not for bradley_terry: leave them out (--samples)"),
         (("--pretrain-data", "s.jsonl", "--method", "discriminator"), "is what it trains"),
         (("--pretrain-data", "s.jsonl", "--method", "odin"), "odin has another head"),
         (("--inner-lr", "0.1"), "inner_lr is for meta; bradley_terry has no use for it"),
@@ -322,7 +421,7 @@ def test_a_run_with_samples_is_checked(home, tmp_path, capsys, method):
     given = ("--data", home / "pairs.jsonl", "--model", home / "model", "--cpu", "--method", method, "--batch-size", 4)
     targets = ("--lora-targets", "q_proj,v_proj", "--max-length", 64)
     assert run("check", *given, *targets, "--samples", home / "samples.jsonl") == (0 if method == "meta" else 2)
-    assert ("on 11 pairs" if method == "meta" else "--samples is for meta and rlp") in str(capsys.readouterr())
+    assert ("on 11 pairs" if method == "meta" else "samples are for meta and rlp") in str(capsys.readouterr())
 
 
 def test_memory_is_not_predicted_where_it_is_not_known():
