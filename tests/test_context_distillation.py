@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import types
@@ -11,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 import xpo_fast as xf
+from planted import ids_of
 from test_trainer import PEFT_WARNING, WORDS, Gradients, lora, make_model, make_tokenizer
 from xpo_fast import cli, data
 from xpo_fast.cli import loading
@@ -48,10 +50,6 @@ def trainer_of(tmp_path, rows=ROWS, *, model=None, peft_config=None, tokenizer=N
         processing_class=tokenizer or make_tokenizer(),
         peft_config=peft_config,
     )
-
-
-def ids_of(text: str) -> list[int]:
-    return make_tokenizer()(text)["input_ids"]
 
 
 def plain(student, teacher, rows=ROWS, context=CONTEXT) -> torch.Tensor:
@@ -241,6 +239,52 @@ def test_beside_supervised_fine_tuning(tmp_path):
         nll -= logps[len(ids_of(row["prompt"])) - 1 :].sum().item()
     expected = (plain(model, model).sum().item() + 0.5 * nll) / tokens()
     assert_close(loss_log(trainer)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+# --- a planted context ---
+
+
+def answers(count: int, low: int, seed: int, front: str = "") -> list[dict]:
+    """Prompts of one to three words, and answers of two: one of w{low} … w{low + 3}, one of the same ten further on."""
+    g, rows = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        prompt = torch.randint(10, 22, (1 + int(torch.randint(3, (), generator=g)),), generator=g).tolist()
+        first, second = (torch.randint(4, (2,), generator=g) + torch.tensor([low, low + 10])).tolist()
+        rows.append({"prompt": front + " ".join(f"w{k}" for k in prompt), "completion": f" w{first} w{second}"})
+    return rows
+
+
+def beside_sft(folder, seed: int, texts: int = 30) -> dict[str, float]:
+    """KL a token, on held-out prompts, of the teacher under the context with the student without it.
+
+    The model is taught to answer from w60 under the context and from w30 without; the students see answers from
+    w{texts}.
+    """
+    how = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "preflight": "off", "logging_steps": 1000}
+    how |= {"seed": seed, "train_sampling_strategy": "random"}
+    sft = {"method": "sft", "context": None}
+    both = [*answers(96, 60, seed, CONTEXT), *answers(96, 30, seed + 1)]
+    taught = trainer_of(folder, both, model=make_model(seed), max_steps=60, **sft, **how)
+    taught.train()
+    held, rows, found = answers(40, 60, seed + 2), answers(24, texts, seed + 3), {}
+    teacher = copy.deepcopy(taught.model).double()
+
+    def kl(student) -> float:
+        with torch.no_grad():
+            return float(plain(student.double(), teacher, held).sum()) / tokens(held)
+
+    found["start"] = kl(copy.deepcopy(teacher))
+    for name, args in (("context_distillation", {"reference": "copy"}), ("sft", sft)):
+        run = trainer_of(folder, rows, model=copy.deepcopy(teacher).float(), max_steps=30, **args, **how)
+        run.train()
+        found[name] = kl(run.model)
+    return found
+
+
+def test_a_student_answers_held_out_prompts_as_under_the_context_and_sft_on_the_same_texts_does_not(tmp_path):
+    """The texts do not show what the context changes: only the teacher does."""
+    kl = beside_sft(tmp_path, 0)
+    assert kl["context_distillation"] < 0.8 * kl["start"] < 0.8 * kl["sft"], f"KL a token to the teacher: {kl}"
 
 
 # --- runs ---

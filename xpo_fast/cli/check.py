@@ -87,12 +87,13 @@ def _preferences(args: argparse.Namespace) -> UnitTrainer:
 
 
 def _reward_model(args: argparse.Namespace) -> UnitTrainer:
+    from ..rewards.spec import check_samples
     from ..rewards.trainer import RewardTrainer, checked_settings
 
     args.head_only, args.value_head_lr = False, None  # which change no figure of the check
     config = reward.config_of(args)
     checked_settings(config)
-    reward.check_samples(args)
+    check_samples(args.method, args.samples is not None)
     rows, held_out = reward.read_rows(args, config.spec())
     model, tokenizer = loading.load(args)
     return RewardTrainer(

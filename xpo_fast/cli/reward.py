@@ -197,22 +197,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_samples(args: argparse.Namespace) -> None:
-    """Raises UsageError for samples that a method lacks or does not read."""
-    from ..rewards.spec import READS_SAMPLES
-
-    if (args.method in READS_SAMPLES) == (args.samples is not None):
-        return
-    if args.samples is None:
-        raise UsageError(f"{args.method} reads what the policy samples: give --samples")
-    raise UsageError(f"--samples is for {' and '.join(sorted(READS_SAMPLES))}, not for {args.method}: leave it out")
-
-
 def check_stages(args: argparse.Namespace) -> None:
     """Raises UsageError for samples, pairs made of them, and a stage in front that do not go with the method."""
-    from ..rewards.spec import USES
+    from ..rewards.spec import USES, check_samples
 
-    check_samples(args)
+    check_samples(args.method, args.samples is not None)
     if args.confident_pairs is not None and args.method != "rlp":
         raise UsageError(f"--confident-pairs is for rlp, not for {args.method}: leave it out")
     if args.pretrain_data and args.quantize:

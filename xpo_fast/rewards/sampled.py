@@ -18,7 +18,7 @@ from ..trainer.reference import rows_fingerprint
 from .collate import read_in_training
 from .config import RewardConfig
 from .samples import INNER_LR, PREFIX, PolicySamples, load_samples, moved, states_of_samples, two_views, valid_samples
-from .spec import READS_SAMPLES, READS_VIEWS, RewardSpec
+from .spec import READS_VIEWS, RewardSpec, check_samples
 
 
 class ReadsSamples(UnitTrainer):
@@ -93,14 +93,12 @@ class ReadsSamples(UnitTrainer):
         return {**found, "samples": rows, "sample_prompts": self.samples.prompts, "inner_lr": self.args.inner_lr}
 
 
-def check_samples(args: RewardConfig, given: bool, *, trains: bool) -> None:
+def check_reading(args: RewardConfig, given: bool, *, trains: bool) -> None:
     """Raises ValueError for samples that are missing or not read, and where they cannot be."""
+    if given or trains:
+        check_samples(args.method, given)
     if not given:
-        if trains and args.method in READS_SAMPLES:
-            raise ValueError(f"{args.method} reads what the policy samples: pass samples, rows of prompt, completions")
         return
-    if args.method not in READS_SAMPLES:
-        raise ValueError(f"samples are for {' and '.join(sorted(READS_SAMPLES))}; {args.method} has no use for them")
     if args.world_size > 1:
         raise ValueError(f"{args.method} reads samples in a forward of its own, in one process; got {args.world_size}")
     for name in ("tokens_per_batch", "optimizer_in_backward"):

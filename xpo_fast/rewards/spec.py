@@ -48,6 +48,15 @@ SOFT_LABELS = {
 }
 
 
+def check_samples(method: str, given: bool) -> None:
+    """Raises ValueError for samples of the policy that a method lacks or does not read."""
+    if method in READS_SAMPLES and not given:
+        raise ValueError(f"{method} reads what the policy samples: give samples (--samples)")
+    if given and method not in READS_SAMPLES:
+        names = " and ".join(sorted(READS_SAMPLES))
+        raise ValueError(f"samples are for {names}, not for {method}: leave them out (--samples)")
+
+
 @dataclass(frozen=True)
 class RewardSpec:
     """Description of a reward model, saved beside its weights.

@@ -50,7 +50,7 @@ from .config import checked_settings as checked_settings
 from .encoding import load_ratings
 from .goals import contrast, goal_state, save_goal
 from .model import RewardModel
-from .sampled import ReadsSamples, check_samples
+from .sampled import ReadsSamples, check_reading
 from .samples import VIEW_DROPOUT, two_views
 from .spec import SOFT_LABELS, SPEC_FILE, fields_of, save_spec
 from .whitening import Whitens
@@ -97,7 +97,7 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
         args = args or RewardConfig()
         self.spec = args.spec()
         self.view_dropout = VIEW_DROPOUT if args.view_dropout is None else args.view_dropout
-        check_samples(args, samples is not None, trains=train_dataset is not None)
+        check_reading(args, samples is not None, trains=train_dataset is not None)
         # ODIN has no entry in METHODS: it is a function of the rewards of a whole batch.
         self.method = None if self.spec.form == "odin" else get_method(self.spec.method)
         needs_reference = self.method is not None and self.method.needs_reference
