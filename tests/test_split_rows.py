@@ -29,7 +29,7 @@ CUTS = {
     2: {"ragged": ((5, 8), (10, 21)), "a token": ((1, 12), (30, 1)), "nothing": ((13, 0), (0, 31))},
     4: {"ragged": ((4, 3, 5, 1), (9, 6, 8, 8)), "nothing": ((6, 0, 1, 6), (7, 1, 5, 18))},
 }
-UNSCORED = {"a token": slice(1, 13), "nothing": slice(0, 6)}  # positions of a rank that has none to score
+UNSCORED = {"nothing": slice(0, 6)}  # positions of a rank of four that has none to score
 
 
 class Case(NamedTuple):
@@ -174,7 +174,7 @@ def run_costs(rank: int) -> dict[str, Any]:
 def run_seams(rank: int, world: int) -> dict[str, torch.Tensor]:
     """Targets of chunks of labels, of some widths, and losses of labels that were shifted in three ways."""
     shard, found = xf.RowShard(), {}
-    labels = oracle.tokens((3, 10), VOCAB)
+    labels = oracle.tokens((3, 10), VOCAB, 0.1)
     for widths in {2: ((4, 6), (0, 10), (10, 0)), 4: ((3, 0, 1, 6), (0, 0, 9, 1), (2, 3, 5, 0))}[world]:
         own = labels.split(widths, dim=1)[rank]
         found[f"{widths}"] = xf.shift_labels(own, row_shard=shard)
@@ -201,7 +201,12 @@ def run_rows(rank: int) -> dict[str, Any]:
     weight, targets = full["weight"].requires_grad_(), full["targets"][:, at]
     logps, lengths = xf.sequence_logps(hidden, weight, targets, row_shard=shard)
     (logps * torch.arange(1.0, 7.0)).sum().backward()
-    found = {"logps": logps.detach(), "lengths": lengths, "d_hidden": hidden.grad, "d_weight": weight.grad.clone()}
+    found = {
+        "logps": logps.detach(),
+        "lengths": lengths,
+        "d_hidden": hidden.grad.clone(),
+        "d_weight": weight.grad.clone(),
+    }
     packed = whole_rows(CASES["dpo, packed"])
     at = slice(0, 10) if rank == 0 else slice(10, 31)
     offsets = torch.tensor(ENDS)
@@ -231,7 +236,8 @@ def run_refusals(rank: int) -> dict[str, str]:
             xf.Objective(method)(h, weight, y, **{**given, **more})
         found[name] = str(error.value)
 
-    refused("another row count", cu_seqlens=torch.tensor([0, 31] if rank else ENDS))
+    none = {"old_logp": None, "advantage": None}
+    refused("another row count", method="kto", cu_seqlens=torch.tensor([0, 31] if rank else ENDS), **none)
     refused("other offsets", cu_seqlens=torch.tensor([0, 9 - rank, *ENDS[2:]]))
     refused("offsets too short", cu_seqlens=torch.tensor([*ENDS[:-1], 30]))
     refused("another column", advantage=full["advantage"] + rank)
@@ -403,7 +409,7 @@ def test_the_gathers_are_all_collectives(two):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_labels_at_the_seams(found, world):
-    labels = oracle.tokens((3, 10), VOCAB)
+    labels = oracle.tokens((3, 10), VOCAB, 0.1)
     want = xf.shift_labels(labels)
     seams = [rank["seams"] for rank in found]
     for widths in (n for n in seams[0] if n.startswith("(")):
@@ -418,7 +424,7 @@ def test_labels_that_are_shifted_locally_have_another_loss(found, world):
     loss = {how: found[0]["seams"][f"loss {how}"] for how in ("before", "by row_shard", "locally")}
     whole = xf.Objective("simpo")(
         oracle.normal(2, 10, WIDTH, seed=1), oracle.normal(VOCAB, WIDTH, seed=2),
-        xf.shift_labels(oracle.tokens((3, 10), VOCAB)[:2]),
+        xf.shift_labels(oracle.tokens((3, 10), VOCAB, 0.1)[:2]),
     )  # fmt: skip
     torch.testing.assert_close(loss["before"], whole.loss, rtol=1e-10, atol=1e-10)
     assert torch.equal(loss["by row_shard"], loss["before"])
