@@ -6,6 +6,7 @@ gradients in norm, 1e-10 in float64; what a rank says of whole rows is the same 
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import oracle
 import xpo_fast as xf
 from ranks import found_by
+from xpo_fast.models import install_fused_loss
 
 VOCAB, WIDTH, ROWS, LENGTH = 23, 7, 6, 13
 ENDS = [0, 7, 8, 13, 13, 22, 31]  # packed: a row of one token, an empty one, one in three chunks
@@ -281,6 +283,77 @@ def run_mesh(rank: int) -> dict[str, dict]:
     return found
 
 
+def tiny_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=False, **sizes, **heads))
+    install_fused_loss(model)
+    return model
+
+
+def model_loss(model: Any, method: str, shard: xf.RowShard | None = None) -> torch.Tensor:
+    """Of two pairs, padded at the right; with a shard, from this rank's chunk of them."""
+    ids = oracle.tokens((4, 10), VOCAB, 0.0, seed=3)
+    labels = ids.clone()
+    labels[:, :2] = labels[1, 7:] = labels[2, 3:] = oracle.IGNORE  # the third row ends before the second chunk
+    positions = torch.arange(10).expand(4, -1)
+    if shard is not None:
+        ids, labels, positions = (shard.chunk(x).contiguous() for x in (ids, labels, positions))
+    targets = xf.shift_labels(labels, row_shard=shard)
+    given = {"ref_logps": torch.tensor([-20.0, -9.0, -5.0, -18.0])} if method == "dpo" else {}
+
+    def fused(hidden, head):
+        return xf.Objective(method)(hidden, head, targets, row_shard=shard, **given).loss
+
+    return model(input_ids=ids, position_ids=positions, fused_loss=fused)
+
+
+def model_grads(model: Any) -> dict[str, torch.Tensor]:
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
+
+
+def run_ulysses(rank: int) -> dict[str, tuple]:
+    """Loss and gradients of a Llama whose attention is DeepSpeed's Ulysses, by how the gradients are reduced."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {}
+    # Its all-reduce by shared memory would be compiled first.
+    with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
+        deepspeed.init_distributed("gloo", verbose=False)
+    mpu = UlyssesSPAttentionHF.register_with_transformers(tiny_model(), "sdpa", 2, 4)
+    shard = xf.RowShard(mpu.get_sequence_parallel_group())
+    for method in ("dpo", "simpo"):
+        model = tiny_model()
+        loss = model_loss(model, method, shard)
+        loss.backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+        found[f"summed, {method}"] = loss.detach(), model_grads(model)
+    model = torch.nn.parallel.DistributedDataParallel(tiny_model())
+    loss = model_loss(model, "simpo", shard)
+    (loss * shard.world).backward()
+    found["DDP, simpo"] = loss.detach(), model_grads(model)
+    for stage in (2, 3):
+        config = {
+            "train_micro_batch_size_per_gpu": 4, "sequence_parallel_size": 2, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }  # fmt: skip
+        model = tiny_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
+        loss = model_loss(engine, "dpo", shard)
+        engine.backward(loss * (shard.world if stage == 3 else 1))
+        grads = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()}
+        found[f"ZeRO-{stage}, dpo"] = loss.detach(), grads
+        engine.destroy()
+    return found
+
+
 def run_two(rank: int) -> dict:
     return {
         "cases": run_cases(rank, 2),
@@ -288,6 +361,7 @@ def run_two(rank: int) -> dict:
         "seams": run_seams(rank, 2),
         "rows": run_rows(rank),
         "refusals": run_refusals(rank),
+        "ulysses": run_ulysses(rank) if sys.platform == "linux" else {},  # last, since it replaces sdpa
     }
 
 
@@ -462,6 +536,20 @@ def test_the_plan_of_a_chunk(two):
     assert [plan.tokens for plan in plans] == [int((x != -100).sum()) for x in targets.split((5, 8), dim=1)]
     assert [plan.passes for plan in plans] == [5, 5]  # 4F, and 1F for the reference
     assert all("rows are cut over 2 ranks" in str(plan) and "live" not in str(plan) for plan in plans)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extra [dev] has DeepSpeed on Linux alone")
+@pytest.mark.parametrize("name", ["summed, dpo", "summed, simpo", "DDP, simpo", "ZeRO-2, dpo", "ZeRO-3, dpo"])
+def test_a_model_under_ulysses_is_a_model_of_whole_rows(two, name):
+    """Summed over the ranks of a row, as ZeRO-2 does; or averaged over them, as DDP and ZeRO-3 do."""
+    model = tiny_model()
+    want = model_loss(model, name.split(", ")[1])
+    want.backward()
+    for rank in two:
+        loss, grads = rank["ulysses"][name]
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=1e-6)
+        for n, p in model.named_parameters():
+            assert oracle.error(grads[n], p.grad) < 1e-5, n
 
 
 FITTING = "the ranks of row_shard must give the same"
