@@ -8,7 +8,7 @@ from typing import Any as _Any
 from .version import __version__
 
 if _TYPE_CHECKING:
-    from .head import VocabShard, gather_logps, sequence_logps, shift_labels, token_logps, token_stats
+    from .head import RowShard, VocabShard, gather_logps, sequence_logps, shift_labels, token_logps, token_stats
     from .methods import METHODS
     from .models import Head
     from .objective import Objective
@@ -19,6 +19,7 @@ __all__ = [
     "Head",
     "LossOutput",
     "Objective",
+    "RowShard",
     "TokenStats",
     "VocabShard",
     "__version__",
@@ -31,9 +32,8 @@ __all__ = [
 
 # Imported when first asked for: the command line parses, completes and shows its help without waiting for torch.
 _HOMES = {
-    **dict.fromkeys(
-        ("VocabShard", "gather_logps", "sequence_logps", "shift_labels", "token_logps", "token_stats"), "head"
-    ),
+    **dict.fromkeys(("RowShard", "VocabShard"), "head"),
+    **dict.fromkeys(("gather_logps", "sequence_logps", "shift_labels", "token_logps", "token_stats"), "head"),
     "METHODS": "methods",
     "Objective": "objective",
     **dict.fromkeys(("LossOutput", "TokenStats"), "types"),

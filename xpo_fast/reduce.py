@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
 
+_copies: ContextVar[int] = ContextVar("copies", default=1)  # ranks that have the same rows
+
+
+@contextmanager
+def each_row_on(ranks: int) -> Iterator[None]:
+    """Makes `sum_over_ranks` count rows once that this number of ranks have, all ranks in groups of so many."""
+    token = _copies.set(ranks)
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Returns the sum of a detached tensor over all ranks; the tensor itself without torch.distributed."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.clone()
+        x, copies = x.clone(), _copies.get()
         dist.all_reduce(x)
+        if copies > 1:
+            x = x / copies if x.is_floating_point() else x // copies
     return x
 
 

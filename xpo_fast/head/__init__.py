@@ -3,12 +3,14 @@
 from .gather import gather_logps
 from .gemms import release_tiles
 from .plan import Plan
+from .row_parallel import RowShard
 from .rows import shift_labels
 from .statistics import head_plan, sequence_logps, token_logps, token_stats
 from .vocab_parallel import VocabShard
 
 __all__ = [
     "Plan",
+    "RowShard",
     "VocabShard",
     "gather_logps",
     "head_plan",

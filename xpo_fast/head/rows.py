@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..device import on_host, static_shapes, to_device
+from .row_parallel import RowShard
 
 
 class Group(NamedTuple):
@@ -19,13 +20,26 @@ class Group(NamedTuple):
     start: int  # index of the first position in the concatenation of all groups
 
 
-def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+def shift_labels(labels: Tensor, ignore_index: int = -100, *, row_shard: RowShard | None = None) -> Tensor:
     """Returns aligned targets, targets[t] = labels[t + 1], from the labels of `transformers`, labels[t] = token t.
 
     labels (…, T) → (…, T); the last position predicts nothing and is ignored.
+    row_shard: labels are this rank's chunk of every row, whose last position predicts the first token of the next
+    chunk that has one: one all-gather of one label per row. Shifting each chunk alone would lose it. Rows must be the
+    same on all ranks.
     """
     targets = torch.full_like(labels, ignore_index)
     targets[..., :-1] = labels[..., 1:]
+    if row_shard is None:
+        return targets
+    width = labels.shape[-1]
+    own = torch.cat([labels[..., :1].flatten(), labels.new_tensor([width > 0])])
+    if not width:  # so that the message has the size of the others'
+        own = torch.cat([labels.new_full((labels.shape[:-1].numel(),), ignore_index), own])
+    for first in row_shard.every(own)[row_shard.rank + 1 :]:
+        if width and bool(first[-1]):
+            targets[..., -1] = first[:-1].view(labels.shape[:-1])
+            break
     return targets
 
 

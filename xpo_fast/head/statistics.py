@@ -14,6 +14,7 @@ from . import dense
 from .autograd import token_stats as token_stats_operator
 from .operands import HeadLike, Operands, reference, take_operands
 from .plan import DEFAULTS, Plan, PlanOptions, plan_of
+from .row_parallel import RowShard
 from .rows import packed_rows, sum_rows
 from .spec import DIFFERENTIABLE, OUTPUTS, Scaling, static_shapes, to_device
 from .vocab_parallel import VocabShard
@@ -154,15 +155,23 @@ def sequence_logps(
     *,
     cu_seqlens: Tensor | None = None,  # (B + 1,) offsets of the packed rows, from 0 to N
     ignore_index: int = -100,
+    row_shard: RowShard | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Computes the log-prob of every row in nats, summed over its scored tokens, and counts those tokens.
 
-    Returns ((B,) float32, (B,) int64). options: those of `token_logps`.
+    Returns ((B,) float32, (B,) int64). options: those of `token_logps`. row_shard: hidden and targets are this rank's
+    chunk of every row, and cu_seqlens is of whole ones, as in `Objective`; the sums are of whole rows, on every rank,
+    and a gradient is that of this rank's chunk, where all ranks compute the same from the sums.
     """
     logp = token_logps(hidden, weight, targets, ignore_index=ignore_index, **options)
+    scored = to_device(targets != ignore_index, hidden.device)
+    if row_shard is not None:
+        parts = row_shard.parts(targets.shape[-1], hidden.device)
+        logp, kept = parts.whole(torch.stack([logp, scored.to(logp.dtype)])).unbind(0)
+        targets = scored = kept > 0
     rows, count = packed_rows(targets, cu_seqlens, hidden.device)
-    scored = to_device((targets != ignore_index).reshape(-1), hidden.device)
+    scored = scored.reshape(-1)
     return sum_rows(logp.reshape(-1), rows, count), sum_rows(scored.long(), rows, count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device import on_host, to_device
-from ..head import VocabShard
+from ..head import RowShard, VocabShard
 from ..head.backends import get_backend
 from ..head.choice import named_backend
 from ..head.operands import HeadLike, Operands, reference, take_operands
@@ -20,7 +21,7 @@ from ..head.spec import Scaling, accumulation_dtype
 from ..head.statistics import statistics
 from ..head.units import unit_loss
 from ..methods.vocabulary import wpo_weights
-from ..types import LossOutput
+from ..types import LossOutput, TokenStats
 from .batch import Batch
 from .columns import check_columns
 from .evaluation import Evaluation
@@ -28,6 +29,7 @@ from .known import Known
 from .launches import Launches
 from .reference import add_reference
 from .settings import Settings
+from .split_rows import RowInputs, meet, plan_of_chunk
 
 _IGNORED_BY_PLAN = {"denominator", "grad_scale", "ref_logps", "ref_token_logp"}
 
@@ -85,6 +87,7 @@ class Objective(Settings):
         grad_scale: float = 1.0,
         adapter: Tensor | None = None,  # (V, r)
         vocab_shard: VocabShard | None = None,
+        row_shard: RowShard | None = None,
         **columns: Tensor,
     ) -> LossOutput:
         """Computes the loss, differentiable in hidden, weight and bias, and detached metrics.
@@ -105,6 +108,17 @@ class Objective(Settings):
         A weight that is a DTensor, or in parts by ZeRO-3, is gathered once per call, for policy and reference together.
         vocab_shard: as in `token_stats`. The loss is then the same on every rank of the shard's group; for `beta_dpo`
         only if the ranks have the same random seed, since it draws. `cringe` reads single logits, and refuses it.
+
+        row_shard: each rank of its group has a consecutive chunk, of any width w, of every row (sequence and context
+        parallelism): hidden (R, w, D) and targets (R, w); or packed (n, D) and (n,), with cu_seqlens of whole rows.
+        ref_hidden and inputs by token are chunks, too; all other inputs are of whole rows and the same on every rank.
+        Targets at the seams are the next rank's tokens: shift labels before they are cut, or by
+        `shift_labels(labels, row_shard=...)`. Loss, metrics and state are those of whole rows, equal on every rank, for
+        `beta_dpo` only if the ranks have the same random seed. The gradient of hidden is that of this rank's chunk;
+        those of weight, bias and adapter (and what is added to weight_grad) are this rank's parts, to be summed over
+        the group: where an engine averages them over the ranks (DDP, FSDP2, DeepSpeed), multiply the loss by
+        row_shard.world. The head costs 4F, since no rank has a whole unit while a tile is live. `cringe`, columns that
+        learn, torch.compile and CUDA graphs raise ValueError; vocab_shard must be over ranks with the same chunk.
 
         The host waits for a device once, at the start, to read which positions are scored; not at all if targets and
         cu_seqlens are on the CPU, where columns and the reference's log-probs may then be, too. A call that is captured
@@ -131,28 +145,42 @@ class Objective(Settings):
             vocab_shard,
             Scaling(float(temperature), softcap, float(logit_scale)),
             ignore_index,
-        ).admit()
+        )
         ref_tokens = columns.pop("ref_token_logp", None)
+        shape, split, stats, ref_logp = targets.shape, None, None, None
+        if row_shard is None:
+            operands = operands.admit()
+        else:
+            given = RowInputs(targets, cu_seqlens, columns, ref_logps, ref_tokens, denominator)
+            operands, given, split = meet(row_shard, self, operands, given, (list_size,))
+            targets, columns, ref_logps, ref_tokens = given.targets, given.columns, given.ref_logps, given.ref_tokens
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, columns, operands.hidden.device)
         known = Known(check_columns(batch, columns, self.supplied()))
         known.rows["len"] = (batch.lengths, 1.0)
-        operands = dataclasses.replace(operands.flat(), targets=batch.targets)
+        operands = dataclasses.replace(
+            operands.flat(), targets=batch.targets if split is None else split.own(batch.targets)
+        )
         if self.draws_rivals:
             _refuse_for_rivals(batch.name, operands)
-        add_reference(known, batch, self, operands, ref_logps, ref_tokens)
+        if split is not None:
+            stats, ref_logp = split.statistics(operands, batch, self, reference=operands.ref is not None)
+        add_reference(known, batch, self, operands, ref_logps, ref_tokens, ref_logp)
         if self.draws_rivals:
             self.rivals.add(known, batch, operands)
         evaluation = Evaluation(self, batch, known, self.state, self._denominator(denominator, batch))
-        if self._evaluates_live(operands):
+        if split is None and self._evaluates_live(operands):
             out, logp = self._live(evaluation, operands, grad_scale)
         else:
-            logp = self._statistics(known, batch, operands)
-            self._update_state(evaluation, logp)
-            out = (self._launches(evaluation, operands) or evaluation).output(logp)
+            stats = statistics(operands, self.outputs(), self.plan_options) if stats is None else stats
+            logp = self._add_statistics(known, batch, stats)
+            with contextlib.nullcontext() if split is None else split.counted_once():
+                self._update_state(evaluation, logp)
+                out = (self._launches(evaluation, operands) or evaluation).output(logp)
         for term in self.terms:
             if term.method.token_reward and "ref_token_logp" in known.tokens:
                 reward = term.hyperparameters["beta"] * (logp.detach() - known.tokens["ref_token_logp"])
-                out.token_reward = torch.where(batch.scored, reward, 0.0).view(targets.shape)
+                reward = torch.where(batch.scored, reward, 0.0)
+                out.token_reward = (reward if split is None else split.own(reward)).view(shape)
         return out
 
     def _live(self, evaluation: Evaluation, operands: Operands, grad_scale: float) -> tuple[LossOutput, Tensor]:
@@ -175,9 +203,8 @@ class Objective(Settings):
             loss = loss + evaluation.own_gradient(logp)
         return dataclasses.replace(outputs[0], loss=loss), logp
 
-    def _statistics(self, known: Known, batch: Batch, operands: Operands) -> Tensor:
+    def _add_statistics(self, known: Known, batch: Batch, stats: TokenStats) -> Tensor:
         """Returns the policy's log-probs (N,), and adds the other statistics that the methods need to `known`."""
-        stats = statistics(operands, self.outputs(), self.plan_options)
         if stats.kl is not None:
             known.rows["kl"] = (sum_rows(stats.kl, batch.rows, batch.count), 0.0)
         if stats.entropy is not None:
@@ -281,11 +308,13 @@ class Objective(Settings):
         if not self.reads_reference:
             operands = dataclasses.replace(operands, ref=None)
         operands = operands.admit(gather=False)
-        cu_seqlens, list_size = (call.pop(name, None) for name in ("cu_seqlens", "list_size"))
+        cu_seqlens, list_size, row_shard = (call.pop(name, None) for name in ("cu_seqlens", "list_size", "row_shard"))
         columns = {n for m in self.methods for n in m.columns} | ({"scores"} if self.pairs else set())
         unknown = sorted(set(call) - _IGNORED_BY_PLAN - columns)
         if unknown:
             raise ValueError(f"{', '.join(m.name for m in self.methods)}: unknown {', '.join(unknown)}")
+        if row_shard is not None:
+            return plan_of_chunk(self, operands, targets, row_shard)
         ignore_index = operands.ignore_index
         batch = self._batch(targets, cu_seqlens, ignore_index, list_size, call, operands.hidden.device)
         plan = self._head_plan(operands, batch)

@@ -16,6 +16,16 @@ from .known import Known, row_sums
 from .settings import Settings
 
 
+def reference_logp(operands: Operands, settings: Settings) -> Tensor:
+    """Returns the log-probs (N,) under the reference of flat operands, without a graph."""
+    ref = operands.ref
+    assert ref is not None
+    alone = replace(operands, hidden=ref.hidden, weight=ref.weight, bias=ref.bias)
+    alone = replace(alone, adapter=None, ref=None, weight_grad=None)
+    with torch.no_grad():
+        return statistics(alone, (), settings.plan_options).logp
+
+
 def add_reference(
     known: Known,
     batch: Batch,
@@ -23,6 +33,7 @@ def add_reference(
     operands: Operands,  # admitted and flat, with the batch's targets
     ref_logps: Tensor | None,  # of rows (R,), or shaped as targets
     ref_tokens: Tensor | None,  # shaped as targets
+    computed: Tensor | None = None,  # (N,) what `reference_logp` returns, if it has been computed
 ) -> None:
     """Adds the rows' log-probs under the reference to `known`, and the tokens' if they are available.
 
@@ -58,11 +69,7 @@ def add_reference(
         if ref_logps.shape == per_token and (per_token != per_row or by_token):
             tokens = ref_logps.reshape(-1)
     else:
-        assert ref is not None
-        alone = replace(operands, hidden=ref.hidden, weight=ref.weight, bias=ref.bias)
-        alone = replace(alone, adapter=None, ref=None, weight_grad=None)
-        with torch.no_grad():
-            tokens = statistics(alone, (), settings.plan_options).logp
+        tokens = reference_logp(operands, settings) if computed is None else computed
     if tokens is not None:
         known.tokens["ref_token_logp"] = tokens = torch.where(batch.scored, tokens, 0.0)
         known.rows["ref_logp"] = (sum_rows(tokens, batch.rows, batch.count), -1.0)

@@ -109,6 +109,18 @@ def check_arguments(args: Any, refused: Mapping[str, str]) -> None:
         problems.append("accelerator_config num_steps: set gradient_accumulation_steps")
     if problems:
         raise ValueError("not used here, or not as it is meant: " + "; ".join(problems))
+    if (parallel := args.parallelism_config) is not None:
+        check_parallelism(**{name: getattr(parallel, name) or 1 for name in ("tp_size", "cp_size", "sp_size")})
+
+
+def check_parallelism(**sizes: int) -> None:
+    """Raises ValueError for parallelism that cuts what a trainer keeps whole. sizes: tp_size, cp_size, sp_size."""
+    if asked := [f"{name}={size}" for name, size in sizes.items() if size > 1]:
+        raise ValueError(
+            f"{', '.join(asked)} of parallelism_config: a trainer keeps rows and layers whole, and would train on "
+            "parts of them: leave it out, and share out rows by DDP, FSDP2 or ZeRO; rows longer than a device's "
+            "memory go through Objective(...)(..., row_shard=) in a loop of your own, see docs/scale.md"
+        )
 
 
 def check_trainer_arguments(given: Mapping[str, Any]) -> None:

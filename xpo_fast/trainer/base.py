@@ -35,7 +35,7 @@ from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, made_with_of, write_made_with
 from ..seeds import draws_by
-from .arguments import check_trainer_arguments, let_ddp_find_unused_parameters
+from .arguments import check_parallelism, check_trainer_arguments, let_ddp_find_unused_parameters
 from .budget import Units, entries
 from .checkpoints import (
     check_bases_stay,
@@ -89,8 +89,8 @@ class UnitTrainer(ComputesInParts, CutsBatches):
         check_trainer_arguments(kwargs)
         let_ddp_find_unused_parameters(kwargs["model"], kwargs["args"])
         super().__init__(**kwargs)
-        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError("tensor, context and sequence parallelism split what one loss needs; use data parallelism")
+        # `accelerate launch` can configure it, too.
+        check_parallelism(tp_size=self.get_tp_size(), cp_size=self.get_cp_size(), sp_size=self.get_sp_size())
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
