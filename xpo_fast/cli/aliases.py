@@ -331,9 +331,10 @@ REFUSALS = {
     "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_host vllm_server_port vllm_server_timeout "
     "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
     "use_transformers_paged transformers_continuous_batching_config ds3_gather_for_generation",
-    "importance weights against the sampler are --set off_policy=…, off_policy_cap=…": ""
-    "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
-    "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl",
+    "importance weights against the sampler are --set off_policy=token or sequence, off_policy_mode=truncate or mask, "
+    "off_policy_cap=…, off_policy_floor=…": "vllm_importance_sampling_correction vllm_importance_sampling_mode "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap "
+    "off_policy_mask_threshold use_bias_correction_kl",
     "the method's own entropy term is --set entropy_coef=…": "top_entropy_quantile use_adaptive_entropy "
     "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
     "every completion is in samples.jsonl": "log_multimodal log_unique_prompts log_completions_hub_repo",

@@ -1,9 +1,11 @@
 """Rollouts: completions sampled from the policy by itself or from a server, and their log-probs by our head."""
 
+from .colocated import VLLMRollout
 from .generate import GenerateRollout
 from .sampling import Prompt, Rollout, RolloutError, Samples, Sampling, encode_prompts
 from .scoring import sample_logps, score_tokens
 from .server import ServerRollout
+from .transformers_server import TransformersRollout
 
 __all__ = [
     "GenerateRollout",
@@ -13,6 +15,8 @@ __all__ = [
     "Samples",
     "Sampling",
     "ServerRollout",
+    "TransformersRollout",
+    "VLLMRollout",
     "encode_prompts",
     "sample_logps",
     "score_tokens",
