@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import socket
+import string
 import subprocess
 import sys
 import threading
@@ -19,9 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from test_rollout import PEFT_WARNING, TEMPLATE, with_adapter
+from test_rollout import PEFT_WARNING, TEMPLATE, with_adapter, with_ends
 from test_trainer import make_model, make_tokenizer
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.rollout import GenerateRollout, RolloutError, Sampling, TransformersRollout
 from xpo_fast.seeds import seed_at
 
@@ -80,7 +83,9 @@ def client(server, folder: Path, **options) -> TransformersRollout:
 
 
 def greedy(model) -> list[list[int]]:
-    return GenerateRollout(model, make_tokenizer()).generate(PROMPTS, sampling=GREEDY, seed=0).completion_ids
+    """The policy's own greedy completions, without the tokens that have no text (0, 2): the server says text alone."""
+    found = GenerateRollout(model, make_tokenizer()).generate(PROMPTS, sampling=GREEDY, seed=0).completion_ids
+    return [[i for i in ids if i not in (0, 2)] for ids in found]
 
 
 def test_draws_follow_the_seed_and_nothing_of_the_models_config(server, tmp_path, caplog):
@@ -96,16 +101,17 @@ def test_draws_follow_the_seed_and_nothing_of_the_models_config(server, tmp_path
     assert first.completion_ids != rollout.generate(PROMPTS, 3, sampling=SAMPLING, seed=6).completion_ids
     assert first.logps is None and len({tuple(ids) for ids in first.completion_ids}) > 4
     assert first.prompts == [p for p in PROMPTS for _ in range(3)]
-    for ids, finish in zip(first.completion_ids, first.finish, strict=True):
-        assert (ids[-1] == 1) == (finish == "stop") and (len(ids) == 6 or finish == "stop")
     assert len([r for r in caplog.records if "tokenized again" in r.getMessage()]) == 1
-    # Each draw is torch's own from the seed of its request: the same by generate with all cuts off.
-    torch.manual_seed(seed_at(5, 1, 2))
-    alone = model.generate(
-        torch.tensor([[first.prompt_ids[5][0]]]), do_sample=True, max_new_tokens=6, top_k=0, top_p=1.0, temperature=1.0,
-        repetition_penalty=1.0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    assert alone[0, 1:].tolist() == first.completion_ids[5]
+    # Each draw is torch's own from the seed of its request, by generate with all cuts off; special tokens have no text.
+    for r, (ids, finish) in enumerate(zip(first.completion_ids, first.finish, strict=True)):
+        torch.manual_seed(seed_at(5, *divmod(r, 3)))
+        prompt = torch.tensor([first.prompt_ids[r]])
+        alone = model.generate(
+            prompt, do_sample=True, max_new_tokens=6, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
+            eos_token_id=1, pad_token_id=2,
+        )[0, prompt.shape[1] :].tolist()  # fmt: skip
+        ended = len(alone) < 6
+        assert ids == [i for i in alone if i > 2] + [1] * ended and finish == ("stop" if ended else "length")
 
 
 def test_pushed_weights_are_sampled_from_and_earlier_ones_go(server, tmp_path):
@@ -123,6 +129,7 @@ def test_pushed_weights_are_sampled_from_and_earlier_ones_go(server, tmp_path):
 
 def test_an_adapter_is_merged_in_a_copy(server, tmp_path):
     model = with_adapter()
+    with_ends(causal_lm(model), 1)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     rollout = client(server, tmp_path)
     rollout.update(model)
@@ -133,21 +140,31 @@ def test_an_adapter_is_merged_in_a_copy(server, tmp_path):
         assert got != greedy(model)
 
 
+def letters() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of single letters: HF's stop strings need one whose tokens spell a text. Ġ is its space."""
+    ids = {x: i for i, x in enumerate(["<unk>", "<eos>", "<pad>", "Ġ", *string.ascii_letters, *string.digits])}
+    raw = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    named = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=TEMPLATE, **named)
+
+
 def test_stop_strings_and_messages(server, tmp_path):
-    model, tokenizer = make_model().eval(), make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    """A completion ends with the token that completes a stop string, without an EOS; its text ends before it."""
     rollout = client(server, tmp_path)
-    rollout.tokenizer = tokenizer
-    rollout.update(model)
+    rollout.tokenizer = tokenizer = letters()
+    rollout.update(make_model(vocab_size=len(tokenizer)).eval())
     chat = [[{"role": "user", "content": "w1 w2"}], "w3 w4"]
-    free = rollout.generate(chat, sampling=GREEDY, seed=0)
-    row = next(r for r, text in enumerate(free.completions) if isinstance(text, str))
-    stop = free.completions[row].split()[2]
-    stopped = rollout.generate(chat, sampling=Sampling(6, 0.0, stop=(stop,)), seed=0)
-    assert stopped.finish[row] == "stop" and stop not in stopped.completions[row]
-    assert stopped.completion_ids[row] == free.completion_ids[row][: len(stopped.completion_ids[row])]
-    assert stopped.completion_ids[row][-1] != 1
-    assert free.completions[0][0]["role"] == "assistant"
+    free = rollout.generate(chat, 6, sampling=Sampling(8), seed=0)
+    assert free.completions[0][0]["role"] == "assistant" and free.prompt_ids[0][0] == tokenizer("u")["input_ids"][0]
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in free.completions]
+    row = next(r for r, text in enumerate(texts) if len(text) > 4)
+    stop = texts[row][3]
+    at = texts[row].index(stop)
+    stopped = rollout.generate(chat, 6, sampling=Sampling(8, stop=(stop,)), seed=0)
+    assert stopped.finish[row] == "stop" and stopped.completion_ids[row] == free.completion_ids[row][: at + 1]
+    said = stopped.completions[row]
+    assert (said if isinstance(said, str) else said[0]["content"]) == texts[row][:at]
 
 
 def test_a_server_killed_in_the_middle_loses_and_repeats_nothing(server, tmp_path, monkeypatch):

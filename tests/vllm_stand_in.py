@@ -17,6 +17,7 @@ import peft
 import torch
 import transformers
 
+from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.rollout import GenerateRollout, Sampling
 
 
@@ -181,6 +182,7 @@ class LLM:
         sampling = Sampling(
             params.max_tokens, params.temperature, params.top_p, params.top_k or None, tuple(params.stop or ())
         )
+        causal_lm(model).generation_config = transformers.GenerationConfig(eos_token_id=params.stop_token_ids)
         rollout = GenerateRollout(model, LLM.tokenizer)
         found = rollout.generate([LLM.tokenizer.decode(ids)], sampling=sampling, seed=params.seed)
         assert found.prompt_ids == [ids]

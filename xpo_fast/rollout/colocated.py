@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,8 @@ class VLLMRollout:
         self._policy: Any = None
         self._stale, self._updates = True, 0
         self._lora: Any = None
-        self._folder = tempfile.TemporaryDirectory(prefix="xpo-fast-adapters-")
+        self._folder = Path(tempfile.mkdtemp(prefix="xpo-fast-adapters-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def update(self, model: Any) -> None:
         """Samples from this model's weights from now on, as they are at the next `generate`."""
@@ -189,8 +192,10 @@ class VLLMRollout:
         from vllm.lora.request import LoRARequest
 
         self._updates += 1  # an id of its own, or vLLM would keep the adapter that it has
-        folder = Path(self._folder.name) / f"policy-{self._updates}"
+        folder = self._folder / f"policy-{self._updates}"
         self._policy.save_pretrained(folder)
+        if self._lora is not None:
+            shutil.rmtree(self._lora.lora_path, ignore_errors=True)
         self._lora = LoRARequest(folder.name, self._updates, str(folder))
 
 
