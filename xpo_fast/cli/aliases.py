@@ -293,7 +293,7 @@ ALIASES: dict[str, Alias] = {
     "num_completions_to_print": Alias("`--set show_samples=…`", lambda given, _: set_words(given, "show_samples")),
     "log_completions": choices("false: `--set show_samples=0`", true=[], false=["--set=show_samples=0"]),
     "use_transformers_continuous_batching": renamed("continuous-batching"),
-    "use_vllm": accepted("false", true="start the server yourself and name it, --server URL --server-lora DIR"),
+    "use_vllm": accepted("false", true="--vllm; or start the server yourself: --server URL --server-lora DIR"),
     "vllm_server_base_url": renamed("server"),
     # Output.
     "resume_from_checkpoint": Alias("`--resume`", resume),
@@ -327,13 +327,14 @@ REFUSALS = {
     "ref_model_sync_steps",
     "samplers have --temperature, --top-p and --top-k": "min_p generation_kwargs repetition_penalty "
     "cache_implementation",
-    "vLLM is a server of its own here, see --server and --server-lora": "vllm_mode vllm_model_impl "
+    "vLLM is --vllm on this device, or a server of its own, see --server and --server-lora": "vllm_mode vllm_model_impl "
     "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_host vllm_server_port vllm_server_timeout "
     "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
     "use_transformers_paged transformers_continuous_batching_config ds3_gather_for_generation",
-    "importance weights against the sampler are --set off_policy=…, off_policy_cap=…": ""
-    "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
-    "vllm_importance_sampling_clip_min vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl",
+    "importance weights against the sampler are --set off_policy=token or sequence, off_policy_mode=truncate or mask, "
+    "off_policy_cap=…, off_policy_floor=…": "vllm_importance_sampling_correction vllm_importance_sampling_mode "
+    "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap "
+    "off_policy_mask_threshold use_bias_correction_kl",
     "the method's own entropy term is --set entropy_coef=…": "top_entropy_quantile use_adaptive_entropy "
     "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
     "every completion is in samples.jsonl": "log_multimodal log_unique_prompts log_completions_hub_repo",

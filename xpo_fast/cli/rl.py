@@ -60,6 +60,7 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 _RARE = (
     "split columns data_config chat_template chat_template_kwargs ptx_data ensemble ensemble_coef judge_by "
     "reward_timeout reward_max_length gamma lam no_whiten value_head_lr continuous_batching stop server_model api_key "
+    "server_folder vllm_memory "
     "attn trust_remote_code lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio "
     "warmup_steps weight_decay max_grad_norm train backend tile_mib save_total_limit report_to push_to_hub hub_private "
     "debug"
@@ -115,8 +116,11 @@ def add_parser(commands: Any) -> None:
         "policy",
     )
     add("--server-lora DIR", "folder of the adapters that the server loads (vLLM's runtime LoRA updating)")
+    add("--server-folder DIR", "the server is `transformers serve`: folder of the whole policies that it loads")
     add("--server-model NAME", "the server's name of the base model (default: the only one that it serves)")
     add("--api-key KEY", "bearer token for the server")
+    add("--vllm", "sample by a vLLM engine on this device, which sleeps while the model is trained", False)
+    add("--vllm-memory SHARE", "share of the device's memory that it may take (default: 0.3)", type=float)
 
     options.add_model(parser)
     options.add_optimisation(
@@ -143,10 +147,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, or with --dry-run only reports."""
     functions, weights = rl_rewards.reward_functions(args)
     checks.check_training(args, training.training_arguments(args, lr=_learning_rate(args), evaluates=False))
-    if args.server_lora and not args.server:
-        raise UsageError("--server-lora is for --server")
-    if args.server and (args.full or not args.server_lora):
-        raise UsageError("--server needs --lora and --server-lora DIR, which send it the policy's new weights")
+    _check_sampler(args)
     method_args, fields = settings.divided(args.set, settings.RL)
     if known := hyperparameters(args.method, "rl"):
         further = (*settings.RL, *options.OBJECTIVE_OPTIONS)
@@ -156,7 +157,6 @@ def run(args: argparse.Namespace) -> int:
     from ..rewards import Rewards
     from ..rewards.ensemble import RewardEnsemble
     from ..rl import RLTrainer, last_checkpoint
-    from ..rollout import ServerRollout
 
     checkpoint = None if args.dry_run else resuming.checkpoint(args, last_checkpoint)
     config = _config(args, method_args, fields)
@@ -176,17 +176,6 @@ def run(args: argparse.Namespace) -> int:
     members = [name for name, _ in map(rl_rewards.weighted, args.reward_model)]
     if ensemble is not None and checkpoint is not None:
         ensemble.load_moments(moments, members)
-    rollout = None
-    if args.server:
-        rollout = ServerRollout(
-            args.server,
-            tokenizer,
-            model=args.server_model,
-            api_key=args.api_key,
-            push="lora",
-            folder=args.server_lora,
-            chat_template_kwargs=config.chat_template_kwargs,
-        )
     trainer = RLTrainer(
         model,
         Rewards(functions, weights, timeout_s=args.reward_timeout),
@@ -196,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
         processing_class=tokenizer,
         peft_config=None if args.full else loading.lora(args),
         ptx_dataset=args.ptx_data,
-        rollout=rollout,
+        rollout=_rollout(args, tokenizer, config),
         callbacks=[training.json_log(args)],
     )
     trainer.given |= made_with
@@ -222,6 +211,39 @@ def run(args: argparse.Namespace) -> int:
         training.print_held_out(say, f"held out: {len(held_out)} prompts", results, shown)
     training.finish(trainer, results, f"the {'model' if args.full else 'adapter'}, samples.jsonl, train_log.jsonl")
     return 0
+
+
+def _check_sampler(args: argparse.Namespace) -> None:
+    """Raises UsageError for options of samplers that do not go together."""
+    for name in ("server_lora", "server_folder", "server_model", "api_key"):
+        if getattr(args, name) and not args.server:
+            raise UsageError(f"--{name.replace('_', '-')} is for --server")
+    if args.vllm_memory is not None and not args.vllm:
+        raise UsageError("--vllm-memory is for --vllm")
+    if args.vllm and (args.server or args.continuous_batching):
+        raise UsageError("--vllm samples on this device: leave out --server and --continuous-batching")
+    if args.server_lora and args.server_folder:
+        raise UsageError("--server-lora is for adapters, --server-folder for whole policies: name one")
+    if args.server and not args.server_folder and (args.full or not args.server_lora):
+        raise UsageError(
+            "--server needs --lora and --server-lora DIR, or for `transformers serve` --server-folder DIR, which send "
+            "it the policy's new weights"
+        )
+
+
+def _rollout(args: argparse.Namespace, tokenizer: Any, config: RLConfig) -> Any:
+    """Returns the sampler that the options name; None for the model itself."""
+    from ..rollout import ServerRollout, TransformersRollout, VLLMRollout
+
+    how: dict[str, Any] = {"chat_template_kwargs": config.chat_template_kwargs}
+    if args.vllm:
+        return VLLMRollout(args.model, tokenizer, memory=0.3 if args.vllm_memory is None else args.vllm_memory, **how)
+    how |= {"model": args.server_model, "api_key": args.api_key}
+    if args.server_folder:
+        return TransformersRollout(args.server, tokenizer, folder=args.server_folder, **how)
+    if args.server:
+        return ServerRollout(args.server, tokenizer, push="lora", folder=args.server_lora, **how)
+    return None
 
 
 def _learning_rate(args: argparse.Namespace) -> float:

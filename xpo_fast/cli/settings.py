@@ -28,10 +28,14 @@ RL = {
     "off_policy": Setting(
         "NAME",
         str,
-        "truncated importance weights, policy over sampler: none, token, sequence, or auto (default: by the method's "
-        "ratio if another program samples at temperature 1 and returns log-probs)",
+        "importance weights, policy over sampler: none, token, sequence, or auto (default: by the method's ratio if "
+        "another program samples and returns log-probs, at temperature 1 or with the temperature in them)",
     ),
-    "off_policy_cap": Setting("X", float, "truncate these weights at X (default: 2)"),
+    "off_policy_mode": Setting(
+        "NAME", str, "weights outside their limits: truncate, to the limit, or mask, to 0 (default: truncate)"
+    ),
+    "off_policy_cap": Setting("X", float, "upper limit of these weights (default: 2)"),
+    "off_policy_floor": Setting("X", float, "lower limit of these weights (default: 0)"),
     "generation_batch_size": Setting("N", int, "completions sampled at a time (default: 64)"),
     "overlong_buffer": Setting(
         "TOKENS", int, "last tokens over which the overlong penalty rises to 1 (default: a fifth of --max-new-tokens)"

@@ -104,6 +104,7 @@ def check_sampler(
     accelerator: Accelerator,
     *,
     own_sampler: bool,
+    as_drawn: bool = False,
     layout: str = "padded",
 ) -> None:
     """Compares the sampler's log-probs with those of the policy, which has not been trained since and reads a layout.
@@ -113,11 +114,11 @@ def check_sampler(
     tokens of |log q − log p|: rounding is far below 0.02 nats in float32 and 0.2 in 16 bits. Raises ValueError where
     the policy itself is the sampler (own_sampler), and warns where it is another.
 
-    Does nothing where the two are not to be equal: with top_p or top_k, greedily, and for a server with a temperature,
-    which it may or may not have reported.
+    Does nothing where the two are not to be equal: with top_p or top_k, greedily, and for another sampler with a
+    temperature, unless its log-probs are known to be those at the temperature (as_drawn).
     """
     cut = args.top_p < 1 or args.top_k is not None
-    if cut or not args.temperature > 0 or (not own_sampler and args.temperature != 1):
+    if cut or not args.temperature > 0 or (not (own_sampler or as_drawn) and args.temperature != 1):
         return
     some = sorted((row for row in rows if row.logps and row.ids), key=lambda row: len(row.prompt_ids))[:_COMPARED]
     if not some:

@@ -16,6 +16,7 @@ from ..trainer import MethodConfig
 from ..trainer.arguments import REFUSED_ONLINE, changed
 from ..trainer.config import argument
 from ..wording import did_you_mean
+from .mismatch import BOUNDS, LEVELS
 
 _OF_THE_CRITIC = ("gamma", "lam", "vf_coef", "value_clip", "whiten_advantages", "value_head_learning_rate")
 
@@ -122,10 +123,15 @@ class RLConfig(MethodConfig):
     )
     off_policy: str = argument(
         "auto",
-        "Truncated importance weights, policy over sampler: none, token, sequence, or auto: at the level "
-        "of the method's ratio, if another program samples at temperature 1 and reports its log-probs; else none.",
+        "Importance weights, policy over sampler: none, token, sequence, or auto: at the level of the method's ratio, "
+        "if another program samples and reports its log-probs, at temperature 1 or with the temperature in them; else "
+        "none.",
+    )
+    off_policy_mode: str = argument(
+        "truncate", "Weights outside their limits: truncate (set to the limit) or mask (0: they are not learned from)."
     )
     off_policy_cap: float = argument(2.0, "Upper limit of these weights.")
+    off_policy_floor: float = argument(0.0, "Lower limit of these weights.")
     eval_generations: int = argument(1, "Completions per held-out prompt.")
     log_samples: bool = argument(
         True,
@@ -143,6 +149,11 @@ class RLConfig(MethodConfig):
         for name in ("temperature", "off_policy_cap"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.off_policy_floor < self.off_policy_cap:
+            raise ValueError(
+                f"off_policy_floor must be 0 or more and below off_policy_cap={self.off_policy_cap:g}, got "
+                f"{self.off_policy_floor}"
+            )
         for name in ("vf_coef", "missing_eos_penalty", "kl_coef", "show_samples"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -157,7 +168,8 @@ class RLConfig(MethodConfig):
                 f"overlong_buffer={self.overlong_buffer} is longer than the longest completion of "
                 f"{self.max_new_tokens} tokens: every one would be penalised"
             )
-        _choice("off_policy", self.off_policy, ("auto", "none", "token", "sequence"))
+        _choice("off_policy", self.off_policy, ("auto", "none", *LEVELS))
+        _choice("off_policy_mode", self.off_policy_mode, BOUNDS)
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
         self.stop = tuple(self.stop)
         self._check_idle()
@@ -179,8 +191,9 @@ class RLConfig(MethodConfig):
             )
         if "kl_horizon" in given and self.kl_target is None:
             raise ValueError(f"kl_horizon={self.kl_horizon} is how fast kl_target acts: set kl_target, or leave it out")
-        if "off_policy_cap" in given and self.off_policy == "none":
-            raise ValueError("off_policy_cap bounds the weights of off_policy, which is 'none': leave it out")
+        for name in ("off_policy_mode", "off_policy_cap", "off_policy_floor"):
+            if name in given and self.off_policy == "none":
+                raise ValueError(f"{name} bounds the weights of off_policy, which is 'none': leave it out")
         if self.metric_for_best_model in ("loss", "eval_loss"):
             raise ValueError(
                 "evaluations of online RL have rewards and lengths, no loss: set metric_for_best_model='reward' for "

@@ -25,6 +25,7 @@ from ..trainer.budget import Size, cut
 from ..types import IGNORE_INDEX
 from .collect import Completion
 from .config import RLConfig
+from .mismatch import importance_weights, mismatch
 from .reference import MovingReference
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def make_experience(
     counted = valued & (lengths > 0)
     if args.overlong_handling == "mask":
         counted &= ~torch.tensor([row.truncated for row in rows])
-    if any(row.logps is None for row in rows):
-        correction = "none"
+    reported = not any(row.logps is None for row in rows)
+    correction = correction if reported else "none"
     if args.off_policy in ("token", "sequence") and correction == "none":
         raise ValueError(f"off_policy={args.off_policy!r} needs a sampler that gives its own log-probs")
     measured_first = measure.critic is not None or kl_coef > 0
@@ -182,10 +183,12 @@ def make_experience(
     elif advantage is None:
         assert kl is not None
         advantage, kept = rewarded(reward - kl_coef * kl.sum(dim=1))
-    if correction != "none":
-        advantage, metrics["off_policy/weight"] = _corrected(
-            advantage, rows, mask, kept, measured["old_logp"], correction, args.off_policy_cap
-        )
+    if reported and "old_logp" in measured:
+        tokens, log_ratio = mask & kept[:, None], _log_ratio(rows, measured["old_logp"])
+        metrics |= mismatch(log_ratio, tokens)
+        if correction != "none":
+            advantage, about = _corrected(advantage, log_ratio, tokens, correction, args)
+            metrics |= about
     if not advantage.isfinite().all():
         raise ValueError(f"advantages of rollout {number} are not finite: {_blame(rows, measured, mask, names)}")
     if "entropy" in measured:
@@ -236,43 +239,47 @@ def _by_critic(
     return advantage, returns, metrics
 
 
-def _corrected(
-    advantage: Tensor,  # (R,) or (R, C)
-    rows: list[Completion],
-    mask: Tensor,  # (R, C) bool
-    kept: Tensor,  # (R,) bool
-    old_logp: Tensor,  # (R, C)
-    level: str,
-    cap: float,
-) -> tuple[Tensor, float]:
-    """Returns the advantages times the importance weight, policy over sampler, truncated at cap; and the mean weight.
-
-    level: "token", a weight per token, or "sequence", one per completion.
-    """
+def _log_ratio(rows: list[Completion], old_logp: Tensor) -> Tensor:
+    """Returns log π − log μ of every token, (R, C): the policy's log-prob minus the one that the sampler reported."""
     sampler = torch.zeros_like(old_logp)
     for i, row in enumerate(rows):
         sampler[i, : len(row.ids)] = torch.tensor(row.logps, dtype=torch.float32)
-    tokens = mask & kept[:, None]
-    log_w = torch.where(tokens, old_logp - sampler, 0.0)
-    log_w = log_w if level == "token" else log_w.sum(dim=1)
-    weight = log_w.exp().clamp(max=cap)
-    mean = float(weight[tokens if level == "token" else kept].mean())
+    return old_logp - sampler
+
+
+def _corrected(
+    advantage: Tensor,  # (R,) or (R, C)
+    log_ratio: Tensor,  # (R, C)
+    tokens: Tensor,  # (R, C) bool, those of rows that are kept
+    level: str,
+    args: RLConfig,
+) -> tuple[Tensor, dict[str, float]]:
+    """Returns the advantages times the importance weights, policy over sampler; and the metrics of the weights.
+
+    level: "token", a weight per token, or "sequence", one per completion.
+    """
+    lower, upper = args.off_policy_floor, args.off_policy_cap
+    weight = importance_weights(log_ratio, tokens, level=level, mode=args.off_policy_mode, lower=lower, upper=upper)
+    free = importance_weights(log_ratio, tokens, level=level)
+    of = tokens if level == "token" else tokens.any(dim=1)
+    outside = (free < lower) | (free > upper)
+    metrics = {"off_policy/weight": float(weight[of].mean()), "off_policy/outside": float(outside[of].float().mean())}
     if weight.dim() > advantage.dim():
         advantage = advantage[:, None]
     elif weight.dim() < advantage.dim():
         weight = weight[:, None]
-    return advantage * weight, mean
+    return advantage * weight, metrics
 
 
-def correction_level(args: RLConfig, objective: Objective, *, own_sampler: bool) -> str:
+def correction_level(args: RLConfig, objective: Objective, *, own_sampler: bool, as_drawn: bool = False) -> str:
     """Returns at which level advantages are weighed by policy over sampler: none, token or sequence.
 
-    own_sampler: the policy itself samples, whose log-probs need no correction.
+    own_sampler: the policy itself samples, whose log-probs need no correction. as_drawn: the sampler's log-probs are
+    those at the temperature; those that servers report by default are not.
     """
     if args.off_policy != "auto":
         return args.off_policy
-    # The log-probs that servers report by default are those before the temperature.
-    if own_sampler or args.temperature != 1 or not any("advantage" in m.columns for m in objective.methods):
+    if own_sampler or (args.temperature != 1 and not as_drawn) or not any("advantage" in m.columns for m in objective.methods):
         return "none"
     return "sequence" if any(m.unit == "row" for m in objective.methods) else "token"
 

@@ -305,13 +305,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
-            own = isinstance(self.rollout, GenerateRollout)
+            drawn = getattr(self.rollout, "logps_as_drawn", False)
+            whose: Any = {"own_sampler": isinstance(self.rollout, GenerateRollout), "as_drawn": drawn}
             check_completions(rows, self.policy, self.processing_class, self.rollout)
             self.settle_layout([(row.prompt_ids, row.ids) for row in rows])
             if not self._head_checked:
                 longest = max((row.prompt_ids + row.ids for row in rows), key=len)
                 check_head(self.model, longest, args.device, args.backend)
-                check_sampler(rows, self.policy, args, self.accelerator, own_sampler=own, layout=self._measure.layout)
+                check_sampler(rows, self.policy, args, self.accelerator, layout=self._measure.layout, **whose)
                 self._head_checked = True
             experience, metrics = make_experience(
                 rows,
@@ -319,7 +320,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 self.objective,
                 self._measure,
                 kl_coef=progress.kl_coef,
-                correction=correction_level(args, self.objective, own_sampler=own),
+                correction=correction_level(args, self.objective, **whose),
                 spare=self._spares,
                 number=progress.rollouts,
                 names=self.rewards.names,

@@ -170,7 +170,7 @@ class ServerRollout:
         if not hasattr(policy, "get_base_model"):
             raise ValueError(f"push='lora' is for a model with a LoRA adapter, got {type(policy).__name__}")
         self._identify()
-        self.model = _on_first_process(lambda: self._push(policy))
+        self.model = on_first_process(lambda: self._push(policy))
 
     def _push(self, policy: Any) -> str:
         """Saves the adapter, has the server load it, and unloads and removes earlier ones; returns its name."""
@@ -219,16 +219,8 @@ class ServerRollout:
         """Sends a request and reads its answer; a failure sets `given_up`, and one set already is a failure."""
         if given_up.is_set():
             raise RolloutError("given up")
-        body = {"model": self.model, "prompt": request.ids, "max_tokens": request.max_tokens, "logprobs": 1}
-        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed_at(seed, *request.place)}
-        if self.vllm:
-            body |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
-            body["top_k"] = -1 if sampling.top_k is None else sampling.top_k
-        elif sampling.top_k is not None:
-            body["top_k"] = sampling.top_k
-        if sampling.stop:
-            body["stop"] = list(sampling.stop)
         try:
+            body = self._body(request, sampling) | {"model": self.model, "seed": seed_at(seed, *request.place)}
             answer = self._request("/v1/completions", body | self.extra, given_up)
             try:
                 return self._read(json.loads(answer)["choices"][0], sampling, eos)
@@ -241,6 +233,19 @@ class ServerRollout:
             given_up.why = given_up.why or error
             given_up.set()
             raise
+
+    def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        """Returns the fields of a request that the server reads, without the model's name and the seed."""
+        body = {"prompt": request.ids, "max_tokens": request.max_tokens, "logprobs": 1}
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if self.vllm:
+            body |= {"return_token_ids": True, "repetition_penalty": 1.0, "min_p": 0.0}
+            body["top_k"] = -1 if sampling.top_k is None else sampling.top_k
+        elif sampling.top_k is not None:
+            body["top_k"] = sampling.top_k
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        return body
 
     def _read(self, choice: dict[str, Any], sampling: Sampling, eos: set[int]) -> Generated:
         """Reads a choice of the server's answer; raises ValueError or KeyError for a malformed one."""
@@ -307,7 +312,7 @@ class ServerRollout:
         raise AssertionError
 
 
-def _on_first_process(work: Callable[[], str]) -> str:
+def on_first_process(work: Callable[[], str]) -> str:
     """Runs `work` on the first process; all processes return its result, or raise its RolloutError."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return work()
