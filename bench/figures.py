@@ -18,13 +18,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import scale
 from xpo_fast.bench.measure import ratio
 from xpo_fast.bench.results import records_of
 from xpo_fast.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/layouts.md", "docs/bench.md", "docs/compatibility.md", "docs/fit.md", "docs/7b.md")
+PAGES = (
+    "README.md",
+    "docs/layouts.md",
+    "docs/bench.md",
+    "docs/compatibility.md",
+    "docs/fit.md",
+    "docs/7b.md",
+    "docs/scale.md",
+)
 BLOCK = re.compile(r"(?<=<!-- figures: )([\w-]+)( -->\n).*?(?=<!-- end of figures -->)", re.DOTALL)
 FLOOR, FLOOR_NEW = "floor: the products alone", "the same, gradients into new memory"
 
@@ -260,6 +269,8 @@ BLOCKS = {
     "fit-published": fit_published,
     "seven": seven,
     "seven-commands": seven_commands,
+    "scale": lambda: scale.steps() + "\n",
+    "scale-head": lambda: scale.head() + "\n",
 }
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ import torch.multiprocessing as mp
 TRAINING = ["pytest", "hypothesis", "peft", "datasets", "transformers.trainer", "xpo_fast.rl", "xpo_fast.trainer"]
 
 
-def run_world(folder: Path, world: int, run: Callable[[int], Any], *, join: bool = False) -> list[Any]:
+def run_world(
+    folder: Path, world: int, run: Callable[[int], Any], *, join: bool = False, lost: Collection[int] = ()
+) -> list[Any]:
     """What run(rank) returned on each rank. A failure on one of them is an assertion's, with its traceback.
 
-    run: of a module, or a partial of that. join: it is run in a process group; trainers make their own.
+    run: of a module, or a partial of that. join: it is run in a process group; trainers make their own. lost: ranks
+    that do not return.
     """
     folder.mkdir(exist_ok=True)
-    _start(folder, world, run, join)
-    return _results(folder, world)
+    _start(folder, world, run, join, parts_together=not lost)
+    return _results(folder, [rank for rank in range(world) if rank not in lost])
 
 
 def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
@@ -40,16 +43,19 @@ def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[d
         if not (folder / "ran").exists():
             (folder / "ran").touch()
             _start(folder, world, run, join=True)
-    return _results(folder, world)
+    return _results(folder, range(world))
 
 
-def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool) -> None:
+def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool, *, parts_together: bool = True) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("forkserver")  # which imports once for all
     context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", *TRAINING])
-    processes = [context.Process(target=_worker, args=(r, port, str(folder), world, run, join)) for r in range(world)]
+    processes = [
+        context.Process(target=_worker, args=(r, port, str(folder), world, run, join, parts_together))
+        for r in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -58,13 +64,15 @@ def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool) -> N
         process.kill()
 
 
-def _results(folder: Path, world: int) -> list[Any]:
+def _results(folder: Path, ranks: Iterable[int]) -> list[Any]:
     errors = [path.read_text() for path in sorted(folder.glob("error*"))]
     assert not errors, "\n".join(errors)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world)]
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in ranks]
 
 
-def _worker(rank: int, port: int, folder: str, world: int, run: Callable[[int], Any], join: bool) -> None:
+def _worker(
+    rank: int, port: int, folder: str, world: int, run: Callable[[int], Any], join: bool, parts_together: bool
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": f"{rank}",
@@ -82,8 +90,9 @@ def _worker(rank: int, port: int, folder: str, world: int, run: Callable[[int], 
                 "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=world, rank=rank
             )
         torch.save(run(rank), Path(folder) / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if parts_together:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
         raise

@@ -53,10 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args = parse(list(sys.argv[1:] if argv is None else argv))
                 return args.run(args)
         except (*_mistakes(), RuntimeError) as error:
-            # Of RuntimeErrors, only those about memory on the CPU, for which torch has no class.
-            if getattr(args, "debug", False) or not (isinstance(error, _mistakes()) or _of_memory(error)):
+            # Of RuntimeErrors, only those for which torch has no class: memory on the CPU, and another process's end.
+            known = isinstance(error, _mistakes()) or _of_memory(error) or _of_another_process(error)
+            if getattr(args, "debug", False) or not known:
                 raise
-            for line in (_message(error, args), *_advice(error, args)):
+            kept = f"; {resuming.kept(args, began)}" if _of_another_process(error) else ""
+            for line in (_message(error, args) + kept, *_advice(error, args)):
                 print(f"xpo-fast: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:
@@ -153,6 +155,12 @@ def _mistakes() -> tuple[type[BaseException], ...]:
 
 def _message(error: BaseException, args: argparse.Namespace) -> str:
     """Returns the error in one line; an error of the system about a file names the option that gave the file."""
+    if _of_another_process(error):
+        rank, ranks = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE"))
+        return (
+            f"rank {rank} of {ranks} stops: another process of this run has ended. Its last lines say why, unless it "
+            f"was killed ({one_line(error):.160})"
+        )
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return one_line(error)
     name = str(error.filename)
@@ -175,6 +183,20 @@ def _advice(error: BaseException, args: argparse.Namespace) -> list[str]:
 
 def _of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
+
+
+def _of_another_process(error: BaseException) -> bool:
+    """Returns whether a collective failed because one of the other processes is gone."""
+    if not isinstance(error, RuntimeError) or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    said = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited",
+        "Timed out",
+    )
+    return type(error).__name__ in ("DistNetworkError", "DistBackendError") or any(text in str(error) for text in said)
 
 
 def _less_memory(args: argparse.Namespace) -> list[str]:

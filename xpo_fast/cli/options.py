@@ -350,7 +350,8 @@ def add_output(
     group = parser.add_argument_group("output")
     add = adder(group)
     add("--output-dir DIR", f"folder for the model, checkpoints, {files}", folder)
-    about = "continue from the last checkpoint in --output-dir, or from the one named"
+    about = "continue from the last checkpoint in --output-dir, or from the one named; auto: from the last, or from "
+    about += "the start where there is none, for a job that torchrun or a scheduler starts again"
     add("--resume CHECKPOINT", about, nargs="?", const="last")
     add("--overwrite", "start anew although --output-dir has checkpoints; they are deleted", False)
     add("--logging-steps N", "log every N steps", logging)

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..resume import last_checkpoint
 from . import checks, loading, options, resuming, training
 from .parser import UsageError
 
@@ -149,8 +148,8 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
     """Returns the checkpoint of the last stage to go on from, or None. Raises UsageError as `resuming.checkpoint`."""
     output = Path(args.output_dir)
     if (output / "signal").is_dir():
-        if args.resume == "last" and last_checkpoint(output) is None:
-            return None  # it was stopped while the signal was trained
+        if args.resume == "last":
+            args.resume = resuming.AUTO  # it may have been stopped while the signal was trained
         if args.resume is None and not args.overwrite:
             raise UsageError(
                 f"{output} has the signal of an earlier run: --resume goes on with it, --overwrite starts anew, "

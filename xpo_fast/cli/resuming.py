@@ -15,6 +15,8 @@ from .options import kwargs_of
 from .parser import UsageError
 from .training import training_arguments
 
+AUTO = "auto"  # --resume auto: from the last checkpoint, or from the start where there is none
+
 # Options that a resumed run must not change; the others may change, or are compared by another name.
 _FIXED = (
     *("method", "reference", "max_grad_norm", "seed", "dtype", "quantize"),
@@ -76,9 +78,9 @@ def checkpoint(args: argparse.Namespace, last: Callable[[Path], str | None] | No
     last: finds the last whole checkpoint in a folder, if that takes more than transformers' own files.
     """
     output, resume = Path(args.output_dir), args.resume
-    if resume == "last":
+    if resume in ("last", AUTO):
         found = (last or last_checkpoint)(output)
-        if found is None:
+        if found is None and resume == "last":
             raise UsageError(f"--resume: no checkpoint in {output}; start without --resume, or name the checkpoint")
         return found
     if resume is not None:

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..resume import last_checkpoint
 from . import checks, dry_run, fit_question, loading, options, resuming, training
 from .eval_reward import can_plot
 from .options import SMOLLM2
@@ -268,11 +267,11 @@ def pretrained(args: argparse.Namespace) -> argparse.Namespace:
             if was[name] != getattr(first, name):
                 raise UsageError(f"{folder} was trained with {name} {was[name]}: go on with the same, or begin anew")
     else:
-        first.resume = "last" if args.resume is not None and last_checkpoint(folder) else None
+        first.resume = args.resume and resuming.AUTO
         run(first)
         print()
-    if args.resume == "last" and last_checkpoint(args.output_dir) is None:
-        second.resume = None  # it has not begun
+    if args.resume == "last":
+        second.resume = resuming.AUTO  # it may not have begun
     return second
 
 

@@ -172,7 +172,7 @@ def fit(trainer: Any, args: argparse.Namespace, command: str, checkpoint: str | 
             if not state.is_world_process_zero:
                 return
             if not state.global_step:
-                for path in output.glob("checkpoint-*"):  # only with --overwrite, see `resuming.checkpoint`
+                for path in output.glob("checkpoint-*"):  # with --overwrite, or of no use, see `resuming.checkpoint`
                     shutil.rmtree(path)
             config_file.write(args, output, command, resumed=checkpoint is not None)
             if checkpoint is None or not (output / RESULTS).is_file():
