@@ -166,6 +166,8 @@ class SavesValueHead:
         rate = self.args.value_head_learning_rate
         if fresh and rate is not None:
             _set_rate(optimizer, value_head(self.accelerator.unwrap_model(self.model)), rate)
+            if getattr(self, "_groups", None) is not None:  # which UnitTrainer has noted before
+                self._groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -183,5 +185,6 @@ class SavesValueHead:
 
     def _load_value_head(self: Any, folder: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if value_head(model) is not None:
+        # FSDP and DeepSpeed keep it in parts, as they keep the model, and have read it with the model.
+        if value_head(model) is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_value_head(model, folder)
