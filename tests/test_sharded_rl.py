@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
-import re
 import shutil
 import sys
 import warnings
@@ -110,7 +110,8 @@ def trained(case: Case, folder: Path, ranks: int, *, resume: str | None = None, 
 def about(trainer: Any) -> dict[str, Any]:
     found = found_of(trainer)
     found["logs"] = [{k: v for k, v in log.items() if not k.startswith("time/")} for log in found["logs"]]
-    found["samples"] = re.sub(r'"time[^,]*,', "", (Path(trainer.args.output_dir) / "samples.jsonl").read_text())
+    lines = [json.loads(line) for line in (Path(trainer.args.output_dir) / "samples.jsonl").read_text().splitlines()]
+    found["samples"] = [(x["rollout"], x["prompt"], x["completion"], str(x["reward"])) for x in lines]
     return found
 
 
