@@ -75,6 +75,11 @@ def is_partitioned(x: Tensor) -> bool:
     return hasattr(x, "ds_shape")
 
 
+def in_parts_now(x: Tensor) -> bool:
+    """Returns whether this process has only a part of x at the moment."""
+    return is_sharded(x) or (is_partitioned(x) and _is_released(x))
+
+
 def _is_released(x: Any) -> bool:
     """Returns whether a parameter of ZeRO-3 is in parts at the moment."""
     return x.ds_status.name == "NOT_AVAILABLE"

@@ -184,7 +184,6 @@ class SavesValueHead:
 
     def _load_value_head(self: Any, folder: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return  # whose own checkpoint holds it
-        if value_head(model) is not None:
+        # FSDP and DeepSpeed keep it in parts, as they keep the model, and have read it with the model.
+        if value_head(model) is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             load_value_head(model, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from ..models import check_ids, check_lengths, positions
 from ..models.lm_head import causal_lm
 from ..rewards import OWN_COLUMNS, PROMPT_INDEX
 from ..rollout import GenerateRollout, Rollout, Samples, encode_prompts, sample_logps
+from ..trainer.sharding import check_reference, sharding_of
 from .collect import Completion
 from .config import RLConfig
 
@@ -23,6 +25,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger("xpo_fast")
 
 _COMPARED = 16  # completions whose log-probs are compared
+
+
+def check_sharding(reference: str, args: RLConfig, model: Any, accelerator: Accelerator) -> None:
+    """Raises ValueError for what a run cannot have where FSDP or DeepSpeed keep its model in parts.
+
+    reference: what serves as the reference, see `choose_reference`.
+    """
+    how = sharding_of(accelerator)
+    if how == "FSDP1":
+        raise ValueError(
+            "online RL samples from the model made whole for the while of a rollout, which needs FSDP2: set version 2 "
+            "in fsdp_config (fsdp_version in accelerate's file)"
+        )
+    check_reference(reference, model, accelerator)
+    if args.ref_mixin and how in ("FSDP2", "ZeRO-3"):
+        raise ValueError(
+            f"ref_mixin={args.ref_mixin:g} moves every weight of the reference, and {how} keeps them in parts: leave "
+            "it at 0, or use data parallelism or ZeRO-2"
+        )
+
+
+def check_resume(state: Mapping[str, Any], folder: Path, accelerator: Accelerator) -> None:
+    """Raises ValueError where DeepSpeed would have to cut a checkpoint's parts anew. state: of the checkpoint."""
+    ranks, how = state.get("ranks", accelerator.num_processes), sharding_of(accelerator)
+    if how.startswith("ZeRO") and ranks != accelerator.num_processes:
+        raise ValueError(
+            f"{folder} was written by {ranks} processes, and this run has {accelerator.num_processes}: {how} keeps "
+            "the optimizer in parts, which DeepSpeed does not cut anew. Resume on as many processes, or train with "
+            "FSDP2"
+        )
 
 
 def check_prompts(

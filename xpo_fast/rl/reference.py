@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..models import install_fused_loss
 from ..objective import Objective
 from ..trainer import HandedOver, Kept
+from ..trainer.sharding import shard_copy
+from ..trainer.whole import whole
 from .config import RLConfig
 
 if TYPE_CHECKING:
@@ -61,13 +63,13 @@ class MovingReference:
         self.policy, self.mixin = policy, mixin
         self.copy, self._kept = None, None
         if kind == "copy":
-            self.copy = handed_over.copy(policy).to(accelerator.device)
-            install_fused_loss(self.copy)
-        elif mixin:
-            self._kept = Kept(policy, off=False, dtype=torch.float32)
-        else:
-            self._kept = Kept(policy, off=handed_over.off)
-        self.identity = handed_over.identity(self.copy, self._kept)
+            copied = handed_over.copy(policy)
+            install_fused_loss(copied)
+            self.identity = handed_over.identity(copied, None)  # of whole weights, before they are in parts
+            self.copy = shard_copy(copied, accelerator)
+            return
+        self._kept = Kept(policy, off=False, dtype=torch.float32) if mixin else Kept(policy, off=handed_over.off)
+        self.identity = handed_over.identity(None, self._kept)
 
     @property
     def average(self) -> dict[str, Tensor]:
@@ -95,9 +97,14 @@ class MovingReference:
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """Yields the model that computes as the reference inside the block."""
+        """Yields the model that computes as the reference inside the block; every process must enter.
+
+        A copy in parts is whole inside it. Of the policy in parts, one that computes as the reference in its place, the
+        caller sees to that.
+        """
         if self.copy is not None:
-            yield self.copy
+            with whole(self.copy):
+                yield self.copy
         elif self._kept is not None:
             with self._kept.in_place():
                 yield self.policy

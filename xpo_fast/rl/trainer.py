@@ -39,8 +39,9 @@ from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, Train
 from ..trainer.budget import coupled, entries
 from ..trainer.layout import hindrance_of
 from ..trainer.setup import check_trainable
+from ..trainer.whole import whole
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
-from .checks import check_completions, check_prompts, check_sampler
+from .checks import check_completions, check_prompts, check_resume, check_sampler, check_sharding
 from .collect import Collector, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
@@ -137,13 +138,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            why = "sampling and scoring need the whole model on every process, which FSDP and DeepSpeed do not keep"
-            raise ValueError(f"{why}: use data parallelism, with LoRA where memory is short")
         accelerator = self.accelerator
+        check_sharding(self.reference, args, model, accelerator)
         self.policy: Any = (policy := accelerator.unwrap_model(self.model))
         self.moving_reference: MovingReference | None = None
-        self.reference = handed_over.settle(self.reference, args.reference, model, averaged=args.ref_mixin > 0)
+        how: Any = {"sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled, "averaged": args.ref_mixin > 0}
+        self.reference = handed_over.settle(self.reference, args.reference, model, **how)
         if self.reference != "none":
             self.moving_reference = MovingReference(self.reference, policy, accelerator, args.ref_mixin, handed_over)
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
@@ -154,7 +154,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             policy, self.critic, self.moving_reference, accelerator, args, self.objective.tile_bytes, pad
         )
         continuous = None if args.continuous_batching else False
-        how: Any = {"batch_size": args.generation_batch_size, "chat_template_kwargs": args.chat_template_kwargs}
+        how = {"batch_size": args.generation_batch_size, "chat_template_kwargs": args.chat_template_kwargs}
         rollout = rollout or GenerateRollout(model, processing_class, continuous=continuous, **how)
         self._collector = Collector(policy, rollout, self.rewards, accelerator, args, self.sampling, self.prompts)
         rows = [*self.prompts, *(held_out or [])]
@@ -212,11 +212,15 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         sample: collect the first rollout for it now, and ask the rewards for theirs; training collects it again.
         Returns what was found, and keeps it in `report`, to which the first rollout adds; None without prompts.
         """
-        self.report = check_before(self, self._collector if sample else None) if self.prompts else None
+        if not self.prompts:
+            return None
+        with self._whole_policy() if sample else contextlib.nullcontext():
+            self.report = check_before(self, self._collector if sample else None)
         return self.report
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         check_trainable(self.policy, self.critic)  # a critic alone would learn of a policy that stays as it is
+        self.make_ready()
         if checkpoint is not None:
             self._load_state(Path(checkpoint))
         else:
@@ -258,12 +262,14 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "reference": {} if self.moving_reference is None else self.moving_reference.moving(),
             "shown": self._shown,
             "layout": None if self.layout is None else self.layout.layout,
+            "ranks": self.args.world_size,
         }
         if self.args.should_save:
             torch.save(state, Path(output_dir) / STATE_FILE)
 
     def _load_state(self, folder: Path) -> None:
         state = load_state(folder)
+        check_resume(state, folder, self.accelerator)
         self.progress = Progress(**state["progress"])
         experience = state["experience"]
         self.experience = None if experience is None else Experience(**experience)
@@ -295,16 +301,32 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             self.layout = settle(self._batches, self.policy, rows, before=before, hindrance=hindrance)
             self._batches.layout = self._measure.layout = self.layout.layout
 
+    def _whole_policy(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which this process can sample from the policy, and score, without the others."""
+        self.make_ready()
+        return whole(self.policy)
+
     def _begin_rollout(self) -> None:
-        """Collects a rollout and makes `experience` of it. Nothing of the run changes until all of it is there."""
+        """Collects a rollout and makes `experience` of it, of a policy in parts by a single gather of its weights."""
+        with contextlib.ExitStack() as stack:
+            self._collect(stack)
+
+    def _collect(self, stack: contextlib.ExitStack) -> None:
+        """Collects a rollout. Nothing of the run changes until all of it is there. stack: of the policy made whole."""
         args, progress = self.args, replace(self.progress)
         began = time.perf_counter()
-        with saved_if_it_fails(self._save_before_failing):
+
+        def save() -> None:
+            stack.close()
+            self._save_before_failing()
+
+        stack.enter_context(self._whole_policy())
+        with saved_if_it_fails(save):
             collected = self._collector.collect(progress.rollouts, progress.cursor)
         progress.cursor = collected.cursor
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
-        with saved_if_it_fails(self._save_before_failing) if args.world_size == 1 else contextlib.nullcontext():
+        with saved_if_it_fails(save) if args.world_size == 1 else contextlib.nullcontext():
             drawn = getattr(self.rollout, "logps_as_drawn", False)
             whose: Any = {"own_sampler": isinstance(self.rollout, GenerateRollout), "as_drawn": drawn}
             check_completions(rows, self.policy, self.processing_class, self.rollout)
@@ -379,9 +401,10 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
         began = time.perf_counter()
         with saved_if_it_fails(self._save_before_failing) if self.is_in_train else contextlib.nullcontext():
-            self._collector.update()
-            seed = seed_for(self.args.seed, metric_key_prefix)
-            groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
+            with self._whole_policy():
+                self._collector.update()
+                seed = seed_for(self.args.seed, metric_key_prefix)
+                groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
         found = describe(groups, self.rewards.names) | times
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began

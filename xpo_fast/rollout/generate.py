@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import data
+from ..head.sharded import in_parts_now
 from ..models import check_ids, padding_id, positions
 from ..models.lm_head import causal_lm, unwrapped
 from ..models.modes import evaluating
@@ -156,6 +157,8 @@ class GenerateRollout:
                 logits_processor=processors,
                 stopping_criteria=criteria,
                 streamer=self.streamer,
+                # A model that is whole here needs no other process, though one of FSDP2 or ZeRO-3 looks as if it did.
+                synced_gpus=None if any(map(in_parts_now, lm.parameters())) else False,
             )
         new = output[:, width:].tolist()
         logps = draw.logps() if draw is not None else None
