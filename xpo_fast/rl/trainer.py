@@ -400,11 +400,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
         began = time.perf_counter()
-        with saved_if_it_fails(self._save_before_failing) if self.is_in_train else contextlib.nullcontext():
-            with self._whole_policy():
-                self._collector.update()
-                seed = seed_for(self.args.seed, metric_key_prefix)
-                groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
+        save = saved_if_it_fails(self._save_before_failing) if self.is_in_train else contextlib.nullcontext()
+        with save, self._whole_policy():
+            self._collector.update()
+            seed = seed_for(self.args.seed, metric_key_prefix)
+            groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
         found = describe(groups, self.rewards.names) | times
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
