@@ -194,6 +194,32 @@ def run_seams(rank: int, world: int) -> dict[str, torch.Tensor]:
     return found
 
 
+def balanced_call(shard: xf.RowShard | None) -> dict[str, torch.Tensor]:
+    """A loss that knows the order of positions, and labels, of whole rows or of balanced chunks."""
+    labels, length = oracle.tokens((6, 16), VOCAB, 0.2, seed=1), 16
+    hidden, ref = oracle.normal(6, length, WIDTH, seed=2), -oracle.normal(6, length, seed=3).abs()
+    if shard is None:
+        targets = xf.shift_labels(labels)
+    else:
+        targets = xf.shift_labels(shard.chunk(labels), row_shard=shard)
+        hidden, ref = shard.chunk(hidden, dim=1), shard.chunk(ref)
+    hidden.requires_grad_()
+    weight = oracle.normal(VOCAB, WIDTH, seed=4).requires_grad_()
+    out = xf.Objective("dpo", ld_alpha=0.3)(hidden, weight, targets, ref_logps=ref, row_shard=shard)
+    out.loss.backward()
+    return {"loss": out.loss.detach(), "targets": targets, "d_hidden": hidden.grad, "d_weight": weight.grad}
+
+
+def run_balanced(rank: int) -> dict[str, Any]:
+    shard = xf.RowShard(balanced=True)
+    with pytest.raises(ValueError) as error:
+        shard.chunk(torch.arange(13))
+    odd = {"hidden": torch.zeros(2, 3 + rank, WIDTH), "weight": torch.zeros(VOCAB, WIDTH)}
+    with pytest.raises(ValueError) as pieces:
+        xf.Objective("simpo")(**odd, targets=torch.zeros(2, 3 + rank, dtype=torch.long), row_shard=shard)
+    return {**balanced_call(shard), "errors": [str(error.value), str(pieces.value)]}
+
+
 def run_rows(rank: int) -> dict[str, Any]:
     """Sums of rows, a weight_grad, and the plan."""
     shard, case = xf.RowShard(), CASES["dpo"]
@@ -359,6 +385,7 @@ def run_two(rank: int) -> dict:
         "cases": run_cases(rank, 2),
         "costs": run_costs(rank),
         "seams": run_seams(rank, 2),
+        "balanced": run_balanced(rank),
         "rows": run_rows(rank),
         "refusals": run_refusals(rank),
         "ulysses": run_ulysses(rank) if sys.platform == "linux" else {},  # last, since it replaces sdpa
@@ -366,7 +393,12 @@ def run_two(rank: int) -> dict:
 
 
 def run_four(rank: int) -> dict:
-    return {"cases": run_cases(rank, 4), "seams": run_seams(rank, 4), "mesh": run_mesh(rank)}
+    return {
+        "cases": run_cases(rank, 4),
+        "seams": run_seams(rank, 4),
+        "mesh": run_mesh(rank),
+        "balanced": run_balanced(rank),
+    }
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
@@ -503,6 +535,25 @@ def test_labels_that_are_shifted_locally_have_another_loss(found, world):
     torch.testing.assert_close(loss["before"], whole.loss, rtol=1e-10, atol=1e-10)
     assert torch.equal(loss["by row_shard"], loss["before"])
     assert abs(loss["locally"] - loss["before"]) > 1e-3
+
+
+# The pieces of a row that each rank has, in the head-tail order of torch's context_parallel.
+HEAD_TAIL = {2: [(0, 3), (1, 2)], 4: [(0, 7), (1, 6), (2, 5), (3, 4)]}
+
+
+@pytest.mark.parametrize("world", HEAD_TAIL)
+def test_balanced_chunks(found, world):
+    want = balanced_call(None)
+    size = 16 // (2 * world)
+    for rank, pieces in zip(found, HEAD_TAIL[world], strict=True):
+        at = torch.cat([torch.arange(size * k, size * (k + 1)) for k in pieces])
+        own = rank["balanced"]
+        assert torch.equal(own["targets"], want["targets"][:, at])
+        torch.testing.assert_close(own["loss"], want["loss"], rtol=1e-10, atol=1e-10)
+        assert oracle.error(own["d_hidden"], want["d_hidden"][:, at]) < 1e-10
+        assert "need rows of a multiple of" in own["errors"][0]
+        assert "two pieces of equal width, got [3, 4" in own["errors"][1]
+    assert oracle.error(sum(rank["balanced"]["d_weight"] for rank in found), want["d_weight"]) < 1e-10
 
 
 def test_sums_of_rows(two):

@@ -27,12 +27,15 @@ class RowShard:
         (out.loss * shard.world).backward()  # where the engine then averages the gradients over the ranks
 
     group: a torch.distributed.ProcessGroup; by default all ranks. Chunks are consecutive and may have any widths, 0
-    too. Ring attention with a load-balanced ("zigzag") order has to be undone before.
+    too, so long as hidden states, targets and inputs by token of a rank are of the same positions.
+    balanced: each rank has two pieces of equal width, side by side: the g-th, and the g-th from the end. So torch's
+    context_parallel, which accelerate's cp_size uses, orders positions (ring attention, "head-tail" or "zigzag").
 
     Raises ValueError without a process group.
     """
 
     group: Any = None  # torch.distributed.ProcessGroup
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -52,12 +55,32 @@ class RowShard:
         """Returns this rank's place in the group, and its chunk's in a row."""
         return dist.get_rank(self.group)
 
-    def chunk(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Returns this rank's chunk of whole rows, a view; the first chunks are wider by one if they cannot be equal.
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Returns the pieces of a row in order: the rank of each, and which of the rank's own it is."""
+        once = [(rank, 0) for rank in range(self.world)]
+        return [*once, *((rank, 1) for rank, _ in reversed(once))] if self.balanced else once
 
-        dim: the axis of positions: −1 for targets (R, T) or packed ones (N,), 1 for hidden states (R, T, D).
+    def pieces(self, x: Tensor) -> list[Tensor]:
+        """Returns the one or two pieces of a chunk (…, w), views. Raises ValueError for a width of no two halves."""
+        if not self.balanced:
+            return [x]
+        if x.shape[-1] % 2:
+            raise ValueError(f"a balanced chunk has two pieces of equal width, got {x.shape[-1]} positions: pad rows")
+        return list(x.tensor_split(2, dim=-1))
+
+    def chunk(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Returns this rank's chunk of whole rows; the first chunks are wider by one if they cannot be equal.
+
+        dim: the axis of positions: −1 for targets (R, T) or packed ones (N,), 1 for hidden states (R, T, D). Raises
+        ValueError for balanced rows that 2·G does not divide.
         """
-        return x.tensor_split(self.world, dim=dim)[self.rank]
+        order, width = self.order, x.shape[dim]
+        if self.balanced and width % len(order):
+            raise ValueError(f"balanced chunks of {self.world} ranks need rows of a multiple of {len(order)}: pad them")
+        pieces = x.tensor_split(len(order), dim=dim)
+        own = [piece for piece, (rank, _) in zip(pieces, order, strict=True) if rank == self.rank]
+        return own[0] if len(own) == 1 else torch.cat(own, dim=dim)
 
     def every(self, x: Tensor) -> Tensor:
         """Returns x of every rank, (G, …): one all-gather, without a gradient. x has the same shape on all ranks."""
@@ -80,19 +103,16 @@ class RowParts:
     shard: RowShard
     widths: tuple[int, ...]
 
-    @property
-    def _bounds(self) -> list[int]:
-        return [0, *itertools.accumulate(self.widths)]
-
-    @property
-    def width(self) -> int:
-        """Returns the width of whole rows."""
-        return sum(self.widths)
-
     def own(self, x: Tensor) -> Tensor:
         """Returns this rank's chunk (…, w) of whole rows (…, T)."""
-        rank = self.shard.rank
-        return x[..., self._bounds[rank] : self._bounds[rank + 1]]
+        pieces = x.split(self._sizes, dim=-1)
+        own = [piece for piece, (rank, _) in zip(pieces, self.shard.order, strict=True) if rank == self.shard.rank]
+        return torch.cat(own, dim=-1)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Returns the widths of the pieces of a row, in order."""
+        return [self.widths[rank] // (1 + self.shard.balanced) for rank, _ in self.shard.order]
 
     def whole(self, x: Tensor) -> Tensor:
         """Returns whole rows (…, T) from each rank's chunk (…, w): one all-gather.
@@ -126,7 +146,8 @@ class RowParts:
 
     def _joined(self, x: Tensor) -> Tensor:
         """Returns whole rows (…, T) from every rank's padded chunk (G, …, w)."""
-        return torch.cat([part[..., :width] for part, width in zip(x, self.widths, strict=True)], dim=-1)
+        chunks = [self.shard.pieces(part[..., :width]) for part, width in zip(x, self.widths, strict=True)]
+        return torch.cat([chunks[rank][which] for rank, which in self.shard.order], dim=-1)
 
 
 class _Whole(torch.autograd.Function):
@@ -139,4 +160,4 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.parts.own(upstream[0]).contiguous(), None
+        return ctx.parts.own(upstream[0]), None

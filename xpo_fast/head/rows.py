@@ -28,19 +28,27 @@ def shift_labels(labels: Tensor, ignore_index: int = -100, *, row_shard: RowShar
     chunk that has one: one all-gather of one label per row. Shifting each chunk alone would lose it. Rows must be the
     same on all ranks.
     """
+    if row_shard is not None:
+        return _shift_pieces(labels, ignore_index, row_shard)
     targets = torch.full_like(labels, ignore_index)
     targets[..., :-1] = labels[..., 1:]
-    if row_shard is None:
-        return targets
-    width = labels.shape[-1]
-    own = torch.cat([labels[..., :1].flatten(), labels.new_tensor([width > 0])])
-    if not width:  # so that the message has the size of the others'
-        own = torch.cat([labels.new_full((labels.shape[:-1].numel(),), ignore_index), own])
-    for first in row_shard.every(own)[row_shard.rank + 1 :]:
-        if width and bool(first[-1]):
-            targets[..., -1] = first[:-1].view(labels.shape[:-1])
-            break
     return targets
+
+
+def _shift_pieces(labels: Tensor, ignore_index: int, shard: RowShard) -> Tensor:
+    """Returns aligned targets of this rank's chunk of labels (…, w)."""
+    pieces, rows = shard.pieces(labels), labels.shape[:-1]
+    firsts = [x[..., 0] if x.shape[-1] else x.new_full(rows, ignore_index) for x in pieces]
+    filled = labels.new_tensor([x.shape[-1] > 0 for x in pieces])
+    every = shard.every(torch.cat([*(x.reshape(-1) for x in firsts), filled]))
+    targets = [shift_labels(x, ignore_index) for x in pieces]
+    follows = torch.full_like(firsts[0], ignore_index)
+    for rank, which in reversed(shard.order):
+        if rank == shard.rank and targets[which].shape[-1]:
+            targets[which][..., -1] = follows
+        if bool(every[rank, which - len(pieces)]):
+            follows = every[rank, : -len(pieces)].view(len(pieces), *rows)[which]
+    return torch.cat(targets, dim=-1)
 
 
 def packed_rows(

@@ -110,14 +110,18 @@ def meet(
     except ValueError as error:
         problem = error
     divisor = None if isinstance(given.denominator, Tensor) else given.denominator
-    numbers = f"{settings!r} {scalars} {divisor} {operands.scaling} {operands.ignore_index} {operands.hidden.dtype}"
+    of_call = (*scalars, divisor, operands.scaling, operands.ignore_index, operands.hidden.dtype, shard.balanced)
+    numbers = f"{settings!r} {of_call}"
     header = [0] * len(_SAME) if problem is not None else _header(settings, given, numbers)
     width = given.targets.shape[-1] if given.targets.dim() else 0
     own = [int(problem is None), *header, sum(kind << 2 * k for k, kind in enumerate(kinds.values())), width]
     device = operands.hidden.device
     table = shard.every(torch.tensor(own, device=device)).tolist()
     _check(table, problem)
-    parts = RowParts(shard, tuple(row[-1] for row in table))
+    widths = [row[-1] for row in table]
+    if shard.balanced and any(width % 2 for width in widths):
+        raise ValueError(f"balanced chunks have two pieces of equal width, got {widths} positions: pad rows")
+    parts = RowParts(shard, tuple(widths))
     by_token = _settle(kinds, [row[-2] for row in table])
     return operands, *_exchange(parts, given, by_token, device)
 
