@@ -48,9 +48,9 @@ class VLLMRollout:
     `update` only notes the policy; the next `generate` wakes the weights, sends the policy's where it has changed,
     wakes the KV cache, samples and sleeps again. A whole model's parameters are loaded in place (load_weights on the
     worker); a LoRA adapter is saved into a temporary folder and loaded from there as a LoRARequest of its own. A
-    completion is one request, its seed from (seed, prompt, copy). `Samples.logps` are those of the draws as made: temperature and
-    cuts included (logprobs_mode="processed_logprobs"); None for temperature 0. The engine runs in this process
-    (VLLM_ENABLE_V1_MULTIPROCESSING=0); with several processes each has one of its own, by torchrun's launch.
+    completion is one request, its seed from (seed, prompt, copy). `Samples.logps` are those of the draws as made:
+    temperature and cuts included (logprobs_mode="processed_logprobs"); None for temperature 0. The engine runs in this
+    process (VLLM_ENABLE_V1_MULTIPROCESSING=0); with several processes each has one of its own, by torchrun's launch.
 
     Written for vLLM 0.11 and later, by its documentation: LLM(enable_sleep_mode=…), sleep(level), wake_up(tags),
     collective_rpc. It is tested against a stand-in with these signatures.
