@@ -279,7 +279,11 @@ def correction_level(args: RLConfig, objective: Objective, *, own_sampler: bool,
     """
     if args.off_policy != "auto":
         return args.off_policy
-    if own_sampler or (args.temperature != 1 and not as_drawn) or not any("advantage" in m.columns for m in objective.methods):
+    if (
+        own_sampler
+        or (args.temperature != 1 and not as_drawn)
+        or not any("advantage" in m.columns for m in objective.methods)
+    ):
         return "none"
     return "sequence" if any(m.unit == "row" for m in objective.methods) else "token"
 
