@@ -327,9 +327,9 @@ REFUSALS = {
     "ref_model_sync_steps",
     "samplers have --temperature, --top-p and --top-k": "min_p generation_kwargs repetition_penalty "
     "cache_implementation",
-    "vLLM is --vllm on this device, or a server of its own, see --server and --server-lora": "vllm_mode "
-    "vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_host vllm_server_port "
-    "vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
+    "vLLM is --vllm, or a server of its own, see --server and --server-lora": "vllm_mode vllm_model_impl "
+    "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_host vllm_server_port vllm_server_timeout "
+    "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
     "use_transformers_paged transformers_continuous_batching_config ds3_gather_for_generation",
     "importance weights against the sampler are --set off_policy=token or sequence, off_policy_mode=truncate or mask, "
     "off_policy_cap=…, off_policy_floor=…": "vllm_importance_sampling_correction vllm_importance_sampling_mode "

@@ -189,7 +189,7 @@ class VLLMRollout:
         return found | self.engine
 
     def _save_adapter(self) -> None:
-        from vllm.lora.request import LoRARequest
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         self._updates += 1  # an id of its own, or vLLM would keep the adapter that it has
         folder = self._folder / f"policy-{self._updates}"
@@ -201,7 +201,7 @@ class VLLMRollout:
 
 def _import_vllm() -> Any:
     try:
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "VLLMRollout samples by vLLM, which is not installed: pip install vllm, or sample by the model itself "
