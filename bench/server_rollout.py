@@ -6,8 +6,9 @@
 The model is SmolLM2-135M-Instruct in float32 with full fine-tuning, the reward the share of a completion's words that
 differ from one another, 20 steps of 4 prompts × 4 completions of 16 tokens. Before every rollout the policy is saved
 into a folder, which the server loads; the server is started and ended here. Runs that the file has are not repeated,
-and it is written after each. Reported: the reward of the first and of the last fifth of the steps, each with the standard
-error over its completions' steps and seeds, and seconds a step. --tiny takes a random model of two layers instead.
+and it is written after each. Reported: the reward of the first and of the last fifth of the steps, each with the
+standard error over its completions' steps and seeds, and seconds a step. --tiny takes a random model of two layers
+instead.
 Exit status 1: the last rewards of the two differ by more than three standard errors.
 """
 
