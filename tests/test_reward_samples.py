@@ -361,16 +361,16 @@ def dialect(count: int, seed: int) -> list[dict]:
 
 
 def beside_rlp(folder, seed: int) -> list[float]:
-    """Accuracy on the policy's distribution: of rlp with the pairs samples agree on, without them, of bradley_terry."""
+    """Accuracy on the policy's distribution: of rlp with the pairs that samples agree on, of bradley_terry without."""
     old, held, samples = decided(64, 10 + seed, *OLD), decided(200, 98, *NEW, low=60), dialect(40, 1)
     agreed = [{n: row[n] for n in old[0]} for row in confident_pairs(*load_samples(samples), least=0.5)]
-    models = [taught(folder, "rlp", seed, rows, samples=samples) for rows in ([*old, *agreed], old)]
-    return [accuracy(model, held) for model in (*models, taught(folder, "bradley_terry", seed, old))]
+    followed = taught(folder, "rlp", seed, [*old, *agreed], samples=samples)
+    return [accuracy(model, held) for model in (followed, taught(folder, "bradley_terry", seed, old))]
 
 
-def test_rlp_follows_the_policy_to_where_old_pairs_say_nothing(tmp_path):
-    """By the synthetic preferences, a fifth of which is wrong; the views alone do not tell good from bad."""
-    found, _, plain = beside_rlp(tmp_path, 0)
+def test_rlp_with_pairs_that_samples_agree_on_follows_the_policy_to_where_old_pairs_say_nothing(tmp_path):
+    """A fifth of the synthetic preferences is wrong. Without them the views alone do not tell good from bad."""
+    found, plain = beside_rlp(tmp_path, 0)
     assert found > plain + 0.05, f"accuracy on what the policy says: {found:.3f}, bradley_terry {plain:.3f}"
 
 
@@ -382,19 +382,20 @@ def spread_of(model: RewardModel, samples) -> torch.Tensor:
     return spread(torch.stack(each)).mean()
 
 
-def inner_step(folder, seed: int, rate: float) -> list[float]:
-    """J of held-out samples of the shifted policy before the inner step on others, and at the moved weights."""
+def inner_step(folder, seed: int, rate: float = 0.01) -> float:
+    """How much J of held-out samples of the shifted policy grows by the inner step on others."""
     model = taught(folder, "bradley_terry", seed, decided(64, 10 + seed, *OLD))
-    held, found = dialect(12, 2), []
+    held = dialect(12, 2)
     with torch.no_grad():
-        found.append(float(spread_of(model, held)))
+        before = float(spread_of(model, held))
     with moved(model.model, spread_of(model, dialect(8, 1)), rate), torch.no_grad():
-        return [*found, float(spread_of(model, held))]
+        return float(spread_of(model, held)) - before
 
 
 def test_the_inner_step_of_meta_tells_held_out_samples_of_a_shifted_policy_apart(tmp_path):
-    before, after = inner_step(tmp_path, 0, 0.1)
-    assert after > before + 0.005, f"J of held-out samples: {before:.4f}, at the moved weights {after:.4f}"
+    """At the moved weights, by a little. The weights that training returns do no better than bradley_terry's here."""
+    gains = [inner_step(tmp_path, seed) for seed in range(3)]
+    assert sum(gains) / 3 > 1e-4, f"growth of J of held-out samples, three seeds: {gains}"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
