@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append([sampler, str(len(runs)), *shown, f"{step_s:.2f}"])
     print(table(["sampler", "runs", "first reward", "last reward", "s per step"], rows))
     (a, e), (b, f) = last.values()
-    return int(abs(a - b) > 3 * math.hypot(e, f) > 0)
+    return int(abs(a - b) > 3 * math.hypot(e, f))
 
 
 if __name__ == "__main__":
