@@ -611,7 +611,7 @@ def test_loss_types_are_those_of_the_table_of_conversions():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "no command named 'trian'; did you mean train? There are train, check, fit, reward"),
+        (["trian"], "no command named 'trian'; did you mean train? There are train, check, cache-reference"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?"),
         (["train", "--data", "x", "--lerning-rate", "1"], "did you mean --learning_rate"),
         (["train", "--data", "x", "--max-step=1"], "did you mean --max-steps"),

@@ -327,8 +327,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         rows = [row for group in collected.groups for row in group]
         # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
         with saved_if_it_fails(save) if args.world_size == 1 else contextlib.nullcontext():
-            drawn = getattr(self.rollout, "logps_as_drawn", False)
-            whose: Any = {"own_sampler": isinstance(self.rollout, GenerateRollout), "as_drawn": drawn}
+            whose = _about_sampler(self.rollout)
             check_completions(rows, self.policy, self.processing_class, self.rollout)
             self.settle_layout([(row.prompt_ids, row.ids) for row in rows])
             if not self._head_checked:
@@ -361,9 +360,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                 path = Path(str(args.output_dir)) / SAMPLES_FILE
                 progress.samples_bytes = append_lines(path, lines, progress.samples_bytes)
         if args.kl_target is not None and not self._adapts_beta and not math.isnan(metrics["objective/kl"]):
-            # Ziegler et al. (arXiv 1909.08593), section 2.2.
-            error = min(max(metrics["objective/kl"] / args.kl_target - 1, -0.2), 0.2)
-            factor = 1 + error * min(len(rows) / args.kl_horizon, 1.0)
+            factor = _towards(args.kl_target, metrics["objective/kl"], len(rows) / args.kl_horizon)
             progress.kl_coef *= factor
             for k, term in enumerate(self.objective.terms):
                 if term.reads_reference:
@@ -386,10 +383,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             logs.update(self._rollout_means.pop() | self._step_means.pop())
         super().log(logs, start_time)
         if "loss" in logs and self._shown:
-            from tqdm.auto import tqdm  # a progress bar stays below what it writes
-
-            width = shutil.get_terminal_size((120, 0)).columns
-            tqdm.write(f"step {self.state.global_step}, {table(self._shown, self.args.show_samples, width)}")
+            _show(self._shown, self.args.show_samples, self.state.global_step)
             self._shown = []
 
     def evaluate(
@@ -459,6 +453,24 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             for k, term in enumerate(self.objective.terms):
                 if term.method.card.rl.adapts_beta and not math.isnan(kl):
                     self._set_beta(k, adapt(term.hyperparameters["beta"], kl, self.args.kl_target))
+
+
+def _show(lines: list[dict[str, Any]], most: int, step: int) -> None:
+    """Prints samples of a step as a table."""
+    from tqdm.auto import tqdm  # a progress bar stays below what it writes
+
+    width = shutil.get_terminal_size((120, 0)).columns
+    tqdm.write(f"step {step}, {table(lines, most, width)}")
+
+
+def _towards(target: float, kl: float, share: float) -> float:
+    """Returns the factor of a KL coefficient after a share of its horizon: Ziegler et al. (arXiv 1909.08593), 2.2."""
+    return 1 + min(max(kl / target - 1, -0.2), 0.2) * min(share, 1.0)
+
+
+def _about_sampler(rollout: Rollout) -> dict[str, bool]:
+    """Returns whether the policy itself samples, and whether the log-probs of its draws are those at the temperature."""
+    return {"own_sampler": isinstance(rollout, GenerateRollout), "as_drawn": getattr(rollout, "logps_as_drawn", False)}
 
 
 class _AfterStep(TrainerCallback):
