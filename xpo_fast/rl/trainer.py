@@ -313,8 +313,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     def _collect(self, stack: contextlib.ExitStack) -> None:
         """Collects a rollout. Nothing of the run changes until all of it is there. stack: of the policy made whole."""
-        args, progress = self.args, replace(self.progress)
-        began = time.perf_counter()
+        args, progress, began = self.args, replace(self.progress), time.perf_counter()
 
         def save() -> None:
             stack.close()
@@ -350,8 +349,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             self._rollout_checked = True
             check_first(self, rows)
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times
-        metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}
-        metrics["passes"] = progress.cursor / len(self.prompts)
+        passes = progress.cursor / len(self.prompts)
+        metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef, "passes": passes}
         if self.is_world_process_zero() and (args.log_samples or args.show_samples):
             where = {"rollout": self.progress.rollouts, "step": self.state.global_step}
             lines = sample_lines(collected.sampled, rows, experience, self.rewards.names, **where)
@@ -469,7 +468,7 @@ def _towards(target: float, kl: float, share: float) -> float:
 
 
 def _about_sampler(rollout: Rollout) -> dict[str, bool]:
-    """Returns whether the policy itself samples, and whether the log-probs of its draws are those at the temperature."""
+    """Returns whether the policy itself samples, and whether the log-probs of draws are those at the temperature."""
     return {"own_sampler": isinstance(rollout, GenerateRollout), "as_drawn": getattr(rollout, "logps_as_drawn", False)}
 
 
