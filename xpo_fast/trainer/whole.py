@@ -40,7 +40,10 @@ def whole(model: nn.Module) -> Iterator[None]:
     elif loaded_in_parts(model):
         import deepspeed  # pyright: ignore[reportMissingImports]
 
-        with deepspeed.zero.GatheredParameters(list(model.parameters())), _without_hooks(model):
+        parameters: list[Any] = list(model.parameters())
+        for p in parameters:
+            p.ds_active_sub_modules.clear()  # no module is at work; a forward that ended before its head has left it in
+        with deepspeed.zero.GatheredParameters(parameters), _without_hooks(model):
             yield
     else:
         yield
