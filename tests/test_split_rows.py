@@ -651,6 +651,22 @@ def test_after_refusals_the_ranks_are_in_step(two):
     assert two[0]["refusals"]["still in step"] == two[1]["refusals"]["still in step"]
 
 
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_trainers_keep_rows_whole(tmp_path, name):
+    """Refused where it is asked for, and where `accelerate launch` has configured it."""
+    from accelerate import ParallelismConfig
+
+    from xpo_fast.trainer import XPOConfig
+    from xpo_fast.trainer.arguments import check_parallelism
+
+    whole = f"{name}=2 of parallelism_config: a trainer keeps rows and layers whole"
+    with pytest.raises(ValueError, match=whole):
+        XPOConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=ParallelismConfig(**{name: 2}))
+    with pytest.raises(ValueError, match=whole):
+        check_parallelism(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, name: 2})
+    check_parallelism(tp_size=1, cp_size=1, sp_size=1)
+
+
 def test_rows_are_cut_over_a_process_group():
     with pytest.raises(ValueError, match=r"cut over the ranks of a process group: call init_process_group\(\) first"):
         xf.RowShard()
