@@ -7,6 +7,7 @@ gradients in norm, 1e-10 in float64; what a rank says of whole rows is the same 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from xpo_fast.models import install_fused_loss
 VOCAB, WIDTH, ROWS, LENGTH = 23, 7, 6, 13
 ENDS = [0, 7, 8, 13, 13, 22, 31]  # packed: a row of one token, an empty one, one in three chunks
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-SCALING = {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.7}
+SCALING: dict[str, Any] = {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.7}
 # Widths of the chunks, padded and packed, by what they try.
 CUTS = {
     2: {"ragged": ((5, 8), (10, 21)), "a token": ((1, 12), (30, 1)), "nothing": ((13, 0), (0, 31))},
@@ -127,7 +128,7 @@ def call(case: Case, cut: str = "ragged", widths: tuple[int, ...] = (), rank: in
     return {**found, **{f"state {n}": x for n, x in objective.state_dict().items()}, **out.metrics}
 
 
-def coefficients(losses: torch.Tensor) -> torch.Tensor:
+def coefficients(losses: torch.Tensor) -> torch.Tensor | float:
     """What multiplies losses that are not reduced, so that their gradients differ."""
     return torch.arange(1.0, losses.numel() + 1, dtype=losses.dtype).view(losses.shape) if losses.dim() else 1.0
 
@@ -194,7 +195,7 @@ def run_seams(rank: int, world: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def balanced_call(shard: xf.RowShard | None) -> dict[str, torch.Tensor]:
+def balanced_call(shard: xf.RowShard | None) -> dict[str, Any]:
     """A loss that knows the order of positions, and labels, of whole rows or of balanced chunks."""
     labels, length = oracle.tokens((6, 16), VOCAB, 0.2, seed=1), 16
     hidden, ref = oracle.normal(6, length, WIDTH, seed=2), -oracle.normal(6, length, seed=3).abs()
@@ -214,7 +215,7 @@ def run_balanced(rank: int) -> dict[str, Any]:
     shard = xf.RowShard(balanced=True)
     with pytest.raises(ValueError) as error:
         shard.chunk(torch.arange(13))
-    odd = {"hidden": torch.zeros(2, 3 + rank, WIDTH), "weight": torch.zeros(VOCAB, WIDTH)}
+    odd: dict[str, Any] = {"hidden": torch.zeros(2, 3 + rank, WIDTH), "weight": torch.zeros(VOCAB, WIDTH)}
     with pytest.raises(ValueError) as pieces:
         xf.Objective("simpo")(**odd, targets=torch.zeros(2, 3 + rank, dtype=torch.long), row_shard=shard)
     return {**balanced_call(shard), "errors": [str(error.value), str(pieces.value)]}
@@ -264,7 +265,7 @@ def run_refusals(rank: int) -> dict[str, str]:
             xf.Objective(method)(h, weight, y, **{**given, **more})
         found[name] = str(error.value)
 
-    none = {"old_logp": None, "advantage": None}
+    none: dict[str, Any] = {"old_logp": None, "advantage": None}
     refused("another row count", method="kto", cu_seqlens=torch.tensor([0, 31] if rank else ENDS), **none)
     refused("other offsets", cu_seqlens=torch.tensor([0, 9 - rank, *ENDS[2:]]))
     refused("offsets too short", cu_seqlens=torch.tensor([*ENDS[:-1], 30]))
@@ -286,8 +287,15 @@ def run_refusals(rank: int) -> dict[str, str]:
     with patch("torch.compiler.is_compiling", return_value=True):
         refused("compiled")
     by_row = torch.full((6,), 1.0, dtype=torch.float64)
-    chunks = {"h": full["hidden"][6 * rank : 6 * rank + 6], "y": full["targets"][6 * rank : 6 * rank + 6]}
-    short = {"cu_seqlens": torch.tensor([0, 2, 4, 6, 8, 10, 12]), "old_logp": by_row, "advantage": by_row}
+    chunks: dict[str, Any] = {
+        "h": full["hidden"][6 * rank : 6 * rank + 6],
+        "y": full["targets"][6 * rank : 6 * rank + 6],
+    }
+    short: dict[str, Any] = {
+        "cu_seqlens": torch.tensor([0, 2, 4, 6, 8, 10, 12]),
+        "old_logp": by_row,
+        "advantage": by_row,
+    }
     refused("by token or by row", **chunks, **short)
     found["still in step"] = float(xf.Objective("grpo")(hidden.detach(), weight.detach(), targets, **given).loss)
     return found
@@ -329,7 +337,7 @@ def model_loss(model: Any, method: str, shard: xf.RowShard | None = None) -> tor
     if shard is not None:
         ids, labels, positions = (shard.chunk(x).contiguous() for x in (ids, labels, positions))
     targets = xf.shift_labels(labels, row_shard=shard)
-    given = {"ref_logps": torch.tensor([-20.0, -9.0, -5.0, -18.0])} if method == "dpo" else {}
+    given: dict[str, Any] = {"ref_logps": torch.tensor([-20.0, -9.0, -5.0, -18.0])} if method == "dpo" else {}
 
     def fused(hidden, head):
         return xf.Objective(method)(hidden, head, targets, row_shard=shard, **given).loss
@@ -338,7 +346,7 @@ def model_loss(model: Any, method: str, shard: xf.RowShard | None = None) -> tor
 
 
 def model_grads(model: Any) -> dict[str, torch.Tensor]:
-    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def run_ulysses(rank: int) -> dict[str, tuple]:
@@ -351,7 +359,7 @@ def run_ulysses(rank: int) -> dict[str, tuple]:
     # Its all-reduce by shared memory would be compiled first.
     with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
         deepspeed.init_distributed("gloo", verbose=False)
-    mpu = UlyssesSPAttentionHF.register_with_transformers(tiny_model(), "sdpa", 2, 4)
+    mpu: Any = UlyssesSPAttentionHF.register_with_transformers(tiny_model(), "sdpa", 2, 4)
     shard = xf.RowShard(mpu.get_sequence_parallel_group())
     for method in ("dpo", "simpo"):
         model = tiny_model()
@@ -371,10 +379,11 @@ def run_ulysses(rank: int) -> dict[str, tuple]:
         }  # fmt: skip
         model = tiny_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
+        engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
         loss = model_loss(engine, "dpo", shard)
         engine.backward(loss * (shard.world if stage == 3 else 1))
-        grads = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()}
+        read: Any = safe_get_full_grad
+        grads = {n: read(p).clone() for n, p in engine.module.named_parameters()}
         found[f"ZeRO-{stage}, dpo"] = loss.detach(), grads
         engine.destroy()
     return found
@@ -419,6 +428,10 @@ def found(request, world) -> list[dict]:
     return request.getfixturevalue({2: "two", 4: "four"}[world])
 
 
+def total(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
 def check(ranks: list[dict], case: Case, cut: str, *, parts: bool = True) -> None:
     """Each rank has the whole rows' loss, and its chunk of their gradient; the parts of the head's add up."""
     want = call(case, cut)
@@ -434,7 +447,7 @@ def check(ranks: list[dict], case: Case, cut: str, *, parts: bool = True) -> Non
             assert oracle.error(whole, x) < bound, name
         elif name in ("d_weight", "d_bias"):
             if parts:
-                assert oracle.error(sum(found[name] for found in ranks), x) < bound, name
+                assert oracle.error(total(found[name] for found in ranks), x) < bound, name
         else:
             for found in ranks:
                 assert torch.equal(found[name].nan_to_num(), ranks[0][name].nan_to_num()), f"{name}: ranks differ"
@@ -553,7 +566,7 @@ def test_balanced_chunks(found, world):
         assert oracle.error(own["d_hidden"], want["d_hidden"][:, at]) < 1e-10
         assert "need rows of a multiple of" in own["errors"][0]
         assert "two pieces of equal width, got [3, 4" in own["errors"][1]
-    assert oracle.error(sum(rank["balanced"]["d_weight"] for rank in found), want["d_weight"]) < 1e-10
+    assert oracle.error(total(rank["balanced"]["d_weight"] for rank in found), want["d_weight"]) < 1e-10
 
 
 def test_sums_of_rows(two):
@@ -571,14 +584,14 @@ def test_sums_of_rows(two):
         sums = oracle.row_sums(flat, packed["targets"], torch.tensor(ENDS))[0]
         torch.testing.assert_close(rank["rows"]["packed"], sums, rtol=1e-10, atol=1e-10)
     assert oracle.error(torch.cat([rank["rows"]["d_hidden"] for rank in two], dim=1), hidden.grad) < 1e-10
-    assert oracle.error(sum(rank["rows"]["d_weight"] for rank in two), weight.grad) < 1e-10
+    assert oracle.error(total(rank["rows"]["d_weight"] for rank in two), weight.grad) < 1e-10
 
 
 def test_parts_of_dw_are_added_to_a_buffer(two):
     full = whole_rows(CASES["dpo"])
     weight = full["weight"].requires_grad_()
     xf.Objective("dpo")(full["hidden"], weight, full["targets"], ref_hidden=full["ref_hidden"]).loss.backward()
-    assert oracle.error(sum(rank["rows"]["weight_grad"] for rank in two), weight.grad) < 1e-10
+    assert oracle.error(total(rank["rows"]["weight_grad"] for rank in two), weight.grad) < 1e-10
 
 
 def test_the_plan_of_a_chunk(two):
@@ -636,6 +649,22 @@ def test_a_call_that_does_not_fit_is_refused_on_all_ranks(two, name):
 
 def test_after_refusals_the_ranks_are_in_step(two):
     assert two[0]["refusals"]["still in step"] == two[1]["refusals"]["still in step"]
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_trainers_keep_rows_whole(tmp_path, name):
+    """Refused where it is asked for, and where `accelerate launch` has configured it."""
+    from accelerate import ParallelismConfig
+
+    from xpo_fast.trainer import XPOConfig
+    from xpo_fast.trainer.arguments import check_parallelism
+
+    whole = f"{name}=2 of parallelism_config: a trainer keeps rows and layers whole"
+    with pytest.raises(ValueError, match=whole):
+        XPOConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=ParallelismConfig(**{name: 2}))
+    with pytest.raises(ValueError, match=whole):
+        check_parallelism(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, name: 2})
+    check_parallelism(tp_size=1, cp_size=1, sp_size=1)
 
 
 def test_rows_are_cut_over_a_process_group():

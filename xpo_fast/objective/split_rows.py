@@ -199,11 +199,13 @@ def _kinds(settings: Settings, given: RowInputs) -> dict[str, int]:
         kinds[name] = _UNIT
         if not _may_be_by_token(settings, name):
             continue
-        shapes = {chunk: _TOKEN} if name == "ref_token_logp" else {chunk: _TOKEN, by_row: _UNIT, (): _UNIT}
+        shapes: dict[Any, int] = (
+            {chunk: _TOKEN} if name == "ref_token_logp" else {chunk: _TOKEN, by_row: _UNIT, (): _UNIT}
+        )
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         if shape not in shapes:
             raise ValueError(f"{name} must be {chunk}, as this rank's targets are, or one per row, got {shape}")
-        kinds[name] = _EITHER if len(shapes) == 2 and shape == chunk else shapes[shape]
+        kinds[name] = _EITHER if shape == chunk == by_row and name != "ref_token_logp" else shapes[shape]
     return kinds
 
 
