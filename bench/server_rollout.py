@@ -5,9 +5,9 @@
 
 The model is SmolLM2-135M-Instruct in float32 with full fine-tuning, the reward the share of a completion's words that
 differ from one another, 20 steps of 4 prompts × 4 completions of 16 tokens. Before every rollout the policy is saved
-into a folder, which the server loads; the server is started and ended here. Runs that the file has are not repeated, and
-it is written after each. Reported: the reward of the first and of the last fifth of the steps, each with the standard
-error over its completions' steps and seeds, and seconds a step. --tiny takes a random model of two layers instead.
+into a folder, which the server loads; the server is started and ended here. Runs that the file has are not repeated,
+and it is written after each. Reported: the reward of the first and of the last fifth of the steps, each with the
+standard error over those steps of all seeds, and seconds a step. --tiny takes a random model of two layers instead.
 Exit status 1: the last rewards of the two differ by more than three standard errors.
 """
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append([sampler, str(len(runs)), *shown, f"{step_s:.2f}"])
     print(table(["sampler", "runs", "first reward", "last reward", "s per step"], rows))
     (a, e), (b, f) = last.values()
-    return int(abs(a - b) > 3 * math.hypot(e, f) > 0)
+    return int(abs(a - b) > 3 * math.hypot(e, f))
 
 
 if __name__ == "__main__":

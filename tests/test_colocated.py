@@ -1,4 +1,4 @@
-"""VLLMRollout against a stand-in with vLLM's signatures: draws, seeds, weights in place, adapters, and when it sleeps."""
+"""VLLMRollout against a stand-in with vLLM's signatures: draws, seeds, weights in place, adapters, when it sleeps."""
 
 from __future__ import annotations
 

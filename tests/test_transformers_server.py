@@ -1,4 +1,4 @@
-"""TransformersRollout against `transformers serve` itself: draws, pushed weights, a server that is killed and restarted.
+"""TransformersRollout against `transformers serve` itself: draws, pushed weights, a server killed and restarted.
 
 One server for the file, on a random model of two layers in float32; the test that kills it starts it again.
 """
@@ -194,7 +194,7 @@ def test_what_is_refused(server, tmp_path):
     with pytest.raises(ValueError, match="goes on sampling from the weights it has"):
         bare.update(make_model())
     missing = TransformersRollout(server.url, make_tokenizer(), model=tmp_path / "none", retries=0)
-    with pytest.raises(RolloutError, match="cannot load .*none"):
+    with pytest.raises(RolloutError, match=r"cannot load .*none"):
         missing.generate(PROMPTS, sampling=SAMPLING, seed=0)
     rollout = client(server, tmp_path / "policies")
     rollout.update(make_model(max_position_embeddings=8))

@@ -45,10 +45,7 @@ def importance_weights(
         raise ValueError(f"expected 0 ≤ lower < upper, got lower={lower!r}, upper={upper!r}")
     log_w = torch.where(mask, log_ratio, 0.0)
     w = (log_w if level == "token" else log_w.sum(dim=1)).exp()
-    if mode == "truncate":
-        w = w.clamp(min=lower, max=upper)
-    else:
-        w = torch.where((w >= lower) & (w <= upper), w, 0.0)
+    w = w.clamp(min=lower, max=upper) if mode == "truncate" else torch.where((w >= lower) & (w <= upper), w, 0.0)
     return torch.where(mask, w, 1.0) if level == "token" else w
 
 

@@ -37,7 +37,7 @@ class VLLMRollout:
 
         rollout = VLLMRollout("HuggingFaceTB/SmolLM2-135M-Instruct", tokenizer, memory=0.3)
 
-    name: the base model's folder or name of the hub, which vLLM loads at the first completions after the first `update`.
+    name: the base model's folder or name of the hub, which vLLM loads at the first `generate` after an `update`.
     memory: share of the device's memory that vLLM may take while it is awake.
     max_model_len: longest prompt and answer together, in tokens; None: the model's positions.
     level: how it sleeps. 1 keeps the weights in the CPU's memory; 2 drops them, and every awakening reloads the file
@@ -45,18 +45,18 @@ class VLLMRollout:
     engine: further arguments of `vllm.LLM`. chat_template_kwargs: variables of the chat template for every prompt; a
         prompt's own come first.
 
-    `update` only notes the policy; the next `generate` wakes the weights, sends the policy's where it has changed, wakes
-    the KV cache, samples and sleeps again. A whole model's parameters are loaded in place (load_weights on the worker);
-    a LoRA adapter is saved into a temporary folder and loaded from there as a LoRARequest of its own. A completion is
-    one request, its seed from (seed, prompt, copy). `Samples.logps` are those of the draws as made: temperature and cuts
-    included (logprobs_mode="processed_logprobs"); None for temperature 0. The engine runs in this process
-    (VLLM_ENABLE_V1_MULTIPROCESSING=0); with several processes each has one of its own, by torchrun's launch.
+    `update` only notes the policy; the next `generate` wakes the weights, sends the policy's where it has changed,
+    wakes the KV cache, samples and sleeps again. A whole model's parameters are loaded in place (load_weights on the
+    worker); a LoRA adapter is saved into a temporary folder and loaded from there as a LoRARequest of its own. A
+    completion is one request, its seed from (seed, prompt, copy). `Samples.logps` are those of the draws as made:
+    temperature and cuts included (logprobs_mode="processed_logprobs"); None for temperature 0. The engine runs in this
+    process (VLLM_ENABLE_V1_MULTIPROCESSING=0); with several processes each has one of its own, by torchrun's launch.
 
     Written for vLLM 0.11 and later, by its documentation: LLM(enable_sleep_mode=…), sleep(level), wake_up(tags),
     collective_rpc. It is tested against a stand-in with these signatures.
 
-    Raises ImportError where vLLM is missing; ValueError for another level, for generate before the first `update`, for a
-    prompt that leaves no room for an answer within max_model_len, and for an adapter that vLLM does not apply (other
+    Raises ImportError where vLLM is missing; ValueError for another level, for generate before the first `update`, for
+    a prompt that leaves no room for an answer within max_model_len, and for an adapter that vLLM does not apply (other
     than LoRA, DoRA, biases, whole modules beside it); RolloutError if a completion ends otherwise than by a stop or its
     length.
     """
