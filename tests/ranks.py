@@ -25,25 +25,29 @@ def run_world(
 ) -> list[Any]:
     """What run(rank) returned on each rank. A failure on one of them is an assertion's, with its traceback.
 
-    run: of a module, or a partial of that. join: it is run in a process group; trainers make their own. lost: ranks
-    that do not return.
+    folder: of this world alone; what it has found before is not found again. run: of a module, or a partial of that.
+    join: it is run in a process group; trainers make their own. lost: ranks that do not return.
     """
-    folder.mkdir(exist_ok=True)
-    _start(folder, world, run, join, parts_together=not lost)
-    return _results(folder, [rank for rank in range(world) if rank not in lost])
-
-
-def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
-    """The same in a process group; under pytest-xdist the world runs once for all of its workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / run.__name__
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "ran").exists():
             (folder / "ran").touch()
-            _start(folder, world, run, join=True)
-    return _results(folder, range(world))
+            _start(folder, world, run, join, parts_together=not lost)
+    return _results(folder, [rank for rank in range(world) if rank not in lost])
+
+
+def shared_folder(tmp_path_factory, name: str) -> Path:
+    """A folder of that name; under pytest-xdist it is one for all workers, so that a world in it runs once for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
+    """What run(rank) returned on each rank, in a process group, once for all workers of pytest-xdist."""
+    return run_world(shared_folder(tmp_path_factory, run.__name__), world, run, join=True)
 
 
 def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool, *, parts_together: bool = True) -> None:
@@ -59,7 +63,7 @@ def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool, *, p
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     for process in processes:
         process.kill()
 

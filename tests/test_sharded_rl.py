@@ -21,7 +21,7 @@ from unittest.mock import patch
 import pytest
 
 import test_rl
-from ranks import run_world
+from ranks import run_world, shared_folder
 from test_rl import make_tokenizer
 from test_sharded_training import check_equal, found_of, fsdp, shards_on_cpu, zero
 from test_trainer import PEFT_WARNING, lora, make_model
@@ -130,7 +130,7 @@ def runs(layout: str, folder: Path, how: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("sharded")
+    folder = shared_folder(tmp_path_factory, "sharded_rl")
     return run_world(folder / "two", 2, partial(on_two_ranks, folder))
 
 

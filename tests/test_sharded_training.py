@@ -23,7 +23,7 @@ import torch
 
 import test_reward_model
 import test_trainer
-from ranks import run_world
+from ranks import run_world, shared_folder
 from test_trainer import PEFT_WARNING, lora, make_model, make_rows
 from xpo_fast.trainer import reference
 from xpo_fast.trainer.sharding import check_reference, whole_weights
@@ -209,7 +209,7 @@ def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("sharded")
+    return shared_folder(tmp_path_factory, "sharded_training")
 
 
 @pytest.fixture(scope="module")
@@ -224,16 +224,21 @@ def zero_ranks(folder) -> list[dict[str, Any]]:
     return run_world(folder / "zero", 2, partial(on_two_ranks_of_zero, folder))
 
 
+def alone_of_this_worker() -> str:
+    return "alone" + os.environ.get("PYTEST_XDIST_WORKER", "")
+
+
 @pytest.fixture(scope="module")
 def alone(folder) -> Callable[[str], dict[str, Any]]:
     """What one process finds in a case."""
+    own = folder / alone_of_this_worker()
 
     @functools.cache
     def get(name: str) -> dict[str, Any]:
         if name == "resumed":
-            return trained(RESUMED, folder / "alone" / name, 1, save_strategy="no")
+            return trained(RESUMED, own / name, 1, save_strategy="no")
         more = {"ref_cache_dir": str(folder / "ref of one")} if name == "dpo cached, tied" else {}
-        return trained(CASES[name], folder / "alone" / name, 1, evaluates=name in EVALUATED, **more)
+        return trained(CASES[name], own / name, 1, evaluates=name in EVALUATED, **more)
 
     return get
 
@@ -331,7 +336,7 @@ def test_the_cache_does_not_depend_on_how_the_model_is_kept(folder, two, alone, 
 def test_the_cache_is_the_same_under_zero(folder, zero_ranks, alone):
     alone("dpo cached, by tokens")
     found = []
-    for layout in ("alone", "ZeRO-2", "ZeRO-3"):
+    for layout in (alone_of_this_worker(), "ZeRO-2", "ZeRO-3"):
         ref = folder / layout / "dpo cached, by tokens" / "ref"
         found.append({str(path.relative_to(ref)) for path in ref.rglob("*.safetensors")})
     assert found[0] == found[1] == found[2] and len(found[0]) == 2
