@@ -93,3 +93,6 @@ def test_auto_begins_where_there_is_no_whole_checkpoint(home, tmp_path):
     (part / "adapter_model.safetensors").unlink()
     assert train(home, part) == 0  # from step 4
     assert_same(left(whole), left(part))
+    assert train(home, part) == 0  # from step 6, which was the last
+    assert json.loads((part / "trainer_state.json").read_text())["global_step"] == 6
+    assert_same(left(whole), left(part))

@@ -439,6 +439,13 @@ class UnitTrainer(ComputesInParts, CutsBatches):
                     "written; go on from an earlier checkpoint, or begin anew with a smaller learning rate"
                 )
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Trainer asks after a step whether it was the last: resumed from the last one's checkpoint, it takes another.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def _load_best_model(self) -> None:
         self._missing = []
         super()._load_best_model()
