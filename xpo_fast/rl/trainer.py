@@ -212,10 +212,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         sample: collect the first rollout for it now, and ask the rewards for theirs; training collects it again.
         Returns what was found, and keeps it in `report`, to which the first rollout adds; None without prompts.
         """
-        if not self.prompts:
-            return None
         with self._whole_policy() if sample else contextlib.nullcontext():
-            self.report = check_before(self, self._collector if sample else None)
+            self.report = check_before(self, self._collector if sample else None) if self.prompts else None
         return self.report
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
@@ -307,48 +305,40 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         return whole(self.policy)
 
     def _begin_rollout(self) -> None:
-        """Collects a rollout and makes `experience` of it, of a policy in parts by a single gather of its weights."""
-        with contextlib.ExitStack() as stack:
-            self._collect(stack)
-
-    def _collect(self, stack: contextlib.ExitStack) -> None:
-        """Collects a rollout. Nothing of the run changes until all of it is there. stack: of the policy made whole."""
+        """Collects a rollout and makes `experience` of it. Nothing of the run changes until all of it is there."""
         args, progress = self.args, replace(self.progress)
         began = time.perf_counter()
+        whole_policy = contextlib.ExitStack()  # gathered once for all of it
 
         def save() -> None:
-            stack.close()
+            whole_policy.close()
             self._save_before_failing()
 
-        stack.enter_context(self._whole_policy())
-        with saved_if_it_fails(save):
-            collected = self._collector.collect(progress.rollouts, progress.cursor)
-        progress.cursor = collected.cursor
-        rows = [row for group in collected.groups for row in group]
-        # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
-        with saved_if_it_fails(save) if args.world_size == 1 else contextlib.nullcontext():
-            own = isinstance(self.rollout, GenerateRollout)
-            check_completions(rows, self.policy, self.processing_class, self.rollout)
-            self.settle_layout([(row.prompt_ids, row.ids) for row in rows])
-            if not self._head_checked:
-                longest = max((row.prompt_ids + row.ids for row in rows), key=len)
-                check_head(self.model, longest, args.device, args.backend)
-                check_sampler(rows, self.policy, args, self.accelerator, own_sampler=own, layout=self._measure.layout)
-                self._head_checked = True
-            experience, metrics = make_experience(
-                rows,
-                args,
-                self.objective,
-                self._measure,
-                kl_coef=progress.kl_coef,
-                correction=correction_level(args, self.objective, own_sampler=own),
-                spare=self._spares,
-                number=progress.rollouts,
-                names=self.rewards.names,
-            )
-        if not self._rollout_checked:
-            self._rollout_checked = True
-            check_first(self, rows)
+        with whole_policy:
+            whole_policy.enter_context(self._whole_policy())
+            with saved_if_it_fails(save):
+                collected = self._collector.collect(progress.rollouts, progress.cursor)
+            progress.cursor = collected.cursor
+            rows = [row for group in collected.groups for row in group]
+            # From here on one of several processes may fail alone, and it cannot write a checkpoint alone.
+            with saved_if_it_fails(save) if args.world_size == 1 else contextlib.nullcontext():
+                own = isinstance(self.rollout, GenerateRollout)
+                check_completions(rows, self.policy, self.processing_class, self.rollout)
+                self.settle_layout([(row.prompt_ids, row.ids) for row in rows])
+                if not self._head_checked:
+                    longest = max((row.prompt_ids + row.ids for row in rows), key=len)
+                    check_head(self.model, longest, args.device, args.backend)
+                    check_sampler(
+                        rows, self.policy, args, self.accelerator, own_sampler=own, layout=self._measure.layout
+                    )
+                    self._head_checked = True
+                how: Any = {"kl_coef": progress.kl_coef, "spare": self._spares, "number": progress.rollouts}
+                how |= {"correction": correction_level(args, self.objective, own_sampler=own)}
+                how |= {"names": self.rewards.names}
+                experience, metrics = make_experience(rows, args, self.objective, self._measure, **how)
+            if not self._rollout_checked:
+                self._rollout_checked = True
+                check_first(self, rows)
         metrics |= describe(collected.sampled, self.rewards.names) | collected.times
         metrics |= {"draws": float(collected.draws), "kl_coef": progress.kl_coef}
         metrics["passes"] = progress.cursor / len(self.prompts)
@@ -399,11 +389,11 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         if not prompts:
             raise ValueError("there are no prompts to evaluate on: pass eval_dataset=")
         began = time.perf_counter()
-        with saved_if_it_fails(self._save_before_failing) if self.is_in_train else contextlib.nullcontext():
-            with self._whole_policy():
-                self._collector.update()
-                seed = seed_for(self.args.seed, metric_key_prefix)
-                groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
+        saved = saved_if_it_fails(self._save_before_failing) if self.is_in_train else contextlib.nullcontext()
+        with saved, self._whole_policy():
+            self._collector.update()
+            seed = seed_for(self.args.seed, metric_key_prefix)
+            groups, times = self._collector.sample(prompts, self.args.eval_generations, seed)
         found = describe(groups, self.rewards.names) | times
         metrics = {f"{metric_key_prefix}_{name}": x for name, x in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
