@@ -15,30 +15,38 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
 
 import test_rl
 from ranks import run_world, shared_folder
 from test_rl import make_tokenizer
+from test_rollout import StandIn
 from test_sharded_training import check_equal, found_of, fsdp, shards_on_cpu, zero
 from test_trainer import PEFT_WARNING, lora, make_model
-from xpo_fast.rollout import GenerateRollout, Samples
+from xpo_fast.rl.checks import check_resume, check_sharding
+from xpo_fast.rl.config import RLConfig
+from xpo_fast.rollout import GenerateRollout, Samples, ServerRollout
+from xpo_fast.trainer.sharding import whole_weights
+from xpo_fast.trainer.whole import whole
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
 STEPS = 3
 PROMPTS = [{"prompt": text} for text in ("w1 w2", "w3", "w4 w5 w6", "w7 w8", "w9")]
-LAYOUTS = ["FSDP2", "ZeRO-2", "ZeRO-3"] if sys.platform == "linux" else ["FSDP2"]  # the extra [dev] has DeepSpeed there
+ON_LINUX = sys.platform == "linux"  # the extra [dev] has DeepSpeed there alone
 
 
 class Case(NamedTuple):
     args: dict[str, Any]
     adapted: bool = False
     tied: bool = False
-    shift: float = 0.0
 
 
 PPO = {"method": "ppo", "kl_coef": 0.1, "epochs_per_rollout": 2, "whiten_advantages": False}
@@ -53,19 +61,20 @@ CASES = {
 }
 
 
+OF_ZERO = {2: ["grpo, copy", "ppo"], 3: ["grpo", "grpo, copy", "grpo, adapter off", "ppo"]}
+RUNS = {"FSDP2": list(CASES)} | ({f"ZeRO-{stage}": names for stage, names in OF_ZERO.items()} if ON_LINUX else {})
+RESUMED, SERVED = "ppo", "grpo, lora"  # the cases that are resumed, and that push adapters
+
+
 class ByPrompt(GenerateRollout):
-    """Draws the completions of each prompt from a seed of its own, however prompts are shared out."""
+    """Draws the completions of each prompt of a rollout from a seed of its own, however prompts are shared out."""
 
-    updates = 0
-
-    def update(self, model: Any) -> None:
-        self.updates += 1
-        super().update(model)
+    number: Any = None  # returns that of the rollout
 
     def generate(self, prompts: Any, n: int = 1, *, sampling: Any, seed: int) -> Samples:
         found = []
         for p in prompts:
-            drawn = int(hashlib.sha256(f"{p} {self.updates}".encode()).hexdigest()[:6], 16)
+            drawn = int(hashlib.sha256(f"{p} {self.number()}".encode()).hexdigest()[:6], 16)
             found.append(super().generate([p], n, sampling=sampling, seed=drawn))
         each = [[x for samples in found for x in getattr(samples, name)] for name in Samples.__dataclass_fields__]
         return Samples(*each)
@@ -85,18 +94,35 @@ def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
     if "tokens_per_batch" in case.args:
         args |= {"per_device_train_batch_size": 12 // ranks, "gradient_accumulation_steps": 1}
     args |= {**case.args, **further, **({"ddp_backend": "gloo"} if ranks > 1 else {})}
-    rollout = args.pop("rollout", None)
     model = make_model(tie_word_embeddings=case.tied)
     args["peft_config"] = lora() if case.adapted else None
     trainer = test_rl.make_trainer(folder, reward, model=model, prompts=PROMPTS, **args)
-    trainer.rollout = rollout or ByPrompt(trainer.policy, make_tokenizer())
+    trainer.rollout = ByPrompt(trainer.policy, make_tokenizer())
+    trainer.rollout.number = lambda: trainer.progress.rollouts
     return trainer
 
 
 def trained(case: Case, folder: Path, ranks: int, *, resume: str | None = None, **further: Any) -> dict[str, Any]:
     trainer = make(case, folder, ranks, **further)
+    held_out = trainer.evaluate(PROMPTS[:1])["eval_reward"]  # the second process has no prompt
     trainer.train(resume_from_checkpoint=resume)
-    return about(trainer)
+    return about(trainer) | {"held out": held_out}
+
+
+def served(folder: Path, rank: int, how: dict[str, Any]) -> dict[str, Any]:
+    """The adapter that the server has been given at the end of a run, and that of the policy."""
+    server = StandIn(make_model(), make_tokenizer()) if rank == 0 else None
+    (url,) = broadcast_object_list([server and server.url])
+    trainer = make(CASES[SERVED], folder, 2, **how)
+    trainer.rollout = ServerRollout(url, make_tokenizer(), push="lora", folder=folder / "pushed")
+    trainer.train()
+    trainer.evaluate(PROMPTS[:3])
+    trainer.accelerator.wait_for_everyone()
+    if server is not None:
+        server.stop()
+    (path,) = (folder / "pushed").glob("*/adapter_model.safetensors")
+    weights = {n.replace(".default", ""): x.clone() for n, x in whole_weights(trainer.model) if "lora_" in n}
+    return {"pushed": load_file(path), "weights": weights, "steps": trainer.state.global_step}
 
 
 def about(trainer: Any) -> dict[str, Any]:
@@ -109,23 +135,29 @@ def about(trainer: Any) -> dict[str, Any]:
 
 def on_two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    found: dict[str, Any] = {}
     with shards_on_cpu():
-        found |= runs("FSDP2", folder, fsdp())
-    if "ZeRO-3" in LAYOUTS:
+        found = runs("FSDP2", folder, rank, fsdp())
+    if ON_LINUX:
         import deepspeed
 
         with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
-            for stage in (2, 3):
-                found |= runs(f"ZeRO-{stage}", folder, zero(stage))
+            for stage in OF_ZERO:
+                found |= runs(f"ZeRO-{stage}", folder, rank, zero(stage))
     return found
 
 
-def runs(layout: str, folder: Path, how: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{layout}, {name}": trained(case, folder / f"{layout}-{name}", 2, **copy.deepcopy(how))
-        for name, case in CASES.items()
-    }
+def runs(layout: str, folder: Path, rank: int, how: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in RUNS[layout]:
+        at = folder / f"{layout}-{name}"
+        more = {"save_strategy": "steps", "save_steps": 1} if name == RESUMED else {}
+        found[f"{layout}, {name}"] = trained(CASES[name], at, 2, **more, **copy.deepcopy(how))
+        if name == RESUMED:
+            more["resume"] = str(at / "out" / "checkpoint-1")  # within a rollout
+            found[f"{layout}, resumed"] = trained(CASES[name], at, 2, **more, **copy.deepcopy(how))
+    if layout != "ZeRO-2":
+        found[f"{layout}, served"] = served(folder / f"{layout}-served", rank, copy.deepcopy(how))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +178,64 @@ def alone(tmp_path_factory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout, names in RUNS.items() for name in names])
 def test_a_model_in_parts_is_trained_as_a_whole_one(two, alone, layout, name):
     want = alone(name)
     for own in (r[f"{layout}, {name}"] for r in two):
-        assert own["samples"] == want["samples"]
+        assert own["samples"] == want["samples"] and own["held out"] == pytest.approx(want["held out"], nan_ok=True)
         check_equal(own, want)
         assert own["class"].startswith("FSDP") if layout == "FSDP2" else own["class"] == "DeepSpeedEngine"
     if layout == "FSDP2":
         assert sum(r[f"{layout}, {name}"]["parts"] for r in two) == want["parts"]
+
+
+@pytest.mark.parametrize("layout", RUNS)
+def test_resumed_within_a_rollout_it_is_the_same_run(two, layout):
+    for found in two:
+        whole_run, resumed = found[f"{layout}, {RESUMED}"], found[f"{layout}, resumed"]
+        assert resumed["samples"] == whole_run["samples"]
+        check_equal(resumed, whole_run, to=1e-6)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in RUNS if layout != "ZeRO-2"])
+def test_a_server_is_given_the_whole_adapter(two, layout):
+    for found in (r[f"{layout}, served"] for r in two):
+        assert found["steps"] == STEPS and found["pushed"].keys() == found["weights"].keys()
+        assert all(torch.equal(x, found["weights"][name]) for name, x in found["pushed"].items())
+        assert any("lora_B" in name and x.any() for name, x in found["pushed"].items())
+
+
+def sharded_by(how: str, ranks: int = 2) -> Any:
+    """What stands for an accelerator: its state."""
+    kind, version = how[:4], int(how[-1])
+    state = SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(zero_stage=version) if kind == "ZeRO" else None,
+        fsdp_plugin=SimpleNamespace(fsdp_version=version) if kind == "FSDP" else None,
+    )
+    return SimpleNamespace(state=state, num_processes=ranks)
+
+
+def test_what_cannot_be_had_is_refused_by_name(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    plain, mixed = RLConfig(str(tmp_path), use_cpu=True), RLConfig(str(tmp_path), use_cpu=True, ref_mixin=0.1)
+    with pytest.raises(ValueError, match="which needs FSDP2: set version 2 in fsdp_config"):
+        check_sharding("none", plain, model, sharded_by("FSDP1"))
+    for how in ("FSDP2", "ZeRO-3"):
+        with pytest.raises(ValueError, match=f"ref_mixin=0.1 moves every weight of the reference, and {how} keeps"):
+            check_sharding("copy", mixed, model, sharded_by(how))
+        check_sharding("copy", plain, model, sharded_by(how))
+    check_sharding("copy", mixed, model, sharded_by("ZeRO-2"))
+    for how in ("ZeRO-2", "ZeRO-3"):
+        with pytest.raises(ValueError, match=f"written by 4 processes, and this run has 2: {how} keeps the optimizer"):
+            check_resume({"ranks": 4}, tmp_path, sharded_by(how))
+        check_resume({"ranks": 2}, tmp_path, sharded_by(how))
+    check_resume({"ranks": 4}, tmp_path, sharded_by("FSDP2"))
+
+
+def test_a_whole_model_is_left_alone():
+    model = make_model()
+    hooks = model.register_forward_pre_hook(lambda *_: None)
+    before = dict(model._forward_pre_hooks)
+    with whole(model):
+        assert model._forward_pre_hooks == before
+    hooks.remove()
