@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-OF_ZERO = {2: ["grpo, copy", "ppo"], 3: ["grpo", "grpo, copy", "grpo, adapter off", "ppo"]}
+OF_ZERO = {2: ["grpo, copy", "ppo"]}
 RUNS = {"FSDP2": list(CASES)} | ({f"ZeRO-{stage}": names for stage, names in OF_ZERO.items()} if ON_LINUX else {})
 RESUMED, SERVED = "ppo", "grpo, lora"  # the cases that are resumed, and that push adapters
 
@@ -194,7 +194,7 @@ def test_resumed_within_a_rollout_it_is_the_same_run(two, layout):
     for found in two:
         whole_run, resumed = found[f"{layout}, {RESUMED}"], found[f"{layout}, resumed"]
         assert resumed["samples"] == whole_run["samples"]
-        check_equal(resumed, whole_run, to=1e-6)
+        check_equal(resumed, whole_run)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in RUNS if layout != "ZeRO-2"])
@@ -220,10 +220,11 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path):
     plain, mixed = RLConfig(str(tmp_path), use_cpu=True), RLConfig(str(tmp_path), use_cpu=True, ref_mixin=0.1)
     with pytest.raises(ValueError, match="which needs FSDP2: set version 2 in fsdp_config"):
         check_sharding("none", plain, model, sharded_by("FSDP1"))
-    for how in ("FSDP2", "ZeRO-3"):
-        with pytest.raises(ValueError, match=f"ref_mixin=0.1 moves every weight of the reference, and {how} keeps"):
-            check_sharding("copy", mixed, model, sharded_by(how))
-        check_sharding("copy", plain, model, sharded_by(how))
+    with pytest.raises(ValueError, match="under ZeRO-3: use FSDP2, or ZeRO-2"):
+        check_sharding("none", plain, model, sharded_by("ZeRO-3"))
+    with pytest.raises(ValueError, match=r"ref_mixin=0\.1 moves every weight of the reference, and FSDP2 keeps"):
+        check_sharding("copy", mixed, model, sharded_by("FSDP2"))
+    check_sharding("copy", plain, model, sharded_by("FSDP2"))
     check_sharding("copy", mixed, model, sharded_by("ZeRO-2"))
     for how in ("ZeRO-2", "ZeRO-3"):
         with pytest.raises(ValueError, match=f"written by 4 processes, and this run has 2: {how} keeps the optimizer"):
