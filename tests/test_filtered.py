@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from test_representations import planted, reward_trainer
+from planted import planted
+from test_reward_model import make_trainer
 from test_rollout import EOS, MANY_ENDS, PROMPTS, with_ends
 from test_trainer import PEFT_WARNING, VOCAB, make_model, make_tokenizer
 from xpo_fast import cli
@@ -138,7 +139,7 @@ def goal(tmp_path_factory):
     """A reward model of a planted goal: over w40 … w49 to w60 is preferred, over w70 … w79 to w80 is not."""
     folder = tmp_path_factory.mktemp("goal")
     how = {"max_steps": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
-    trainer = reward_trainer(folder, planted(96, 0), **how)
+    trainer = make_trainer(folder, "goal_conditioned", rows=planted(96, 0), **how)
     trainer.train()
     trainer.save_model(str(folder / "model"))
     make_tokenizer().save_pretrained(folder / "model")
