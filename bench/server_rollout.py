@@ -1,29 +1,35 @@
-"""Runs GRPO by completions of `transformers serve` beside the same by the model's own, with the same seeds.
+"""Runs GRPO by completions of `transformers serve` beside the same by the model's own, and kills the server in runs.
 
     python bench/server_rollout.py --json bench/results/server-rollout.json
-    python bench/server_rollout.py --tiny --steps 2 --seeds 0 --json /tmp/server-rollout.json
+    python bench/server_rollout.py --tiny --steps 2 --seeds 0 --kills 1 --json /tmp/server-rollout.json
 
 The model is SmolLM2-135M-Instruct in float32 with full fine-tuning, the reward the share of a completion's letters that
 are vowels, 20 steps of 4 prompts × 4 completions of 16 tokens. Before every rollout the policy is saved into a folder,
 which the server loads; the server is started and ended here. Runs that the file has are not repeated, and it is written
 after each. Reported: the reward of the first and of the last fifth of the steps, each with the standard error over
-those steps of all seeds, and seconds a step. --tiny takes a random model of two layers instead.
-Exit status 1: the last rewards of the two differ by more than three standard errors.
+those steps of all seeds, and seconds per step. --tiny takes a random model of two layers instead.
+
+--kills N: N further runs through the server, of --kill-steps steps, in each of which the server is killed (SIGKILL) at
+a random time and started again; their prompts, completions, rewards and final weights are compared with those of one
+run whose server is left alone. Each completion has a seed of its own, so that they must be the same.
+Exit status 1: the last rewards of the two samplers differ by more than three standard errors, or a killed run differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,7 @@ from xpo_fast.files import write_json
 from xpo_fast.models import SMOLLM2, load_model
 from xpo_fast.rl import RLTrainer
 from xpo_fast.rl.config import RLConfig
+from xpo_fast.rl.sample_log import SAMPLES_FILE
 from xpo_fast.rollout import TransformersRollout
 
 SAMPLERS = ("embedded", "served")
@@ -59,48 +66,79 @@ def tiny() -> tuple[Any, Any]:
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
-@contextlib.contextmanager
-def served(start_s: float = 900.0) -> Iterator[str]:
-    """Yields the address of a `transformers serve` of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", SERVE, "serve", "--host", "127.0.0.1", "--port", str(port)]
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **quiet)
-    try:
+class Server:
+    """A `transformers serve` of its own, as a context: started at the beginning and killed at the end."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Starts the process, and does not wait until it answers."""
+        command = [sys.executable, "-c", SERVE, "serve", "--host", "127.0.0.1", "--port", str(self.port)]
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **quiet)
+
+    def kill(self) -> None:
+        """Kills the process by SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self, start_s: float = 900.0) -> Server:
+        self.start()
         until = time.monotonic() + start_s
-        while process.poll() is None and time.monotonic() < until:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
+        while self.process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return self
             time.sleep(0.5)
-        else:
-            raise RuntimeError("transformers serve did not start: pip install 'transformers[serving]'")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+        self.kill()
+        raise RuntimeError("transformers serve did not start: pip install 'transformers[serving]'")
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
 
-def run(sampler: str, seed: int, args: argparse.Namespace, url: str) -> dict[str, Any]:
-    """Returns a run's rewards and seconds by step."""
+def run(url: str | None, seed: int, args: argparse.Namespace, steps: int) -> dict[str, Any]:
+    """Returns a run's rewards by step, its seconds, and digests of its samples and of its weights at the end."""
     model, tokenizer = tiny() if args.tiny else load_model(SMOLLM2, dtype="float32")
     prompts = load_prompts(PAIRS)
     with tempfile.TemporaryDirectory(prefix="server-rollout-") as folder:
         sizes: Any = {"per_device_train_batch_size": 16, "num_generations": 4, "max_new_tokens": args.tokens}
-        rest: Any = {"save_strategy": "no", "logging_steps": 1, "log_samples": False, "disable_tqdm": True}
-        rest |= {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "max_steps": args.steps, "seed": seed}
+        rest: Any = {"save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "report_to": "none"}
+        rest |= {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "max_steps": steps, "seed": seed}
         config = RLConfig(f"{folder}/run", method="grpo", **sizes, **rest)
-        rollout = TransformersRollout(url, tokenizer, folder=f"{folder}/policies") if sampler == "served" else None
+        rollout = None if url is None else TransformersRollout(url, tokenizer, folder=f"{folder}/policies")
         operands: Any = {"train_dataset": prompts, "processing_class": tokenizer, "rollout": rollout}
         trainer = RLTrainer(model, vowels, config, **operands)
         began = time.perf_counter()
         trainer.train()
-        step_s = (time.perf_counter() - began) / args.steps
+        seconds = time.perf_counter() - began
+        samples = Path(f"{folder}/run", SAMPLES_FILE).read_bytes()
+    weights = b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters())
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    rewards = [entry["reward"] for entry in log]
-    lengths = [entry["completions/mean_length"] for entry in log]
-    return {"sampler": sampler, "seed": seed, "reward": rewards, "length": lengths, "step_s": step_s}
+    return {
+        "sampler": "embedded" if url is None else "served",
+        "seed": seed,
+        "reward": [entry["reward"] for entry in log],
+        "length": [entry["completions/mean_length"] for entry in log],
+        "seconds": seconds,
+        "completions": samples.count(b"\n"),
+        "samples": hashlib.sha256(samples).hexdigest(),
+        "weights": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def killed(server: Server, after_s: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns a run through a server that is killed `after_s` seconds after its beginning, and started again."""
+    timer = threading.Timer(after_s, lambda: (server.kill(), server.start()))
+    timer.start()
+    try:
+        found = run(server.url, 0, args, args.kill_steps)
+    finally:
+        timer.join()
+    return found | {"killed_after_s": after_s}
 
 
 def mean_and_error(runs: list[dict[str, Any]], part: slice) -> tuple[float, float]:
@@ -117,30 +155,58 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kill-steps", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    settings = {"steps": args.steps, "tokens": args.tokens, "tiny": args.tiny}
-    result = read_json(args.json) if args.json.is_file() else {"environment": environment(), **settings, "runs": []}
+    settings = {name: getattr(args, name) for name in ("steps", "tokens", "kill_steps", "tiny")}
+    empty = {"environment": environment(), **settings, "runs": [], "undisturbed": None, "killed": []}
+    result = read_json(args.json) if args.json.is_file() else empty
     if {name: result[name] for name in settings} != settings:
         parser.error(f"{args.json} holds runs of other settings than {settings}: name another file")
-    done = {(run["sampler"], run["seed"]) for run in result["runs"]}
-    todo = [(s, seed) for seed in args.seeds for s in SAMPLERS if (s, seed) not in done]
-    with served() if any(s == "served" for s, _ in todo) else contextlib.nullcontext("") as url:
-        for sampler, seed in todo:
-            result["runs"].append(run(sampler, seed, args, url))
+    with Server() as server:
+        for seed in args.seeds:
+            for sampler, url in (("embedded", None), ("served", server.url)):
+                if not any((run["sampler"], run["seed"]) == (sampler, seed) for run in result["runs"]):
+                    result["runs"].append(run(url, seed, args, args.steps))
+                    write_json(args.json, result)
+        if args.kills and result["undisturbed"] is None:
+            result["undisturbed"] = run(server.url, 0, args, args.kill_steps)
             write_json(args.json, result)
+        while len(result["killed"]) < args.kills:
+            at = random.Random(len(result["killed"])).uniform(0.05, 0.95) * result["undisturbed"]["seconds"]
+            result["killed"].append(killed(server, at, args))
+            write_json(args.json, result)
+    return report(result, args)
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Prints the tables of a result, and returns the exit status."""
     rows, last = [], {}
     part = max(args.steps // 5, 1)
     for sampler in SAMPLERS:
         runs = [r for r in result["runs"] if r["sampler"] == sampler]
         first, last[sampler] = (mean_and_error(runs, x) for x in (slice(0, part), slice(-part, None)))
-        step_s = sum(r["step_s"] for r in runs) / len(runs)
+        step_s = sum(r["seconds"] for r in runs) / len(runs) / args.steps
         shown = [f"{mean:.3f} ± {error:.3f}" for mean, error in (first, last[sampler])]
         rows.append([sampler, str(len(runs)), *shown, f"{step_s:.2f}"])
     print(table(["sampler", "runs", "first reward", "last reward", "s per step"], rows))
     (a, e), (b, f) = last.values()
-    return int(abs(a - b) > 3 * math.hypot(e, f))
+    apart = abs(a - b) > 3 * math.hypot(e, f)
+    whole = result["undisturbed"]
+    parts = ("completions", "samples", "reward", "weights")
+    differing = [run for run in result["killed"] if any(run[name] != whole[name] for name in parts)]
+    rows = []
+    for i, found in enumerate(result["killed"], 1):
+        same = ["yes" if found[name] == whole[name] else "no" for name in parts[1:]]
+        seconds = [f"{found[name]:.1f}" for name in ("killed_after_s", "seconds")]
+        rows.append([str(i), *seconds, str(found["completions"]), *same])
+    if rows:
+        names = ["run", "killed after s", "seconds", "completions", "same samples", "same rewards", "same weights"]
+        print(f"\nundisturbed: {whole['completions']} completions in {whole['seconds']:.1f} s")
+        print(table(names, rows))
+    return int(apart or bool(differing))
 
 
 if __name__ == "__main__":

@@ -409,29 +409,26 @@ def test_a_run_is_measured():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(*words):
-    return cli.main(["fit", "--shape", "smollm2-135m", *words])
+def run(*words, model=("--shape", "smollm2-135m")):
+    return cli.main(["fit", *model, *words])
 
 
-def test_the_command(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of three layers, of which there is a configuration alone."""
+    where = tmp_path_factory.mktemp("model")
+    config().save_pretrained(where)
+    return str(where)
+
+
+def test_the_command(folder, tmp_path, capsys):
     file, picture = tmp_path / "fit.json", tmp_path / "fit.png"
-    words = [
-        "--memory",
-        "24GiB",
-        "--batch-size",
-        "1",
-        "--lengths",
-        "64,128",
-        "--json",
-        str(file),
-        "--plot",
-        str(picture),
-    ]
-    assert run(*words) == 0
+    words = "--memory 1GiB --batch-size 1 --lengths 64,128".split()
+    assert run(*words, "--json", str(file), "--plot", str(picture), model=[folder]) == 0
     said = capsys.readouterr().out
     for part in (
         "later steps",
-        "of 24.0 GiB: fits",
+        "of 1.0 GiB: fits",
         "largest micro-batch",
         "longest rows",
         "xpo-fast train",
@@ -443,8 +440,9 @@ def test_the_command(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_says_what_to_change(capsys):
-    assert run("--memory", "2.5GiB", "--full", "--lengths", "512", "--batch-size", "4") == 1
+def test_the_command_says_what_to_change(folder, capsys):
+    words = "--memory 900MiB --device cuda --full --lengths 512 --batch-size 8".split()
+    assert run(*words, model=[folder]) == 1
     said = capsys.readouterr().out
     assert "does not fit" in said and "the cheapest first" in said and "fits with" in said
 
