@@ -38,13 +38,8 @@ def check_sharding(reference: str, args: RLConfig, model: Any, accelerator: Acce
             "online RL samples from the model made whole for the while of a rollout, which needs FSDP2: set version 2 "
             "in fsdp_config (fsdp_version in accelerate's file)"
         )
-    if how == "ZeRO-3":
-        raise ValueError(
-            "online RL samples from the model made whole for the while of a rollout, which DeepSpeed does not take "
-            "back into parts under ZeRO-3: use FSDP2, or ZeRO-2"
-        )
     check_reference(reference, model, accelerator)
-    if args.ref_mixin and how == "FSDP2":
+    if args.ref_mixin and how in ("FSDP2", "ZeRO-3"):
         raise ValueError(
             f"ref_mixin={args.ref_mixin:g} moves every weight of the reference, and {how} keeps them in parts: leave "
             "it at 0, or use data parallelism or ZeRO-2"
