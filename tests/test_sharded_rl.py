@@ -28,7 +28,7 @@ import test_rl
 from ranks import run_world, shared_folder
 from test_rl import make_tokenizer
 from test_rollout import StandIn
-from test_sharded_training import check_equal, found_of, fsdp, shards_on_cpu, zero
+from test_sharded_training import AT_ONCE, check_equal, found_of, fsdp, shards_on_cpu, zero
 from test_trainer import PEFT_WARNING, lora, make_model
 from xpo_fast.rl.checks import check_resume, check_sharding
 from xpo_fast.rl.config import RLConfig
@@ -162,7 +162,7 @@ def on_two_ranks(folder: Path, rank: int) -> dict[str, Any]:
 
         with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
             for stage in OF_ZERO:
-                found |= runs(f"ZeRO-{stage}", folder, rank, zero(stage))
+                found |= runs(f"ZeRO-{stage}", folder, rank, zero(stage, **(AT_ONCE if stage == 3 else {})))
     return found
 
 

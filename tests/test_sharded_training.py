@@ -20,6 +20,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import test_reward_model
 import test_trainer
@@ -66,6 +69,8 @@ LAYOUTS = {
     "ZeRO-3": ["simpo, tied", "dpo cached, by tokens", "tdpo copy", "kto cached", "bradley_terry"],
 }
 EVALUATED = ("dpo cached, tied", "dpo cached, by tokens")
+WORDS, WIDE = (3, 90), 128  # words of the answers whose steps' collectives are compared, and the vocabulary there
+AT_ONCE = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # DeepSpeed keeps nothing whole
 RESUMED = Case("dpo", {"reference": "cached", "save_steps": 2, "max_steps": 4, "train_sampling_strategy": "random"})
 
 
@@ -77,11 +82,11 @@ def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
     }  # fmt: skip
     args |= {"ref_cache_dir": str(folder / "ref")} if case.trainer == "preference" else {}
     args |= {**case.args, **further, **({"ddp_backend": "gloo"} if ranks > 1 else {})}
-    args["model"] = make_model(tie_word_embeddings=case.tied)
+    args = {"model": make_model(tie_word_embeddings=case.tied), "rows": make_rows(ROWS), **args}
     args["peft_config"] = lora() if case.adapted else None
     if case.trainer == "reward":
-        return test_reward_model.make_trainer(folder, case.method, rows=make_rows(ROWS), **args)
-    return test_trainer.make_trainer(folder, method=case.method, rows=ROWS, **args)
+        return test_reward_model.make_trainer(folder, case.method, **args)
+    return test_trainer.make_trainer(folder, method=case.method, **args)
 
 
 def trained(
@@ -121,6 +126,45 @@ def found_of(trainer: Any) -> dict[str, Any]:
         "logs": logs, "weights": weights, "class": type(trainer.model_wrapped).__name__, "parts": sum(parts),
         "distinct": len({id(p) for p in groups}) == len(groups),
     }  # fmt: skip
+
+
+class Collectives(TorchDispatchMode):
+    """Lists the collectives of a thread: what is done, and the sizes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[int]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            sizes = [x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.found.append((func._opname, sizes))
+        return func(*args, **(kwargs or {}))
+
+
+class OfTheLastStep(transformers.TrainerCallback):
+    """Lists the collectives from the end of the last step but one to that of the last."""
+
+    def __init__(self) -> None:
+        self.listed = Collectives()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == STEPS - 1:
+            self.listed.__enter__()
+        elif state.global_step == STEPS:
+            self.listed.__exit__(None, None, None)
+
+
+def collectives(folder: Path, words: int, **how: Any) -> dict[str, Any]:
+    """The collectives of a step of DPO in full with a copy as the reference, and the sizes of the model."""
+    model = make_model(tie_word_embeddings=False, max_position_embeddings=128, vocab_size=WIDE)
+    sizes = {"weights": model.num_parameters(), "head": model.lm_head.weight.numel(), "width": model.config.hidden_size}
+    rows = [{"prompt": "w3 w4", "chosen": " w1" * words, "rejected": " w2" * words}] * (STEPS * BATCH)
+    trainer = make(Case("dpo", {"reference": "copy"}), folder / str(words), 2, model=model, rows=rows, **how)
+    callback = OfTheLastStep()
+    trainer.add_callback(callback)
+    trainer.train()
+    return sizes | {"list": callback.listed.found}
 
 
 @contextlib.contextmanager
@@ -167,6 +211,7 @@ def on_two_ranks(folder: Path, rank: int) -> dict[str, Any]:
         for kind in STATES:
             more = {"save_strategy": "steps", "output_dir": str(folder / kind), **fsdp(state_dict_type=kind)}
             found[kind] = trained(RESUMED, folder / "written", 2, **more)
+        found["collectives"] = [collectives(folder / "collectives", words, **fsdp()) for words in WORDS]
     return found
 
 
@@ -181,6 +226,8 @@ def on_two_ranks_of_zero(folder: Path, rank: int) -> dict[str, Any]:
                 layout = f"ZeRO-{stage}"
                 how = {"evaluates": name in EVALUATED, **zero(stage)}
                 found[f"{layout}, {name}"] = trained(CASES[name], folder / layout / name, 2, **how)
+        at = folder / "collectives of zero"
+        found["collectives"] = [collectives(at, words, **zero(3, **AT_ONCE)) for words in WORDS]
     return found
 
 
@@ -299,6 +346,27 @@ def test_hsdp_trains_as_one_process(four, alone, name):
         check_class(own, "HSDP")
     parts = sum(r[name]["parts"] for r in four)
     assert parts == 2 * want["parts"]  # twice in halves
+
+
+@pytest.mark.parametrize("layout", ["FSDP2", "ZeRO-3"])
+def test_a_step_sends_weights_and_gradients_alone(request, layout):
+    """The head is gathered once per model, and nothing that is sent grows with the tokens.
+
+    All weights of the policy are gathered for the forward, and for the backward but the head (and the norm beside it,
+    under FSDP2, which keeps its outermost group), and those of the reference's copy for its forward.
+    """
+    for own in request.getfixturevalue("two" if layout == "FSDP2" else "zero_ranks"):
+        few, many = own["collectives"]
+        assert few["list"] == many["list"]
+        weights, head = many["weights"], many["head"]
+        scored = BATCH // 2 * 2 * WORDS[1]
+        assert scored * WIDE > weights, "logits would not be seen among weights"
+        sizes = {kind: [max(x) for k, x in many["list"] if kind in k] for kind in ("gather", "reduce_scatter")}
+        kept = head + (many["width"] if layout == "FSDP2" else 0)
+        assert sum(n for n in sizes["gather"] if n > 1) == 3 * weights - kept
+        assert sum(sizes["reduce_scatter"]) == weights
+        others = [x for kind, x in many["list"] if not any(k in kind for k in sizes)]
+        assert all(sum(x) < 100 for x in others), "sums of metrics, items and norms"
 
 
 def check_resumed(found: list[dict[str, Any]], alone: Any) -> None:
