@@ -30,7 +30,7 @@ from test_rl import make_tokenizer
 from test_rollout import StandIn
 from test_sharded_training import AT_ONCE, check_equal, found_of, fsdp, shards_on_cpu, zero
 from test_trainer import PEFT_WARNING, lora, make_model
-from xpo_fast.rl.checks import check_resume, check_sharding
+from xpo_fast.rl.checks import check_sharding
 from xpo_fast.rl.config import RLConfig
 from xpo_fast.rollout import GenerateRollout, Samples, ServerRollout
 from xpo_fast.trainer.sharding import whole_weights
@@ -110,10 +110,10 @@ def trained(case: Case, folder: Path, ranks: int, *, resume: str | None = None, 
 
 
 def made_whole(trainer: Any) -> dict[str, Any]:
-    """What one process computes alone, of a model that a forward has left half gathered, and what it keeps of it."""
+    """What one process computes alone, and what it keeps of it; DeepSpeed is gathering when its forward is given up."""
     ids, policy = torch.tensor([[3, 4, 5]]), trainer.policy
     with torch.no_grad():
-        if trainer.args.world_size > 1:
+        if type(trainer.model_wrapped).__name__ == "DeepSpeedEngine":
             layers = next(m for m in policy.modules() if isinstance(m, torch.nn.ModuleList))
             stop = layers[0].register_forward_hook(_stop)
             with pytest.raises(InterruptedError):
@@ -249,11 +249,6 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path):
             check_sharding("copy", mixed, model, sharded_by(how))
         check_sharding("copy", plain, model, sharded_by(how))
     check_sharding("copy", mixed, model, sharded_by("ZeRO-2"))
-    for how in ("ZeRO-2", "ZeRO-3"):
-        with pytest.raises(ValueError, match=f"written by 4 processes, and this run has 2: {how} keeps the optimizer"):
-            check_resume({"ranks": 4}, tmp_path, sharded_by(how))
-        check_resume({"ranks": 2}, tmp_path, sharded_by(how))
-    check_resume({"ranks": 4}, tmp_path, sharded_by("FSDP2"))
 
 
 def test_a_whole_model_is_left_alone():

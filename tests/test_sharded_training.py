@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,8 +30,9 @@ import test_reward_model
 import test_trainer
 from ranks import run_world, shared_folder
 from test_trainer import PEFT_WARNING, lora, make_model, make_rows
+from xpo_fast.resume import MADE_WITH
 from xpo_fast.trainer import reference
-from xpo_fast.trainer.sharding import check_reference, whole_weights
+from xpo_fast.trainer.sharding import PROCESSES, check_reference, check_resume, whole_weights
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -226,9 +229,25 @@ def on_two_ranks_of_zero(folder: Path, rank: int) -> dict[str, Any]:
                 layout = f"ZeRO-{stage}"
                 how = {"evaluates": name in EVALUATED, **zero(stage)}
                 found[f"{layout}, {name}"] = trained(CASES[name], folder / layout / name, 2, **how)
+            found[f"{layout}, saved"], found[f"{layout}, resumed"] = saved_and_resumed(folder / layout, stage)
         at = folder / "collectives of zero"
         found["collectives"] = [collectives(at, words, **zero(3, **AT_ONCE)) for words in WORDS]
     return found
+
+
+def saved_and_resumed(folder: Path, stage: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run that writes a checkpoint of DeepSpeed's after two steps, and the run that goes on from it."""
+    more = {"save_strategy": "steps", "output_dir": str(folder / "saved")}
+    undisturbed = trained(RESUMED, folder / "written", 2, **more, **zero(stage))
+    checkpoint = folder / "saved" / "checkpoint-2"
+    found = trained(RESUMED, folder / "resumed", 2, checkpoint=checkpoint, save_strategy="no", **zero(stage))
+    of_four = folder / f"of four {os.environ['RANK']}" / checkpoint.name
+    shutil.copytree(checkpoint, of_four)
+    settings = json.loads((of_four / MADE_WITH).read_text())
+    (of_four / MADE_WITH).write_text(json.dumps(settings | {PROCESSES: 4}))
+    with pytest.raises(ValueError) as caught:
+        trained(RESUMED, folder / "refused", 2, checkpoint=of_four, save_strategy="no", **zero(stage))
+    return undisturbed, found | {"of four": str(caught.value)}
 
 
 def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
@@ -389,6 +408,19 @@ def test_a_checkpoint_of_two_ranks_is_resumed_on_one(folder, two, alone):
     check_resumed(run_world(folder / "one", 1, partial(resumed, folder, 1), join=True), alone)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_deepspeed_is_resumed(zero_ranks, alone, stage):
+    saved, found = ([r[f"ZeRO-{stage}, {name}"] for r in zero_ranks] for name in ("saved", "resumed"))
+    for undisturbed, own in zip(saved, found, strict=True):
+        check_equal(own, undisturbed, last=2)
+        assert own["drawn"] == {step: undisturbed["drawn"][step] for step in (2, 3)}
+        for log, expected in zip(own["logs"][-2:], undisturbed["logs"][-2:], strict=True):
+            assert log["loss"] == expected["loss"]
+        assert all(torch.equal(own["weights"][name], x) for name, x in undisturbed["weights"].items())
+        check_equal(undisturbed, alone("resumed"))
+        assert f"written by 4 processes, and this run has 2: ZeRO-{stage} keeps the optimizer" in own["of four"]
+
+
 def test_the_cache_does_not_depend_on_how_the_model_is_kept(folder, two, alone, four):
     """The one of four processes has been read, see `resumed`; here the names are the same in all layouts."""
 
@@ -425,3 +457,9 @@ def test_what_cannot_be_is_refused_by_name(two):
     with pytest.raises(ValueError, match="of a model that ZeRO-3 has loaded in parts"):
         check_reference("copy", partitioned, third)
     check_reference("cached", partitioned, third)
+    third.num_processes = 2
+    check_resume({PROCESSES: 2}, "checkpoint-2", third)
+    check_resume({}, "checkpoint-2", third)  # of an earlier version
+    check_resume({PROCESSES: 4}, "checkpoint-2", first)  # FSDP cuts it anew
+    with pytest.raises(ValueError, match="checkpoint-2 was written by 4 processes, and this run has 2: ZeRO-3 keeps"):
+        check_resume({PROCESSES: 4}, "checkpoint-2", third)

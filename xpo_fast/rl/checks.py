@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,17 +42,6 @@ def check_sharding(reference: str, args: RLConfig, model: Any, accelerator: Acce
         raise ValueError(
             f"ref_mixin={args.ref_mixin:g} moves every weight of the reference, and {how} keeps them in parts: leave "
             "it at 0, or use data parallelism or ZeRO-2"
-        )
-
-
-def check_resume(state: Mapping[str, Any], folder: Path, accelerator: Accelerator) -> None:
-    """Raises ValueError where DeepSpeed would have to cut a checkpoint's parts anew. state: of the checkpoint."""
-    ranks, how = state.get("ranks", accelerator.num_processes), sharding_of(accelerator)
-    if how.startswith("ZeRO") and ranks != accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was written by {ranks} processes, and this run has {accelerator.num_processes}: {how} keeps "
-            "the optimizer in parts, which DeepSpeed does not cut anew. Resume on as many processes, or train with "
-            "FSDP2"
         )
 
 
