@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,13 +22,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import test_reward_model
 import test_trainer
 from ranks import run_world, shared_folder
 from test_trainer import PEFT_WARNING, lora, make_model, make_rows
+from xpo_fast.resume import MADE_WITH
 from xpo_fast.trainer import reference
-from xpo_fast.trainer.sharding import check_reference, whole_weights
+from xpo_fast.trainer.sharding import PROCESSES, check_reference, check_resume, whole_weights
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -70,6 +76,8 @@ if os.environ.get("XPO_FAST_ALL_LAYOUTS"):
     without = {name: list(CASES) for name in LAYOUTS}
     LAYOUTS = {k: [n for n in v if n != "checkpointing" or k == "FSDP2"] for k, v in without.items()}
 EVALUATED = ("dpo cached, tied", "dpo cached, by tokens")
+WORDS, WIDE = (3, 90), 128  # words of the answers whose steps' collectives are compared, and the vocabulary there
+AT_ONCE = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # DeepSpeed keeps nothing whole
 RESUMED = Case("dpo", {"reference": "cached", "save_steps": 2, "max_steps": 4, "train_sampling_strategy": "random"})
 
 
@@ -81,11 +89,11 @@ def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
     }  # fmt: skip
     args |= {"ref_cache_dir": str(folder / "ref")} if case.trainer == "preference" else {}
     args |= {**case.args, **further, **({"ddp_backend": "gloo"} if ranks > 1 else {})}
-    args["model"] = make_model(tie_word_embeddings=case.tied)
+    args = {"model": make_model(tie_word_embeddings=case.tied), "rows": make_rows(ROWS), **args}
     args["peft_config"] = lora() if case.adapted else None
     if case.trainer == "reward":
-        return test_reward_model.make_trainer(folder, case.method, rows=make_rows(ROWS), **args)
-    return test_trainer.make_trainer(folder, method=case.method, rows=ROWS, **args)
+        return test_reward_model.make_trainer(folder, case.method, **args)
+    return test_trainer.make_trainer(folder, method=case.method, **args)
 
 
 def trained(
@@ -125,6 +133,45 @@ def found_of(trainer: Any) -> dict[str, Any]:
         "logs": logs, "weights": weights, "class": type(trainer.model_wrapped).__name__, "parts": sum(parts),
         "distinct": len({id(p) for p in groups}) == len(groups),
     }  # fmt: skip
+
+
+class Collectives(TorchDispatchMode):
+    """Lists the collectives of a thread: what is done, and the sizes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[int]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            sizes = [x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.found.append((func._opname, sizes))
+        return func(*args, **(kwargs or {}))
+
+
+class OfTheLastStep(transformers.TrainerCallback):
+    """Lists the collectives from the end of the last step but one to that of the last."""
+
+    def __init__(self) -> None:
+        self.listed = Collectives()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == STEPS - 1:
+            self.listed.__enter__()
+        elif state.global_step == STEPS:
+            self.listed.__exit__(None, None, None)
+
+
+def collectives(folder: Path, words: int, **how: Any) -> dict[str, Any]:
+    """The collectives of a step of DPO in full with a copy as the reference, and the sizes of the model."""
+    model = make_model(tie_word_embeddings=False, max_position_embeddings=128, vocab_size=WIDE)
+    sizes = {"weights": model.num_parameters(), "head": model.lm_head.weight.numel(), "width": model.config.hidden_size}
+    rows = [{"prompt": "w3 w4", "chosen": " w1" * words, "rejected": " w2" * words}] * (STEPS * BATCH)
+    trainer = make(Case("dpo", {"reference": "copy"}), folder / str(words), 2, model=model, rows=rows, **how)
+    callback = OfTheLastStep()
+    trainer.add_callback(callback)
+    trainer.train()
+    return sizes | {"list": callback.listed.found}
 
 
 @contextlib.contextmanager
@@ -171,6 +218,7 @@ def on_two_ranks(folder: Path, rank: int) -> dict[str, Any]:
         for kind in STATES:
             more = {"save_strategy": "steps", "output_dir": str(folder / kind), **fsdp(state_dict_type=kind)}
             found[kind] = trained(RESUMED, folder / "written", 2, **more)
+        found["collectives"] = [collectives(folder / "collectives", words, **fsdp()) for words in WORDS]
     return found
 
 
@@ -185,7 +233,25 @@ def on_two_ranks_of_zero(folder: Path, rank: int) -> dict[str, Any]:
                 layout = f"ZeRO-{stage}"
                 how = {"evaluates": name in EVALUATED, **zero(stage)}
                 found[f"{layout}, {name}"] = trained(CASES[name], folder / layout / name, 2, **how)
+            found[f"{layout}, saved"], found[f"{layout}, resumed"] = saved_and_resumed(folder / layout, stage)
+        at = folder / "collectives of zero"
+        found["collectives"] = [collectives(at, words, **zero(3, **AT_ONCE)) for words in WORDS]
     return found
+
+
+def saved_and_resumed(folder: Path, stage: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run that writes a checkpoint of DeepSpeed's after two steps, and the run that goes on from it."""
+    more = {"save_strategy": "steps", "output_dir": str(folder / "saved")}
+    undisturbed = trained(RESUMED, folder / "written", 2, **more, **zero(stage))
+    checkpoint = folder / "saved" / "checkpoint-2"
+    found = trained(RESUMED, folder / "resumed", 2, checkpoint=checkpoint, save_strategy="no", **zero(stage))
+    of_four = folder / f"of four {os.environ['RANK']}" / checkpoint.name
+    shutil.copytree(checkpoint, of_four)
+    settings = json.loads((of_four / MADE_WITH).read_text())
+    (of_four / MADE_WITH).write_text(json.dumps(settings | {PROCESSES: 4}))
+    with pytest.raises(ValueError) as caught:
+        trained(RESUMED, folder / "refused", 2, checkpoint=of_four, save_strategy="no", **zero(stage))
+    return undisturbed, found | {"of four": str(caught.value)}
 
 
 def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
@@ -308,6 +374,27 @@ def test_hsdp_trains_as_one_process(four, alone, name):
     assert parts == 2 * want["parts"]  # twice in halves
 
 
+@pytest.mark.parametrize("layout", ["FSDP2", "ZeRO-3"])
+def test_a_step_sends_weights_and_gradients_alone(request, layout):
+    """The head is gathered once per model, and nothing that is sent grows with the tokens.
+
+    All weights of the policy are gathered for the forward, and for the backward but the head (and the norm beside it,
+    under FSDP2, which keeps its outermost group), and those of the reference's copy for its forward.
+    """
+    for own in request.getfixturevalue("two" if layout == "FSDP2" else "zero_ranks"):
+        few, many = own["collectives"]
+        assert few["list"] == many["list"]
+        weights, head = many["weights"], many["head"]
+        scored = BATCH // 2 * 2 * WORDS[1]
+        assert scored * WIDE > weights, "logits would not be seen among weights"
+        sizes = {kind: [max(x) for k, x in many["list"] if kind in k] for kind in ("gather", "reduce_scatter")}
+        kept = head + (many["width"] if layout == "FSDP2" else 0)
+        assert sum(n for n in sizes["gather"] if n > 1) == 3 * weights - kept
+        assert sum(sizes["reduce_scatter"]) == weights
+        others = [x for kind, x in many["list"] if not any(k in kind for k in sizes)]
+        assert all(sum(x) < 100 for x in others), "sums of metrics, items and norms"
+
+
 def check_resumed(found: list[dict[str, Any]], alone: Any) -> None:
     want = alone("resumed")
     for kind in STATES:
@@ -326,6 +413,19 @@ def test_a_checkpoint_of_two_ranks_is_resumed_on_four(four, alone):
 
 def test_a_checkpoint_of_two_ranks_is_resumed_on_one(folder, two, alone):
     check_resumed(run_world(folder / "one", 1, partial(resumed, folder, 1), join=True), alone)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_deepspeed_is_resumed(zero_ranks, alone, stage):
+    saved, found = ([r[f"ZeRO-{stage}, {name}"] for r in zero_ranks] for name in ("saved", "resumed"))
+    for undisturbed, own in zip(saved, found, strict=True):
+        check_equal(own, undisturbed, last=2)
+        assert own["drawn"] == {step: undisturbed["drawn"][step] for step in (2, 3)}
+        for log, expected in zip(own["logs"][-2:], undisturbed["logs"][-2:], strict=True):
+            assert log["loss"] == expected["loss"]
+        assert all(torch.equal(own["weights"][name], x) for name, x in undisturbed["weights"].items())
+        check_equal(undisturbed, alone("resumed"))
+        assert f"written by 4 processes, and this run has 2: ZeRO-{stage} keeps the optimizer" in own["of four"]
 
 
 def test_the_cache_does_not_depend_on_how_the_model_is_kept(folder, two, alone, four):
@@ -364,3 +464,9 @@ def test_what_cannot_be_is_refused_by_name(two):
     with pytest.raises(ValueError, match="of a model that ZeRO-3 has loaded in parts"):
         check_reference("copy", partitioned, third)
     check_reference("cached", partitioned, third)
+    third.num_processes = 2
+    check_resume({PROCESSES: 2}, "checkpoint-2", third)
+    check_resume({}, "checkpoint-2", third)  # of an earlier version
+    check_resume({PROCESSES: 4}, "checkpoint-2", first)  # FSDP cuts it anew
+    with pytest.raises(ValueError, match="checkpoint-2 was written by 4 processes, and this run has 2: ZeRO-3 keeps"):
+        check_resume({PROCESSES: 4}, "checkpoint-2", third)

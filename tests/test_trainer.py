@@ -75,7 +75,7 @@ def make_rows(count: int, kind: str = "pair", seed: int = 0) -> list[dict]:
 
 
 def make_trainer(
-    tmp_path: Path, *, model=None, tokenizer=None, rows: int = 8, eval_rows=None, peft_config=None, **args
+    tmp_path: Path, *, model=None, tokenizer=None, rows: int | list = 8, eval_rows=None, peft_config=None, **args
 ) -> XPOTrainer:
     kind = xf.Objective(args.get("method", "dpo")).data_kind
     defaults = {
@@ -86,7 +86,7 @@ def make_trainer(
     return XPOTrainer(
         make_model() if model is None else model,
         XPOConfig(**{**defaults, **args}),
-        train_dataset=make_rows(rows, kind),
+        train_dataset=make_rows(rows, kind) if isinstance(rows, int) else rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer or make_tokenizer(),
         peft_config=peft_config,

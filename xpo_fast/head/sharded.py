@@ -50,7 +50,7 @@ def unpartitioned(*tensors: Tensor | None) -> list[Any]:
     Released parameters are gathered, all at once; those that the model has gathered already are not gathered again.
     """
     parameters = [x for x in tensors if x is not None and is_partitioned(x)]
-    _wait_for_prefetched(parameters)
+    wait_for_prefetched(parameters)
     with _gathering([x for x in parameters if _is_released(x)]):
         return [_Partitioned.apply(x) if x is not None and is_partitioned(x) else x for x in tensors]
 
@@ -85,7 +85,7 @@ def _is_released(x: Any) -> bool:
     return x.ds_status.name == "NOT_AVAILABLE"
 
 
-def _wait_for_prefetched(parameters: Iterable[Any]) -> None:
+def wait_for_prefetched(parameters: Iterable[Any]) -> None:
     """Waits for the parameters that ZeRO-3 is prefetching, for which otherwise their module's forward would wait."""
     if all(x.ds_status.name != "INFLIGHT" for x in parameters):
         return

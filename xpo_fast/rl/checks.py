@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,27 +37,11 @@ def check_sharding(reference: str, args: RLConfig, model: Any, accelerator: Acce
             "online RL samples from the model made whole for the while of a rollout, which needs FSDP2: set version 2 "
             "in fsdp_config (fsdp_version in accelerate's file)"
         )
-    if how == "ZeRO-3":
-        raise ValueError(
-            "online RL samples from the model made whole for the while of a rollout, which DeepSpeed does not take "
-            "back into parts under ZeRO-3: use FSDP2, or ZeRO-2"
-        )
     check_reference(reference, model, accelerator)
-    if args.ref_mixin and how == "FSDP2":
+    if args.ref_mixin and how in ("FSDP2", "ZeRO-3"):
         raise ValueError(
             f"ref_mixin={args.ref_mixin:g} moves every weight of the reference, and {how} keeps them in parts: leave "
             "it at 0, or use data parallelism or ZeRO-2"
-        )
-
-
-def check_resume(state: Mapping[str, Any], folder: Path, accelerator: Accelerator) -> None:
-    """Raises ValueError where DeepSpeed would have to cut a checkpoint's parts anew. state: of the checkpoint."""
-    ranks, how = state.get("ranks", accelerator.num_processes), sharding_of(accelerator)
-    if how.startswith("ZeRO") and ranks != accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was written by {ranks} processes, and this run has {accelerator.num_processes}: {how} keeps "
-            "the optimizer in parts, which DeepSpeed does not cut anew. Resume on as many processes, or train with "
-            "FSDP2"
         )
 
 

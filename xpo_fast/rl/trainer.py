@@ -41,7 +41,7 @@ from ..trainer.layout import hindrance_of
 from ..trainer.setup import check_trainable
 from ..trainer.whole import whole
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
-from .checks import check_completions, check_prompts, check_resume, check_sampler, check_sharding
+from .checks import check_completions, check_prompts, check_sampler, check_sharding
 from .collect import Collector, data_columns, describe
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
@@ -262,14 +262,12 @@ class RLTrainer(SavesValueHead, UnitTrainer):
             "reference": {} if self.moving_reference is None else self.moving_reference.moving(),
             "shown": self._shown,
             "layout": None if self.layout is None else self.layout.layout,
-            "ranks": self.args.world_size,
         }
         if self.args.should_save:
             torch.save(state, Path(output_dir) / STATE_FILE)
 
     def _load_state(self, folder: Path) -> None:
         state = load_state(folder)
-        check_resume(state, folder, self.accelerator)
         self.progress = Progress(**state["progress"])
         experience = state["experience"]
         self.experience = None if experience is None else Experience(**experience)

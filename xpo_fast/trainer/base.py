@@ -56,7 +56,7 @@ from .offload import CudaCopies, check_offload, offloading
 from .optimizers import LOMO, check_optimizer, name_of
 from .record import findings, memory
 from .setup import check_trainable
-from .sharding import ComputesInParts
+from .sharding import ComputesInParts, check_resume, processes_of
 from .throughput import Throughput
 
 _UNSAVED = (
@@ -130,6 +130,7 @@ class UnitTrainer(ComputesInParts, CutsBatches):
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,
             _IN_FRONT: self.in_front,
+            **processes_of(self.accelerator),
             **self.given,
         }
 
@@ -155,7 +156,9 @@ class UnitTrainer(ComputesInParts, CutsBatches):
                 f"{resume_from_checkpoint} is not the whole model: {_UNSAVED.format(len(apart), apart[0])}"
             )
         if resume_from_checkpoint:
-            self.in_front = made_with_of(resume_from_checkpoint).get(_IN_FRONT)
+            made_with = made_with_of(resume_from_checkpoint)
+            check_resume(made_with, resume_from_checkpoint, self.accelerator)
+            self.in_front = made_with.get(_IN_FRONT)
             check_made_with(resume_from_checkpoint, self.made_with)
         check_bases_stay(self.model, Path(str(self.args.output_dir)))
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..head.sharded import is_partitioned, is_sharded, unpartitioned
 from ..reduce import most_over_ranks
 
 _ELEMENTS = 4096  # of each weight's part, by which `sample_of_parts` tells whether it has changed
+PROCESSES = "processes of DeepSpeed"  # in a checkpoint's settings, see resume.py
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # in the names of weights
 
 
@@ -139,6 +140,22 @@ def check_reference(strategy: str, model: nn.Module, accelerator: Any) -> None:
         raise ValueError(
             'reference="copy" of a model that ZeRO-3 has loaded in parts: no process has what would be copied. Use '
             '"cached", or load the model before the arguments of the trainer are made'
+        )
+
+
+def processes_of(accelerator: Any) -> dict[str, int]:
+    """Returns how many processes have a checkpoint's parts between them, where that cannot change: DeepSpeed's."""
+    return {PROCESSES: accelerator.num_processes} if sharding_of(accelerator).startswith("ZeRO") else {}
+
+
+def check_resume(made_with: Mapping[str, Any], folder: str, accelerator: Any) -> None:
+    """Raises ValueError where DeepSpeed would have to cut a checkpoint's parts anew. made_with: its settings."""
+    now = processes_of(accelerator).get(PROCESSES)
+    was = made_with.get(PROCESSES, now)
+    if now is not None and was != now:
+        raise ValueError(
+            f"{folder} was written by {was} processes, and this run has {now}: {sharding_of(accelerator)} keeps the "
+            "optimizer in parts, which DeepSpeed does not cut anew. Resume on as many processes, or train with FSDP2"
         )
 
 

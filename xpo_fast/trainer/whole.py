@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..head.sharded import wait_for_prefetched
 from .sharding import loaded_in_parts, reshard
 
 _ENGINES = ("torch.distributed", "deepspeed")  # packages whose hooks gather a model's parts, and free them
@@ -43,6 +44,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         parameters: list[Any] = list(model.parameters())
         for p in parameters:
             p.ds_active_sub_modules.clear()  # no module is at work; a forward that ended before its head has left it in
+        wait_for_prefetched(parameters)  # by such a forward; DeepSpeed would take them for gathered
         with deepspeed.zero.GatheredParameters(parameters), _without_hooks(model):
             yield
     else:
@@ -84,9 +86,12 @@ def _own_generate(module: nn.Module) -> Iterator[None]:
 
 
 def _of_an_engine(hook: Any) -> bool:
-    while hasattr(hook, "hook"):  # torch's wrapper around a hook of a state dict
-        hook = hook.hook
-    # Where it was written, whatever it says that it wraps.
-    written = getattr(hook, "__globals__", None) or getattr(getattr(hook, "__func__", None), "__globals__", {})
-    module = written.get("__name__") or type(hook).__module__
-    return any(f"{module}.".startswith(f"{name}.") for name in _ENGINES)
+    while hook is not None:
+        # Where it was written: a wrapper names the module of what it wraps.
+        written = getattr(hook, "__globals__", None) or getattr(getattr(hook, "__func__", None), "__globals__", {})
+        module = written.get("__name__") or type(hook).__module__
+        if any(f"{module}.".startswith(f"{name}.") for name in _ENGINES):
+            return True
+        # torch's wrappers: that of a hook of a state dict, and `torch.compiler.disable`, which DeepSpeed's hooks have.
+        hook = getattr(hook, "hook", None) or getattr(hook, "__wrapped__", None)
+    return False
