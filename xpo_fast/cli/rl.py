@@ -60,11 +60,13 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 _RARE = (
     "split columns data_config chat_template chat_template_kwargs ptx_data ensemble ensemble_coef judge_by "
     "reward_timeout reward_max_length gamma lam no_whiten value_head_lr continuous_batching stop server_model api_key "
-    "server_folder vllm vllm_memory "
+    "server_folder server_weights server_sleeps vllm vllm_memory "
     "attn trust_remote_code lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio "
     "warmup_steps weight_decay max_grad_norm train backend tile_mib save_total_limit report_to push_to_hub hub_private "
     "debug"
 )
+
+_PUSHES = ("server_lora", "server_weights", "server_folder")  # how a server gets the policy
 
 
 def add_parser(commands: Any) -> None:
@@ -117,6 +119,9 @@ def add_parser(commands: Any) -> None:
     )
     add("--server-lora DIR", "folder of the adapters that the server loads (vLLM's runtime LoRA updating)")
     add("--server-folder DIR", "the server is `transformers serve`: folder of the whole policies that it loads")
+    about = "the server is vLLM with VLLM_SERVER_DEV_MODE=1: folder of the whole policies that it loads in place"
+    add("--server-weights DIR", about)
+    add("--server-sleeps", "vLLM's server sleeps while the model is trained, as it must on the same device", False)
     add("--server-model NAME", "the server's name of the base model (default: the only one that it serves)")
     add("--api-key KEY", "bearer token for the server")
     add("--vllm", "sample by a vLLM engine on this device, which sleeps while the model is trained", False)
@@ -215,30 +220,37 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_sampler(args: argparse.Namespace) -> None:
     """Raises UsageError for options of samplers that do not go together."""
-    for name in ("server_lora", "server_folder", "server_model", "api_key"):
+    for name in (*_PUSHES, "server_model", "api_key"):
         if getattr(args, name) and not args.server:
             raise UsageError(f"--{name.replace('_', '-')} is for --server")
+    if args.server_sleeps and not args.server_weights:
+        raise UsageError("--server-sleeps is for --server-weights")
     if args.vllm_memory is not None and not args.vllm:
         raise UsageError("--vllm-memory is for --vllm")
     if args.vllm and (args.server or args.continuous_batching):
         raise UsageError("--vllm samples on this device: leave out --server and --continuous-batching")
-    if args.server_lora and args.server_folder:
-        raise UsageError("--server-lora is for adapters, --server-folder for whole policies: name one")
-    if args.server and not args.server_folder and (args.full or not args.server_lora):
+    named = [name for name in _PUSHES if getattr(args, name)]
+    if len(named) > 1:
+        words = " and ".join(f"--{name.replace('_', '-')}" for name in named)
+        raise UsageError(f"{words} say each how the server gets the policy: name one")
+    if args.server and (not named or (args.full and args.server_lora)):
         raise UsageError(
-            "--server needs --lora and --server-lora DIR, or for `transformers serve` --server-folder DIR, which send "
-            "it the policy's new weights"
+            "--server needs what sends it the policy's new weights: --lora and --server-lora DIR, or --server-weights "
+            "DIR for vLLM, or --server-folder DIR for `transformers serve`"
         )
 
 
 def _rollout(args: argparse.Namespace, tokenizer: Any, config: RLConfig) -> Any:
     """Returns the sampler that the options name; None for the model itself."""
-    from ..rollout import ServerRollout, TransformersRollout, VLLMRollout
+    from ..rollout import ServerRollout, TransformersRollout, VLLMRollout, VLLMServerRollout
 
     how: dict[str, Any] = {"chat_template_kwargs": config.chat_template_kwargs}
     if args.vllm:
         return VLLMRollout(args.model, tokenizer, memory=0.3 if args.vllm_memory is None else args.vllm_memory, **how)
     how |= {"model": args.server_model, "api_key": args.api_key}
+    if args.server_weights:
+        where = args.server_weights
+        return VLLMServerRollout(args.server, tokenizer, folder=where, sleeps=args.server_sleeps, **how)
     if args.server_folder:
         return TransformersRollout(args.server, tokenizer, folder=args.server_folder, **how)
     if args.server:

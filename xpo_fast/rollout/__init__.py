@@ -7,6 +7,7 @@ from .sampling import Prompt, Rollout, RolloutError, Samples, Sampling, encode_p
 from .scoring import sample_logps, score_tokens
 from .server import ServerRollout
 from .transformers_server import TransformersRollout
+from .vllm_server import VLLMServerRollout
 
 __all__ = [
     "FilteredRollout",
@@ -19,6 +20,7 @@ __all__ = [
     "ServerRollout",
     "TransformersRollout",
     "VLLMRollout",
+    "VLLMServerRollout",
     "encode_prompts",
     "sample_logps",
     "score_tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import http.client
 import json
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 from .. import data
+from ..files import appearing
+from ..models import merge
 from ..models.lm_head import unwrapped
 from ..seeds import seed_at
 from .sampling import (
@@ -310,6 +313,23 @@ class ServerRollout:
             if attempt > retries or given_up.wait(wait_s):
                 raise RolloutError(f"{self.url}{path} gave no answer in {attempt} attempts, at the last: {problem}")
         raise AssertionError
+
+
+def save_policy(policy: Any, tokenizer: Any, folder: Path) -> Path:
+    """Saves a whole policy into a folder of its own within `folder`, removes its earlier ones, and returns it.
+
+    policy: not wrapped, but for PEFT, whose adapter is merged in a copy.
+    """
+    ours = f"policy-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}-"
+    own = folder / (ours + uuid.uuid4().hex[:12])
+    with appearing(own) as part:
+        whole = merge(copy.deepcopy(policy)) if hasattr(policy, "get_base_model") else policy
+        whole.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    for path in folder.glob(f"{ours}*"):
+        if path != own:
+            shutil.rmtree(path, ignore_errors=True)
+    return own
 
 
 def on_first_process(work: Callable[[], str]) -> str:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import data
 from ..data.encode import decode
-from ..files import appearing
-from ..models import merge, positions
+from ..models import positions
 from ..models.lm_head import unwrapped
 from .sampling import Generated, Request, RolloutError, Sampling
-from .server import ServerRollout, on_first_process
+from .server import ServerRollout, on_first_process, save_policy
 
 
 class TransformersRollout(ServerRollout):
@@ -90,22 +85,11 @@ class TransformersRollout(ServerRollout):
         self.model, self._identified = name, True
 
     def replace(self, policy: Any) -> str:
-        """Saves a policy into a folder of its own, has the server load it in place of all others; returns the folder.
-
-        policy: not wrapped, but for PEFT.
-        """
+        """Saves a policy, see `save_policy`, has the server load it in place of all others, and returns its folder."""
         assert self.folder is not None
-        ours = f"policy-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}-"
-        folder = self.folder / (ours + uuid.uuid4().hex[:12])
-        with appearing(folder) as part:
-            whole = merge(copy.deepcopy(policy)) if hasattr(policy, "get_base_model") else policy
-            whole.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
+        folder = save_policy(policy, self.tokenizer, self.folder)
         self._request("/reset", {})
         self.load(str(folder))
-        for path in self.folder.glob(f"{ours}*"):
-            if path != folder:
-                shutil.rmtree(path, ignore_errors=True)
         return str(folder)
 
     def _identify(self) -> None:
