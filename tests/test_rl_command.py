@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+import vllm_stand_in
 from test_trainer import PEFT_WARNING, make_model, make_tokenizer
 from xpo_fast import cli, models
 from xpo_fast.cli import rl_rewards, training
@@ -111,6 +112,21 @@ def test_every_weight_with_a_critic(home, tmp_path):
     assert not any("value_head" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("options", [("--full",), ("--vllm-memory", "0.2")])
+def test_vllm_samples_from_the_policy(home, tmp_path, monkeypatch, options):
+    (llm := vllm_stand_in.install(monkeypatch, make_tokenizer())).made.clear()
+    out = tmp_path / "out"
+    assert run(home, out, "--vllm", "--max-steps", "2", "--lr", "0.01", "--eval-split", "0", *options) == 0
+    (engine,) = llm.made
+    full = "--full" in options
+    assert engine.folder == str(home / "model") and engine.memory == (0.3 if full else 0.2)
+    assert engine.lora_rank == (None if full else 16) and engine.awake == set()
+    assert engine.calls.count("load") == (2 if full else 0) and engine.calls.count("generate 8") == 2
+    logs = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    gaps = [log["off_policy/logp_gap"] for log in logs if "loss" in log]
+    assert len(gaps) == 2 and max(gaps) < 1e-4  # the second step's are those of the weights that the first has changed
+
+
 def test_what_comes_with_dapo_is_said(home, tmp_path, capsys):
     assert run(home, tmp_path / "dapo", "--method", "dapo", "--max-steps", "1") == 0
     said = capsys.readouterr().out
@@ -198,6 +214,15 @@ def test_mistakes(home, tmp_path, capsys):
         (("--reward", f"{home / 'reward.py'}:share", "--eval-split", "10"), "leaves none to train on"),
     ):
         assert run(home, out, *options, reward=None) == 2
+        assert said in capsys.readouterr().err
+    for options, said in (
+        (("--vllm-memory", "0.2"), "--vllm-memory is for --vllm"),
+        (("--vllm", "--server", "http://x"), "--vllm samples on this device: leave out --server"),
+        (("--vllm", "--continuous-batching"), "leave out --server and --continuous-batching"),
+        (("--server-folder", "a"), "--server-folder is for --server"),
+        (("--server", "http://x", "--server-folder", "a", "--server-lora", "b"), "--server-folder for whole policies"),
+    ):
+        assert run(home, out, *options) == 2
         assert said in capsys.readouterr().err
     assert run(home, out, "--max-steps", "1", reward="absent") == 2
     said = capsys.readouterr().err.splitlines()[-1]

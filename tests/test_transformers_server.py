@@ -6,6 +6,7 @@ One server for the file, on a random model of two layers in float32; the test th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -20,10 +21,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from test_rollout import PEFT_WARNING, TEMPLATE, with_adapter, with_ends
 from test_trainer import make_model, make_tokenizer
+from xpo_fast import cli
 from xpo_fast.models.lm_head import causal_lm
 from xpo_fast.rollout import GenerateRollout, RolloutError, Sampling, TransformersRollout
 from xpo_fast.seeds import seed_at
@@ -138,6 +141,27 @@ def test_an_adapter_is_merged_in_a_copy(server, tmp_path):
     assert got == greedy(model)
     with model.disable_adapter():
         assert got != greedy(model)
+
+
+def test_the_command_sends_it_every_policy(server, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in PROMPTS))
+    (tmp_path / "reward.py").write_text("def odd(completion_ids):\n    return [ids[0] % 2 for ids in completion_ids]\n")
+    options = ["--data", "prompts.jsonl", "--reward", "reward.py:odd", "--model", "model", "--output-dir", "out"]
+    options = [str(tmp_path / x) if k % 2 else x for k, x in enumerate(options)]
+    options += ["--server", server.url, "--server-folder", str(tmp_path / "pushed"), "--full", "--cpu"]
+    sizes = "--max-steps 2 --batch-size 8 --num-generations 4 --max-new-tokens 4 --lr 0.01 --eval-split 0"
+    assert cli.main(["rl", *options, *sizes.split(), "--save-steps", "1"]) == 0
+    (pushed,) = (tmp_path / "pushed").iterdir()
+    sampled, first, last = (
+        load_file(folder / "model.safetensors")
+        for folder in (pushed, tmp_path / "out" / "checkpoint-1", tmp_path / "out")
+    )
+    assert all(torch.equal(sampled[name], x) for name, x in first.items())  # the second rollout's, after a step
+    assert any(not torch.equal(sampled[name], x) for name, x in last.items())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 16 and {line["prompt"] for line in lines} <= set(PROMPTS)
 
 
 def letters() -> transformers.PreTrainedTokenizerFast:
