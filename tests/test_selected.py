@@ -1,4 +1,4 @@
-"""token_stats(selected_ids=): log-probs of any K ids a position, against all logits in float64: values, gradients, edges.
+"""token_stats(selected_ids=): log-probs of any K ids a position, against all logits in float64.
 
 Tolerances as in test_head.py: float32 2e-5 nats and gradients 1e-5 in norm; bf16 1e-3 nats and 2^-8 in norm.
 """

@@ -82,7 +82,7 @@ def check_selected(ids: Tensor, vocab: int) -> None:
         torch._assert_async(~bad.any(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif bool(bad.any()):
         raise ValueError(
-            f"selected id {int(ids[bad][0])} is outside the vocabulary of {vocab} tokens: selected_ids are token ids in "
+            f"selected id {int(ids[bad][0])} is outside the vocabulary of {vocab} tokens: selected_ids are ids in "
             f"[0, {vocab}) at every scored position"
         )
 
