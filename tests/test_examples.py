@@ -37,7 +37,7 @@ from xpo_fast.rollout import Sampling, ServerRollout
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "demo")
 # The loss in a bare loop and in other people's; the stories of whole trainings are a little longer.
-SHORT = ("dpo_loop", "hf_trainer", "trl_trainer", "liger_swap", "torchtune_loss", "openrlhf_actor")
+SHORT = ("dpo_loop", "hf_trainer", "trl_trainer", "liger_swap", "torchtune_loss", "openrlhf_actor", "verl_actor")
 LONGEST = {**dict.fromkeys(SHORT, 60), "rl_loop": 81}
 SERVES = ("policy_server",)  # until it is interrupted
 # Fewer steps than a story has, where a script takes their number.
@@ -298,6 +298,29 @@ def test_openrlhf_actor(model, tokenizer):
         assert_close(found[row].double(), expected, rtol=1e-5, atol=1e-5)
     losses = module.main(model, tokenizer, samples=3, epochs=3, tokens=8)
     assert falls(losses)
+
+
+def test_verl_actor(model, tokenizer, capsys):
+    """Packed rows are scored as each of them alone; the loss of the first step is the textbook's, and it falls."""
+    module, start = example("verl_actor"), copy.deepcopy(model)
+    losses = module.main(model, tokenizer, temperature=0.7, bonus=0.1)
+    apart = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(apart) == 4 and max(apart) < 1e-5 and falls(losses)
+
+    texts = ["Apples brown when cut, unless", "A metaphor says", "Rain is water that"]
+    rows = [torch.tensor(tokenizer(text + " it is what it is.")["input_ids"]) for text in texts]
+    terms, found = [], []
+    for row, advantage in zip(rows, (1.0, -0.5, -0.5)):
+        logp = (start(row[None]).logits[0, :-1].double() / 0.7).log_softmax(-1)
+        terms.append(-advantage + 0.1 * (logp.exp() * logp).sum(1))
+        found.append(logp.gather(1, row[1:, None])[:, 0])
+    assert losses[0] == pytest.approx(torch.cat(terms).mean().item(), abs=1e-5)
+
+    packed = {"input_ids": torch.cat(rows)[None], "position_ids": torch.cat([torch.arange(len(x)) for x in rows])[None]}
+    hidden = module.hidden_states(start, packed)
+    logp, _ = module.log_probs_and_entropy(hidden, start.lm_head.weight, packed["input_ids"].roll(-1, 1), 0.7)
+    for own, expected in zip(logp[0].split([len(x) for x in rows]), found):
+        assert_close(own[:-1].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_verifiable_reward():

@@ -13,6 +13,7 @@ statistics are equal bit by bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,15 @@ class VocabShard:
     def tile_bytes(self, device: torch.device) -> int:
         """Returns the default budget of a tile, which ignores this rank's card: tiles must be equal on all ranks."""
         return DEFAULT_TILE_BYTES["cpu" if device.type == "cpu" else "cuda"]
+
+
+@functools.lru_cache(maxsize=64)
+def agreed_shard(rows: int, group: Any, start: int | None = None, sum_hidden_grad: bool = True) -> VocabShard:
+    """Returns what `VocabShard.agree` returns, with a collective only in the first call with these arguments.
+
+    All ranks of a group call it together, so that the shard is cached on all of them or on none.
+    """
+    return VocabShard.agree(rows, start=start, group=group, sum_hidden_grad=sum_hidden_grad)
 
 
 def _check(table: Sequence[tuple[int | None, int, int | None, bool]]) -> tuple[list[tuple[int, int]], int]:

@@ -2,6 +2,10 @@
 
     from xpo_fast.integrations.liger import LigerFusedLinearDPOLoss
 
+And of liger_kernel.ops the fused scaled cross-entropy, which verl's actor imports:
+
+    from xpo_fast.integrations.liger import LigerFusedLinearScaledCrossEntropyFunction
+
 Liger need not be installed. Every `liger_fused_linear_…` is a plain function with the arguments of Liger's
 `LigerFusedLinear…Function.apply`, by position or by name; those classes are here for their `apply`.
 
@@ -19,6 +23,8 @@ Differences in values, where Liger is wrong:
 - ORPO is finite where a probability rounds to 1: the log-odds stop at a mean log-prob of −1e-10.
 - GRPO's `luspo`: a row counts by its own tokens, Σ_t loss/B; padding is not in the mean. VESPO's weight leaves out the
   `vllm_is_ratio` of padding.
+- The fused scaled cross-entropy's entropy is float32 where Liger's is of the operands' dtype: 16 bits round it more
+  than an entropy bonus moves it in a step.
 - Log-probs, divergences and gradients of 16-bit operands are computed from float32 logits, and dW is summed in float32
   over tiles; float64 operands give float64 results.
 
@@ -26,7 +32,9 @@ Differences in behaviour: nothing at an ignored position is read, so it may be N
 gradient mode, nor for a tensor that requires none. The results beside the loss are detached (Liger silently drops
 gradients into them). ValueError is raised for an odd number of rows, shapes that do not fit, a missing reference, (on
 the CPU) ids outside the vocabulary, for options where Liger has assertions, for a `beta` out of a method's range, and
-for a `label_smoothing` that is not below ½ where it acts. `loss_type="ipo"` is an addition.
+for a `label_smoothing` that is not below ½ where it acts. `loss_type="ipo"` is an addition. The fused scaled
+cross-entropy takes a batch without tokens, targets and ids on the host, and its tensor-parallel form shards of any
+sizes, tensors on the CPU and `selected_token_ids`; where Liger raises the rest, it raises the same types of errors.
 """
 
 from .distillation import (
@@ -53,6 +61,12 @@ from .pairs import (
     liger_fused_linear_orpo,
     liger_fused_linear_simpo,
 )
+from .scaled_cross_entropy import (
+    LigerFusedLinearScaledCrossEntropyFunction,
+    LigerFusedLinearScaledCrossEntropyTPFunction,
+    liger_fused_linear_scaled_cross_entropy,
+    liger_fused_linear_scaled_cross_entropy_tp,
+)
 
 __all__ = [
     "LigerFusedLinearCPOFunction",
@@ -69,6 +83,8 @@ __all__ = [
     "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOFunction",
     "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearScaledCrossEntropyFunction",
+    "LigerFusedLinearScaledCrossEntropyTPFunction",
     "LigerFusedLinearSimPOFunction",
     "LigerFusedLinearSimPOLoss",
     "liger_fused_linear_cosine",
@@ -78,5 +94,7 @@ __all__ = [
     "liger_fused_linear_jsd",
     "liger_fused_linear_kto",
     "liger_fused_linear_orpo",
+    "liger_fused_linear_scaled_cross_entropy",
+    "liger_fused_linear_scaled_cross_entropy_tp",
     "liger_fused_linear_simpo",
 ]
