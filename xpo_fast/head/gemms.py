@@ -53,6 +53,7 @@ class Gemms:
     """The GEMMs of one head, F = 2·N·V·D FLOP each, and the map from its products to final logits.
 
     With an adapter B (V, r) hidden states are [h, x] (N, D + r) and products h Wᵀ + x Bᵀ, which adds F·r/D per GEMM.
+    block: 0, or the rows of every GEMM that computes logits or dH, whose operands then have a multiple of so many rows.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class Gemms:
         bias: Tensor | None,  # (V,)
         scaling: Scaling,
         adapter: Tensor | None = None,  # (V, r)
+        block: int = 0,
     ) -> None:
-        self.weight, self.scaling = weight, scaling
+        self.weight, self.scaling, self.block = weight, scaling, block
         self.vocab, self.width = weight.shape
         self.dtype = accumulation_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
@@ -99,19 +101,31 @@ class Gemms:
 
     def logits(self, h: Tensor, out: Tensor) -> Tensor:
         """Writes the products h Wᵀ into out (n, V), and returns it: 1F. `finish` turns them into final logits."""
-        h, x = self.parts(h)
         for block, weight in self._weight_blocks():
-            if self.narrow and not self.widen:
-                torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
-                if self.adapter is not None:
-                    torch.addmm(out, x, self.adapter.T, out_dtype=self.dtype, out=out)
-            else:
-                part = out[:, block]
-                with self._products:
-                    torch.mm(h, weight.T, out=part)
-                    if self.adapter is not None:
-                        torch.addmm(part, x, self.adapter[block].T, out=part)
+            for rows in self._row_parts(h):
+                self._logits(h[rows], weight, block, out[rows])
         return out
+
+    def _logits(self, h: Tensor, weight: Tensor, block: slice, out: Tensor) -> None:
+        """Writes the columns `block` of h Wᵀ into those of out (n, V), by a GEMM with each operand."""
+        h, x = self.parts(h)
+        if self.narrow and not self.widen:
+            torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
+            if self.adapter is not None:
+                torch.addmm(out, x, self.adapter.T, out_dtype=self.dtype, out=out)
+        else:
+            part = out[:, block]
+            with self._products:
+                torch.mm(h, weight.T, out=part)
+                if self.adapter is not None:
+                    torch.addmm(part, x, self.adapter[block].T, out=part)
+
+    def _row_parts(self, x: Tensor) -> Iterator[slice]:
+        """Yields the rows of x that are multiplied at once: all, or a block."""
+        size = self.block or max(1, x.shape[0])
+        assert x.shape[0] % size == 0 or not self.block
+        for start in range(0, x.shape[0], size):
+            yield slice(start, start + size)
 
     def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Returns rows [h, x] split into h (n, D), which meets W, and x (n, r), which meets the adapter; r may be 0."""
@@ -119,6 +133,8 @@ class Gemms:
 
     def into_hidden(self, dz: Tensor) -> Tensor:
         """Returns dz W (n, D), or with an adapter dz [W, B] (n, D + r), in the accumulation dtype: 1F."""
+        if self.block and dz.shape[0] > self.block:
+            return torch.cat([self.into_hidden(dz[rows]) for rows in self._row_parts(dz)])
         if self.narrow and not self.widen:
             out = torch.mm(dz, self.weight, out_dtype=self.dtype)
             own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
