@@ -54,6 +54,7 @@ class Gemms:
 
     With an adapter B (V, r) hidden states are [h, x] (N, D + r) and products h Wᵀ + x Bᵀ, which adds F·r/D per GEMM.
     block: 0, or the rows of every GEMM that computes logits or dH, whose operands then have a multiple of so many rows.
+    The rows of h and dH are then aligned alike: MKL adds up a row at another alignment in another order.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Gemms:
     def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
         """Returns hidden[index] (n, D), in the dtype of the GEMMs, with zeros where `ignored` (n,) is True."""
         h = hidden.index_select(0, index)
-        if self.adapter is not None:
+        if self.block:
+            h = h.to(self.gemm_dtype)
+        if self.adapter is not None or self.block:
             h = aligned_rows(h.shape[0], h.shape[1], h.dtype, h.device).copy_(h)
         if ignored is not None:
             h.masked_fill_(ignored.unsqueeze(1), 0)
@@ -139,13 +142,21 @@ class Gemms:
             out = torch.mm(dz, self.weight, out_dtype=self.dtype)
             own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
         else:
-            out = dz.new_empty((dz.shape[0], self.width))
-            with self._products:
-                own = None if self.adapter is None else dz @ self.adapter
+            out = self._empty(dz, self.width)
+            own = None if self.adapter is None else self._empty(dz, self.adapter.shape[1])
+            if self.adapter is not None:
+                with self._products:
+                    torch.mm(dz, self.adapter, out=own)
             for block, weight in self._weight_blocks():
                 with self._products:
                     torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
         return out if own is None else torch.cat([out, own], dim=1)
+
+    def _empty(self, dz: Tensor, width: int) -> Tensor:
+        """Returns uninitialised memory (n, width) for a product with dz (n, V)."""
+        if self.block:
+            return aligned_rows(dz.shape[0], width, dz.dtype, dz.device)
+        return dz.new_empty((dz.shape[0], width))
 
     def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
         """Writes (first=True) or adds dzᵀ h to out (V, D), which has the accumulation dtype: 1F.

@@ -8,6 +8,7 @@ shape for all products there is one order, so long as it is the same for every r
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..device import capturing
 from .gemms import Gemms
@@ -27,15 +28,20 @@ def check_places(gemms: Gemms) -> None:
     if key in _checked or capturing():
         return
     generator = torch.Generator().manual_seed(0)
-    row = torch.randn(1, weight.shape[1] + rank, generator=generator).to(weight.device, gemms.gemm_dtype)
-    h = row.expand(gemms.block, -1).contiguous()
+    row = torch.randn(1, weight.shape[1] + rank, generator=generator).to(weight.device, weight.dtype)
+    h = gemms.rows(row, torch.zeros(gemms.block, dtype=torch.int64, device=weight.device))
     z = gemms.logits(h, torch.empty((gemms.block, gemms.vocab), dtype=gemms.dtype, device=weight.device))
-    same = ((z == z[0]) | z[0].isnan()).all()
-    sums = torch.cat([torch.stack(softmax_(z[b])) for b in row_blocks(z, gemms.block)], dim=1)
-    if not bool(same & ((sums == sums[:, :1]) | sums[:, :1].isnan()).all()):
+    right = _equal_rows(z)
+    sums = torch.cat([torch.stack(softmax_(z[b]), dim=1) for b in row_blocks(z, gemms.block)])
+    if not bool(right & _equal_rows(sums) & _equal_rows(gemms.into_hidden(z.to(gemms.gemm_dtype)))):
         raise RuntimeError(
             f"invariant=True cannot hold here: of {gemms.block} equal rows, which this build of torch multiplied on "
             f"{weight.device} by a {weight.dtype} weight {tuple(weight.shape)}, not all results are equal bit by bit; "
             "leave it out"
         )
     _checked.add(key)
+
+
+def _equal_rows(x: Tensor) -> Tensor:
+    """Returns whether all rows of x (n, m) are equal bit by bit, () bool; NaN is equal to NaN."""
+    return ((x == x[0]) | x[0].isnan()).all()
