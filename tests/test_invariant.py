@@ -21,6 +21,7 @@ import xpo_fast as xf
 from ranks import found_by
 from xpo_fast.head import head_plan, invariance
 from xpo_fast.head.gemms import Gemms
+from xpo_fast.head.row_operations import row_blocks
 from xpo_fast.head.rows import sum_rows
 
 IGNORE = -100
@@ -42,6 +43,7 @@ class Case:
 
     def __init__(self, dtype: str, kind: str) -> None:
         kind_dtype = DTYPES[dtype]
+        wide = torch.promote_types(kind_dtype, torch.float32)  # of bias and adapter
         lengths = torch.randint(1, 10, (ROWS,), generator=torch.Generator().manual_seed(1)).tolist()
         lengths[0], lengths[1] = 1, 150  # a row of one token, and one longer than a product
         width = WIDTH + RANK * (kind == "adapter")
@@ -50,9 +52,9 @@ class Case:
         self.weight = oracle.normal(VOCAB, WIDTH, seed=1, std=0.3, dtype=kind_dtype)
         self.options: dict = {}
         if kind == "everything":
-            self.options = {**EVERYTHING, "bias": oracle.normal(VOCAB, seed=2, dtype=torch.float32)}
+            self.options = {**EVERYTHING, "bias": oracle.normal(VOCAB, seed=2, dtype=wide)}
         elif kind == "adapter":
-            self.options = {"adapter": oracle.normal(VOCAB, RANK, seed=3, dtype=torch.float32)}
+            self.options = {"adapter": oracle.normal(VOCAB, RANK, seed=3, dtype=wide)}
 
     def packed(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         lengths = [len(self.targets[i]) for i in rows]
@@ -147,14 +149,11 @@ def test_the_default_has_other_bits(invariant):
         pytest.skip("this machine multiplies one row as it does many")
 
 
-def test_a_large_vocabulary_on_two_threads():
-    """A block of few rows: torch sums a single row of such a length by parts, one for each thread."""
-    weight = oracle.normal(150_001, 4, seed=1, dtype=torch.float32)
-    hidden, targets = oracle.normal(9, 4, seed=2, dtype=torch.float32), oracle.tokens((9,), 150_001, ignored=0)
-    want = xf.token_logps(hidden, weight, targets, invariant=True)
-    with threads(2):
-        found = [xf.token_logps(hidden[i : i + 1], weight, targets[i : i + 1], invariant=True) for i in range(9)]
-    assert torch.equal(torch.cat(found), want)
+@pytest.mark.parametrize(("vocab", "rows"), [(1009, 128), (49_152, 8), (150_000, 2), (900_000, 2)])
+def test_row_operations_have_one_shape(vocab, rows):
+    """And no row is alone: torch sums a single one of more than 32768 numbers by parts, one for each thread."""
+    tile = torch.empty(256, vocab)
+    assert list(row_blocks(tile, 128)) == [slice(i, i + rows) for i in range(0, 256, rows)]
 
 
 OUTPUTS = ("entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top1")
@@ -162,7 +161,7 @@ OUTPUTS = ("entropy", "kl", "reverse_kl", "log_sum_sq_probs", "mean_logit", "top
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_statistic_has_the_same_bits(dtype):
-    case = case_of(dtype, "everything" if dtype == "float64" else "plain")
+    case = case_of(dtype, "plain")
     hidden, targets, _ = case.packed(list(range(2, 30)))
     ref = oracle.normal(*hidden.shape, seed=77, dtype=hidden.dtype)
 
@@ -222,7 +221,6 @@ def run_ranks(rank: int) -> dict:
     hidden, targets = case.padded([1, 2, 3, 4])
     options = {"row_shard": shard, "invariant": True}
     found["sums"] = xf.sequence_logps(shard.chunk(hidden, 1), case.weight, shard.chunk(targets), **options)[0]
-    pairs = torch.tensor([0.5, -1.0])
     objective = xf.Objective("simpo", beta=2.0, gamma=0.5, reduction="none", invariant=True)
     found["pairs"] = objective(shard.chunk(hidden, 1), case.weight, shard.chunk(targets), row_shard=shard).loss
     own = VOCAB // 2 if rank == 0 else VOCAB - VOCAB // 2
@@ -232,7 +230,7 @@ def run_ranks(rank: int) -> dict:
     except ValueError as error:
         found["refused"] = str(error)
     dist.barrier()
-    return found | {"unused": pairs}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +280,7 @@ def test_the_loss_of_a_pair_does_not_depend_on_the_other_pairs(name):
 
     pairs = [(i, i + 20) for i in range(2, 20)]
     want = losses(pairs)
-    assert want.abs().min() > 0
+    assert (want != 0).sum() > 12  # the rest are pairs without a scored token on one side
     for some in ([0], [7, 3], [17, 4, 9, 2, 11]):
         assert torch.equal(losses([pairs[i] for i in some]), want[some])
 
@@ -336,7 +334,7 @@ def test_values_and_gradients_are_those_of_float64(dtype, kind, rows):
     names = ["hidden", "weight", *(n for n in ("bias", "adapter") if n in case.options)]
     given = [hidden, case.weight, *(case.options[n] for n in names[2:])]
     found = [x.clone().requires_grad_() for x in given]
-    plain = [x.double().requires_grad_() for x in given]
+    plain = [x.double().clone().requires_grad_() for x in given]
     u = oracle.normal(*targets.shape, seed=9)
 
     options = {n: x for n, x in case.options.items() if n in EVERYTHING}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,28 +94,17 @@ def sum_rows(x: Tensor, rows: Tensor, count: int, *, exact: bool = False) -> Ten
     exact: for floats, sums of integers, which have the same bits in whatever order a device adds: each position is
     exact to 2⁻⁵³, and the sum is rounded once. Infinities, NaN and numbers from 2⁴⁰ on are added as floats.
     """
-    if exact:
-        found: Any = _ExactSums.apply(x, rows, count)
-        return found
-    return x.new_zeros(count).index_add(0, rows, x)
+    return _exact_sums(x, rows, count) if exact else x.new_zeros(count).index_add(0, rows, x)
 
 
-class _ExactSums(torch.autograd.Function):
-    """`sum_rows` with exact=True."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        plain = x.abs() < 2**40
-        scaled = torch.where(plain, x, 0).double() * 2**20
-        whole = scaled.round()
-        parts = torch.stack([whole, ((scaled - whole) * 2**32).round()]).long()  # 20 binary places, and 32 more
-        high, low = parts.new_zeros(2, count).index_add(1, rows, parts).double().unbind(0)
-        others = torch.where(plain, 0, x).double()
-        total = (high / 2**20 + low / 2**52) + others.new_zeros(count).index_add(0, rows, others)
-        return total.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        return upstream[0][rows], None, None
+def _exact_sums(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Returns `sum_rows` with exact=True."""
+    plain = x.abs() < 2**40
+    small, others = torch.where(plain, x, 0).double(), torch.where(plain, 0, x).double()
+    scaled = small.detach() * 2**20
+    whole = scaled.round()
+    parts = torch.stack([whole, ((scaled - whole) * 2**32).round()]).long()  # 20 binary places, and 32 more
+    high, low = parts.new_zeros(2, count).index_add(1, rows, parts).double().unbind(0)
+    rest = others + (small - small.detach())  # whose second half is 0, with the gradient of the integers
+    total = (high / 2**20 + low / 2**52) + rest.new_zeros(count).index_add(0, rows, rest)
+    return total.to(x.dtype)
