@@ -125,10 +125,12 @@ class Gemms:
 
     def _row_parts(self, x: Tensor) -> Iterator[slice]:
         """Yields the rows of x that are multiplied at once: all, or a block."""
-        size = self.block or max(1, x.shape[0])
-        assert x.shape[0] % size == 0 or not self.block
-        for start in range(0, x.shape[0], size):
-            yield slice(start, start + size)
+        assert not self.block or x.shape[0] % self.block == 0
+        if not self.block:
+            yield slice(0, x.shape[0])
+            return
+        for start in range(0, x.shape[0], self.block):
+            yield slice(start, start + self.block)
 
     def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Returns rows [h, x] split into h (n, D), which meets W, and x (n, r), which meets the adapter; r may be 0."""
@@ -136,20 +138,27 @@ class Gemms:
 
     def into_hidden(self, dz: Tensor) -> Tensor:
         """Returns dz W (n, D), or with an adapter dz [W, B] (n, D + r), in the accumulation dtype: 1F."""
-        if self.block and dz.shape[0] > self.block:
-            return torch.cat([self.into_hidden(dz[rows]) for rows in self._row_parts(dz)])
+        parts = list(self._row_parts(dz))
         if self.narrow and not self.widen:
-            out = torch.mm(dz, self.weight, out_dtype=self.dtype)
-            own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
-        else:
-            out = self._empty(dz, self.width)
-            own = None if self.adapter is None else self._empty(dz, self.adapter.shape[1])
-            if self.adapter is not None:
+            found = [self._mixed_into_hidden(dz[rows]) for rows in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
+        out = self._empty(dz, self.width)
+        own = None if self.adapter is None else self._empty(dz, self.adapter.shape[1])
+        if self.adapter is not None and own is not None:
+            for rows in parts:
                 with self._products:
-                    torch.mm(dz, self.adapter, out=own)
-            for block, weight in self._weight_blocks():
+                    torch.mm(dz[rows], self.adapter, out=own[rows])
+        for block, weight in self._weight_blocks():
+            for rows in parts:
                 with self._products:
-                    torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
+                    beta = 0 if block.start == 0 else 1
+                    torch.addmm(out[rows], dz[rows, block], weight, beta=beta, out=out[rows])
+        return out if own is None else torch.cat([out, own], dim=1)
+
+    def _mixed_into_hidden(self, dz: Tensor) -> Tensor:
+        """Returns `into_hidden` of narrow operands by GEMMs with wide results."""
+        out = torch.mm(dz, self.weight, out_dtype=self.dtype)
+        own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
         return out if own is None else torch.cat([out, own], dim=1)
 
     def _empty(self, dz: Tensor, width: int) -> Tensor:
