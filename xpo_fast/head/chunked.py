@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .gemms import Gemms, aligned_rows, logits_memory, on_huge_pages
+from .invariance import check_places
 from .operands import Operands
 from .row_operations import MakeRowOperations, RowOperations, row_blocks
 from .rows import Group
@@ -66,7 +68,7 @@ class Step:
     def own_dz(self) -> Tensor | None:
         """Returns the step's rows of dz, (r, V)."""
         start = self.span.start
-        return None if self.dz is None else self.dz[self.at.start - start : self.at.stop - start]
+        return None if self.dz is None else self.dz[self.at.start - start :][: self.z.shape[0]]
 
 
 def cut(start: int, stop: int, most: int, block: int = 1) -> Iterator[tuple[int, int]]:
@@ -80,6 +82,11 @@ def cut(start: int, stop: int, most: int, block: int = 1) -> Iterator[tuple[int,
     else:
         bounds = list(range(start, stop, -(-(stop - start) // (count * block)) * block)) if count else []
     yield from zip(bounds, [*bounds[1:], stop])
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """Returns x (…, n) with zeros up to a number of rows; x itself if it has as many."""
+    return x if x.shape[-1] == rows else pad(x, (0, rows - x.shape[-1]))
 
 
 class Passes:
@@ -97,8 +104,13 @@ class Passes:
     ) -> None:
         hidden, targets, ignore_index = operands.hidden, operands.targets, operands.ignore_index
         self.hidden, self.ref = hidden, operands.ref
-        self.gemms = Gemms(operands.weight, operands.bias, operands.scaling, operands.adapter)
-        self.ref_gemms = None if self.ref is None else Gemms(self.ref.weight, self.ref.bias, operands.scaling)
+        scaling, block = operands.scaling, tiling.block
+        self.gemms = Gemms(operands.weight, operands.bias, scaling, operands.adapter, block)
+        self.ref_gemms = None
+        if self.ref is not None:
+            self.ref_gemms = Gemms(self.ref.weight, self.ref.bias, scaling, block=block)
+        if block:
+            check_places(self.gemms)
         self.operations = operations(self.gemms, self.ref_gemms)
         device = hidden.device
         if scored is None:
@@ -110,7 +122,7 @@ class Passes:
             self.ignored = self.y == ignore_index
             self.y.masked_fill_(self.ignored, 0)
         self.tiling = tiling
-        self.block = 1 if device.type == "cpu" else ROWS
+        self.block = block or (1 if device.type == "cpu" else ROWS)
         two_lanes = tiling.lanes == 2 and self.operations.own_memory and len(self) > tiling.step
         self.lanes = Lanes(device, two_lanes)
         self._multiplied: Any = None  # event after the gradient GEMMs of the previous tile read dz
@@ -151,6 +163,7 @@ class Passes:
         longest = max((span.stop - span.start for span in spans if span.with_dz), default=0)
         if rows and self.hidden.device.type != "cpu":
             rows, longest = buffer_rows(rows, self.tiling.step), longest and buffer_rows(longest, self.tiling.tile)
+        rows, longest = self.tiling.padded(rows), self.tiling.padded(longest)
         gemms = [x for x in (self.gemms, self.ref_gemms) if x is not None]
         count = min(self.lanes.ahead, len(work))
         with ExitStack() as stack:
@@ -168,13 +181,14 @@ class Passes:
                     self.lanes.wait(used.done)
                 if tile != h_tile or h is None:
                     h, h_tile = self.gathered(span.slice), tile
-                z, *z_ref = (x[: at.stop - at.start] for x in buffers[k % count])
-                self.gemms.logits(h[at.start - span.start : at.stop - span.start], z)
+                size = self.tiling.padded(at.stop - at.start)
+                z, *z_ref = (x[:size] for x in buffers[k % count])
+                self.gemms.logits(h[at.start - span.start :][:size], z)
                 if self.ref is not None and self.ref_gemms is not None:
                     self.ref_gemms.logits(self._rows(self.ref_gemms, self.ref.hidden, at), *z_ref)
                 dz = None
                 if span.with_dz:
-                    dz = z if memory is None else memory[: span.stop - span.start]
+                    dz = z if memory is None else memory[: self.tiling.padded(span.stop - span.start)]
                 steps.append(Step(tile, span, h, dz, at, z, *(z_ref or [None]), made=self.lanes.mark()))
                 if len(steps) == count:
                     used = steps.popleft()
@@ -199,7 +213,12 @@ class Passes:
 
     def _rows(self, gemms: Gemms, hidden: Tensor, at: slice) -> Tensor:
         """Returns the policy's or the reference's hidden states (n, D) of scored positions."""
-        return gemms.rows(hidden, self.index[at], None if self.ignored is None else self.ignored[at])
+        index, ignored = self.index[at], None if self.ignored is None else self.ignored[at]
+        size, rows = index.shape[0], self.tiling.padded(index.shape[0])
+        h = gemms.rows(hidden, _padded(index, rows), None if ignored is None else _padded(ignored, rows))
+        if rows > size:
+            h[size:] = 0
+        return h
 
     @contextmanager
     def rows(self, step: Step) -> Iterator[None]:
@@ -219,14 +238,30 @@ class Passes:
             yield step.dz
         self._multiplied = self.lanes.mark()
 
+    def gradient_of_hidden(self, step: Step, dz: Tensor) -> Tensor:
+        """Returns dz W (n, D) of the tile that this step ends, without the rows beyond its positions."""
+        return self.gemms.into_hidden(dz)[: step.span.stop - step.span.start]
+
     def statistics(self, step: Step, outputs: Sequence[str], found: Tensor, factor: Tensor | None) -> None:
         """Writes a step's columns of found (2 + len(outputs), n) and, if dz is computed, its entries of factor (n,).
 
         See `RowOperations.statistics`.
         """
-        at, dz = step.at, step.own_dz
-        own = None if dz is None or factor is None else factor[at]
-        self.operations.statistics(step.z, step.z_ref, self.y[at], outputs, found[:, at], dz, own)
+        at, dz, rows = step.at, step.own_dz, step.z.shape[0]
+        y, results = _padded(self.y[at], rows), _padded(found[:, at], rows)
+        own = None if dz is None or factor is None else _padded(factor[at], rows)
+        self.operations.statistics(step.z, step.z_ref, y, outputs, results, dz, own)
+        if rows > at.stop - at.start:  # copies were written
+            found[:, at] = results[:, : at.stop - at.start]
+            if own is not None and factor is not None:
+                factor[at] = own[: at.stop - at.start]
+
+    def row_gradient(self, step: Step, u: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> None:
+        """Writes ∂L/∂(product) into the step's dz, from u and v by name (n,): see `RowOperations.gradient`."""
+        dz, rows = step.own_dz, step.z.shape[0]
+        assert dz is not None
+        u, v = ({name: _padded(x[step.at], rows) for name, x in some.items()} for some in (u, v))
+        self.operations.gradient(step.z, step.z_ref, _padded(self.y[step.at], rows), u, v, dz)
 
     def spread(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logp (N,), lse (N,) and the other statistics (E, N) from found (2 + E, n), 0 where not scored."""
@@ -287,7 +322,7 @@ def forward(
             passes.statistics(step, outputs, found[:own], factor)
         if factor is not None and step.last:
             with passes.gradient(step) as dz:
-                d_hidden = _times(passes.gemms.into_hidden(dz), factor[step.span.slice], hidden.dtype)
+                d_hidden = _times(passes.gradient_of_hidden(step, dz), factor[step.span.slice], hidden.dtype)
                 dlogp.index_copy_(0, passes.index[step.span.slice], d_hidden)
     if selected is not None:
         selected.over_ranks(found[own:]).sub_(found[1])
@@ -322,17 +357,15 @@ def backward(
     factor = torch.empty_like(found[0])
     for step in passes.steps(spans):
         with passes.rows(step):
-            own_u, own_v = ({name: x[step.at] for name, x in some.items()} for some in (u, v))
-            dz = step.own_dz
-            assert dz is not None
             z_selected = None if selected is None else selected.logits(step.z, step.at)
             if logp_alone:
                 passes.statistics(step, (), found, factor)
-                factor[step.at].mul_(own_u["logp"])
+                factor[step.at].mul_(u["logp"][step.at])
             else:
-                passes.operations.gradient(step.z, step.z_ref, passes.y[step.at], own_u, own_v, dz)
+                passes.row_gradient(step, u, v)
             if selected is not None and z_selected is not None and d_selected is not None:
-                selected.add_gradient(dz, z_selected, d_selected[:, step.at].T, step.at)
+                assert step.own_dz is not None
+                selected.add_gradient(step.own_dz, z_selected, d_selected[:, step.at].T, step.at)
         if step.last:
             grads.add(step, factor[step.span.slice] if logp_alone else None)
     return grads.finished()
@@ -372,10 +405,12 @@ class Gradients:
         """Adds the tile that this step ends. factor (n,): multiplies the rows of dz, if given."""
         with self.passes.gradient(step) as dz:
             if self.hidden is not None:
-                d_hidden = _times(self.gemms.into_hidden(dz), factor, self.dtype)
+                d_hidden = _times(self.passes.gradient_of_hidden(step, dz), factor, self.dtype)
                 self.hidden.index_copy_(0, self.passes.index[step.span.slice], d_hidden)
                 del d_hidden  # before the next GEMM allocates
-            h, x = self.gemms.parts(step.h)
+            rows = step.span.stop - step.span.start
+            h, x = self.gemms.parts(step.h[:rows])
+            dz = dz[:rows]
             if self.weight is not None:
                 self.gemms.into_weight(dz, _times(h, factor, h.dtype), self.weight, self.first)
             if self.adapter is not None:

@@ -53,6 +53,8 @@ class Gemms:
     """The GEMMs of one head, F = 2·N·V·D FLOP each, and the map from its products to final logits.
 
     With an adapter B (V, r) hidden states are [h, x] (N, D + r) and products h Wᵀ + x Bᵀ, which adds F·r/D per GEMM.
+    block: 0, or the rows of every GEMM that computes logits or dH, whose operands then have a multiple of so many rows.
+    The rows of h and dH are then aligned alike: MKL adds up a row at another alignment in another order.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Gemms:
         bias: Tensor | None,  # (V,)
         scaling: Scaling,
         adapter: Tensor | None = None,  # (V, r)
+        block: int = 0,
     ) -> None:
-        self.weight, self.scaling = weight, scaling
+        self.weight, self.scaling, self.block = weight, scaling, block
         self.vocab, self.width = weight.shape
         self.dtype = accumulation_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
@@ -79,7 +82,9 @@ class Gemms:
     def rows(self, hidden: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
         """Returns hidden[index] (n, D), in the dtype of the GEMMs, with zeros where `ignored` (n,) is True."""
         h = hidden.index_select(0, index)
-        if self.adapter is not None:
+        if self.block:
+            h = h.to(self.gemm_dtype)
+        if self.adapter is not None or self.block:
             h = aligned_rows(h.shape[0], h.shape[1], h.dtype, h.device).copy_(h)
         if ignored is not None:
             h.masked_fill_(ignored.unsqueeze(1), 0)
@@ -99,19 +104,33 @@ class Gemms:
 
     def logits(self, h: Tensor, out: Tensor) -> Tensor:
         """Writes the products h Wᵀ into out (n, V), and returns it: 1F. `finish` turns them into final logits."""
-        h, x = self.parts(h)
         for block, weight in self._weight_blocks():
-            if self.narrow and not self.widen:
-                torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
-                if self.adapter is not None:
-                    torch.addmm(out, x, self.adapter.T, out_dtype=self.dtype, out=out)
-            else:
-                part = out[:, block]
-                with self._products:
-                    torch.mm(h, weight.T, out=part)
-                    if self.adapter is not None:
-                        torch.addmm(part, x, self.adapter[block].T, out=part)
+            for rows in self._row_parts(h):
+                self._logits(h[rows], weight, block, out[rows])
         return out
+
+    def _logits(self, h: Tensor, weight: Tensor, block: slice, out: Tensor) -> None:
+        """Writes the columns `block` of h Wᵀ into those of out (n, V), by a GEMM with each operand."""
+        h, x = self.parts(h)
+        if self.narrow and not self.widen:
+            torch.mm(h, weight.T, out_dtype=self.dtype, out=out)
+            if self.adapter is not None:
+                torch.addmm(out, x, self.adapter.T, out_dtype=self.dtype, out=out)
+        else:
+            part = out[:, block]
+            with self._products:
+                torch.mm(h, weight.T, out=part)
+                if self.adapter is not None:
+                    torch.addmm(part, x, self.adapter[block].T, out=part)
+
+    def _row_parts(self, x: Tensor) -> Iterator[slice]:
+        """Yields the rows of x that are multiplied at once: all, or a block."""
+        assert not self.block or x.shape[0] % self.block == 0
+        if not self.block:
+            yield slice(0, x.shape[0])
+            return
+        for start in range(0, x.shape[0], self.block):
+            yield slice(start, start + self.block)
 
     def parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Returns rows [h, x] split into h (n, D), which meets W, and x (n, r), which meets the adapter; r may be 0."""
@@ -119,17 +138,34 @@ class Gemms:
 
     def into_hidden(self, dz: Tensor) -> Tensor:
         """Returns dz W (n, D), or with an adapter dz [W, B] (n, D + r), in the accumulation dtype: 1F."""
+        parts = list(self._row_parts(dz))
         if self.narrow and not self.widen:
-            out = torch.mm(dz, self.weight, out_dtype=self.dtype)
-            own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
-        else:
-            out = dz.new_empty((dz.shape[0], self.width))
-            with self._products:
-                own = None if self.adapter is None else dz @ self.adapter
-            for block, weight in self._weight_blocks():
+            found = [self._mixed_into_hidden(dz[rows]) for rows in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
+        out = self._empty(dz, self.width)
+        own = None if self.adapter is None else self._empty(dz, self.adapter.shape[1])
+        if self.adapter is not None and own is not None:
+            for rows in parts:
                 with self._products:
-                    torch.addmm(out, dz[:, block], weight, beta=0 if block.start == 0 else 1, out=out)
+                    torch.mm(dz[rows], self.adapter, out=own[rows])
+        for block, weight in self._weight_blocks():
+            for rows in parts:
+                with self._products:
+                    beta = 0 if block.start == 0 else 1
+                    torch.addmm(out[rows], dz[rows, block], weight, beta=beta, out=out[rows])
         return out if own is None else torch.cat([out, own], dim=1)
+
+    def _mixed_into_hidden(self, dz: Tensor) -> Tensor:
+        """Returns `into_hidden` of narrow operands by GEMMs with wide results."""
+        out = torch.mm(dz, self.weight, out_dtype=self.dtype)
+        own = None if self.adapter is None else torch.mm(dz, self.adapter, out_dtype=self.dtype)
+        return out if own is None else torch.cat([out, own], dim=1)
+
+    def _empty(self, dz: Tensor, width: int) -> Tensor:
+        """Returns uninitialised memory (n, width) for a product with dz (n, V)."""
+        if self.block:
+            return aligned_rows(dz.shape[0], width, dz.dtype, dz.device)
+        return dz.new_empty((dz.shape[0], width))
 
     def into_weight(self, dz: Tensor, h: Tensor, out: Tensor, first: bool) -> None:
         """Writes (first=True) or adds dzᵀ h to out (V, D), which has the accumulation dtype: 1F.

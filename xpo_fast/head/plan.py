@@ -14,7 +14,7 @@ from .choice import choice
 from .operands import Operands
 from .row_operations import copies
 from .spec import DIFFERENTIABLE, accumulation_dtype, has_mixed_gemms
-from .tiling import STEP_BYTES, Tiling, buffer_rows, lanes_of, scratch_bytes, whole_blocks
+from .tiling import INVARIANT_TOKENS, STEP_BYTES, Tiling, buffer_rows, lanes_of, scratch_bytes, whole_blocks
 
 # Tokens of a tile beyond which the GEMMs get no faster. A float32 dW, read and written once per tile, gains from more.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
@@ -49,7 +49,8 @@ class Plan:
     @property
     def tile_bytes(self) -> int:
         """Returns the bytes of a tile of ∂L/∂(product) and of the logits beside it."""
-        tile, step = (n if self.tokens is None else buffer_rows(self.tokens, n) for n in self.tiling[:2])
+        sizes = (n if self.tokens is None else buffer_rows(self.tokens, n) for n in self.tiling[:2])
+        tile, step = map(self.tiling.padded, sizes)
         dz = 0 if self.dz_dtype is None else tile * self.dz_dtype.itemsize
         return self.vocab * (dz + self.logits * step * self.dtype.itemsize)
 
@@ -76,6 +77,7 @@ class PlanOptions(NamedTuple):
     backend: str = "auto"
     tile_bytes: int | None = None  # budget of scratch memory
     chunk_tokens: int | None = None  # tokens per tile
+    invariant: bool = False  # whether a row's bits must not depend on the others
 
 
 DEFAULTS = PlanOptions()
@@ -89,7 +91,9 @@ def plan_of(
     unit_tokens: the scored tokens of the longest unit, if a tile should hold whole units.
     """
     hidden, weight, shard = operands.hidden, operands.weight, operands.shard
-    backend, tile_bytes, chunk_tokens = options
+    backend, tile_bytes, chunk_tokens, invariant = options
+    if invariant:
+        backend = invariant_backend(backend, sharded=shard is not None)
     chosen, reason = choice(backend, hidden.device, weight.dtype, sharded=shard is not None)
     check_backend(chosen, hidden.device)
     vocab, keeps_logits = weight.shape[0], get_backend(chosen).rows is None
@@ -130,6 +134,10 @@ def plan_of(
         why += shard.why
     if reason:
         why += f"; {reason}"
+    block = 0
+    if invariant:
+        block = INVARIANT_TOKENS["cpu" if hidden.device.type == "cpu" else "cuda"]
+        why += f"; invariant=True: every product is of {block} tokens, the last of them filled up with zeros"
     dtype = accumulation_dtype(weight.dtype)
     learns = torch.is_grad_enabled() and weight.requires_grad and operands.weight_grad is None
     exchanged = 0 if shard is None else 2 + 2 * has_ref
@@ -146,9 +154,23 @@ def plan_of(
         learns=learns,
         unit_tokens=unit_tokens,
     )
+    tiling = tiling.in_blocks(block) if block else tiling
     several = hidden.shape[:-1].numel() > tiling.tile
     accumulator = vocab * weight.shape[1] * (dtype.itemsize - weight.itemsize) if learns and several else 0
     return Plan(chosen, None, tiling, vocab, dtype, dz_dtype, logits, passes, why, accumulator, reason)
+
+
+def invariant_backend(backend: str, *, sharded: bool = False) -> str:
+    """Returns the backend of invariant=True, torch. Raises ValueError for another one, and for a cut vocabulary."""
+    if backend not in ("auto", "torch"):
+        get_backend(backend)
+        raise ValueError(f"invariant=True takes the torch backend, got {backend!r}: leave it out")
+    if sharded:
+        raise ValueError(
+            "invariant=True needs the whole vocabulary on every rank, since the sums of its parts have other bits: "
+            "leave out vocab_shard, or invariant"
+        )
+    return "torch"
 
 
 def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:

@@ -14,11 +14,16 @@ from torch import Tensor
 from .gemms import BLOCK_BYTES, Gemms
 
 
-def row_blocks(tile: Tensor) -> Iterator[slice]:
-    """Yields the rows of a tile in blocks: of a cache's size on the CPU, elsewhere all at once."""
-    rows = max(1, tile.shape[0])
+def row_blocks(tile: Tensor, block: int = 0) -> Iterator[slice]:
+    """Yields the rows of a tile in blocks: of a cache's size on the CPU, elsewhere all at once.
+
+    block: 0, or a power of two of which tile has a multiple of rows; every block then has the same number of rows, two
+    at least, for torch may sum a single row by threads, in another order than several.
+    """
+    rows = block or max(1, tile.shape[0])
     if tile.device.type == "cpu":
         rows = max(1, BLOCK_BYTES // (tile.shape[1] * tile.dtype.itemsize))
+        rows = min(block, max(2, 1 << rows.bit_length() - 1)) if block else rows
     for start in range(0, tile.shape[0], rows):
         yield slice(start, min(start + rows, tile.shape[0]))
 
@@ -98,7 +103,7 @@ class RowOperations:
         The caller applies the factor, times ∂L/∂logp, to h and dH, which are smaller than the tile.
         """
         softcap = self.gemms.scaling.softcap is not None
-        for b in row_blocks(z):
+        for b in row_blocks(z, self.gemms.block):
             p = z[b]
             self.gemms.finish(p)
             keep = p.clone() if outputs or (dz is not None and softcap) else None
@@ -138,7 +143,7 @@ class RowOperations:
     ) -> None:
         """Writes ∂L/∂(product) into dz, for L with gradients in any of the differentiable outputs."""
         extra = set(u) - {"logp", "lse"}
-        for b in row_blocks(z):
+        for b in row_blocks(z, self.gemms.block):
             p = z[b]
             self.gemms.finish(p)
             keep = p.clone() if extra or self.gemms.scaling.softcap is not None else None

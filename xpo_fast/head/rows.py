@@ -88,6 +88,23 @@ def packed_rows(
     return to_device(rows, device), count
 
 
-def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Returns the sum of x (N,) over the positions of each row, (count,). rows (N,): the row of each position."""
-    return x.new_zeros(count).index_add(0, rows, x)
+def sum_rows(x: Tensor, rows: Tensor, count: int, *, exact: bool = False) -> Tensor:
+    """Returns the sum of x (N,) over the positions of each row, (count,). rows (N,): the row of each position.
+
+    exact: for floats, sums of integers, which have the same bits in whatever order a device adds: each position is
+    exact to 2⁻⁵³, and the sum is rounded once. Infinities, NaN and numbers from 2⁴⁰ on are added as floats.
+    """
+    return _exact_sums(x, rows, count) if exact else x.new_zeros(count).index_add(0, rows, x)
+
+
+def _exact_sums(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Returns `sum_rows` with exact=True."""
+    plain = x.abs() < 2**40
+    small, others = torch.where(plain, x, 0).double(), torch.where(plain, 0, x).double()
+    scaled = small.detach() * 2**20
+    whole = scaled.round()
+    parts = torch.stack([whole, ((scaled - whole) * 2**32).round()]).long()  # 20 binary places, and 32 more
+    high, low = parts.new_zeros(2, count).index_add(1, rows, parts).double().unbind(0)
+    rest = others + (small - small.detach())  # whose second half is 0, with the gradient of the integers
+    total = (high / 2**20 + low / 2**52) + rest.new_zeros(count).index_add(0, rows, rest)
+    return total.to(x.dtype)

@@ -41,6 +41,7 @@ def token_stats(
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
+    invariant: bool = False,
 ) -> TokenStats:
     """Computes statistics of softmax(z), z = softcap(logit_scale · (hidden Wᵀ + bias)) / temperature, without logits.
 
@@ -88,8 +89,19 @@ def token_stats(
 
     chunk_tokens: tokens per tile; by default as many as are useful within tile_bytes. tile_bytes: by default 7% of a
     GPU's memory, or 256 MiB on CPU, where the tile is kept for the next call; `release_tiles()` frees it.
+
+    invariant: a position's statistics, and its row of ∂L/∂hidden for the same upstream gradient, have the same bits
+    whatever else is in the call: the other rows, their number and order, padding or packing, the tile, and the rank. By
+    default they differ in the last places, since libraries multiply one row and many in different orders (Thinking
+    Machines, "Defeating Nondeterminism in LLM Inference", 2025). Here every product is of one shape, 128 tokens on a
+    CPU and 256 on a GPU, the last filled up with zeros; a tile is no smaller, and the backend is torch. The first call
+    of a shape checks that a product treats all its rows alike. The promise holds among processes on equal machines with
+    the same build of torch; that a CPU's number of threads makes no difference is measured, not promised. It says
+    nothing of dW, a sum over the rows, nor of what computed the hidden states. It has not run on a GPU.
+
     Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
-    output or backend, and (on CPU) a target or selected id outside the vocabulary.
+    output or backend, (on CPU) a target or selected id outside the vocabulary, and invariant=True with another backend
+    than torch or with a vocab_shard; RuntimeError if the products of this machine do depend on the place of a row.
     """
     operands = Operands(
         hidden,
@@ -104,7 +116,7 @@ def token_stats(
         ignore_index,
         selected_ids,
     )
-    return statistics(operands.admit(), outputs, PlanOptions(backend, tile_bytes, chunk_tokens))
+    return statistics(operands.admit(), outputs, PlanOptions(backend, tile_bytes, chunk_tokens, invariant))
 
 
 def statistics(operands: Operands, outputs: Sequence[str] = (), options: PlanOptions = DEFAULTS) -> TokenStats:
@@ -135,6 +147,7 @@ def token_logps(
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
+    invariant: bool = False,
 ) -> Tensor:
     """Computes log p(target), float32, shaped like targets, 0 where ignored: `token_stats(...).logp`.
 
@@ -155,6 +168,7 @@ def token_logps(
         chunk_tokens=chunk_tokens,
         tile_bytes=tile_bytes,
         backend=backend,
+        invariant=invariant,
     ).logp
 
 
@@ -172,8 +186,10 @@ def sequence_logps(
 
     Returns ((B,) float32, (B,) int64). options: those of `token_logps`. row_shard: hidden and targets are this rank's
     chunk of every row, and cu_seqlens is of whole ones, as in `Objective`; the sums are of whole rows, on every rank,
-    and a gradient is that of this rank's chunk, where all ranks compute the same from the sums.
+    and a gradient is that of this rank's chunk, where all ranks compute the same from the sums. With invariant=True the
+    sums are the same bits in any order, too.
     """
+    exact = bool(options.get("invariant", False))
     logp = token_logps(hidden, weight, targets, ignore_index=ignore_index, **options)
     scored = to_device(targets != ignore_index, hidden.device)
     if row_shard is not None:
@@ -182,7 +198,7 @@ def sequence_logps(
         targets = scored = kept > 0
     rows, count = packed_rows(targets, cu_seqlens, hidden.device)
     scored = scored.reshape(-1)
-    return sum_rows(logp.reshape(-1), rows, count), sum_rows(scored.long(), rows, count)
+    return sum_rows(logp.reshape(-1), rows, count, exact=exact), sum_rows(scored.long(), rows, count)
 
 
 def head_plan(

@@ -16,6 +16,8 @@ SHARE_OF_CARD = 0.07
 # for the host to stay ahead, few enough to leave the memory to dz.
 STEP_BYTES = 512 * 2**20
 ROWS = 128  # rows of a block of a device's GEMMs
+# Tokens of a product with invariant=True, powers of two: all products have this shape, and the last rows are zeros.
+INVARIANT_TOKENS = {"cpu": 128, "cuda": 256}
 
 
 class Tiling(NamedTuple):
@@ -23,11 +25,22 @@ class Tiling(NamedTuple):
 
     tile: tokens whose ∂L/∂(product) is in memory at once. step: tokens of a tile whose products are computed at once.
     lanes: 2 if the row operations of a step run on a stream of their own, beside the next products; else 1.
+    block: 0, or the tokens of every product, of which tile and step are multiples (invariant=True).
     """
 
     tile: int
     step: int
     lanes: int = 1
+    block: int = 0
+
+    def in_blocks(self, block: int) -> Tiling:
+        """Returns the tiling with tile and step rounded down to multiples of a block, but of one block at least."""
+        tile, step = (max(block, n - n % block) for n in self[:2])
+        return Tiling(tile, step, self.lanes, block)
+
+    def padded(self, rows: int) -> int:
+        """Returns the rows that products of `rows` tokens have: rounded up to whole blocks, if there are any."""
+        return -(-rows // self.block) * self.block if self.block else rows
 
 
 def buffer_rows(rows: int, most: int) -> int:

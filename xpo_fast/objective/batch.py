@@ -31,7 +31,7 @@ class Batch:
 
     methods: of one layout. pairs: None, or how lists become pairs for a pairwise method ("all", "extremes").
     list_size: rows per list, for layouts of lists. device: where the call computes; if not given, only counts can be
-    computed, on the targets' device.
+    computed, on the targets' device. exact_sums: how `row_sums` adds, see `sum_rows`.
 
     Since a call must know which positions are scored, the layout is computed on the host, and copied to the device as
     far as needed there. The host waits once, here, for targets that are on a device. While a CUDA graph is captured
@@ -48,9 +48,10 @@ class Batch:
         device: torch.device | None = None,
         pairs: str | None = None,
         list_size: int | None = None,
+        exact_sums: bool = False,
     ) -> None:
         self.methods, self.ignore_index, self.pairs = methods, ignore_index, pairs
-        self.name = " + ".join(m.name for m in methods)
+        self.name, self.exact_sums = " + ".join(m.name for m in methods), exact_sums
         self.device = targets.device if device is None else device
         self.static, self._targets_on_host = static_shapes(targets), on_host(targets)
         if device is not None:
@@ -108,6 +109,11 @@ class Batch:
         return None
 
     # --- rows and positions -------------------------------------------------------------------------------------------
+
+    def row_sums(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Returns the sums over rows (R,) of floats (n,) at some positions, or at all N."""
+        rows = self.rows if positions is None else self.rows[positions]
+        return sum_rows(x, rows, self.count, exact=self.exact_sums)
 
     @property
     def packed(self) -> bool:

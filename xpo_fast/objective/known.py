@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..head.rows import sum_rows
 from .batch import Batch
 
 
@@ -36,4 +35,4 @@ def row_sums(batch: Batch, logp: Tensor, positions: Tensor | None = None, ld_alp
     if ld_alpha is not None:
         beyond = batch.beyond_shorter if positions is None else batch.beyond_shorter[positions]
         logp = torch.where(beyond, ld_alpha * logp, logp)
-    return sum_rows(logp, batch.rows if positions is None else batch.rows[positions], batch.count)
+    return batch.row_sums(logp, positions)

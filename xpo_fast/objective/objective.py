@@ -16,7 +16,6 @@ from ..head.backends import get_backend
 from ..head.choice import named_backend
 from ..head.operands import HeadLike, Operands, reference, take_operands
 from ..head.plan import Plan, plan_of
-from ..head.rows import sum_rows
 from ..head.spec import Scaling, accumulation_dtype
 from ..head.statistics import statistics
 from ..head.units import unit_loss
@@ -56,6 +55,9 @@ class Objective(Settings):
         be sampled. Pass it: the default, the width of the batch, changes with the rows in it.
     top_k, seed: `cringe` draws its rival tokens from the top_k most likely ones, by a generator with this seed.
     tile_bytes: the budget of the tile of logits; by default 256 MiB on the CPU and 7% of a GPU's memory.
+    invariant: log-probs, and their sums over rows, have the same bits whatever else is in the batch: see `token_stats`.
+        So has the loss of a unit that reads such sums alone, as those of pairs do (reduction="none"), but no mean over
+        the batch. Methods that average over the tokens of a row themselves add up as many as the longest row has.
     Further keyword arguments are hyperparameters, passed to every method that has them.
 
     `state` holds the statistics of earlier batches that `beta_dpo` and `bco` keep, see `state_dict`. It is updated in
@@ -206,12 +208,12 @@ class Objective(Settings):
     def _add_statistics(self, known: Known, batch: Batch, stats: TokenStats) -> Tensor:
         """Returns the policy's log-probs (N,), and adds the other statistics that the methods need to `known`."""
         if stats.kl is not None:
-            known.rows["kl"] = (sum_rows(stats.kl, batch.rows, batch.count), 0.0)
+            known.rows["kl"] = (batch.row_sums(stats.kl), 0.0)
         if stats.entropy is not None:
             known.tokens["entropy"] = stats.entropy
         if stats.log_sum_sq_probs is not None:
-            logp = sum_rows(stats.logp.detach(), batch.rows, batch.count)
-            squares = sum_rows(stats.log_sum_sq_probs, batch.rows, batch.count)
+            logp = batch.row_sums(stats.logp.detach())
+            squares = batch.row_sums(stats.log_sum_sq_probs)
             known.row_weight = wpo_weights(logp, squares, batch.lengths, clamp=False)
         return stats.logp
 
@@ -240,6 +242,7 @@ class Objective(Settings):
         if list_size is None and isinstance(scores, Tensor) and scores.dim() == 2:
             list_size = scores.shape[1] + self.has_rejected
         options: dict[str, Any] = {"device": device, "pairs": self.pairs, "list_size": list_size}
+        options["exact_sums"] = self.invariant
         batch = Batch(self.methods, targets, cu_seqlens, ignore_index, **options)
         if self.pairs and isinstance(scores, Tensor):
             batch.choose_pairs(scores)

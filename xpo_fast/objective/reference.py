@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..head.operands import Operands
-from ..head.rows import sum_rows
 from ..head.statistics import statistics
 from .batch import Batch
 from .columns import check_logps
@@ -72,7 +71,7 @@ def add_reference(
         tokens = reference_logp(operands, settings) if computed is None else computed
     if tokens is not None:
         known.tokens["ref_token_logp"] = tokens = torch.where(batch.scored, tokens, 0.0)
-        known.rows["ref_logp"] = (sum_rows(tokens, batch.rows, batch.count), -1.0)
+        known.rows["ref_logp"] = (batch.row_sums(tokens), -1.0)
         if settings.ld_alpha is not None:
             known.discounted_ref = row_sums(batch, tokens, None, settings.ld_alpha)
     elif by_token:

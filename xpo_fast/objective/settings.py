@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..head.choice import named_backend
-from ..head.plan import PlanOptions
+from ..head.plan import PlanOptions, invariant_backend
 from ..methods import Method
 from ..reduce import REDUCTIONS
 from .batch import HARMLESS, PAIRS
@@ -37,6 +37,7 @@ class Settings:
         seed: int | None = None,
         backend: str = "auto",
         tile_bytes: int | None = None,
+        invariant: bool = False,
         **hyperparameters: Any,
     ) -> None:
         self.terms = parse_terms(method, weights, hyperparameters)
@@ -44,6 +45,10 @@ class Settings:
         if reduction not in REDUCTIONS:
             raise ValueError(f"no reduction named {reduction!r}; there are {', '.join(REDUCTIONS)}")
         named_backend(backend)
+        if type(invariant) is not bool:
+            raise ValueError(f"expected invariant to be bool, got {invariant!r}")
+        self.invariant = invariant
+        backend = invariant_backend(backend) if invariant else backend
         self.reduction, self.backend, self.tile_bytes = reduction, backend, tile_bytes
         self.pairs, self.ld_alpha, self.wpo, self.clamp = pairs, ld_alpha, wpo, clamp
         self.fixed_length = fixed_length
@@ -63,8 +68,8 @@ class Settings:
 
     @property
     def plan_options(self) -> PlanOptions:
-        """Returns backend and tile_bytes as they are now, which `plan_of` is given."""
-        return PlanOptions(self.backend, self.tile_bytes)
+        """Returns backend, tile_bytes and invariant as they are now, which `plan_of` is given."""
+        return PlanOptions(self.backend, self.tile_bytes, invariant=self.invariant)
 
     @property
     def layout(self) -> str:
@@ -187,6 +192,8 @@ class Settings:
         if any(drawn.values()) and not self.draws_rivals:
             idle = " and ".join(f"{name}=" for name, given in drawn.items() if given)
             raise ValueError(f"{idle} is for the rival tokens of cringe, {names} draws none: leave it out")
+        if self.invariant and self.draws_rivals:
+            raise ValueError(f"invariant=True does not go with {names}, which draws rivals for the batch: leave it out")
         if self.pairs is not None and self.pairs not in PAIRS:
             raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
         for option, given in (("pairs", self.pairs), ("ld_alpha", self.ld_alpha), ("wpo", self.wpo or None)):
@@ -215,7 +222,7 @@ class Settings:
             raise ValueError(f'reduction="none" needs losses of one shape, and {names} are of tokens and of rows')
 
     def __str__(self) -> str:
-        options = {name: getattr(self, name) for name in ("pairs", "ld_alpha", "wpo", "fixed_length")}
+        options = {name: getattr(self, name) for name in ("pairs", "ld_alpha", "wpo", "fixed_length", "invariant")}
         given = "".join(f", {name}={x!r}" for name, x in options.items() if x is not None and x is not False)
         return " + ".join(map(str, self.terms)) + given
 

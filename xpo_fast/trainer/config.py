@@ -116,7 +116,7 @@ class MethodConfig(TrainingArguments):
         tile_bytes = None if self.tile_mib is None else int(self.tile_mib * 2**20)
         given: Any = self.method_args or {}
         hyperparameters: Any = {**defaults, **given}
-        fixed = sorted({"reduction", "backend", "tile_bytes"} & set(hyperparameters))
+        fixed = sorted({"reduction", "backend", "tile_bytes", "invariant"} & set(hyperparameters))
         if fixed:
             raise ValueError(f"{', '.join(fixed)} cannot be in method_args: the trainer decides them, or has options")
         return Objective(self.method, backend=self.backend, tile_bytes=tile_bytes, **hyperparameters)
