@@ -17,7 +17,7 @@ from ..head.choice import named_backend
 from ..head.operands import HeadLike, Operands, reference, take_operands
 from ..head.plan import Plan, plan_of
 from ..head.rows import sum_rows
-from ..head.spec import Scaling, accumulation_dtype
+from ..head.spec import OF_REFERENCE, Scaling, accumulation_dtype
 from ..head.statistics import statistics
 from ..head.units import unit_loss
 from ..methods.vocabulary import wpo_weights
@@ -205,8 +205,9 @@ class Objective(Settings):
 
     def _add_statistics(self, known: Known, batch: Batch, stats: TokenStats) -> Tensor:
         """Returns the policy's log-probs (N,), and adds the other statistics that the methods need to `known`."""
-        if stats.kl is not None:
-            known.rows["kl"] = (sum_rows(stats.kl, batch.rows, batch.count), 0.0)
+        for name in OF_REFERENCE:
+            if (found := getattr(stats, name)) is not None:
+                known.rows[name] = (sum_rows(found, batch.rows, batch.count), 0.0)
         if stats.entropy is not None:
             known.tokens["entropy"] = stats.entropy
         if stats.log_sum_sq_probs is not None:
