@@ -10,7 +10,17 @@ from typing import Any
 from .parser import Parser
 
 _FILES = ("data", "eval_data", "ptx_data", "held_out_data", "config", "chat_template")
-_FOLDERS = ("model", "output_dir", "resume", "ref_cache", "reward_model", "policy", "server_lora", "server_folder")
+_FOLDERS = (
+    "model",
+    "teacher",
+    "output_dir",
+    "resume",
+    "ref_cache",
+    "reward_model",
+    "policy",
+    "server_lora",
+    "server_folder",
+)
 
 
 def add_parser(commands: Any, whole: Parser) -> None:

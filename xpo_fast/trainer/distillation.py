@@ -25,6 +25,7 @@ from ..rollout.sampling import Request, Sampling
 from ..seeds import seed_for
 from ..types import IGNORE_INDEX
 from .budget import KeepsUnits, Units
+from .checks import check_rows
 from .config import XPOConfig, argument
 from .handed_over import WEIGHTS, HandedOver, sample_of
 from .preference import XPOTrainer
@@ -159,11 +160,18 @@ class DistillationTrainer(XPOTrainer):
             found.append(one)
         return found
 
+    def _encode(self, dataset: Any) -> Any:
+        found = super()._encode(dataset)
+        for teacher in self._loaded if found is not None else ():
+            check_rows(teacher, self._tokenizer, found)
+        return found
+
     def _choose_reference(self, args: XPOConfig, model: nn.Module) -> tuple[str, str]:
         if args.reference != "auto":
             raise ValueError(f"the teacher is the reference: leave reference out, got {args.reference!r}")
-        shares = ", ".join(f"{weight:.3g}" for _, weight in self._shares)
-        return "teacher", "another model" if len(self._shares) == 1 else f"{len(self._shares)} models, shares {shares}"
+        named = [getattr(m, "name_or_path", "") or type(m).__name__ for m in self._loaded]
+        shares = [f"{weight:.3g}*" * (weight < 1) for _, weight in self._shares]
+        return "teacher", " + ".join(map("".join, zip(shares, named, strict=True)))
 
     def _make_reference(self, handed_over: HandedOver) -> None:
         how = self.accelerator, self.args.backend
