@@ -321,6 +321,7 @@ ARXIV = {
     "forward_kl": "1503.02531",
     "reverse_kl": "2306.08543",
     "gkd": "2306.13649",
+    "topk_kl": "1503.02531",
     "sampled_kl": "2306.08543",
     "goal_conditioned": "2407.13887",
     "gspo": "2507.18071",

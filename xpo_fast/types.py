@@ -26,6 +26,7 @@ class TokenStats:
     log_sum_sq_probs: Tensor | None = None  # log Σ p²; detached
     mean_logit: Tensor | None = None  # mean of z over the vocabulary; detached
     top1: Tensor | None = None  # bool: no token is more likely than the target
+    selected_logp: Tensor | None = None  # (…, K): z_id − lse of the selected ids; differentiable
 
 
 @dataclass

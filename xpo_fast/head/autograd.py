@@ -7,6 +7,7 @@ trainable head, or outputs that have gradients of their own, the backward comput
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,8 +45,12 @@ def token_stats(
     backend: str,
     outputs: str,  # names, comma-separated
     save_grad: bool,
+    selected: Tensor | None = None,  # (K,) or (N, K) int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns logp (N,), lse (N,), the stacked outputs (E, N), and ∂logp/∂hidden: (N, D) if saved, else (0, D)."""
+    """Returns logp (N,), lse (N,), the stacked outputs (E + K, N), and ∂logp/∂hidden: (N, D) if saved, else (0, D).
+
+    The last K outputs are the log-probs of the selected ids.
+    """
     operands = Operands.unpacked(
         hidden,
         weight,
@@ -60,16 +65,18 @@ def token_stats(
         ignore_index,
         shard,
     )
+    operands = replace(operands, selected=selected)
     rows = row_operations(backend, operands.shard)
     return chunked.forward(operands, _names(outputs), Tiling(*tiling), save_grad, rows)
 
 
 @token_stats.register_fake
 def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    targets, (outputs, save_grad) = others[3], others[-2:]
+    targets, (outputs, save_grad, *selected) = others[3], others[13:]
     n = targets.shape[0]
     stats = hidden.new_empty((n,), dtype=accumulation_dtype(hidden.dtype))
-    extra = hidden.new_empty((len(_names(outputs)), n), dtype=stats.dtype)
+    count = sum(ids.shape[-1] for ids in selected if ids is not None)
+    extra = hidden.new_empty((len(_names(outputs)) + count, n), dtype=stats.dtype)
     return stats, torch.empty_like(stats), extra, hidden.new_empty((n if save_grad else 0, hidden.shape[1]))
 
 
@@ -94,6 +101,8 @@ def token_stats_backward(
     values: list[Tensor],  # (N,) each
     values_names: str,
     needs: list[bool],  # hidden, weight, bias, adapter
+    selected: Tensor | None = None,  # (K,) or (N, K)
+    d_selected: Tensor | None = None,  # (K, N)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of hidden, weight, bias and adapter.
 
@@ -116,7 +125,8 @@ def token_stats_backward(
     u = dict(zip(_names(upstream_names), upstream, strict=True))
     v = dict(zip(_names(values_names), values, strict=True))
     rows = row_operations(backend, operands.shard)
-    grads = chunked.backward(operands, Tiling(*tiling), u, v, needs, rows)
+    operands = replace(operands, selected=selected)
+    grads = chunked.backward(operands, Tiling(*tiling), u, v, needs, rows, d_selected)
     d_hidden, d_weight, d_bias, d_adapter = (
         hidden.new_empty(0) if g is None or x is None else g.to(x.dtype)
         for g, x in zip(grads, (hidden, weight, bias, adapter), strict=True)
@@ -126,8 +136,7 @@ def token_stats_backward(
 
 @token_stats_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, *_, needs = arguments
-    weight_grad = arguments[8]
+    hidden, weight_grad, needs = arguments[0], arguments[8], arguments[18]
     needs = (needs[0], needs[1] and weight_grad is None, *needs[2:])
     return tuple(
         torch.empty_like(x) if need and x is not None else hidden.new_empty(0)
@@ -136,7 +145,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, weight_grad, scaling, ignore_index, shard, tiling, backend, outputs, save_grad = inputs
+    *tensors, weight_grad, scaling, ignore_index, shard, tiling, backend, outputs, save_grad, selected = inputs
     logp, lse, extra, dlogp = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dlogp)
@@ -148,7 +157,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, weight, _, adapter, targets, *_ = tensors
         ctx.save_for_backward(weight, adapter, targets, logp, lse, dlogp)
     else:
-        ctx.save_for_backward(*tensors, extra)
+        ctx.save_for_backward(*tensors, extra, selected)
 
 
 def _later_backward_possible() -> bool:
@@ -205,15 +214,16 @@ def _backward_frozen(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None) -> T
 
 
 def _backward_recompute(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d_extra: Tensor | None) -> tuple:
-    *operands, ref_hidden, ref_weight, ref_bias, extra = ctx.saved_tensors
+    *operands, ref_hidden, ref_weight, ref_bias, extra, selected = ctx.saved_tensors
     upstream = {"logp": d_logp, "lse": d_lse}
     values = {}
     for k, name in enumerate(ctx.names):
         if differentiable([name]) and d_extra is not None:
             upstream[name], values[name] = d_extra[k], extra[k]
     given = {n: d for n, d in upstream.items() if d is not None}
+    d_selected = None if selected is None or d_extra is None else d_extra[len(ctx.names) :]
     needs = list(ctx.needs_input_grad[:4])
-    if not given or not any(needs):
+    if not (given or d_selected is not None) or not any(needs):
         return None, None, None, None
     needs_ref = compares(given)
     grads = token_stats_backward(
@@ -227,6 +237,8 @@ def _backward_recompute(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d
         list(values.values()),
         ",".join(values),
         needs,
+        selected,
+        d_selected,
     )
     returned = needs[0], needs[1] and ctx.weight_grad is None, *needs[2:]
     return tuple(g if wanted else None for g, wanted in zip(grads, returned, strict=True))

@@ -22,6 +22,7 @@ from .gemms import Gemms, aligned_rows, logits_memory, on_huge_pages
 from .operands import Operands
 from .row_operations import MakeRowOperations, RowOperations, row_blocks
 from .rows import Group
+from .selected import Selected
 from .spec import scored_positions, static_shapes, to_device
 from .streams import Lanes
 from .tiling import ROWS, Tiling, buffer_rows
@@ -124,6 +125,12 @@ class Passes:
         The loss scale, which prevents that, is applied in the backward only.
         """
         return self.gemms.dtype if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
+    def selected(self, operands: Operands) -> Selected | None:
+        """Returns the operands' selected ids at the scored positions; None if there are none."""
+        if operands.selected is None:
+            return None
+        return Selected(operands.selected, self.index, self.ignored, self.gemms, operands.shard)
 
     def spans(self, with_dz: bool, start: int = 0, stop: int | None = None) -> list[Span]:
         """Returns the tiles of the scored positions start … stop − 1, by default of all."""
@@ -257,22 +264,33 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns logp (N,), lse (N,), the other outputs (E, N), and ∂logp/∂hidden: (N, D), or (0, D) if not saved.
 
-    Costs 1F, one more F to save the gradient, one more for a reference. top1 is returned as 0 and 1.
+    The other outputs are followed by the log-probs of the selected ids, (E + K, N) in all. Costs 1F, one more F to save
+    the gradient, one more for a reference. top1 is returned as 0 and 1.
     """
     hidden = operands.hidden
     passes = Passes(operands, tiling, operations)
-    found = torch.empty((2 + len(outputs), len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
+    selected = passes.selected(operands)
+    own, k = 2 + len(outputs), 0 if selected is None else selected.count
+    found = torch.empty((own + k, len(passes)), dtype=passes.gemms.dtype, device=hidden.device)
     dlogp = torch.zeros(hidden.shape if save_grad else (0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
-    if not save_grad and passes.operations.fused(lambda: passes.gathered(slice(None)), passes.y, outputs, found):
+    if (
+        selected is None
+        and not save_grad
+        and passes.operations.fused(lambda: passes.gathered(slice(None)), passes.y, outputs, found)
+    ):
         return *passes.spread(found), dlogp
     factor = torch.empty_like(found[0]) if save_grad else None
     for step in passes.steps(passes.spans(save_grad)):
         with passes.rows(step):
-            passes.statistics(step, outputs, found, factor)
+            if selected is not None:
+                found[own:, step.at] = selected.logits(step.z, step.at).T
+            passes.statistics(step, outputs, found[:own], factor)
         if factor is not None and step.last:
             with passes.gradient(step) as dz:
                 d_hidden = _times(passes.gemms.into_hidden(dz), factor[step.span.slice], hidden.dtype)
                 dlogp.index_copy_(0, passes.index[step.span.slice], d_hidden)
+    if selected is not None:
+        selected.over_ranks(found[own:]).sub_(found[1])
     return *passes.spread(found), dlogp
 
 
@@ -283,6 +301,7 @@ def backward(
     values: Mapping[str, Tensor],  # entropy and reverse_kl (N,), where upstream has them
     needs: Sequence[bool],  # hidden, weight, bias, adapter
     operations: MakeRowOperations = RowOperations,
+    d_selected: Tensor | None = None,  # (K, N) ∂L/∂(log-probs of the selected ids)
 ) -> Grads:
     """Returns gradients by recomputing each tile: 1F, and 1F each for hidden, for weight and for a reference.
 
@@ -292,6 +311,10 @@ def backward(
     passes = Passes(operands, tiling, operations)
     u = {name: passes.masked(x[passes.index].to(passes.gemms.dtype)) for name, x in upstream.items()}
     v = {name: x[passes.index] for name, x in values.items()}
+    selected = None if d_selected is None else passes.selected(operands)
+    if d_selected is not None:
+        d_selected = passes.masked(d_selected[:, passes.index].to(passes.gemms.dtype))
+        u["lse"] = u.get("lse", 0) - d_selected.sum(dim=0)
     spans = passes.spans(True)
     grads = Gradients(passes, spans, needs, hidden.dtype, operands.weight_grad)
     logp_alone = set(u) == {"logp"}
@@ -302,11 +325,14 @@ def backward(
             own_u, own_v = ({name: x[step.at] for name, x in some.items()} for some in (u, v))
             dz = step.own_dz
             assert dz is not None
+            z_selected = None if selected is None else selected.logits(step.z, step.at)
             if logp_alone:
                 passes.statistics(step, (), found, factor)
                 factor[step.at].mul_(own_u["logp"])
             else:
                 passes.operations.gradient(step.z, step.z_ref, passes.y[step.at], own_u, own_v, dz)
+            if selected is not None and z_selected is not None and d_selected is not None:
+                selected.add_gradient(dz, z_selected, d_selected[:, step.at].T, step.at)
         if step.last:
             grads.add(step, factor[step.span.slice] if logp_alone else None)
     return grads.finished()

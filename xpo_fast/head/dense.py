@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .operands import Operands
-from .spec import Jsd, Scaling, accumulation_dtype, jsd_of, scored_positions, to_device
+from .spec import Jsd, Scaling, accumulation_dtype, check_selected, jsd_of, scored_positions, to_device
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Tensor:
@@ -23,7 +23,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling
 
 
 def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the statistics of flat operands by name, (N,) each, 0 at positions that are not scored."""
+    """Returns the statistics of flat operands by name, (N,) or (N, K) each, 0 at positions that are not scored."""
     hidden, weight, bias, scaling, ref = (
         operands.hidden,
         operands.weight,
@@ -59,10 +59,12 @@ def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]
         found["mean_logit"] = z.mean(dim=1).detach()
     if "top1" in outputs:
         found["top1"] = z.gather(1, y).squeeze(1) >= z.amax(dim=1)
-    return {
-        name: torch.zeros(targets.shape, dtype=x.dtype, device=x.device).index_put((index,), x)
-        for name, x in found.items()
-    }
+    if operands.selected is not None:
+        ids = to_device(operands.selected, hidden.device)
+        ids = ids[index] if ids.dim() > 1 else ids.expand(index.shape[0], -1)
+        check_selected(ids if operands.selected.dim() > 1 else operands.selected, weight.shape[0])
+        found["selected_logp"] = logprobs.gather(1, ids)
+    return {name: x.new_zeros((targets.shape[0], *x.shape[1:])).index_put((index,), x) for name, x in found.items()}
 
 
 def _jsd(logprobs: Tensor, ref_logprobs: Tensor, settings: Jsd) -> Tensor:

@@ -159,11 +159,14 @@ class Gemms:
             parts = torch.stack([large, (factor - large).to(dz.dtype)], dim=1)
             out += torch.mm(dz.T, parts, out_dtype=out.dtype).sum(dim=1)
 
-    def finish(self, z: Tensor) -> None:
-        """Converts products to final logits, in place: adds the bias, then scales and caps them."""
+    def finish(self, z: Tensor, columns: Tensor | None = None) -> None:
+        """Converts products to final logits, in place: adds the bias, then scales and caps them.
+
+        z: (n, V), or the products (n, K) at `columns` (n, K).
+        """
         s = self.scaling
         if self.bias is not None:
-            z.add_(self.bias)
+            z.add_(self.bias if columns is None else self.bias[columns])
         if s.softcap is not None:
             z.mul_(s.logit_scale / s.softcap).tanh_().mul_(s.softcap / s.temperature)
         elif s.gain != 1:

@@ -57,6 +57,7 @@ class Operands:
     shard: VocabShard | None = None
     scaling: Scaling = _UNSCALED
     ignore_index: int = -100
+    selected: Tensor | None = None  # (K,) or (…, K) integer: the ids of `TokenStats.selected_logp`; not in `packed`
 
     @property
     def trainable(self) -> bool:
@@ -94,7 +95,7 @@ class Operands:
         parts = {**dict(zip(heads, cast)), **adapter}
         if gather:
             named = {"hidden": hidden, "targets": given.targets, f"{theirs}_hidden": ref_hidden}
-            refuse_sharded(**named, weight_grad=weight_grad)
+            refuse_sharded(**named, weight_grad=weight_grad, selected_ids=given.selected)
             parts = dict(zip(parts, gathered(weight_grad=weight_grad, **parts)))
         if shard is not None:
             parts["weight_grad"] = weight_grad
@@ -102,6 +103,8 @@ class Operands:
             weight_grad, hidden = parts.pop("weight_grad"), shard.replicated(hidden)
         ref_weight, ref_bias = (parts.pop(name) for name in refs)
         check_operands(hidden, targets=given.targets, **parts)
+        if given.selected is not None:
+            _check_selected(given.selected, given.targets, hidden.device)
         ref = None
         if ref_hidden is not None:
             if ref_weight is None:
@@ -157,17 +160,21 @@ class Operands:
         if ref is not None:
             bias = None if ref.bias is None else ref.bias.detach()
             ref = Reference(ref.hidden.detach().reshape(-1, ref.hidden.shape[-1]), ref.weight.detach(), bias)
+        selected = None if self.selected is None else self.selected.long()
+        if selected is not None and selected.dim() > 1:
+            selected = selected.reshape(self.targets.numel(), selected.shape[-1])
         return dataclasses.replace(
             self,
             hidden=self.hidden.reshape(-1, self.hidden.shape[-1]),
             targets=self.targets.reshape(-1).long(),
             ref=ref,
+            selected=selected,
         )
 
     # A custom operator takes tensors, numbers and strings only.
 
     def packed(self) -> tuple[Any, ...]:
-        """Returns the fields as a custom operator's arguments; `unpacked` is the inverse."""
+        """Returns the fields but `selected` as a custom operator's arguments; `unpacked` is the inverse."""
         s = self.scaling
         return (
             *(self.hidden, self.weight, self.bias, self.adapter, self.targets),
@@ -283,6 +290,19 @@ def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
             f"with an adapter of rank {adapter.shape[1]}, hidden must be [h, x], {width} wide, x = s·dropout(h) Aᵀ: "
             f"expected (…, {width}), got {tuple(hidden.shape)}; `Head.inputs(hidden)` makes it"
         )
+
+
+def _check_selected(ids: Tensor, targets: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless selected ids are integers (K,) or (…, K) on the device or the host."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"selected_ids must be integer token ids, got {ids.dtype}")
+    if ids.dim() != 1 and (ids.dim() < 1 or ids.shape[:-1] != targets.shape):
+        raise ValueError(
+            f"selected_ids must be (K,), the same at every position, or {(*targets.shape, 'K')}, K ids a position, got "
+            f"{tuple(ids.shape)}"
+        )
+    if ids.device != device and not on_host(ids):
+        raise ValueError(f"hidden is on {device} and selected_ids on {ids.device}: move one of them")
 
 
 def _check_reference(ref: Reference, targets: Tensor, vocab: int, name: str) -> None:

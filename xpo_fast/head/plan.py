@@ -113,6 +113,7 @@ def plan_of(
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or operands.trainable)
     has_ref = compares(outputs)
     more = differentiable(outputs)
+    more += ["selected_logp"] * (operands.selected is not None)
     if not wants_grad:
         passes, why = 1, "no gradient is wanted"
     elif keeps_logits:
@@ -127,6 +128,8 @@ def plan_of(
     if has_ref:
         passes += 1 if passes == 1 or keeps_logits else 2
         why += "; the reference's tile beside it"
+    if operands.selected is not None and not keeps_logits:
+        why += "; the selected ids are read by torch from the products of each step"
     if shard is not None:
         why += shard.why
     if reason:

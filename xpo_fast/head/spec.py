@@ -113,6 +113,19 @@ def check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
         )
 
 
+def check_selected(ids: Tensor, vocab: int) -> None:
+    """Raises ValueError for a selected id outside the vocabulary; on a device, trips an assertion, without waiting."""
+    bad = (ids < 0) | (ids >= vocab)
+    if not on_host(ids):
+        message = f"a selected id is outside the vocabulary of {vocab} tokens"
+        torch._assert_async(~bad.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+    elif bool(bad.any()):
+        raise ValueError(
+            f"selected id {int(ids[bad][0])} is outside the vocabulary of {vocab} tokens: selected_ids are token ids in "
+            f"[0, {vocab}) at every scored position"
+        )
+
+
 def scored_positions(
     targets: Tensor,  # (N,) int64
     ignore_index: int,

@@ -38,6 +38,7 @@ def token_stats(
     adapter: Tensor | None = None,  # (V, r)
     weight_grad: Tensor | None = None,  # (V, D) float32
     vocab_shard: VocabShard | None = None,
+    selected_ids: Tensor | None = None,  # (K,), or (…, K), integer; may be on the host
     chunk_tokens: int | None = None,
     tile_bytes: int | None = None,
     backend: str = "auto",
@@ -83,10 +84,17 @@ def token_stats(
     Nothing at an ignored position is read: its hidden state may be NaN. A NaN hidden state at a scored position makes
     only its own statistics NaN. Under autocast, hidden, weight and bias are cast as `F.linear` casts them.
 
+    selected_ids: `TokenStats.selected_logp` (…, K) has the log-probs of these K ids at every position, or of K ids per
+    position, read from the same tiles: a teacher's top k, the answers of a multiple choice. An id may come twice.
+    ∂L/∂z gets Σ_k u_k (e_id − p), u = ∂L/∂selected_logp; with gradient they cost a recomputation, as the entropy does,
+    also where they are not used in the loss. On every backend torch reads them, and log-probs without gradient, which
+    a kernel can compute without a tile, then take tiles too. With a vocab_shard ids are of the whole vocabulary, and
+    ranks exchange K numbers per token once a call.
+
     chunk_tokens: tokens per tile; by default as many as are useful within tile_bytes. tile_bytes: by default 7% of a
     GPU's memory, or 256 MiB on CPU, where the tile is kept for the next call; `release_tiles()` frees it.
     Returns TokenStats shaped like targets. Raises ValueError for shapes, dtypes or devices that do not fit, an unknown
-    output or backend, and (on CPU) a target outside the vocabulary.
+    output or backend, and (on CPU) a target or selected id outside the vocabulary.
     """
     operands = Operands(
         hidden,
@@ -99,6 +107,7 @@ def token_stats(
         vocab_shard,
         Scaling(float(temperature), softcap, float(logit_scale)),
         ignore_index,
+        selected_ids,
     )
     if jsd is not None and "jsd" not in outputs:
         raise ValueError('jsd= is about the output "jsd", which is not asked for: add it to outputs=, or leave jsd out')
@@ -114,7 +123,8 @@ def statistics(operands: Operands, outputs: Sequence[str] = (), options: PlanOpt
         operands = replace(operands, ref=None)
     plan = plan_of(operands, outputs, options)
     found = (_dense if plan.keeps_logits else _tiled)(operands.flat(), outputs, plan)
-    return TokenStats(**{statistic(name): x.view(operands.targets.shape) for name, x in found.items()})
+    shape = operands.targets.shape
+    return TokenStats(**{statistic(name): x.view((*shape, *x.shape[1:])) for name, x in found.items()})
 
 
 def token_logps(
@@ -194,7 +204,8 @@ def head_plan(
     """
     plan_options = PlanOptions(**{name: options.pop(name) for name in PlanOptions._fields if name in options})
     positions = hidden.new_empty(hidden.shape[:-1], dtype=torch.long)
-    operands = take_operands(hidden, weight, positions, options)
+    selected = options.pop("selected_ids", None)
+    operands = replace(take_operands(hidden, weight, positions, options), selected=selected)
     if options:
         raise TypeError(f"head_plan() got an unexpected keyword argument {next(iter(options))!r}")
     return plan_of(operands, outputs, plan_options, unit_tokens)
@@ -209,17 +220,21 @@ def _dense(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str
 
 def _tiled(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str, Tensor]:
     """Returns the statistics by name, tile by tile."""
+    selected = operands.selected
     saves_grad = (
         torch.is_grad_enabled()
         and operands.hidden.requires_grad
         and not operands.trainable
+        and selected is None
         and not differentiable(outputs)
     )
     logp, lse, extra, _ = token_stats_operator(
-        *operands.packed(), list(plan.tiling), plan.backend, ",".join(outputs), saves_grad
+        *operands.packed(), list(plan.tiling), plan.backend, ",".join(outputs), saves_grad, selected
     )
     found = {"logp": logp, "lse": lse}
-    for name, x in zip(outputs, extra.unbind(0), strict=True):
+    if selected is not None:
+        found["selected_logp"] = extra[len(outputs) :].T.contiguous()
+    for name, x in zip(outputs, extra[: len(outputs)].unbind(0), strict=True):
         found[name] = x if differentiable([name]) else x.detach()
         if name == "top1":
             found[name] = found[name] > 0

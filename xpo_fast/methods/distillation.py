@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .math import Losses, check, past_overflow
+from .math import Losses, check, log1mexp, past_overflow
 from .registry import register
 from .survey import NO_REWARD
 
@@ -108,6 +108,47 @@ def gkd(
     check(0 <= beta <= 1, "beta in [0, 1]", beta)
     check(temperature > 0, "temperature > 0", temperature)
     return _by_row(jsd_w, "jsd", logp_w, ref_logp_w)
+
+
+@_register(
+    paper="Distilling the Knowledge in a Neural Network (arXiv 1503.02531), of the k likeliest tokens and the rest",
+    equation="topk_kl_w = Σ_t Σ_i q_i (log q_i − log p_i) over k ids and the rest, over tokens",
+    attributes={**_ATTRIBUTES, "feedback-source": "AI"},
+)
+def topk_kl(
+    *,
+    logp_w: Tensor,  # (P,)
+    topk_kl_w: Tensor,  # (P,)
+) -> Losses:
+    """Forward KL of a teacher's k likeliest tokens: L = Σ_t KL(q ‖ p) over k + 1 outcomes, the k ids and any other.
+
+    The teacher's ids and log-probs are columns of a call of `Objective`, `topk_ids` and `topk_logp` (…, k): what a
+    server returns, or what was written down before. See `topk_divergence`.
+    """
+    metrics = {"logps/chosen": logp_w, "topk_kl": topk_kl_w}
+    return topk_kl_w, {name: x.detach() for name, x in metrics.items()}
+
+
+def topk_divergence(
+    logp: Tensor,  # (…, k) of the policy at the teacher's k ids
+    teacher_logp: Tensor,  # (…, k), −∞ for an id that is not there
+) -> Tensor:
+    """Computes KL(q ‖ p) of k ids and of all other tokens together, (…), differentiable in logp.
+
+    Σ_i q_i (log q_i − log p_i) + q_r (log q_r − log p_r), with q_r = 1 − Σ q_i and p_r = 1 − Σ p_i. The rest is one
+    outcome and not left out by dividing by Σ q_i: so the policy learns how much the teacher leaves to other tokens, the
+    value is no more than the KL of the whole vocabulary (which it is for k = V), and it is 0 only where all of these
+    probabilities agree. Rounding may leave nothing for the rest; it then counts 0 of the teacher.
+    """
+    there = teacher_logp > -torch.inf
+    log_q, log_p = (torch.where(there, x, 0.0) for x in (teacher_logp, logp))
+    q = torch.where(there, log_q.exp(), 0.0)
+    found = (q * (log_q - log_p)).sum(dim=-1)
+    tiny = torch.finfo(logp.dtype).eps
+    rest = (1 - q.sum(dim=-1)).clamp(min=0)
+    taken = torch.where(there, log_p, -torch.inf).logsumexp(dim=-1).clamp(max=-tiny)
+    log_rest = torch.where(there.any(dim=-1), log1mexp(taken), 0.0)
+    return found + torch.where(rest > tiny, rest * (rest.clamp(min=tiny).log() - log_rest), 0.0)
 
 
 @_teaches(

@@ -109,6 +109,11 @@ class Settings:
         return any(m.reads_teacher for m in self.methods)
 
     @property
+    def reads_topk(self) -> bool:
+        """Returns whether a teacher's likeliest tokens at each position are compared (`topk_kl`)."""
+        return any("topk_kl_w" in m.inputs for m in self.methods)
+
+    @property
     def has_rejected(self) -> bool:
         """Returns whether a rejected completion follows those of each list (`nn`)."""
         return any("logp_l" in m.inputs for m in self.methods if m.layout == "listwise")
@@ -130,6 +135,11 @@ class Settings:
             raise ValueError(
                 f"{self.method.name} learns from completions sampled and scored while it trains, not from a data set: "
                 "call xpo_fast.Objective in such a loop"
+            )
+        if self.reads_topk:
+            raise ValueError(
+                "topk_kl reads a teacher's likeliest tokens at each position, of which data sets have no column: call "
+                "xpo_fast.Objective(…)(…, topk_ids=, topk_logp=), or have the teacher there and train by gkd"
             )
         if self.layout != "pairwise":
             return {"listwise": "list"}.get(self.layout, self.layout)

@@ -37,7 +37,7 @@ def check_teacher(objective: Objective, *, taught: bool) -> None:
             f"{names} learns of a teacher, another model: train by xpo-fast distill --teacher MODEL, or by "
             "DistillationTrainer(model, teacher, …)"
         )
-    if taught and not objective.reads_teacher:
+    if taught and not objective.reads_teacher and not objective.reads_topk:
         of_teachers = [m.name for m in METHODS.values() if m.reads_teacher]
         raise ValueError(f"{names} learns of no teacher: expected {', '.join(of_teachers)}, or a sum with one of them")
 
