@@ -1,4 +1,4 @@
-"""Distillation from a teacher: the head's JSD, the methods' losses and gradients in float64, TRL's, memory, refusals."""
+"""Distillation from teachers: the head's JSD, losses and gradients of the methods in float64, TRL's, memory, refusals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import oracle
 import xpo_fast as xf
 from xpo_fast.head import Jsd
+from xpo_fast.methods.distillation import topk_divergence
 
 WIDTH, TEACHERS = 11, 9  # of the hidden states
 SETTINGS = [Jsd(0.0), Jsd(1.0), Jsd(0.5), Jsd(0.1, 2.0), Jsd(0.9, 0.5), Jsd(0.0, 1.7), Jsd(1.0, 0.7)]
@@ -242,6 +243,86 @@ def test_sampled_kl_is_reverse_kl_in_expectation():
     assert_close((p * metrics["kl"][:, 0]).sum(), kl.detach())
     ours, theirs = (torch.autograd.grad(x, z, retain_graph=True)[0] for x in ((p * losses[:, 0]).sum(), kl))
     assert_close(ours, theirs)
+
+
+def topk_by_hand(z, ids, log_q):
+    """KL of k tokens and the rest, from all logits: (n,)."""
+    p, q = z.softmax(1).gather(1, ids), log_q.exp()
+    rest_p, rest_q = 1 - p.sum(1), 1 - q.sum(1)
+    return (q * (log_q - p.log())).sum(1) + rest_q * (rest_q / rest_p).log()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_topk_kl(trainable, packed):
+    hidden, weight, theirs, head, targets = batch()
+    log_q, ids = (theirs @ head.T).log_softmax(-1).topk(5)
+    scored = targets != oracle.IGNORE
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
+    wanted = topk_by_hand(leaves[0][scored] @ leaves[1].T, ids[scored], log_q[scored]).sum() / sum(ROWS)
+    wanted.backward()
+    log_q[~scored] = torch.nan
+    ids[~scored] = -1  # not read
+    mine = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
+    given = (mine[0], targets, ids, log_q)
+    how = {}
+    if packed:
+        keep = torch.arange(max(ROWS)) < torch.tensor([*ROWS, 0, 0, 0])[:, None]
+        given = tuple(x[keep] for x in given)
+        how = {"cu_seqlens": torch.tensor([0, *torch.tensor([*ROWS, 0, 0, 0]).cumsum(0).tolist()])}
+    objective = xf.Objective("topk_kl", tile_bytes=8 * 131 * 8)
+    out = objective(given[0], mine[1], given[1], topk_ids=given[2], topk_logp=given[3], **how)
+    out.loss.backward()
+    assert_close(out.loss.detach(), wanted.detach(), rtol=1e-6, atol=1e-9)
+    for x, y in zip(mine, leaves, strict=True):
+        assert (x.grad is None) == (y.grad is None)
+        if x.grad is not None:
+            assert_close(x.grad, y.grad, rtol=1e-6, atol=1e-9)
+    plan = objective.plan(given[0], mine[1], given[1], topk_ids=given[2], topk_logp=given[3], **how)
+    assert plan.passes == (4 if trainable else 3)
+
+
+def test_topk_divergence():
+    """By hand; between 0 and the whole vocabulary's; equal to it for k = V; with absent ids and a sure teacher."""
+    q, p = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.25]]).log()
+    # 0.5 log 2 + 0 + 0.25 log(0.25 / 0.5) = 0.25 log 2
+    assert_close(topk_divergence(p, q), torch.tensor([0.1732868]))
+    z, t = oracle.normal(6, 9, seed=1).requires_grad_(), oracle.normal(6, 9, seed=2)
+    log_p, log_q = z.log_softmax(1), t.log_softmax(1)
+    full, last = divergence(z, t, 0), 0.0
+    for k in (1, 3, 8, 9):
+        best, ids = log_q.topk(k)
+        found = topk_divergence(log_p.gather(1, ids), best)
+        assert (found >= last - 1e-12).all() and (found <= full + 1e-12).all()
+        last = found.detach()
+    assert_close(last, full.detach(), rtol=1e-6, atol=1e-9)
+    best, ids = log_q.topk(3)
+    wide = torch.cat([best, torch.full((6, 2), -torch.inf)], 1), torch.cat([ids, torch.zeros_like(ids[:, :2])], 1)
+    more = topk_divergence(log_p.gather(1, wide[1]), wide[0])
+    assert_close(more, topk_divergence(log_p.gather(1, ids), best))
+    (gradient,) = torch.autograd.grad(more.sum(), z)
+    assert gradient.isfinite().all()
+    sure = torch.tensor([[0.0, -200.0]], requires_grad=True)
+    for log_q in (torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-1e-9, -30.0]]), torch.full((1, 2), -torch.inf)):
+        found = topk_divergence(sure, log_q)
+        (gradient,) = torch.autograd.grad(found, sure)
+        assert found.isfinite().all() and gradient.isfinite().all()
+
+
+def test_refusals_of_topk_kl():
+    hidden, weight, _, _, targets = batch()
+    ids, logp = torch.zeros(6, 8, 2, dtype=torch.long), torch.full((6, 8, 2), -1.0)
+    for method, given, message in (
+        ("topk_kl", {}, "pass topk_ids= and topk_logp="),
+        ("topk_kl", {"topk_ids": ids}, "pass topk_ids= and topk_logp="),
+        ("topk_kl", {"topk_ids": ids[:, :7], "topk_logp": logp}, r"must be \(6, 8, 'K'\)"),
+        ("topk_kl", {"topk_ids": ids + 131, "topk_logp": logp}, "selected id 131 is outside the vocabulary of 131"),
+        ("sft", {"topk_ids": ids}, "topk_ids= is for topk_kl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            xf.Objective(method)(hidden, weight, targets, **given)
+    with pytest.raises(ValueError, match="have no column"):
+        _ = xf.Objective("topk_kl").data_kind
 
 
 @pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.5, 1.0), (0.1, 0.9), (0.7, 2.0)])
