@@ -30,6 +30,9 @@ COLUMNS = {
         "prob_w": [0.9, 0.35, 1.0],
         "kl_w": [0.5, 3.0, 1.25],
         "kl_l": [2.0, 1.0, 4.0],
+        "reverse_kl_w": [0.75, 2.0, 1.5],
+        "jsd_w": [0.25, 0.5, 0.125],
+        "topk_kl_w": [0.25, 1.5, 0.5],
         "pos_score": [[2.0, 1.0, 3.0, -1.0, 9.0], [0.0, 1.0, 2.0, -3.0, 9.0], [-1.0, 5.0, 0.0, 2.0, 1.0]],
         "neg_score": [[3.0, 0.0, 3.0, 1.0, -9.0], [0.5, 1.5, 0.0, 0.0, -9.0], [3.0, 1.0, 1.0, 2.0, 0.0]],
         "mask": [[True] * 4 + [False], [True] * 4 + [False], [True] * 5],
@@ -64,6 +67,9 @@ EXTREME = {
         "prob_w": [1.0, 0.0, 0.5, 1e-7, 1.0, 0.0],
         "kl_w": [2000.0, 0.0, 0.0, 1e-7, 50.0, 0.0],
         "kl_l": [0.0, 2000.0, 0.0, 50.0, 1e-7, 0.0],
+        "reverse_kl_w": [2000.0, 0.0, 0.0, 50.0, 1e-7, 0.0],
+        "jsd_w": [50.0, 0.0, 0.0, 0.6931471, 1e-7, 0.0],
+        "topk_kl_w": [2000.0, 0.0, 0.0, 1e-7, 50.0, 0.0],
         "pos_score": [[100.0, -100.0, 0.0], [-100.0] * 3, [0.0] * 3, [50.0] * 3, [1e4] * 3, [-1e4] * 3],
         "neg_score": [[-100.0, 100.0, 0.0], [100.0] * 3, [0.0] * 3, [50.0] * 3, [-1e4] * 3, [1e4] * 3],
         "mask": [[True, True, True], *[[True, False, False]] * 3, [True, True, False], [False] * 3],
@@ -119,6 +125,7 @@ EXTREME = {
 FILLED_IN = ("logp_sft",)  # columns that a method makes from others where they are not given
 WITH_GRADIENT = {
     *("logp_w", "logp_l", "logp_sft", "logp", "logps", "kl_w", "kl_l", "pos_score", "neg_score", "value"),
+    *("reverse_kl_w", "jsd_w", "topk_kl_w"),
     *("token_logp", "entropy", "ptx_logp", "reward_w", "reward_l", "rewards", "rewards_w", "rewards_l"),
     *("gate", "gate_w", "gate_l", "logit", "near_w", "apart_l"),
     *("view", "other_view", "sample_view", "other_sample_view"),
@@ -189,7 +196,7 @@ def draw(name, axes, size, generator):
         return (0.3 * normal - 1.5).clamp(max=-0.05)
     if "logp" in name:
         return (5 * normal - 20).clamp(max=-0.5)
-    if name in ("kl", "kl_w", "kl_l", "entropy", "s"):
+    if name in ("kl", "kl_w", "kl_l", "reverse_kl_w", "jsd_w", "topk_kl_w", "entropy", "s"):
         return normal.abs() + 0.1
     return {"score_w": 1 + uniform, "score_l": uniform - 0.1, "prob_w": uniform, "scores": uniform}.get(name, normal)
 

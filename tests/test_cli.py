@@ -218,8 +218,8 @@ def test_held_out_rows_share_no_prompt_with_the_others_and_follow_the_seed(share
 
 
 COMMANDS = (
-    *("train", "check", "cache-reference", "fit", "reward", "eval-reward", "router", "evaluate", "rl", "rahf"),
-    *("recipe", "report", "chat", "merge"),
+    *("train", "check", "cache-reference", "fit", "reward", "eval-reward", "router", "evaluate", "rl"),
+    *("distill", "rahf", "recipe", "report", "chat", "merge"),
     *("methods", "doctor", "tune", "bench", "help", "completion"),
 )
 

@@ -318,6 +318,11 @@ ARXIV = {
     "gpo": "2402.05749",
     "grpo": "2402.03300",
     "context_distillation": "2112.00861",
+    "forward_kl": "1503.02531",
+    "reverse_kl": "2306.08543",
+    "gkd": "2306.13649",
+    "topk_kl": "1503.02531",
+    "sampled_kl": "2306.08543",
     "goal_conditioned": "2407.13887",
     "gspo": "2507.18071",
     "ipo": "2310.12036",
@@ -364,4 +369,4 @@ def test_unit_and_denominator_belong_to_the_layout(name):
         "reward": {"pair", "list", "row", "batch"},
     }
     assert method.name == name and method.unit in units[method.layout]
-    assert method.denominator == "units" or method.layout == "policy" or name in ("sft", "context_distillation")
+    assert method.denominator == "units" or method.layout == "policy" or method.sides == ("_w",)

@@ -125,6 +125,10 @@ LITERALS = [
     ("f_dpo", {"divergence": "alpha", "alpha": 0.25}, [0.506276782973, 0.837798160944, 0.58332732993]),
     # the divergence itself
     ("context_distillation", {}, [0.5, 3.0, 1.25]),
+    ("forward_kl", {}, [0.5, 3.0, 1.25]),
+    ("reverse_kl", {}, [0.75, 2.0, 1.5]),
+    ("gkd", {}, [0.25, 0.5, 0.125]),
+    ("topk_kl", {}, [0.25, 1.5, 0.5]),
     # S28: h - 0.05 * (1.5, -2, 2.75) = (0.325, -0.2, 1.1625)
     ("tdpo", {}, [0.543792603978, 0.798138869382, 0.272088708621]),
     # beta = 0.3, alpha = 1: (1.2, -0.9, 3.9) - 0.3 * (1.5, -2, 2.75) = (0.75, -0.3, 3.075)
@@ -417,6 +421,10 @@ PLAIN = {
     ),
     "sft": lambda c, p: -c.logp_w,
     "context_distillation": lambda c, p: c.kl_w,
+    "forward_kl": lambda c, p: c.kl_w,
+    "reverse_kl": lambda c, p: c.reverse_kl_w,
+    "gkd": lambda c, p: c.jsd_w,
+    "topk_kl": lambda c, p: c.topk_kl_w,
 }
 
 

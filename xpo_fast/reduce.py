@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .types import LossOutput
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -53,6 +55,24 @@ def reduce_losses(losses: Tensor, reduction: str, denominator: float | Tensor) -
     if reduction == "none":
         return losses
     return losses.sum() / (denominator + (denominator == 0)) if reduction == "mean" else losses.sum()
+
+
+def mixed(outputs: Sequence[tuple[float, LossOutput]]) -> LossOutput:
+    """Returns the sum of losses, and of metrics, of one batch times their weights; counts are those of the first."""
+    (weight, first), *others = outputs
+    if not others and weight == 1:
+        return first
+    out = LossOutput(
+        loss=weight * first.loss,
+        metrics={name: weight * x for name, x in first.metrics.items()},
+        counts=first.counts,
+        losses=tuple(weight * x for x in first.losses),
+    )
+    for w, other in others:
+        out.loss = out.loss + w * other.loss
+        out.metrics = {name: x + w * other.metrics[name] for name, x in out.metrics.items()}
+        out.losses = tuple(x + w * y for x, y in zip(out.losses, other.losses, strict=True))
+    return out
 
 
 def mean_metrics(metrics: dict[str, Tensor], valid: Tensor) -> dict[str, Tensor]:

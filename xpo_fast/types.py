@@ -22,6 +22,7 @@ class TokenStats:
     entropy: Tensor | None = None  # −Σ p log p; differentiable
     kl: Tensor | None = None  # KL(ref ‖ policy) over the vocabulary; differentiable in the policy
     reverse_kl: Tensor | None = None  # KL(policy ‖ ref); differentiable in the policy
+    jsd: Tensor | None = None  # generalised Jensen–Shannon divergence from ref; differentiable in the policy
     log_sum_sq_probs: Tensor | None = None  # log Σ p²; detached
     mean_logit: Tensor | None = None  # mean of z over the vocabulary; detached
     top1: Tensor | None = None  # bool: no token is more likely than the target

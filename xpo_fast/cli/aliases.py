@@ -275,6 +275,8 @@ ALIASES: dict[str, Alias] = {
     **{f"sapo_temperature_{side}": hyperparameter(f"tau_{side}") for side in ("pos", "neg")},
     **{f"vespo_{name}_{side}": hyperparameter(f"{name}_{side}") for name in ("k", "lambda") for side in ("pos", "neg")},
     "sync_ref_model": accepted("false", true="--set ref_mixin=X of xpo-fast rl moves the reference"),
+    "teacher_model_name_or_path": renamed("teacher"),
+    "lmbda": renamed("on-policy"),
     # Rewards and rollouts.
     "reward_funcs": Alias("`--reward`", reward_funcs),
     "reward_model_name_or_path": renamed("reward-model"),

@@ -12,6 +12,7 @@ from .parser import Parser
 _FILES = ("data", "eval_data", "ptx_data", "held_out_data", "config", "chat_template")
 _FOLDERS = (
     "model",
+    "teacher",
     "output_dir",
     "resume",
     "ref_cache",

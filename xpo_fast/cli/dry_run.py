@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from .. import Objective
 
 
-def preferences(args: argparse.Namespace, objective: Objective, config: Any, rows: Any, held_out: Any) -> None:
-    """Prints what `xpo-fast train` would do. config: its XPOConfig."""
+def preferences(
+    args: argparse.Namespace,
+    objective: Objective,
+    config: Any,
+    rows: Any,
+    held_out: Any,
+    teachers: Sequence[tuple[str, float]] = (),
+) -> None:
+    """Prints what `xpo-fast train` would do, or with teachers (name and weight) distill. config: its XPOConfig."""
     from .. import data
     from ..layouts import LaysOut
     from ..models import padding_id
@@ -34,18 +41,31 @@ def preferences(args: argparse.Namespace, objective: Objective, config: Any, row
     check_rows(model, tokenizer, encoded, lengths=under)
     collate = LaysOut(data.Collator(padding_id(model, tokenizer), objective.data_kind))
     first = _batch(encoded, collate, config)
-    reference, why = choose(args.reference, objective, model)
+    where = _teachers(teachers, model, tokenizer) if teachers else choose(args.reference, objective, model)
     _header(args, model, rows, held_out)
     _lengths(rows, encoded, tokenizer, objective.data_kind, config)
     print(f"method     {config.objective()}")
-    print(f"reference  {reference}: {why}")
+    print("reference  {}: {}".format(*where))
     if under is not None:
         print(f"context    before every prompt of the reference, whose rows have {min(under)} to {max(under)} tokens")
     _layout(config, model, encoded, collate)
-    print(f"head       {_plan(config, model, *grouped_targets(data.KINDS[objective.data_kind], first))}")
+    grouped = grouped_targets(data.KINDS[objective.data_kind], first)
+    print(f"head       {_plan(config, model, *((first['targets'], {}) if objective.layout == 'policy' else grouped))}")
     _steps(config, len(rows))
     _budget(config, encoded, collate)
     _rendered(first, tokenizer)
+
+
+def _teachers(teachers: Sequence[tuple[str, float]], student: Any, tokenizer: Any) -> tuple[str, str]:
+    """Checks teachers without loading their weights; returns what stands for the reference, in words."""
+    from ..models import load_model
+    from ..trainer.teachers import check_heads, check_tokenizers
+
+    for name, _ in teachers:
+        model, theirs = load_model(name, device_map="meta")
+        check_tokenizers(model, theirs, student, tokenizer)
+        check_heads(model, student)
+    return "teacher", ", ".join(f"{weight:g}*{name}" for name, weight in teachers)
 
 
 def rewards(args: argparse.Namespace, config: Any, rows: Any, held_out: Any) -> None:

@@ -123,6 +123,9 @@ def question_of(args: argparse.Namespace, command: str, units: Any, **fields: An
     from ..methods import METHODS
 
     under = [name for name, m in METHODS.items() if m.reads_context and name in args.method]
+    taught = [name for name, m in METHODS.items() if m.reads_teacher and name in args.method]
+    if taught:
+        raise UsageError(f"the memory of {taught[0]} is not predicted, since a teacher is another model")
     if command == "train" and under:
         raise UsageError(
             f"the memory of {under[0]} is not predicted, since its reference reads other rows: leave --fit out, or ask "

@@ -18,6 +18,7 @@ from . import (
     check,
     completion,
     config_file,
+    distill,
     eval_reward,
     evaluate,
     fit,
@@ -76,7 +77,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"xpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    trains = (train, check, cache_reference, fit, reward, eval_reward, router, evaluate, rl, rahf, recipe)
+    trains = (train, check, cache_reference, fit, reward, eval_reward, router, evaluate, rl, distill, rahf, recipe)
     for command in (*trains, report, chat, merge, catalogue):
         command.add_parser(commands)
     _add_doctor(commands)

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = trainer_of(args, train_rows, eval_rows, callbacks=[training.json_log(args)])
     trainer.given |= made_with
     say = training.printer(trainer)
-    _print_header(trainer, args, say)
+    print_header(trainer, args, say)
     training.preflight(trainer)
     results = training.report_header(args)
     if eval_rows is not None:
@@ -122,11 +122,16 @@ def _check_context(objective: Objective, context: str | None) -> None:
     check_context(objective, context)
 
 
-def checked_objective(method: str, given: dict[str, Any]) -> Objective:
-    """Returns the objective; raises ValueError for an unknown name or wrong value of --set."""
+def checked_objective(method: str, given: dict[str, Any], *, taught: bool = False) -> Objective:
+    """Returns the objective; raises ValueError for an unknown name or wrong value of --set.
+
+    taught: whether there is a teacher; the error for a method that needs one, or has no use for it, says so.
+    """
     from .. import Objective
+    from ..trainer.context import check_teacher
 
     objective = Objective(method)
+    check_teacher(objective, taught=taught)
     defaults = {k: v for term in objective.terms for k, v in term.method.defaults.items()}
     settings.check_names(method, given, defaults, "the objective", OBJECTIVE_OPTIONS)
     for name, value in given.items():
@@ -166,14 +171,21 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
     from ..trainer import XPOConfig
 
     return XPOConfig(
+        reference=args.reference,
+        ref_cache_dir=args.ref_cache,
+        context=loading.read_context(args.context),
+        **arguments_of(args, eval_rows, lr=learning_rate(args)),
+    )
+
+
+def arguments_of(args: argparse.Namespace, eval_rows: Any, *, lr: float) -> dict[str, Any]:
+    """Returns the arguments of `XPOConfig` but those about the reference. lr: the default of --lr."""
+    return dict(
         method=args.method,
         method_args=dict(args.set),
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         score=args.score,
-        reference=args.reference,
-        ref_cache_dir=args.ref_cache,
-        context=loading.read_context(args.context),
         backend=args.backend,
         tile_mib=args.tile_mib,
         tokens_per_batch=args.tokens_per_batch,
@@ -182,7 +194,7 @@ def config_of(args: argparse.Namespace, eval_rows: Any) -> XPOConfig:
         layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
         **options.levers(args),
-        **training.training_arguments(args, lr=learning_rate(args), evaluates=eval_rows is not None),
+        **training.training_arguments(args, lr=lr, evaluates=eval_rows is not None),
     )
 
 
@@ -203,7 +215,8 @@ def trainer_of(args: argparse.Namespace, rows: Any, held_out: Any, **further: An
     )
 
 
-def _print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Prints what a run trains, on what, and how."""
     import torch
 
     from ..precision import name_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import chunked
 from .backends import row_operations
 from .operands import Operands, unpacked_scaling
-from .spec import DIFFERENTIABLE, accumulation_dtype, to_device
+from .spec import accumulation_dtype, compares, differentiable, to_device
 from .tiling import Tiling
 from .vocab_parallel import shard_of
 
@@ -218,14 +218,14 @@ def _backward_recompute(ctx: Any, d_logp: Tensor | None, d_lse: Tensor | None, d
     upstream = {"logp": d_logp, "lse": d_lse}
     values = {}
     for k, name in enumerate(ctx.names):
-        if name in DIFFERENTIABLE and d_extra is not None:
+        if differentiable([name]) and d_extra is not None:
             upstream[name], values[name] = d_extra[k], extra[k]
     given = {n: d for n, d in upstream.items() if d is not None}
     d_selected = None if selected is None or d_extra is None else d_extra[len(ctx.names) :]
     needs = list(ctx.needs_input_grad[:4])
     if not (given or d_selected is not None) or not any(needs):
         return None, None, None, None
-    needs_ref = "kl" in given or "reverse_kl" in given
+    needs_ref = compares(given)
     grads = token_stats_backward(
         *operands,
         *((ref_hidden, ref_weight, ref_bias) if needs_ref else (None, None, None)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .operands import Operands
-from .spec import Scaling, accumulation_dtype, check_selected, scored_positions, to_device
+from .spec import Jsd, Scaling, accumulation_dtype, check_selected, jsd_of, scored_positions, to_device
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling) -> Tensor:
@@ -49,6 +50,9 @@ def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]
             found["kl"] = _expectation(ref_logprobs.exp(), ref_logprobs - logprobs)
         if "reverse_kl" in outputs:
             found["reverse_kl"] = _expectation(probs, logprobs - ref_logprobs)
+        for name in outputs:
+            if settings := jsd_of(name):
+                found[name] = _jsd(logprobs, ref_logprobs, settings)
     if "log_sum_sq_probs" in outputs:
         found["log_sum_sq_probs"] = torch.logsumexp(2 * logprobs, dim=1).detach()
     if "mean_logit" in outputs:
@@ -61,6 +65,17 @@ def token_stats(operands: Operands, outputs: Sequence[str]) -> dict[str, Tensor]
         check_selected(ids if operands.selected.dim() > 1 else operands.selected, weight.shape[0])
         found["selected_logp"] = logprobs.gather(1, ids)
     return {name: x.new_zeros((targets.shape[0], *x.shape[1:])).index_put((index,), x) for name, x in found.items()}
+
+
+def _jsd(logprobs: Tensor, ref_logprobs: Tensor, settings: Jsd) -> Tensor:
+    """Returns the generalised Jensen–Shannon divergence of each row."""
+    beta = settings.beta
+    log_p, log_q = (torch.log_softmax(x / settings.temperature, dim=1) for x in (logprobs, ref_logprobs))
+    p, q = log_p.exp(), log_q.exp()
+    if beta in (0, 1):
+        return _expectation(p, log_p - log_q) if beta else _expectation(q, log_q - log_p)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+    return beta * _expectation(q, log_q - log_m) + (1 - beta) * _expectation(p, log_p - log_m)
 
 
 def _expectation(probs: Tensor, x: Tensor) -> Tensor:

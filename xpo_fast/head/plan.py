@@ -13,7 +13,7 @@ from .backends import check_backend, get_backend
 from .choice import choice
 from .operands import Operands
 from .row_operations import copies
-from .spec import DIFFERENTIABLE, accumulation_dtype, has_mixed_gemms
+from .spec import accumulation_dtype, compares, differentiable, has_mixed_gemms, jsd_of
 from .tiling import INVARIANT_TOKENS, STEP_BYTES, Tiling, buffer_rows, lanes_of, scratch_bytes, whole_blocks
 
 # Tokens of a tile beyond which the GEMMs get no faster. A float32 dW, read and written once per tile, gains from more.
@@ -95,6 +95,10 @@ def plan_of(
     if invariant:
         backend = invariant_backend(backend, sharded=shard is not None)
     chosen, reason = choice(backend, hidden.device, weight.dtype, sharded=shard is not None)
+    if get_backend(chosen).kernels and any(map(jsd_of, outputs)):
+        if backend != "auto":
+            raise ValueError(f"jsd has no kernel of the {chosen} backend: pass backend='torch', or leave it out")
+        chosen, reason = "torch", "jsd has no kernel"
     check_backend(chosen, hidden.device)
     vocab, keeps_logits = weight.shape[0], get_backend(chosen).rows is None
     if shard is not None:
@@ -111,8 +115,8 @@ def plan_of(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"expected chunk_tokens of at least 1, got {chunk_tokens}")
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or operands.trainable)
-    has_ref = bool({"kl", "reverse_kl"} & set(outputs))
-    more = sorted(set(outputs) & set(DIFFERENTIABLE))
+    has_ref = compares(outputs)
+    more = differentiable(outputs)
     more += ["selected_logp"] * (operands.selected is not None)
     if not wants_grad:
         passes, why = 1, "no gradient is wanted"

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .divergence import COPIES, expectation, jsd
 from .gemms import BLOCK_BYTES, Gemms
+from .spec import compares, jsd_of
 
 
 def row_blocks(tile: Tensor, block: int = 0) -> Iterator[slice]:
@@ -46,15 +48,10 @@ def softmax_(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return largest, total.log(), total
 
 
-def expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Returns Σ p·x of each row, (r,), overwriting x; 0·∞ = 0 for tokens that a bias of −∞ rules out."""
-    return x.masked_fill_(p == 0, 0).mul_(p).sum(dim=1)
-
-
 def copies(outputs: Sequence[str], softcap: bool) -> int:
     """Returns the most tensors as large as a step's logits that torch's row operations hold beside them on a device."""
-    if {"kl", "reverse_kl"} & set(outputs):
-        return 7
+    if compares(outputs):
+        return 7 + (COPIES if any(map(jsd_of, outputs)) else 0)
     if outputs:
         return 4
     return 2 if softcap else 0
@@ -189,7 +186,8 @@ def _statistics(
 ) -> None:
     """Writes the further statistics of a block of rows."""
     log_ratio = q = None
-    if z_ref is not None:
+    divergences = {n: jsd(z.clone(), z_ref.clone(), *s)[0] for n in outputs if z_ref is not None and (s := jsd_of(n))}
+    if z_ref is not None and {"kl", "reverse_kl"} & set(outputs):
         log_ratio = z_ref - z
         ref_largest, ref_log_total, ref_total = softmax_(z_ref)
         q = z_ref.div_(ref_total.unsqueeze(1))
@@ -198,6 +196,8 @@ def _statistics(
     for row, name in zip(rows, outputs, strict=True):
         if name == "entropy":
             row.copy_(log_total - expectation(p, z - largest.unsqueeze(1)))
+        elif name in divergences:
+            row.copy_(divergences[name])
         elif name == "kl":
             assert log_ratio is not None and q is not None
             row.copy_(expectation(q, log_ratio.clone()))
@@ -225,13 +225,19 @@ def _extra_dz_(
 ) -> None:
     """Overwrites p by factor · p plus the gradients of entropy and both divergences in the final logits z.
 
-    ∂entropy/∂z = −p (log p + entropy); ∂KL(q‖p)/∂z = p − q; ∂KL(p‖q)/∂z = p (log p − log q − KL(p‖q)).
+    ∂entropy/∂z = −p (log p + entropy); ∂KL(q‖p)/∂z = p − q; ∂KL(p‖q)/∂z = p (log p − log q − KL(p‖q)); see `jsd`.
     """
-    q = None
-    coefficient = torch.zeros_like(p)
+    q = further = None
     if z_ref is not None:
         assert operations.ref_gemms is not None
         operations.ref_gemms.finish(z_ref)
+        for name in u:
+            if settings := jsd_of(name):
+                _, further, scale = jsd(log_p.clone(), z_ref.clone(), *settings)
+                further.mul_((scale * u[name][b]).unsqueeze(1))
+    coefficient = torch.zeros_like(p)
+    if "kl" in u or "reverse_kl" in u:
+        assert z_ref is not None
         log_q = z_ref.clone() if "reverse_kl" in u else None
         largest, log_total, total = operations.softmax_(z_ref, b, reference=True)
         q = z_ref.div_(total.unsqueeze(1))
@@ -249,6 +255,8 @@ def _extra_dz_(
     if "kl" in u:
         assert q is not None
         p.sub_(q.mul_(u["kl"][b].unsqueeze(1)))
+    if further is not None:
+        p.add_(further)
 
 
 MakeRowOperations = Callable[[Gemms, "Gemms | None"], RowOperations]  # from the policy's GEMMs and the reference's

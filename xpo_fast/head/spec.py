@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,46 @@ from torch import Tensor
 from ..device import on_host, static_shapes, to_device
 
 # Statistics beyond logp and lse. The differentiable ones have gradients of their own, which need each tile again.
-DIFFERENTIABLE = ("entropy", "kl", "reverse_kl")
+OF_REFERENCE = ("kl", "reverse_kl", "jsd")
+DIFFERENTIABLE = ("entropy", *OF_REFERENCE)
 OUTPUTS = (*DIFFERENTIABLE, "log_sum_sq_probs", "mean_logit", "top1")
+
+
+class Jsd(NamedTuple):
+    """The settings of the statistic "jsd": β JSD as in GKD (arXiv 2306.13649), of logits divided by the temperature."""
+
+    beta: float = 0.5
+    temperature: float = 1.0
+
+    def output(self) -> str:
+        """Returns the name of the statistic with its settings, by which operators know it; `jsd_of` reads it."""
+        beta, temperature = float(self.beta), float(self.temperature)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"expected beta in [0, 1], 0 KL(ref ‖ policy) and 1 KL(policy ‖ ref), got {self.beta!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"expected a temperature of the divergence > 0, got {self.temperature!r}")
+        return f"jsd:{beta!r}:{temperature!r}"
+
+
+def jsd_of(output: str) -> Jsd | None:
+    """Returns the settings that are in an output's name; None for another statistic."""
+    name, *settings = output.split(":")
+    return Jsd(*map(float, settings)) if name == "jsd" else None
+
+
+def statistic(output: str) -> str:
+    """Returns the name of an output's statistic, without settings."""
+    return output.partition(":")[0]
+
+
+def compares(outputs: Iterable[str]) -> bool:
+    """Returns whether one of the outputs compares the policy with the reference."""
+    return any(statistic(name) in OF_REFERENCE for name in outputs)
+
+
+def differentiable(outputs: Iterable[str]) -> list[str]:
+    """Returns the names of those statistics among the outputs that have gradients of their own."""
+    return sorted({statistic(name) for name in outputs} & set(DIFFERENTIABLE))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .operands import HeadLike, Operands, reference, take_operands
 from .plan import DEFAULTS, Plan, PlanOptions, plan_of
 from .row_parallel import RowShard
 from .rows import packed_rows, sum_rows
-from .spec import DIFFERENTIABLE, OUTPUTS, Scaling, static_shapes, to_device
+from .spec import OUTPUTS, Jsd, Scaling, compares, differentiable, jsd_of, static_shapes, statistic, to_device
 from .vocab_parallel import VocabShard
 
 
@@ -34,6 +34,7 @@ def token_stats(
     ref_hidden: Tensor | None = None,  # (…, Dr)
     ref_weight: Tensor | HeadLike | None = None,  # (V, Dr), or a Head; if not given the policy's; needed with adapter
     ref_bias: Tensor | None = None,  # (V,); the policy's bias if neither it nor ref_weight is given
+    jsd: Jsd | None = None,
     adapter: Tensor | None = None,  # (V, r)
     weight_grad: Tensor | None = None,  # (V, D) float32
     vocab_shard: VocabShard | None = None,
@@ -52,10 +53,14 @@ def token_stats(
         logprobs = (z / temperature).log_softmax(-1)
         logp = logprobs.gather(-1, targets[..., None])[..., 0]
 
-    softcap(x) = c·tanh(x/c). `outputs` names further statistics, see TokenStats; "kl" and "reverse_kl" need
-    `ref_hidden`, to which the same scaling applies. logp, lse, entropy, kl and reverse_kl are differentiable in hidden,
-    weight and bias, once. With a frozen head logp and lse cost 2F; one of the others, with gradient, costs a
+    softcap(x) = c·tanh(x/c). `outputs` names further statistics, see TokenStats; "kl", "reverse_kl" and
+    "jsd" need `ref_hidden`, to which the same scaling applies. logp, lse, entropy and these three are differentiable in
+    hidden, weight and bias, once. With a frozen head logp and lse cost 2F; one of the others, with gradient, costs a
     recomputation (3F frozen, 4F trainable).
+
+    jsd: the settings of the output "jsd", by default Jsd(beta=0.5, temperature=1.0). With p and q the softmax of z and
+    of the reference's logits, each divided by its temperature, and m = β q + (1−β) p, it is β KL(q‖m) + (1−β) KL(p‖m)
+    (GKD, arXiv 2306.13649); with β = 0 KL(q‖p), with β = 1 KL(p‖q). It is computed by torch.
 
     adapter: the B of LoRA. hidden is then [h, x] (…, D + r), x = s·dropout(h) Aᵀ (…, r), computed by the caller under
     autograd, and the products are h Wᵀ + x Bᵀ: each pass costs r/D more, and no merged matrix (V, D) is computed.
@@ -116,6 +121,9 @@ def token_stats(
         ignore_index,
         selected_ids,
     )
+    if jsd is not None and "jsd" not in outputs:
+        raise ValueError('jsd= is about the output "jsd", which is not asked for: add it to outputs=, or leave jsd out')
+    outputs = [(jsd or Jsd()).output() if name == "jsd" else name for name in outputs]
     return statistics(operands.admit(), outputs, PlanOptions(backend, tile_bytes, chunk_tokens, invariant))
 
 
@@ -123,12 +131,12 @@ def statistics(operands: Operands, outputs: Sequence[str] = (), options: PlanOpt
     """Computes `token_stats` of admitted operands."""
     outputs = tuple(dict.fromkeys(outputs))
     _check_outputs(outputs, operands)
-    if not {"kl", "reverse_kl"} & set(outputs):
+    if not compares(outputs):
         operands = replace(operands, ref=None)
     plan = plan_of(operands, outputs, options)
     found = (_dense if plan.keeps_logits else _tiled)(operands.flat(), outputs, plan)
     shape = operands.targets.shape
-    return TokenStats(**{name: x.view((*shape, *x.shape[1:])) for name, x in found.items()})
+    return TokenStats(**{statistic(name): x.view((*shape, *x.shape[1:])) for name, x in found.items()})
 
 
 def token_logps(
@@ -234,7 +242,7 @@ def _tiled(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str
         and operands.hidden.requires_grad
         and not operands.trainable
         and selected is None
-        and not set(outputs) & set(DIFFERENTIABLE)
+        and not differentiable(outputs)
     )
     logp, lse, extra, _ = token_stats_operator(
         *operands.packed(), list(plan.tiling), plan.backend, ",".join(outputs), saves_grad, selected
@@ -243,7 +251,7 @@ def _tiled(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str
     if selected is not None:
         found["selected_logp"] = extra[len(outputs) :].T.contiguous()
     for name, x in zip(outputs, extra[: len(outputs)].unbind(0), strict=True):
-        found[name] = x if name in DIFFERENTIABLE else x.detach()
+        found[name] = x if differentiable([name]) else x.detach()
         if name == "top1":
             found[name] = found[name] > 0
     return found
@@ -251,11 +259,15 @@ def _tiled(operands: Operands, outputs: tuple[str, ...], plan: Plan) -> dict[str
 
 def _check_outputs(outputs: tuple[str, ...], operands: Operands) -> None:
     """Raises ValueError for an unknown statistic, and for one that needs a reference if there is none."""
-    unknown = [n for n in outputs if n not in OUTPUTS]
+    unknown = [n for n in outputs if statistic(n) not in OUTPUTS]
     if unknown:
         raise ValueError(
             f"no statistic named {', '.join(unknown)}; there are {', '.join(OUTPUTS)}, beside logp and lse"
         )
-    divergences = [n for n in outputs if n in ("kl", "reverse_kl")]
+    divergences = [statistic(n) for n in outputs if compares([n])]
+    if len(set(divergences)) < len(divergences):
+        raise ValueError(f"one call computes one jsd, got {', '.join(n for n in outputs if jsd_of(n))}: call twice")
+    if "jsd" in divergences and operands.shard is not None:
+        raise ValueError("jsd is not computed over a vocabulary that is cut over ranks: gather the head")
     if divergences and operands.ref is None:
         raise ValueError(f"{' and '.join(divergences)} need the reference's hidden states: pass ref_hidden=")

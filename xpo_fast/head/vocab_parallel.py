@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .divergence import expectation
 from .gemms import Gemms
-from .row_operations import RowOperations, expectation, row_blocks
+from .row_operations import RowOperations, row_blocks
 from .tiling import DEFAULT_TILE_BYTES
 
 # Shards by handle. Entries are never removed, since a compiled graph keeps the handle; there is one per cut vocabulary.

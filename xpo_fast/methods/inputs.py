@@ -35,6 +35,9 @@ _BY_AXES = {
         "prob_w": "probability that the chosen completion beats the rejected one",
         "kl_w": "KL(reference ‖ policy) summed over the chosen completion's positions",
         "kl_l": "KL(reference ‖ policy) summed over the rejected completion's positions",
+        "reverse_kl_w": "KL(policy ‖ reference) summed over the chosen completion's positions",
+        "jsd_w": "generalised Jensen–Shannon divergence summed over the chosen completion's positions",
+        "topk_kl_w": "KL of a teacher's likeliest tokens and the rest, summed over the chosen completion's positions",
         "ref_pos_logp_l": "log-prob of the rejected completion under the second, helpful reference",
         "logp": "log-prob summed over the completion's tokens",
         "ref_logp": _SAME,
@@ -123,7 +126,7 @@ LAYOUTS: Mapping[str, Layout] = {
         told_by=("logp_w", "logp_l"),
         made=(
             *("logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "len_w", "len_l"),
-            *("kl_w", "kl_l", "pos_score", "neg_score", "mask"),
+            *("kl_w", "kl_l", "reverse_kl_w", "jsd_w", "topk_kl_w", "pos_score", "neg_score", "mask"),
         ),
         sides=("_w", "_l"),
     ),

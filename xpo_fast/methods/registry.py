@@ -74,10 +74,11 @@ class Method:
         token_reward: bool,
         trains_head: bool,
         reads_context: bool,
+        reads_teacher: bool,
     ) -> None:
         self.fn, self.name, self.card, self.unit, self.denominator = fn, fn.__name__, card, unit, denominator
         self.uses, self.state, self.token_reward, self.trains_head = dict(uses), state, token_reward, trains_head
-        self.reads_context = reads_context
+        self.reads_context, self.reads_teacher = reads_context, reads_teacher
         self.__doc__ = fn.__doc__
         self._parameters = dict(inspect.signature(fn).parameters)
         hints = typing.get_type_hints(fn)
@@ -195,6 +196,7 @@ def register(
     token_reward: bool = False,
     trains_head: bool = False,
     reads_context: bool = False,
+    reads_teacher: bool = False,
     rl: RLDefaults = RLDefaults(),
 ) -> Callable[[Callable], Callable]:
     """Puts a pure function into METHODS under its own name.
@@ -210,6 +212,7 @@ def register(
     token_reward: whether the objective also returns β(log π − log ref) of every token.
     trains_head: of a reward model's method: whether its log-probs train the LM head, too.
     reads_context: whether the reference reads a context in front of the prompt that the policy does not read.
+    reads_teacher: whether the reference is a teacher, another model, of which the policy learns.
     rl: defaults of online RL with a policy method.
     """
 
@@ -224,7 +227,7 @@ def register(
         assert rl.advantage in ADVANTAGES, f"{name}: {rl.advantage}"
         words = survey_attributes(attributes, reference=any(n.startswith("ref_") for n in parameters))
         card = Card(paper, equation, survey, words, rl)
-        flags = token_reward, trains_head, reads_context
+        flags = token_reward, trains_head, reads_context, reads_teacher
         _METHODS[name] = Method(fn, card, unit, denominator, uses, axes, state, *flags)
         return fn
 

@@ -16,9 +16,10 @@ from ..head.backends import get_backend
 from ..head.choice import named_backend
 from ..head.operands import HeadLike, Operands, reference, take_operands
 from ..head.plan import Plan, plan_of
-from ..head.spec import Scaling, accumulation_dtype
+from ..head.spec import OF_REFERENCE, Scaling, accumulation_dtype
 from ..head.statistics import statistics
 from ..head.units import unit_loss
+from ..methods.distillation import topk_divergence
 from ..methods.vocabulary import wpo_weights
 from ..types import LossOutput, TokenStats
 from .batch import Batch
@@ -30,7 +31,7 @@ from .reference import add_reference
 from .settings import Settings
 from .split_rows import RowInputs, meet, plan_of_chunk
 
-_IGNORED_BY_PLAN = {"denominator", "grad_scale", "ref_logps", "ref_token_logp"}
+_IGNORED_BY_PLAN = {"denominator", "grad_scale", "ref_logps", "ref_token_logp", "topk_logp"}
 
 
 class Objective(Settings):
@@ -83,6 +84,8 @@ class Objective(Settings):
         ref_weight: Tensor | HeadLike | None = None,  # (V, Dr), or a Head; by default the policy's; needed with adapter
         ref_bias: Tensor | None = None,  # (V,)
         ref_logps: Tensor | None = None,  # (R,) summed log-probs of the rows under the reference; or shaped as targets
+        topk_ids: Tensor | None = None,  # targets' shape and K: a teacher's likeliest tokens, for topk_kl
+        topk_logp: Tensor | None = None,  # the same shape: the teacher's log-probs of these, −∞ for absent ones
         list_size: int | None = None,
         denominator: float | Tensor | None = None,
         weight_grad: Tensor | None = None,  # (V, D) float32
@@ -147,6 +150,7 @@ class Objective(Settings):
             vocab_shard,
             Scaling(float(temperature), softcap, float(logit_scale)),
             ignore_index,
+            self._checked_topk(topk_ids, topk_logp, targets, row_shard),
         )
         ref_tokens = columns.pop("ref_token_logp", None)
         shape, split, stats, ref_logp = targets.shape, None, None, None
@@ -174,7 +178,7 @@ class Objective(Settings):
             out, logp = self._live(evaluation, operands, grad_scale)
         else:
             stats = statistics(operands, self.outputs(), self.plan_options) if stats is None else stats
-            logp = self._add_statistics(known, batch, stats)
+            logp = self._add_statistics(known, batch, stats, topk_logp)
             with contextlib.nullcontext() if split is None else split.counted_once():
                 self._update_state(evaluation, logp)
                 out = (self._launches(evaluation, operands) or evaluation).output(logp)
@@ -205,10 +209,38 @@ class Objective(Settings):
             loss = loss + evaluation.own_gradient(logp)
         return dataclasses.replace(outputs[0], loss=loss), logp
 
-    def _add_statistics(self, known: Known, batch: Batch, stats: TokenStats) -> Tensor:
+    def _checked_topk(
+        self, ids: Tensor | None, logp: Tensor | None, targets: Tensor, row_shard: RowShard | None
+    ) -> Tensor | None:
+        """Returns the ids of a teacher's likeliest tokens. Raises ValueError where they are missing or do not fit."""
+        given = [name for name, x in (("topk_ids", ids), ("topk_logp", logp)) if x is not None]
+        if not self.reads_topk:
+            if given:
+                raise ValueError(f"{given[0]}= is for topk_kl, {self} reads none: leave it out")
+            return None
+        if ids is None or logp is None:
+            raise ValueError("topk_kl compares a teacher's likeliest tokens: pass topk_ids= and topk_logp=")
+        if ids.shape[:-1] != targets.shape or logp.shape != ids.shape:
+            raise ValueError(
+                f"topk_ids and topk_logp must be {(*targets.shape, 'K')}, got {tuple(ids.shape)} and "
+                f"{tuple(logp.shape)}"
+            )
+        if row_shard is not None:
+            raise ValueError("topk_kl does not know rows that are cut over ranks: leave out row_shard=")
+        return ids
+
+    def _add_statistics(self, known: Known, batch: Batch, stats: TokenStats, topk_logp: Tensor | None = None) -> Tensor:
         """Returns the policy's log-probs (N,), and adds the other statistics that the methods need to `known`."""
-        if stats.kl is not None:
-            known.rows["kl"] = (batch.row_sums(stats.kl), 0.0)
+        if stats.selected_logp is not None and topk_logp is not None:
+            own = stats.selected_logp.view(batch.rows.shape[0], -1)
+            theirs = to_device(topk_logp.detach(), own.device).to(own.dtype).view(own.shape)
+            # The mask comes before the arithmetic: outside it there may be NaN, and 0·NaN would make the gradient NaN.
+            own, theirs = (torch.where(batch.scored.unsqueeze(1), x, 0.0) for x in (own, theirs))
+            found = torch.where(batch.scored, topk_divergence(own, theirs), 0.0)
+            known.rows["topk_kl"] = (batch.row_sums(found), 0.0)
+        for name in OF_REFERENCE:
+            if (found := getattr(stats, name)) is not None:
+                known.rows[name] = (batch.row_sums(found), 0.0)
         if stats.entropy is not None:
             known.tokens["entropy"] = stats.entropy
         if stats.log_sum_sq_probs is not None:
@@ -307,7 +339,8 @@ class Objective(Settings):
 
     def plan(self, hidden: Tensor, weight: Tensor | HeadLike, targets: Tensor, **call: Any) -> Plan:
         """Returns how a call with these arguments will run: backend, tile and passes, which print(plan) describes."""
-        operands = take_operands(hidden, weight, targets, call)
+        selected = call.pop("topk_ids", None)
+        operands = dataclasses.replace(take_operands(hidden, weight, targets, call), selected=selected)
         if not self.reads_reference:
             operands = dataclasses.replace(operands, ref=None)
         operands = operands.admit(gather=False)
@@ -355,7 +388,7 @@ class Objective(Settings):
             and operands.trainable
             and self.reduction != "none"
             and all(m.unit != "batch" for m in self.methods)
-            and not self.outputs()
+            and not (self.outputs() or self.reads_topk)
             and (backend == "auto" or get_backend(backend).rows is not None)
             and not torch.compiler.is_compiling()
         )

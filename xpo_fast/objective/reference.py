@@ -20,7 +20,7 @@ def reference_logp(operands: Operands, settings: Settings) -> Tensor:
     ref = operands.ref
     assert ref is not None
     alone = replace(operands, hidden=ref.hidden, weight=ref.weight, bias=ref.bias)
-    alone = replace(alone, adapter=None, ref=None, weight_grad=None)
+    alone = replace(alone, adapter=None, ref=None, weight_grad=None, selected=None)
     with torch.no_grad():
         return statistics(alone, (), settings.plan_options).logp
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..head.choice import named_backend
 from ..head.plan import PlanOptions, invariant_backend
+from ..head.spec import Jsd, compares
 from ..methods import Method
 from ..reduce import REDUCTIONS
 from .batch import HARMLESS, PAIRS
@@ -100,12 +101,22 @@ class Settings:
     @property
     def needs_reference_hidden(self) -> bool:
         """Returns whether the reference's hidden states are needed, for divergences over the vocabulary."""
-        return "kl" in self.outputs()
+        return compares(self.outputs())
 
     @property
     def reads_context(self) -> bool:
         """Returns whether the reference reads a context that the policy does not read (`context_distillation`)."""
         return any(m.reads_context for m in self.methods)
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Returns whether the reference is a teacher, another model, of which the policy learns (`gkd`)."""
+        return any(m.reads_teacher for m in self.methods)
+
+    @property
+    def reads_topk(self) -> bool:
+        """Returns whether a teacher's likeliest tokens at each position are compared (`topk_kl`)."""
+        return any("topk_kl_w" in m.inputs for m in self.methods)
 
     @property
     def has_rejected(self) -> bool:
@@ -123,10 +134,17 @@ class Settings:
 
         Raises ValueError for methods that learn from completions sampled during training.
         """
+        if self.layout == "policy" and self.reads_teacher:
+            return "chosen"
         if self.layout in ("policy", "reward"):
             raise ValueError(
                 f"{self.method.name} learns from completions sampled and scored while it trains, not from a data set: "
                 "call xpo_fast.Objective in such a loop"
+            )
+        if self.reads_topk:
+            raise ValueError(
+                "topk_kl reads a teacher's likeliest tokens at each position, of which data sets have no column: call "
+                "xpo_fast.Objective(…)(…, topk_ids=, topk_logp=), or have the teacher there and train by gkd"
             )
         if self.layout != "pairwise":
             return {"listwise": "list"}.get(self.layout, self.layout)
@@ -179,6 +197,14 @@ class Settings:
                 f"the reference of {names} would have to read a context and not to: train with "
                 f"{' and '.join(under)} in a run of its own"
             )
+        beside = [t.method.name for t in self.terms if t.reads_reference and not t.method.reads_teacher]
+        if self.reads_teacher and beside:
+            raise ValueError(
+                f"the reference of {names} would have to be a teacher and not to be: train with "
+                f"{' and '.join(beside)} in a run of its own"
+            )
+        if sum(x.startswith("jsd") for x in self.outputs()) > 1:
+            raise ValueError(f"one objective has one gkd, with one beta and temperature, got {self}")
         for name, value in (("wpo", self.wpo), ("clamp", self.clamp)):
             if type(value) is not bool:
                 raise ValueError(f"expected {name} to be bool, got {value!r}")
@@ -232,8 +258,15 @@ class Settings:
     def outputs(self) -> tuple[str, ...]:
         """Returns the names of the statistics that the methods need beside the log-prob, see `TokenStats`."""
         wants = {n for t in self.terms for n in t.method.inputs if t.method.wants(n, t.hyperparameters)}
-        needed = {"kl": {"kl_w", "kl_l"} & wants, "entropy": {"entropy"} & wants, "log_sum_sq_probs": self.wpo}
-        return tuple(name for name, needs in needed.items() if needs)
+        needed = {
+            "kl": {"kl_w", "kl_l"} & wants,
+            "reverse_kl": {"reverse_kl_w"} & wants,
+            "entropy": {"entropy"} & wants,
+            "log_sum_sq_probs": self.wpo,
+        }
+        of_jsd = [t.hyperparameters for t in self.terms if "jsd_w" in t.method.inputs]
+        divergences = dict.fromkeys(Jsd(h["beta"], h["temperature"]).output() for h in of_jsd)
+        return (*(name for name, needs in needed.items() if needs), *divergences)
 
     def supplied(self) -> set[str]:
         """Returns the columns that need not be given: those of the state, and `nn`'s second reference."""

@@ -22,7 +22,7 @@ from ..head import RowShard
 from ..head.operands import Operands
 from ..head.plan import Plan, plan_of
 from ..head.row_parallel import RowParts
-from ..head.spec import check_targets
+from ..head.spec import check_targets, statistic
 from ..head.statistics import statistics
 from ..reduce import each_row_on
 from ..types import TokenStats
@@ -73,7 +73,7 @@ class SplitRows:
         """
         check_targets(batch.targets, batch.ignore_index, operands.vocab)  # on all ranks alike
         stats = statistics(operands, settings.outputs(), settings.plan_options)
-        names = ("logp", *settings.outputs())
+        names = ("logp", *map(statistic, settings.outputs()))
         found = [getattr(stats, name) for name in names]
         if reference:
             found.append(reference_logp(operands, settings).to(stats.logp.dtype))

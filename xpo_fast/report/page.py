@@ -69,6 +69,7 @@ def _head(run: Run, name: str) -> dict[str, str]:
     if not run.finished and steps >= planned > 0:
         status = f"all {planned:.0f} steps trained, not measured after them"
     kinds = {"train": "Preference training", "reward": "Reward model", "rl": "Online RL", "recipe": "Recipe"}
+    kinds["distill"] = "Distillation"
     if run.method == "sft":
         kinds["train"] = "Supervised fine-tuning"
     how = "" if run.command == "trainer" else "every weight" if run.options.get("full") else "adapter"

@@ -20,7 +20,7 @@ from .metrics import HELD_OUT
 from .samples import Pair, Sample, Samples, text_of
 from .series import Metrics, Series, number
 
-COMMANDS = ("train", "reward", "rl", "recipe")
+COMMANDS = ("train", "reward", "rl", "distill", "recipe")
 ANSWERS = "answers.jsonl"  # of `xpo-fast chat --save`
 _STATE = "trainer_state.json"
 _FILES = ("results.json", "train_log.jsonl", "config.yaml", "run.json", _STATE)

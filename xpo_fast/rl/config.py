@@ -15,6 +15,7 @@ from ..objective.terms import parse_terms
 from ..trainer import MethodConfig
 from ..trainer.arguments import REFUSED_ONLINE, changed
 from ..trainer.config import argument
+from ..trainer.context import check_teacher
 from ..wording import did_you_mean
 from .mismatch import BOUNDS, LEVELS
 
@@ -173,7 +174,7 @@ class RLConfig(MethodConfig):
         _choice("reference", self.reference, ("auto", "adapter", "copy", "none"))
         self.stop = tuple(self.stop)
         self._check_idle()
-        self.objective()
+        check_teacher(self.objective(), taught=False)
 
     def _check_idle(self) -> None:
         """Raises ValueError for an argument that the others leave without effect."""

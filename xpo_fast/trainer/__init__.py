@@ -4,6 +4,7 @@ from .base import UnitTrainer
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
+from .distillation import DistillationConfig, DistillationTrainer
 from .findings import CLOSE, OPEN, Finding, Report, marked
 from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .means import Means
@@ -14,6 +15,8 @@ __all__ = [
     "CLOSE",
     "OPEN",
     "STATE_FILE",
+    "DistillationConfig",
+    "DistillationTrainer",
     "Finding",
     "HandedOver",
     "Kept",

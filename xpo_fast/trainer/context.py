@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import data
 from ..data.ragged import in_parts
+from ..methods import METHODS
 from ..objective import Objective
 from ..types import IGNORE_INDEX
 from .config import XPOConfig
@@ -26,6 +27,19 @@ def check_context(objective: Objective, context: str | None) -> None:
         )
     if context is not None and not objective.reads_context:
         raise ValueError(f"context is for context_distillation, {names} reads none: leave it out (--context)")
+
+
+def check_teacher(objective: Objective, *, taught: bool) -> None:
+    """Raises ValueError for a method that learns of a teacher where there is none, and for a teacher of none."""
+    names = " + ".join(m.name for m in objective.methods)
+    if objective.reads_teacher and not taught:
+        raise ValueError(
+            f"{names} learns of a teacher, another model: train by xpo-fast distill --teacher MODEL, or by "
+            "DistillationTrainer(model, teacher, …)"
+        )
+    if taught and not objective.reads_teacher and not objective.reads_topk:
+        of_teachers = [m.name for m in METHODS.values() if m.reads_teacher]
+        raise ValueError(f"{names} learns of no teacher: expected {', '.join(of_teachers)}, or a sum with one of them")
 
 
 def encode_for(rows: Any, tokenizer: Any, objective: Objective, args: XPOConfig) -> Any:

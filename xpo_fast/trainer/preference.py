@@ -27,7 +27,7 @@ from ..methods.unpaired import kto_kl
 from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
 from ..objective import Objective
-from ..reduce import sum_over_ranks
+from ..reduce import mixed, sum_over_ranks
 from ..rollout.sampling import eos_ids
 from .arguments import changed
 from .base import UnitTrainer
@@ -35,7 +35,7 @@ from .budget import coupled
 from .checkpoints import STATE_FILE, reading, save_objective
 from .checks import check_head, check_rows
 from .config import XPOConfig
-from .context import at_places, check_context, context_lengths, encode_for
+from .context import at_places, check_context, check_teacher, context_lengths, encode_for
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
 from .layout import settle_layout_of
@@ -64,6 +64,7 @@ class XPOTrainer(UnitTrainer):
 
     args: XPOConfig
     kind: Kind
+    taught = False  # whether a teacher, another model, stands where the reference stands
 
     def __init__(
         self,
@@ -89,11 +90,12 @@ class XPOTrainer(UnitTrainer):
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
         check_context(self.objective, args.context)
+        check_teacher(self.objective, taught=self.taught)
 
         copied = args.reference == "copy" and self.objective.needs_reference
         handed_over = HandedOver(model, peft_config, copied=copied)
         model = prepare_model(model, args, peft_config)
-        self.reference, self.reference_reason = choose(args.reference, self.objective, model)
+        self.reference, self.reference_reason = self._choose_reference(args, model)
         self.args = args
         self._tokenizer, self._unwrapped = processing_class, model
         self._texts: datasets.Dataset | None = None  # what the training rows were encoded from
@@ -108,15 +110,25 @@ class XPOTrainer(UnitTrainer):
             **kwargs,
         )
         self._check_parallelism()
+        self._prepared = False
+        self.layout: Chosen | None = None  # how the model reads rows; None before `prepare`
+        self._live: LiveReference | None = None
+        self._cached: CachedReference | None = None
+        self._differs: str | None = None  # why policy and reference differ before the first step
+        self._make_reference(handed_over)
+
+    def _choose_reference(self, args: XPOConfig, model: nn.Module) -> tuple[str, str]:
+        """Returns where the reference's log-probs come from, and why."""
+        return choose(args.reference, self.objective, model)
+
+    def _make_reference(self, handed_over: HandedOver) -> None:
+        """Makes the reference of the model that is there now, before its first step."""
+        args, model = self.args, self._unwrapped
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         settled = handed_over.settle(self.reference, args.reference, model, sharded=sharded)
         if settled != self.reference:
             self.reference, self.reference_reason = settled, KEPT
         self._differs = handed_over.differs
-        self._prepared = False
-        self.layout: Chosen | None = None  # how the model reads rows; None before `prepare`
-        self._live: LiveReference | None = None
-        self._cached: CachedReference | None = None
         if self.reference == "cached":
             folder = Path(args.ref_cache_dir or cache_dir() / "reference")
             how: Any = {"dtype": str(self.accelerator.mixed_precision), "adapter_off": handed_over.off}
@@ -218,13 +230,18 @@ class XPOTrainer(UnitTrainer):
                 loss=self._loss,
                 objective=self.objective,
                 given=self._columns_of,
-                reference=None if self.reference == "none" or self.objective.reads_context else self._reference_rows,
+                reference=None if self.reference == "none" or self._reads_apart else self._reference_rows,
                 cached=self._live is None,
                 trained=self._why_not_reference,
                 looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
             )
         )
         return self.report
+
+    @property
+    def _reads_apart(self) -> bool:
+        """Whether the reference is another model than the policy at its start, or reads other rows."""
+        return self.objective.reads_context or self.objective.reads_teacher
 
     def _save_extra_files(self, folder: Path) -> None:
         super()._save_extra_files(folder)
@@ -341,14 +358,16 @@ class XPOTrainer(UnitTrainer):
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         rows = Inputs.of(inputs)
         targets, given = self._columns_of(inputs)
-        given |= self._reference(model, rows, inputs)
+        references = self._references(model, rows, inputs)
         packed = "cu_seqlens" in given
-        if packed and "ref_hidden" in given:
-            given["ref_hidden"] = given["ref_hidden"].flatten(0, 1)
+        for _, reference in references:
+            if packed and "ref_hidden" in reference:
+                reference["ref_hidden"] = reference["ref_hidden"].flatten(0, 1)
 
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
             hidden = hidden.flatten(0, 1) if packed else hidden
-            out = self.objective(hidden, head, targets, denominator=denominator, **given)
+            how = {"denominator": denominator, **given}
+            out = mixed([(w, self.objective(hidden, head, targets, **how, **own)) for w, own in references])
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
         out = rows.run(model, fused)
@@ -361,6 +380,12 @@ class XPOTrainer(UnitTrainer):
         if "value" in self._columns and "value" not in given:
             given["value"] = self._value.to(targets.device)
         return targets, given
+
+    def _references(
+        self, model: nn.Module, rows: Inputs, inputs: dict[str, Tensor]
+    ) -> list[tuple[float, dict[str, Any]]]:
+        """Returns the arguments of the objective about each reference, and the weight of its loss in the sum."""
+        return [(1.0, self._reference(model, rows, inputs))]
 
     def _reference(self, model: nn.Module, rows: Inputs, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Returns the arguments of the objective that are about the reference."""

@@ -224,7 +224,7 @@ def check_loss(report: Report, run: Run) -> None:
         return _check_invariance(report, run, features, None, 0.0)
     truth = true_logps(run.model, run.accelerator, sequences(run.kind, features))
     right = _check_logps(report, run, batch, truth)
-    if run.objective.reads_context:  # of the reference's rows there is no other truth
+    if run.objective.reads_context or run.objective.reads_teacher:  # of what the reference says there is no other truth
         return _check_invariance(report, run, features, None, 0.0) if right else None
     reference, alike = _check_reference(report, run, batch, truth)
     if not right or run.objective.draws_rivals:  # whose loss depends on draws

@@ -11,22 +11,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...head.autograd import refuse_double_backward
 from ...head.chunked import Gradients, Passes
+from ...head.divergence import COPIES, jsd, normalised
 from ...head.operands import Operands, reference
 from ...head.plan import fit_tiles
-from ...head.row_operations import RowOperations, expectation, row_blocks
+from ...head.row_operations import RowOperations, row_blocks
 from ...head.units import scaled_to
 from ...methods.math import check
 from .classes import Loss, function
 
 Function = TypeVar("Function")
 DIVERGENCES = ("jsd", "cosine")
-# Tensors of the size of a step's logits that are made beside them, at most and off the CPU: p, q and m.
-_COPIES = 3
 _TINY = 1e-12  # least norm of logits that a cosine divides by
 
 
@@ -135,7 +133,7 @@ class _Distillation(torch.autograd.Function):
         vocab = teacher.weight.shape[0]
         wider = vocab > weight.shape[0]
         # The student's logits padded; and a softmax for each part where one does not serve both.
-        copies = _COPIES + wider + (wider or recipe.temperature != 1)
+        copies = COPIES + wider + (wider or recipe.temperature != 1)
         options = {"heads": 2, "copies": copies, "dz": any(needs), "learns": needs[1]}
         tiling, *_ = fit_tiles("torch", vocab, weight.dtype, weight.device, tile_bytes, **options)
         passes = Passes(operands if recipe.soft else replace(operands, ref=None), tiling, RowOperations)
@@ -199,10 +197,12 @@ def _losses(
     """Writes the losses of rows and returns ∂(weighted sum)/∂z (r, V), or None where it is 0 or not wanted."""
     own, slope, scale = None, None, 0.0
     if recipe.hard:
-        own = _softmax(z)
+        own = normalised(z)
         found[1] = (own[1] - z.gather(1, y)).squeeze(1)
     if t is not None:
-        divergence = _jsd(z, t, recipe, own) if recipe.divergence == "jsd" else _cosine(z, t, recipe)
+        divergence = (
+            jsd(z, t, recipe.beta, recipe.temperature, own) if recipe.divergence == "jsd" else _cosine(z, t, recipe)
+        )
         found[0], slope, scale = divergence
         slope, scale = slope[:, : z.shape[1]], scale * recipe.soft_weight
     if at_target is None:
@@ -215,52 +215,8 @@ def _losses(
     return dz.scatter_add_(1, y, at_target.expand_as(y))
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns softmax (r, V) in memory of its own, and log Σ e^z (r, 1).
-
-    torch's own adds up a row one by one, which is off by 2e-5 at a vocabulary of 128k.
-    """
-    largest = z.amax(dim=1, keepdim=True)
-    p = (z - largest).exp_()
-    total = p.sum(dim=1, keepdim=True)
-    return p.div_(total), total.log().add_(largest)
-
-
-def _jsd(z: Tensor, t: Tensor, recipe: _Recipe, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, float]:
-    """Returns the divergence of each row (r,), and its gradient as (r, Vt) and a factor. z and t are overwritten.
-
-    own: `_softmax(z)`, if it was computed before; it is not overwritten.
-
-    With d = log p − log m: ∂JSD/∂z = (1−β) p (d − Σ p d) / τ, because the terms in log m cancel.
-    """
-    beta, tau, more = recipe.beta, recipe.temperature, t.shape[1] - z.shape[1]
-    if tau != 1:
-        own, z, t = None, z.div_(tau), t.div_(tau)
-    if more:
-        own, z = None, F.pad(z, (0, more))
-    p, lse = _softmax(z) if own is None else own
-    q, t_lse = _softmax(t)
-    log_p, log_q = z.sub_(lse), t.sub_(t_lse)
-    if beta == 0:
-        return expectation(q, log_q.sub_(log_p)), torch.sub(p, q, out=log_p), 1 / tau
-    if beta == 1:
-        del q
-        d = log_p.sub_(log_q).masked_fill_(p == 0, 0)
-        mean = (p * d).sum(dim=1)
-        return mean, d.sub_(mean.unsqueeze(1)).mul_(p), 1 / tau
-    # Finite where a bias of −∞ excludes a token, so that 0 times it is 0. In logarithms, because m may underflow.
-    for x in (log_p, log_q):
-        x.clamp_(min=torch.finfo(x.dtype).min / 4)
-    log_m = log_q + (math.log(beta) - math.log1p(-beta))
-    torch.logaddexp(log_p, log_m, out=log_m).add_(math.log1p(-beta))
-    soft = log_q.sub_(log_m).mul_(q).sum(dim=1).mul_(beta)
-    d = log_p.sub_(log_m)
-    mean = torch.mul(p, d, out=log_m).sum(dim=1)
-    return soft.add_(mean, alpha=1 - beta), d.sub_(mean.unsqueeze(1)).mul_(p), (1 - beta) / tau
-
-
 def _cosine(z: Tensor, t: Tensor, recipe: _Recipe) -> tuple[Tensor, Tensor, float]:
-    """Returns what `_jsd` does, of β (1 − c) with gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0; without a temperature."""
+    """Returns what `jsd` does, of β (1 − c) with gradient −β (t̂ − c ẑ)/|z|, 0 where z is 0; without a temperature."""
     norm, t_norm = (x.norm(dim=1, keepdim=True) for x in (z, t))
     zero, norm = norm == 0, norm.clamp_(min=_TINY)
     unit, t_unit = z.div_(norm), t.div_(t_norm.clamp_(min=_TINY))[:, : z.shape[1]]
