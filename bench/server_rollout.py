@@ -175,9 +175,11 @@ def main(argv: list[str] | None = None) -> int:
             result["undisturbed"] = run(server.url, 0, args, args.kill_steps)
             write_json(args.json, result)
         while len(result["killed"]) < args.kills:
-            at = random.Random(len(result["killed"])).uniform(0.05, 0.95) * result["undisturbed"]["seconds"]
-            result["killed"].append(killed(server, at, args))
-            write_json(args.json, result)
+            at = random.uniform(0.05, 0.95) * result["undisturbed"]["seconds"]
+            found = killed(server, at, args)
+            if found["seconds"] > at:  # else it had ended before
+                result["killed"].append(found)
+                write_json(args.json, result)
     return report(result, args)
 
 
