@@ -69,6 +69,8 @@ def stats(
         ref = ref.detach()
         found["kl"] = expectation(ref.exp(), ref - logp)
         found["reverse_kl"] = expectation(p, logp - ref)
+        middle = (p + ref.exp()).div(2).log()
+        found["jsd"] = (expectation(p, logp - middle) + expectation(ref.exp(), ref - middle)) / 2
     blank = {name: torch.zeros(targets.shape, dtype=x.dtype) for name, x in found.items()}
     return {name: blank[name].masked_scatter(scored, x) for name, x in found.items()}
 

@@ -57,7 +57,9 @@ def drawn(shape):
 HYPER = {"beta_dpo": {"keep": 1.0}, "cispo": {"eps": 0.2}}
 SAMPLED = {"cringe"}  # draws tokens: test_cringe
 THROUGH_HEAD = [n for n, m in sorted(xf.METHODS.items()) if m.layout != "reward" and "returns" not in m.inputs]
-THROUGH_HEAD = [n for n in THROUGH_HEAD if n not in SAMPLED]
+THROUGH_HEAD = [
+    n for n in THROUGH_HEAD if n not in SAMPLED | {"topk_kl"}
+]  # whose columns are K wide: test_distillation
 
 
 def hyper_of(method):
@@ -133,7 +135,7 @@ def known_of(method, wide, targets, ref, **options):
     rows = {name: oracle.row_sums(tokens[t], targets)[0] for name, t in rows.items() if t in tokens}
     rows["len"] = lengths
     if ref:
-        rows["kl"] = oracle.row_sums(found["kl"], targets)[0]
+        rows |= {name: oracle.row_sums(found[name], targets)[0] for name in ("kl", "reverse_kl", "jsd")}
     if method.layout == "pairwise":
         known = {n + s: x for n, xs in rows.items() for s, x in zip(("_w", "_l"), xs.chunk(2), strict=True)}
         read = [known["len" + s] > 0 for s in ("_w", "_l") if "logp" + s in method.inputs]
