@@ -227,6 +227,17 @@ def fit() -> str:
     return table(["SmolLM2-135M, float32, CPU", "predicted, GiB", "measured, GiB", "off", "largest in"], rows)
 
 
+def scale_memory() -> str:
+    """Returns what a rank of a run in parts held, and what was said of it before."""
+    names = {"ddp": "DDP", "fsdp": "FSDP2", "zero3": "ZeRO-3"}
+    rows = []
+    for run in read("scale-cpu")["runs"]:
+        sizes = [f"{run[name]:.0f}" for name in ("state_mib", "predicted_mib", "peak_mib")]
+        layout = f"{names[run['layout']]}, {run['ranks']} ranks" if run["ranks"] > 1 else "one process"
+        rows.append([layout, *sizes, f"{run['off']:+.1%}"])
+    return table(["MiB per rank", "weights and states", "fit predicts", "measured", "off"], rows)
+
+
 def fit_published() -> str:
     """Returns what was predicted of runs whose peaks others have published, by owner."""
     owners = ("weights", "optimizer", "gradients", "activations", "head")
@@ -270,6 +281,7 @@ BLOCKS = {
     "seven": seven,
     "seven-commands": seven_commands,
     "scale": lambda: scale.steps() + "\n",
+    "scale-memory": scale_memory,
     "scale-head": lambda: scale.head() + "\n",
 }
 

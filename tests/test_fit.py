@@ -311,6 +311,13 @@ def test_ranks_share_what_the_sharding_says():
     assert found["ddp"][OPTIMIZER] == alone[OPTIMIZER] and found["ddp"]["buckets of gradients"] == alone[TRAINED]
     assert found["zero1"][OPTIMIZER] == pytest.approx(alone[OPTIMIZER] / 4, rel=0.01)
     assert found["zero3"][TRAINED] == pytest.approx(alone[TRAINED] / 4, rel=0.01)
+    config = asked.config
+    head = 4 * config.vocab_size * config.hidden_size
+    layers = (alone[TRAINED] - head) / 4  # of one layer; the head is the embedding
+    assert found["zero3"]["layers gathered"] == pytest.approx(2 * layers + 3 * head, rel=0.01)
+    adapted = predict.predict(question(4, method="simpo", ranks=4, sharding="fsdp"), quick=True).phases[-1].owners
+    frozen = 2 * (layers + adapted[TRAINED]) + head  # its adapter is a quarter, and there are four layers
+    assert adapted["layers gathered"] == pytest.approx(frozen, rel=0.01)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

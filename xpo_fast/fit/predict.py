@@ -116,17 +116,26 @@ def _parted(trace: Trace, question: Question) -> Trace:
         for number, size in trace.events
     ]
     first = trace.phases[1][0] if len(trace.phases) > 1 else len(events)
-    weights = [size for number, size in trace.events[:first] if trace.owners[number] in (TRAINED, FROZEN)]
+    trained = [size for number, size in trace.events[:first] if trace.owners[number] == TRAINED]
     if TRAINED in parted:
-        layers = max(int(question.config.get_text_config().num_hidden_layers), 1)
-        more = 2 * sum(weights) // layers, "layers gathered"
+        frozen = [size for number, size in trace.events[:first] if trace.owners[number] == FROZEN]
+        more = _gathered(trained, frozen, int(question.config.get_text_config().num_hidden_layers)), "layers gathered"
     else:
-        trained = sum(size for number, size in trace.events[:first] if trace.owners[number] == TRAINED)
-        more = trained, "buckets of gradients"
+        more = sum(trained), "buckets of gradients"
     owners = [*trace.owners, more[1]]
     events.insert(first, (len(owners) - 1, more[0]))
     phases = [(at + (at >= first and k > 0), name) for k, (at, name) in enumerate(trace.phases)]
     return Trace(events, owners, phases)
+
+
+def _gathered(trained: Sequence[int], frozen: Sequence[int], layers: int) -> int:
+    """Returns the bytes that are whole at the peak: two layers and the largest weight, which is the head.
+
+    A trained head is there with its gradient, and with the copy of it that is reduced.
+    """
+    largest = max([*trained, *frozen], default=0)
+    rest = sum(size for size in [*trained, *frozen] if size < largest)  # the embedding is as large as the head
+    return 2 * rest // max(layers, 1) + (3 if largest in trained else 1) * largest
 
 
 @functools.cache
