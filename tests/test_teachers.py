@@ -1,4 +1,4 @@
-"""Distillation from teachers: the head's JSD, losses and gradients of the methods in float64, TRL's, memory, refusals."""
+"""Distillation from teachers: the head's JSD, losses and gradients of methods in float64, TRL's, memory, refusals."""
 
 from __future__ import annotations
 
