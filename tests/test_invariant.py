@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -275,7 +276,7 @@ def test_the_loss_of_a_pair_does_not_depend_on_the_other_pairs(name):
     def losses(pairs: list[tuple[int, int]]) -> torch.Tensor:
         rows = [w for w, _ in pairs] + [x for _, x in pairs]
         hidden, targets, offsets = case.packed(rows)
-        given = {} if name == "simpo" else {"ref_logps": ref[rows]}
+        given: Any = {} if name == "simpo" else {"ref_logps": ref[rows]}
         return objective(hidden, case.weight, targets, cu_seqlens=offsets, **given).loss
 
     pairs = [(i, i + 20) for i in range(2, 20)]
@@ -429,8 +430,9 @@ def test_the_variable_of_the_backend_is_not_read(monkeypatch):
 def test_what_an_objective_refuses():
     with pytest.raises(ValueError, match="invariant=True does not go with cringe"):
         xf.Objective("cringe", invariant=True)
+    wrong: Any = 1
     with pytest.raises(ValueError, match="expected invariant to be bool, got 1"):
-        xf.Objective("dpo", invariant=1)
+        xf.Objective("dpo", invariant=wrong)
 
 
 def test_the_trainers_refuse_it_by_name(tmp_path):
