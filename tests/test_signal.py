@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from xpo_fast.cli import options
 from xpo_fast.resume import last_checkpoint
 from xpo_fast.rewards.trainer import RewardConfig, RewardTrainer
 from xpo_fast.rl.collect import Completion, told_apart
-from xpo_fast.trainer import NoSignalError, XPOConfig, signal
+from xpo_fast.trainer import NoSignalError, XPOConfig, XPOTrainer, signal
+from xpo_fast.trainer.reference import row_logps
 from xpo_fast.trainer.signal import ON_NO_SIGNAL, STEPS, About, Watcher
 
 pytestmark = [
@@ -34,15 +36,22 @@ ROLLOUT = {"completions": 8, "groups": 2, "reward/least": 0.0, "reward/most": 1.
 ROLLOUT |= {"groups/alike": 0.5, "groups/same": 0.0}
 STEP = {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "moved": 1.0}
 REWARDS = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3}
+ABOUT = About()
 ONLINE = About(True, "correct", 32, 0.7)
 
 
-def watched(series: list[dict], about: About = About(), **how) -> list[tuple[int, str, str]]:
+def watched(series: list[dict], about: About = ABOUT, **how) -> list[tuple[int, str, str]]:
     """(step, cause, text) of what is found in a series."""
     watcher = Watcher(about=about, **how)
     found = [(k, watcher.step(numbers)) for k, numbers in enumerate(series, start=1)]
     assert all(f is None or f.level == "fault" for _, f in found)
     return [(k, f.check, f.text) for k, f in found if f is not None]
+
+
+def on_device(numbers: dict) -> dict:
+    """The numbers as a run has them."""
+    waiting = ("loss", "grad_norm", "moved", *REWARDS)
+    return {n: torch.tensor(x, dtype=torch.float64) if n in waiting else x for n, x in numbers.items()}
 
 
 def steps(count: int = 12, **changed) -> list[dict]:
@@ -75,6 +84,10 @@ PLANTED = {
     "no gradient of ties": (
         steps(grad_norm=0.0, **{**REWARDS, "rewards/margins": 0.0}), About(), "gradient", "max_length?",
     ),
+    "no gradient at the reference": (
+        steps(grad_norm=0.0, **dict.fromkeys(REWARDS, 0.0), **{"logps/chosen": -9.0, "logps/rejected": -8.0}), ABOUT,
+        "gradient", "does not depend",
+    ),
     "rate 0": (steps(learning_rate=0.0), About(), "learning rate", "0 in each of 5 steps in a row"),
     "ties": (
         steps(**{"rewards/chosen": 0.3, "rewards/rejected": 0.3, "rewards/margins": 1e-9}), About(), "pairs", "cut at",
@@ -93,8 +106,7 @@ def test_a_cause_is_named_once_after_five_steps(name):
     series, about, cause, words = PLANTED[name]
     ((step, check, text),) = watched(series, about)
     assert (step, check) == (STEPS, cause) and words in text and "\n" not in text
-    tensors = [{n: torch.tensor(x) if n in ("loss", "grad_norm", "moved") else x for n, x in of.items()} for of in series]
-    assert [(k, c) for k, c, _ in watched(tensors, about)] == [(step, cause)]
+    assert [(k, c) for k, c, _ in watched([*map(on_device, series)], about)] == [(step, cause)]
     if cause != "learning rate":  # one step that differs among the five, and it is no cause
         other = {**STEP, **(ROLLOUT if about.online else REWARDS), "loss": 9.0}
         other |= {"cut": 0.5, "reward/least": -3.0} if about.online else {}
@@ -111,7 +123,9 @@ CLEAN = {
     "four steps": [{**x, "moved": 1.0} for x in steps(4, grad_norm=0.0)],
     "a critic's": steps(**{n: x for n, x in ROLLOUT.items() if "groups/" not in n}),
     "GRPO's loss": [{**STEP, **ROLLOUT, "loss": 0.0}] * 12,
-    "solved after the first steps": [*steps(5, **ROLLOUT), *steps(20, **{**ROLLOUT, "groups/alike": 1.0}, grad_norm=0.0)],
+    "solved after the first steps": [
+        *steps(5, **ROLLOUT), *steps(20, **{**ROLLOUT, "groups/alike": 1.0}, grad_norm=0.0),
+    ],
     "several steps a rollout": [x if k % 4 == 0 else STEP for k, x in enumerate(steps(12, **ROLLOUT))],
     "nothing is known": [{}] * 12,
     "NaN": steps(loss=math.nan, grad_norm=math.nan, **dict.fromkeys(REWARDS, math.nan)),
@@ -146,7 +160,7 @@ def test_a_resumed_watcher_says_the_same(at):
     for series, about, *_ in PLANTED.values():
         whole = watched(series, about)
         first, second = Watcher(about=about), Watcher(about=about)
-        found = [(k, first.step({n: torch.tensor(x) for n, x in of.items()})) for k, of in enumerate(series[:at], 1)]
+        found = [(k, first.step(on_device(of))) for k, of in enumerate(series[:at], 1)]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         found += [(k, second.step(of)) for k, of in enumerate(series[at:], at + 1)]
         assert [(k, f.check) for k, f in found if f is not None] == [(k, c) for k, c, _ in whole]
@@ -226,8 +240,6 @@ def follows(trainer):
 
 
 def own(trainer, model, rows):
-    from xpo_fast.trainer.reference import row_logps
-
     return row_logps(model, *rows, backend="auto")[:, 0]
 
 
@@ -239,8 +251,6 @@ def other_optimizer(folder: Path):
     )  # fmt: skip
     held = torch.optim.AdamW(make_model(seed=1).parameters(), lr=1e-2)
     how = {"processing_class": make_tokenizer(), "optimizers": (held, None)}
-    from xpo_fast.trainer import XPOTrainer
-
     return XPOTrainer(make_model(), config, train_dataset=make_rows(8), **how)
 
 
@@ -252,17 +262,28 @@ def if_it_ends(completion_ids, **_):
     return [float(ids[-1] == 1) for ids in completion_ids]
 
 
-def half(text: dict):
+def endless():
+    """A model to which an EOS is hardly ever the next token."""
     made = make_model()
-    return made.to(torch.bfloat16)
+    with torch.no_grad():
+        made.lm_head.weight[1] = 0
+    return made
+
+
+def cut_off():
+    """A model whose weights in training have values that reach the loss, and gradients that do not."""
+    made = make_model()
+    made.lm_head.weight.requires_grad_(False)
+    made.model.norm.register_forward_hook(lambda module, given, out: out.detach() + 0 * out)
+    return made
 
 
 RUNS = {
     "constant reward": (partial(rl, reward=lambda completion_ids, **_: [0.0] * len(completion_ids)), "rewards"),
     "reward of the prompt": (partial(rl, reward=by_prompt), "groups"),
     "frozen sampling": (partial(rl, temperature=1e-4, max_new_tokens=3), "groups: .*same text"),
-    "never ends": (partial(rl, reward=if_it_ends, max_new_tokens=2), "completions"),
-    "cut and masked": (partial(rl, overlong="mask", max_new_tokens=1, prompts=[{"prompt": "w1"}] * 4), "completions"),
+    "never ends": (lambda folder: rl(folder, if_it_ends, model=endless(), max_new_tokens=2), "completions: 100% of 40"),
+    "cut and masked": (lambda folder: rl(folder, model=endless(), overlong="mask"), "completions: .*overlong"),
     "rl at rate 0": (partial(rl, learning_rate=0.0), "learning rate"),
     "several steps a rollout": (partial(rl, reward=by_prompt, prompts_per_rollout=4, epochs_per_rollout=2), "groups"),
     "dpo at rate 0": (partial(dpo, learning_rate=0.0), "learning rate"),
@@ -273,7 +294,7 @@ RUNS = {
     "bfloat16": (
         lambda folder: dpo(folder, model=make_model().to(torch.bfloat16), learning_rate=1e-6), "weights: .*bfloat16",
     ),
-    "a flat hinge": (partial(dpo, method="slic", method_args={"delta": -1e4}), "gradient: .*hinge"),
+    "cut off": (lambda folder: dpo(folder, model=cut_off(), reference="copy"), "gradient: .*does not depend"),
     "a reward model of the same": (lambda folder: same_rows(reward_model(folder)), "gradient|pairs"),
     "a reward model at rate 0": (partial(reward_model, learning_rate=0.0), "learning rate"),
 }  # fmt: skip
@@ -286,8 +307,6 @@ def test_a_planted_cause_is_named_within_five_steps(tmp_path, caplog, name):
     made.train()
     (line,) = lines(caplog)
     assert line.startswith(f"no signal after step {STEPS}: ")
-    import re
-
     assert re.search(wanted, line), line
     assert made.state.global_step == 6
 
@@ -352,7 +371,9 @@ class Kills(transformers.TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize("make", [partial(rl, reward=by_prompt, prompts_per_rollout=4), partial(dpo, learning_rate=0.0)])
+@pytest.mark.parametrize(
+    "make", [partial(rl, reward=by_prompt, prompts_per_rollout=4), partial(dpo, learning_rate=0.0)]
+)
 def test_a_resumed_run_names_it_at_the_same_step(tmp_path, caplog, make):
     how = {"save_strategy": "steps", "save_steps": 3}
     made = make(tmp_path, **how)
@@ -372,7 +393,7 @@ def test_a_resumed_run_names_it_at_the_same_step(tmp_path, caplog, make):
 def test_a_run_may_stop_with_a_checkpoint(tmp_path, caplog):
     how = {"on_no_signal": "stop", "save_strategy": "steps", "save_steps": 100}
     made = rl(tmp_path, by_prompt, **how)
-    with pytest.raises(NoSignalError, match="no signal after step 5: groups: .*on_no_signal='warn'") as caught:
+    with pytest.raises(NoSignalError, match=r"no signal after step 5: groups: .*on_no_signal='warn'") as caught:
         made.train()
     assert not lines(caplog) and made.state.global_step == STEPS
     assert caught.value.folder == str(tmp_path / "out" / "checkpoint-5") == str(last_checkpoint(tmp_path / "out"))

@@ -180,13 +180,15 @@ def _counts(rollouts: Sequence[Numbers]) -> tuple[int, int]:
 def cut(steps: Sequence[Numbers], about: About) -> str | None:
     """Says that completions are cut in their masses, and nothing tells the cut ones apart (trl#5697)."""
     rollouts = _rollouts(steps)
-    if not _all_of(rollouts, "cut", lambda share: share >= MOST_CUT):
+    if not rollouts:
+        return None
+    count, _ = _counts(rollouts)
+    share = sum(x["cut"] * x["completions"] for x in rollouts) / count
+    if share < MOST_CUT:
         return None
     one = _all_of(rollouts, "cut/spread", lambda spread: spread == 0)
     if not (one or about.masks_cut or _constant(rollouts) or _alike(rollouts)):
         return None
-    count, _ = _counts(rollouts)
-    share = sum(x["cut"] * x["completions"] for x in rollouts) / count
     why = "and are not trained on (overlong)" if about.masks_cut and not one else "and score alike"
     return (
         f"{share:.0%} of {count} completions are cut at max_new_tokens={about.max_new_tokens}, {why}: raise "
@@ -227,6 +229,12 @@ def alike(steps: Sequence[Numbers], about: About) -> str | None:
     )
 
 
+def _same_pair(x: Numbers) -> bool:
+    """Returns whether chosen and rejected score alike, and not because the policy is its reference."""
+    logps = [x.get(name, math.nan) for name in ("logps/chosen", "logps/rejected")]
+    return x.get("rewards/margins") == 0 and (x.get("rewards/chosen") != 0 or logps[0] == logps[1])
+
+
 def no_gradient(steps: Sequence[Numbers], about: About) -> str | None:
     """Says that the gradient is exactly 0 in each step."""
     if not _all_of(steps, "grad_norm", lambda norm: norm == 0):
@@ -237,7 +245,7 @@ def no_gradient(steps: Sequence[Numbers], about: About) -> str | None:
             f"{said}no completion is trained on, although rewards differ. Look at overlong, off_policy_mode=mask, "
             "and at which weights are trained"
         )
-    if all(x.get("rewards/margins") == 0 for x in steps):
+    if all(map(_same_pair, steps)):
         return (
             f"{said}chosen and rejected score alike in each pair. Are they the same text, or the same after the cut at "
             "max_length?"

@@ -24,7 +24,8 @@ from .signal import About, Finding, NoSignalError, Watcher
 
 logger = logging.getLogger("xpo_fast")
 
-NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins")  # the metrics that are watched
+# The metrics that are watched.
+NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 _KEY = "WatchesSignal"  # among the states of a checkpoint's trainer_state.json
 _TENSORS, _ELEMENTS = 64, 256  # of the trained weights that are compared, and of each
 
