@@ -430,7 +430,7 @@ def folder(tmp_path_factory):
 
 def test_the_command(folder, tmp_path, capsys):
     file, picture = tmp_path / "fit.json", tmp_path / "fit.png"
-    words = "--memory 1GiB --batch-size 1 --lengths 64,128".split()
+    words = ["--memory", "1GiB", "--batch-size", "1", "--lengths", "64,128"]
     assert run(*words, "--json", str(file), "--plot", str(picture), model=[folder]) == 0
     said = capsys.readouterr().out
     for part in (
@@ -448,7 +448,7 @@ def test_the_command(folder, tmp_path, capsys):
 
 
 def test_the_command_says_what_to_change(folder, capsys):
-    words = "--memory 900MiB --device cuda --full --lengths 512 --batch-size 8".split()
+    words = ["--memory", "900MiB", "--device", "cuda", "--full", "--lengths", "512", "--batch-size", "8"]
     assert run(*words, model=[folder]) == 1
     said = capsys.readouterr().out
     assert "does not fit" in said and "the cheapest first" in said and "fits with" in said

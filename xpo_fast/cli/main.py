@@ -43,8 +43,8 @@ from .typed import around
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
-    Returns the exit code: 0, 1 (unusable installation), 2 (wrong input, or no room to save), 130 (stopped by Ctrl-C),
-    143 (stopped by SIGTERM).
+    Returns the exit code: 0, 1 (unusable installation), 2 (wrong input, no room to save, or a run that learned nothing
+    and was to stop then), 130 (stopped by Ctrl-C), 143 (stopped by SIGTERM).
     """
     # Before torch is imported: its threads would wait by spinning, and take the core that another process needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

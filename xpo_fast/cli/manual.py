@@ -31,6 +31,7 @@ EXAMPLES = {
     "options": "xpo-fast eval-reward --data pairs.jsonl --model xpo-fast-reward --policy xpo-fast-out",
     "--config": "xpo-fast train --config xpo-fast-out/config.yaml --output-dir again",
     "--preflight": "xpo-fast train --data pairs.jsonl --preflight stop",
+    "--on-no-signal": "xpo-fast rl --data prompts.jsonl --reward rewards.py:short --on-no-signal stop",
     "--dry-run": "xpo-fast train --data pairs.jsonl --dry-run",
     "--set": "xpo-fast train --data pairs.jsonl --set beta=0.05 (or: --beta 0.05)",
     "--train": "xpo-fast train --data pairs.jsonl --train adam_beta2=0.95 (or: --adam_beta2 0.95)",

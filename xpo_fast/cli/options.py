@@ -16,6 +16,7 @@ from .settings import setting
 # --help and for tab completion, and importing these takes seconds.
 SMOLLM2 = "smollm2-135m"
 PREFLIGHT = ("off", "warn", "stop")
+ON_NO_SIGNAL = ("ignore", "warn", "stop")
 SCORES = ("assistant", "last", "all")
 LAYOUTS = ("auto", "padded", "packed", "shared")
 BITS = ("4bit", "8bit")  # of --quantize
@@ -292,6 +293,13 @@ def add_optimisation(
     add("--weight-decay X", "the optimizer's weight decay", 0.0)
     add("--max-grad-norm X", "clip gradients to this norm; 0: no clipping", 1.0)
     add("--seed N", seed, 42)
+    add(
+        "--on-no-signal",
+        "a run that learns nothing in its first steps (docs/preflight.md): warn says why and what to change, stop "
+        "writes a checkpoint and ends with exit code 2, ignore looks at nothing",
+        "warn",
+        choices=ON_NO_SIGNAL,
+    )
     add_levers(group)
     add(
         "--train NAME=VALUE",

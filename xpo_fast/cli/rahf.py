@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         "chat_template_kwargs": options.kwargs_of(args),
     }
     common = training.training_arguments(args, lr=lr, evaluates=held is not None)
+    common["on_no_signal"] = args.on_no_signal
     config = RepresentationConfig(
         alpha=args.alpha, layers=args.layers, preflight="off", **encoding, **options.levers(args), **common
     )

@@ -286,6 +286,7 @@ def config_of(args: argparse.Namespace) -> RewardConfig:
         backend=args.backend,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        on_no_signal=args.on_no_signal,
         layout=args.layout,
         tokens_per_batch=args.tokens_per_batch,
         chat_template_kwargs=options.kwargs_of(args),

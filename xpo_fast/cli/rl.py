@@ -276,6 +276,7 @@ def _config(args: argparse.Namespace, method_args: dict[str, Any], fields: dict[
         tile_mib=args.tile_mib,
         tokens_per_batch=args.tokens_per_batch,
         preflight=args.preflight,
+        on_no_signal=args.on_no_signal,
         layout=args.layout,
         value_head_learning_rate=args.value_head_lr,
         **{name: value for name in FIELDS if (value := getattr(args, name)) is not None},

@@ -191,6 +191,7 @@ def arguments_of(args: argparse.Namespace, eval_rows: Any, *, lr: float) -> dict
         tokens_per_batch=args.tokens_per_batch,
         dataset_num_proc=args.num_proc,
         preflight=args.preflight,
+        on_no_signal=args.on_no_signal,
         layout=args.layout,
         chat_template_kwargs=options.kwargs_of(args),
         **options.levers(args),

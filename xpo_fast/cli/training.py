@@ -156,14 +156,16 @@ def preflight(trainer: Any) -> None:
 
 
 def fit(trainer: Any, args: argparse.Namespace, command: str, checkpoint: str | None, results: dict[str, Any]) -> None:
-    """Trains and saves; adds the trainer's metrics and record to the results. Raises Stopped after Ctrl-C, with a
-    checkpoint saved.
+    """Trains and saves; adds the trainer's metrics and record to the results. Raises Stopped after Ctrl-C, and
+    NoSignalError for a run that learns nothing and is to stop then, with a checkpoint saved.
 
     Nothing in the output folder is deleted or written before everything is checked and training begins. Then
     results.json is written for the first time, unless the run is resumed and has one, so that a run that dies leaves
     what was known before it.
     """
     from transformers import TrainerCallback
+
+    from ..trainer import NoSignalError
 
     output = Path(str(trainer.args.output_dir))
 
@@ -181,7 +183,12 @@ def fit(trainer: Any, args: argparse.Namespace, command: str, checkpoint: str | 
     results |= trainer.record()
     trainer.add_callback(Begin())
     with _alone(output), stop_after_step(trainer) as stopped:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        try:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except NoSignalError:
+            if trainer.state.global_step and trainer.is_world_process_zero():
+                write_json(output / RESULTS, results | trainer.record())
+            raise
         results |= {"train": metrics, **trainer.record()}
         if stopped:
             if trainer.is_world_process_zero():

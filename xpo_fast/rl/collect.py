@@ -205,6 +205,28 @@ def describe(groups: Groups, names: Sequence[str]) -> dict[str, float]:
     }
 
 
+def told_apart(groups: Groups, *, compared: bool) -> dict[str, float]:
+    """Returns how the rewards that are trained on tell completions apart, for `trainer.signal.Watcher`.
+
+    compared: the advantages compare the completions of a prompt.
+    """
+    rows = [row for group in groups for row in group]
+    rewards = [row.reward for row in rows if not math.isnan(row.reward)]
+    truncated = [row for row in rows if row.truncated]
+    found = {
+        "completions": float(len(rows)),
+        "groups": float(len(groups)),
+        "reward/least": min(rewards),
+        "reward/most": max(rewards),
+        "cut": len(truncated) / len(rows),
+        "cut/spread": spread(truncated),
+    }
+    if compared:
+        found["groups/alike"] = sum(not spread(group) > 0 for group in groups) / len(groups)
+        found["groups/same"] = sum(len({tuple(row.ids) for row in group}) == 1 for group in groups) / len(groups)
+    return found
+
+
 def spread(group: Sequence[Completion]) -> float:
     """Returns the highest reward of a group minus the lowest; 0 if no completion has one."""
     rewards = [row.reward for row in group if not math.isnan(row.reward)]

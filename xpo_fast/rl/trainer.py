@@ -27,6 +27,7 @@ from torch.utils.data import SequentialSampler
 
 from ..data import KWARGS, load_prompts
 from ..layouts import Chosen
+from ..methods.advantages import OF_GROUPS
 from ..methods.policy import adapt
 from ..models import padding_id
 from ..models.value_head import SavesValueHead, ValueHead, attach_value_head
@@ -42,7 +43,7 @@ from ..trainer.setup import check_trainable
 from ..trainer.whole import whole
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
 from .checks import check_completions, check_prompts, check_sampler, check_sharding
-from .collect import Collector, data_columns, describe
+from .collect import Collector, data_columns, describe, told_apart
 from .config import RLConfig
 from .experience import Batches, Experience, Measure, correction_level, make_experience, pretraining_texts, spares_rows
 from .layout import settle
@@ -364,8 +365,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
                     self._set_beta(k, term.hyperparameters["beta"] * factor)
         progress.rollouts += 1
         self.progress, self.experience = progress, experience
-        metrics["time/rollout_s"] = time.perf_counter() - began
-        self._note(self._rollout_means, metrics)
+        self.watch.note(told_apart(collected.groups, compared=args.estimator in OF_GROUPS))
+        self._note(self._rollout_means, {**metrics, "time/rollout_s": time.perf_counter() - began})
 
     # --- logs and evaluation ------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .means import Means
 from .preference import XPOTrainer, grouped_targets
 from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
+from .signal import NoSignalError
 
 __all__ = [
     "CLOSE",
@@ -22,6 +23,7 @@ __all__ = [
     "Kept",
     "Means",
     "MethodConfig",
+    "NoSignalError",
     "Report",
     "UnitTrainer",
     "XPOConfig",

@@ -58,6 +58,7 @@ from .record import findings, memory
 from .setup import check_trainable
 from .sharding import ComputesInParts, check_resume, processes_of
 from .throughput import Throughput
+from .watching import WatchesSignal
 
 _UNSAVED = (
     "{} weights, such as {}, are trained beside the adapter and are not saved with it, neither in checkpoints nor by "
@@ -67,7 +68,7 @@ _LOSS = "loss of method "  # prefix among the means of an evaluation
 _IN_FRONT = "row in front"  # of a checkpoint's settings: the row that is in the first step whatever the seed
 
 
-class UnitTrainer(ComputesInParts, CutsBatches):
+class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
     """Trainer whose loss is a sum over units, divided by the items of the whole optimizer step; so are its metrics.
 
     Subclasses define `kind` (of their data set; None if each row is a unit), `_items` (the loss's denominator for a
@@ -304,6 +305,7 @@ class UnitTrainer(ComputesInParts, CutsBatches):
         loss, _, metrics, counts = self._loss(model, inputs, num_items_in_batch)
         if model.training:
             self._means.add(metrics, counts)
+            self.watch.add(loss, metrics, counts)
         # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
         loss = loss * self.accelerator.num_processes
         return (loss, metrics) if return_outputs else loss

@@ -13,11 +13,13 @@ from ..data import check_score, read_kwargs
 from ..layouts import check_layout
 from ..objective import Objective
 from ..reporters import check_reporters
+from ..wording import did_you_mean
 from .arguments import REFUSED, check_arguments
 from .findings import PREFLIGHT
 from .in_backward import check_in_backward
 from .offload import check_offload
 from .optimizers import check_settings
+from .signal import ON_NO_SIGNAL
 
 
 def argument(default: Any, about: str) -> Any:
@@ -73,6 +75,11 @@ class MethodConfig(TrainingArguments):
         "warn",
         "The check of the run before its first step: warn logs what it finds, stop raises for a fault, off: none.",
     )
+    on_no_signal: str = argument(
+        "warn",
+        "A run that learns nothing in its first steps: warn says why, once; stop writes a checkpoint, ends and raises "
+        "NoSignalError; ignore looks at nothing.",
+    )
 
     # Other defaults than TrainingArguments has.
     learning_rate: float = argument(1e-6, "The initial learning rate of AdamW.")
@@ -102,6 +109,9 @@ class MethodConfig(TrainingArguments):
         check_layout(self.layout)
         if self.preflight not in PREFLIGHT:
             raise ValueError(f"preflight must be one of {', '.join(PREFLIGHT)}, got {self.preflight!r}")
+        if self.on_no_signal not in ON_NO_SIGNAL:
+            near = did_you_mean(str(self.on_no_signal), ON_NO_SIGNAL)
+            raise ValueError(f"on_no_signal must be one of {', '.join(ON_NO_SIGNAL)}, got {self.on_no_signal!r}{near}")
         budget = self.tokens_per_batch
         if budget is not None and (type(budget) is not int or budget < 1):
             raise ValueError(f"tokens_per_batch must be an integer of at least 1, or None, got {budget!r}")
