@@ -77,22 +77,24 @@ def with_widths(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return run() | {"read": read}
 
 
-def on_ranks(folder: Path, names: dict[int, list[str]], rank: int) -> dict[str, Any]:
+def on_ranks(folder: Path, world: int, rank: int) -> dict[str, Any]:
     import deepspeed
 
     warnings.simplefilter("ignore")
-    found: dict[str, Any] = {}
-    world = 2 if names is TWO else 4
-    sizes = sp(2, dp_shard_size=world // 2)
+    found: dict[str, Any] = {"refused": {}}
+    sizes = sp(2, dp_shard_size=world // 2) | {"ddp_backend": "gloo"}
+    with pytest.raises(ValueError) as caught:  # before DeepSpeed is asked for, which the environment keeps
+        make(CASES["simpo"], folder / "refused", 1, **sizes)
+    found["refused"]["no engine"] = str(caught.value)
     with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
-        for stage, cases in names.items():
+        for stage, cases in {2: TWO, 4: FOUR}[world].items():
             for name in cases:
                 run = partial(case_trained, name, folder / f"{stage}" / name, world // 2, **sizes, **zero(stage))
                 found[f"{stage}, {name}"] = with_widths(run)
         if world == 2:
             found |= resumed(folder, sizes)
             found["exchange"] = exchanged(rank)
-            found["refused"] = refused(folder, rank, sizes)
+            found["refused"] |= refused(folder, rank, sizes)
     return found
 
 
@@ -100,7 +102,7 @@ def resumed(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """Two steps, their checkpoint, and the last two steps of a run from there, in another trainer."""
     found, output = {}, folder / "written"
     for stage in (2, 3):
-        how = {"ddp_backend": "gloo", **sizes, **zero(stage)}
+        how = {**sizes, **zero(stage)}
         trained(RESUMED, folder / "first", 1, save_strategy="steps", output_dir=str(output / f"{stage}"), **how)
         again = output / f"{stage}" / "checkpoint-2"
         found[f"{stage}, resumed"] = trained(RESUMED, folder / "again", 1, checkpoint=again, save_strategy="no", **how)
@@ -129,14 +131,13 @@ def exchanged(rank: int) -> dict[str, str]:
 def refused(folder: Path, rank: int, sizes: dict[str, Any]) -> dict[str, str]:
     found = {}
     for name, case, further in (
-        ("no engine", CASES["simpo"], {}),
         ("packed", CASES["simpo"], {"layout": "packed", **zero(2)}),
         ("rivals", Case("cringe"), zero(2)),
     ):
         with pytest.raises(ValueError) as caught:
-            make(case, folder / "refused", 1, ddp_backend="gloo", **sizes, **further).prepare()
+            make(case, folder / "refused", 1, **sizes, **further).prepare()
         found[name] = str(caught.value)
-    trainer = make(CASES["simpo"], folder / "refused", 1, ddp_backend="gloo", **sizes, **zero(2))
+    trainer = make(CASES["simpo"], folder / "refused", 1, **sizes, **zero(2))
     with pytest.raises(RuntimeError) as caught:
         trainer.check_same_rows([{"input_ids": torch.tensor([[1, 2, 3 + rank]])}])
     trainer.check_same_rows([{"input_ids": torch.tensor([[1, 2, 3]])}])
@@ -152,12 +153,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict[str, Any]]:
-    return run_world(folder / "two", 2, partial(on_ranks, folder / "of two", TWO))
+    return run_world(folder / "two", 2, partial(on_ranks, folder / "of two", 2))
 
 
 @pytest.fixture(scope="module")
 def four(folder) -> list[dict[str, Any]]:
-    return run_world(folder / "four", 4, partial(on_ranks, folder / "of four", FOUR))
+    return run_world(folder / "four", 4, partial(on_ranks, folder / "of four", 4))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_a_checkpoint_is_resumed(two, alone, stage):
 
 
 def test_the_exchange_is_checked(two):
-    """One key head for two ranks is repeated, and the module is left as it was; eager attention sees its chunk alone."""
+    """One key head for two ranks is repeated, and the module left as it was; eager attention sees its chunk alone."""
     for found in two:
         assert found["exchange"]["one key"] == ""
         assert found["exchange"]["groups"] == "{4}"
@@ -295,9 +296,8 @@ def test_models_that_cannot_exchange_are_refused(size, made, given, match):
 
 
 def test_models_that_can_exchange():
-    check_model(
-        a_model(MistralConfig, sliding_window=64), 2, settings(), SimpleNamespace(sp_attn_implementation="sdpa")
-    )
+    own = SimpleNamespace(sp_attn_implementation="sdpa")
+    check_model(a_model(MistralConfig, sliding_window=64), 2, settings(), own)
     asked = SimpleNamespace(sp_attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match="sp_attn_implementation='flash_attention_2', and LlamaForCausalLM was loaded"):
         check_model(a_model(LlamaConfig), 2, settings(), asked)
@@ -319,14 +319,13 @@ def test_objectives_that_need_whole_rows_are_refused():
 
 
 def test_other_trainers_keep_rows_whole(tmp_path):
+    from xpo_fast.rewards import RewardConfig
     from xpo_fast.rl import RLConfig
-    from xpo_fast.trainer import RepresentationConfig, RewardConfig
+    from xpo_fast.trainer.representation import RepresentationConfig
 
     XPOConfig(output_dir=str(tmp_path), use_cpu=True, **sp(2))
     for config in (RewardConfig, RLConfig, RepresentationConfig):
-        with pytest.raises(
-            ValueError, match="sp_size=2 of parallelism_config: this trainer keeps rows and layers whole"
-        ):
+        with pytest.raises(ValueError, match="sp_size=2 of parallelism_config: this trainer keeps rows and layers"):
             config(output_dir=str(tmp_path), use_cpu=True, **sp(2))
     with pytest.raises(ValueError, match="cp_size=2 of parallelism_config: this trainer keeps layers and the order"):
         check_parallelism(splits_rows=True, cp_size=2, sp_size=1, tp_size=1)
