@@ -6,10 +6,12 @@ gloo processes, and on four that are two groups of two. Rows are ragged: many en
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,22 @@ def sp(size: int, **sizes: int) -> dict[str, Any]:
     return {"parallelism_config": ParallelismConfig(sp_size=size, **sizes)}
 
 
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """The environment that `accelerate launch` makes of examples/launch/ulysses.yaml, for two processes."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_extend_env_parallelism_config
+
+    file = Path(__file__).resolve().parent.parent / "examples" / "launch" / "ulysses.yaml"
+    given = load_config_from_file(str(file)).parallelism_config
+    given |= {"parallelism_config_sp_size": 2, "parallelism_config_dp_shard_size": 1}
+    options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    args = launch_command_parser().parse_args([*options, "script"])
+    with patch.dict(os.environ, prepare_extend_env_parallelism_config(args, {})):
+        yield
+
+
 def case_of(name: str) -> Case:
     return OWN.get(name) or CASES[name]
 
@@ -86,8 +104,13 @@ def on_ranks(folder: Path, world: int, rank: int) -> dict[str, Any]:
     with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
         for stage, cases in {2: TWO, 4: FOUR}[world].items():
             for name in cases:
-                run = partial(case_trained, name, folder / f"{stage}" / name, world // 2, **sizes, **zero(stage))
-                found[f"{stage}, {name}"] = with_widths(run)
+                how = {**sizes, **zero(stage)}
+                by_launcher = launched() if name == "sft" else contextlib.nullcontext()
+                if name == "sft":
+                    del how["parallelism_config"]
+                with by_launcher:
+                    run = partial(case_trained, name, folder / f"{stage}" / name, world // 2, **how)
+                    found[f"{stage}, {name}"] = with_widths(run)
         if world == 2:
             found |= resumed(folder, sizes)
             found["exchange"] = exchanged(rank)

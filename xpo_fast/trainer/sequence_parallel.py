@@ -12,7 +12,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -283,5 +282,10 @@ def _groups_alone(size: int) -> Iterator[None]:
     """Lets accelerate find DeepSpeed's groups, which are there, and register no attention of its own."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF  # pyright: ignore[reportMissingImports]
 
-    with patch.object(UlyssesSPAttentionHF, "register_with_transformers", lambda **_: _groups(size)):
+    cls: Any = UlyssesSPAttentionHF
+    theirs = vars(cls)["register_with_transformers"]
+    cls.register_with_transformers = staticmethod(lambda **_: _groups(size))
+    try:
         yield
+    finally:
+        cls.register_with_transformers = theirs
