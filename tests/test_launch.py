@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -17,12 +18,11 @@ def test_accelerate_reads_the_file_and_knows_all_of_it(name):
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
     config = config_args.load_config_from_file(str(LAUNCH / name))  # raises for keys it does not know
     assert config.mixed_precision == "bf16"
+    parallel = {k.removeprefix("parallelism_config_"): v for k, v in config.parallelism_config.items()}
+    sizes = [parallel.get(f"{k}_size", 1) for k in ("dp_replicate", "dp_shard", "tp", "cp", "sp")]
+    assert math.prod(sizes) == (config.num_processes if parallel else 1)
     if config.distributed_type == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2
-        parallel = {k.removeprefix("parallelism_config_"): v for k, v in config.parallelism_config.items()}
-        sizes = [parallel.get(k, 1) for k in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size")]
-        product = sizes[0] * sizes[1] * sizes[2] * sizes[3]
-        assert product == (config.num_processes if parallel else 1)
     else:
         assert config.deepspeed_config["zero_stage"] == 3
     assert config.num_processes == 8 * config.num_machines

@@ -661,20 +661,24 @@ def test_after_refusals_the_ranks_are_in_step(two):
     assert two[0]["refusals"]["still in step"] == two[1]["refusals"]["still in step"]
 
 
-@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
-def test_trainers_keep_rows_whole(tmp_path, name):
+@pytest.mark.parametrize("name", ["tp_size", "cp_size"])
+def test_trainers_keep_layers_whole(tmp_path, name):
     """Refused where it is asked for, and where `accelerate launch` has configured it."""
     from accelerate import ParallelismConfig
 
     from xpo_fast.trainer import XPOConfig
     from xpo_fast.trainer.arguments import check_parallelism
 
-    whole = f"{name}=2 of parallelism_config: a trainer keeps rows and layers whole"
+    whole = f"{name}=2 of parallelism_config: this trainer keeps layers and the order of tokens whole"
     with pytest.raises(ValueError, match=whole):
         XPOConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=ParallelismConfig(**{name: 2}))
+    sizes = {"tp_size": 1, "cp_size": 1, "sp_size": 1}
     with pytest.raises(ValueError, match=whole):
-        check_parallelism(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, name: 2})
-    check_parallelism(tp_size=1, cp_size=1, sp_size=1)
+        check_parallelism(splits_rows=True, **{**sizes, name: 2})
+    with pytest.raises(ValueError, match=f"{name}=2, sp_size=2 of parallelism_config: this trainer keeps rows and"):
+        check_parallelism(**{**sizes, "sp_size": 2, name: 2})
+    check_parallelism(**sizes)
+    check_parallelism(splits_rows=True, **{**sizes, "sp_size": 2})
 
 
 def test_rows_are_cut_over_a_process_group():

@@ -229,7 +229,7 @@ def print_header(trainer: XPOTrainer, args: argparse.Namespace, say: Callable[[s
         how += f", {trainer.accelerator.mixed_precision} mixed precision"
     what = trainer.kind.unit
     held = f"{len(trainer.eval_dataset)} held out" if trainer.eval_dataset is not None else "none held out"
-    step = args.batch_size * args.grad_accum * trainer.accelerator.num_processes
+    step = args.batch_size * args.grad_accum * trainer.replicas
     for name, text in {
         "xpo-fast": f"{__version__}, torch {torch.__version__}, {trainer.args.device}",
         "model": f"{args.model}: {base} weights in {dtype}; {how}, {trained} trained",

@@ -13,7 +13,10 @@ from ..types import IGNORE_INDEX
 from .attention import laid_out
 from .model import install_layouts
 from .rows import Layout, lay_out
+from .split import current_shard, own_chunk
 
+# Of a forward whose model has a chunk of each row: its attention is to exchange heads with the ranks of the others.
+ROWS_SPLIT = "rows_split"
 KEY = "layout"  # of a batch's layout among its tensors
 # Prefixes of the rows of a batch that are read in a forward of their own: the mismatched rows of KTO, and those that
 # the reference alone reads, with a context in front.
@@ -40,6 +43,11 @@ class Inputs(NamedTuple):
         ids, mask, targets = (batch[prefix + name] for name in ("input_ids", "attention_mask", "targets"))
         return cls(ids, mask, targets, batch.get(prefix + KEY))
 
+    @property
+    def own_targets(self) -> Tensor:
+        """The targets of the positions that `run` gives hidden states of: (R, T), or of this rank's chunk (R, w)."""
+        return own_chunk(self.targets, IGNORE_INDEX)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """Returns the rows in no layout, with each of their three tensors (R, T) changed."""
         return Inputs(change(self.input_ids), change(self.attention_mask), change(self.targets))
@@ -48,7 +56,16 @@ class Inputs(NamedTuple):
         """Returns fused_loss(hidden (R, T, D), head) inside the model's forward, which reads the rows in the layout.
 
         Hidden states are 0 where the layout was not asked for them. model: has `install_fused_loss`; may be wrapped.
+        In a block `split_over` the model reads this rank's chunk of each row, at the positions of whole rows, and
+        hidden states are (R, w, D).
         """
+        if (shard := current_shard()) is not None:
+            assert self.layout is None, "rows that are cut over ranks are padded"
+            ids = own_chunk(self.input_ids, 0)
+            at = torch.arange(shard.rank * ids.shape[1], (shard.rank + 1) * ids.shape[1], device=ids.device)
+            return model(
+                input_ids=ids, position_ids=at.expand_as(ids).contiguous(), fused_loss=fused_loss, **{ROWS_SPLIT: True}
+            )
         if self.layout is not None:
             install_layouts(model)
         with laid_out(self.layout):

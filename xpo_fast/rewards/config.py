@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..methods import get_method
 from ..methods.math import check_choice
@@ -26,6 +26,8 @@ _OWN: dict[str, tuple[set[str], str, Callable[[float], bool]]] = {
 @dataclass
 class RewardConfig(XPOConfig):
     """`XPOConfig` for a reward model: `method` is a key of `spec.USES`. The length rule applies to scoring only."""
+
+    splits_rows: ClassVar[bool] = False
 
     method: str = argument("bradley_terry", "The method that trains the reward model: " + ", ".join(USES))
     objectives: list[str] | None = field(

@@ -110,16 +110,23 @@ def check_arguments(args: Any, refused: Mapping[str, str]) -> None:
     if problems:
         raise ValueError("not used here, or not as it is meant: " + "; ".join(problems))
     if (parallel := args.parallelism_config) is not None:
-        check_parallelism(**{name: getattr(parallel, name) or 1 for name in ("tp_size", "cp_size", "sp_size")})
+        sizes = {name: getattr(parallel, name) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+        check_parallelism(splits_rows=getattr(args, "splits_rows", False), **sizes)
 
 
-def check_parallelism(**sizes: int) -> None:
-    """Raises ValueError for parallelism that cuts what a trainer keeps whole. sizes: tp_size, cp_size, sp_size."""
-    if asked := [f"{name}={size}" for name, size in sizes.items() if size > 1]:
+def check_parallelism(*, splits_rows: bool = False, **sizes: int) -> None:
+    """Raises ValueError for parallelism that cuts what a trainer keeps whole. sizes: tp_size, cp_size, sp_size.
+
+    splits_rows: the trainer takes rows in chunks, by sp_size.
+    """
+    whole = {name: size for name, size in sizes.items() if size > 1 and not (splits_rows and name == "sp_size")}
+    if whole:
         raise ValueError(
-            f"{', '.join(asked)} of parallelism_config: a trainer keeps rows and layers whole, and would train on "
-            "parts of them: leave it out, and share out rows by DDP, FSDP2 or ZeRO; rows longer than a device's "
-            "memory go through Objective(...)(..., row_shard=) in a loop of your own, see docs/scale.md"
+            f"{', '.join(f'{name}={size}' for name, size in whole.items())} of parallelism_config: this trainer keeps "
+            f"{'layers and the order of tokens' if splits_rows else 'rows and layers'} whole, and would train on parts "
+            "of them: leave it out, and share out rows by DDP, FSDP2 or ZeRO; rows longer than a device's memory are "
+            "cut by sp_size with DeepSpeed when training on preferences, or go through Objective(...)(..., row_shard=) "
+            "in a loop of your own, see docs/scale.md"
         )
 
 

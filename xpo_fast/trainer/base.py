@@ -91,13 +91,16 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
         let_ddp_find_unused_parameters(kwargs["model"], kwargs["args"])
         super().__init__(**kwargs)
         # `accelerate launch` can configure it, too.
-        check_parallelism(tp_size=self.get_tp_size(), cp_size=self.get_cp_size(), sp_size=self.get_sp_size())
+        sizes = {"tp_size": self.get_tp_size(), "cp_size": self.get_cp_size(), "sp_size": self.get_sp_size()}
+        check_parallelism(splits_rows=self.splits_rows, **sizes)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
         self.check_sharding()
+        if sizes["sp_size"] > 1:
+            self.split_rows(sizes["sp_size"])
         self._check_levers(kwargs)
         accelerator: Any = self.accelerator
         if self.args.gradient_checkpointing and accelerator.autocast_handler is None:
@@ -127,7 +130,7 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
             "trainer": type(self).__name__,
             "chat template": hashlib.sha256(template.encode()).hexdigest()[:16],
             "adapter": adapter_settings(self.model),
-            "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "rows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps * self.replicas,
             **{name: getattr(args, name) for name in OF_THE_OPTIMIZER},
             "seed": args.seed,
             _IN_FRONT: self.in_front,
@@ -178,7 +181,7 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
             self.accelerator._models.remove(self.model)
         if self._ready is not None:
             self._ready.release()
-        with self._levers():
+        with self._levers(), self.rows_split():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _check_levers(self, given: dict[str, Any]) -> None:
@@ -283,6 +286,7 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
         self._throughput.begin()
         drawn = list(map(self._without_repeats, islice(epoch_iterator, num_batches)))
         batches = self._micro_batches(drawn)
+        self.check_same_rows(batches)
         items = self._get_num_items_in_batch(batches, device)
         if not batches:
             return [], items
@@ -307,17 +311,17 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
             self._means.add(metrics, counts)
             self.watch.add(loss, metrics, counts)
         # Data parallelism averages gradients over the ranks, and Trainer the losses it logs: both are sums here.
-        loss = loss * self.accelerator.num_processes
+        loss = self.of_all_rows(loss)
         return (loss, metrics) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as Trainer does, with draws that follow from args.seed alone and leave training's as they were."""
-        with draws_by(self.args.seed, self.args.device):
+        with draws_by(self.args.seed, self.args.device), self.rows_split():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predicts as Trainer does, with draws as in `evaluate`."""
-        with draws_by(self.args.seed, self.args.device):
+        with draws_by(self.args.seed, self.args.device), self.rows_split():
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -351,7 +355,7 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
 
         Must be called when the batch has just come from the data loader, which then knows whether it is the last.
         """
-        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        state, ranks = self.accelerator.gradient_state, self.replicas
         if ranks == 1 or not state.end_of_dataloader:
             return inputs
         listed, completions = "list_lengths" in inputs if isinstance(inputs, dict) else False, 1
@@ -367,7 +371,7 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
             remainder = len(loader.dataset) % (units * ranks)
         if remainder <= 0:
             return inputs
-        distinct = remainder - self.accelerator.process_index * units
+        distinct = remainder - self.replica * units
         if isinstance(inputs, Units):
             return Units(inputs.drawn, min(max(distinct, 0), units))
         inputs = dict(inputs)

@@ -143,6 +143,8 @@ def _not_reentrant(args: TrainingArguments) -> None:
 class XPOConfig(MethodConfig):
     """`MethodConfig` for a data set of preferences: how long rows may be, and where the reference comes from."""
 
+    splits_rows: ClassVar[bool] = True  # whether sp_size of parallelism_config may cut rows over ranks
+
     max_length: int = argument(1024, "Longest prompt and completion in tokens; longer rows are cut.")
     max_prompt_length: int | None = argument(
         None, "Longest prompt in tokens; longer ones lose their beginning. None: no limit."

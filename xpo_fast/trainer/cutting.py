@@ -16,12 +16,13 @@ from ..reduce import most_over_ranks
 from .budget import WINDOW, Budget, KeepsUnits, LongestFirst, Parts, computed, unit_tokens
 from .checks import place_in
 from .means import Means
+from .sequence_parallel import SplitsRows
 from .throughput import Throughput, read_tokens, saved
 
 logger = logging.getLogger("xpo_fast")
 
 
-class CutsBatches(Trainer):
+class CutsBatches(SplitsRows, Trainer):
     """Trainer whose args may have `tokens_per_batch`: then data loaders draw rows, which are cut when a step is drawn.
 
     The micro-batches of a step are handed to Trainer as `Parts`, which it takes for one, so that its steps, schedules
@@ -79,7 +80,7 @@ class CutsBatches(Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         budget, collate = self.budget, self.data_collator
         if budget is not None and not is_training:
-            ranks = self.accelerator.num_processes
+            ranks = self.replicas
             kwargs["batch_size"] = max(kwargs["batch_size"], min(WINDOW, -(-len(dataset) // ranks)))
         try:
             self.data_collator = collate if budget is None else KeepsUnits(collate)

@@ -122,6 +122,7 @@ class DistillationTrainer(XPOTrainer):
 
     args: Any
     taught = True
+    splits_rows = False
 
     def __init__(
         self,
@@ -196,6 +197,9 @@ class DistillationTrainer(XPOTrainer):
 
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return (inputs["targets"], {}) if self._by_token else super()._columns_of(inputs)
+
+    def _as_targets(self, x: Tensor) -> Tensor:
+        return x if self._by_token else super()._as_targets(x)
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         return self.objective.count_items(batch["targets"]) if self._by_token else super()._items(batch)

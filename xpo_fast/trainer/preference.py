@@ -22,13 +22,14 @@ from .. import data
 from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
-from ..layouts import Chosen, Inputs, LaysOut
+from ..layouts import Chosen, Inputs, LaysOut, current_shard, own_chunk
 from ..methods.unpaired import kto_kl
 from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import mixed, sum_over_ranks
 from ..rollout.sampling import eos_ids
+from ..types import IGNORE_INDEX
 from .arguments import changed
 from .base import UnitTrainer
 from .budget import coupled
@@ -42,6 +43,7 @@ from .layout import settle_layout_of
 from .preflight import Run, preflight
 from .reference import KEPT, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
 from .row_checks import Rows
+from .sequence_parallel import check_exchange, check_objective
 from .setup import map_splits, prepare_model, some_rows, with_lengths, with_tokenizer
 from .sharding import check_reference, sharding_of
 
@@ -65,6 +67,7 @@ class XPOTrainer(UnitTrainer):
     args: XPOConfig
     kind: Kind
     taught = False  # whether a teacher, another model, stands where the reference stands
+    splits_rows = True
 
     def __init__(
         self,
@@ -160,17 +163,18 @@ class XPOTrainer(UnitTrainer):
         """Adds the columns of cached reference log-probs, if the reference is cached and they are missing."""
         if dataset is None or self._cached is None or self.kind.reference[0] in dataset.column_names:
             return dataset
-        return self._cached.attach(
-            dataset,
-            self.model,
-            self.accelerator,
-            self.data_collator,
-            batch_size=self.args.per_device_eval_batch_size,
-            tokens=self.args.tokens_per_batch,
-            backend=self.args.backend,
-            label=label,
-            progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-        )
+        with self.rows_split():
+            return self._cached.attach(
+                dataset,
+                self.model,
+                self.accelerator,
+                self.data_collator,
+                batch_size=self.args.per_device_eval_batch_size,
+                tokens=self.args.tokens_per_batch,
+                backend=self.args.backend,
+                label=label,
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+            )
 
     def prepare(self) -> None:
         """Checks the fused head, settles the layout, and caches the reference; `train` and `evaluate` call it."""
@@ -183,6 +187,8 @@ class XPOTrainer(UnitTrainer):
             completion = rows[0][self.kind.encoded[1]]
             ids = rows[0]["prompt_ids"] + (completion[0] if self.kind.listed else completion)
             check_head(self.model, ids, self.args.device, self.args.backend)
+            if self.row_shard is not None:
+                check_exchange(self.model, ids, self.row_shard, self.args.device, self.args.backend)
             self.layout = settle_layout_of(self, rows)
         self.train_dataset = self._with_reference(self.train_dataset, "")
         self.eval_dataset = map_splits(self.eval_dataset, lambda d: self._with_reference(d, " (eval)"))
@@ -283,7 +289,7 @@ class XPOTrainer(UnitTrainer):
         """Returns the policy's log-prob and the length of each row's completions: (N, S, 2), see `batch_logps`."""
         encoded = self._encode(dataset)
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(total=len(encoded), unit="row", desc="log-probs", disable=hidden) as bar:
+        with tqdm(total=len(encoded), unit="row", desc="log-probs", disable=hidden) as bar, self.rows_split():
             return dataset_logps(
                 encoded,
                 self.model,
@@ -314,7 +320,8 @@ class XPOTrainer(UnitTrainer):
         """Returns how the head will run on a batch of the first training rows."""
         dataset: Any = self.train_dataset
         rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
-        targets, how = grouped_targets(self.kind, self._prepare_inputs(self.data_collator(rows)))
+        with self.rows_split():
+            targets, how = self._own(*grouped_targets(self.kind, self._prepare_inputs(self.data_collator(rows))))
         head = Head.from_model(causal_lm(self.model))
         hidden = head.weight.new_zeros(()).expand(*targets.shape, head.width).requires_grad_()
         with torch.enable_grad():
@@ -357,21 +364,39 @@ class XPOTrainer(UnitTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         rows = Inputs.of(inputs)
-        targets, given = self._columns_of(inputs)
+        targets, given = self._own(*self._columns_of(inputs))
         references = self._references(model, rows, inputs)
-        packed = "cu_seqlens" in given
         for _, reference in references:
-            if packed and "ref_hidden" in reference:
-                reference["ref_hidden"] = reference["ref_hidden"].flatten(0, 1)
+            if "ref_hidden" in reference:
+                reference["ref_hidden"] = self._as_targets(reference["ref_hidden"])
 
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
-            hidden = hidden.flatten(0, 1) if packed else hidden
+            hidden = self._as_targets(hidden)
             how = {"denominator": denominator, **given}
             out = mixed([(w, self.objective(hidden, head, targets, **how, **own)) for w, own in references])
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
         out = rows.run(model, fused)
         return out["loss"], out["losses"], out["metrics"], out["counts"]
+
+    def _as_targets(self, x: Tensor) -> Tensor:
+        """Returns what a forward has for each position of its rows, (R, T, …), as the objective's targets are."""
+        if self.kind.half is None:
+            return x
+        if current_shard() is None:
+            return x.flatten(0, 1)
+        halves = (x, torch.zeros_like(x))
+        return torch.cat(halves[::-1] if self.kind.half else halves)
+
+    def _own(self, targets: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Returns targets and arguments of `grouped_targets`, of this process's chunks if rows are cut over several."""
+        if (shard := current_shard()) is None:
+            return targets, given
+        if (ends := given.pop("cu_seqlens", None)) is not None:  # one behind the other: chunks of rows are none of that
+            targets = targets.view((len(ends) - 1) // 2, -1)
+            empty = torch.full_like(targets, IGNORE_INDEX)
+            targets = torch.cat((empty, targets) if self.kind.half else (targets, empty))
+        return own_chunk(targets, IGNORE_INDEX), {**given, "row_shard": shard}
 
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Returns targets, and the arguments of the objective about their groups and columns."""
@@ -405,7 +430,7 @@ class XPOTrainer(UnitTrainer):
             logps = self._live.logps(model, rows)
         if self.kind.half is not None:
             if logps.dim() == 2:
-                return {"ref_logps": logps.flatten()}
+                return {"ref_logps": self._as_targets(logps)}
             halves = (logps, torch.zeros_like(logps))
             logps = torch.cat(halves[::-1] if self.kind.half else halves)
         return {"ref_logps": logps}
@@ -445,6 +470,8 @@ class XPOTrainer(UnitTrainer):
             self.objective.load_state_dict(state)
 
     def _check_parallelism(self) -> None:
+        if self.row_shard is not None:
+            check_objective(self.objective)
         check_reference(self.reference, self.model, self.accelerator)
 
 

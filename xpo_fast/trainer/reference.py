@@ -24,7 +24,7 @@ from ..data import Kind, with_column
 from ..files import write_atomically
 from ..head import sequence_logps, token_logps
 from ..head.sharded import unpartitioned
-from ..layouts import Inputs, Layout, beside
+from ..layouts import Inputs, Layout, beside, current_shard
 from ..models import Head, install_fused_loss
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
@@ -97,12 +97,15 @@ def row_logps(
     The model, which needs `install_fused_loss` and may be wrapped (DDP, PEFT), runs in eval mode and without gradient.
     """
 
+    rows = Inputs(input_ids, attention_mask, targets, layout)
+    own, shard = rows.own_targets, current_shard()
+
     def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-        sums, lengths = sequence_logps(hidden, head, targets, backend=backend)
+        sums, lengths = sequence_logps(hidden, head, own, row_shard=shard, backend=backend)
         return {"rows": torch.stack([sums.float(), lengths.to(torch.float32)], dim=1)}
 
     with evaluating(model):
-        return Inputs(input_ids, attention_mask, targets, layout).run(model, score)["rows"]
+        return rows.run(model, score)["rows"]
 
 
 def batch_logps(model: nn.Module, batch: Mapping[str, Tensor], kind: Kind, *, backend: str = "auto") -> Tensor:
@@ -148,10 +151,11 @@ class LiveReference:
             return row_logps(scored, *rows, backend=self.backend)[:, 0]
 
     def token_logps(self, model: nn.Module, rows: Inputs) -> Tensor:
-        """Computes the reference's log-prob of each target, (R, T), 0 where there is none."""
+        """Computes the reference's log-prob of each target, (R, T) or this rank's chunk, 0 where there is none."""
+        own = rows.own_targets
 
         def score(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            return {"logps": token_logps(hidden, head, rows.targets, backend=self.backend)}
+            return {"logps": token_logps(hidden, head, own, backend=self.backend)}
 
         with self._scoring(model) as scored:
             return rows.run(scored, score)["logps"]
@@ -344,7 +348,9 @@ def dataset_logps(
     rows: list[Any] = list(dataset)
     lengths = [row_tokens(row) for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)  # similar lengths in a batch: little padding
-    mine = order[accelerator.process_index :: accelerator.num_processes]
+    copies = 1 if (shard := current_shard()) is None else shard.world  # processes that have the same rows
+    ranks = accelerator.num_processes // copies
+    mine = order[accelerator.process_index // copies :: ranks]
     done: list[tuple[int, list]] = []
     if tokens is None:
         parts = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -366,7 +372,7 @@ def dataset_logps(
                 last = values[-1:] if "rejected_ids" in rows[i] else []
                 values = values[: len(rows[i]["completions_ids"])] + last
             done.append((i, values))
-        advance(len(at) * accelerator.num_processes)
+        advance(len(at) * ranks)
     found = gather_object(done)
     table = torch.full((len(rows), max((len(v) for _, v in found), default=1), 2), float("nan"))
     for i, values in found:

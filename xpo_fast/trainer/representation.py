@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,8 @@ def captured(model: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
 @dataclass
 class RepresentationConfig(XPOConfig):
     """`XPOConfig` for representation alignment; what is about losses of log-probs is refused."""
+
+    splits_rows: ClassVar[bool] = False
 
     method: str = argument("rahf", "rahf; there is no other.")
     alpha: float = argument(1.0, "How many times the signal is added to the base model's states.")
