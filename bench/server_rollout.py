@@ -174,8 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.kills and result["undisturbed"] is None:
             result["undisturbed"] = run(server.url, 0, args, args.kill_steps)
             write_json(args.json, result)
+        times = random.Random()  # its own: the trainer seeds the global one
         while len(result["killed"]) < args.kills:
-            at = random.uniform(0.05, 0.95) * result["undisturbed"]["seconds"]
+            at = times.uniform(0.05, 0.95) * result["undisturbed"]["seconds"]
             found = killed(server, at, args)
             if found["seconds"] > at:  # else it had ended before
                 result["killed"].append(found)

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ _EVALUATION = "evaluation"  # in place of a step's number, for the seed of its s
 @dataclass
 class DistillationConfig(XPOConfig):
     """`XPOConfig` for a student: which share of its steps are on completions of its own, and how it samples them."""
+
+    splits_rows: ClassVar[bool] = False
 
     method: str = argument("gkd", "A method that learns of a teacher: gkd, forward_kl, …, or a sum: gkd + 0.5*sft.")
     on_policy: float = argument(
