@@ -3,8 +3,8 @@
     python bench/distill.py --json bench/results/distill-cpu.json
     python bench/distill.py --only "gkd;reverse_kl"
 
-The student has 15 of the teacher's 30 layers, and their weights; a LoRA adapter on them is trained. Shown are the loss of the first and of the last five
-steps, the loss of rows held out before and after, and the seconds of a step.
+The student has 15 of the teacher's 30 layers, and their weights; a LoRA adapter on them is trained. Shown are the loss
+of the first and of the last five steps, the loss of rows held out before and after, and the seconds of a step.
 """
 
 from __future__ import annotations
