@@ -130,7 +130,7 @@ class DistillationTrainer(XPOTrainer):
         self,
         model: nn.Module | str,
         teacher: Any,
-        args: XPOConfig | None = None,
+        args: Any = None,
         *,
         teacher_processing_class: Any = None,
         **kwargs: Any,
@@ -144,6 +144,11 @@ class DistillationTrainer(XPOTrainer):
             raise ValueError(
                 f"sampled_kl is about completions that the student samples: set on_policy=1, got {self._share:g}; on "
                 "the data's completions it is no divergence: use gkd or reverse_kl there"
+            )
+        if self._by_token and (args.temperature, args.top_p, args.top_k) != (1, 1, None):
+            raise ValueError(
+                "sampled_kl is an estimate by samples of the student's own distribution: leave temperature, top_p and "
+                "top_k at 1, 1 and None"
             )
         self._rollout: GenerateRollout | None = None
 
@@ -165,8 +170,9 @@ class DistillationTrainer(XPOTrainer):
 
     def _encode(self, dataset: Any) -> Any:
         found = super()._encode(dataset)
-        for teacher in self._loaded if found is not None else ():
-            check_rows(teacher, self._tokenizer, found)
+        if found is not None:
+            for teacher in self._loaded:
+                check_rows(teacher, self._tokenizer, found)
         return found
 
     def _choose_reference(self, args: XPOConfig, model: nn.Module) -> tuple[str, str]:
@@ -241,7 +247,7 @@ class DistillationTrainer(XPOTrainer):
         # Of a text without a prompt, the first token.
         drawn = [unit.row for unit in batch.drawn] if units else []
         prompts = [row["prompt_ids"] or row["chosen_ids"][:1] for row in drawn] if units else prompts_of(batch)
-        policy = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.accelerator.unwrap_model(self.model)
         if self._rollout is None:
             self._rollout = GenerateRollout(policy, self._tokenizer, batch_size=self.args.generation_batch_size)
         self._rollout.update(policy)
