@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models import no_router_loss
 from ..types import IGNORE_INDEX
 from .attention import laid_out
 from .model import install_layouts
@@ -44,15 +45,18 @@ class Inputs(NamedTuple):
         """Returns the rows in no layout, with each of their three tensors (R, T) changed."""
         return Inputs(change(self.input_ids), change(self.attention_mask), change(self.targets))
 
-    def run(self, model: nn.Module, fused_loss: Callable[..., Any]) -> Any:
+    def run(self, model: nn.Module, fused_loss: Callable[..., Any], *, router_loss: bool = False) -> Any:
         """Returns fused_loss(hidden (R, T, D), head) inside the model's forward, which reads the rows in the layout.
 
         Hidden states are 0 where the layout was not asked for them. model: has `install_fused_loss`; may be wrapped.
+        router_loss: return the pair of that and the auxiliary loss () of a mixture of experts' router.
         """
+        routed = {"output_router_logits": True} if router_loss else no_router_loss(model)
         if self.layout is not None:
             install_layouts(model)
         with laid_out(self.layout):
-            return model(input_ids=self.input_ids, attention_mask=self.attention_mask, fused_loss=fused_loss)
+            rows = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            return model(**rows, fused_loss=fused_loss, **routed)
 
 
 @dataclass

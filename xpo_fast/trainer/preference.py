@@ -39,6 +39,7 @@ from .context import at_places, check_context, context_lengths, encode_for
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
 from .layout import settle_layout_of
+from .mixtures import checked_coefficient, with_router_loss
 from .preflight import Run, preflight
 from .reference import KEPT, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
 from .row_checks import Rows
@@ -108,6 +109,7 @@ class XPOTrainer(UnitTrainer):
             **kwargs,
         )
         self._check_parallelism()
+        self._router, self._router_share = checked_coefficient(model, args), 1.0
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         settled = handed_over.settle(self.reference, args.reference, model, sharded=sharded)
         if settled != self.reference:
@@ -312,6 +314,7 @@ class XPOTrainer(UnitTrainer):
 
     def _begin_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Returns the micro-batches of a step, on which KTO's reference point is estimated."""
+        self._router_share = 1 / (len(batches) * self.accelerator.num_processes)
         if not self._estimates_kl:
             return batches
         # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
@@ -351,7 +354,7 @@ class XPOTrainer(UnitTrainer):
             out = self.objective(hidden, head, targets, denominator=denominator, **given)
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
-        out = rows.run(model, fused)
+        out = with_router_loss(model, rows, fused, self._router, share=self._router_share)
         return out["loss"], out["losses"], out["metrics"], out["counts"]
 
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
