@@ -57,6 +57,20 @@ def refuse_router_loss(model: Any, what: str) -> None:
 
 
 @contextlib.contextmanager
+def without_router_logits(model: Any) -> Iterator[None]:
+    """Samples without the router's loss: transformers would compute it of a mask that is longer than the new tokens."""
+    config = causal_lm(unwrapped(model)).config
+    asking = [c for c in (config, config.get_text_config()) if getattr(c, "output_router_logits", False)]
+    for c in asking:
+        c.output_router_logits = False
+    try:
+        yield
+    finally:
+        for c in asking:
+            c.output_router_logits = True
+
+
+@contextlib.contextmanager
 def router_logits(lm: Any) -> Iterator[list[Any]]:
     """Yields a list that, after a forward of the causal LM inside the block, holds its router's logits, layer by layer.
 
