@@ -73,7 +73,7 @@ def check_gradients(grads: dict, batches: list[dict], model, log: dict) -> None:
     names, expected, values = [*routers(model)], {}, []
     for batch in batches:
         aux = aux_of(model, batch)
-        values.append(float(aux))
+        values.append(float(aux.detach()))
         for n, g in zip(names, torch.autograd.grad(aux, [*routers(model).values()]), strict=True):
             expected[n] = expected.get(n, 0) + g * 0.5 / len(batches)
     assert len(batches) == 2 and log["aux_loss"] == pytest.approx(sum(values) / 2, rel=1e-5)
@@ -139,9 +139,10 @@ def test_xpo_trainer_equals_trls(tmp_path, name):
     make = MODELS[name]
     args = trl.DPOConfig(**OPTIONS, output_dir=str(tmp_path), loss_type=["sigmoid"], gradient_accumulation_steps=2)
     rows = datasets.Dataset.from_list(make_rows(12))
-    theirs = trained(trl.DPOTrainer(make(), args=args, train_dataset=rows, processing_class=make_tokenizer()))
-    how = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1.0, "max_steps": STEPS}
-    made = test_trainer.make_trainer(tmp_path, model=make(), rows=12, reference="copy", preflight="off", **how)
+    how = {"ref_model": make(), "train_dataset": rows, "processing_class": make_tokenizer()}
+    theirs = trained(trl.DPOTrainer(make(), args=args, **how))
+    own = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1.0, "max_steps": STEPS}
+    made = test_trainer.make_trainer(tmp_path, model=make(), rows=12, reference="copy", preflight="off", **own)
     same(theirs, trained(made), "rewards/margins")
     assert made.layout.layout == "padded" and "router" in made.layout.why
 
