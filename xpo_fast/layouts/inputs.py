@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models import no_router_loss
 from ..types import IGNORE_INDEX
 from .attention import laid_out
 from .model import install_layouts
@@ -52,24 +53,26 @@ class Inputs(NamedTuple):
         """Returns the rows in no layout, with each of their three tensors (R, T) changed."""
         return Inputs(change(self.input_ids), change(self.attention_mask), change(self.targets))
 
-    def run(self, model: nn.Module, fused_loss: Callable[..., Any]) -> Any:
+    def run(self, model: nn.Module, fused_loss: Callable[..., Any], *, router_loss: bool = False) -> Any:
         """Returns fused_loss(hidden (R, T, D), head) inside the model's forward, which reads the rows in the layout.
 
         Hidden states are 0 where the layout was not asked for them. model: has `install_fused_loss`; may be wrapped.
         In a block `split_over` the model reads this rank's chunk of each row, at the positions of whole rows, and
         hidden states are (R, w, D).
+        router_loss: return the pair of that and the auxiliary loss () of a mixture of experts' router.
         """
         if (shard := current_shard()) is not None:
-            assert self.layout is None, "rows that are cut over ranks are padded"
+            assert self.layout is None and not router_loss, "rows that are cut over ranks are padded, without routers"
             ids = own_chunk(self.input_ids, 0)
             at = torch.arange(shard.rank * ids.shape[1], (shard.rank + 1) * ids.shape[1], device=ids.device)
-            return model(
-                input_ids=ids, position_ids=at.expand_as(ids).contiguous(), fused_loss=fused_loss, **{ROWS_SPLIT: True}
-            )
+            at, split = at.expand_as(ids).contiguous(), {ROWS_SPLIT: True, **no_router_loss(model)}
+            return model(input_ids=ids, position_ids=at, fused_loss=fused_loss, **split)
+        routed = {"output_router_logits": True} if router_loss else no_router_loss(model)
         if self.layout is not None:
             install_layouts(model)
         with laid_out(self.layout):
-            return model(input_ids=self.input_ids, attention_mask=self.attention_mask, fused_loss=fused_loss)
+            rows = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            return model(**rows, fused_loss=fused_loss, **routed)
 
 
 @dataclass

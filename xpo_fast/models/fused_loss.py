@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .lm_head import Head, before_head, causal_lm
+from .router_loss import asks_router_loss, router_logits, router_loss
 
 # The arguments of a forward that are about logits, or about what is made of them.
 _ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "targets", "use_cache")
@@ -44,17 +46,17 @@ def install_fused_loss(model: nn.Module) -> None:
 
     f takes the last hidden states (R, T, D) and the `Head`, and runs inside the model's forward, where the hooks of DDP
     and FSDP see that the head's weight is used. Without the keyword the forward is unchanged. A PEFT model passes the
-    keyword on to its base model.
+    keyword on to its base model. With output_router_logits=True, of a mixture of experts, it returns
+    (f(hidden, head), aux_loss), see `router_loss`; where the config asks for that, it must be told which of the two.
 
-    Raises ValueError for a model that is not a decoder-only causal LM, for a head that `Head.from_model` refuses, and,
-    in the forward too, for the router's auxiliary loss. What the class's own code does to its logits behind the head is
-    not read; `trainer.check_head`, which the trainers call, compares log-probs instead.
+    Raises ValueError for a model that is not a decoder-only causal LM, and for a head that `Head.from_model` refuses.
+    What the class's own code does to its logits behind the head is not read; `trainer.check_head`, which the trainers
+    call, compares log-probs instead.
     """
     lm = causal_lm(model)
     config = getattr(lm, "config", None)
     if config is None or not hasattr(lm, "get_decoder"):
         raise ValueError(f"expected a decoder-only causal LM of transformers, got {type(lm).__name__}")
-    _refuse_router_loss(lm)
     Head.from_model(lm)
     if getattr(lm, "_forward_without_fused_loss", None) is None:
         # Bound methods, not closures over `lm`: a deep copy of the model then runs its own weights.
@@ -81,14 +83,6 @@ def _before_logits(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _refuse_router_loss(lm: Any, given: bool | None = None) -> None:
-    """Raises ValueError if the router's loss is asked for, by the argument output_router_logits or by the config."""
-    configs = (lm.config, lm.config.get_text_config())
-    if given or (given is None and any(getattr(c, "output_router_logits", False) for c in configs)):
-        advice = "leave out output_router_logits=True" if given else "set model.config.output_router_logits = False"
-        raise ValueError(f"the router's auxiliary loss is not added to a fused loss: {advice}")
-
-
 def _with_fused_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the forward that replaces a class's own on a model, with the same signature and docstring."""
 
@@ -96,10 +90,17 @@ def _with_fused_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, fused_loss: Callable[[Tensor, Head], Any] | None = None, **kwargs: Any) -> Any:
         if fused_loss is None:
             return self._forward_without_fused_loss(*args, **kwargs)
-        _refuse_router_loss(self, kwargs.get("output_router_logits"))
+        routed = kwargs.get("output_router_logits")
+        if routed is None and asks_router_loss(self):
+            raise ValueError(
+                "the config asks for the router's auxiliary loss: pass output_router_logits=True for (loss, aux_loss), "
+                "False for the loss alone, or set model.config.output_router_logits = False"
+            )
         inputs = _before_logits(self, kwargs)
-        hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
+        with router_logits(self) if routed else contextlib.nullcontext([None]) as found:
+            hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
         head = Head.from_model(self)
-        return fused_loss(head.inputs(hidden), head)
+        loss = fused_loss(head.inputs(hidden), head)
+        return (loss, router_loss(self, found[0], inputs)) if routed else loss
 
     return forward

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..head import token_logps
-from ..models import Head, check_ids, check_lengths, install_fused_loss
+from ..models import Head, check_ids, check_lengths, install_fused_loss, no_router_loss
 from ..models.modes import evaluating
 from ..rollout import Prompt, Rollout, Sampling
 from .judges import Completion, Judge, text_of
@@ -131,7 +131,9 @@ class TokenChoice:
             return token_logps(at[:, None].expand(-1, words.shape[1], -1).contiguous(), head, words)
 
         with evaluating(self.model):
-            return self.model(input_ids=ids, attention_mask=mask, fused_loss=fused).float()
+            return self.model(
+                input_ids=ids, attention_mask=mask, fused_loss=fused, **no_router_loss(self.model)
+            ).float()
 
 
 class SampledChoice:

@@ -23,7 +23,7 @@ from ..layouts import Chosen, Inputs, LaysOut
 from ..methods import get_method, of_valid
 from ..methods.math import check_choice, pair_metrics
 from ..methods.reward import odin
-from ..models import Head, install_fused_loss, load_model, padding_id
+from ..models import Head, install_fused_loss, load_model, padding_id, refuse_router_loss
 from ..models.fused_loss import causal_lm
 from ..models.value_head import (
     SavesValueHead,
@@ -127,6 +127,7 @@ class RewardTrainer(SavesValueHead, Whitens, ReadsSamples):
         self.gate_alone = self.spec.form == "gated" and value_head(model) is not None
         if peft_config is not None:
             model = with_adapter(model, peft_config)
+        refuse_router_loss(model, "a reward model")
         install_fused_loss(model)
         if self.gate_alone:
             if args.weight_decay:

@@ -318,6 +318,12 @@ class Batches:
     pad: int
     texts: list[list[int]]  # token ids of pretraining texts; none for a method that mixes in none
     layout: str = "padded"  # in which the policy reads rows
+    router: float = 0.0  # the coefficient of the router's loss, which counts the last token, too, that predicts nothing
+
+    @property
+    def other_losses(self) -> bool:
+        """Whether rows have a loss beside that of the objective: of texts, or of a router."""
+        return bool(self.texts) or self.router > 0
 
     def first(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[dict[str, Tensor]]:
         """Returns the micro-batches of the first step on rows (prompt ids, completion ids), padded, without texts.
@@ -398,7 +404,7 @@ class Batches:
         elif self.texts:
             size = self.args.per_device_train_batch_size
             texts = [self.texts[(first_text + k) % len(self.texts)] for k in range(size)]
-        collate = LaysOut(lambda of: pad_rows(of, self.pad), self.layout)
+        collate = LaysOut(lambda of: pad_rows(of, self.pad, last=self.router > 0), self.layout)
         batch = collate([*pairs, *((ids[:1], ids[1:]) for ids in texts)])
         targets = batch["targets"]
         batch["targets"] = targets[: len(pairs)]

@@ -14,6 +14,7 @@ from ..models import Head
 from ..models.value_head import ValueHead
 from ..objective import Objective
 from ..reduce import count_metrics, mean_metrics, reduce_losses
+from ..trainer.mixtures import with_router_loss
 from ..types import IGNORE_INDEX
 from .config import RLConfig
 
@@ -26,10 +27,12 @@ def batch_loss(
     objective: Objective,
     critic: ValueHead | None,
     args: RLConfig,
+    router: float = 0.0,
 ) -> dict[str, Any]:
     """Computes the loss of a micro-batch of `Batches.batch` in one forward of the model.
 
-    denominator: "policy" and "tokens" of the step, () each. Returns loss (), with a graph; losses, those of the
+    denominator: "policy" and "tokens" of the step, and its number of micro-batches, "batches", () each. router: the
+    coefficient of the router's auxiliary loss. Returns loss (), with a graph; losses, those of the
     objective's terms one by one; metrics, () each; and counts, what each metric is a mean over.
     """
     rows = Inputs.of(inputs)
@@ -54,7 +57,7 @@ def batch_loss(
             counts |= counted
         return {"loss": loss, "losses": out.losses, "metrics": metrics, "counts": counts}
 
-    return rows.run(model, fused)
+    return with_router_loss(model, rows, fused, router, share=1 / denominator["batches"] if router else 1.0)
 
 
 def _critic_loss(

@@ -39,6 +39,7 @@ from ..trainer.arguments import changed
 from ..trainer.base import PREFIX_CHECKPOINT_DIR, PreTrainedTokenizerBase, TrainerCallback
 from ..trainer.budget import coupled, entries
 from ..trainer.layout import hindrance_of
+from ..trainer.mixtures import checked_coefficient
 from ..trainer.setup import check_trainable
 from ..trainer.whole import whole
 from .checkpoint import STATE_FILE, Progress, load_state, saved_if_it_fails
@@ -150,7 +151,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
         self.critic: ValueHead | None = attach_value_head(model) if args.estimator == "gae" else None
         pad = padding_id(model, processing_class)
         texts = pretraining_texts(ptx_dataset, self.objective, processing_class, args.max_new_tokens + 1)
-        self._batches = Batches(args, self.objective, accelerator, pad, texts)
+        self._batches = Batches(args, self.objective, accelerator, pad, texts, router=checked_coefficient(policy, args))
         self._measure = Measure(
             policy, self.critic, self.moving_reference, accelerator, args, self.objective.tile_bytes, pad
         )
@@ -192,7 +193,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
 
     @property
     def _spares(self) -> bool:
-        return spares_rows(self.objective, other_losses=self.critic is not None or bool(self._batches.texts))
+        return spares_rows(self.objective, other_losses=self._batches.other_losses or self.critic is not None)
 
     def _set_beta(self, k: int, beta: float) -> None:
         """Changes the hyperparameter beta of the objective's term k."""
@@ -270,8 +271,7 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def _load_state(self, folder: Path) -> None:
         state = load_state(folder)
         self.progress = Progress(**state["progress"])
-        experience = state["experience"]
-        self.experience = None if experience is None else Experience(**experience)
+        self.experience = Experience(**kept) if (kept := state["experience"]) is not None else None
         for name, means in self._all_means.items():
             means.load_state_dict(state["means"][name], self.args.device, main=self.args.process_index == 0)
         for k, beta in enumerate(state["beta"]):
@@ -429,7 +429,8 @@ class RLTrainer(SavesValueHead, UnitTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
-        out = batch_loss(model, inputs, denominator, objective=self.objective, critic=self.critic, args=self.args)
+        how: Any = {"objective": self.objective, "critic": self.critic, "args": self.args}
+        out = batch_loss(model, inputs, denominator, **how, router=self._batches.router)
         loss, metrics, counts = out["loss"], out["metrics"], out["counts"]
         if self._adapts_beta and self.args.kl_target is not None:
             self._penalty_means.add({"kl": metrics["kl"]}, {"kl": counts["kl"]})

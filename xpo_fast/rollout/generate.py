@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import data
 from ..head.sharded import in_parts_now
-from ..models import check_ids, padding_id, positions
+from ..models import check_ids, padding_id, positions, without_router_logits
 from ..models.lm_head import causal_lm, unwrapped
 from ..models.modes import evaluating
 from ..precision import warn_if_slow
@@ -113,7 +113,7 @@ class GenerateRollout:
         eos = eos_ids(self.tokenizer, lm)
         generated: list[Any] = [None] * len(asked)
         continuous = self._continuous(lm, sampling)
-        with evaluating(lm):
+        with evaluating(lm), without_router_logits(lm):
             for at in _batches(asked, len(asked) if continuous is not None else self.batch_size):
                 part, done = [asked[i] for i in at], None
                 if continuous is not None:

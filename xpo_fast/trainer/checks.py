@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import precision
 from ..data.ragged import in_parts
 from ..head import token_logps
-from ..models import Head, check_ids, check_lengths, embeddings, own_logits, table_of_positions
+from ..models import Head, check_ids, check_lengths, embeddings, no_router_loss, own_logits, table_of_positions
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 
@@ -41,7 +41,7 @@ def check_head(model: nn.Module, ids: list[int], device: torch.device, backend: 
         return token_logps(hidden, head, targets, backend=backend)
 
     with evaluating(model):
-        logps = model(**inputs, fused_loss=fused)
+        logps = model(**inputs, fused_loss=fused, **no_router_loss(model))
         logits = own_logits(model, inputs)  # (1, 8, V)
     expected = logits.float().log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
     # Some models compute their logits in 16 bits and return them in float32.

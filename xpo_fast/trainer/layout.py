@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..layouts import Chosen, Inputs, LaysOut, Reads, Wanted, attention_of, choose, prove, with_target
+from ..models.router_loss import asks_router_loss
 from .reference import row_tokens
 
 if TYPE_CHECKING:
@@ -129,4 +130,6 @@ def hindrance_of(trainer: Any) -> str | None:
         return "torch_compile compiles the model's forward, in which a layout cannot be put"
     if getattr(trainer.args, "neftune_noise_alpha", None):
         return "the noise of neftune_noise_alpha is scaled by the length of padded rows"
+    if asks_router_loss(trainer.model):
+        return "the router's auxiliary loss (output_router_logits) counts the tokens of padded rows"
     return None

@@ -40,6 +40,7 @@ from .context import at_places, check_context, check_teacher, context_lengths, e
 from .findings import Report
 from .handed_over import WEIGHTS, HandedOver
 from .layout import settle_layout_of
+from .mixtures import checked_coefficient, with_router_loss
 from .preflight import Run, preflight
 from .reference import KEPT, CachedReference, LiveReference, choose, dataset_logps, row_logps, rows_fingerprint
 from .row_checks import Rows
@@ -112,6 +113,7 @@ class XPOTrainer(UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._router, self._router_share = checked_coefficient(model, args), 1.0
         self._check_parallelism()
         self._prepared = False
         self.layout: Chosen | None = None  # how the model reads rows; None before `prepare`
@@ -336,6 +338,7 @@ class XPOTrainer(UnitTrainer):
 
     def _begin_step(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Returns the micro-batches of a step, on which KTO's reference point is estimated."""
+        self._router_share = 1 / (len(batches) * self.accelerator.num_processes)
         if not self._estimates_kl:
             return batches
         # One estimate for the whole step, so that it does not depend on how the step is cut into micro-batches.
@@ -376,7 +379,7 @@ class XPOTrainer(UnitTrainer):
             out = mixed([(w, self.objective(hidden, head, targets, **how, **own)) for w, own in references])
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
-        out = rows.run(model, fused)
+        out = with_router_loss(model, rows, fused, self._router, share=self._router_share)
         return out["loss"], out["losses"], out["metrics"], out["counts"]
 
     def _as_targets(self, x: Tensor) -> Tensor:
@@ -472,6 +475,11 @@ class XPOTrainer(UnitTrainer):
     def _check_parallelism(self) -> None:
         if self.row_shard is not None:
             check_objective(self.objective)
+            if self._router:
+                raise ValueError(
+                    "the loss of a mixture's router is of whole rows, and sp_size cuts them: set output_router_logits "
+                    "or router_aux_loss_coef of the model's config to False or 0"
+                )
         check_reference(self.reference, self.model, self.accelerator)
 
 

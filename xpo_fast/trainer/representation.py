@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import data
 from ..data import KINDS
 from ..layouts import Inputs
-from ..models import Head, install_fused_loss, padding_id
+from ..models import Head, install_fused_loss, padding_id, refuse_router_loss
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating, without_adapter
 from ..reduce import count_metrics, mean_metrics
@@ -267,6 +267,7 @@ class RepresentationTrainer(UnitTrainer):
     ) -> None:
         model, processing_class = with_tokenizer(model, processing_class)
         model = prepare_model(model, args, peft_config)
+        refuse_router_loss(model, "rahf")
         if not hasattr(model, "disable_adapter"):
             raise ValueError("rahf trains an adapter, and compares with the model without it: pass peft_config=")
         self.kind, self.signal, self.args = KINDS["chosen"], signal, args

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...models import install_fused_loss
+from ...models import install_fused_loss, refuse_router_loss
 
 try:
     import trl
@@ -41,13 +41,18 @@ def check_version() -> None:
         )
 
 
-def take_losses(trainer: Any) -> None:
-    """Installs `fused_loss` on a trainer's model and its reference model; ValueError for what does not go with it."""
+def take_losses(trainer: Any, *, router_loss: bool = False) -> None:
+    """Installs `fused_loss` on a trainer's model and its reference model; ValueError for what does not go with it.
+
+    router_loss: the trainer adds the auxiliary loss of a mixture of experts' router.
+    """
     if trainer.args.torch_compile:
         raise ValueError(
             f"{type(trainer).__name__} takes its hidden states out of the model's forward, which torch_compile=True "
             "would compile as a whole: leave it out, and compile the decoder, model.get_decoder().compile()"
         )
+    if not router_loss:
+        refuse_router_loss(trainer.model, type(trainer).__name__)
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
             install_fused_loss(trainer.accelerator.unwrap_model(model))

@@ -16,7 +16,7 @@ from trl.trainer import dpo_config, dpo_trainer, utils
 
 from ...head import shift_labels, token_logps
 from ...methods import METHODS
-from ...models import Head
+from ...models import Head, no_router_loss
 from ...objective import Objective
 from ...seeds import draws_by
 from ...trainer import STATE_FILE, save_objective
@@ -85,9 +85,9 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     `beta_dpo` is part of the checkpoints.
 
     Raises ValueError at the start for a loss type that neither knows, hyperparameters out of range or of none of its
-    methods, a missing column, a reference for a method without one, a mixture-of-experts loss, images, and precomputed
-    log-probs of the reference for a method that compares single tokens. An evaluation draws by the seed, and leaves
-    what training draws and remembers as it was.
+    methods, a missing column, a reference for a method without one, images, and precomputed log-probs of the reference
+    for a method that compares single tokens. An evaluation draws by the seed, and leaves what training draws and
+    remembers as it was.
     """
 
     model: Any
@@ -127,7 +127,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if self.objective is None:
             return
         self._check_objective(self.objective)
-        take_losses(self)
+        take_losses(self, router_loss=True)
         if self._columns:
             self.data_collator = _WithColumns(self.data_collator, self._columns)
         self.add_callback(_SaveState(self.objective))
@@ -144,7 +144,6 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
     def _check_objective(self, objective: Objective) -> None:
         """Raises ValueError for settings that do not go with an objective."""
         refused = {
-            "mixtures of experts: set router_aux_loss_coef=0.0": self.aux_loss_enabled,
             "data with images": self._is_vision_dataset,
             "precompute_ref_log_probs, for it compares single tokens": (
                 self.precompute_ref_logps and objective.needs_reference_tokens
@@ -196,8 +195,13 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
             out = objective(without_virtual(hidden, targets), head, targets, **known)
             return out.loss, out.metrics
 
-        with in_layout(self.model, arguments, targets):
-            loss, metrics = model(**arguments, fused_loss=loss_of)
+        routed = {"output_router_logits": True} if self.aux_loss_enabled else no_router_loss(self.model)
+        with in_layout(self.model, arguments | routed, targets):
+            found = model(**arguments, fused_loss=loss_of, **routed)
+        (loss, metrics), aux_loss = found if self.aux_loss_enabled else (found, None)
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            metrics = {**metrics, "aux_loss": aux_loss.detach()}
         found = self.accelerator.gather(torch.stack(list(metrics.values()))[None]).nanmean(0)
         for name, x in zip(metrics, found.tolist(), strict=True):
             if x == x:
@@ -232,7 +236,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
         def run(*, labels: Tensor, fused_lm_head: bool, **arguments: Any) -> Any:
             with in_layout(model, arguments, targets):
-                model(**arguments, fused_loss=reference_of)
+                model(**arguments, fused_loss=reference_of, **no_router_loss(model))
             return utils.FusedCausalLMOutput(log_probs=labels.new_zeros(labels[:, 1:].shape, dtype=torch.float32))
 
         self.compute_ref_log_probs(run, inputs)

@@ -1,0 +1,51 @@
+"""Adds the auxiliary loss of a mixture of experts' router to that of a micro-batch, as TRL 1.16 does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layouts import Inputs
+from ..models import router_coefficient
+from ..types import IGNORE_INDEX
+
+
+def checked_coefficient(model: Any, args: Any) -> float:
+    """Returns the coefficient of the router's auxiliary loss, 0 where the config does not ask for it.
+
+    Raises ValueError where it cannot be computed, and for a budget of tokens, by which micro-batches have shares of the
+    step of any size.
+    """
+    found = router_coefficient(model)
+    if found and getattr(args, "tokens_per_batch", None) is not None:
+        raise ValueError(
+            "tokens_per_batch: the router's auxiliary loss is the mean of those of micro-batches, which a budget of "
+            "tokens cuts unevenly: leave it out, or set model.config.output_router_logits = False"
+        )
+    return found
+
+
+def with_router_loss(
+    model: nn.Module, rows: Inputs, fused: Callable[..., dict[str, Any]], coefficient: float, *, share: float | Tensor
+) -> dict[str, Any]:
+    """Returns fused(hidden, head) of rows, in training its loss plus coefficient · share · aux_loss.
+
+    aux_loss is that of the micro-batch's tokens, padding left out; share: 1 over the micro-batches of the step, of all
+    ranks, so that the step has their mean. It is among the metrics. An evaluation's loss is the method's alone. A
+    micro-batch without a target, which only fills up the ranks, has none.
+    """
+    if not coefficient or not model.training:
+        return rows.run(model, fused)
+    out, aux = rows.run(model, fused, router_loss=True)
+    counts = (rows.targets != IGNORE_INDEX).any().to(aux.dtype)
+    loss = out["loss"] + coefficient * share * counts * aux.to(out["loss"].device)
+    beside = {"aux_loss": torch.where(counts > 0, aux.detach(), 0.0)}
+    return {
+        **out,
+        "loss": loss,
+        "metrics": {**out["metrics"], **beside},
+        "counts": {**out["counts"], "aux_loss": counts},
+    }
