@@ -57,7 +57,7 @@ def test_no_cliff_beyond_a_single_tile(card):
     hidden = torch.empty(8193, 8192, dtype=BF16, device="meta", requires_grad=True)
     weight = torch.empty(128256, 8192, dtype=BF16, device="meta", requires_grad=True)
     one, two = (head_plan(h, weight, tile_bytes=scratch_bytes(GPU)) for h in (hidden[:8192], hidden))
-    assert one.tiling == two.tiling == Tiling(8192, two.tiling.step, 1)
+    assert one.tiling == two.tiling == Tiling(8192, two.tiling.step)
     assert one.accumulator_bytes == 0 and two.accumulator_bytes == 2 * 128256 * 8192
 
 

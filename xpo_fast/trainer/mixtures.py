@@ -13,13 +13,18 @@ from ..models import router_coefficient
 from ..types import IGNORE_INDEX
 
 
-def checked_coefficient(model: Any, args: Any) -> float:
+def checked_coefficient(model: Any, args: Any, *, cut: bool = False) -> float:
     """Returns the coefficient of the router's auxiliary loss, 0 where the config does not ask for it.
 
-    Raises ValueError where it cannot be computed, and for a budget of tokens, by which micro-batches have shares of the
-    step of any size.
+    cut: rows are cut over ranks. Raises ValueError where the loss cannot be computed: of a part of the rows, and for a
+    budget of tokens, by which micro-batches have shares of the step of any size.
     """
     found = router_coefficient(model)
+    if found and cut:
+        raise ValueError(
+            "sp_size: the router's auxiliary loss is of whole rows, which it cuts over ranks: leave it out, or set "
+            "model.config.output_router_logits = False"
+        )
     if found and getattr(args, "tokens_per_batch", None) is not None:
         raise ValueError(
             "tokens_per_batch: the router's auxiliary loss is the mean of those of micro-batches, which a budget of "

@@ -113,7 +113,7 @@ class XPOTrainer(UnitTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._router, self._router_share = checked_coefficient(model, args), 1.0
+        self._router, self._router_share = checked_coefficient(model, args, cut=self.row_shard is not None), 1.0
         self._check_parallelism()
         self._prepared = False
         self.layout: Chosen | None = None  # how the model reads rows; None before `prepare`
@@ -475,11 +475,6 @@ class XPOTrainer(UnitTrainer):
     def _check_parallelism(self) -> None:
         if self.row_shard is not None:
             check_objective(self.objective)
-            if self._router:
-                raise ValueError(
-                    "the loss of a mixture's router is of whole rows, and sp_size cuts them: set output_router_logits "
-                    "or router_aux_loss_coef of the model's config to False or 0"
-                )
         check_reference(self.reference, self.model, self.accelerator)
 
 
