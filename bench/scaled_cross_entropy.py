@@ -5,9 +5,9 @@
 The floor multiplies what no implementation can leave out: logits and dH, with a trainable head dW, each once, in the
 operands' dtype. Every repeat calls floor, ours and Liger's on the same operands, in turn. Times are of one thread, in
 processor time, in which other work on the machine shows little, and medians; a ratio is the median of the repeats'
-ratios. On a CPU without bf16 instructions torch's own bf16 products, the floor's and Liger's, take many times as long as
-float32 ones, in which ours then multiplies: its ratio to that floor is below 1. Errors are of results and gradients, in norm, against float64, for an eighth of the tokens. Needs liger-kernel
-0.8.5.
+ratios. On a CPU without bf16 instructions torch's own bf16 products, the floor's and Liger's, take many times as long
+as float32 ones, in which ours then multiplies: its ratio to that floor is below 1. Errors are of results and gradients,
+in norm, against float64, for an eighth of the tokens. Needs liger-kernel 0.8.5.
 """
 
 from __future__ import annotations
