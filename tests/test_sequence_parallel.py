@@ -53,7 +53,8 @@ EVALUATED = ("dpo cached, tied", "dpo cached, by tokens")
 def sp(size: int, **sizes: int) -> dict[str, Any]:
     from accelerate import ParallelismConfig
 
-    return {"parallelism_config": ParallelismConfig(sp_size=size, **sizes)}
+    make: Any = ParallelismConfig
+    return {"parallelism_config": make(sp_size=size, **sizes)}
 
 
 @contextlib.contextmanager
@@ -64,7 +65,8 @@ def launched() -> Iterator[None]:
     from accelerate.utils.launch import prepare_extend_env_parallelism_config
 
     file = Path(__file__).resolve().parent.parent / "examples" / "launch" / "ulysses.yaml"
-    given = load_config_from_file(str(file)).parallelism_config
+    config: Any = load_config_from_file(str(file))
+    given = config.parallelism_config
     given |= {"parallelism_config_sp_size": 2, "parallelism_config_dp_shard_size": 1}
     options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     args = launch_command_parser().parse_args([*options, "script"])
@@ -136,7 +138,7 @@ def exchanged(rank: int) -> dict[str, str]:
     shard, found = xf.RowShard(get_sequence_parallel_group()), {}
     blind = make_model()
     blind.config._attn_implementation = "eager"  # of which no rank knows the others' tokens
-    one = make_model(num_key_value_heads=1)
+    one: Any = make_model(num_key_value_heads=1)
     for name, model in {"one key": one, "blind": blind}.items():
         install_fused_loss(model)
         try:

@@ -35,7 +35,7 @@ from ..models import note_name, saving_embeddings
 from ..reduce import sum_over_ranks
 from ..resume import OF_THE_OPTIMIZER, check_made_with, last_checkpoint, made_with_of, write_made_with
 from ..seeds import draws_by
-from .arguments import check_parallelism, check_trainer_arguments, let_ddp_find_unused_parameters
+from .arguments import check_trainer_arguments, let_ddp_find_unused_parameters
 from .budget import Units, entries
 from .checkpoints import (
     check_bases_stay,
@@ -90,17 +90,13 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
         check_trainer_arguments(kwargs)
         let_ddp_find_unused_parameters(kwargs["model"], kwargs["args"])
         super().__init__(**kwargs)
-        # `accelerate launch` can configure it, too.
-        sizes = {"tp_size": self.get_tp_size(), "cp_size": self.get_cp_size(), "sp_size": self.get_sp_size()}
-        check_parallelism(splits_rows=self.splits_rows, **sizes)
+        self.split_rows()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
                 "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
             )
         self.check_sharding()
-        if sizes["sp_size"] > 1:
-            self.split_rows(sizes["sp_size"])
         self._check_levers(kwargs)
         accelerator: Any = self.accelerator
         if self.args.gradient_checkpointing and accelerator.autocast_handler is None:

@@ -23,6 +23,7 @@ from ..models import Head
 from ..models.lm_head import causal_lm
 from ..models.modes import evaluating
 from ..types import IGNORE_INDEX
+from .arguments import check_parallelism
 from .sharding import any_of_them, sharding_of
 
 _ATTENTION = "sdpa", "flash_attention_2", "flash_attention_3"
@@ -35,8 +36,15 @@ class SplitsRows:
     splits_rows = False
     row_shard: RowShard | None = None  # the ranks that have the same rows; None: each rank has rows of its own
 
-    def split_rows(self: Any, size: int) -> None:
-        """Cuts rows over groups of so many ranks. Raises ValueError for what cannot be trained so."""
+    def split_rows(self: Any) -> None:
+        """Cuts rows over groups of `sp_size` ranks, if that is asked for. Raises ValueError for what cannot be so."""
+        size = self.get_sp_size()
+        # Of the accelerator, since `accelerate launch` can configure it, too.
+        check_parallelism(
+            splits_rows=self.splits_rows, tp_size=self.get_tp_size(), cp_size=self.get_cp_size(), sp_size=size
+        )
+        if size == 1:
+            return
         check_engine(self.accelerator, size)
         check_model(self.model, size, self.args, self.accelerator.parallelism_config.sp_handler)
         accelerator, world = self.accelerator, self.args.world_size
