@@ -288,9 +288,7 @@ def test_the_routers_loss_is_not_dropped_from_a_fused_loss():
     assert run(output_router_logits=False) == (2, 7, 32)
     model.config.output_router_logits = True
     assert run(output_router_logits=False) == (2, 7, 32)
-    with pytest.raises(
-        ValueError, match=r"False for the loss alone, or set model\.config"
-    ):
+    with pytest.raises(ValueError, match=r"False for the loss alone, or set model\.config"):
         run()
 
 

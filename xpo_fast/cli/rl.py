@@ -60,7 +60,7 @@ FIELDS = (*METHOD_FIELDS, *ROLLOUT_FIELDS)
 _RARE = (
     "split columns data_config chat_template chat_template_kwargs ptx_data ensemble ensemble_coef judge_by "
     "reward_timeout reward_max_length gamma lam no_whiten value_head_lr continuous_batching stop server_model api_key "
-    "server_folder server_weights server_sleeps vllm vllm_memory "
+    "server_folder server_weights server_sleeps vllm vllm_memory on_no_signal "
     "attn trust_remote_code lora_alpha lora_dropout lora_targets optim scheduler warmup_ratio "
     "warmup_steps weight_decay max_grad_norm train backend tile_mib save_total_limit report_to push_to_hub hub_private "
     "debug"

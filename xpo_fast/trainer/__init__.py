@@ -6,9 +6,10 @@ from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
 from .distillation import DistillationConfig, DistillationTrainer
 from .findings import CLOSE, OPEN, Finding, Report, marked
+from .grouping import grouped_targets
 from .handed_over import HandedOver, Kept, warn_of_trained_adapter
 from .means import Means
-from .preference import XPOTrainer, grouped_targets
+from .preference import XPOTrainer
 from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
 from .signal import NoSignalError
 

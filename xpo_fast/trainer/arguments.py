@@ -131,10 +131,15 @@ def check_parallelism(*, splits_rows: bool = False, **sizes: int) -> None:
 
 
 def check_trainer_arguments(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for keyword arguments of Trainer that have no effect here; None is as good as none."""
+    """Raises ValueError for keyword arguments of Trainer that have no effect here, and for several devices."""
     problems = [f"{name}=: {why}" for name, why in REFUSED_BY_TRAINER.items() if given.get(name) is not None]
     if problems:
         raise ValueError("not used here: " + "; ".join(problems))
+    if given["args"].n_gpu > 1:
+        raise ValueError(
+            f"one process sees {given['args'].n_gpu} devices, and DataParallel splits pairs apart: start one process "
+            "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
+        )
 
 
 def let_ddp_find_unused_parameters(model: Any, args: Any) -> None:

@@ -91,11 +91,6 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
         let_ddp_find_unused_parameters(kwargs["model"], kwargs["args"])
         super().__init__(**kwargs)
         self.split_rows()
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} devices, and DataParallel splits pairs apart: start one process "
-                "per device with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device"
-            )
         self.check_sharding()
         self._check_levers(kwargs)
         accelerator: Any = self.accelerator

@@ -206,8 +206,9 @@ class DistillationTrainer(XPOTrainer):
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return (inputs["targets"], {}) if self._by_token else super()._columns_of(inputs)
 
-    def _as_targets(self, x: Tensor) -> Tensor:
-        return x if self._by_token else super()._as_targets(x)
+    @property
+    def _half(self) -> int | None:
+        return None if self._by_token else super()._half
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
         return self.objective.count_items(batch["targets"]) if self._by_token else super()._items(batch)

@@ -22,14 +22,13 @@ from .. import data
 from ..data import KINDS, Kind
 from ..files import cache_dir
 from ..head import Plan
-from ..layouts import Chosen, Inputs, LaysOut, current_shard, own_chunk
+from ..layouts import Chosen, Inputs, LaysOut
 from ..methods.unpaired import kto_kl
 from ..models import Head, padding_id
 from ..models.lm_head import causal_lm
 from ..objective import Objective
 from ..reduce import mixed, sum_over_ranks
 from ..rollout.sampling import eos_ids
-from ..types import IGNORE_INDEX
 from .arguments import changed
 from .base import UnitTrainer
 from .budget import coupled
@@ -38,6 +37,7 @@ from .checks import check_head, check_rows
 from .config import XPOConfig
 from .context import at_places, check_context, check_teacher, context_lengths, encode_for
 from .findings import Report
+from .grouping import as_targets, by_half, grouped_targets, own_targets
 from .handed_over import WEIGHTS, HandedOver
 from .layout import settle_layout_of
 from .mixtures import checked_coefficient, with_router_loss
@@ -166,17 +166,14 @@ class XPOTrainer(UnitTrainer):
         if dataset is None or self._cached is None or self.kind.reference[0] in dataset.column_names:
             return dataset
         with self.rows_split():
-            return self._cached.attach(
-                dataset,
-                self.model,
-                self.accelerator,
-                self.data_collator,
-                batch_size=self.args.per_device_eval_batch_size,
-                tokens=self.args.tokens_per_batch,
-                backend=self.args.backend,
-                label=label,
-                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-            )
+            shown = self.is_world_process_zero() and not self.args.disable_tqdm
+            how: Any = {"label": label, "progress": shown, **self._forwards()}
+            return self._cached.attach(dataset, self.model, self.accelerator, self.data_collator, **how)
+
+    def _forwards(self) -> dict[str, Any]:
+        """Returns how many rows and tokens a forward without gradient reads, and the backend of its head."""
+        args = self.args
+        return {"batch_size": args.per_device_eval_batch_size, "tokens": args.tokens_per_batch, "backend": args.backend}
 
     def prepare(self) -> None:
         """Checks the fused head, settles the layout, and caches the reference; `train` and `evaluate` call it."""
@@ -225,6 +222,7 @@ class XPOTrainer(UnitTrainer):
             max_prompt_length=self.args.max_prompt_length,
         )
         names = " + ".join(m.name for m in self.objective.methods)
+        apart = self.reference == "none" or self.objective.reads_context or self.objective.reads_teacher
         self.report = preflight(
             Run(
                 f"{type(self).__name__}, {names} on {len(self.train_dataset):,} {self.kind.unit}",
@@ -238,7 +236,7 @@ class XPOTrainer(UnitTrainer):
                 loss=self._loss,
                 objective=self.objective,
                 given=self._columns_of,
-                reference=None if self.reference == "none" or self._reads_apart else self._reference_rows,
+                reference=None if apart else self._reference_rows,
                 cached=self._live is None,
                 trained=self._why_not_reference,
                 looks_at_model=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
@@ -247,9 +245,8 @@ class XPOTrainer(UnitTrainer):
         return self.report
 
     @property
-    def _reads_apart(self) -> bool:
-        """Whether the reference is another model than the policy at its start, or reads other rows."""
-        return self.objective.reads_context or self.objective.reads_teacher
+    def _half(self) -> int | None:
+        return self.kind.half
 
     def _save_extra_files(self, folder: Path) -> None:
         super()._save_extra_files(folder)
@@ -292,17 +289,8 @@ class XPOTrainer(UnitTrainer):
         encoded = self._encode(dataset)
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         with tqdm(total=len(encoded), unit="row", desc="log-probs", disable=hidden) as bar, self.rows_split():
-            return dataset_logps(
-                encoded,
-                self.model,
-                self.accelerator,
-                self.data_collator,
-                self.kind,
-                batch_size=self.args.per_device_eval_batch_size,
-                tokens=self.args.tokens_per_batch,
-                backend=self.args.backend,
-                advance=bar.update,
-            )
+            how: Any = {"advance": bar.update, **self._forwards()}
+            return dataset_logps(encoded, self.model, self.accelerator, self.data_collator, self.kind, **how)
 
     def held_out(self) -> dict[str, float]:
         """Evaluates on eval_dataset; returns metrics without timings.
@@ -323,7 +311,9 @@ class XPOTrainer(UnitTrainer):
         dataset: Any = self.train_dataset
         rows = list(dataset.select(range(min(len(dataset), self.args.per_device_train_batch_size))))
         with self.rows_split():
-            targets, how = self._own(*grouped_targets(self.kind, self._prepare_inputs(self.data_collator(rows))))
+            targets, how = own_targets(
+                *grouped_targets(self.kind, self._prepare_inputs(self.data_collator(rows))), self._half
+            )
         head = Head.from_model(causal_lm(self.model))
         hidden = head.weight.new_zeros(()).expand(*targets.shape, head.width).requires_grad_()
         with torch.enable_grad():
@@ -367,39 +357,20 @@ class XPOTrainer(UnitTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], denominator: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
         rows = Inputs.of(inputs)
-        targets, given = self._own(*self._columns_of(inputs))
+        targets, given = own_targets(*self._columns_of(inputs), self._half)
         references = self._references(model, rows, inputs)
         for _, reference in references:
             if "ref_hidden" in reference:
-                reference["ref_hidden"] = self._as_targets(reference["ref_hidden"])
+                reference["ref_hidden"] = as_targets(reference["ref_hidden"], self._half)
 
         def fused(hidden: Tensor, head: Head) -> dict[str, Any]:
-            hidden = self._as_targets(hidden)
+            hidden = as_targets(hidden, self._half)
             how = {"denominator": denominator, **given}
             out = mixed([(w, self.objective(hidden, head, targets, **how, **own)) for w, own in references])
             return {"loss": out.loss, "losses": out.losses, "metrics": out.metrics, "counts": out.counts}
 
         out = with_router_loss(model, rows, fused, self._router, share=self._router_share)
         return out["loss"], out["losses"], out["metrics"], out["counts"]
-
-    def _as_targets(self, x: Tensor) -> Tensor:
-        """Returns what a forward has for each position of its rows, (R, T, …), as the objective's targets are."""
-        if self.kind.half is None:
-            return x
-        if current_shard() is None:
-            return x.flatten(0, 1)
-        halves = (x, torch.zeros_like(x))
-        return torch.cat(halves[::-1] if self.kind.half else halves)
-
-    def _own(self, targets: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Returns targets and arguments of `grouped_targets`, of this process's chunks if rows are cut over several."""
-        if (shard := current_shard()) is None:
-            return targets, given
-        if (ends := given.pop("cu_seqlens", None)) is not None:  # one behind the other: chunks of rows are none of that
-            targets = targets.view((len(ends) - 1) // 2, -1)
-            empty = torch.full_like(targets, IGNORE_INDEX)
-            targets = torch.cat((empty, targets) if self.kind.half else (targets, empty))
-        return own_chunk(targets, IGNORE_INDEX), {**given, "row_shard": shard}
 
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Returns targets, and the arguments of the objective about their groups and columns."""
@@ -431,12 +402,7 @@ class XPOTrainer(UnitTrainer):
             logps = self._live.token_logps(model, rows)
         else:
             logps = self._live.logps(model, rows)
-        if self.kind.half is not None:
-            if logps.dim() == 2:
-                return {"ref_logps": self._as_targets(logps)}
-            halves = (logps, torch.zeros_like(logps))
-            logps = torch.cat(halves[::-1] if self.kind.half else halves)
-        return {"ref_logps": logps}
+        return {"ref_logps": by_half(logps, self._half) if logps.dim() == 1 else as_targets(logps, self._half)}
 
     def _reference_rows(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the reference's log-prob of each row of a batch, (R,)."""
@@ -476,21 +442,3 @@ class XPOTrainer(UnitTrainer):
         if self.row_shard is not None:
             check_objective(self.objective)
         check_reference(self.reference, self.model, self.accelerator)
-
-
-def grouped_targets(kind: Kind, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """Returns targets as the objective takes them, and its keyword arguments that say which of them belong together.
-
-    For the kinds that are one half of a pair, the rows of the other half are empty.
-    """
-    targets = inputs["targets"]
-    if kind.listed:
-        lists = inputs["list_lengths"].shape[0]
-        return targets, {"list_size": targets.shape[0] // max(lists, 1)}
-    if kind.half is None:
-        return targets, {}
-    count, length = targets.shape
-    lengths = torch.zeros(2, count, dtype=torch.int64, device=targets.device)
-    lengths[kind.half] = length
-    ends = lengths.flatten().cumsum(0)
-    return targets.flatten(), {"cu_seqlens": torch.cat([ends.new_zeros(1), ends])}
