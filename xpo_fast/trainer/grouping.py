@@ -1,4 +1,4 @@
-"""Rows as the objective takes them: which belong together, the empty halves of pairs, and chunks of rows that are cut."""
+"""Rows as the objective takes them: which belong together, the empty halves of pairs, and chunks of cut rows."""
 
 from __future__ import annotations
 
