@@ -1,4 +1,4 @@
-"""Online RL of models in parts, FSDP2's and DeepSpeed's, on two processes against one process.
+"""Online RL of models in parts, FSDP2's, HSDP's and DeepSpeed's, on two and four processes against one process.
 
 The samples are the same ids, drawn by the policy itself from seeds of the prompts; rewards, losses, norms of gradients
 and the weights after three steps are equal to 1e-5 in float32. One world of gloo processes runs all cases; in each
@@ -91,6 +91,8 @@ def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
         "num_generations": 4, "prompts_per_rollout": 3, "max_grad_norm": 1.0, "adam_epsilon": 1e-4, "layout": "padded",
         "preflight": "stop", "per_device_eval_batch_size": 3, "eval_generations": 2,
     }  # fmt: skip
+    if ranks == 4:
+        args |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
     if "tokens_per_batch" in case.args:
         args |= {"per_device_train_batch_size": 12 // ranks, "gradient_accumulation_steps": 1}
     args |= {**case.args, **further, **({"ddp_backend": "gloo"} if ranks > 1 else {})}
@@ -173,6 +175,16 @@ def runs(layout: str, folder: Path, rank: int, how: dict[str, Any]) -> dict[str,
     return found
 
 
+def on_four_ranks(folder: Path, rank: int) -> dict[str, Any]:
+    """Of the three prompts of a rollout one process has none."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    warnings.simplefilter("ignore")
+    how = {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2), **fsdp()}
+    with shards_on_cpu():
+        return trained(CASES["grpo, copy"], folder / "HSDP", 4, **how)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Any]]:
     folder = shared_folder(tmp_path_factory, "sharded_rl")
@@ -204,6 +216,15 @@ def test_a_model_in_parts_is_trained_as_a_whole_one(two, alone, layout, name):
         assert sum(own["parts"] for own in found) == sum(own["left"] for own in found) == want["parts"]
     elif layout == "ZeRO-3":
         assert sum(own["left"] for own in found) == 0, "gathered weights have been kept"
+
+
+def test_hsdp_trains_as_a_whole_model(tmp_path_factory, alone):
+    folder, want = shared_folder(tmp_path_factory, "sharded_rl"), alone("grpo, copy")
+    found = run_world(folder / "four", 4, partial(on_four_ranks, folder))
+    for own in found:
+        assert own["samples"] == want["samples"] and own["class"].startswith("FSDP")
+        check_equal(own, want)
+    assert sum(own["parts"] for own in found) == sum(own["left"] for own in found) == 2 * want["parts"]
 
 
 @pytest.mark.parametrize("layout", RUNS)
