@@ -47,7 +47,7 @@ def shared_folder(tmp_path_factory, name: str) -> Path:
 
 def found_by(tmp_path_factory, world: int, run: Callable[[int], dict]) -> list[dict]:
     """What run(rank) returned on each rank, in a process group, once for all workers of pytest-xdist."""
-    return run_world(shared_folder(tmp_path_factory, run.__name__), world, run, join=True)
+    return run_world(shared_folder(tmp_path_factory, f"{run.__module__}.{run.__name__}"), world, run, join=True)
 
 
 def _start(folder: Path, world: int, run: Callable[[int], Any], join: bool, *, parts_together: bool = True) -> None:

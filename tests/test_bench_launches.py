@@ -80,7 +80,7 @@ def test_blocks_of_a_cache_are_too_many(launches, case, monkeypatch):
     """As on a device, if rows were worked on in blocks, here of 128 or 256 MiB: 2 MiB would take minutes to count."""
     size = (64 if case == "vocabulary over 8 ranks" else 128) * gemms.BLOCK_BYTES
 
-    def of_a_cache(tile):
+    def of_a_cache(tile, block=0):
         rows = max(1, size // (tile.shape[1] * tile.dtype.itemsize))
         yield from (slice(a, min(a + rows, len(tile))) for a in range(0, len(tile), rows))
 

@@ -210,7 +210,7 @@ def test_mistakes(home, tmp_path, capsys):
             "value_head_learning_rate is the critic's",
         ),
         (("--reward", f"{home / 'reward.py'}:share", "--method", "dpo"), "dpo does not learn from scored completions"),
-        (("--reward", f"{home / 'reward.py'}:share", "--server", "http://x", "--full"), "--server needs --lora"),
+        (("--reward", f"{home / 'reward.py'}:share", "--server", "http://x", "--full"), "--server needs what sends it"),
         (("--reward", f"{home / 'reward.py'}:share", "--eval-split", "10"), "leaves none to train on"),
     ):
         assert run(home, out, *options, reward=None) == 2
@@ -220,7 +220,7 @@ def test_mistakes(home, tmp_path, capsys):
         (("--vllm", "--server", "http://x"), "--vllm samples on this device: leave out --server"),
         (("--vllm", "--continuous-batching"), "leave out --server and --continuous-batching"),
         (("--server-folder", "a"), "--server-folder is for --server"),
-        (("--server", "http://x", "--server-folder", "a", "--server-lora", "b"), "--server-folder for whole policies"),
+        (("--server", "http://x", "--server-folder", "a", "--server-lora", "b"), "--server-lora and --server-folder say each how"),
     ):
         assert run(home, out, *options) == 2
         assert said in capsys.readouterr().err

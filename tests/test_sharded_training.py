@@ -89,7 +89,8 @@ def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
     }  # fmt: skip
     args |= {"ref_cache_dir": str(folder / "ref")} if case.trainer == "preference" else {}
     args |= {**case.args, **further, **({"ddp_backend": "gloo"} if ranks > 1 else {})}
-    args = {"model": make_model(tie_word_embeddings=case.tied), "rows": make_rows(ROWS), **args}
+    rows = make_rows(ROWS) if case.trainer == "reward" else ROWS
+    args = {"model": make_model(tie_word_embeddings=case.tied), "rows": rows, **args}
     args["peft_config"] = lora() if case.adapted else None
     if case.trainer == "reward":
         return test_reward_model.make_trainer(folder, case.method, **args)

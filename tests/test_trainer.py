@@ -674,8 +674,8 @@ def trained_methods() -> list[str]:
     """Every method that a data set can teach."""
     names = []
     for name, method in xf.METHODS.items():
-        of_a_data_set = method.layout not in ("policy", "reward") and "reward_w" not in method.inputs
-        names += [name] if of_a_data_set else []
+        of_a_data_set = method.layout not in ("policy", "reward") and not {"reward_w", "topk_kl_w"} & {*method.inputs}
+        names += [name] if of_a_data_set and not method.reads_teacher else []
     return sorted(names)
 
 

@@ -168,7 +168,7 @@ def test_options_of_trls_act_on_own_methods(name, loss, options, tmp_path):
 
 # --- any pairwise method as a loss type -------------------------------------------------------------------------------
 
-PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwise"]
+PAIRWISE = [name for name, method in METHODS.items() if method.layout == "pairwise" and name != "topk_kl"]
 COLUMNS = {c: 0.9 for name in PAIRWISE for c in METHODS[name].columns if METHODS[name].axes(c) == ("U",)}
 COLUMNS |= {"score_w": 2.0, "score_l": 0.5, "reward_w": 1.5, "reward_l": -0.5, "logp_sft": -7.0}
 
@@ -206,6 +206,11 @@ def own(loss, folder, *, pairs=None, eval_pairs=None, model=None, ref_model=True
 def logged(trainer, **options):
     trainer.train(**options)
     return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+
+def test_what_no_data_set_can_teach_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="topk_kl reads a teacher's likeliest tokens"):
+        own("xpo:topk_kl", tmp_path, runs.tiny_pairs(PAIRS))
 
 
 @pytest.mark.parametrize("name", PAIRWISE)

@@ -190,6 +190,8 @@ class Preferences(Run):
             _columns=columns | ({"scores"} if self.objective.pairs else set()),
             _estimates_kl="kl" in columns,
             _live=None,
+            _router=0.0,
+            _router_share=1.0,
         )
 
     def before(self) -> None:

@@ -111,6 +111,7 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if args is not None and _own_methods(args.loss_type):
             self.objective = objective_of(args)
             self.objective.rehearse()
+            _ = self.objective.data_kind  # which raises for what no data set can teach
             self._columns = _columns(self.objective, train_dataset, eval_dataset)
             if not self.objective.needs_reference:
                 given = {"ref_model=": ref_model is not None, "precompute_ref_log_probs": args.precompute_ref_log_probs}
