@@ -130,7 +130,8 @@ def lora(**options) -> peft.LoraConfig:
 TRAINED = [
     name
     for name, method in sorted(xf.METHODS.items())
-    if method.layout not in ("policy", "reward") and not {"reward_w", "topk_kl_w"} & {*method.inputs}
+    if method.layout not in ("policy", "reward")
+    and not {"reward_w", "topk_kl_w"} & {*method.inputs}
     and not method.reads_teacher
 ]
 

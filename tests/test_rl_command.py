@@ -220,7 +220,10 @@ def test_mistakes(home, tmp_path, capsys):
         (("--vllm", "--server", "http://x"), "--vllm samples on this device: leave out --server"),
         (("--vllm", "--continuous-batching"), "leave out --server and --continuous-batching"),
         (("--server-folder", "a"), "--server-folder is for --server"),
-        (("--server", "http://x", "--server-folder", "a", "--server-lora", "b"), "--server-lora and --server-folder say each how"),
+        (
+            ("--server", "http://x", "--server-folder", "a", "--server-lora", "b"),
+            "--server-lora and --server-folder say each how",
+        ),
     ):
         assert run(home, out, *options) == 2
         assert said in capsys.readouterr().err

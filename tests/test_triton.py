@@ -23,6 +23,7 @@ from xpo_fast.head import head_plan
 from xpo_fast.head.choice import choose_backend
 from xpo_fast.head.operands import Operands
 from xpo_fast.head.spec import Scaling
+from xpo_fast.head.tiling import Tiling
 from xpo_fast.head.units import pack, unit_loss
 
 pytestmark = interpreter.numpy_warnings
@@ -418,7 +419,7 @@ def check_units(tile_tokens, dtype):
     on = [x.detach().to(DEVICE).requires_grad_() for x in operands]
     groups = pack(index.to(DEVICE), lengths, tile_tokens)
     plan = head_plan(on[0], on[1], bias=on[2], chunk_tokens=tile_tokens, backend="triton")
-    assert plan.tiling == (tile_tokens, 3, 1)
+    assert plan.tiling == Tiling(tile_tokens, 3)
     given = Operands(on[0], on[1], targets.to(DEVICE), on[2], scaling=Scaling(**options), ignore_index=oracle.IGNORE)
     loss, logp = unit_loss(given, groups, plan, coefficients, total)
     want, wide = test_head.expected(operands, targets, options)

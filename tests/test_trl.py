@@ -210,7 +210,7 @@ def logged(trainer, **options):
 
 def test_what_no_data_set_can_teach_is_refused(tmp_path):
     with pytest.raises(ValueError, match="topk_kl reads a teacher's likeliest tokens"):
-        own("xpo:topk_kl", tmp_path, runs.tiny_pairs(PAIRS))
+        own("xpo:topk_kl", tmp_path, pairs=runs.tiny_pairs(PAIRS))
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
