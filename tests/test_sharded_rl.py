@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import sys
 import warnings
 from functools import partial
@@ -168,6 +169,8 @@ def runs(layout: str, folder: Path, rank: int, how: dict[str, Any]) -> dict[str,
         more = {"save_strategy": "steps", "save_steps": 1} if name == RESUMED else {}
         found[f"{layout}, {name}"] = trained(CASES[name], at, 2, **more, **copy.deepcopy(how))
         if name == RESUMED:
+            if rank == 0 and layout == "FSDP2":
+                shutil.copytree(at, folder / "FSDP2 of two")
             more["resume"] = str(at / "out" / "checkpoint-1")  # within a rollout
             found[f"{layout}, resumed"] = trained(CASES[name], at, 2, **more, **copy.deepcopy(how))
     if layout != "ZeRO-2":
@@ -176,19 +179,27 @@ def runs(layout: str, folder: Path, rank: int, how: dict[str, Any]) -> dict[str,
 
 
 def on_four_ranks(folder: Path, rank: int) -> dict[str, Any]:
-    """Of the three prompts of a rollout one process has none."""
+    """HSDP, and the rest of what two processes began. Of the three prompts of a rollout one process has none."""
     from accelerate.parallelism_config import ParallelismConfig
 
     warnings.simplefilter("ignore")
     how = {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2), **fsdp()}
+    at = folder / "FSDP2 of two"
     with shards_on_cpu():
-        return trained(CASES["grpo, copy"], folder / "HSDP", 4, **how)
+        resumed = trained(CASES[RESUMED], at, 4, resume=str(at / "out" / "checkpoint-1"), **fsdp())
+        return {"HSDP": trained(CASES["grpo, copy"], folder / "HSDP", 4, **how), "resumed": resumed}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Any]]:
     folder = shared_folder(tmp_path_factory, "sharded_rl")
     return run_world(folder / "two", 2, partial(on_two_ranks, folder))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, two) -> list[dict[str, Any]]:
+    folder = shared_folder(tmp_path_factory, "sharded_rl")
+    return run_world(folder / "four", 4, partial(on_four_ranks, folder))
 
 
 @pytest.fixture(scope="module")
@@ -218,13 +229,19 @@ def test_a_model_in_parts_is_trained_as_a_whole_one(two, alone, layout, name):
         assert sum(own["left"] for own in found) == 0, "gathered weights have been kept"
 
 
-def test_hsdp_trains_as_a_whole_model(tmp_path_factory, alone):
-    folder, want = shared_folder(tmp_path_factory, "sharded_rl"), alone("grpo, copy")
-    found = run_world(folder / "four", 4, partial(on_four_ranks, folder))
+def test_hsdp_trains_as_a_whole_model(four, alone):
+    found, want = [r["HSDP"] for r in four], alone("grpo, copy")
     for own in found:
         assert own["samples"] == want["samples"] and own["class"].startswith("FSDP")
         check_equal(own, want)
     assert sum(own["parts"] for own in found) == sum(own["left"] for own in found) == 2 * want["parts"]
+
+
+def test_a_rollout_of_two_ranks_is_trained_on_by_four(four, alone):
+    want = alone(RESUMED)
+    for own in (r["resumed"] for r in four):
+        assert own["samples"] == want["samples"]
+        check_equal(own, want, last=2)
 
 
 @pytest.mark.parametrize("layout", RUNS)
