@@ -253,6 +253,7 @@ WRONG = {
     "too large": (torch.tensor([1, VOCAB]), rf"selected id {VOCAB} is outside the vocabulary of {VOCAB}"),
     "negative": (torch.tensor([-1]), "selected id -1 is outside"),
     "at a scored position": (torch.full((N, 2), VOCAB + 3), rf"selected id {VOCAB + 3} is outside"),
+    "a list": ([1, 2], r"must be a tensor of token ids, got list"),
     "float": (torch.tensor([1.0]), r"integer token ids, got torch.float32"),
     "bool": (torch.tensor([True]), r"integer token ids, got torch.bool"),
     "one number": (torch.tensor(1), r"must be \(K,\).*got \(\)"),

@@ -294,6 +294,8 @@ def _check_adapter(hidden: Tensor, weight: Tensor, adapter: Tensor) -> None:
 
 def _check_selected(ids: Tensor, targets: Tensor, device: torch.device) -> None:
     """Raises ValueError unless selected ids are integers (K,) or (…, K) on the device or the host."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"selected_ids must be a tensor of token ids, got {type(ids).__name__}: pass torch.tensor(…)")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"selected_ids must be integer token ids, got {ids.dtype}")
     if ids.dim() != 1 and (ids.dim() < 1 or ids.shape[:-1] != targets.shape):
