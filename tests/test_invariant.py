@@ -138,7 +138,11 @@ def test_threads_make_no_difference(dtype, kind):
 
 @pytest.mark.parametrize("invariant", [True, False])
 def test_the_default_has_other_bits(invariant):
-    """The control: by default a row alone and in a batch differ, in what the tests above compare."""
+    """The control: by default a row alone and in a batch differ, in what the tests above compare.
+
+    A library may multiply one row as it does many; there the control has nothing to show, and says so. What is
+    promised, invariant=True, is asserted on every machine.
+    """
     differ = 0
     for dtype, kind in CASES:
         case = case_of(dtype, kind)

@@ -74,9 +74,9 @@ class VLLMServerRollout(ServerRollout):
         if not self._has_version():
             assert self.folder is not None
             where = str(self.folder / str(self.version))
-            self._told("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": where}})
+            self._told("/collective_rpc", method="reload_weights", kwargs={"weights_path": where})
             self._told("/reset_prefix_cache")
-            self._told("/update_weight_version", {"new_version": self.version})
+            self._told("/update_weight_version", new_version=self.version)
         if self.sleeps:
             self._told("/wake_up?tags=kv_cache")
         try:
@@ -87,14 +87,14 @@ class VLLMServerRollout(ServerRollout):
 
     def _has_version(self) -> bool:
         try:
-            return json.loads(self._told("/weight_info", None))["weight_version"] == self.version
+            return json.loads(self._told("/weight_info", get=True))["weight_version"] == self.version
         except (ValueError, KeyError, TypeError) as error:
             raise RolloutError(f"{self.url}/weight_info: expected the version of the weights ({error!r})") from error
 
-    def _told(self, path: str, body: dict[str, Any] | None = {}) -> str:  # noqa: B006
-        """Returns the answer of one of the addresses that vLLM has in its development mode."""
+    def _told(self, path: str, *, get: bool = False, **body: Any) -> str:
+        """Returns the answer of an address that vLLM has in its development mode. get: by GET, without a body."""
         try:
-            return self._request(path, body)
+            return self._request(path, None if get else body)
         except RolloutError as error:
             if ": 404" in str(error):
                 raise RolloutError(f"{error}. Start vLLM 0.33 or later with VLLM_SERVER_DEV_MODE=1") from error

@@ -100,15 +100,18 @@ class SplitsRows:
 
     def get_sp_size(self: Any) -> int:
         """Returns by how much a data loader of Trainer's would be longer: not at all, if rows are cut here."""
-        return 1 if self.row_shard is not None else super().get_sp_size()  # type: ignore[misc]
+        trainer: Any = super()
+        return 1 if self.row_shard is not None else trainer.get_sp_size()
 
     def get_total_train_batch_size(self: Any, args: Any) -> int:
         """Returns the rows of a step as Trainer does."""
-        return super().get_total_train_batch_size(args) // self.copies  # type: ignore[misc]
+        trainer: Any = super()
+        return trainer.get_total_train_batch_size(args) // self.copies
 
     def _prepare_for_training(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
         with contextlib.nullcontext() if self.row_shard is None else _groups_alone(self.copies):
-            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+            return trainer._prepare_for_training(*args, **kwargs)
 
 
 # --- what can be split ------------------------------------------------------------------------------------------------
@@ -243,8 +246,9 @@ def _exchanging(attend: Callable[..., Any], group: Any) -> Callable[..., Any]:
         exchange = ulysses(query.shape[1], key.shape[1], query.shape[3])
         return exchange(module, query, key, value, None, *args, **kwargs)
 
-    exchanging.without_exchange = attend  # type: ignore[attr-defined]
-    return exchanging
+    found: Any = exchanging
+    found.without_exchange = attend
+    return found
 
 
 @functools.cache

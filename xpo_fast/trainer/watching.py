@@ -219,8 +219,8 @@ class _Weights:
 
 def _some(x: Tensor) -> Tensor:
     """Returns some elements of this rank's part of a tensor, from all over it: (≤ 256,)."""
-    x = x.detach()
-    flat = (x.to_local() if is_sharded(x) else x).reshape(-1)  # type: ignore[operator]
+    own: Any = x.detach()
+    flat = (own.to_local() if is_sharded(own) else own).reshape(-1)
     return flat[:: max(flat.numel() // _ELEMENTS, 1)][:_ELEMENTS]
 
 
