@@ -134,5 +134,5 @@ def _lines(cases: Mapping[str, Sequence[Record]], path: Path) -> Path | None:
         axis.set(xlabel=quantity, ylabel="time over the floor", ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower right")
     return _save(figure, path)

@@ -112,6 +112,6 @@ def plot_frontier(points: list[Point], reward: str, path: Path) -> None:
     for p in known:
         axes.annotate(p.name, (p.k3, p.reward), xytext=(5, 5), textcoords="offset points", fontsize=7)
     axes.set(xlabel="KL(π‖reference), nats per completion (k3)", ylabel=reward)
-    axes.legend()
+    axes.legend(loc="lower right")
     with appearing(path) as part:
         figure.savefig(part, format="png")

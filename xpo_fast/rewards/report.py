@@ -248,7 +248,7 @@ def plot(scores: PairScores, path: str | Path) -> None:
     shown = "none" if correlation is None else f"{correlation:.2f}"
     axes[1][2].set(title=f"score and length, correlation {shown}")
     axes[1][2].set(xlabel="tokens of the completion", ylabel="score")
-    axes[1][2].legend()
+    axes[1][2].legend(loc="upper right")
     _save(figure, path)
 
 
@@ -270,7 +270,7 @@ def plot_comparison(a: PairScores, b: PairScores, path: str | Path) -> None:
     right.axhline(0.5, color="black", linewidth=1, linestyle="--")
     right.set(title="accuracy by length gap, ±1.96 SE", ylim=(0, 1))
     right.set(xlabel="tokens of chosen − tokens of rejected", ylabel="accuracy")
-    right.legend()
+    right.legend(loc="lower right")
     _save(figure, path)
 
 
@@ -294,7 +294,7 @@ def _distributions(axis: Any, chosen: np.ndarray, rejected: np.ndarray, label: s
     for name, values in (("chosen", chosen), ("rejected", rejected)):
         axis.hist(values, bins=edges, alpha=0.55, color=_COLOURS[name], label=f"{name}, mean {values.mean():.2f}")
     axis.set(xlabel=label, ylabel="completions")
-    axis.legend()
+    axis.legend(loc="upper right")
 
 
 def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
