@@ -64,6 +64,7 @@ CASES = {
 
 OF_ZERO = {2: ["grpo, copy", "ppo"], 3: ["grpo, copy", "grpo, adapter off", "ppo"]}
 RUNS = {"FSDP2": list(CASES)} | ({f"ZeRO-{stage}": names for stage, names in OF_ZERO.items()} if ON_LINUX else {})
+CUT_ANEW = ("FSDP2", "ZeRO-3") if ON_LINUX else ("FSDP2",)  # whose checkpoint another number of ranks goes on from
 RESUMED, SERVED = "ppo", "grpo, lora"  # the cases that are resumed, and that push adapters
 
 
@@ -169,8 +170,8 @@ def runs(layout: str, folder: Path, rank: int, how: dict[str, Any]) -> dict[str,
         more = {"save_strategy": "steps", "save_steps": 1} if name == RESUMED else {}
         found[f"{layout}, {name}"] = trained(CASES[name], at, 2, **more, **copy.deepcopy(how))
         if name == RESUMED:
-            if rank == 0 and layout == "FSDP2":
-                shutil.copytree(at, folder / "FSDP2 of two")
+            if rank == 0 and layout in CUT_ANEW:
+                shutil.copytree(at, folder / f"{layout} of two")
             more["resume"] = str(at / "out" / "checkpoint-1")  # within a rollout
             found[f"{layout}, resumed"] = trained(CASES[name], at, 2, **more, **copy.deepcopy(how))
     if layout != "ZeRO-2":
@@ -184,10 +185,19 @@ def on_four_ranks(folder: Path, rank: int) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     how = {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2), **fsdp()}
-    at = folder / "FSDP2 of two"
+
+    def resumed(layout: str, **how: Any) -> dict[str, Any]:
+        at = folder / f"{layout} of two"
+        return trained(CASES[RESUMED], at, 4, resume=str(at / "out" / "checkpoint-1"), **how)
+
     with shards_on_cpu():
-        resumed = trained(CASES[RESUMED], at, 4, resume=str(at / "out" / "checkpoint-1"), **fsdp())
-        return {"HSDP": trained(CASES["grpo, copy"], folder / "HSDP", 4, **how), "resumed": resumed}
+        found = {"FSDP2": resumed("FSDP2", **fsdp()), "HSDP": trained(CASES["grpo, copy"], folder / "HSDP", 4, **how)}
+    if ON_LINUX:
+        import deepspeed
+
+        with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
+            found["ZeRO-3"] = resumed("ZeRO-3", **zero(3, **AT_ONCE))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +247,10 @@ def test_hsdp_trains_as_a_whole_model(four, alone):
     assert sum(own["parts"] for own in found) == sum(own["left"] for own in found) == 2 * want["parts"]
 
 
-def test_a_rollout_of_two_ranks_is_trained_on_by_four(four, alone):
+@pytest.mark.parametrize("layout", CUT_ANEW)
+def test_a_rollout_of_two_ranks_is_trained_on_by_four(four, alone, layout):
     want = alone(RESUMED)
-    for own in (r["resumed"] for r in four):
+    for own in (r[layout] for r in four):
         assert own["samples"] == want["samples"]
         check_equal(own, want, last=2)
 

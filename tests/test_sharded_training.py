@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import sys
@@ -30,9 +29,10 @@ import test_reward_model
 import test_trainer
 from ranks import run_world, shared_folder
 from test_trainer import PEFT_WARNING, lora, make_model, make_rows
-from xpo_fast.resume import MADE_WITH
+from xpo_fast.resume import write_made_with
 from xpo_fast.trainer import reference
-from xpo_fast.trainer.sharding import PROCESSES, check_reference, check_resume, whole_weights
+from xpo_fast.trainer.sharding import PROCESSES, check_reference, whole_weights, written_by_others
+from xpo_fast.trainer.universal import loading_universal
 
 pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_WARNING}:FutureWarning")
 
@@ -40,6 +40,7 @@ STEPS, ROWS, BATCH = 3, 10, 4  # the rows of the last step are two, fewer than a
 WRAPPED = ["LlamaDecoderLayer"]
 PAD = 2
 STATES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+CUT_ANEW = STATES + (("ZeRO-2", "ZeRO-3") if sys.platform == "linux" else ())  # checkpoints for any number of ranks
 OF_THE_CUT = ("tokens_per_second", "tokens_saved", "learning_rate", "epoch", "step")
 
 
@@ -78,7 +79,13 @@ if os.environ.get("XPO_FAST_ALL_LAYOUTS"):
 EVALUATED = ("dpo cached, tied", "dpo cached, by tokens")
 WORDS, WIDE = (3, 90), 128  # words of the answers whose steps' collectives are compared, and the vocabulary there
 AT_ONCE = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # DeepSpeed keeps nothing whole
-RESUMED = Case("dpo", {"reference": "cached", "save_steps": 2, "max_steps": 4, "train_sampling_strategy": "random"})
+RESUMED = Case(
+    "dpo",
+    {
+        "reference": "cached", "save_steps": 2, "max_steps": 4, "train_sampling_strategy": "random",
+        "weight_decay": 0.1,  # of one of the optimizer's two groups
+    },
+)  # fmt: skip
 
 
 def make(case: Case, folder: Path, ranks: int, **further: Any) -> Any:
@@ -246,13 +253,9 @@ def saved_and_resumed(folder: Path, stage: int) -> tuple[dict[str, Any], dict[st
     undisturbed = trained(RESUMED, folder / "written", 2, **more, **zero(stage))
     checkpoint = folder / "saved" / "checkpoint-2"
     found = trained(RESUMED, folder / "resumed", 2, checkpoint=checkpoint, save_strategy="no", **zero(stage))
-    of_four = folder / f"of four {os.environ['RANK']}" / checkpoint.name
-    shutil.copytree(checkpoint, of_four)
-    settings = json.loads((of_four / MADE_WITH).read_text())
-    (of_four / MADE_WITH).write_text(json.dumps(settings | {PROCESSES: 4}))
-    with pytest.raises(ValueError) as caught:
-        trained(RESUMED, folder / "refused", 2, checkpoint=of_four, save_strategy="no", **zero(stage))
-    return undisturbed, found | {"of four": str(caught.value)}
+    for world in (1, 4) if os.environ["RANK"] == "0" else ():  # each puts the parts together in a copy of its own
+        shutil.copytree(checkpoint, folder / f"for {world}" / checkpoint.name)
+    return undisturbed, found
 
 
 def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
@@ -264,8 +267,9 @@ def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}
     # A process alone is one of torchrun's on a GPU, and on the CPU none.
-    launched = patch.object(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
-    with shards_on_cpu(), launched if world == 1 else contextlib.nullcontext():
+    mode = ParallelMode.DISTRIBUTED
+    launched = patch.object(TrainingArguments, "parallel_mode", mode) if world == 1 else contextlib.nullcontext()
+    with shards_on_cpu(), launched:
         for kind in STATES:
             more: dict[str, Any] = {"checkpoint": folder / kind / "checkpoint-2", **fsdp(state_dict_type=kind)}
             found[kind] = trained(RESUMED, folder / f"{world}-{kind}", world, **more)
@@ -278,6 +282,15 @@ def resumed(folder: Path, world: int, rank: int) -> dict[str, Any]:
             with patch.object(reference, "dataset_logps", side_effect=AssertionError("it is in the cache")):
                 more["ref_cache_dir"] = str(folder / "ref of one")
                 found["dpo cached, tied"] = trained(CASES["dpo cached, tied"], folder / "HSDP", 4, **more)
+    if sys.platform == "linux":
+        import deepspeed
+
+        with patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False), launched:
+            for stage in (2, 3):
+                checkpoint = folder / f"ZeRO-{stage}" / f"for {world}" / "checkpoint-2"
+                more = {"checkpoint": checkpoint, "save_strategy": "no", **zero(stage)}
+                found[f"ZeRO-{stage}"] = trained(RESUMED, folder / f"{world}-ZeRO-{stage}", world, **more)
+                found[f"ZeRO-{stage}"]["left"] = sorted(path.name for path in checkpoint.glob("*universal*"))
     return found
 
 
@@ -311,14 +324,21 @@ def alone(folder) -> Callable[[str], dict[str, Any]]:
     def get(name: str) -> dict[str, Any]:
         if name == "resumed":
             return trained(RESUMED, own / name, 1, save_strategy="no")
-        more = {"ref_cache_dir": str(folder / "ref of one")} if name == "dpo cached, tied" else {}
+        more: dict[str, Any] = {"ref_cache_dir": str(folder / "ref of one")} if name == "dpo cached, tied" else {}
         return trained(CASES[name], own / name, 1, evaluates=name in EVALUATED, **more)
 
     return get
 
 
 @pytest.fixture(scope="module")
-def four(folder, two, alone) -> list[dict[str, Any]]:
+def saved(request) -> None:
+    """Checkpoints of two processes."""
+    for world in ("two", "zero_ranks") if sys.platform == "linux" else ("two",):
+        request.getfixturevalue(world)
+
+
+@pytest.fixture(scope="module")
+def four(folder, saved, alone) -> list[dict[str, Any]]:
     alone("dpo cached, tied")  # whose cache they read
     return run_world(folder / "four", 4, partial(resumed, folder, 4))
 
@@ -398,7 +418,7 @@ def test_a_step_sends_weights_and_gradients_alone(request, layout):
 
 def check_resumed(found: list[dict[str, Any]], alone: Any) -> None:
     want = alone("resumed")
-    for kind in STATES:
+    for kind in CUT_ANEW:
         drawn = [r[kind]["drawn"] for r in found]
         for step in (2, 3):
             assert sorted(row for own in drawn for row in own[step]) == sorted(want["drawn"][step]), (kind, step)
@@ -406,13 +426,14 @@ def check_resumed(found: list[dict[str, Any]], alone: Any) -> None:
             check_equal(own, want, last=2)
             for log, expected in zip(own["logs"][-2:], want["logs"][-2:], strict=True):
                 assert log["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+            assert not own.get("left"), "what was put together beside the checkpoint"
 
 
 def test_a_checkpoint_of_two_ranks_is_resumed_on_four(four, alone):
     check_resumed(four, alone)
 
 
-def test_a_checkpoint_of_two_ranks_is_resumed_on_one(folder, two, alone):
+def test_a_checkpoint_of_two_ranks_is_resumed_on_one(folder, saved, alone):
     check_resumed(run_world(folder / "one", 1, partial(resumed, folder, 1), join=True), alone)
 
 
@@ -426,7 +447,6 @@ def test_a_checkpoint_of_deepspeed_is_resumed(zero_ranks, alone, stage):
             assert log["loss"] == expected["loss"]
         assert all(torch.equal(own["weights"][name], x) for name, x in undisturbed["weights"].items())
         check_equal(undisturbed, alone("resumed"))
-        assert f"written by 4 processes, and this run has 2: ZeRO-{stage} keeps the optimizer" in own["of four"]
 
 
 def test_the_cache_does_not_depend_on_how_the_model_is_kept(folder, two, alone, four):
@@ -465,9 +485,38 @@ def test_what_cannot_be_is_refused_by_name(two):
     with pytest.raises(ValueError, match="of a model that ZeRO-3 has loaded in parts"):
         check_reference("copy", partitioned, third)
     check_reference("cached", partitioned, third)
-    third.num_processes = 2
-    check_resume({PROCESSES: 2}, "checkpoint-2", third)
-    check_resume({}, "checkpoint-2", third)  # of an earlier version
-    check_resume({PROCESSES: 4}, "checkpoint-2", first)  # FSDP cuts it anew
-    with pytest.raises(ValueError, match="checkpoint-2 was written by 4 processes, and this run has 2: ZeRO-3 keeps"):
-        check_resume({PROCESSES: 4}, "checkpoint-2", third)
+
+
+def test_another_number_of_processes_reads_whole_checkpoints_alone(tmp_path):
+    write_made_with(tmp_path, {PROCESSES: 2})
+    (tmp_path / "latest").write_text("global_step2\n")
+    (tmp_path / "global_step2").mkdir()
+    (tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    two, four = (SimpleNamespace(state=state, num_processes=n, parallelism_config=None) for n in (2, 4))
+    told = "was written by 2 processes, and this run has 4: "
+    assert not written_by_others(tmp_path, two)
+    with pytest.raises(ValueError, match=f"{told}it has the parts of 1: put the files of all in one folder"):
+        written_by_others(tmp_path, four)
+    (tmp_path / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").touch()
+    assert written_by_others(tmp_path, four)
+    four.parallelism_config = SimpleNamespace(sp_size=2)
+    with pytest.raises(ValueError, match=f"{told}with sp_size, resume on as many"):
+        written_by_others(tmp_path, four)
+    assert not written_by_others(tmp_path, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
+    write_made_with(tmp_path, {})  # of an earlier version
+    assert not written_by_others(tmp_path, four)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extra [dev] has DeepSpeed on Linux alone")
+def test_what_the_converter_cannot_read_is_said(tmp_path):
+    (tmp_path / "latest").write_text("global_step2")
+    (tmp_path / "global_step2").mkdir()
+    for rank in range(2):
+        path = tmp_path / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": {"zero_stage": 3}}, path)
+    accelerator = SimpleNamespace(is_main_process=True)
+    told = r"cannot make a universal checkpoint of it .*Error.*knows Adam's states alone"
+    with pytest.raises(ValueError, match=told), loading_universal(tmp_path, accelerator):
+        raise AssertionError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step2", "latest"]

@@ -1,7 +1,7 @@
 """Trainers on `transformers.Trainer`: the loss is fused into the model's forward, the rest is theirs."""
 
 from .base import UnitTrainer
-from .checkpoints import STATE_FILE, reading, save_objective
+from .checkpoints import load_objective, reading, save_objective
 from .checks import check_head, check_rows, row_lengths
 from .config import MethodConfig, XPOConfig
 from .distillation import DistillationConfig, DistillationTrainer
@@ -16,7 +16,6 @@ from .signal import NoSignalError
 __all__ = [
     "CLOSE",
     "OPEN",
-    "STATE_FILE",
     "DistillationConfig",
     "DistillationTrainer",
     "Finding",
@@ -32,6 +31,7 @@ __all__ = [
     "check_head",
     "check_rows",
     "grouped_targets",
+    "load_objective",
     "map_splits",
     "marked",
     "prepare_model",

@@ -56,7 +56,7 @@ from .offload import CudaCopies, check_offload, offloading
 from .optimizers import LOMO, check_optimizer, name_of
 from .record import findings, memory
 from .setup import check_trainable
-from .sharding import ComputesInParts, check_resume, processes_of
+from .sharding import PROCESSES, ComputesInParts, processes_of, written_by_others
 from .throughput import Throughput
 from .watching import WatchesSignal
 
@@ -152,9 +152,9 @@ class UnitTrainer(ComputesInParts, WatchesSignal, CutsBatches):
             )
         if resume_from_checkpoint:
             made_with = made_with_of(resume_from_checkpoint)
-            check_resume(made_with, resume_from_checkpoint, self.accelerator)
+            written_by_others(resume_from_checkpoint, self.accelerator)
             self.in_front = made_with.get(_IN_FRONT)
-            check_made_with(resume_from_checkpoint, self.made_with)
+            check_made_with(resume_from_checkpoint, {k: v for k, v in self.made_with.items() if k != PROCESSES})
         check_bases_stay(self.model, Path(str(self.args.output_dir)))
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -39,6 +39,14 @@ def save_objective(objective: Objective, folder: str | Path) -> None:
         torch.save({name: x.cpu() for name, x in state.items()}, Path(folder) / STATE_FILE)
 
 
+def load_objective(objective: Objective, folder: str | Path, device: torch.device) -> None:
+    """Restores what `save_objective` has written; does nothing where it has written nothing."""
+    path = Path(folder) / STATE_FILE
+    if path.is_file():  # by way of the CPU: torch cannot load onto "cpu:0", which is DeepSpeed's name for it
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        objective.load_state_dict({name: x.to(device) for name, x in state.items()})
+
+
 @contextlib.contextmanager
 def reading(folder: str) -> Iterator[None]:
     """Raises ValueError, which names the checkpoint, in place of what torch and safetensors raise about its files."""

@@ -32,7 +32,7 @@ from ..rollout.sampling import eos_ids
 from .arguments import changed
 from .base import UnitTrainer
 from .budget import coupled
-from .checkpoints import STATE_FILE, reading, save_objective
+from .checkpoints import load_objective, reading, save_objective
 from .checks import check_head, check_rows
 from .config import XPOConfig
 from .context import at_places, check_context, check_teacher, context_lengths, encode_for
@@ -195,9 +195,9 @@ class XPOTrainer(UnitTrainer):
 
     def _prepare_to_train(self, checkpoint: str | None) -> None:
         self.prepare()
-        if checkpoint is not None and (path := Path(checkpoint) / STATE_FILE).is_file():
+        if checkpoint is not None:
             with reading(checkpoint):
-                self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
+                load_objective(self.objective, checkpoint, self.args.device)
 
     def preflight(self) -> Report | None:
         """Checks the run before training: rows, mask, template, reference, loss and options, see docs/preflight.md.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ..head.sharded import is_partitioned, is_sharded, unpartitioned
 from ..reduce import most_over_ranks
+from ..resume import made_with_of
+from .universal import loading_universal, parts_of
 
 _ELEMENTS = 4096  # of each weight's part, by which `sample_of_parts` tells whether it has changed
 PROCESSES = "processes of DeepSpeed"  # in a checkpoint's settings, see resume.py
@@ -144,19 +147,28 @@ def check_reference(strategy: str, model: nn.Module, accelerator: Any) -> None:
 
 
 def processes_of(accelerator: Any) -> dict[str, int]:
-    """Returns how many processes have a checkpoint's parts between them, where that cannot change: DeepSpeed's."""
+    """Returns how many processes have a checkpoint's parts between them, where these have to be put together anew."""
     return {PROCESSES: accelerator.num_processes} if sharding_of(accelerator).startswith("ZeRO") else {}
 
 
-def check_resume(made_with: Mapping[str, Any], folder: str, accelerator: Any) -> None:
-    """Raises ValueError where DeepSpeed would have to cut a checkpoint's parts anew. made_with: its settings."""
+def written_by_others(folder: Any, accelerator: Any) -> bool:
+    """Tells whether another number of processes of DeepSpeed has written a checkpoint.
+
+    Raises ValueError if its parts cannot be put together: they are not all there, or rows are cut over ranks.
+    """
     now = processes_of(accelerator).get(PROCESSES)
-    was = made_with.get(PROCESSES, now)
-    if now is not None and was != now:
+    was = made_with_of(folder).get(PROCESSES, now)
+    if now is None or was == now:
+        return False
+    told = f"{folder} was written by {was} processes, and this run has {now}: "
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if getattr(parallel, "sp_size", 1) > 1:
+        raise ValueError(f"{told}with sp_size, resume on as many")
+    if (found := parts_of(Path(folder))) != was:
         raise ValueError(
-            f"{folder} was written by {was} processes, and this run has {now}: {sharding_of(accelerator)} keeps the "
-            "optimizer in parts, which DeepSpeed does not cut anew. Resume on as many processes, or train with FSDP2"
+            f"{told}it has the parts of {found}: put the files of all in one folder that all processes see"
         )
+    return True
 
 
 def shard_copy(model: nn.Module, accelerator: Any) -> nn.Module:
@@ -240,6 +252,19 @@ class ComputesInParts:
         """
         if self._ready is None:
             self._ready = Ready(self)
+
+    def _prepare_for_training(self: Any, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        with self._reading_parts(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+
+    def _load_best_model(self: Any) -> None:
+        with self._reading_parts(self.state.best_model_checkpoint):
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _reading_parts(self: Any, folder: str | None) -> contextlib.AbstractContextManager[None]:
+        if folder is None or not written_by_others(folder, self.accelerator):
+            return contextlib.nullcontext()
+        return loading_universal(Path(folder), self.accelerator)
 
     def create_optimizer(self: Any, model: Any = None) -> Any:
         """Makes the optimizer as Trainer does."""

@@ -19,7 +19,7 @@ from ...methods import METHODS
 from ...models import Head, no_router_loss
 from ...objective import Objective
 from ...seeds import draws_by
-from ...trainer import STATE_FILE, save_objective
+from ...trainer import load_objective, save_objective
 from .base import IGNORE, NOT_FUSED, check_version, take_losses, without_virtual
 from .seams import in_layout
 
@@ -256,9 +256,8 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / STATE_FILE
-        if self.objective is not None and path.is_file():
-            self.objective.load_state_dict(torch.load(path, map_location=self.args.device))
+        if self.objective is not None:
+            load_objective(self.objective, resume_from_checkpoint, self.args.device)
 
 
 class _SaveState(TrainerCallback):
