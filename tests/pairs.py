@@ -35,7 +35,7 @@ def covering(values: list[list[Any]]) -> list[list[Any]]:
             gains = [sum((a, i, at, j) in missing for a, i in enumerate(row)) for j in places[at]]
             # Where nothing is missing, the values take turns.
             turn = sum(row) % len(places[at])
-            row = [*row, max(places[at], key=lambda j: (gains[j], -((j - turn) % len(places[at]))))]  # noqa: B023
+            row = [*row, max(places[at], key=lambda j: (gains[j], -((j - turn) % len(places[at]))))]
         missing.difference_update((a, row[a], b, row[b]) for a, b in combinations(range(len(row)), 2))
         return row
 
@@ -48,7 +48,7 @@ def covering(values: list[list[Any]]) -> list[list[Any]]:
             row[at] = max(
                 places[at],
                 key=lambda k: ((a, i, at, k) in missing) + ((at, k, a, i) in missing)
-                + ((b, j, at, k) in missing) + ((at, k, b, j) in missing),  # noqa: B023
+                + ((b, j, at, k) in missing) + ((at, k, b, j) in missing),
             )  # fmt: skip
         missing.difference_update((a, row[a], b, row[b]) for a, b in combinations(range(len(row)), 2))
         rows.append(row)

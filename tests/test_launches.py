@@ -16,7 +16,19 @@ import oracle
 import test_objective
 import xpo_fast as xf
 from pairs import in_pairs
-from test_objective import LEARN, TILES, VOCAB, T, given_to, gradients_match, lay_out, layouts, learns, operands, targets_of
+from test_objective import (
+    LEARN,
+    TILES,
+    VOCAB,
+    T,
+    given_to,
+    gradients_match,
+    lay_out,
+    layouts,
+    learns,
+    operands,
+    targets_of,
+)
 from test_segments import host, library  # noqa: F401
 from test_waits import UNCAPTURED, static  # noqa: F401
 from xpo_fast import native

@@ -198,7 +198,10 @@ def gradients_match(xs, wide, rtol=1e-9):
 # A batch is laid out before anything else of a call, so a layout needs no method with every tile, but both once.
 @in_pairs(
     ("name", THROUGH_HEAD),
-    ("learn, backend, tile", [(l, *b) for l in LEARN for b in (*(("torch", t) for t in TILES), ("dense", "one tile"))]),
+    (
+        "learn, backend, tile",
+        [(learn, *way) for learn in LEARN for way in (*(("torch", t) for t in TILES), ("dense", "one tile"))],
+    ),
     ("packed", [False, True]),
 )
 def test_loss_and_gradients(name, packed, learn, backend, tile):
