@@ -195,7 +195,7 @@ def gradients_match(xs, wide, rtol=1e-9):
             assert x.grad is None
 
 
-# A batch is laid out before anything else of a call, so a layout needs no method with every tile, but both once.
+# Rows are laid out before anything is tiled: each method has both layouts and every tile, not each tile in both layouts.
 @in_pairs(
     ("name", THROUGH_HEAD),
     (
