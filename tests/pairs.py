@@ -20,7 +20,9 @@ def in_pairs(*parameters: tuple[str, Iterable[Any]]) -> pytest.MarkDecorator:
     rows = covering(values)
     split = ["," in name for name in names]
     flat = [[x for v, many in zip(row, split, strict=True) for x in (v if many else (v,))] for row in rows]
-    return pytest.mark.parametrize(", ".join(names).replace(" ", "").split(","), flat, ids=str)
+    return pytest.mark.parametrize(
+        ", ".join(names).replace(" ", "").split(","), flat, ids=lambda x: getattr(x, "__name__", str(x))
+    )
 
 
 def covering(values: list[list[Any]]) -> list[list[Any]]:

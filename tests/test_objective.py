@@ -195,7 +195,7 @@ def gradients_match(xs, wide, rtol=1e-9):
             assert x.grad is None
 
 
-# Rows are laid out before anything is tiled: each method has both layouts and every tile, not each tile in both layouts.
+# Rows are laid out before anything is tiled: a method has both layouts and every tile, not each tile in both layouts.
 @in_pairs(
     ("name", THROUGH_HEAD),
     (
