@@ -15,7 +15,20 @@ from torch.testing import assert_close
 import oracle
 import test_objective
 import xpo_fast as xf
-from test_objective import TILES, VOCAB, T, given_to, gradients_match, lay_out, layouts, learns, operands, targets_of
+from pairs import in_pairs
+from test_objective import (
+    LEARN,
+    TILES,
+    VOCAB,
+    T,
+    given_to,
+    gradients_match,
+    lay_out,
+    layouts,
+    learns,
+    operands,
+    targets_of,
+)
 from test_segments import host, library  # noqa: F401
 from test_waits import UNCAPTURED, static  # noqa: F401
 from xpo_fast import native
@@ -79,10 +92,11 @@ def assert_same(ours, theirs):
     gradients_match(xs, wide)
 
 
-@every
-@layouts
-@pytest.mark.parametrize(
-    ("learn", "tile"), [("frozen", "one tile"), ("head only", "several units"), *(("trainable", t) for t in TILES)]
+# Each method with each tile, and in both layouts, which each tile has with half of the methods.
+@in_pairs(
+    ("name", WITH_KERNELS),
+    ("learn, tile", [("frozen", "one tile"), ("head only", "several units"), *(("trainable", t) for t in TILES)]),
+    ("packed", [False, True]),
 )
 def test_loss_and_gradients(name, packed, learn, tile, launches):
     test_objective.test_loss_and_gradients(name, packed, learn, "cuda", tile)
@@ -188,9 +202,7 @@ def test_what_is_remembered(learn, launches):
     assert launches.total() == (4 if learn == "frozen" else 6)
 
 
-@pytest.mark.parametrize("name", [n for n in WITH_KERNELS if n not in UNCAPTURED])
-@layouts
-@learns
+@in_pairs(("name", [n for n in WITH_KERNELS if n not in UNCAPTURED]), ("packed", [False, True]), ("learn", LEARN))
 def test_captured(name, packed, learn, static, launches):  # noqa: F811
     """Every position is scored, the ignored ones as nothing; of packed rows by the pure functions."""
     assert_same(*both(name, learn, packed, options=hyper_of(xf.METHODS[name])))

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import oracle
 import xpo_fast as xf
+from pairs import in_pairs
 
 VOCAB, WIDTH, T = 29, 6, 7
 # Scored tokens of the rows: ragged pairs; a full row; one token; an empty rejected row and an empty chosen one, so
@@ -194,10 +195,15 @@ def gradients_match(xs, wide, rtol=1e-9):
             assert x.grad is None
 
 
-@every_method
-@layouts
-@learns
-@pytest.mark.parametrize(("backend", "tile"), [("torch", t) for t in TILES] + [("dense", "one tile")], ids=lambda x: x)
+# Rows are laid out before anything is tiled: a method has both layouts and every tile, not each tile in both layouts.
+@in_pairs(
+    ("name", THROUGH_HEAD),
+    (
+        "learn, backend, tile",
+        [(learn, *way) for learn in LEARN for way in (*(("torch", t) for t in TILES), ("dense", "one tile"))],
+    ),
+    ("packed", [False, True]),
+)
 def test_loss_and_gradients(name, packed, learn, backend, tile):
     method, hyper = xf.METHODS[name], hyper_of(xf.METHODS[name])
     xs, targets = operands(learn), targets_of()

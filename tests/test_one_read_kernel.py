@@ -15,6 +15,7 @@ import interpreter
 import oracle
 import test_head
 from interpreter import DEVICE, INTERPRETED, needs_gpu, needs_triton, poison, run_checks  # noqa: F401
+from pairs import in_pairs
 
 pytestmark = interpreter.numpy_warnings
 BLOCK = 128  # columns; c is a logit of the first of them, or the target's
@@ -186,9 +187,8 @@ def row_errors(found, want):
 HEADS = {name: (bias, options) for name, (bias, options) in test_head.HEADS.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+# What is kept of a row is decided by its distribution, and then rounded: each has both dtypes, and all shapes.
+@in_pairs(("distribution", DISTRIBUTIONS), ("shape", SHAPES), ("dtype", [torch.float32, torch.bfloat16]))
 def check_gradient(distribution, shape, dtype):
     """dH within 2⁻⁸ a row in bfloat16, with a head as random as it can be, and each entry within two roundings."""
     products, y = distribution(*SHAPES[shape])

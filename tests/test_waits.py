@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import oracle
 import xpo_fast as xf
+from pairs import in_pairs
 from test_objective import (
     LENGTHS,
     THROUGH_HEAD,
@@ -43,6 +44,8 @@ UNCAPTURED = {
     "beta_dpo": "what it remembers",
     "bco": "what it remembers",
 }
+# Tokens of a tile on the meta device, whose operations are slow: a unit is longer and a row shorter still.
+FEW_TILES = 8
 CAPTURED = [n for n in METHODS if n not in UNCAPTURED]
 OPERATORS = {op._opoverload: op._init_fn for op in (autograd.token_stats, autograd.token_stats_backward)}
 
@@ -166,10 +169,11 @@ def arguments(name, learn, packed):
     return [h.detach().requires_grad_(xs[0].requires_grad), *xs[1:]], y, cu, columns, ref
 
 
-def objective_of(name, **options):
+def objective_of(name, tokens=4, **options):
+    """With tiles of so many tokens."""
     method = xf.METHODS[name]
     fixed = {"fixed_length": T} if method.denominator == "fixed_length" else {}
-    return xf.Objective(name, tile_bytes=4 * VOCAB * 8, backend="torch", **fixed, **options, **hyper_of(method))
+    return xf.Objective(name, tile_bytes=tokens * VOCAB * 8, backend="torch", **fixed, **options, **hyper_of(method))
 
 
 def step(objective, xs, targets, **given):
@@ -185,7 +189,7 @@ def test_targets_on_the_host(name, learn, packed):
     """And with them all that a collator makes: it goes to the device by copies that nothing waits for."""
     xs, y, cu, columns, ref = arguments(name, learn, packed)
     xs, ref = [there(x) for x in xs], {n: there(x) for n, x in ref.items()}
-    objective = objective_of(name)
+    objective = objective_of(name, FEW_TILES)
     with NoWaits():
         for _ in range(1 + (xf.METHODS[name].state is not None)):  # with what is remembered of the one before
             out = step(objective, xs, y, list_size=list_size(xf.METHODS[name]), **cu, **columns, **ref)
@@ -256,7 +260,7 @@ def test_captured(name, learn, packed, capturing):
     given = {n: there(x) for n, x in {**columns, **ref}.items()}
     with NoWaits(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", no_copies(torch.Tensor.to))
-        step(objective_of(name), xs, y, list_size=list_size(xf.METHODS[name]), **cu, **given)
+        step(objective_of(name, FEW_TILES), xs, y, list_size=list_size(xf.METHODS[name]), **cu, **given)
 
 
 def no_copies(to):
@@ -315,9 +319,11 @@ def test_captured_packed_rows_of_unknown_lengths(name, learn, capturing):
         step(objective_of(name), [there(x) for x in xs], there(y), **given)
 
 
-@pytest.mark.parametrize("name", [n for n in CAPTURED if n != "cringe"])  # which draws: test_captured_draws
-@learns
-@layouts
+@in_pairs(
+    ("name", [n for n in CAPTURED if n != "cringe"]),  # which draws: test_captured_draws
+    ("packed", [False, True]),
+    ("learn", ["frozen", "trainable"]),
+)
 def test_captured_is_the_same(name, learn, packed, static):
     """Loss, metrics and gradients, whatever there may be at ignored positions; tiles of one token and of several."""
     xs, y, cu, columns, ref = arguments(name, learn, packed)
