@@ -166,12 +166,11 @@ def test_z_loss_ignores_what_is_in_padding():
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"mlp_only_layers": [0]}, {"checkpointing": True}], ids=["all", "mixed", "ckpt"]
+    ("name", "config"),
+    [("qwen3_moe", {}), ("gpt_oss", {}), ("qwen3_moe", {"mlp_only_layers": [0]}), ("gpt_oss", {"checkpointing": True})],
+    ids=["qwen3_moe", "gpt_oss", "a dense layer", "checkpointing"],
 )
-@pytest.mark.parametrize("name", MODELS)
 def test_routers_learn_from_the_z_loss(tmp_path, name, config):
-    if name == "gpt_oss" and "mlp_only_layers" in config:
-        pytest.skip("gpt-oss has no dense layers")
     shape, more = ({}, {"gradient_checkpointing": True}) if "checkpointing" in config else (config, {})
     logs, grads, seen = {}, {}, {}
     for z in (0.0, 0.25):
@@ -220,3 +219,45 @@ def test_steps_without_a_reward_have_finite_losses_and_no_gradient(tmp_path):
     log, grads = test_rl.step(made)
     assert all(math.isfinite(x) for x in log.values() if isinstance(x, float)), log
     assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+@pytest.mark.filterwarnings(f"ignore:{test_trainer.PEFT_WARNING}:FutureWarning")
+def test_a_run_that_is_resumed_with_adapters_on_experts_is_the_same(tmp_path):
+    def run(folder: str, **how) -> list[dict]:
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        made = test_trainer.make_trainer(
+            tmp_path / folder, model=qwen(router_z_loss_coef=0.1), reference="copy", preflight="off",
+            layout="padded", max_steps=4, save_strategy="steps", save_steps=2,
+            peft_config=test_trainer.lora(target_parameters=experts),
+        )  # fmt: skip
+        made.train(**how)
+        return [x for x in made.state.log_history if "loss" in x]
+
+    whole = run("a")
+    resumed = run("b", resume_from_checkpoint=str(tmp_path / "a" / "out" / "checkpoint-2"))
+    for name in ("loss", "aux_loss", "z_loss"):
+        assert [x[name] for x in resumed] == pytest.approx([x[name] for x in whole], rel=1e-6), name
+    assert len({x["z_loss"] for x in whole}) == 4
+
+
+def test_routers_that_are_not_finite_are_named_before_a_step(tmp_path):
+    model = qwen(router_z_loss_coef=0.1)
+    with torch.no_grad():
+        next(iter(routers(model).values())).fill_(torch.nan)
+    made = test_trainer.make_trainer(tmp_path, model=model, reference="copy", layout="padded", preflight="off")
+    with pytest.raises(ValueError, match=r"not finite: model\.layers\.0\.mlp\.gate\.weight holds NaN"):
+        made.train()
+
+
+def test_trls_trainers_refuse_a_z_loss(tmp_path):
+    import datasets
+
+    trl = pytest.importorskip("trl")
+    from xpo_fast.integrations.trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], loss_type=["xpo:dpo"])
+    rows = datasets.Dataset.from_list(test_trainer.make_rows(4))
+    how = {"ref_model": qwen(1), "train_dataset": rows, "processing_class": test_trainer.make_tokenizer()}
+    assert issubclass(DPOTrainer, trl.DPOTrainer)
+    with pytest.raises(ValueError, match=r"router_z_loss_coef=0\.1: DPOTrainer adds no z-loss"):
+        DPOTrainer(qwen(router_z_loss_coef=0.1), args=args, **how)
