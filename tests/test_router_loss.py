@@ -243,8 +243,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     ):
         RewardTrainer(qwen(), config, train_dataset=make_rows(4), processing_class=make_tokenizer())
     model = qwen()
-    model.config.router_z_loss_coef = 0.1
-    with pytest.raises(ValueError, match="asks for a z-loss"):
+    model.config.router_z_loss_coef, model.config.model_type = 0.1, "qwen9_moe"
+    with pytest.raises(ValueError, match=r"asks for a z-loss .* not of qwen9_moe"):
         make(tmp_path, model=model, reference="copy")
     llama = test_trainer.make_model()
     llama.config.output_router_logits = True

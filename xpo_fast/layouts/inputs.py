@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models import no_router_loss
+from ..models import no_router_loss, z_coefficient
 from ..types import IGNORE_INDEX
 from .attention import laid_out
 from .model import install_layouts
@@ -59,7 +59,8 @@ class Inputs(NamedTuple):
         Hidden states are 0 where the layout was not asked for them. model: has `install_fused_loss`; may be wrapped.
         In a block `split_over` the model reads this rank's chunk of each row, at the positions of whole rows, and
         hidden states are (R, w, D).
-        router_loss: return the pair of that and the auxiliary loss () of a mixture of experts' router.
+        router_loss: return the pair of that and the auxiliary loss () of a mixture of experts' router, and third its
+        z-loss () where the config has a router_z_loss_coef.
         """
         if (shard := current_shard()) is not None:
             assert self.layout is None and not router_loss, "rows that are cut over ranks are padded, without routers"
@@ -68,6 +69,8 @@ class Inputs(NamedTuple):
             at, split = at.expand_as(ids).contiguous(), {ROWS_SPLIT: True, **no_router_loss(model)}
             return model(input_ids=ids, position_ids=at, fused_loss=fused_loss, **split)
         routed = {"output_router_logits": True} if router_loss else no_router_loss(model)
+        if router_loss and z_coefficient(model):
+            routed["router_z_loss"] = True
         if self.layout is not None:
             install_layouts(model)
         with laid_out(self.layout):

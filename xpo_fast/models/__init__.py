@@ -5,7 +5,7 @@ from .fused_loss import hidden_states, install_fused_loss, own_logits, remove_fu
 from .limits import check_ids, check_lengths, embeddings, padding_id, positions, table_of_positions
 from .lm_head import Head
 from .loading import SMOLLM2, hub_arguments, load_model, load_weights, smollm2_gguf, smollm2_path
-from .router_loss import no_router_loss, refuse_router_loss, router_coefficient, without_router_logits
+from .router_loss import no_router_loss, refuse_router_loss, router_coefficient, without_router_logits, z_coefficient
 
 __all__ = [
     "SMOLLM2",
@@ -34,4 +34,5 @@ __all__ = [
     "smollm2_path",
     "table_of_positions",
     "without_router_logits",
+    "z_coefficient",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .lm_head import Head, before_head, causal_lm
-from .router_loss import asks_router_loss, router_logits, router_loss
+from .router_loss import asks_router_loss, router_logits, router_loss, router_z_loss
 
 # The arguments of a forward that are about logits, or about what is made of them.
 _ABOUT_LOGITS = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict", "targets", "use_cache")
@@ -47,7 +47,8 @@ def install_fused_loss(model: nn.Module) -> None:
     f takes the last hidden states (R, T, D) and the `Head`, and runs inside the model's forward, where the hooks of DDP
     and FSDP see that the head's weight is used. Without the keyword the forward is unchanged. A PEFT model passes the
     keyword on to its base model. With output_router_logits=True, of a mixture of experts, it returns
-    (f(hidden, head), aux_loss), see `router_loss`; where the config asks for that, it must be told which of the two.
+    (f(hidden, head), aux_loss), see `router_loss`; where the config asks for that, it must be told which of the two;
+    with router_z_loss=True beside it, (f(hidden, head), aux_loss, z_loss).
 
     Raises ValueError for a model that is not a decoder-only causal LM, and for a head that `Head.from_model` refuses.
     What the class's own code does to its logits behind the head is not read; `trainer.check_head`, which the trainers
@@ -90,7 +91,7 @@ def _with_fused_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, fused_loss: Callable[[Tensor, Head], Any] | None = None, **kwargs: Any) -> Any:
         if fused_loss is None:
             return self._forward_without_fused_loss(*args, **kwargs)
-        routed = kwargs.get("output_router_logits")
+        routed, with_z = kwargs.get("output_router_logits"), kwargs.pop("router_z_loss", False)
         if routed is None and asks_router_loss(self):
             raise ValueError(
                 "the config asks for the router's auxiliary loss: pass output_router_logits=True for (loss, aux_loss), "
@@ -101,6 +102,9 @@ def _with_fused_loss(original: Callable[..., Any]) -> Callable[..., Any]:
             hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
         head = Head.from_model(self)
         loss = fused_loss(head.inputs(hidden), head)
-        return (loss, router_loss(self, found[0], inputs)) if routed else loss
+        if not routed:
+            return loss
+        aux = router_loss(self, found[0], inputs)
+        return (loss, aux, router_z_loss(found[0], inputs)) if with_z else (loss, aux)
 
     return forward

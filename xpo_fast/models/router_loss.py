@@ -1,21 +1,30 @@
-"""The auxiliary loss of a mixture of experts' router, beside a loss that is fused into the model's forward.
+"""The auxiliary losses of a mixture of experts' router, beside a loss that is fused into the model's forward.
 
-It is transformers' own: `load_balancing_loss_func` of the module that defines the model's class, of the router's logits
-of every layer and of the tokens that the attention mask lets through, prompts and completions alike.
+That of load balancing is transformers' own: `load_balancing_loss_func` of the module that defines the model's class, of
+the router's logits of every layer and of the tokens that the attention mask lets through, prompts and completions
+alike. The z-loss is of the same logits and tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .lm_head import causal_lm, unwrapped
 
 _FUNCTION = "load_balancing_loss_func"
+# config.model_type of those whose router returns its logits as its linear makes them, and takes a softmax of them:
+# read in transformers 5.24. A router of sigmoids has no sum of exponentials to hold down.
+_RAW = (
+    *("dbrx", "ernie4_5_moe", "flex_olmo", "gpt_oss", "granitemoe", "jamba", "minimax", "mixtral", "olmoe"),
+    *("phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+)
 
 
 def asks_router_loss(model: Any) -> bool:
@@ -41,11 +50,33 @@ def router_coefficient(model: Any) -> float:
     found = getattr(config, "router_aux_loss_coef", None)
     if found is None:
         raise _no_loss(lm, "its config has no router_aux_loss_coef")
-    if getattr(config, "router_z_loss_coef", 0):
-        raise _no_loss(lm, f"its config asks for a z-loss, too (router_z_loss_coef={config.router_z_loss_coef:g})")
     if found:
         _parts(lm)
+    elif z_coefficient(model):
+        raise _no_loss(lm, "router_z_loss_coef needs a router_aux_loss_coef above 0 beside it, and it is 0")
     return float(found)
+
+
+def z_coefficient(model: Any) -> float:
+    """Returns config.router_z_loss_coef if the config has output_router_logits=True, else 0; 0 where it has none.
+
+    Raises ValueError for one that is negative or not finite, and for a model that is not known to give the logits of
+    its router before their softmax.
+    """
+    if not asks_router_loss(model):
+        return 0.0
+    lm = causal_lm(unwrapped(model))
+    config = lm.config.get_text_config()
+    found = float(getattr(config, "router_z_loss_coef", None) or 0.0)
+    if not 0 <= found < math.inf:
+        raise _no_loss(lm, f"router_z_loss_coef must be finite and 0 or more, got {found:g}")
+    if found and config.model_type not in _RAW:
+        raise _no_loss(
+            lm,
+            f"its config asks for a z-loss (router_z_loss_coef={found:g}), which is of logits before a softmax; those "
+            f"are known of {', '.join(_RAW)}, not of {config.model_type}: set router_z_loss_coef = 0",
+        )
+    return found
 
 
 def refuse_router_loss(model: Any, what: str) -> None:
@@ -101,6 +132,20 @@ def router_loss(lm: Any, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
     if mask is not None and mask.numel() != rows:
         raise _no_loss(lm, f"{rows} tokens were routed of rows of {tuple(mask.shape)}: read them padded")
     return function(logits, experts, chosen, mask)
+
+
+def router_z_loss(logits: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """Returns the router's z-loss (), with a graph: the mean of (log Σ_e exp x_e)² over layers and unpadded tokens.
+
+    ST-MoE (arXiv 2202.08906), equation 5. x: the logits of each layer (R·T, E), before their softmax. arguments: of the
+    forward. Layers have a mean, as in transformers' loss of load balancing, not a sum. As `router_loss` has checked.
+    """
+    device = logits[0].device
+    x = torch.stack([layer.to(device) for layer in logits])  # (layers, R·T, E)
+    if (mask := arguments.get("attention_mask")) is not None:
+        x = x[:, (mask.reshape(-1) != 0).to(device)]
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).logsumexp(dim=-1).square()
+    return squares.sum() / max(squares.numel(), 1)
 
 
 def _parts(lm: Any) -> tuple[Any, int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import Inputs
-from ..models import router_coefficient
+from ..models import router_coefficient, z_coefficient
 from ..types import IGNORE_INDEX
 
 
@@ -20,6 +20,7 @@ def checked_coefficient(model: Any, args: Any, *, cut: bool = False) -> float:
     budget of tokens, by which micro-batches have shares of the step of any size.
     """
     found = router_coefficient(model)
+    z_coefficient(model)
     if found and cut:
         raise ValueError(
             "sp_size: the router's auxiliary loss is of whole rows, which it cuts over ranks: leave it out, or set "
@@ -38,19 +39,23 @@ def with_router_loss(
 ) -> dict[str, Any]:
     """Returns fused(hidden, head) of rows, in training its loss plus coefficient · share · aux_loss.
 
-    aux_loss is that of the micro-batch's tokens, padding left out; share: 1 over the micro-batches of the step, of all
-    ranks, so that the step has their mean. It is among the metrics. An evaluation's loss is the method's alone. A
+    aux_loss is that of the micro-batch's tokens, padding left out. So is the z_loss (ST-MoE, arXiv 2202.08906), added
+    times router_z_loss_coef where the config has one. share: 1 over the micro-batches of the step, of all ranks, so
+    that the step has their mean, as in TRL. They are among the metrics. An evaluation's loss is the method's alone. A
     micro-batch without a target, which only fills up the ranks, has none.
     """
     if not coefficient or not model.training:
         return rows.run(model, fused)
-    out, aux = rows.run(model, fused, router_loss=True)
+    out, aux, *z = rows.run(model, fused, router_loss=True)
     counts = (rows.targets != IGNORE_INDEX).any().to(aux.dtype)
     loss = out["loss"] + coefficient * share * counts * aux.to(out["loss"].device)
     beside = {"aux_loss": torch.where(counts > 0, aux.detach(), 0.0)}
+    for x in z:
+        loss = loss + z_coefficient(model) * share * counts * x.to(loss.device)
+        beside["z_loss"] = torch.where(counts > 0, x.detach(), 0.0)
     return {
         **out,
         "loss": loss,
         "metrics": {**out["metrics"], **beside},
-        "counts": {**out["counts"], "aux_loss": counts},
+        "counts": {**out["counts"], **dict.fromkeys(beside, counts)},
     }

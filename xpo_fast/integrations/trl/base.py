@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...models import install_fused_loss, refuse_router_loss
+from ...models import install_fused_loss, refuse_router_loss, z_coefficient
 
 try:
     import trl
@@ -53,6 +53,11 @@ def take_losses(trainer: Any, *, router_loss: bool = False) -> None:
         )
     if not router_loss:
         refuse_router_loss(trainer.model, type(trainer).__name__)
+    elif z := z_coefficient(trainer.model):
+        raise ValueError(
+            f"router_z_loss_coef={z:g}: {type(trainer).__name__} adds no z-loss, as TRL's: set "
+            "model.config.router_z_loss_coef = 0, or train with xpo_fast.trainer.XPOTrainer"
+        )
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
             install_fused_loss(trainer.accelerator.unwrap_model(model))
