@@ -95,7 +95,10 @@ def test_dry_run(home, tmp_path, capsys):
         ((), "shuffled", "the teacher's tokenizer is not the student's"),
         (("--dry-run",), "shuffled", "the teacher's tokenizer is not the student's"),
         ((), "smaller", "does not hold the student's of 97"),
-        ((), "teacher:0", "expected a weight > 0"),
+        ((), "teacher:0", "with a weight > 0"),
+        ((), "teacher:x", "with a weight > 0, such as"),
+        (("--stop", "w3"), "teacher", "--stop is for --on-policy"),
+        (("--stop", "", "--on-policy"), "teacher", "stop"),
     ],
     ids=str,
 )
@@ -125,8 +128,12 @@ def test_other_commands_name_this_one(home, tmp_path, capsys, words):
     assert "another model: train by xpo-fast distill --teacher MODEL" in capsys.readouterr().err
 
 
-def test_names_with_weights():
+def test_names_with_weights(tmp_path):
     assert weighted("a/b:0.5") == ("a/b", 0.5) and weighted("a/b") == ("a/b", 1.0)
     assert weighted("c:/models/x") == ("c:/models/x", 1.0)
-    with pytest.raises(UsageError, match="weight > 0"):
-        weighted("a:-1")
+    (tmp_path / "run:2").mkdir()
+    assert weighted(f"{tmp_path}/run:2") == (f"{tmp_path}/run:2", 1.0)
+    assert weighted(f"{tmp_path}/run:2:3") == (f"{tmp_path}/run:2", 3.0)
+    for text in ("a:-1", "a:x", "a:", "a:nan", ":2"):
+        with pytest.raises(UsageError, match="weight > 0"):
+            weighted(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checks, dry_run, loading, options, resuming, train, training
@@ -63,6 +64,7 @@ def add_parser(commands: Any) -> None:
     add("--temperature T", "sampling temperature (default: 1)", type=float)
     add("--top-p P", "nucleus sampling: smallest set of tokens with probability P (default: 1)", type=float)
     add("--top-k K", "sample from the K most likely tokens (default: all)", type=int)
+    add("--stop TEXT", "a text that ends a completion; may be repeated", [])
 
     options.add_model(parser)
     options.add_optimisation(
@@ -83,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     teachers = [weighted(text) for text in args.teacher]
     if args.fit:
         raise UsageError("--fit: the memory of a teacher is not predicted: leave --fit out")
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    sampling = {name: x for name, x in sampling.items() if x is not None}
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop")}
+    sampling = {name: x for name, x in sampling.items() if x not in (None, [])}
     if sampling and not args.on_policy:
         raise UsageError(f"--{next(iter(sampling)).replace('_', '-')} is for --on-policy, which samples: leave it out")
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
@@ -129,16 +131,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """Parses MODEL[:WEIGHT]; a colon with something else than a number behind it belongs to the name."""
+    """Parses MODEL[:WEIGHT]; a colon in the name of a folder, or before a slash, belongs to the name."""
     name, sign, weight = text.rpartition(":")
+    if not sign or "/" in weight or "\\" in weight or Path(text).exists():
+        return text, 1.0
     try:
         number = float(weight)
     except ValueError:
-        return text, 1.0
-    if not (sign and name):
-        return text, 1.0
-    if not 0 < number < math.inf:
-        raise UsageError(f"--teacher {text}: expected a weight > 0")
+        number = math.nan
+    if not (name and 0 < number < math.inf):
+        raise UsageError(
+            f"--teacher {text}: expected MODEL:WEIGHT with a weight > 0, such as {name or 'MODEL'}:2, got {weight!r} "
+            "behind the colon; there is no folder of that name"
+        )
     return name, number
 
 

@@ -54,17 +54,18 @@ class DistillationConfig(XPOConfig):
     temperature: float = argument(1.0, "Temperature of sampling.")
     top_p: float = argument(1.0, "Nucleus sampling: the smallest set of tokens with this probability.")
     top_k: int | None = argument(None, "Sample from the k most likely tokens.")
+    stop: tuple[str, ...] = argument((), "Texts that end a sampled completion; the tokens that spell them are kept.")
     generation_batch_size: int = argument(64, "Completions per batch of sampling.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy is a share of the steps, from 0 to 1, got {self.on_policy!r}")
-        self.sampling()  # which checks its numbers
+        self.stop = self.sampling().stop  # which checks the settings, and makes a tuple of a list
 
     def sampling(self) -> Sampling:
         """Returns how the student samples."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.stop)
 
 
 class Teacher(LiveReference):
