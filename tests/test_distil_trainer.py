@@ -282,7 +282,7 @@ def test_refusals(tmp_path):
         (teacher, {"max_new_tokens": 0}, "max_new_tokens of at least 1"),
         (teacher, {"method": "sampled_kl", "on_policy": 0.5}, "set on_policy=1, got 0.5"),
         (teacher, {"method": "sampled_kl", "on_policy": 1.0, "temperature": 0.7}, "leave temperature, top_p and top_k"),
-        (teacher, {"method": "topk_kl"}, "of which data sets have no column"),
+        (teacher, {"method": "topk_kl"}, "reads what a teacher has said before"),
         (teacher, {"method": "sampled_kl", "config": XPOConfig}, "set on_policy=1, got 0"),
         (teacher, {"teacher_processing_class": make_tokenizer(vocabulary=words)}, r"other numbers there, such as 'w0'"),
         (teacher, {"teacher_processing_class": [make_tokenizer()] * 2}, "a tokenizer for each of 1 teachers"),
