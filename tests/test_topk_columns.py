@@ -48,7 +48,7 @@ def plain(student, teacher, k, vocab=VOCAB):
 def test_the_columns_are_the_teachers(batch_size):
     teacher = wider(vocab_size=VOCAB + 7)
     found = teacher_topk(teacher, encoded(), 5, vocab=VOCAB, batch_size=batch_size)
-    for row, text in zip(found, ROWS, strict=True):
+    for row, text in zip(found.to_list(), ROWS, strict=True):
         wanted, at = logits(teacher, text).log_softmax(-1).topk(5, dim=1)
         assert row["topk_ids"] == at.tolist() and len(at) == len(row["chosen_ids"])
         torch.testing.assert_close(torch.tensor(row["topk_logp"]).double(), wanted, rtol=1e-5, atol=1e-5)

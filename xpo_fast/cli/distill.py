@@ -50,10 +50,8 @@ def add_parser(commands: Any) -> None:
     add("--teacher MODEL[:WEIGHT]", f"{about} by WEIGHT, 1 if not given", **how)
     add("--teacher-dtype", "dtype of the teachers' weights, which are frozen", "auto", choices=options.DTYPES)
 
-    about = (
-        "train nothing: write the data's token ids with the teacher's likeliest tokens into the new folder DIR, for "
-    )
-    add("--cache-teacher DIR", f"{about}xpo-fast train --method topk_kl --data DIR, which needs no teacher")
+    about = "train nothing: write the data's token ids with the teacher's likeliest tokens into the new folder DIR"
+    add("--cache-teacher DIR", f"{about}, for xpo-fast train --method topk_kl --data DIR, which needs no teacher")
     add("--cache-tokens K", "likeliest tokens that --cache-teacher keeps of each position (default: 16)", type=int)
 
     group = parser.add_argument_group("method")

@@ -86,9 +86,8 @@ def run(args: argparse.Namespace) -> int:
     _check_context(objective, loading.read_context(args.context))
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
     if objective.reads_topk and (args.dry_run or args.fit):
-        raise UsageError(
-            f"--{'dry-run' if args.dry_run else 'fit'}: of rows of text, topk_kl has token ids: leave it out"
-        )
+        name = "--dry-run" if args.dry_run else "--fit"
+        raise UsageError(f"{name}: of rows of text, topk_kl has token ids: leave it out")
     training.quiet(args)
     # Data first: a mistake in it is reported before a model is loaded.
     train_rows, eval_rows = read_rows(args, objective)

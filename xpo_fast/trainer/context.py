@@ -40,7 +40,8 @@ def check_teacher(objective: Objective, *, taught: bool) -> None:
     if taught and objective.reads_topk:
         raise ValueError(
             f"{names} reads what a teacher has said before, in the columns topk_ids and topk_logp of the data: make "
-            "them by distill --cache-teacher DIR (teacher_topk), and train on DIR by xpo-fast train (XPOTrainer); with the teacher there, train by gkd"
+            "them by distill --cache-teacher DIR (teacher_topk), and train on DIR by xpo-fast train (XPOTrainer); with "
+            "the teacher there, train by gkd"
         )
     if taught and not objective.reads_teacher:
         of_teachers = [m.name for m in METHODS.values() if m.reads_teacher]

@@ -60,7 +60,8 @@ def teacher_topk(
     if not (isinstance(k, int) and 1 <= k <= vocab):
         raise ValueError(f"expected k from 1 to {vocab}, the tokens of the vocabulary, got {k!r}")
     install_fused_loss(teacher)
-    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in dataset]  # type: ignore[index]
+    rows_of: Any = dataset
+    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows_of]
     order = sorted(range(len(dataset)), key=lengths.__getitem__)
     found: list[Any] = [None] * len(dataset)
     for start in range(0, len(order), batch_size):
