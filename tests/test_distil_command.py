@@ -86,9 +86,9 @@ def test_a_teacher_that_has_spoken_before(home, tmp_path, capsys):
     folder = tmp_path / "spoken"
     assert distill(home, tmp_path / "out", "--cache-teacher", str(folder), "--cache-tokens", "5", teacher="larger") == 0
     assert f"--method topk_kl --model {home / 'model'} --data {folder}" in capsys.readouterr().out
-    found = datasets.load_from_disk(str(folder))
+    found = datasets.Dataset.load_from_disk(str(folder))
     assert len(found) == 12 and not (tmp_path / "out").exists()
-    assert all(len(one) == 5 and max(one) < VOCAB for row in found for one in row["topk_ids"])
+    assert all(len(one) == 5 and max(one) < VOCAB for row in found.to_list() for one in row["topk_ids"])
     how = ("--method", "topk_kl", "--model", str(home / "model"), "--cpu", "--lora-targets", "q_proj,v_proj")
     how = (*how, "--batch-size", "4", "--max-steps", "6", "--lr", "2e-2", "--eval-data", str(folder))
     assert cli.main(["train", *how, "--data", str(folder), "--output-dir", str(tmp_path / "out")]) == 0
