@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import datasets
 import pytest
 
 from test_distil_trainer import wider
@@ -80,6 +81,32 @@ def test_dry_run(home, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teacher_that_has_spoken_before(home, tmp_path, capsys):
+    """The folder has the teacher's tokens of every row, and train learns of them without the teacher."""
+    folder = tmp_path / "spoken"
+    assert distill(home, tmp_path / "out", "--cache-teacher", str(folder), "--cache-tokens", "5", teacher="larger") == 0
+    assert f"--method topk_kl --model {home / 'model'} --data {folder}" in capsys.readouterr().out
+    found = datasets.Dataset.load_from_disk(str(folder))
+    assert len(found) == 12 and not (tmp_path / "out").exists()
+    assert all(len(one) == 5 and max(one) < VOCAB for row in found.to_list() for one in row["topk_ids"])
+    how = ("--method", "topk_kl", "--model", str(home / "model"), "--cpu", "--lora-targets", "q_proj,v_proj")
+    how = (*how, "--batch-size", "4", "--max-steps", "6", "--lr", "2e-2", "--eval-data", str(folder))
+    assert cli.main(["train", *how, "--data", str(folder), "--output-dir", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    before, after = (results(tmp_path / "out")[name]["eval_loss"] for name in ("before", "after"))
+    assert after < before
+    for data, further, said in (
+        (folder, ("--dry-run",), "--dry-run: of rows of text"),
+        (folder, ("--fit",), "--fit: of rows of text"),
+        (home / "rows.jsonl", (), "distill --cache-teacher DIR has written"),
+        (folder, ("--data", str(folder), str(folder)), "one folder"),
+    ):
+        assert cli.main(["train", *how, "--data", str(data), "--output-dir", str(tmp_path / "no"), *further]) == 2
+        assert said in capsys.readouterr().err
+    assert distill(home, tmp_path / "out", "--cache-teacher", str(folder)) == 2
+    assert "name a new folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "teacher", "said"),
     [
@@ -95,7 +122,14 @@ def test_dry_run(home, tmp_path, capsys):
         ((), "shuffled", "the teacher's tokenizer is not the student's"),
         (("--dry-run",), "shuffled", "the teacher's tokenizer is not the student's"),
         ((), "smaller", "does not hold the student's of 97"),
-        ((), "teacher:0", "expected a weight > 0"),
+        ((), "teacher:0", "with a weight > 0"),
+        ((), "teacher:x", "with a weight > 0, such as"),
+        (("--cache-tokens", "3"), "teacher", "is for --cache-teacher"),
+        (("--cache-teacher", "new", "--on-policy"), "teacher", "leave --on-policy out"),
+        (("--cache-teacher", "new"), "teacher other", "tokens of one teacher, got 2"),
+        (("--method", "topk_kl"), "teacher", "reads what a teacher has said before"),
+        (("--stop", "w3"), "teacher", "--stop is for --on-policy"),
+        (("--stop", "", "--on-policy"), "teacher", "stop"),
     ],
     ids=str,
 )
@@ -125,8 +159,12 @@ def test_other_commands_name_this_one(home, tmp_path, capsys, words):
     assert "another model: train by xpo-fast distill --teacher MODEL" in capsys.readouterr().err
 
 
-def test_names_with_weights():
+def test_names_with_weights(tmp_path):
     assert weighted("a/b:0.5") == ("a/b", 0.5) and weighted("a/b") == ("a/b", 1.0)
     assert weighted("c:/models/x") == ("c:/models/x", 1.0)
-    with pytest.raises(UsageError, match="weight > 0"):
-        weighted("a:-1")
+    (tmp_path / "run:2").mkdir()
+    assert weighted(f"{tmp_path}/run:2") == (f"{tmp_path}/run:2", 1.0)
+    assert weighted(f"{tmp_path}/run:2:3") == (f"{tmp_path}/run:2", 3.0)
+    for text in ("a:-1", "a:x", "a:", "a:nan", ":2"):
+        with pytest.raises(UsageError, match="weight > 0"):
+            weighted(text)

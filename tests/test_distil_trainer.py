@@ -206,6 +206,15 @@ def test_a_share_of_the_steps_is_on_policy(tmp_path):
     assert logged == [float(x) for x in own]
 
 
+def test_answers_end_at_stop_strings(tmp_path):
+    """Every word is a stop string, so that every answer has one word."""
+    trainer = trainer_of(tmp_path, wider(), on_policy=1.0, max_new_tokens=5, stop=WORDS)
+    rows = drawn(trainer)
+    trainer.train()
+    assert trainer.args.stop == tuple(WORDS)
+    assert sorted(len(row) for row in rows[0]) == sorted(len(ids_of(r["prompt"])) + 1 for r in ROWS)
+
+
 @pytest.mark.parametrize("tokens_per_batch", [None, 24])
 def test_sampled_kl_learns_of_its_own_completions(tmp_path, tokens_per_batch):
     """The mean of log π − log teacher over sampled tokens is the loss, and falls."""
@@ -273,7 +282,7 @@ def test_refusals(tmp_path):
         (teacher, {"max_new_tokens": 0}, "max_new_tokens of at least 1"),
         (teacher, {"method": "sampled_kl", "on_policy": 0.5}, "set on_policy=1, got 0.5"),
         (teacher, {"method": "sampled_kl", "on_policy": 1.0, "temperature": 0.7}, "leave temperature, top_p and top_k"),
-        (teacher, {"method": "topk_kl"}, "of which data sets have no column"),
+        (teacher, {"method": "topk_kl"}, "reads what a teacher has said before"),
         (teacher, {"method": "sampled_kl", "config": XPOConfig}, "set on_policy=1, got 0"),
         (teacher, {"teacher_processing_class": make_tokenizer(vocabulary=words)}, r"other numbers there, such as 'w0'"),
         (teacher, {"teacher_processing_class": [make_tokenizer()] * 2}, "a tokenizer for each of 1 teachers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checks, dry_run, loading, options, resuming, train, training
@@ -49,6 +50,10 @@ def add_parser(commands: Any) -> None:
     add("--teacher MODEL[:WEIGHT]", f"{about} by WEIGHT, 1 if not given", **how)
     add("--teacher-dtype", "dtype of the teachers' weights, which are frozen", "auto", choices=options.DTYPES)
 
+    about = "train nothing: write the data's token ids with the teacher's likeliest tokens into the new folder DIR"
+    add("--cache-teacher DIR", f"{about}, for xpo-fast train --method topk_kl --data DIR, which needs no teacher")
+    add("--cache-tokens K", "likeliest tokens that --cache-teacher keeps of each position (default: 16)", type=int)
+
     group = parser.add_argument_group("method")
     add = options.adder(group)
     about = "gkd (generalised JSD, --set beta=0.5), forward_kl, reverse_kl, sampled_kl (with --on-policy), or a sum"
@@ -63,6 +68,7 @@ def add_parser(commands: Any) -> None:
     add("--temperature T", "sampling temperature (default: 1)", type=float)
     add("--top-p P", "nucleus sampling: smallest set of tokens with probability P (default: 1)", type=float)
     add("--top-k K", "sample from the K most likely tokens (default: all)", type=int)
+    add("--stop TEXT", "a text that ends a completion; may be repeated", [])
 
     options.add_model(parser)
     options.add_optimisation(
@@ -83,10 +89,14 @@ def run(args: argparse.Namespace) -> int:
     teachers = [weighted(text) for text in args.teacher]
     if args.fit:
         raise UsageError("--fit: the memory of a teacher is not predicted: leave --fit out")
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    sampling = {name: x for name, x in sampling.items() if x is not None}
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "stop")}
+    sampling = {name: x for name, x in sampling.items() if x not in (None, [])}
     if sampling and not args.on_policy:
         raise UsageError(f"--{next(iter(sampling)).replace('_', '-')} is for --on-policy, which samples: leave it out")
+    if args.cache_teacher:
+        return _cache(args, objective, teachers)
+    if args.cache_tokens is not None:
+        raise UsageError("--cache-tokens is for --cache-teacher: leave it out")
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
     training.quiet(args)
     train_rows, eval_rows = train.read_rows(args, objective)
@@ -128,17 +138,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(args: argparse.Namespace, objective: Any, teachers: list[tuple[str, float]]) -> int:
+    """Writes the rows of --data as token ids with the teacher's likeliest tokens."""
+    refused = {"--on-policy": args.on_policy, "--dry-run": args.dry_run, "--eval-data": args.eval_data}
+    for name in (name for name, given in refused.items() if given):
+        raise UsageError(f"--cache-teacher computes on --data alone: leave {name} out")
+    if len(teachers) > 1:
+        raise UsageError(f"--cache-teacher keeps the tokens of one teacher, got {len(teachers)}: make a folder of each")
+    folder = Path(args.cache_teacher)
+    if folder.exists():
+        raise UsageError(f"--cache-teacher {folder} exists: name a new folder")
+    from .. import data
+    from ..models import load_model
+    from ..trainer import DistillationConfig, teacher_topk
+    from ..trainer.teachers import check_heads, check_tokenizers
+
+    training.quiet(args)
+    rows = data.load(args.data, kind=objective.data_kind, **options.reading(args))
+    config = DistillationConfig(**train.arguments_of(args, None, lr=_learning_rate(args)))
+    ((teacher, _),), (theirs,) = _load_teachers(args, teachers)
+    student, tokenizer = load_model(args.model, device_map="meta")
+    check_tokenizers(teacher, theirs, student, tokenizer)
+    vocab, _ = check_heads(teacher, student)
+    encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
+    k = 16 if args.cache_tokens is None else args.cache_tokens
+    teacher_topk(teacher, encoded, k, vocab=vocab, batch_size=args.batch_size).save_to_disk(folder)
+    print(f"{len(rows):,} rows with the teacher's {k} likeliest tokens in {folder}, read by")
+    print(f"xpo-fast train --method topk_kl --model {args.model} --data {folder}")
+    return 0
+
+
 def weighted(text: str) -> tuple[str, float]:
-    """Parses MODEL[:WEIGHT]; a colon with something else than a number behind it belongs to the name."""
+    """Parses MODEL[:WEIGHT]; a colon in the name of a folder, or before a slash, belongs to the name."""
     name, sign, weight = text.rpartition(":")
+    if not sign or "/" in weight or "\\" in weight or Path(text).exists():
+        return text, 1.0
     try:
         number = float(weight)
     except ValueError:
-        return text, 1.0
-    if not (sign and name):
-        return text, 1.0
-    if not 0 < number < math.inf:
-        raise UsageError(f"--teacher {text}: expected a weight > 0")
+        number = math.nan
+    if not (name and 0 < number < math.inf):
+        raise UsageError(
+            f"--teacher {text}: expected MODEL:WEIGHT with a weight > 0, such as {name or 'MODEL'}:2, got {weight!r} "
+            "behind the colon; there is no folder of that name"
+        )
     return name, number
 
 

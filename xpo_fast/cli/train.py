@@ -85,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
     checks.check_training(args, training.training_arguments(args, lr=learning_rate(args), evaluates=False))
     _check_context(objective, loading.read_context(args.context))
     checkpoint = None if args.dry_run else resuming.checkpoint(args)
+    if objective.reads_topk and (args.dry_run or args.fit):
+        name = "--dry-run" if args.dry_run else "--fit"
+        raise UsageError(f"{name}: of rows of text, topk_kl has token ids: leave it out")
     training.quiet(args)
     # Data first: a mistake in it is reported before a model is loaded.
     train_rows, eval_rows = read_rows(args, objective)
@@ -150,15 +153,29 @@ def read_rows(args: argparse.Namespace, objective: Objective) -> tuple[Any, Any]
     from .. import data
 
     how = options.reading(args)
-    rows, held = data.load(args.data, kind=objective.data_kind, **how), None
+
+    def read(source: list[str]) -> Any:
+        return _topk_rows(source) if objective.reads_topk else data.load(source, kind=objective.data_kind, **how)
+
+    rows, held = read(args.data), None
     if args.eval_data:
-        held = data.load(args.eval_data, kind=objective.data_kind, **how)
+        held = read(args.eval_data)
     else:
         rows, held = loading.hold_out(args, rows)
     for one in (rows, held):
         if one is not None:
             data.check_columns(one, objective.data_kind, objective.rehearse)
     return rows, held
+
+
+def _topk_rows(source: list[str]) -> Any:
+    """Returns the token ids and a teacher's likeliest tokens that `distill --cache-teacher` has written."""
+    from ..trainer.topk import read_topk
+
+    folders = [source] if isinstance(source, str) else source
+    if len(folders) != 1:
+        raise UsageError(f"topk_kl reads one folder of distill --cache-teacher DIR, got {len(folders)}")
+    return read_topk(folders[0])
 
 
 def learning_rate(args: argparse.Namespace) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..types import IGNORE_INDEX
 from .kinds import DataError, get_kind
 from .rows import filled
+from .topk import TOPK, pad_topk
 
 # Prompt ids, completion ids, and which of these are scored (None: all).
 Row = tuple[list[int], list[int], "list[bool] | None"]
@@ -37,7 +38,8 @@ class Collator:
     * unpaired: desirable (B,) bool, reward, value (B,) float32; kl_input_ids, kl_attention_mask, kl_targets (B, T')
       int64, the prompts with their mismatched completions; kl_ref_logps (B,) float32;
     * chosen: ref_input_ids, ref_attention_mask, ref_targets (P, T') int64, the completions behind the prompts that the
-      reference alone reads, `ref_prompt_ids` of `add_context`;
+      reference alone reads, `ref_prompt_ids` of `add_context`; topk_ids (P, T, K) int64 and topk_logp float32, a
+      teacher's likeliest tokens at the positions of `targets`, see `pad_topk`;
     * list: list_lengths (P,) int64, and scores (P, K) float32, NaN where a completion is missing;
     * ref_logps (R,) float32, from the columns `Kind.reference`: for a list one log-prob per row, 0 for a missing one.
 
@@ -67,6 +69,8 @@ class Collator:
             own = [{**row, "prompt_ids": row["ref_prompt_ids"]} for row in features]
             under = [_row(row, name) for name in kind.completions for row in own]
             batch |= {f"ref_{name}": value for name, value in self._pad(under).items()}
+        if TOPK[0] in features[0]:
+            batch |= pad_topk(features, batch["targets"].shape[1])
         return batch
 
     def _lists(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -231,6 +231,8 @@ def prompt_keys(dataset: datasets.Dataset) -> np.ndarray:
     """
     text = "chosen" if "chosen" in dataset.column_names else "prompt"
     keys = np.empty(len(dataset), dtype=np.uint64)
+    if "prompt" not in dataset.column_names:  # token ids
+        dataset, text = dataset.rename_column("prompt_ids", "prompt"), "prompt"
     dataset = dataset.select_columns(list(dict.fromkeys(["prompt", text])))
     for start in range(0, len(dataset), _AT_ONCE):
         some = dataset[start : start + _AT_ONCE]

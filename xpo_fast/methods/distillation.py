@@ -122,8 +122,9 @@ def topk_kl(
 ) -> Losses:
     """Forward KL of a teacher's k likeliest tokens: L = Σ_t KL(q ‖ p) over k + 1 outcomes, the k ids and any other.
 
-    The teacher's ids and log-probs are columns of a call of `Objective`, `topk_ids` and `topk_logp` (…, k): what a
-    server returns, or what was written down before. See `topk_divergence`.
+    The teacher's ids and log-probs are columns of a call of `Objective`, `topk_ids` and `topk_logp` (…, k), and of the
+    same names in a data set of token ids: what a server returns, or what was written down before
+    (`trainer.teacher_topk`). See `topk_divergence`.
     """
     metrics = {"logps/chosen": logp_w, "topk_kl": topk_kl_w}
     return topk_kl_w, {name: x.detach() for name, x in metrics.items()}

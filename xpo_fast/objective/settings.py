@@ -141,10 +141,10 @@ class Settings:
                 f"{self.method.name} learns from completions sampled and scored while it trains, not from a data set: "
                 "call xpo_fast.Objective in such a loop"
             )
-        if self.reads_topk:
+        if self.reads_topk and {side for m in self.methods for side in m.sides} != {"_w"}:
             raise ValueError(
-                "topk_kl reads a teacher's likeliest tokens at each position, of which data sets have no column: call "
-                "xpo_fast.Objective(…)(…, topk_ids=, topk_logp=), or have the teacher there and train by gkd"
+                "topk_kl reads a teacher's likeliest tokens of one completion, and pairs have two: train it alone or "
+                "in a sum with sft"
             )
         if self.layout != "pairwise":
             return {"listwise": "list"}.get(self.layout, self.layout)

@@ -12,6 +12,7 @@ from .means import Means
 from .preference import XPOTrainer
 from .setup import map_splits, prepare_model, warn_of_lost_updates, with_adapter, with_lengths, with_tokenizer
 from .signal import NoSignalError
+from .topk import teacher_topk
 
 __all__ = [
     "CLOSE",
@@ -38,6 +39,7 @@ __all__ = [
     "reading",
     "row_lengths",
     "save_objective",
+    "teacher_topk",
     "warn_of_lost_updates",
     "warn_of_trained_adapter",
     "with_adapter",

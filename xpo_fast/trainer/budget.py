@@ -205,7 +205,7 @@ def _common(texts: Sequence[np.ndarray]) -> int:
 def unit_tokens(encoded: datasets.Dataset, layout: str) -> np.ndarray:
     """Returns about how many tokens each row of an encoded data set takes alone in the layout, (N,) int64."""
     prompt, total, longest, count = np.zeros((4, len(encoded)), dtype=np.int64)
-    for name in (n for n in encoded.column_names if n.endswith("_ids") and not n.startswith(("kl_", "ref_"))):
+    for name in (n for n in encoded.column_names if n.endswith("_ids") and not n.startswith(("kl_", "ref_", "topk_"))):
         for ids in in_parts(encoded, name):
             if name == "prompt_ids":
                 np.add.at(prompt, ids.row, ids.lengths)

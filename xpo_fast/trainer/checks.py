@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import precision
 from ..data.ragged import in_parts
+from ..data.topk import TOPK
 from ..head import token_logps
 from ..models import Head, check_ids, check_lengths, embeddings, no_router_loss, own_logits, table_of_positions
 from ..models.lm_head import causal_lm
@@ -126,7 +127,7 @@ def check_rows(
 
     lengths: tokens of each row as the model reads it; by default the prompt and its longest completion.
     """
-    for name in (n for n in encoded.column_names if n.endswith("_ids")):
+    for name in (n for n in encoded.column_names if n.endswith("_ids") and n not in TOPK):
         for ids in in_parts(encoded, name):
             outside = np.flatnonzero((ids.flat < 0) | (ids.flat >= embeddings(model)))
             if len(outside):
@@ -144,7 +145,7 @@ def check_rows(
 def row_lengths(encoded: datasets.Dataset) -> list[int]:
     """Returns the tokens of each row's prompt and longest completion."""
     prompt, longest = np.zeros(len(encoded), dtype=np.int64), np.zeros(len(encoded), dtype=np.int64)
-    for name in (n for n in encoded.column_names if n.endswith("_ids")):
+    for name in (n for n in encoded.column_names if n.endswith("_ids") and n not in TOPK):
         for ids in in_parts(encoded, name):
             np.maximum.at(prompt if name == "prompt_ids" else longest, ids.row, ids.lengths)
     return (prompt + longest).tolist()

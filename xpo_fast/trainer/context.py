@@ -37,7 +37,13 @@ def check_teacher(objective: Objective, *, taught: bool) -> None:
             f"{names} learns of a teacher, another model: train by xpo-fast distill --teacher MODEL, or by "
             "DistillationTrainer(model, teacher, …)"
         )
-    if taught and not objective.reads_teacher and not objective.reads_topk:
+    if taught and objective.reads_topk:
+        raise ValueError(
+            f"{names} reads what a teacher has said before, in the columns topk_ids and topk_logp of the data: make "
+            "them by distill --cache-teacher DIR (teacher_topk), and train on DIR by xpo-fast train (XPOTrainer); with "
+            "the teacher there, train by gkd"
+        )
+    if taught and not objective.reads_teacher:
         of_teachers = [m.name for m in METHODS.values() if m.reads_teacher]
         raise ValueError(f"{names} learns of no teacher: expected {', '.join(of_teachers)}, or a sum with one of them")
 

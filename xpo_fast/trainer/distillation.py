@@ -54,17 +54,18 @@ class DistillationConfig(XPOConfig):
     temperature: float = argument(1.0, "Temperature of sampling.")
     top_p: float = argument(1.0, "Nucleus sampling: the smallest set of tokens with this probability.")
     top_k: int | None = argument(None, "Sample from the k most likely tokens.")
+    stop: tuple[str, ...] = argument((), "Texts that end a sampled completion; the tokens that spell them are kept.")
     generation_batch_size: int = argument(64, "Completions per batch of sampling.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy is a share of the steps, from 0 to 1, got {self.on_policy!r}")
-        self.sampling()  # which checks its numbers
+        self.stop = self.sampling().stop  # which checks the settings, and makes a tuple of a list
 
     def sampling(self) -> Sampling:
         """Returns how the student samples."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.stop)
 
 
 class Teacher(LiveReference):
@@ -151,6 +152,7 @@ class DistillationTrainer(XPOTrainer):
                 "top_k at 1, 1 and None"
             )
         self._rollout: GenerateRollout | None = None
+        self._evaluated = 0  # batches of an evaluation
 
     def _load(self, model: nn.Module, tokenizer: Any, tokenizers: Any) -> list[nn.Module]:
         """Returns the teachers, those loaded that came by name, and checks what can be before the trainer is made."""
@@ -240,10 +242,15 @@ class DistillationTrainer(XPOTrainer):
 
     def _answered(self, batches: Iterator[Any], step: int) -> Iterator[Any]:
         for k, batch in enumerate(batches):
-            yield self._with_answers(batch, step, k)
+            yield self._with_answers(batch, step, k, self.args.train_batch_size)
 
-    def _with_answers(self, batch: Any, *place: Any) -> Any:
-        """Returns what a data loader has drawn, with completions that the student samples in place of the data's."""
+    def _with_answers(self, batch: Any, step: Any, k: int, size: int) -> Any:
+        """Returns what a data loader has drawn, with completions that the student samples in place of the data's.
+
+        k: number of the batch among those of the step on this process; size: rows of a full one. A row's place among
+        those of all processes is what its draws follow from, which so do not depend on the number of processes.
+        """
+        first = (k * self.replicas + self.replica) * size
         units = isinstance(batch, Units)
         # Of a text without a prompt, the first token.
         drawn = [unit.row for unit in batch.drawn] if units else []
@@ -258,8 +265,8 @@ class DistillationTrainer(XPOTrainer):
             room = int(min(sampling.max_new_tokens, limit - len(ids)))
             if room < 1:
                 raise ValueError(f"a prompt of {len(ids)} tokens leaves no room for an answer: set max_prompt_length")
-            asked.append(Request("", list(ids), (i, 0), room))
-        seed = seed_for(self.args.seed, *place, self.accelerator.process_index)
+            asked.append(Request("", list(ids), (first + i, 0), room))
+        seed = seed_for(self.args.seed, "answers", step)
         with self._throughput.paused(), whole(policy):
             answers = self._rollout.complete(asked, sampling=sampling, seed=seed)
         rows = [{"prompt_ids": ask.ids, "chosen_ids": answer.ids} for ask, answer in zip(asked, answers, strict=True)]
@@ -268,10 +275,16 @@ class DistillationTrainer(XPOTrainer):
             return Units([keeps.unit(row) for row in rows], batch.counted)
         return self._prepare_inputs(self.data_collator(rows))
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as `XPOTrainer` does; the student's completions are those of the rows' places in the data."""
+        self._evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss of an evaluation's batch; `sampled_kl` on the student's completions."""
         if self._by_token:
-            inputs = self._with_answers(inputs, _EVALUATION)
+            inputs = self._with_answers(inputs, _EVALUATION, self._evaluated, self.args.eval_batch_size)
+            self._evaluated += 1
         return super().prediction_step(model, inputs, *args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import data
 from ..data import KINDS, Kind
+from ..data.topk import TOPK
 from ..files import cache_dir
 from ..head import Plan
 from ..layouts import Chosen, Inputs, LaysOut
@@ -47,6 +48,8 @@ from .row_checks import Rows
 from .sequence_parallel import check_exchange, check_objective
 from .setup import map_splits, prepare_model, some_rows, with_lengths, with_tokenizer
 from .sharding import check_reference, sharding_of
+from .teachers import vocabulary
+from .topk import check_topk
 
 
 class XPOTrainer(UnitTrainer):
@@ -91,6 +94,7 @@ class XPOTrainer(UnitTrainer):
         self.kind = KINDS[self.objective.data_kind]
         self.loss_weights = [term.weight for term in self.objective.terms]
         self._columns = {name for m in self.objective.methods for name in m.columns}
+        self._columns |= set(TOPK) if self.objective.reads_topk else set()
         self._columns |= {"scores"} if self.objective.pairs else set()
         self._estimates_kl = "kl" in self._columns
         check_context(self.objective, args.context)
@@ -146,6 +150,10 @@ class XPOTrainer(UnitTrainer):
         """Loads and encodes a data set, unless it is encoded, and checks its columns and token ids."""
         if dataset is None:
             return None
+        if self.objective.reads_topk:
+            check_topk(dataset, vocabulary(self._unwrapped), self.args.max_length)
+        elif left := [name for name in TOPK if name in (getattr(dataset, "column_names", None) or ())]:
+            raise ValueError(f"{' and '.join(left)} are for topk_kl, {self.objective} reads none: remove these columns")
         rows, wanted = None, {*self.kind.encoded, *(["ref_prompt_ids"] if self.objective.reads_context else [])}
         if not (isinstance(dataset, datasets.Dataset) and wanted <= set(dataset.column_names)):
             rows = data.load(dataset, kind=self.kind.name)
@@ -375,7 +383,7 @@ class XPOTrainer(UnitTrainer):
     def _columns_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Returns targets, and the arguments of the objective about their groups and columns."""
         targets, given = grouped_targets(self.kind, inputs)
-        given |= {n: x for n, x in inputs.items() if n in self._columns}
+        given |= {n: as_targets(x, self._half) if n in TOPK else x for n, x in inputs.items() if n in self._columns}
         if "value" in self._columns and "value" not in given:
             given["value"] = self._value.to(targets.device)
         return targets, given

@@ -173,6 +173,8 @@ def check_objective(objective: Any) -> None:
     name = " + ".join(m.name for m in objective.methods)
     if objective.draws_rivals:
         raise ValueError(f"sp_size: {name} draws rivals of the tokens of whole rows: leave sp_size out")
+    if objective.reads_topk:
+        raise ValueError(f"sp_size: {name} reads a teacher's likeliest tokens of whole rows: leave sp_size out")
     if objective.reads_context:
         raise ValueError(f"sp_size: {name} compares rows at other places in its reference's rows: leave sp_size out")
 

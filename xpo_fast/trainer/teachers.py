@@ -36,7 +36,7 @@ def check_tokenizers(teacher: nn.Module, theirs: Any, student: nn.Module, own: A
 
     Where the teacher's tokenizer is not there, its head must have exactly the student's number of rows.
     """
-    rows, wanted = _vocabulary(teacher), _vocabulary(student)
+    rows, wanted = vocabulary(teacher), vocabulary(student)
     if theirs is None or own is None:
         if rows != wanted:
             raise ValueError(
@@ -62,7 +62,7 @@ def check_heads(teacher: nn.Module, student: nn.Module) -> tuple[int, float]:
 
     Raises ValueError for a teacher with fewer rows than the student, and for softcaps that differ.
     """
-    rows, wanted = _vocabulary(teacher), _vocabulary(student)
+    rows, wanted = vocabulary(teacher), vocabulary(student)
     if rows < wanted:
         raise ValueError(
             f"the teacher's vocabulary of {rows} rows does not hold the student's of {wanted}: if the student's rows "
@@ -77,6 +77,7 @@ def check_heads(teacher: nn.Module, student: nn.Module) -> tuple[int, float]:
     return wanted, theirs.logit_scale / own.logit_scale
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary(model: nn.Module) -> int:
+    """Returns the rows of a causal LM's head, also where ZeRO-3 keeps it in parts."""
     weight = Head.from_model(causal_lm(model)).weight
     return getattr(weight, "ds_shape", weight.shape)[0]

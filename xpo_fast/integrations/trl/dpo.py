@@ -111,6 +111,11 @@ class DPOTrainer(dpo_trainer.DPOTrainer):
         if args is not None and _own_methods(args.loss_type):
             self.objective = objective_of(args)
             self.objective.rehearse()
+            if self.objective.reads_topk:
+                raise ValueError(
+                    "topk_kl reads a teacher's likeliest tokens of one completion, which pairs have no column for: "
+                    "train by xpo_fast.trainer.XPOTrainer"
+                )
             _ = self.objective.data_kind  # which raises for what no data set can teach
             self._columns = _columns(self.objective, train_dataset, eval_dataset)
             if not self.objective.needs_reference:
