@@ -84,7 +84,9 @@ def test_dry_run(home, tmp_path, capsys):
 def test_a_teacher_that_has_spoken_before(home, tmp_path, capsys):
     """The folder has the teacher's tokens of every row, and train learns of them without the teacher."""
     folder = tmp_path / "spoken"
-    assert distill(home, tmp_path / "out", "--cache-teacher", str(folder), "--cache-tokens", "5", teacher="larger") == 0
+    cached = ("distill", "--teacher", str(home / "larger"), "--data", str(home / "rows.jsonl"), "--model")
+    cached = (*cached, str(home / "model"), "--cpu", "--batch-size", "4", "--cache-teacher", str(folder))
+    assert cli.main([*cached, "--cache-tokens", "5"]) == 0
     assert f"--method topk_kl --model {home / 'model'} --data {folder}" in capsys.readouterr().out
     found = datasets.Dataset.load_from_disk(str(folder))
     assert len(found) == 12 and not (tmp_path / "out").exists()
@@ -103,8 +105,13 @@ def test_a_teacher_that_has_spoken_before(home, tmp_path, capsys):
     ):
         assert cli.main(["train", *how, "--data", str(data), "--output-dir", str(tmp_path / "no"), *further]) == 2
         assert said in capsys.readouterr().err
-    assert distill(home, tmp_path / "out", "--cache-teacher", str(folder)) == 2
-    assert "name a new folder" in capsys.readouterr().err
+    for further, said in (
+        ((), "name a new folder"),
+        (("--teacher", str(home / "other")), "tokens of one teacher, got 2"),
+        (("--lr", "1e-3", "--resume"), "does not read --lr, --resume"),
+    ):
+        assert cli.main([*cached, *further]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -125,8 +132,7 @@ def test_a_teacher_that_has_spoken_before(home, tmp_path, capsys):
         ((), "teacher:0", "with a weight > 0"),
         ((), "teacher:x", "with a weight > 0, such as"),
         (("--cache-tokens", "3"), "teacher", "is for --cache-teacher"),
-        (("--cache-teacher", "new", "--on-policy"), "teacher", "leave --on-policy out"),
-        (("--cache-teacher", "new"), "teacher other", "tokens of one teacher, got 2"),
+        (("--cache-teacher", "new", "--on-policy"), "teacher", "does not read --on-policy"),
         (("--method", "topk_kl"), "teacher", "reads what a teacher has said before"),
         (("--stop", "w3"), "teacher", "--stop is for --on-policy"),
         (("--stop", "", "--on-policy"), "teacher", "stop"),

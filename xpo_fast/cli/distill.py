@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checks, dry_run, loading, options, resuming, train, training
-from .parser import UsageError
+from .parser import UsageError, option
 
 if TYPE_CHECKING:
     from ..trainer import DistillationConfig
@@ -22,6 +22,11 @@ _SHOWN = {
     "log-prob of a completion": ("eval_logps/chosen", ".2f"),
     "the same under the teacher": ("eval_logps/teacher", ".2f"),
 }
+_READ_BY_CACHE = {
+    "config", "data", "split", "columns", "data_config", "seed", "max_length", "max_prompt_length", "num_proc", "score",
+    "chat_template_kwargs", "teacher", "teacher_dtype", "trust_remote_code", "cache_teacher", "cache_tokens", "model",
+    "batch_size", "cpu",
+}  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -33,7 +38,7 @@ def add_parser(commands: Any) -> None:
         "token, on the completions of a data set or (--on-policy) on the student's own, and report the divergence on "
         "rows held out. On several devices: torchrun --nproc-per-node N -m xpo_fast.cli distill …",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     options.add_config(parser)
     group = options.add_data(
         parser,
@@ -140,15 +145,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _cache(args: argparse.Namespace, objective: Any, teachers: list[tuple[str, float]]) -> int:
     """Writes the rows of --data as token ids with the teacher's likeliest tokens."""
-    refused = {"--on-policy": args.on_policy, "--dry-run": args.dry_run, "--eval-data": args.eval_data}
-    for name in (name for name, given in refused.items() if given):
-        raise UsageError(f"--cache-teacher computes on --data alone: leave {name} out")
+    given = (x for x in args.parser.documented() if getattr(args, x.dest, x.default) != x.default)
+    if unread := [option(x) for x in given if x.dest not in _READ_BY_CACHE]:
+        raise UsageError(f"--cache-teacher trains nothing and does not read {', '.join(unread)}: leave it out")
     if len(teachers) > 1:
         raise UsageError(f"--cache-teacher keeps the tokens of one teacher, got {len(teachers)}: make a folder of each")
     folder = Path(args.cache_teacher)
     if folder.exists():
         raise UsageError(f"--cache-teacher {folder} exists: name a new folder")
     from .. import data
+    from ..files import appearing
     from ..models import load_model
     from ..trainer import DistillationConfig, teacher_topk
     from ..trainer.teachers import check_heads, check_tokenizers
@@ -162,7 +168,9 @@ def _cache(args: argparse.Namespace, objective: Any, teachers: list[tuple[str, f
     vocab, _ = check_heads(teacher, student)
     encoded = data.encode(rows, tokenizer, kind=objective.data_kind, **config.encoding())
     k = 16 if args.cache_tokens is None else args.cache_tokens
-    teacher_topk(teacher, encoded, k, vocab=vocab, batch_size=args.batch_size).save_to_disk(folder)
+    found = teacher_topk(teacher, encoded, k, vocab=vocab, batch_size=args.batch_size, progress=True)
+    with appearing(folder) as part:
+        found.save_to_disk(part)
     print(f"{len(rows):,} rows with the teacher's {k} likeliest tokens in {folder}, read by")
     print(f"xpo-fast train --method topk_kl --model {args.model} --data {folder}")
     return 0

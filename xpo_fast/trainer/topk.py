@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..data import DataError, with_column
 from ..data.collate import pad_rows
@@ -31,13 +32,20 @@ _OVER = 1e-3  # by which rounded probabilities may add up to more than 1
 
 
 def teacher_topk(
-    teacher: nn.Module, dataset: datasets.Dataset, k: int = 16, *, vocab: int | None = None, batch_size: int = 8
+    teacher: nn.Module,
+    dataset: datasets.Dataset,
+    k: int = 16,
+    *,
+    vocab: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> datasets.Dataset:
     """Computes a teacher's k likeliest tokens at every token of the completions, for `topk_kl`.
 
     teacher: a causal LM; its logits are made in tiles, and none are kept. dataset: token ids, from `data.encode(…,
     kind="chosen")` by the student's tokenizer, which must be the teacher's. vocab: the student's rows of the head, if
     the teacher's has more: the log-probs are then over these alone. batch_size: rows of a forward, of similar length.
+    progress: show a bar.
 
     Returns the data set with the columns `topk_ids` and `topk_logp`, (tokens of the completion, k) in each row, the
     likeliest token first; tokens that are not scored have empty lists. `save_to_disk` keeps it, and
@@ -64,10 +72,12 @@ def teacher_topk(
     lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows_of]
     order = sorted(range(len(dataset)), key=lengths.__getitem__)
     found: list[Any] = [None] * len(dataset)
-    for start in range(0, len(order), batch_size):
-        at = order[start : start + batch_size]
-        for i, one in zip(at, _of_batch(teacher, [dataset[i] for i in at], k, vocab), strict=True):
-            found[i] = one
+    with tqdm(total=len(order), unit="row", desc="the teacher's tokens", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            at = order[start : start + batch_size]
+            for i, one in zip(at, _of_batch(teacher, [dataset[i] for i in at], k, vocab), strict=True):
+                found[i] = one
+            bar.update(len(at))
     for name, values in zip(TOPK, zip(*found, strict=True), strict=True):
         dataset = with_column(dataset, name, list(values))
     return dataset
