@@ -226,6 +226,7 @@ WRONG = {
     "target of int32": changed(target=case().target.int()),
     "target too large": changed(target=torch.full((37,), 131)),
     "target negative": changed(target=torch.full((37,), -1)),
+    "no ignore_index": changed(ignore_index=None),
     "ids of a list": changed(selected_token_ids=[1, 2]),
     "ids of int32": changed(selected_token_ids=IDS.int()),
     "ids of two axes": changed(selected_token_ids=IDS[None]),
