@@ -57,8 +57,8 @@ def slime_log_probs_and_entropy(
     """Computes log-probs and entropy of a response's tokens, as slime's `calculate_log_probs_and_entropy`.
 
     slime divides logits by rollout_temperature before that call; here it is `temperature`. chunk_size: tokens of a
-    tile, if above 0. Without with_entropy_grad the entropy is detached. log_prob_keep_mask must be None: it is (R, V/TP)
-    as the logits are, the tokens that a rollout's top_p has left, for its replay.
+    tile, if above 0. Without with_entropy_grad the entropy is detached. log_prob_keep_mask, the tokens (R, V/TP) that a
+    rollout's top_p has left, must be None.
     sum_hidden_grad: as in `VocabShard.agree`: False under sequence parallelism, whose reduce-scatter sums the gradient.
 
     Returns log-probs (R, 1), and the entropy (R,) or None. Raises ValueError for a log_prob_keep_mask, and as
@@ -123,8 +123,8 @@ def nemo_rl_logprobs(
     shard = _shard(weight.shape[0], tp_group, vocab_start_index, sum_hidden_grad=sum_hidden_grad)
     if shard is None and vocab_start_index:
         raise ValueError(
-            f"the rows {vocab_start_index}:{vocab_end_index} are a part of a vocabulary, and tp_group has no other rank "
-            "for the rest: pass the group, or the whole weight from vocab_start_index=0"
+            f"the rows {vocab_start_index}:{vocab_end_index} are a part of a vocabulary, and tp_group has no other "
+            "rank for the rest: pass the group, or the whole weight from vocab_start_index=0"
         )
     chunk = None if chunk_size is None else chunk_size * max(target.shape[0], 1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):

@@ -303,7 +303,10 @@ class ServerRollout:
                     json.loads(answer)  # a malformed answer is tried again
                 return answer
             except urllib.error.HTTPError as error:
-                reason = error.read().decode(errors="replace")[:500]
+                try:
+                    reason = error.read().decode(errors="replace")[:500]
+                except (OSError, http.client.HTTPException):  # the status came, and its reason did not
+                    reason = error.reason
                 if error.code not in _TRANSIENT:
                     raise RolloutError(f"{self.url}{path} refuses the request: {error.code} {reason}") from error
                 problem = f"{error.code} {reason}"
