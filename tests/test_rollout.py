@@ -682,6 +682,8 @@ def test_a_refusal_is_not_tried_again(server):
         [],
         {"choices": [{"text": "a", "finish_reason": "abort"}]},
         {"choices": [{"text": None, "finish_reason": "stop"}]},
+        {"choices": [{"text": "a", "finish_reason": "length", "token_ids": [5] * 9}]},
+        {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [5, -1]}]},
     ],
     ids=str,
 )

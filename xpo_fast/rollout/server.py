@@ -269,6 +269,8 @@ class ServerRollout:
                     self.url,
                 )
             ids, logps = data.tokenize_after(self.tokenizer, text), None
+        elif len(ids) > sampling.max_new_tokens or min(ids, default=0) < 0:
+            raise ValueError(f"{len(ids)} token ids of at most {sampling.max_new_tokens}, the least {min(ids)}")
         ids = [int(i) for i in ids]
         # With stop strings and no reason given, a stop string or EOS may have ended it: then no EOS is appended.
         reason = choice.get("stop_reason")
