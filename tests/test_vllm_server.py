@@ -191,7 +191,7 @@ def test_a_server_that_is_gone_is_named_by_the_rollout(server, tmp_path):
     rollout = client(server, tmp_path, sleeps=True, retries=1)
     rollout.update(changed(-1.0))
     server.fails_at, server.awake_for_ever = 0, True
-    with pytest.raises(RolloutError, match="/v1/completions gave no answer in 2 attempts.* 0 of 3 completions"):
+    with pytest.raises(RolloutError, match=r"/v1/completions gave no answer in 2 attempts.* 0 of 3 completions"):
         rollout.generate(PROMPTS, sampling=GREEDY, seed=0)
     assert server.calls.count("sleep 1") == 1
     server.fails_at, server.awake_for_ever = None, False
