@@ -544,6 +544,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(1.0)
             fault = None
+        if isinstance(fault, tuple):  # the status of an error whose reason breaks off
+            self.send_response(*fault)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"err')
+            self.close_connection = True
+            return None
         if isinstance(fault, int):
             return self.answer(fault, {"error": {"message": "as told"}})
         return self.answer(200, fault if fault is not None else server.complete(body))
@@ -642,7 +649,7 @@ def test_a_server_that_knows_no_more_than_openai(server):
     assert server.asked[0]["user"] == "me" and len(samples) == 10
 
 
-@pytest.mark.parametrize("fault", [503, 429, "cut", "half", "{"])
+@pytest.mark.parametrize("fault", [503, 429, "cut", "half", "{", (503,)])
 def test_what_passes_is_tried_again(server, fault):
     expected = ask(client(server, concurrency=1), PROMPTS[:2])
     server.asked.clear()
@@ -661,7 +668,10 @@ def test_a_refusal_is_not_tried_again(server):
     server.faults = [400]
     with pytest.raises(RolloutError, match=r"refuses the request: 400 .*as told"):
         ask(client(server, concurrency=1))
-    assert len(server.asked) == 1
+    server.faults = [(400, "No such thing")]
+    with pytest.raises(RolloutError, match=r"refuses the request: 400 No such thing"):
+        ask(client(server, concurrency=1))
+    assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -672,6 +682,8 @@ def test_a_refusal_is_not_tried_again(server):
         [],
         {"choices": [{"text": "a", "finish_reason": "abort"}]},
         {"choices": [{"text": None, "finish_reason": "stop"}]},
+        {"choices": [{"text": "a", "finish_reason": "length", "token_ids": [5] * 9}]},
+        {"choices": [{"text": "a", "finish_reason": "stop", "token_ids": [5, -1]}]},
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -225,6 +226,7 @@ WRONG = {
     "target of int32": changed(target=case().target.int()),
     "target too large": changed(target=torch.full((37,), 131)),
     "target negative": changed(target=torch.full((37,), -1)),
+    "no ignore_index": changed(ignore_index=None),
     "ids of a list": changed(selected_token_ids=[1, 2]),
     "ids of int32": changed(selected_token_ids=IDS.int()),
     "ids of two axes": changed(selected_token_ids=IDS[None]),
@@ -317,6 +319,10 @@ def test_slime(chunk_size):
     assert not detached.requires_grad
     nothing = logps.slime_log_probs_and_entropy(h[:0], y[:0], None, True, weight=weight)
     assert nothing[0].shape == (0, 1) and nothing[1].shape == (0,)
+    by_position = logps.slime_log_probs_and_entropy(h, y, None, True, chunk_size, None, False, weight=weight)
+    assert not by_position[1].requires_grad
+    with pytest.raises(ValueError, match="log_prob_keep_mask leaves tokens out of the softmax"):
+        logps.slime_log_probs_and_entropy(h, y, None, True, chunk_size, logp > -5, weight=weight)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -326,6 +332,9 @@ def test_nemo_rl(chunk_size):
     expected = every(hidden, weight).gather(-1, target.roll(-1, 1)[..., None])[:, :-1, 0]
     arguments = target, 0, VOCAB, None, False, None, chunk_size
     check_same(logps.nemo_rl_logprobs(hidden, *arguments, weight=weight), expected, [hidden, weight])
+    uncut = SimpleNamespace(top_k=-1, top_p=1.0, temperature=0.5)  # the temperature is in the logits already
+    assert_close(logps.nemo_rl_logprobs(hidden, *arguments, uncut, weight=weight), expected)
+    assert logps.nemo_rl_logprobs(hidden[:0], target[:0], *arguments[1:], weight=weight).shape == (0, S - 1)
     sequence_first = hidden.transpose(0, 1)
     found = logps.nemo_rl_hidden_states_to_logprobs(sequence_first, weight, None, *arguments)
     check_same(found, expected, [hidden, weight])
@@ -336,6 +345,11 @@ def test_nemo_rl_refusals():
     hidden, weight, target = rows_problem()
     with pytest.raises(ValueError, match="132 rows, and the indices 0:66 name 66"):
         logps.nemo_rl_logprobs(hidden, target, 0, 66, weight=weight)
+    with pytest.raises(ValueError, match=r"rows 66:198 are a part of a vocabulary, and tp_group has no other rank"):
+        logps.nemo_rl_logprobs(hidden, target, 66, 66 + VOCAB, weight=weight)
+    for cut in ({"top_k": 20, "top_p": 1.0}, {"top_k": -1, "top_p": 0.9}):
+        with pytest.raises(ValueError, match="the softmax is over the whole vocabulary here"):
+            logps.nemo_rl_logprobs(hidden, target, 0, VOCAB, sampling_params=SimpleNamespace(**cut), weight=weight)
     with pytest.raises(ValueError, match="runtime_gather_output=True"):
         logps.nemo_rl_hidden_states_to_logprobs(hidden, weight, True, target, 0, VOCAB)
 

@@ -36,6 +36,8 @@ class StandIn(policy_server.PolicyServer):
     def __init__(self, dev_mode: bool = True) -> None:
         self.dev_mode, self.awake, self.calls = dev_mode, {"weights", "kv_cache"}, []
         self.restart_at: list[int] = []  # numbers of completions, before which the server is restarted
+        self.fails_at: int | None = None  # number of completions, from which on it gives no answer
+        self.awake_for_ever = False
         super().__init__(make_model().eval(), make_tokenizer())
         self.restart()
 
@@ -49,6 +51,8 @@ class StandIn(policy_server.PolicyServer):
         given = {name: values[-1] for name, values in parse_qs(url.query).items()}
         if url.path.startswith("/v1"):
             if url.path == "/v1/completions":
+                if self.fails_at is not None and self.completions >= self.fails_at:
+                    raise ConnectionAbortedError
                 if self.completions in self.restart_at:
                     self.restart_at.remove(self.completions)
                     self.restart()
@@ -79,6 +83,8 @@ class StandIn(policy_server.PolicyServer):
 
     def sleep(self, level: str) -> None:
         assert level == "1"
+        if self.awake_for_ever:
+            raise ConnectionAbortedError
         self.awake = set()
 
     def wake_up(self, tags: str) -> None:
@@ -156,6 +162,42 @@ def test_a_restarted_server_is_sent_the_policy_and_samples_again(server, tmp_pat
     server.restart()  # between two rollouts
     assert rollout.generate(PROMPTS, sampling=GREEDY, seed=0).completion_ids == want
     assert server.completions == 3 * len(PROMPTS)
+
+
+def test_completions_of_a_server_begun_anew_are_not_kept(server, tmp_path):
+    """It is begun anew within a call, answers once by its first weights, and fails: the next call asks for all."""
+    rollout = client(server, tmp_path, retries=0)
+    rollout.update(changed(-1.0))
+    server.restart_at, server.fails_at = [0], 1
+    with pytest.raises(RolloutError, match="1 of 3 completions"):
+        rollout.generate(PROMPTS, sampling=GREEDY, seed=0)
+    server.fails_at = None
+    assert rollout.generate(PROMPTS, sampling=GREEDY, seed=0).completion_ids == greedy(changed(-1.0))
+
+
+def test_completions_of_a_server_that_was_only_away_are_kept(server, tmp_path):
+    rollout = client(server, tmp_path, retries=0)
+    rollout.update(changed(-1.0))
+    server.fails_at = 1
+    with pytest.raises(RolloutError, match="1 of 3 completions"):
+        rollout.generate(PROMPTS, sampling=GREEDY, seed=0)
+    server.fails_at = None
+    assert rollout.generate(PROMPTS, sampling=GREEDY, seed=0).completion_ids == greedy(changed(-1.0))
+    assert server.completions == len(PROMPTS)
+
+
+def test_a_server_that_is_gone_is_named_by_the_rollout(server, tmp_path):
+    """Not by its not going to sleep; and it is asked to once."""
+    rollout = client(server, tmp_path, sleeps=True, retries=1)
+    rollout.update(changed(-1.0))
+    server.fails_at, server.awake_for_ever = 0, True
+    with pytest.raises(RolloutError, match=r"/v1/completions gave no answer in 2 attempts.* 0 of 3 completions"):
+        rollout.generate(PROMPTS, sampling=GREEDY, seed=0)
+    assert server.calls.count("sleep 1") == 1
+    server.fails_at, server.awake_for_ever = None, False
+    with pytest.raises(ValueError, match="expected a seed"):
+        rollout.generate(PROMPTS, sampling=GREEDY, seed=-1)
+    assert server.awake == set()  # it sleeps whatever went wrong
 
 
 def test_a_server_that_does_not_stay_is_given_up(server, tmp_path):

@@ -47,6 +47,7 @@ def slime_log_probs_and_entropy(
     tp_group: Any = None,  # torch.distributed.ProcessGroup
     with_entropy: bool = False,
     chunk_size: int = -1,
+    log_prob_keep_mask: Tensor | None = None,
     with_entropy_grad: bool = True,
     *,
     weight: Tensor,  # (V/TP, D), this rank's rows
@@ -56,11 +57,18 @@ def slime_log_probs_and_entropy(
     """Computes log-probs and entropy of a response's tokens, as slime's `calculate_log_probs_and_entropy`.
 
     slime divides logits by rollout_temperature before that call; here it is `temperature`. chunk_size: tokens of a
-    tile, if above 0. Without with_entropy_grad the entropy is detached.
+    tile, if above 0. Without with_entropy_grad the entropy is detached. log_prob_keep_mask, the tokens (R, V/TP) that a
+    rollout's top_p has left, must be None.
     sum_hidden_grad: as in `VocabShard.agree`: False under sequence parallelism, whose reduce-scatter sums the gradient.
 
-    Returns log-probs (R, 1), and the entropy (R,) or None. Raises as `token_stats`.
+    Returns log-probs (R, 1), and the entropy (R,) or None. Raises ValueError for a log_prob_keep_mask, and as
+    `token_stats`.
     """
+    if log_prob_keep_mask is not None:
+        raise ValueError(
+            "log_prob_keep_mask leaves tokens out of the softmax, which is over the whole vocabulary here: sample with "
+            "top_p=1, or leave the replay to slime's own function"
+        )
     shard = _shard(weight.shape[0], tp_group, sum_hidden_grad=sum_hidden_grad)
     options = {"temperature": temperature, "vocab_shard": shard, "chunk_tokens": chunk_size if chunk_size > 0 else None}
     found = token_stats(hidden, weight, tokens, outputs=("entropy",) if with_entropy else (), **options)
@@ -79,6 +87,7 @@ def nemo_rl_logprobs(
     inference_only: bool = False,
     cp_group: Any = None,  # torch.distributed.ProcessGroup
     chunk_size: int | None = None,
+    sampling_params: Any = None,  # NeMo-RL's TrainingSamplingParams
     *,
     weight: Tensor,  # (V/TP, D), this rank's rows
     temperature: float = 1.0,
@@ -89,10 +98,11 @@ def nemo_rl_logprobs(
     The token at t + 1 is scored by the hidden state at t. weight has the rows vocab_start_index … vocab_end_index − 1
     of the vocabulary. inference_only: without gradient. chunk_size: positions of a tile, of all B rows. cp_group may
     have one rank: rows that are cut over ranks go to `token_logps` with targets of `shift_labels(row_shard=)`.
-    sum_hidden_grad: as in `VocabShard.agree`.
+    sum_hidden_grad: as in `VocabShard.agree`. sampling_params may be given without top_k and top_p; its temperature is
+    not read, since NeMo-RL divides the logits by it before the call: here it is `temperature`.
 
-    Returns (B, S − 1). Raises ValueError for indices that do not fit the weight and for a cp_group of several ranks,
-    and as `token_logps`.
+    Returns (B, S − 1). Raises ValueError for indices that do not fit the weight or the group, for a cp_group of several
+    ranks, for sampling_params with top_k or top_p, and as `token_logps`.
     """
     if vocab_end_index - vocab_start_index != weight.shape[0]:
         raise ValueError(
@@ -104,8 +114,19 @@ def nemo_rl_logprobs(
             f"cp_group has {dist.get_world_size(cp_group)} ranks: for rows that are cut over them, call token_logps "
             "with targets of shift_labels(labels, row_shard=RowShard(cp_group))"
         )
+    top_k, top_p = getattr(sampling_params, "top_k", None), getattr(sampling_params, "top_p", None)
+    if (top_k is not None and top_k > 0) or top_p not in (None, 1):
+        raise ValueError(
+            f"sampling_params has top_k={top_k} and top_p={top_p}, and the softmax is over the whole vocabulary here: "
+            "sample without them, or leave these log-probs to NeMo-RL's own function"
+        )
     shard = _shard(weight.shape[0], tp_group, vocab_start_index, sum_hidden_grad=sum_hidden_grad)
-    chunk = None if chunk_size is None else chunk_size * target.shape[0]
+    if shard is None and vocab_start_index:
+        raise ValueError(
+            f"the rows {vocab_start_index}:{vocab_end_index} are a part of a vocabulary, and tp_group has no other "
+            "rank for the rest: pass the group, or the whole weight from vocab_start_index=0"
+        )
+    chunk = None if chunk_size is None else chunk_size * max(target.shape[0], 1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
         options = {"temperature": temperature, "vocab_shard": shard, "chunk_tokens": chunk}
         return token_logps(hidden[:, :-1], weight, target[:, 1:], **options)

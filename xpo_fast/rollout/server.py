@@ -269,6 +269,8 @@ class ServerRollout:
                     self.url,
                 )
             ids, logps = data.tokenize_after(self.tokenizer, text), None
+        elif len(ids) > sampling.max_new_tokens or min(ids, default=0) < 0:
+            raise ValueError(f"{len(ids)} token ids of at most {sampling.max_new_tokens}, the least {min(ids)}")
         ids = [int(i) for i in ids]
         # With stop strings and no reason given, a stop string or EOS may have ended it: then no EOS is appended.
         reason = choice.get("stop_reason")
@@ -303,7 +305,10 @@ class ServerRollout:
                     json.loads(answer)  # a malformed answer is tried again
                 return answer
             except urllib.error.HTTPError as error:
-                reason = error.read().decode(errors="replace")[:500]
+                try:
+                    reason = error.read().decode(errors="replace")[:500]
+                except (OSError, http.client.HTTPException):  # the status came, and its reason did not
+                    reason = error.reason
                 if error.code not in _TRANSIENT:
                     raise RolloutError(f"{self.url}{path} refuses the request: {error.code} {reason}") from error
                 problem = f"{error.code} {reason}"

@@ -37,7 +37,8 @@ class VLLMServerRollout(ServerRollout):
     After an update the next `generate` wakes the weights, has all workers load the folder (`reload_weights`), empties
     the prefix cache, notes the update as the version of the weights, wakes the KV cache and samples. Only rank 0 saves.
     A server that was restarted has its first weights again and would sample from them: the version is read before and
-    after each rollout, and where it is not the one pushed last, the policy is pushed and the rollout made again.
+    after each rollout, and where it is not the one pushed last, the policy is pushed and the rollout made again, with
+    what was kept of a failed call.
 
     Written for vLLM 0.33 by its source: /collective_rpc, /reset_prefix_cache, /sleep, /wake_up, /weight_info and
     /update_weight_version. It is tested against a stand-in with these, and was never run against vLLM.
@@ -73,6 +74,7 @@ class VLLMServerRollout(ServerRollout):
             self._told("/wake_up?tags=weights")
         if not self._has_version():
             assert self.folder is not None
+            self._finished = (None, {})  # kept of a failed call: some may be of the weights of a server begun anew
             where = str(self.folder / str(self.version))
             self._told("/collective_rpc", method="reload_weights", kwargs={"weights_path": where})
             self._told("/reset_prefix_cache")
@@ -81,9 +83,13 @@ class VLLMServerRollout(ServerRollout):
             self._told("/wake_up?tags=kv_cache")
         try:
             yield
-        finally:
+        except BaseException:
             if self.sleeps:
-                self._told("/sleep?level=1")
+                with contextlib.suppress(RolloutError):  # what has failed is said, not that it does not sleep, either
+                    self._request("/sleep?level=1", {}, retries=0)
+            raise
+        if self.sleeps:
+            self._told("/sleep?level=1")
 
     def _has_version(self) -> bool:
         try:

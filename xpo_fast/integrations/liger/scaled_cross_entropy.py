@@ -42,7 +42,7 @@ def liger_fused_linear_scaled_cross_entropy(
     outside the vocabulary.
     """
     _check_positive("m_tiles_per_cluster", m_tiles_per_cluster)
-    _check_operands(_input, weight, target, temperature, return_entropy)
+    _check_operands(_input, weight, target, temperature, ignore_index, return_entropy)
     if selected_token_ids is not None:
         _check_ids(selected_token_ids)
     return _outputs(_input, weight, target, temperature, ignore_index, return_entropy, selected_token_ids)
@@ -69,7 +69,7 @@ def liger_fused_linear_scaled_cross_entropy_tp(
     Raises as the other function does, and RuntimeError without a process group.
     """
     _check_positive("tiles_per_reduce", tiles_per_reduce, (1, 2, 4))
-    _check_operands(input, weight, target, temperature, return_entropy)
+    _check_operands(input, weight, target, temperature, ignore_index, return_entropy)
     if selected_token_ids is not None:
         _check_ids(selected_token_ids)
     if not dist.is_available() or not dist.is_initialized():
@@ -121,8 +121,12 @@ def _check_positive(name: str, value: Any, values: Sequence[int] = ()) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(str, values)) or 'at least 1'}, got {value}")
 
 
-def _check_operands(hidden: Tensor, weight: Tensor, target: Tensor, temperature: Any, return_entropy: Any) -> None:
+def _check_operands(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: Any, ignore_index: Any, return_entropy: Any
+) -> None:
     """Raises what Liger's function raises for arguments that do not fit; `Operands.admit` checks the other shapes."""
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}: without ignored positions leave it out")
     if not isinstance(return_entropy, bool):
         raise TypeError(f"return_entropy must be a bool, got {return_entropy!r}")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
