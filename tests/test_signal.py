@@ -97,6 +97,10 @@ PLANTED = {
     "the reference itself": (
         steps(**dict.fromkeys(REWARDS, 0.0)), About(), "reference", "after 4 steps with a gradient, the loss is 0.54",
     ),
+    "the reference itself, of one kind of rows": (
+        steps(**{"rewards/chosen": 0.0, "rewards/rejected": math.nan}), About(), "reference", "after 4 steps",
+    ),
+    "the reference itself, at a large β": (steps(**dict.fromkeys(REWARDS, 5e-5)), About(beta=10.0), "reference", "is"),
     "one loss": ([{**STEP}] * 12, About(), "loss", "exactly 0.5 in each of 5 steps"),
 }  # fmt: skip
 
@@ -120,6 +124,13 @@ CLEAN = {
     "a long warm-up, in which nothing moves": [
         {**x, **dict.fromkeys(REWARDS, 0.0), "learning_rate": k / 1e6, "moved": 0.0} for k, x in enumerate(steps(40))
     ],
+    "a warm-up whose first rate is not 0": [
+        {**x, "learning_rate": (k + 1) / 1e6, "moved": 0.0} for k, x in enumerate(steps(40))
+    ],
+    "a tiny β": [
+        {**STEP, "loss": math.log(2), "rewards/chosen": k / 1e8, "rewards/rejected": 0.0, "rewards/margins": k / 1e8}
+        for k in range(12)
+    ],
     "four steps": [{**x, "moved": 1.0} for x in steps(4, grad_norm=0.0)],
     "a critic's": steps(**{n: x for n, x in ROLLOUT.items() if "groups/" not in n}),
     "GRPO's loss": [{**STEP, **ROLLOUT, "loss": 0.0}] * 12,
@@ -136,7 +147,7 @@ CLEAN = {
 def test_nothing_is_named_of_a_run_that_learns(name):
     series = CLEAN[name]
     online = any("completions" in x for x in series)
-    assert not watched(series, ONLINE if online else About(), peak=1e-3)
+    assert not watched(series, ONLINE if online else About(beta=1e-5 if name == "a tiny β" else 0.1), peak=1e-3)
 
 
 def test_after_a_warm_up_the_policy_is_looked_at():

@@ -126,9 +126,10 @@ def test_the_policy_replaces_the_weights_in_place(server, tmp_path, sleeps):
         assert [path.name for path in tmp_path.iterdir()] == [rollout.version] == [server.version]
     assert found[0] != found[1]
     assert server.awake == (set() if sleeps else {"weights", "kv_cache"})
-    order = ["weight_info", "collective_rpc", "reset_prefix_cache", "update_weight_version", "weight_info"]
+    load = ["collective_rpc", "reset_prefix_cache", "update_weight_version"]
+    order = [*load, "weight_info", "weight_info"]  # once for all ranks, before one of them samples
     if sleeps:
-        order = ["wake_up weights", *order[:-1], "wake_up kv_cache", order[-1], "sleep 1"]
+        order = ["wake_up weights", "weight_info", *load, "wake_up kv_cache", "weight_info", "sleep 1"]
     assert server.calls == 2 * order
     server.calls.clear()
     assert rollout.generate(PROMPTS, sampling=GREEDY, seed=0).completion_ids == found[1]
@@ -212,9 +213,8 @@ def test_a_server_that_does_not_stay_is_given_up(server, tmp_path):
 def test_a_server_without_the_development_mode(tmp_path):
     with StandIn(dev_mode=False) as server:
         rollout = client(server, tmp_path)
-        rollout.update(make_model())
         with pytest.raises(RolloutError, match="VLLM_SERVER_DEV_MODE=1"):
-            rollout.generate(PROMPTS, sampling=GREEDY, seed=0)
+            rollout.update(make_model())
 
 
 def test_by_the_command(server, tmp_path, capsys):

@@ -100,7 +100,7 @@ def _with_fused_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         inputs = _before_logits(self, kwargs)
         with router_logits(self) if routed else contextlib.nullcontext([None]) as found:
             hidden = before_head(self, lambda: self._forward_without_fused_loss(*args, **inputs))
-        head = Head.from_model(self)
+        head = Head.from_model(self).cast_to(hidden.dtype)
         loss = fused_loss(head.inputs(hidden), head)
         if not routed:
             return loss

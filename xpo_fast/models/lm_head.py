@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -73,6 +73,16 @@ class Head:
         if self.project is None:
             return hidden
         return torch.cat([hidden, self.project(hidden).to(hidden.dtype)], dim=-1)
+
+    def cast_to(self, dtype: torch.dtype) -> Head:
+        """Returns the head with what FSDP2 still has in parts in a dtype, as its mixed precision casts what it gathers.
+
+        Where the head is in a group of its own, whose forward is not run, nothing else casts it. A head that is whole
+        is returned as it is.
+        """
+        named = {name: getattr(self, name) for name in ("weight", "bias", "adapter")}
+        cast = {n: x.to(dtype) for n, x in named.items() if x is not None and is_sharded(x) and x.dtype != dtype}
+        return replace(self, **cast) if cast else self
 
     @property
     def width(self) -> int:

@@ -34,8 +34,9 @@ class VLLMServerRollout(ServerRollout):
     sleeps: whether the server sleeps between rollouts (--enable-sleep-mode), as it must on the device that trains: its
         weights go into the CPU's memory and its KV cache is dropped. For a run of one process alone.
 
-    After an update the next `generate` wakes the weights, has all workers load the folder (`reload_weights`), empties
-    the prefix cache, notes the update as the version of the weights, wakes the KV cache and samples. Only rank 0 saves.
+    An update has all workers load the folder (`reload_weights`), empties the prefix cache and notes the update as the
+    version of the weights, once, from rank 0. A server that sleeps is sent it by the next `generate`, which wakes the
+    weights before it and the KV cache after it, and then samples.
     A server that was restarted has its first weights again and would sample from them: the version is read before and
     after each rollout, and where it is not the one pushed last, the policy is pushed and the rollout made again, with
     what was kept of a failed call.
@@ -73,12 +74,8 @@ class VLLMServerRollout(ServerRollout):
         if self.sleeps:
             self._told("/wake_up?tags=weights")
         if not self._has_version():
-            assert self.folder is not None
             self._finished = (None, {})  # kept of a failed call: some may be of the weights of a server begun anew
-            where = str(self.folder / str(self.version))
-            self._told("/collective_rpc", method="reload_weights", kwargs={"weights_path": where})
-            self._told("/reset_prefix_cache")
-            self._told("/update_weight_version", new_version=self.version)
+            self.load(str(self.version))
         if self.sleeps:
             self._told("/wake_up?tags=kv_cache")
         try:
@@ -90,6 +87,14 @@ class VLLMServerRollout(ServerRollout):
             raise
         if self.sleeps:
             self._told("/sleep?level=1")
+
+    def load(self, version: str) -> None:
+        """Has the server, which is awake, take the weights of a version, a folder in `folder`, in place of its own."""
+        assert self.folder is not None
+        where = str(self.folder / version)
+        self._told("/collective_rpc", method="reload_weights", kwargs={"weights_path": where})
+        self._told("/reset_prefix_cache")
+        self._told("/update_weight_version", new_version=version)
 
     def _has_version(self) -> bool:
         try:
@@ -108,8 +113,15 @@ class VLLMServerRollout(ServerRollout):
 
 
 def _push(model: Any, rollout: ServerRollout) -> None:
-    """Saves the policy for the server, on rank 0; the next `generate` has it loaded."""
+    """Saves the policy for the server, on rank 0, and has a server that is awake load it before any rank samples."""
     assert isinstance(rollout, VLLMServerRollout) and rollout.folder is not None
     policy, folder = unwrapped(model), rollout.folder
-    rollout.version = on_first_process(lambda: save_policy(policy, rollout.tokenizer, folder).name)
+
+    def push() -> str:
+        version = save_policy(policy, rollout.tokenizer, folder).name
+        if not rollout.sleeps:
+            rollout.load(version)
+        return version
+
+    rollout.version = on_first_process(push)
     rollout.positions = positions(policy)

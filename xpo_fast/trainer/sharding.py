@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from ..head.sharded import is_partitioned, is_sharded, unpartitioned
 from ..reduce import most_over_ranks
 from ..resume import made_with_of
 from .universal import loading_universal, parts_of
+
+logger = logging.getLogger("xpo_fast")
 
 _ELEMENTS = 4096  # of each weight's part, by which `sample_of_parts` tells whether it has changed
 PROCESSES = "processes of DeepSpeed"  # in a checkpoint's settings, see resume.py
@@ -131,6 +135,46 @@ class Ready:
                 self._engine = None
 
 
+def keep_outputs(accelerator: Any) -> None:
+    """Lets models of FSDP2 return numbers in the dtype in which they have computed them.
+
+    accelerate has them rounded to the dtype of the products. Losses, counts of tokens and log-probs are computed in
+    float32 inside the model's forward, and a log-prob of −200 in bfloat16 is off by up to half a nat.
+    """
+    if sharding_of(accelerator) != "FSDP2":
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if getattr(plugin.mixed_precision_policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def settle_checkpointing(model: nn.Module, args: Any, accelerator: Any) -> None:
+    """Has layers with frozen weights recomputed by reentrant checkpointing under ZeRO-3; changes args, and logs that.
+
+    The other kind compares what a layer computes again with what it had computed, and finds that ZeRO-3 has freed the
+    frozen weights in between. Raises ValueError if that is asked for.
+    """
+    if sharding_of(accelerator) != "ZeRO-3" or not args.gradient_checkpointing:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    if all(p.requires_grad for layer in layers for p in layer.parameters()):
+        return
+    name = "activation_checkpointing_kwargs"
+    name = name if hasattr(args, name) else "gradient_checkpointing_kwargs"
+    given = getattr(args, name)
+    if not given:
+        setattr(args, name, {"use_reentrant": True})
+        logger.info("use_reentrant=True: ZeRO-3 frees frozen weights between a layer's two computations")
+    elif not given.get("use_reentrant"):
+        raise ValueError(
+            "use_reentrant=False under ZeRO-3 and with frozen weights, of an adapter's base: the backward would fail, "
+            f"since ZeRO-3 frees them between a layer's two computations. Set use_reentrant=True in {name}, or use "
+            "ZeRO-2 or FSDP2"
+        )
+
+
 def check_reference(strategy: str, model: nn.Module, accelerator: Any) -> None:
     """Raises ValueError for a reference that cannot be had where the model is in parts."""
     how = sharding_of(accelerator)
@@ -237,13 +281,15 @@ class ComputesInParts:
     _groups: list[list[nn.Parameter]] | None = None  # of the optimizer, if it is made of parts
 
     def check_sharding(self: Any) -> None:
-        """Raises ValueError if FSDP is asked for and would not be had."""
+        """Raises ValueError if FSDP is asked for and would not be had; settles mixed precision and checkpointing."""
         asked = self.args.fsdp and self.args.world_size > 1
         if asked and not self.is_fsdp_enabled and not self.is_fsdp_xla_enabled:
             raise ValueError(
                 f"fsdp: accelerate shards no model on {self.args.device.type}, and would train a whole one on every "
                 "process: leave it out"
             )
+        keep_outputs(self.accelerator)
+        settle_checkpointing(self.model, self.args, self.accelerator)
 
     def make_ready(self) -> None:
         """Lets the model compute before its first step where FSDP2 or DeepSpeed keep it; does nothing to other models.

@@ -20,7 +20,7 @@ STEPS = 5  # looked at, after which a cause is named; of a shorter run all, if t
 LEAST = 3
 MOST_CUT = 0.95  # share of completions that are cut, from which on it is a cause where nothing tells the cut ones apart
 LEAST_MOVED = 0.1  # share of the weights with a gradient that another number must be in after the steps
-_NOTHING = 1e-6  # of an implicit reward: rounding of log-probs, far under what a step does to them
+_NOTHING = 1e-5  # of a log-ratio: rounding of log-probs, far under what a step does to them
 _RELATIVE = 1e-5  # of a margin, against the rewards that it is between
 
 Numbers = Mapping[str, float]
@@ -48,6 +48,7 @@ class About:
     temperature: float | None = None
     masks_cut: bool = False  # completions that are cut are not trained on
     dtype: str = "torch.float32"  # of the weights that are trained
+    beta: float = 0.1  # by which implicit rewards are log-ratios
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Watcher:
 
     def warm(self, rate: float) -> bool:
         """Returns whether a step of this learning rate is behind the warm-up; a rate that is not known (NaN) is."""
-        behind = rate >= self.peak / 2 or rate <= self.before
+        behind = rate >= self.peak / 2 or rate <= self.before < math.inf
         return bool(self.steady) or "steady" in self.closed or math.isnan(rate) or (rate > 0 and behind)
 
     def ends(self, rate: float) -> bool:
@@ -273,7 +274,7 @@ def tied(steps: Sequence[Numbers], about: About) -> str | None:
         return None
     sizes = [max(abs(x[name]) for name in _IMPLICIT) for x in later]
     margins = [abs(x["rewards/margins"]) for x in later]
-    if not all(m <= _RELATIVE * s and s > _NOTHING for m, s in zip(margins, sizes, strict=True)):
+    if not all(m <= _RELATIVE * s and s > _NOTHING * about.beta for m, s in zip(margins, sizes, strict=True)):
         return None
     return (
         f"chosen and rejected have the same reward in each pair of {len(steps)} steps: are they the same text, or the "
@@ -287,7 +288,9 @@ def at_reference(steps: Sequence[Numbers], about: About) -> str | None:
     names = [n for n in _IMPLICIT if all(n in x for x in later)]
     if about.online or not names or not _has_gradient(steps):
         return None
-    if not all(abs(x[n]) <= _NOTHING for x in later for n in names):
+    # NaN: of a side that no row is on, as KTO's where all are desirable.
+    sizes = [[abs(x[n]) for n in names if not math.isnan(x[n])] for x in later]
+    if not all(own and max(own) <= _NOTHING * about.beta for own in sizes):
         return None
     loss = f", the loss is {later[-1]['loss']:.4f}" if "loss" in later[-1] else ""
     return (
@@ -320,6 +323,8 @@ def same_loss(steps: Sequence[Numbers], about: About) -> str | None:
     """Says that the loss is one number, though there is a gradient."""
     losses = {x.get("loss", math.nan) for x in steps}
     if about.online or len(losses) > 1 or any(map(math.isnan, losses)) or not _has_gradient(steps):
+        return None
+    if len({x.get("rewards/margins") for x in steps}) > 1:  # which the loss rounds off, at a tiny β
         return None
     return (
         f"the loss is exactly {losses.pop():.6g} in each of {len(steps)} steps, although there is a gradient: what is "

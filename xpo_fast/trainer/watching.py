@@ -232,6 +232,8 @@ def _error(said: str, folder: str | None) -> NoSignalError:
 def _about(trainer: Any) -> About:
     args = trainer.args
     trained = next((p for p in trainer.model.parameters() if p.requires_grad), None)
+    terms = getattr(getattr(trainer, "objective", None), "terms", ())
+    betas = [float(t.hyperparameters["beta"]) for t in terms if t.hyperparameters.get("beta")]
     return About(
         online=not trainer.reads_rows,
         rewards=", ".join(getattr(getattr(trainer, "rewards", None), "names", ())),
@@ -239,4 +241,5 @@ def _about(trainer: Any) -> About:
         temperature=getattr(args, "temperature", None),
         masks_cut=getattr(args, "overlong_handling", None) == "mask",
         dtype="torch.float32" if trained is None else str(trained.dtype),
+        **({"beta": min(betas)} if betas else {}),
     )
