@@ -300,12 +300,14 @@ class ComputesInParts:
             self._ready = Ready(self)
 
     def _prepare_for_training(self: Any, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        trainer: Any = super()
         with self._reading_parts(resume_from_checkpoint):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+            return trainer._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_best_model(self: Any) -> None:
+        trainer: Any = super()
         with self._reading_parts(self.state.best_model_checkpoint):
-            super()._load_best_model()  # type: ignore[misc]
+            trainer._load_best_model()
 
     def _reading_parts(self: Any, folder: str | None) -> contextlib.AbstractContextManager[None]:
         if folder is None or not written_by_others(folder, self.accelerator):
